@@ -1,0 +1,255 @@
+"""The configurations of a checkpoint's parts, read from its JSON files.
+
+Every class keeps the names that diffusers writes. What differs between files is settled here, once: a number that
+holds for all blocks becomes one number per block, an absent key takes the value that diffusers would take. Keys that
+change the result but that this library does not compute are refused by name, never dropped.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Keys that say something about files, training or storage, and nothing about what is computed.
+_SILENT = frozenset({"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"})
+
+
+def _check(kind: str, raw: Mapping[str, Any], known: frozenset[str], fixed: Mapping[str, tuple]) -> None:
+    """Raise ValueError for values outside ``fixed`` and for unknown keys that carry a meaningful value."""
+    problems = []
+    for key, value in raw.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key in fixed:
+            if value not in fixed[key]:
+                problems.append(f"{key}={value!r} (supported: {' or '.join(map(repr, fixed[key]))})")
+        elif key not in known and not key.startswith("_") and value not in (None, False, ()):
+            problems.append(f"{key}={value!r} (unknown)")
+    if problems:
+        raise ValueError(f"{kind} config: this library cannot compute {'; '.join(problems)}")
+
+
+def _per_block(kind: str, key: str, value: Any, count: int) -> tuple:
+    """One entry per block: a single value is repeated, a list must have ``count`` entries (nested lists -> tuples)."""
+    if not isinstance(value, (list, tuple)):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f"{kind} config: {key}={value!r} has {len(value)} entries for {count} blocks")
+    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+
+
+def _required(kind: str, raw: Mapping[str, Any], *keys: str) -> None:
+    if missing := [key for key in keys if raw.get(key) is None]:
+        raise ValueError(f"{kind} config: missing {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP text encoder (Radford et al. 2021); key names and defaults of transformers' ``CLIPTextConfig``."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+    with_projection: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Read a text encoder's ``config.json``; ValueError for an activation or model class not computed here."""
+        architectures = tuple(raw.get("architectures") or ("CLIPTextModel",))
+        for name in architectures:
+            if name not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
+                raise ValueError(f"text encoder config: architecture {name!r} is not a CLIP text model")
+        if raw.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
+            raise ValueError(
+                f"text encoder config: hidden_act={raw['hidden_act']!r} (supported: 'quick_gelu' or 'gelu')"
+            )
+        fields = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        fields["with_projection"] = "CLIPTextModelWithProjection" in architectures
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """``UNet2DConditionModel`` of the Stable Diffusion family. Tuples run from the finest block to the coarsest.
+
+    ``num_attention_heads`` is the number of heads; checkpoints store it under the misleading name
+    ``attention_head_dim``. ``transformer_layers_per_block`` holds an int, or a tuple with one entry per attention of
+    the block; ``reverse_transformer_layers_per_block`` gives the same for the up path, coarsest block first.
+    """
+
+    in_channels: int
+    out_channels: int
+    sample_size: int | None
+    block_out_channels: tuple[int, ...]
+    layers_per_block: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    mid_block_type: str | None
+    num_attention_heads: tuple[int, ...]
+    cross_attention_dim: tuple[int, ...]
+    transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    time_cond_proj_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":
+        """Read ``unet/config.json``; ValueError names every key whose value this library cannot compute."""
+        kind = "unet"
+        _required(kind, raw, "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim")
+        known = frozenset(cls.__dataclass_fields__) | _SILENT | {"attention_head_dim"}
+        _check(kind, raw, known, _UNET_FIXED)
+        blocks = len(raw["block_out_channels"])
+
+        def per_block(key: str, default: Any) -> tuple:
+            value = raw.get(key)
+            return _per_block(kind, key, default if value is None else value, blocks)
+
+        layers = per_block("transformer_layers_per_block", 1)
+        reverse = raw.get("reverse_transformer_layers_per_block")
+        if reverse is None and any(isinstance(n, tuple) for n in layers):
+            raise ValueError(
+                "unet config: nested transformer_layers_per_block needs reverse_transformer_layers_per_block"
+            )
+        if reverse is not None:
+            reverse = _per_block(kind, "reverse_transformer_layers_per_block", reverse, blocks)
+        scalars = (
+            "out_channels norm_num_groups norm_eps use_linear_projection upcast_attention flip_sin_to_cos freq_shift "
+            "time_cond_proj_dim addition_embed_type addition_time_embed_dim projection_class_embeddings_input_dim"
+        )
+        given = {"out_channels": 4} | {key: raw[key] for key in scalars.split() if raw.get(key) is not None}
+        return cls(
+            in_channels=raw.get("in_channels", 4),
+            sample_size=raw.get("sample_size"),
+            block_out_channels=tuple(raw["block_out_channels"]),
+            layers_per_block=per_block("layers_per_block", 2),
+            down_block_types=_per_block(kind, "down_block_types", raw["down_block_types"], blocks),
+            up_block_types=_per_block(kind, "up_block_types", raw["up_block_types"], blocks),
+            mid_block_type=raw.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
+            num_attention_heads=per_block("num_attention_heads", raw.get("attention_head_dim") or 8),
+            cross_attention_dim=per_block("cross_attention_dim", 0),
+            transformer_layers_per_block=layers,
+            reverse_transformer_layers_per_block=reverse or layers[::-1],
+            **given,
+        )
+
+    def __post_init__(self) -> None:
+        down, up, mid = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"), _MID_BLOCKS
+        wrong = [b for b in self.down_block_types if b not in down] + [b for b in self.up_block_types if b not in up]
+        if wrong or self.mid_block_type not in mid:
+            names = ", ".join(map(repr, wrong or [self.mid_block_type]))
+            raise ValueError(f"unet config: block type {names} is not supported (supported: {down + up + mid})")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(f"unet config: addition_embed_type={self.addition_embed_type!r} (supported: 'text_time')")
+
+
+_MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+
+# diffusers options outside the family: only the value that means "off" is computed here.
+_UNET_FIXED: Mapping[str, tuple] = {
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default", None),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1, 1.0),
+    "only_cross_attention": (False, None),
+    "resnet_out_scale_factor": (1, 1.0, None),
+    "resnet_time_scale_shift": ("default", None),
+    "time_embedding_type": ("positional", None),
+    "addition_embed_type_num_heads": (64, None),
+    "mid_block_only_cross_attention": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """``AutoencoderKL`` (Rombach et al. 2022). Latents are multiplied by ``scaling_factor`` for the UNet."""
+
+    block_out_channels: tuple[int, ...]
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "AutoencoderConfig":
+        """Read ``vae/config.json``; ValueError names every key whose value this library cannot compute."""
+        _required("vae", raw, "block_out_channels")
+        blocks = len(raw["block_out_channels"])
+        fixed = {
+            "act_fn": ("silu", "swish"),
+            "down_block_types": (("DownEncoderBlock2D",) * blocks,),
+            "up_block_types": (("UpDecoderBlock2D",) * blocks,),
+        }
+        _check("vae", raw, frozenset(cls.__dataclass_fields__) | _SILENT, fixed)
+        fields = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        fields["block_out_channels"] = tuple(raw["block_out_channels"])
+        return cls(**fields)
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, in each direction: 8 for every published checkpoint."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What ``scheduler_config.json`` says about the noise the model was trained on, and its preferred sampler.
+
+    ``timestep_spacing`` is None where the file is silent: the default then depends on the sampler.
+    """
+
+    class_name: str = "DDIMScheduler"
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ScheduleConfig":
+        """Read a scheduler's JSON; ValueError for a beta schedule, prediction type or spacing not computed here."""
+        fields = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        fields["class_name"] = raw.get("_class_name", "DDIMScheduler")
+        if fields.get("trained_betas") is not None:
+            fields["trained_betas"] = tuple(fields["trained_betas"])
+        return cls(**fields)
+
+    def __post_init__(self) -> None:
+        for key, allowed in _SCHEDULE_CHOICES.items():
+            if (value := getattr(self, key)) not in allowed:
+                names = ", ".join(repr(a) for a in allowed if a)
+                raise ValueError(f"scheduler config: {key}={value!r} is not supported (supported: {names})")
+
+
+_SCHEDULE_CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace", None),
+}

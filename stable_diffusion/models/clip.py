@@ -1,0 +1,142 @@
+"""CLIP's text encoder (Radford et al. 2021), with the module names of transformers' ``CLIPTextModel``."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import CLIPTextConfig
+
+_ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
+
+
+@dataclass
+class CLIPOutput:
+    """What an encoder says of a prompt.
+
+    ``last_hidden_state`` [B, N, C] is normalised; ``hidden_states`` holds the embeddings and every layer's output,
+    none of them normalised; ``pooled_output`` [B, C or projection_dim] is the state at the end-of-text token,
+    projected if the checkpoint has a projection.
+    """
+
+    last_hidden_state: mx.array
+    hidden_states: list[mx.array]
+    pooled_output: mx.array
+
+
+class CLIPAttention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self._heads = heads
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, n, c = x.shape
+        heads = (
+            p(x).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = mx.fast.scaled_dot_product_attention(*heads, scale=(c // self._heads) ** -0.5, mask="causal")
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(b, n, c))
+
+
+class CLIPMLP(nn.Module):
+    """The two-layer perceptron of an encoder layer."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self._activation = _ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self._activation(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEmbeddings(nn.Module):
+    """Token plus position. Both are looked up by call, so that either table may be quantized."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self._positions = config.max_position_embeddings
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        n = ids.shape[-1]
+        if n > self._positions:
+            raise ValueError(
+                f"{n} tokens do not fit into the text encoder's {self._positions} positions; shorten the text"
+            )
+        return self.token_embedding(ids) + self.position_embedding(mx.arange(n))
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers; returns every state on the way."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return states
+
+
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers and the final norm, without the projection."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, ids: mx.array) -> list[mx.array]:
+        return self.encoder(self.embeddings(ids))
+
+
+class CLIPTextModel(nn.Module):
+    """Text encoder of every Stable Diffusion: token ids [B, N] -> :class:`CLIPOutput`."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(config)
+        if config.with_projection:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self._eos_token_id = config.eos_token_id
+
+    def __call__(self, ids: mx.array) -> CLIPOutput:
+        states = self.text_model(ids)
+        last = self.normalise(states[-1])
+        # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the highest id.
+        end = mx.argmax(ids if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
+        pooled = last[mx.arange(ids.shape[0]), end]
+        if "text_projection" in self:
+            pooled = self.text_projection(pooled)
+        return CLIPOutput(last, states, pooled)
+
+    def normalise(self, state: mx.array) -> mx.array:
+        """Apply the final layer norm to a hidden state: what SD 1 and 2 do to a state below the last ("clip skip")."""
+        return self.text_model.final_layer_norm(state)

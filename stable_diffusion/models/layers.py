@@ -1,0 +1,134 @@
+"""Layers that the text encoders, the UNet and the autoencoder share. Images are NHWC, sequences [B, N, C]."""
+
+import math
+from array import array
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class GroupNorm(nn.Module):
+    """Group normalization (Wu & He 2018) of NHWC maps, computed in float32.
+
+    The statistics are means over positions first and then over a group's channels: no transposes, and errors do not
+    pile up as they do in one long sum. The epsilon matters: it is 1e-5 in the UNet's resnets and 1e-6 in its
+    transformers and in the autoencoder.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones(channels)
+        self.bias = mx.zeros(channels)
+        self._groups = groups
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, h, w, _ = x.shape
+        y = x.astype(mx.float32).reshape(b, h * w, self._groups, -1)
+        y = y - y.mean(axis=1, keepdims=True).mean(axis=3, keepdims=True)
+        variance = mx.square(y).mean(axis=1, keepdims=True).mean(axis=3, keepdims=True)
+        scale = self.weight.reshape(self._groups, -1) * mx.rsqrt(variance + self._eps)
+        return (y * scale + self.bias.reshape(self._groups, -1)).reshape(x.shape).astype(x.dtype)
+
+
+def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
+    """Sinusoidal embedding of ``t`` [N] -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
+
+    The frequencies are rounded to float32 where the training code rounds them: at t = 999 the last bit of a
+    frequency is worth 6e-5 in the embedding.
+    """
+    half = dim // 2
+    scale = array("f", [-math.log(10000.0)])[0]
+    exponents = array("f", (product / (half - freq_shift) for product in array("f", (scale * i for i in range(half)))))
+    angles = t.astype(mx.float32)[:, None] * mx.array([math.exp(e) for e in exponents])
+    waves = (mx.cos(angles), mx.sin(angles)) if flip_sin_to_cos else (mx.sin(angles), mx.cos(angles))
+    return mx.pad(mx.concatenate(waves, axis=-1), [(0, 0), (0, dim % 2)])
+
+
+def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+    """Double height and width by repetition, then cut to ``size`` (h, w) where the larger map had an odd side."""
+    b, h, w, c = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return x if size is None or size == (2 * h, 2 * w) else x[:, : size[0], : size[1], :]
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
+
+    ``upcast`` computes scores and softmax in float32 whatever the weights' type: SD 2.1 overflows float16 there.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, *, bias: bool = False, upcast: bool = False
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"attention width {dim} does not divide into {heads} heads")
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = [nn.Linear(dim, dim)]
+        self._heads = heads
+        self._upcast = upcast
+
+    def __call__(self, x: mx.array, context: mx.array | None = None) -> mx.array:
+        """``x`` [B, N, C], ``context`` [B, M, D] -> [B, N, C]."""
+        context = x if context is None else context
+        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
+
+    def _split(self, x: mx.array) -> mx.array:
+        """[B, N, C] -> [B, heads, N, C / heads]."""
+        b, n, _ = x.shape
+        x = x.reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
+        return x.astype(mx.float32) if self._upcast else x
+
+
+class ResnetBlock2D(nn.Module):
+    """Residual block (He et al. 2016, pre-activation) with the timestep added between its convolutions.
+
+    ``temb_dim`` is None in the autoencoder, which knows no time. Checkpoints call a 1×1 convolution what is a Linear here.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_dim is not None:
+            self.time_emb_proj = nn.Linear(temb_dim, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Linear(in_channels, out_channels)
+
+    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
+        """``x`` [B, H, W, C_in], ``temb`` [B, T] -> [B, H, W, C_out]."""
+        y = self.conv1(nn.silu(self.norm1(x)))
+        if temb is not None:
+            y = y + self.time_emb_proj(nn.silu(temb))[:, None, None, :]
+        y = self.conv2(nn.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+
+
+class Downsample2D(nn.Module):
+    """Halve height and width with a strided convolution; ``pad_end`` pads below and to the right only, as VAEs do."""
+
+    def __init__(self, channels: int, *, pad_end: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
+        self._pad_end = pad_end
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]) if self._pad_end else x)
+
+
+class Upsample2D(nn.Module):
+    """Double height and width, cut to ``size`` if one is given, then smooth with a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+        return self.conv(upsample_nearest(x, size))

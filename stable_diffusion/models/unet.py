@@ -1,0 +1,264 @@
+"""The denoising UNet of SD 1.x, 2.x, XL and their pruned relatives (Rombach et al. 2022; Podell et al. 2023).
+
+Module names are those of diffusers' ``UNet2DConditionModel``. In every block, presence is the switch: a block without
+attention has no ``attentions``, the last block has no ``upsamplers``.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import UNetConfig
+from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer perceptron on an embedding; ``cond_dim`` adds LCM's guidance embedding (Luo et al. 2023)."""
+
+    def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        if cond_dim is not None:
+            self.cond_proj = nn.Linear(cond_dim, in_dim, bias=False)
+
+    def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class GEGLU(nn.Module):
+    """Gated GELU (Shazeer 2020)."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x, gate = mx.split(self.proj(x), 2, axis=-1)
+        return x * nn.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and projection; slot 1 is where training has its dropout."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = [GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim, upcast=upcast)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer over the positions of a feature map; its 1×1 convolutions (SD 1.x) are Linears here."""
+
+    def __init__(self, config: UNetConfig, dim: int, heads: int, context_dim: int, layers: int):
+        super().__init__()
+        self.norm = GroupNorm(config.norm_num_groups, dim, eps=1e-6)
+        self.proj_in = nn.Linear(dim, dim)
+        self.transformer_blocks = [
+            BasicTransformerBlock(dim, heads, context_dim, config.upcast_attention) for _ in range(layers)
+        ]
+        self.proj_out = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+        """``x`` [B, H, W, C], ``context`` [B, M, D] -> [B, H, W, C]."""
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x).reshape(b, h * w, c))
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y).reshape(b, h, w, c)
+
+
+class UNetBlock(nn.Module):
+    """Resnets, each followed by a transformer if the block has ``attentions``: the part that all blocks share.
+
+    ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
+    """
+
+    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None):
+        super().__init__()
+        temb_dim = 4 * config.block_out_channels[0]
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=eps, temb_dim=temb_dim) for i, o in channels]
+        if attention is not None:
+            heads, context_dim, depths = attention
+            dim = channels[-1][1]
+            self.attentions = [Transformer2DModel(config, dim, heads, context_dim, depth) for depth in depths]
+
+
+class DownBlock(UNetBlock):
+    """``DownBlock2D`` and ``CrossAttnDownBlock2D``: appends each of its maps to ``skips``."""
+
+    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
+        super().__init__(config, channels, attention)
+        if not last:
+            self.downsamplers = [Downsample2D(channels[-1][1])]
+
+    def __call__(self, x: mx.array, temb: mx.array, context: mx.array, skips: list[mx.array]) -> mx.array:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if "attentions" in self:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if "downsamplers" in self:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x
+
+
+class MidBlock(UNetBlock):
+    """``UNetMidBlock2DCrossAttn``, or the single resnet that pruned models keep of it (``UNetMidBlock2D``)."""
+
+    def __call__(self, x: mx.array, temb: mx.array, context: mx.array) -> mx.array:
+        x = self.resnets[0](x, temb)
+        if "attentions" in self:
+            x = self.resnets[1](self.attentions[0](x, context), temb)
+        return x
+
+
+class UpBlock(UNetBlock):
+    """``UpBlock2D`` and ``CrossAttnUpBlock2D``: takes one of ``skips`` for each resnet."""
+
+    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
+        super().__init__(config, channels, attention)
+        if not last:
+            self.upsamplers = [Upsample2D(channels[-1][1])]
+
+    def __call__(self, x: mx.array, temb: mx.array, context: mx.array, skips: list[mx.array]) -> mx.array:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
+            if "attentions" in self:
+                x = self.attentions[i](x, context)
+        if "upsamplers" in self:
+            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+        return x
+
+
+def _depths(layers: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Transformer layers of each of a block's ``count`` attentions."""
+    return layers if isinstance(layers, tuple) else (layers,) * count
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts the noise (or the velocity, or the image) in a noisy latent.
+
+    Args of the call:
+        x: the latent and its extra channels [B, h, w, in_channels], any h and w.
+        t: timesteps [B].
+        context: encoded prompt [B, M, cross_attention_dim].
+        text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
+        timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
+
+    Returns:
+        [B, h, w, out_channels] in the type of ``x``.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels = config.block_out_channels
+        temb_dim = 4 * channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
+        self.down_blocks = self._build_down(config)
+        if config.mid_block_type is not None:
+            self.mid_block = self._build_mid(config)
+        self.up_blocks = self._build_up(config)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    @staticmethod
+    def _build_down(config: UNetConfig) -> list[DownBlock]:
+        blocks, width = [], config.block_out_channels[0]
+        for i, (kind, out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
+            count = config.layers_per_block[i]
+            channels = [(width, out)] + [(out, out)] * (count - 1)
+            depths = _depths(config.transformer_layers_per_block[i], count)
+            attention = (config.num_attention_heads[i], config.cross_attention_dim[i], depths)
+            last = i == len(config.block_out_channels) - 1
+            blocks.append(DownBlock(config, channels, attention if kind.startswith("CrossAttn") else None, last))
+            width = out
+        return blocks
+
+    @staticmethod
+    def _build_mid(config: UNetConfig) -> MidBlock:
+        width = config.block_out_channels[-1]
+        if config.mid_block_type == "UNetMidBlock2D":
+            return MidBlock(config, [(width, width)], None)
+        depths = _depths(config.transformer_layers_per_block[-1], 1)[:1]
+        attention = (config.num_attention_heads[-1], config.cross_attention_dim[-1], depths)
+        return MidBlock(config, [(width, width)] * 2, attention)
+
+    @staticmethod
+    def _build_up(config: UNetConfig) -> list[UpBlock]:
+        """Skips come back in reverse: those of a block's own level first, the last from the next finer level."""
+        blocks, width = [], config.block_out_channels[-1]
+        reverse = config.block_out_channels[::-1]
+        for i, (kind, out) in enumerate(zip(config.up_block_types, reverse, strict=True)):
+            count = config.layers_per_block[-1 - i] + 1
+            finer = reverse[min(i + 1, len(reverse) - 1)]
+            skips = [out] * (count - 1) + [finer]
+            channels = [(before + skip, out) for before, skip in zip([width] + [out] * (count - 1), skips, strict=True)]
+            depths = _depths(config.reverse_transformer_layers_per_block[i], count)
+            attention = (config.num_attention_heads[-1 - i], config.cross_attention_dim[-1 - i], depths)
+            last = i == len(reverse) - 1
+            blocks.append(UpBlock(config, channels, attention if kind.startswith("CrossAttn") else None, last))
+            width = out
+        return blocks
+
+    def __call__(
+        self,
+        x: mx.array,
+        t: mx.array,
+        context: mx.array,
+        *,
+        text_time: tuple[mx.array, mx.array] | None = None,
+        timestep_cond: mx.array | None = None,
+    ) -> mx.array:
+        temb = self._embed_time(t, x.dtype, text_time, timestep_cond)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, context, skips)
+        if "mid_block" in self:
+            x = self.mid_block(x, temb, context)
+        for block in self.up_blocks:
+            x = block(x, temb, context, skips)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def _embed_time(self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None, cond: mx.array | None) -> mx.array:
+        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]]."""
+        config = self.config
+        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        temb = timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype)
+        temb = self.time_embedding(temb, cond)
+        if "add_embedding" in self:
+            if text_time is None:
+                raise ValueError("this UNet needs text_time = (pooled prompt, time ids)")
+            pooled, ids = text_time
+            sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
+            sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
+            temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
+        return temb

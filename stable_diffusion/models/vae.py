@@ -1,0 +1,142 @@
+"""The autoencoder between pixels and latents (Rombach et al. 2022), named as diffusers' ``AutoencoderKL``."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import AutoencoderConfig
+from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+
+_EPS = 1e-6  # of every GroupNorm in the autoencoder
+
+
+class SpatialAttention(Attention):
+    """Single-head self-attention over the positions of a feature map, normed and residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = GroupNorm(groups, channels, _EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, h, w, c = x.shape
+        return x + super().__call__(self.group_norm(x).reshape(b, h * w, c)).reshape(b, h, w, c)
+
+
+class AutoencoderBlock(nn.Module):
+    """A run of resnets, with an optional halving or doubling at its end."""
+
+    def __init__(self, channels: list[tuple[int, int]], groups: int, resample: str | None = None):
+        super().__init__()
+        self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=_EPS) for i, o in channels]
+        width = channels[-1][1]
+        if resample == "down":
+            self.downsamplers = [Downsample2D(width, pad_end=True)]
+        elif resample == "up":
+            self.upsamplers = [Upsample2D(width)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for name in ("downsamplers", "upsamplers"):
+            if name in self:
+                x = self[name][0](x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Two resnets around an attention at the smallest size."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        width, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.resnets = [ResnetBlock2D(width, width, groups=groups, eps=_EPS) for _ in range(2)]
+        if config.mid_block_add_attention:
+            self.attentions = [SpatialAttention(width, groups)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.resnets[0](x)
+        if "attentions" in self:
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Pixels [B, H, W, 3] -> mean and log variance of the latent [B, h, w, 2 * latent_channels]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = []
+        for i, (before, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            channels = [(before, out)] + [(out, out)] * (config.layers_per_block - 1)
+            self.down_blocks.append(AutoencoderBlock(channels, groups, "down" if i < len(widths) - 1 else None))
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, h, w, latent_channels] -> pixels [B, H, W, 3]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = []
+        for i, (before, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            channels = [(before, out)] + [(out, out)] * config.layers_per_block
+            self.up_blocks.append(AutoencoderBlock(channels, groups, "up" if i < len(widths) - 1 else None))
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Pixels in [-1, 1] <-> latents in the UNet's scale (multiplied by ``scaling_factor``)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.latent_channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Linear(2 * config.latent_channels, 2 * config.latent_channels)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
+
+    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Pixels [B, H, W, 3] -> (mean, log variance) of the latent, each [B, H / 8, W / 8, 4].
+
+        Both are in the UNet's scale, so ``mean + exp(logvar / 2) * noise`` is a sample of the posterior.
+        """
+        moments = self.encoder(x)
+        if "quant_conv" in self:
+            moments = self.quant_conv(moments)
+        mean, logvar = mx.split(moments, 2, axis=-1)
+        scale = self.config.scaling_factor
+        # The variance is bounded as in training: e^-30 ... e^20.
+        return mean * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(mx.array(scale, dtype=mean.dtype))
+
+    def decode(self, z: mx.array) -> mx.array:
+        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
+        z = z / self.config.scaling_factor
+        if "post_quant_conv" in self:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Round trip of pixels through the mean of their latent."""
+        return self.decode(self.encode(x)[0])

@@ -1,0 +1,91 @@
+"""A component's config and tensors -> a module, strictly: every tensor is used, every parameter is filled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..config import AutoencoderConfig, CLIPTextConfig, UNetConfig
+from ..models.clip import CLIPTextModel
+from ..models.unet import UNet2DConditionModel
+from ..models.vae import AutoencoderKL
+from .files import Component, read_tensors
+from .keys import canonical
+from .quantize import quantize
+
+_ARCHITECTURES: dict[str, tuple[type, type]] = {
+    "unet": (UNetConfig, UNet2DConditionModel),
+    "vae": (AutoencoderConfig, AutoencoderKL),
+    "text_encoder": (CLIPTextConfig, CLIPTextModel),
+    "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
+}
+
+
+def build(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """The module of a component, with lazy random parameters: nothing is allocated until they are evaluated."""
+    config_class, module_class = _ARCHITECTURES[name]
+    return module_class(config_class.from_dict(config))
+
+
+def load_component(component: Component, dtype: mx.Dtype = mx.float32, quantization: tuple[int, int] | None = None) -> nn.Module:
+    """Build a component and give it its weights.
+
+    Args:
+        component: the config and the files.
+        dtype: the type its floating-point weights are cast to.
+        quantization: (bits, group size), or None to keep the weights as they are.
+
+    Weights stay lazy: they are read when first needed, or here, matrix by matrix, when they are quantized.
+    Raises ValueError that lists every missing, unexpected and misshapen tensor.
+    """
+    files = ", ".join(str(f) for f in component.files)
+    try:
+        module = build(component.name, component.config)
+        fill(module, read_tensors(component), dtype)
+    except ValueError as error:
+        raise ValueError(f"{component.name} ({files}): {error}") from error
+    if quantization is not None:
+        quantize(module, *quantization)
+    return module.eval()
+
+
+def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> None:
+    """Give ``module`` the ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError lists all that does not fit.
+
+    A 4-D weight goes from [out, in, h, w] to [out, h, w, in]; where the parameter is a matrix, a 1×1 convolution's
+    weight is flattened to one.
+    """
+    shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
+    given = canonical(dict(tensors))
+    missing = sorted(shapes.keys() - given.keys())
+    extra = sorted(given.keys() - shapes.keys())
+    laid_out = {name: _lay_out(given[name], len(shape)) for name, shape in shapes.items() if name in given}
+    misshapen = [
+        f"{name} {tuple(given[name].shape)} instead of {_as_stored(given[name], shapes[name])}"
+        for name, value in laid_out.items()
+        if value.shape != shapes[name]
+    ]
+    kinds = (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+    problems = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds if names]
+    if problems:
+        raise ValueError(f"the weights do not fit the config: {'; '.join(problems)}")
+    if dtype is not None:
+        laid_out = {n: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v for n, v in laid_out.items()}
+    module.update(tree_unflatten(list(laid_out.items())))
+
+
+def _lay_out(value: mx.array, ndim: int) -> mx.array:
+    if value.ndim == 4:
+        value = value.transpose(0, 2, 3, 1)
+        if ndim == 2 and value.shape[1:3] == (1, 1):
+            value = value.reshape(value.shape[0], -1)
+    return value
+
+
+def _as_stored(value: mx.array, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a file should have had, in the layout of files."""
+    if len(shape) == 4:
+        return (shape[0], shape[3], shape[1], shape[2])
+    return (*shape, 1, 1) if value.ndim == 4 else tuple(shape)

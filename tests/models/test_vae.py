@@ -1,0 +1,72 @@
+"""The autoencoder against diffusers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL as Oracle
+
+from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, tensors, twin
+from stable_diffusion.config import AutoencoderConfig
+from stable_diffusion.models.vae import AutoencoderKL
+from stable_diffusion.weights.load import fill
+
+SD = {
+    "block_out_channels": [16, 32, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+CONFIGS = {
+    "sd": SD,
+    "xl": SD | {"scaling_factor": 0.13025, "force_upcast": True},
+    "no-quant-conv": SD | {"use_quant_conv": False, "use_post_quant_conv": False},
+    "no-attention": SD | {"mid_block_add_attention": False, "layers_per_block": 1},
+}
+
+
+def pair(config: dict) -> tuple[AutoencoderKL, Oracle]:
+    torch.manual_seed(0)
+    oracle = perturb(Oracle(**config))
+    return twin(AutoencoderKL(AutoencoderConfig.from_dict(config)), oracle), oracle
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers(name):
+    ours, oracle = pair(CONFIGS[name])
+    factor = oracle.config.scaling_factor
+    for i, scale in enumerate(SCALES):
+        x = normal(i + 1, 16, 40, 3, seed=i, scale=scale)
+        posterior = oracle.encode(nchw(x)).latent_dist
+        mean, logvar = ours.encode(mx.array(x))
+        assert relative_error(mean, nhwc(posterior.mean) * factor) <= 1e-4
+        assert relative_error(mx.exp(logvar / 2), nhwc(posterior.std) * factor) <= 1e-4
+        z = normal(i + 1, 3, 5, 4, seed=i, scale=scale)
+        assert relative_error(ours.decode(mx.array(z)), nhwc(oracle.decode(nchw(z) / factor).sample)) <= 1e-4
+
+
+def test_sizes_that_are_no_multiple_of_eight_are_cut_like_diffusers():
+    ours, oracle = pair(SD)
+    x = normal(1, 35, 52, 3)
+    assert relative_error(ours.encode(mx.array(x))[0], nhwc(oracle.encode(nchw(x)).latent_dist.mean) * 0.18215) <= 1e-4
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+def test_attention_names_of_old_files(as_convolution):
+    ours, oracle = pair(SD)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, value in tensors(oracle).items():
+        for new, legacy in names.items():
+            if f"attentions.0.{new}." in name:
+                name = name.replace(new, legacy)
+                if as_convolution and value.ndim == 2:
+                    value = value[:, :, None, None]
+        old[name] = value
+    assert any("proj_attn" in name for name in old)
+    again = AutoencoderKL(AutoencoderConfig.from_dict(SD))
+    fill(again, old)
+    z = mx.array(normal(1, 2, 2, 4))
+    assert np.array_equal(again.decode(z), ours.decode(z))
