@@ -1,0 +1,125 @@
+"""Small random checkpoints in the true layouts, written by diffusers itself, and the runs that they are compared in."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+from configs import UNETS
+from models.test_vae import SD as VAE
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from oracle import nchw, perturb
+
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def write_vocabulary(folder: Path, pad_token: str = "<|endoftext|>") -> Path:
+    """A real byte-level vocabulary with a few merges, in the files that a tokenizer folder has."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    merges = ["r e", "re d</w>", "c a", "ca t</w>", "t h", "th e</w>", "o n</w>", "i n", "b l", "bl u", "blu e</w>", "a n</w>"]
+    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = pad_token
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+    )
+    return folder
+
+
+def _tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(write_vocabulary(folder, pad_token))
+
+
+def _encoder(tokenizer: CLIPTokenizer, hidden: int, projection: int | None = None, act: str = "quick_gelu"):
+    config = CLIPTextConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        hidden_act=act,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=projection or 512,
+    )
+    return perturb((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), seed=1)
+
+
+def make(folder: Path, family: str, scheduler: diffusers.SchedulerMixin, **pipeline_options) -> diffusers.DiffusionPipeline:
+    """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object."""
+    torch.manual_seed(0)
+    xl = family in ("xl", "refiner", "ssd-1b")
+    parts = {
+        "unet": perturb(diffusers.UNet2DConditionModel(**UNETS[family]), seed=2),
+        "vae": perturb(diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025 if xl else 0.18215), seed=3),
+        "scheduler": scheduler,
+    }
+    vocabulary = folder.parent / f"{folder.name}-vocabulary"
+    if family == "refiner":
+        second = _tokenizer(vocabulary / "2", "!")
+        parts |= {"tokenizer": None, "text_encoder": None, "tokenizer_2": second}
+        parts["text_encoder_2"] = _encoder(second, 64, projection=32, act="gelu")
+        pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, **pipeline_options)
+    elif xl:
+        first, second = _tokenizer(vocabulary / "1", "<|endoftext|>"), _tokenizer(vocabulary / "2", "!")
+        parts |= {"tokenizer": first, "text_encoder": _encoder(first, 32), "tokenizer_2": second}
+        parts["text_encoder_2"] = _encoder(second, 32, projection=32, act="gelu")
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, **pipeline_options)
+    else:
+        first = _tokenizer(vocabulary / "1", "!" if family.startswith("sd2") else "<|endoftext|>")
+        parts |= {"tokenizer": first, "text_encoder": _encoder(first, 32), "safety_checker": None}
+        parts["feature_extractor"] = None
+        pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    for name in ("1", "2"):  # the vocabulary in the files that Hub repositories hold
+        target = folder / ("tokenizer" if name == "1" else "tokenizer_2")
+        if target.exists():
+            shutil.rmtree(target)
+            shutil.copytree(vocabulary / name, target)
+    return pipe
+
+
+class Recorder:
+    """Runs a diffusers pipeline with injected noise and keeps every step's latents, in variance-preserving scale."""
+
+    def __init__(self, pipe: diffusers.DiffusionPipeline, noise: np.ndarray | None = None):
+        self.pipe, self.noise, self.steps = pipe, noise, []
+        self._drawn = 0
+
+    def _draw(self, shape, **_):
+        value = nchw(self.noise[self._drawn])
+        self._drawn += 1
+        assert tuple(value.shape) == tuple(shape)
+        return value
+
+    def _keep(self, pipe, index, timestep, kwargs):
+        scheduler, latents = pipe.scheduler, kwargs["latents"]
+        scaled = hasattr(scheduler, "is_scale_input_called")
+        factor = (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5 if scaled else 1.0
+        self.steps.append((latents / factor).numpy().transpose(0, 2, 3, 1))
+        return {}
+
+    def __call__(self, **kwargs) -> np.ndarray:
+        """Images [n, H, W, 3] in [0, 1]; ``steps`` holds the latents [n, h, w, 4]."""
+        module = type(self.pipe.scheduler).__module__
+        patches = [mock.patch(f"{module}.randn_tensor", self._draw)] if self.noise is not None else []
+        for patch in patches:
+            patch.start()
+        try:
+            return self.pipe(**kwargs, output_type="np", callback_on_step_end=self._keep).images
+        finally:
+            for patch in patches:
+                patch.stop()
