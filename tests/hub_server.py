@@ -1,0 +1,235 @@
+"""A loopback server that speaks as much of the Hub's protocol as its client needs, and small checkpoints to serve."""
+
+import hashlib
+import json
+import re
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mlx.core as mx
+
+SD_PARTS = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+}
+XL_PARTS = SD_PARTS | {
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
+    ("text_encoder", "text_encoder_2", "safety_checker"), "model"
+)
+
+
+def safetensors(**tensors: mx.array) -> bytes:
+    """The bytes of a safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "it.safetensors"
+        mx.save_safetensors(str(path), tensors)
+        return path.read_bytes()
+
+
+def checkpoint_files(
+    *,
+    pipeline: str = "StableDiffusionPipeline",
+    parts: dict = SD_PARTS,
+    halves: tuple[str, ...] = ("",),
+    mark: float = 1.0,
+) -> dict[str, bytes]:
+    """A minimal checkpoint in diffusers layout, as {file name: bytes}.
+
+    No two files are equal, because the cache downloads equal files once.
+
+    Args:
+        halves: the weight files of each network: "" for float32, ".fp16" for float16.
+        mark: the value of every weight, to tell checkpoints apart.
+    """
+    files = {"model_index.json": to_json({"_class_name": pipeline, "requires_safety_checker": True, **parts})}
+    for part, (_, cls) in parts.items():
+        if cls is None:
+            continue
+        if part.startswith("tokenizer"):
+            names = ("vocab.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+            files |= {f"{part}/{name}": to_json({part: name}) for name in names}
+            files[f"{part}/merges.txt"] = f"#version: {part}\n".encode()
+        elif part == "scheduler":
+            files["scheduler/scheduler_config.json"] = to_json({"_class_name": cls, "num_train_timesteps": 1000})
+        elif part == "feature_extractor":
+            files[f"{part}/preprocessor_config.json"] = b"{}"
+        else:
+            files[f"{part}/config.json"] = to_json({"_class_name": cls, "part": part})
+            for half in halves:
+                weight = mx.full((16, 16), mark, dtype=mx.float16 if half else mx.float32)
+                files[f"{part}/{STEMS[part]}{half}.safetensors"] = safetensors(**{f"{part}.weight": weight})
+            files[f"{part}/{STEMS[part]}.bin"] = b"pickle"
+    return files | {"README.md": b"# A model\n", "v1-5-pruned.safetensors": b"a single file\n"}
+
+
+def shard(files: dict[str, bytes], part: str, half: str = "") -> dict[str, bytes]:
+    """The same checkpoint with the weights of one network in two shards and an index."""
+    stem = f"{part}/{STEMS[part]}"
+    files = {name: data for name, data in files.items() if name != f"{stem}{half}.safetensors"}
+    shards = [f"{STEMS[part]}{half}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(shards):
+        files[f"{part}/{name}"] = safetensors(**{f"weight_{i}": mx.full((4,), float(i))})
+    index = {"metadata": {}, "weight_map": {f"weight_{i}": name for i, name in enumerate(shards)}}
+    return files | {f"{stem}.safetensors.index{half}.json": to_json(index)}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def to_json(value: dict) -> bytes:
+    return json.dumps(value).encode()
+
+
+class Hub:
+    """The server, as a context manager. Set its attributes to make it misbehave; read `requests` to see what was asked.
+
+    Attributes:
+        repos: {repository: {revision: files}}; a revision also answers to its commit.
+        locked: {repository: (status, X-Error-Code or None)} that requests about it are answered with. The code
+            "GatedRepo" leaves the list of its files public, as the Hub does.
+        cuts: {file name: how often its body still breaks off in the middle}.
+        ignores_range: answer a request for the rest of a file with all of it.
+        delay: seconds before each answer.
+        requests: (method, path, headers) of each request, in order.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.locked: dict[str, tuple[int, str | None]] = {}
+        self.cuts: dict[str, int] = {}
+        self.ignores_range = False
+        self.delay = 0.0
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+
+    def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
+        self.repos.setdefault(repo, {})[revision] = files
+
+    def fetched(self) -> list[str]:
+        """The names of the files whose contents were asked for, sorted."""
+        return sorted(
+            path.split("/resolve/")[1].partition("/")[2]
+            for method, path, _ in self.requests
+            if method == "GET" and "/resolve/" in path
+        )
+
+    @staticmethod
+    def commit(files: dict[str, bytes]) -> str:
+        return hashlib.sha1(b"".join(name.encode() + data for name, data in sorted(files.items()))).hexdigest()
+
+    def files(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        revisions = self.repos[repo]
+        return revisions.get(revision) or next((f for f in revisions.values() if self.commit(f) == revision), None)
+
+    def __enter__(self) -> "Hub":
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False  # a client that was killed may have left a connection open
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.hub.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
+        time.sleep(self.hub.delay)
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if match := re.fullmatch(r"api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
+            repo, what, revision = match.groups()
+            self.about(repo, what, revision or "main")
+        elif match := re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(*match.groups())
+        else:
+            self.answer(404)
+
+    do_HEAD = do_GET
+
+    def about(self, repo: str, what: str | None, revision: str) -> None:
+        """Answer a question about a repository: the list of its files, or its commit."""
+        if (files := self.checked(repo, revision)) is None:
+            return
+        if what == "tree":
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+        else:
+            info = {"id": repo, "sha": self.hub.commit(files), "siblings": [{"rfilename": name} for name in files]}
+            self.answer(200, to_json(info), {"Content-Type": "application/json"})
+
+    def file(self, repo: str, revision: str, name: str) -> None:
+        """Answer with a file, or the rest of it."""
+        if (files := self.checked(repo, revision)) is None:
+            return
+        about = {"X-Repo-Commit": self.hub.commit(files), "Accept-Ranges": "bytes"}
+        if name not in files:
+            self.answer(404, b"", about | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
+            return
+        data, status = files[name], 200
+        about |= {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and not self.hub.ignores_range:
+            start = int(wanted[1])
+            about["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data, status = data[start:], 206
+        cut = self.command == "GET" and self.hub.cuts.get(name, 0) > 0
+        self.hub.cuts[name] = self.hub.cuts.get(name, 0) - cut
+        self.answer(status, data, about, cut=cut)
+
+    def checked(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """The files of a revision; None when the request was answered with an error instead."""
+        status, code = self.hub.locked.get(repo, (None, None))
+        if status and not (code == "GatedRepo" and self.path.startswith("/api/")):
+            self.answer(status, b"", {"X-Error-Code": code} if code else {})
+        elif repo not in self.hub.repos:
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif (files := self.hub.files(repo, revision)) is None:
+            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        else:
+            return files
+        return None
+
+    def answer(self, status: int, data: bytes = b"", headers: dict | None = None, cut: bool = False) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

@@ -1,0 +1,384 @@
+"""Local checkpoints: what is read from a folder, what is refused, and files that are not what they claim."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from stable_diffusion import catalog
+from stable_diffusion.weights.files import Component, open_checkpoint, read_tensors
+from tests.hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def files():
+    return checkpoint_files()
+
+
+def refused(model, **options) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        open_checkpoint(model, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_folder_is_read(tmp_path, files):
+    write(tmp_path, files)
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.name, checkpoint.folder) == (str(tmp_path), tmp_path)
+    assert checkpoint.pipeline == checkpoint.index["_class_name"] == "StableDiffusionPipeline"
+    assert checkpoint.scheduler == {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000}
+    assert checkpoint.tokenizers == {"tokenizer": tmp_path / "tokenizer"}
+    assert list(checkpoint.components) == ["unet", "vae", "text_encoder"]
+    unet = checkpoint.components["unet"]
+    assert unet == Component(
+        "unet",
+        {"_class_name": "UNet2DConditionModel", "part": "unet"},
+        (tmp_path / "unet/diffusion_pytorch_model.safetensors",),
+    )
+    assert (checkpoint.steps, checkpoint.guidance) == (50, 7.5)
+
+
+def test_xl_and_refiner(tmp_path):
+    write(tmp_path, checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
+    base = open_checkpoint(tmp_path)
+    assert list(base.components) == ["unet", "vae", "text_encoder", "text_encoder_2"]
+    assert list(base.tokenizers) == ["tokenizer", "tokenizer_2"]
+    assert (base.steps, base.guidance) == (50, 5.0)
+    parts = XL_PARTS | {"text_encoder": [None, None], "tokenizer": [None, None]}
+    write(tmp_path / "refiner", checkpoint_files(pipeline="StableDiffusionXLImg2ImgPipeline", parts=parts))
+    refiner = open_checkpoint(tmp_path / "refiner")
+    assert list(refiner.components) == ["unet", "vae", "text_encoder_2"]
+    assert list(refiner.tokenizers) == ["tokenizer_2"]
+
+
+@pytest.mark.parametrize(
+    ("halves", "float16", "expected"),
+    [
+        (("", ".fp16"), False, ""),
+        (("", ".fp16"), True, ".fp16"),
+        (("",), True, ""),
+        ((".fp16",), False, ".fp16"),
+    ],
+)
+def test_precision(tmp_path, halves, float16, expected):
+    write(tmp_path, checkpoint_files(halves=halves))
+    components = open_checkpoint(tmp_path, float16=float16).components
+    assert [path.name for path in components["unet"].files] == [f"diffusion_pytorch_model{expected}.safetensors"]
+    assert [path.name for path in components["text_encoder"].files] == [f"model{expected}.safetensors"]
+
+
+def test_either_name_of_a_weight_file(tmp_path, files):
+    swapped = {
+        "unet/diffusion_pytorch_model": "unet/model",
+        "text_encoder/model": "text_encoder/diffusion_pytorch_model",
+    }
+    for old, new in swapped.items():
+        files[f"{new}.safetensors"] = files.pop(f"{old}.safetensors")
+    components = open_checkpoint(write(tmp_path, files)).components
+    assert [path.name for path in components["unet"].files] == ["model.safetensors"]
+    assert [path.name for path in components["text_encoder"].files] == ["diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("half", ["", ".fp16"])
+def test_shards(tmp_path, half):
+    write(tmp_path, shard(checkpoint_files(halves=(half,)), "unet", half))
+    unet = open_checkpoint(tmp_path).components["unet"]
+    assert len(unet.files) == 2
+    tensors = read_tensors(unet)
+    assert {name: tensor[0].item() for name, tensor in tensors.items()} == {"weight_0": 0.0, "weight_1": 1.0}
+    unet.files[1].unlink()
+    assert unet.files[1].name in refused(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], {"a": 1}, {"a": "../b.safetensors"}, {"a": "b.bin"}, {"a": "/b"}])
+def test_bad_index_of_shards(tmp_path, files, weight_map):
+    files = shard(files, "unet")
+    files["unet/diffusion_pytorch_model.safetensors.index.json"] = to_json({"weight_map": weight_map})
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in refused(write(tmp_path, files))
+
+
+def test_scheduler_class_may_stand_in_the_index_only(tmp_path, files):
+    files["scheduler/scheduler_config.json"] = b"{}"
+    assert open_checkpoint(write(tmp_path, files)).scheduler == {"_class_name": "PNDMScheduler"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "text_encoder/config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    ],
+)
+def test_missing_file_is_named(tmp_path, files, name):
+    del files[name]
+    assert f"has no {name}" in refused(write(tmp_path, files))
+
+
+def test_missing_weights_are_named(tmp_path, files):
+    del files["vae/diffusion_pytorch_model.safetensors"]
+    assert "only as vae/diffusion_pytorch_model.bin, a Python pickle" in refused(write(tmp_path / "a", files))
+    del files["vae/diffusion_pytorch_model.bin"]
+    assert "vae/diffusion_pytorch_model.safetensors is missing" in refused(write(tmp_path / "b", files))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_bad_json_is_named(tmp_path, files, name, content):
+    assert f"{tmp_path / name} is damaged (" in refused(write(tmp_path, files | {name: content}))
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "PixArtAlphaPipeline",
+        "KandinskyV22Pipeline",
+        "WanPipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableDiffusionLatentUpscalePipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionGLIGENPipeline",
+        None,
+        ["StableDiffusionPipeline"],
+    ],
+)
+def test_unsupported_pipeline_is_refused_by_name(tmp_path, pipeline):
+    message = refused(write(tmp_path, checkpoint_files(pipeline=pipeline)))
+    assert f"is a {pipeline}, which is not supported" in message
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInpaintPipelineLegacy",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    ],
+)
+def test_supported_pipelines(tmp_path, pipeline):
+    assert open_checkpoint(write(tmp_path, checkpoint_files(pipeline=pipeline))).pipeline == pipeline
+
+
+@pytest.mark.parametrize(
+    ("part", "cls"),
+    [
+        ("unet", "SD3Transformer2DModel"),
+        ("vae", "AutoencoderKLWan"),
+        ("text_encoder", "T5EncoderModel"),
+        ("tokenizer", "T5Tokenizer"),
+    ],
+)
+def test_unsupported_part_is_refused_by_name(tmp_path, part, cls):
+    message = refused(write(tmp_path, checkpoint_files(parts=SD_PARTS | {part: ["library", cls]})))
+    assert f"has a {part} of class {cls}; supported is " in message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+@pytest.mark.parametrize("entry", [[None, None], [], None, "absent"])
+def test_part_that_the_index_leaves_out(tmp_path, files, part, entry):
+    index = json.loads(files["model_index.json"]) | {part: entry}
+    if entry == "absent":
+        del index[part]
+    files["model_index.json"] = to_json(index)
+    assert f"its model_index.json names no {part}" in refused(write(tmp_path, files))
+
+
+# --- names and paths ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["./none", "../none", "/none/none", "~/none", "~nobody-here/none"])
+def test_path_that_is_not_there(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"{model}: no such folder" in refused(model)
+
+
+def test_path_object_is_never_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no such folder" in refused(Path("sdxl"))
+
+
+def test_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "is a file" in refused(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", ["", "sdx", "a/b/c", "\0", "x" * 5000])
+def test_unknown_name(model):
+    assert "unknown model" in refused(model)
+
+
+def test_relative_folder_and_home(tmp_path, monkeypatch, files):
+    write(tmp_path / "models" / "mine", files)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for model in ("models/mine", "./models/mine", "~/models/mine"):
+        assert open_checkpoint(model).name == model
+    monkeypatch.chdir(tmp_path / "models" / "mine")
+    assert open_checkpoint(".").folder == Path(".")
+
+
+def test_alias_wins_over_a_folder_that_is_no_checkpoint(tmp_path, monkeypatch, files):
+    write(tmp_path / "bundled", files)
+    monkeypatch.setitem(catalog.ALIASES, "tiny", catalog.Entry(folder=tmp_path / "bundled", steps=20, guidance=4.0))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    checkpoint = open_checkpoint("tiny")
+    assert checkpoint.folder == tmp_path / "bundled"
+    assert (checkpoint.steps, checkpoint.guidance) == (20, 4.0)
+    write(tmp_path / "tiny", files)
+    assert open_checkpoint("tiny").folder == Path("tiny")
+
+
+def test_revision_is_for_the_hub(tmp_path, files):
+    assert "has no revision 'v1'" in refused(write(tmp_path, files), revision="v1")
+
+
+def test_folder_needs_no_hub_client(tmp_path, files):
+    write(tmp_path, files)
+    program = """
+import sys
+from stable_diffusion.weights.files import open_checkpoint, read_tensors
+read_tensors(open_checkpoint(sys.argv[1]).components["unet"])
+assert "huggingface_hub" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, timeout=60)
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+def component(path: Path, *contents: bytes) -> Component:
+    files = tuple(path / f"{i}.safetensors" for i in range(len(contents)))
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    return Component("unet", {}, files)
+
+
+def test_tensors_are_read_as_they_are(tmp_path):
+    expected = {
+        "a.weight": mx.arange(6, dtype=mx.float32).reshape(2, 3),
+        "b": mx.array([1.5, -2.0], dtype=mx.float16),
+        "c": mx.array([0.25], dtype=mx.bfloat16),
+        "ids": mx.array([[1, 2]], dtype=mx.int64),
+        "flag": mx.array([True, False]),
+        "scalar": mx.array(3.0),
+        "empty": mx.zeros((0, 4)),
+    }
+    tensors = read_tensors(component(tmp_path, safetensors(**expected)))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape
+        assert mx.array_equal(tensors[name], tensor)
+
+
+def test_tensor_in_two_files(tmp_path):
+    part = component(tmp_path, safetensors(a=mx.zeros(2), b=mx.zeros(2)), safetensors(b=mx.zeros(2)))
+    with pytest.raises(ValueError, match=r"1\.safetensors repeats tensors of another file of unet: b"):
+        read_tensors(part)
+
+
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "F16", "shape": [4], "data_offsets": [24, 32]},
+}
+
+
+def file_of(header: object, data: int = 32, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(data)
+
+
+def changed(tensor: str = "b", **values: object) -> dict:
+    return GOOD | {tensor: GOOD[tensor] | values}
+
+
+def test_the_file_before_it_is_damaged(tmp_path):
+    tensors = read_tensors(component(tmp_path, file_of({"__metadata__": {"format": "pt"}, **GOOD})))
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {"a": (2, 3), "b": (4,)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "empty file": b"",
+        "shorter than the length": b"\0\0\0",
+        "length only": struct.pack("<Q", 10),
+        "header of no bytes": file_of(b""),
+        "header longer than the file": file_of(GOOD, length=10_000),
+        "header of 2^63 bytes": file_of(GOOD, length=1 << 63),
+        "header cut short": file_of(GOOD, length=20),
+        "header not JSON": file_of(b"x" * 50),
+        "header not UTF-8": file_of(b"\xff" * 50),
+        "header a list": file_of([GOOD]),
+        "header nested without end": file_of(b"[" * 100_000),
+        "a page of HTML": b"<!DOCTYPE html><html><body>404</body></html>",
+        "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3438167534\n",
+        "a zip": b"PK\x03\x04" + bytes(100),
+        "zeros": bytes(1000),
+        "data cut short": file_of(GOOD, data=31),
+        "no data": file_of(GOOD, data=0),
+        "data too long": file_of(GOOD, data=33),
+        "tensor not an object": file_of(GOOD | {"b": 3}),
+        "no dtype": file_of(GOOD | {"b": {"shape": [4], "data_offsets": [24, 32]}}),
+        "no offsets": file_of(GOOD | {"b": {"dtype": "F16", "shape": [4]}}),
+        "one offset": file_of(changed(data_offsets=[24])),
+        "offsets not numbers": file_of(changed(data_offsets=["x", None])),
+        "offsets endless": file_of(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}'),
+        "end past the file": file_of(changed(data_offsets=[24, 40])),
+        "begin past the file": file_of(changed(data_offsets=[1 << 40, (1 << 40) + 8])),
+        "negative offset": file_of(changed("a", data_offsets=[-24, 0])),
+        "end before begin": file_of(changed(data_offsets=[32, 24])),
+        "overlap": file_of(changed(data_offsets=[16, 24])),
+        "hole": file_of(changed("a", shape=[2], data_offsets=[0, 8])),
+        "shape too large": file_of(changed(shape=[5])),
+        "shape too small": file_of(changed(shape=[3])),
+        "shape beyond 64 bits": file_of(changed(shape=[1 << 62, 1 << 62])),
+        "negative shape": file_of(changed(shape=[-2, -2])),
+        "shape not a list": file_of(changed(shape=4)),
+        "shape of text": file_of(changed(shape=["x"])),
+        "dtype of another size": file_of(changed(dtype="F32")),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_damaged_file(tmp_path, content):
+    part = component(tmp_path, content[1])
+    with pytest.raises(ValueError) as caught:
+        read_tensors(part)
+    message = str(caught.value)
+    assert message.startswith(f"{part.files[0]} is damaged (") and "\n" not in message
+    assert message.endswith(f"delete {part.files[0].resolve()} and get it again")
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "F8_E5M2", "Q4", ["F16"]])
+def test_type_that_mlx_does_not_read(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"holds b as .*, which this library does not read: save it as F16 or F32"):
+        read_tensors(component(tmp_path, file_of(changed(dtype=dtype))))
+
+
+def test_every_cut_of_a_real_file_is_found(tmp_path):
+    whole = safetensors(a=mx.ones((3, 5)), b=mx.ones(7, dtype=mx.float16))
+    for length in range(len(whole)):
+        with pytest.raises(ValueError, match="is damaged"):
+            read_tensors(component(tmp_path, whole[:length]))
+    assert read_tensors(component(tmp_path, whole)).keys() == {"a", "b"}
