@@ -118,6 +118,20 @@ class StableDiffusion:
         size = self._unet_config.sample_size or 64
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of an image for one position of its latent, in each direction: 8 for the published models."""
+        return self._scale
+
+    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0) -> int:
+        """How many latents a run yields: ``num_steps`` (None: the model's default), of which an image takes its share.
+
+        That share is rounded down as diffusers does, but it is at least one step while ``strength`` is above 0.
+        """
+        count = self.default_steps if num_steps is None else num_steps
+        # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
+        return min(count, max(math.floor(count * strength + 1e-9), int(strength > 0)))
+
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
         mx.eval([getattr(self, encoder).parameters() for _, encoder in self._encoders])
@@ -209,7 +223,7 @@ class StableDiffusion:
         added to the image.
         """
         pixels = mx.array(to_array(image.convert("RGB")) if hasattr(image, "convert") else image, dtype=mx.float32)
-        unit = self._scale
+        unit = self.pixels_per_latent
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.shape[0] % unit or pixels.shape[1] % unit:
             raise ValueError(f"image of shape {pixels.shape} must be [H, W, 3] with sides that are multiples of {unit}")
         if not 0 <= strength <= 1:
@@ -247,9 +261,7 @@ class StableDiffusion:
             raise ValueError(f"n_images {n_images} must be at least 1")
         chosen = find_sampler(self.sampler if sampler is None else sampler)
         steps = self.schedule.steps(self.default_steps if num_steps is None else num_steps, chosen.grid, spacing)
-        if strength < 1:
-            # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
-            steps = steps.last(min(len(steps), max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))))
+        steps = steps.last(self.number_of_steps(len(steps), strength))
         return _Run(
             steps=steps,
             sampler=chosen,
@@ -280,7 +292,9 @@ class StableDiffusion:
         if not len(run.steps):
             yield x
             return
-        conditioning, negative = self._condition(run, size, text, negative_text, clip_skip, micro or MicroConditioning())
+        conditioning, negative = self._condition(
+            run, size, text, negative_text, clip_skip, micro or MicroConditioning()
+        )
         denoise = denoiser(self.unet, self.schedule, run.steps, self.dtype, conditioning, negative, run.guidance)
         noise = run.noise or _step_noise(run.seed)
         sigmas = run.steps.sigmas
@@ -345,7 +359,7 @@ class StableDiffusion:
         """Add XL's time ids; other models have none."""
         if not self._is_xl:
             return conditioning
-        pixels = tuple(self._scale * side for side in size)
+        pixels = tuple(self.pixels_per_latent * side for side in size)
         last = (score,) if self._scores_aesthetics else micro.target_size or pixels
         ids = mx.array([[*(micro.original_size or pixels), *micro.crop, *last]], dtype=mx.float32)
         return Conditioning(conditioning.context, conditioning.pooled, ids)

@@ -8,10 +8,10 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
-from configs import UNETS
-from models.test_vae import SD as VAE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from configs import UNETS
+from models.test_vae import SD as VAE
 from oracle import nchw, perturb
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -22,7 +22,20 @@ def write_vocabulary(folder: Path, pad_token: str = "<|endoftext|>") -> Path:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    merges = ["r e", "re d</w>", "c a", "ca t</w>", "t h", "th e</w>", "o n</w>", "i n", "b l", "bl u", "blu e</w>", "a n</w>"]
+    merges = [
+        "r e",
+        "re d</w>",
+        "c a",
+        "ca t</w>",
+        "t h",
+        "th e</w>",
+        "o n</w>",
+        "i n",
+        "b l",
+        "bl u",
+        "blu e</w>",
+        "a n</w>",
+    ]
     tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +70,9 @@ def _encoder(tokenizer: CLIPTokenizer, hidden: int, projection: int | None = Non
     return perturb((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), seed=1)
 
 
-def make(folder: Path, family: str, scheduler: diffusers.SchedulerMixin, **pipeline_options) -> diffusers.DiffusionPipeline:
+def make(
+    folder: Path, family: str, scheduler: diffusers.SchedulerMixin, **pipeline_options
+) -> diffusers.DiffusionPipeline:
     """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object."""
     torch.manual_seed(0)
     xl = family in ("xl", "refiner", "ssd-1b")

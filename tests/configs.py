@@ -37,7 +37,8 @@ UNETS = {
     "depth": _SD2 | {"in_channels": 5},
     "pix2pix": _SD1 | {"in_channels": 8},
     "lcm": _SD1 | {"time_cond_proj_dim": 12},
-    "lists": _SD1 | {"layers_per_block": [1, 2, 3], "cross_attention_dim": [32, 32, 32], "transformer_layers_per_block": 1},
+    "lists": _SD1
+    | {"layers_per_block": [1, 2, 3], "cross_attention_dim": [32, 32, 32], "transformer_layers_per_block": 1},
     "no-mid": _SD1 | {"mid_block_type": None},
     "shift": _SD1 | {"flip_sin_to_cos": False, "freq_shift": 1},
     "xl": _XL,

@@ -459,6 +459,12 @@ def test_save(tmp_path, name):
     assert error.max() == 0 if name.lower().endswith("png") else error.mean() < 2
 
 
+def test_a_jpeg_keeps_its_colours_sharp(tmp_path):
+    stripes = Image.fromarray(np.tile(np.array([RED, BLUE], np.uint8), (32, 16, 1)))
+    save(stripes, tmp_path / "a.jpg")  # halved chroma would make every column purple
+    assert np.abs(pixels(open_image(tmp_path / "a.jpg")) - pixels(stripes)).mean() < 10
+
+
 def test_save_replaces_and_has_the_usual_permissions(tmp_path):
     save(noise(8, 8), tmp_path / "a.png")
     save(noise(8, 8, seed=1), str(tmp_path / "a.png"))

@@ -4,9 +4,9 @@ import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import SCALED, Recorder, make
 from PIL import Image
 
+from checkpoints import SCALED, Recorder, make
 from oracle import nchw, normal, relative_error
 from stable_diffusion import MicroConditioning, StableDiffusion, StableDiffusionXL
 
@@ -96,7 +96,7 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
 
 
 def encoded_mean(pipe) -> None:
-    """Make a diffusers pipeline take the mean of the autoencoder's posterior, as this library does, and not a sample."""
+    """Make a diffusers pipeline take the mean of the autoencoder's posterior and no sample of it, as we do."""
     encode = pipe.vae.encode
 
     def mean(x, **kwargs):
@@ -138,7 +138,13 @@ def check_image_to_image(pipe, sd: StableDiffusion, steps: int, strength: float)
             guidance_scale=5.0,
         )
     ours = sd.generate_latents_from_image(
-        picture, PROMPT, strength=strength, num_steps=steps, cfg_weight=5.0, negative_text=NEGATIVE, latents=mx.array(noise)
+        picture,
+        PROMPT,
+        strength=strength,
+        num_steps=steps,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
     )
     compare(list(ours), recorder, images, sd.decode)
 

@@ -20,7 +20,9 @@ def test_group_norm(eps, offset):
     norm.weight, norm.bias = mx.array(weight), mx.array(bias)
     for scale in SCALES:
         x = (normal(2, 24, 16, 32) + offset).astype(np.float32) * np.float32(scale)
-        want = F.group_norm(nchw(x).double(), 8, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), eps)
+        want = F.group_norm(
+            nchw(x).double(), 8, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), eps
+        )
         assert relative_error(norm(mx.array(x)), nhwc(want)) <= 1e-6
 
 

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel as Oracle
-from configs import UNETS
 
+from configs import UNETS
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion.config import UNetConfig
 from stable_diffusion.models.unet import UNet2DConditionModel
