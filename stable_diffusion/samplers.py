@@ -83,14 +83,21 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, "euler", False, ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler")),
+    "euler": Sampler(
+        euler, "euler", False, ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler")
+    ),
     "euler_a": Sampler(euler_ancestral, "euler", True, ("EulerAncestralDiscreteScheduler", "LCMScheduler")),
     "ddim": Sampler(ddim, "ddim", False, ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")),
     "dpmpp_2m": Sampler(
         dpmpp_2m,
         "multistep",
         False,
-        ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler"),
+        (
+            "DPMSolverMultistepScheduler",
+            "UniPCMultistepScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+        ),
     ),
 }
 

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .config import ScheduleConfig
 
@@ -129,14 +130,14 @@ def _timesteps(count: int, total: int, family: Grid, spacing: str, offset: int) 
         # which settles where a half goes.
         ratio = total - (total - total / count)
         return [float(round(total - i * ratio) - 1) for i in range(count)]
-    points = count + family.extra
+    points = min(count + family.extra, total)  # with as many steps as there are timesteps, there is none to leave out
     if spacing == "leading":
         ascending = [float(i * (total // points) + offset) for i in range(points)]
     else:
         ratio = (total - 1) / (points - 1) if points > 1 else 0.0
         ascending = [i * ratio for i in range(points - 1)] + [float(total - 1)] * (points > 1) or [0.0]
         ascending = [float(round(t)) for t in ascending] if family.whole else list(array("f", ascending))
-    return ascending[family.extra :][::-1]
+    return ascending[points - count :][::-1]
 
 
 def _alphas_cumprod(config: ScheduleConfig) -> Sequence[float]:
@@ -151,7 +152,7 @@ def _alphas_cumprod(config: ScheduleConfig) -> Sequence[float]:
     factor = array("f", [first / array("f", [first - last])[0]])[0]
     rescaled = array("f", (root * factor for root in shifted))
     squares = array("f", (root * root for root in rescaled))
-    ratios = array("f", (b / a for a, b in zip(squares, squares[1:], strict=False)))
+    ratios = array("f", (b / a for a, b in pairwise(squares)))
     # Through betas and back, as the schedulers do: two more roundings.
     betas = array("f", (1 - a for a in (squares[0], *ratios)))
     return _cumulative_product(array("f", (1 - beta for beta in betas)))

@@ -88,7 +88,7 @@ class Attention(nn.Module):
 class ResnetBlock2D(nn.Module):
     """Residual block (He et al. 2016, pre-activation) with the timestep added between its convolutions.
 
-    ``temb_dim`` is None in the autoencoder, which knows no time. Checkpoints call a 1×1 convolution what is a Linear here.
+    ``temb_dim`` is None in the autoencoder, which knows no time. ``conv_shortcut`` is a 1×1 convolution in checkpoints.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb_dim: int | None = None):

@@ -29,7 +29,9 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
     return module_class(config_class.from_dict(config))
 
 
-def load_component(component: Component, dtype: mx.Dtype = mx.float32, quantization: tuple[int, int] | None = None) -> nn.Module:
+def load_component(
+    component: Component, dtype: mx.Dtype = mx.float32, quantization: tuple[int, int] | None = None
+) -> nn.Module:
     """Build a component and give it its weights.
 
     Args:

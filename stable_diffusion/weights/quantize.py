@@ -27,7 +27,7 @@ def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
         return False
 
     nn.quantize(module, group_size=group_size, bits=bits, class_predicate=choose)
-    for path, m in module.named_modules():
+    for _, m in module.named_modules():
         if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             mx.eval(m.parameters())  # one matrix at a time bounds the peak; its unquantized source is freed here
     return module

@@ -1,0 +1,74 @@
+"""The floors of the package: a file imports only from lower ones, and each third-party package has one home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
+
+_FLOORS = {
+    "blas config catalog schedule samplers prompt tokenizer image": 0,
+    "models.layers": 1,
+    "models.clip models.unet models.vae models.taesd models.controlnet": 1.5,  # models build on layers
+    "weights.layout weights.keys weights.quantize": 2,
+    "weights.files": 2.25,
+    "weights.load weights.lora": 2.5,
+    "denoise tiling": 3,
+    "pipeline": 3.5,
+    "__init__": 3.75,
+    "cli": 4,
+}
+FLOOR = {name: floor for names, floor in _FLOORS.items() for name in names.split()}
+HOMES = {"huggingface_hub": {"weights.files"}, "regex": {"tokenizer"}, "numpy": {"image"}, "PIL": {"image", "cli"}}
+HOMES |= {"tqdm": {"cli"}}
+# PIL in cli is for a type hint; schedule, samplers and config know no arrays' modules but mlx.core where said.
+WITHOUT_MLX = {"config", "catalog", "schedule", "tokenizer", "image"}
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """(modules of ours, top-level names of other packages) that a file imports, wherever in it."""
+    ours, others = set(), set()
+    package = name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            names = [[*module, alias.name] for alias in node.names]
+            ours |= {".".join(n if ".".join(n) in FLOOR else module) for n in names}
+    return ours, others
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_only_from_lower_floors(path):
+    name = name_of(path)
+    assert name in FLOOR, f"{name} has no floor: give it one here and in the architecture"
+    ours, others = imports(path)
+    assert ours <= FLOOR.keys()
+    for other in ours:
+        assert FLOOR[other] < FLOOR[name] or (FLOOR[other] == FLOOR[name] == 0 and other == "config"), (
+            f"{name} -> {other}"
+        )
+    for package, homes in HOMES.items():
+        assert package not in others or name in homes, f"{package} is imported in {name}"
+    assert "mlx" not in others or name not in WITHOUT_MLX
+
+
+def test_the_check_sees_imports():
+    ours, others = imports(PACKAGE / "pipeline.py")
+    assert {"config", "denoise", "weights.load", "models.clip"} <= ours and "mlx" in others
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_outgrows_a_chapter(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
