@@ -88,7 +88,7 @@ def to_x0(out: mx.array, x: mx.array, sigma: float, prediction: str) -> mx.array
 
 
 def guidance_embedding(weight: float, dim: int) -> mx.array:
-    """LCM's embedding of the guidance scale (Luo et al. 2023): sines and cosines of ``1000 * (weight - 1)`` [1, dim]."""
+    """LCM's embedding of the guidance scale (Luo et al. 2023): the waves of ``1000 * (weight - 1)`` [1, dim]."""
     half = dim // 2
     frequencies = mx.exp(mx.arange(half) * (-math.log(10000.0) / (half - 1)))
     angles = 1000.0 * (weight - 1) * frequencies

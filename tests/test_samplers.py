@@ -28,9 +28,7 @@ def log_sigmas(count: int, bottom: float) -> list[float]:
 
 
 def last(states) -> mx.array:
-    for x in states:
-        pass
-    return x
+    return list(states)[-1]
 
 
 def error(name: str, count: int) -> float:

@@ -1,0 +1,130 @@
+"""Loading is strict, lazy, and quantizes matrix by matrix."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from configs import UNETS
+from mlx.utils import tree_flatten
+from models.test_vae import SD as VAE
+
+from stable_diffusion.weights.files import Component
+from stable_diffusion.weights.load import build, fill, load_component
+from stable_diffusion.weights.quantize import BITS, quantize, size_in_bytes
+
+
+def stored(module: nn.Module) -> dict[str, mx.array]:
+    """A module's weights as a checkpoint holds them."""
+    flat = dict(tree_flatten(module.parameters()))
+    return {name: value.transpose(0, 3, 1, 2) if value.ndim == 4 else value for name, value in flat.items()}
+
+
+def write(folder, name: str, config: dict, dtype: mx.Dtype = mx.float32) -> Component:
+    """A component of random weights on disk."""
+    tensors = {key: value.astype(dtype) for key, value in stored(build(name, config)).items()}
+    file = folder / f"{name}.safetensors"
+    mx.save_safetensors(str(file), tensors)
+    return Component(name, config, (file,))
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    for name, config in (("unet", UNETS["xl"]), ("vae", VAE)):
+        component = write(tmp_path, name, config)
+        loaded = stored(load_component(component))
+        for key, value in mx.load(str(component.files[0])).items():
+            assert np.array_equal(loaded[key], value)
+
+
+def test_weights_are_cast(tmp_path):
+    component = write(tmp_path, "unet", UNETS["sd1"], mx.float16)
+    for dtype in (mx.float16, mx.float32):
+        module = load_component(component, dtype)
+        assert {value.dtype for _, value in tree_flatten(module.parameters())} == {dtype}
+
+
+@pytest.mark.parametrize("part", ["missing", "unexpected", "misshapen"])
+def test_every_tensor_that_does_not_fit_is_named(part):
+    module = build("vae", VAE)
+    tensors = stored(module)
+    names = sorted(tensors)
+    chosen = names[::7]
+    for name in chosen:
+        if part == "missing":
+            del tensors[name]
+        elif part == "unexpected":
+            tensors[f"{name}.more"] = mx.zeros(1)
+        else:
+            tensors[name] = mx.zeros((*tensors[name].shape[:-1], tensors[name].shape[-1] + 1))
+    with pytest.raises(ValueError, match=f"{len(chosen)} {part}: ") as error:
+        fill(module, tensors)
+    assert "\n" not in str(error.value)
+    assert all(name in str(error.value) for name in chosen)
+    assert sum(name in str(error.value).replace(",", " ").split() for name in names) in (0, len(chosen))
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    component = write(tmp_path, "unet", UNETS["sd1"])
+    other = Component("unet", UNETS["sd2"] | {"cross_attention_dim": 48}, component.files)
+    with pytest.raises(
+        ValueError, match=r"unet \(.*unet\.safetensors\): the weights do not fit the config: .* misshapen"
+    ):
+        load_component(other)
+
+
+def test_misshapen_convolutions_are_told_in_the_files_layout():
+    module = build("unet", UNETS["sd1"])
+    tensors = stored(module)
+    tensors["conv_in.weight"] = mx.zeros((32, 9, 3, 3))
+    with pytest.raises(ValueError, match=r"conv_in.weight \(32, 9, 3, 3\) instead of \(32, 4, 3, 3\)"):
+        fill(module, tensors)
+
+
+# Wide and shallow, so that one layer is a small part of the whole and activations do not count.
+_WIDE = UNETS["sd2"] | {
+    "block_out_channels": [256, 256, 512],
+    "cross_attention_dim": 512,
+    "attention_head_dim": [4, 4, 8],
+    "transformer_layers_per_block": 3,
+    "norm_num_groups": 32,
+}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantizing_never_holds_the_unquantized_model(tmp_path, bits):
+    component = write(tmp_path, "unet", _WIDE, mx.float16)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    module = load_component(component, mx.float16, (bits, 32))
+    mx.eval(module.parameters())
+    peak = mx.get_peak_memory() - before
+    largest = max(value.nbytes for value in mx.load(str(component.files[0])).values())
+    assert peak <= 1.3 * size_in_bytes(module) + largest
+    assert size_in_bytes(module) < component.files[0].stat().st_size
+
+
+def test_what_is_quantized_and_what_is_not():
+    unet = quantize(build("unet", UNETS["sd1"]), 8, 32)
+    kinds = {path: type(m).__name__ for path, m in unet.named_modules()}
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    for path in (f"{block}.attn1.to_q", f"{block}.attn2.to_out.0", f"{block}.ff.net.0.proj", "time_embedding.linear_1"):
+        assert kinds[path] == "QuantizedLinear"
+    for path, kind in {"down_blocks.1.resnets.0.conv_shortcut": "Linear", "conv_in": "Conv2d"}.items():
+        assert kinds[path] == kind
+    encoder = quantize(build("text_encoder", {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 96}), 4, 64)
+    embeddings = encoder.text_model.embeddings
+    assert embeddings.token_embedding.bits == 8
+    assert type(embeddings.position_embedding) is nn.Embedding
+    assert encoder.text_model.encoder.layers[0].mlp.fc1.bits == 4
+
+
+def test_quantizing_twice_changes_nothing():
+    unet = quantize(build("unet", UNETS["sd1"]), 8, 32)
+    before = dict(tree_flatten(unet.parameters()))
+    after = dict(tree_flatten(quantize(unet, 4, 32).parameters()))
+    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_impossible_bits_are_refused():
+    with pytest.raises(ValueError, match="7 bits is not possible; choose one of 2, 3, 4, 5, 6, 8"):
+        quantize(build("unet", UNETS["sd1"]), 7, 32)
