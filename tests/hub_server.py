@@ -6,6 +6,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -108,6 +109,7 @@ class Hub:
         cuts: {file name: how often its body still breaks off in the middle}.
         ignores_range: answer a request for the rest of a file with all of it.
         delay: seconds before each answer.
+        afterwards: {file name: what to do once its contents have been sent}.
         requests: (method, path, headers) of each request, in order.
     """
 
@@ -117,6 +119,7 @@ class Hub:
         self.cuts: dict[str, int] = {}
         self.ignores_range = False
         self.delay = 0.0
+        self.afterwards: dict[str, Callable[[], None]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
@@ -206,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.command == "GET" and self.hub.cuts.get(name, 0) > 0
         self.hub.cuts[name] = self.hub.cuts.get(name, 0) - cut
         self.answer(status, data, about, cut=cut)
+        if self.command == "GET" and name in self.hub.afterwards:
+            self.hub.afterwards.pop(name)()
 
     def checked(self, repo: str, revision: str) -> dict[str, bytes] | None:
         """The files of a revision; None when the request was answered with an error instead."""

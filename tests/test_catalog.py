@@ -73,7 +73,22 @@ def test_named_mirror_is_that_mirror_only():
 
 
 @pytest.mark.parametrize(
-    "model", ["", "sdx", "a/b/c", "/a", "a/", "-/b", "a b/c", "https://huggingface.co/a/b", "a/b\n"]
+    "model",
+    [
+        "",
+        "sdx",
+        "a/b/c",
+        "/a",
+        "a/",
+        "-/b",
+        "a b/c",
+        "https://huggingface.co/a/b",
+        "a/b\n",
+        "a--b/c",
+        "a/b..c",
+        "a/b-",
+        "a/" + "b" * 97,
+    ],
 )
 def test_unknown_names(model):
     with pytest.raises(ValueError) as caught:

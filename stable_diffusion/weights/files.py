@@ -271,7 +271,7 @@ def _without_network(repo: str, float16: bool, revision: str | None, error: Conn
     if folder:
         with suppress(ValueError):  # no weights of either precision
             if not layout.lacking(folder, layout.files_in(folder), float16, repo):
-                _log.warning("%s: using the weights that are in the cache, in the other precision", error)
+                _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
                 return folder
         missing = layout.lacking(folder, _listing(folder, repo, float16), float16, repo)
     raise ConnectionError(
@@ -296,8 +296,6 @@ def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: see the list at {page}/tree/main") from error
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo!r} is not a Hub id: {_first_line(error)}") from error
     except Exception as error:
         raise _other_error(repo, error) from error
 

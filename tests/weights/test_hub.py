@@ -312,6 +312,14 @@ def test_revisions(hub, client):
     assert client(REPO)["mark"] == 2.0
 
 
+def test_repository_that_changes_during_the_download_is_not_mixed(hub, client):
+    old, new = checkpoint_files(mark=1.0), checkpoint_files(mark=2.0)
+    hub.add(REPO, old)
+    hub.afterwards["model_index.json"] = lambda: hub.repos[REPO].update(main=new, before=old)
+    found = client(REPO)
+    assert found["mark"] == 1.0 and Path(found["folder"]).name == hub.commit(old)
+
+
 def test_damaged_file_in_the_cache_is_named_and_can_be_replaced(hub, client):
     hub.add(REPO, checkpoint_files())
     snapshot = Path(client(REPO)["folder"])
