@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 import torch
 import transformers
-from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from mlx.utils import tree_flatten
 
+from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from stable_diffusion.weights.files import Component, read_tensors
 from stable_diffusion.weights.keys import canonical
 from stable_diffusion.weights.load import build, fill
@@ -62,7 +62,7 @@ def test_text_encoder(name, count):
     config = REAL_TEXT_ENCODERS[name]
     oracle = getattr(transformers, config["architectures"][0])
     stored = oracle_shapes(lambda: oracle(transformers.CLIPTextConfig(**config)))
-    stored = canonical({key: shape for key, shape in stored.items()})
+    stored = canonical(stored)
     assert check("text_encoder", config, stored) == count
 
 

@@ -4,10 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from configs import UNETS
 from mlx.utils import tree_flatten
-from models.test_vae import SD as VAE
 
+from configs import UNETS
+from models.test_vae import SD as VAE
 from stable_diffusion.weights.files import Component
 from stable_diffusion.weights.load import build, fill, load_component
 from stable_diffusion.weights.quantize import BITS, quantize, size_in_bytes

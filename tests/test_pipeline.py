@@ -1,0 +1,251 @@
+"""What must hold of the pipeline whatever the weights are."""
+
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from PIL import Image
+
+from oracle import normal, relative_error
+from stable_diffusion import SAMPLERS, MicroConditioning, StableDiffusion, StableDiffusionXL
+
+PROMPT = "the red cat"
+SMALL = {"num_steps": 3, "latent_size": (6, 8)}
+
+
+@pytest.fixture(scope="module")
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder) -> StableDiffusionXL:
+    return StableDiffusionXL(xl_folder)
+
+
+def last(latents) -> np.ndarray:
+    return np.array(list(latents)[-1])
+
+
+def picture(height: int = 48, width: int = 64, seed: int = 0) -> mx.array:
+    return mx.clip(mx.array(normal(height, width, 3, seed=seed, scale=0.3)), -1, 1)
+
+
+def test_the_generator_costs_nothing_until_it_is_evaluated(sd):
+    calls = []
+    unet, sd.unet = sd.unet, lambda *a, **k: calls.append(1) or unet(*a, **k)
+    try:
+        before = mx.random.state[0].tolist()
+        latents = sd.generate_latents(PROMPT, seed=1, **SMALL)
+        assert not calls
+        mx.reset_peak_memory()
+        active = mx.get_active_memory()
+        x_t = next(latents)
+        assert len(calls) == 1 and x_t.shape == (1, 6, 8, 4) and x_t.dtype == mx.float32
+        assert mx.get_peak_memory() - active < 2**16  # a graph, and no value of it
+        assert mx.random.state[0].tolist() == before
+    finally:
+        sd.unet = unet
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(sd, sampler):
+    together = last(sd.generate_latents(PROMPT, n_images=3, seed=7, sampler=sampler, **SMALL))
+    for i in range(3):
+        alone = last(sd.generate_latents(PROMPT, seed=7 + i, sampler=sampler, **SMALL))
+        assert relative_error(together[i : i + 1], alone) <= 1e-4
+    assert relative_error(together[:1], together[1:2]) > 0.1
+
+
+def test_an_image_from_an_image_does_not_depend_on_its_batch(xl):
+    given = {"strength": 0.7, "num_steps": 4, "cfg_weight": 3.0, "negative_text": "blue"}
+    together = last(xl.generate_latents_from_image(picture(), PROMPT, n_images=2, seed=0, **given))
+    alone = last(xl.generate_latents_from_image(picture(), PROMPT, seed=1, **given))
+    assert relative_error(together[1:], alone) <= 1e-4
+
+
+def test_runs_do_not_disturb_each_other(xl):
+    def run():
+        return xl.generate_latents(PROMPT, seed=5, num_steps=3, latent_size=(6, 8))
+
+    want = last(run())
+    mixed = [np.array(x) for pair in zip(run(), run(), strict=True) for x in pair]
+    mx.random.normal((3,))
+    assert np.array_equal(mixed[-1], want) and np.array_equal(mixed[-2], want)
+
+
+def test_seeds(sd):
+    zero, one = (last(sd.generate_latents(PROMPT, seed=s, **SMALL)) for s in (0, 1))
+    assert np.array_equal(zero, last(sd.generate_latents(PROMPT, seed=0, **SMALL)))
+    assert not np.array_equal(zero, one)
+    random = [last(sd.generate_latents(PROMPT, **SMALL)) for _ in range(2)]
+    assert not np.array_equal(*random)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_guidance_of_one_is_the_prompt_alone(sd, weight):
+    calls = []
+    unet, sd.unet = sd.unet, lambda x, *a, **k: calls.append(len(x)) or unet(x, *a, **k)
+    try:
+        plain = last(sd.generate_latents(PROMPT, cfg_weight=weight, seed=3, **SMALL))
+        ignored = last(sd.generate_latents(PROMPT, cfg_weight=weight, negative_text="blue", seed=3, **SMALL))
+        assert np.array_equal(plain, ignored) and set(calls) == {1}
+        guided = last(sd.generate_latents(PROMPT, cfg_weight=1.0 + 1e-6, negative_text="blue", seed=3, **SMALL))
+        assert relative_error(guided, plain) <= 1e-4 and calls[-1] == 2
+    finally:
+        sd.unet = unet
+
+
+def test_a_prompt_guided_from_itself_is_unguided(sd):
+    guided = last(sd.generate_latents(PROMPT, cfg_weight=9.0, negative_text=PROMPT, seed=3, **SMALL))
+    plain = last(sd.generate_latents(PROMPT, cfg_weight=1.0, seed=3, **SMALL))
+    assert relative_error(guided, plain) <= 1e-3
+
+
+def test_strength_zero_is_the_round_trip_through_the_autoencoder(sd):
+    (only,) = sd.generate_latents_from_image(picture(), PROMPT, strength=0, num_steps=5)
+    want = mx.clip(sd.autoencoder(picture()[None]) / 2 + 0.5, 0, 1)
+    assert np.array_equal(sd.decode(only), want)
+
+
+@pytest.mark.parametrize("strength, count", [(0.001, 1), (0.1, 1), (0.29, 2), (0.58, 5), (1.0, 10), (1, 10)])
+def test_number_of_steps_from_an_image(sd, strength, count):
+    steps = list(sd.generate_latents_from_image(picture(), PROMPT, strength=strength, num_steps=10))
+    assert len(steps) == count == sd.number_of_steps(10, strength)
+
+
+def test_share_of_steps_survives_rounding_errors(sd):
+    assert int(50 * 0.58) == 28 and sd.number_of_steps(50, 0.58) == 29
+
+
+def test_more_strength_leaves_less_of_the_image(sd):
+    mean = np.array(sd.autoencoder.encode(picture()[None])[0])
+    distances = [
+        np.abs(last(sd.generate_latents_from_image(picture(), PROMPT, strength=s, num_steps=10, seed=0)) - mean).mean()
+        for s in (0.1, 0.5, 1.0)
+    ]
+    assert distances == sorted(distances)
+
+
+@pytest.mark.parametrize("as_type", ["PIL", "grey PIL", "numpy"])
+def test_kinds_of_images(sd, as_type):
+    levels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    given = {"PIL": Image.fromarray(levels), "grey PIL": Image.fromarray(levels[..., 0])}
+    image = given.get(as_type, levels.astype(np.float32) / 127.5 - 1)
+    if as_type == "grey PIL":
+        levels = np.repeat(levels[..., :1], 3, axis=2)
+    want = mx.array(levels.astype(np.float32) / 255 * 2 - 1)
+    run = {"strength": 0.5, "num_steps": 2, "seed": 1}
+    ours = last(sd.generate_latents_from_image(image, PROMPT, **run))
+    assert relative_error(ours, last(sd.generate_latents_from_image(want, PROMPT, **run))) <= 1e-4
+
+
+def test_any_size_and_the_models_own(sd, xl):
+    for size in ((5, 9), (1, 3), (7, 16)):
+        x = last(sd.generate_latents(PROMPT, num_steps=1, latent_size=size))
+        assert x.shape == (1, *size, 4) and sd.decode(mx.array(x)).shape == (1, 8 * size[0], 8 * size[1], 3)
+    assert sd.default_latent_size == (8, 8) and xl.default_latent_size == (16, 16)
+    assert last(xl.generate_latents(PROMPT, num_steps=1)).shape == (1, 16, 16, 4)
+
+
+def test_defaults_come_from_the_checkpoint(sd, xl):
+    assert (sd.sampler, sd.default_steps, sd.default_guidance) == ("ddim", 50, 7.5)
+    assert (xl.sampler, xl.default_steps, xl.default_guidance) == ("euler_a", 2, 0.0)
+    assert len(list(xl.generate_latents(PROMPT, latent_size=(4, 4)))) == 2
+
+
+def test_images_are_in_range(sd):
+    image = sd.decode(mx.array(normal(2, 4, 4, 4, scale=30.0)))
+    assert image.dtype == mx.float32 and float(image.min()) >= 0 and float(image.max()) <= 1
+
+
+def test_micro_conditioning_reaches_the_unet(xl):
+    seen = []
+    unet, xl.unet = xl.unet, lambda *a, text_time, **k: seen.append(text_time[1]) or unet(*a, text_time=text_time, **k)
+    try:
+        micro = MicroConditioning(original_size=(100, 200), crop=(3, 4), target_size=(50, 60))
+        run = {"num_steps": 1, "latent_size": (6, 8), "cfg_weight": 2.0}
+        for given in (None, micro):
+            mx.eval(*xl.generate_latents(PROMPT, micro=given, **run))
+        assert seen[0].tolist() == [[48, 64, 0, 0, 48, 64]] * 2
+        assert seen[1].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
+    finally:
+        xl.unet = unet
+
+
+def test_parts_may_be_used_and_deleted(sd1_folder, xl_folder):
+    sd = StableDiffusion(sd1_folder)
+    assert {type(sd.tokenizer).__name__, type(sd.text_encoder).__name__} == {"Tokenizer", "CLIPTextModel"}
+    latents = list(sd.generate_latents(PROMPT, seed=1, **SMALL))
+    del sd.text_encoder, sd.unet, sd.sampler
+    assert sd.decode(latents[-1]).shape == (1, 48, 64, 3)
+    xl = StableDiffusionXL(xl_folder)
+    xl.ensure_models_are_loaded()
+    for name in ("text_encoder_1", "text_encoder_2", "tokenizer_1", "tokenizer_2"):
+        delattr(xl, name)
+    assert not hasattr(xl, "text_encoder")
+
+
+def test_half_precision_is_close_and_yields_float32(sd1_folder, sd):
+    half = StableDiffusion(sd1_folder, float16=True)
+    assert half.unet.conv_in.weight.dtype == mx.float16 and half.autoencoder.decoder.conv_in.weight.dtype == mx.float32
+    run = {"seed": 2, "cfg_weight": 3.0, **SMALL}
+    x = list(half.generate_latents(PROMPT, **run))[-1]
+    assert x.dtype == mx.float32
+    assert relative_error(x, last(sd.generate_latents(PROMPT, **run))) <= 5e-2
+
+
+@pytest.mark.parametrize("unet_bits, text_bits, bound", [(8, None, 0.1), (8, 8, 0.2), (8, 4, 0.6)])
+def test_quantized_is_close(sd1_folder, sd, unet_bits, text_bits, bound):
+    quantized = StableDiffusion(sd1_folder, unet_bits=unet_bits, text_bits=text_bits)
+    assert any(isinstance(m, nn.QuantizedLinear) for m in quantized.unet.modules())
+    error = relative_error(
+        last(quantized.generate_latents(PROMPT, seed=2, **SMALL)), last(sd.generate_latents(PROMPT, seed=2, **SMALL))
+    )
+    assert 0 < error <= bound
+
+
+def test_a_cut_prompt_is_said(sd, caplog):
+    with caplog.at_level(logging.WARNING, "stable_diffusion"):
+        context = sd.encode_prompt(" ".join(["cat"] * 75 + ["blue", "red"])).context
+    assert context.shape == (1, 77, 32)
+    assert "blue red" in caplog.text and caplog.text.count("\n") == 1
+
+
+BAD_RUNS = [
+    ({"n_images": 0}, "n_images 0 must be at least 1"),
+    ({"num_steps": 0}, "0 steps"),
+    ({"num_steps": 1001}, "1001 steps"),
+    ({"latent_size": (0, 8)}, "latent_size"),
+    ({"latent_size": (8, 8, 4)}, "latent_size"),
+    ({"sampler": "magic"}, "sampler 'magic' is unknown"),
+    ({"spacing": "odd"}, "spacing 'odd' is unknown"),
+    ({"sampler": "euler", "eta": 0.5}, "takes no eta"),
+    ({"latents": mx.zeros((1, 4, 4, 4)), "latent_size": (8, 8)}, "do not fit"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_RUNS, ids=[message for _, message in BAD_RUNS])
+def test_bad_arguments_are_refused_at_the_call(sd, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sd.generate_latents(PROMPT, **arguments)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_bad_strengths(sd, strength):
+    with pytest.raises(ValueError, match=r"strength .* is outside 0 \.\.\. 1"):
+        sd.generate_latents_from_image(picture(), PROMPT, strength=strength)
+
+
+@pytest.mark.parametrize("shape", [(48, 60, 3), (48, 64), (48, 64, 4), (1, 48, 64, 3)])
+def test_bad_images(sd, shape):
+    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] with sides that are multiples of 8"):
+        sd.generate_latents_from_image(mx.zeros(shape), PROMPT)
+
+
+@pytest.mark.parametrize("clip_skip", [-1, 3])
+def test_bad_clip_skip(sd, clip_skip):
+    with pytest.raises(ValueError, match="clip_skip"):
+        sd.encode_prompt(PROMPT, clip_skip=clip_skip)
