@@ -171,3 +171,12 @@ def test_clip_skip(tmp_path, clip_skip):
     want = pipe.text_encoder.final_layer_norm(states[-1 - clip_skip])  # as its pipelines do
     sd = StableDiffusion(tmp_path / "sd")
     assert relative_error(sd.encode_prompt(PROMPT, clip_skip=clip_skip).context, want) <= 1e-4
+
+
+def test_a_folder_as_transformers_5_writes_it(tmp_path):
+    """Its tokenizer is one tokenizer.json, without vocab.json and merges.txt."""
+    pipe = make(tmp_path / "sd", "sd2", diffusers.DDIMScheduler(**SCALED))
+    want = StableDiffusion(tmp_path / "sd").encode_prompt(PROMPT).context
+    pipe.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again/tokenizer/vocab.json").exists()
+    assert np.array_equal(StableDiffusion(tmp_path / "again").encode_prompt(PROMPT).context, want)

@@ -3,7 +3,7 @@
     model_index.json
     scheduler/scheduler_config.json
     unet/, vae/, text_encoder/, text_encoder_2/    config.json and safetensors, perhaps of two precisions, or in shards
-    tokenizer/, tokenizer_2/                       vocab.json, merges.txt, and in most repositories the special tokens
+    tokenizer/, tokenizer_2/                       vocab.json and merges.txt, or tokenizer.json; mostly special tokens too
 
 `model_index.json` decides. Files are named relative to the checkpoint, as on the Hub: "unet/config.json".
 """
@@ -126,7 +126,9 @@ def lacking(folder: Path, names: set[str], float16: bool, where: str) -> list[st
     networks, tokenizers = parts(read_json(folder / INDEX), where)
     small = [INDEX, SCHEDULER, *(f"{network}/config.json" for network in networks)]
     for tokenizer in tokenizers:
-        small += [f"{tokenizer}/{file}" for file in _VOCABULARY]
+        # transformers 5 writes the vocabulary as tokenizer.json alone.
+        single = f"{tokenizer}/{_VOCABULARY[0]}" not in names and f"{tokenizer}/tokenizer.json" in names
+        small += [f"{tokenizer}/{file}" for file in (("tokenizer.json",) if single else _VOCABULARY)]
         small += [f"{tokenizer}/{file}" for file in _SPECIAL_TOKENS if f"{tokenizer}/{file}" in names]
     chosen = [_weights_or_index(network, names, float16, where) for network in networks]
     small += [file for file in chosen if file.endswith(".json")]
