@@ -1,0 +1,10 @@
+"""Makes the bundled tiny model, the small Stable Diffusion in stable_diffusion/tiny.
+
+    pip install torch diffusers transformers               # development dependencies; not needed to use the model
+    python -m tools.tiny.train --out stable_diffusion/tiny      # data, tokenizer, VAE, UNet, export; resumable
+    python -m tools.tiny.evaluate stable_diffusion/tiny         # what 200 held-out captions get right
+    python -m tools.tiny.contact_sheet sheet.png                # captions x seeds, rendered by this library
+
+data.py draws the captioned images, score.py reads images back, models.py holds the sizes of the networks, bpe.py
+learns the tokenizer, muon.py is the optimizer, export.py writes diffusers' layout in float16.
+"""
