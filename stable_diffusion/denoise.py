@@ -1,44 +1,13 @@
-"""From a network to D(x, sigma), the estimate of the clean latent that the samplers integrate.
-
-Everything a run can be told about the picture is one :class:`Conditioning`, and guidance is a choice of two of them.
-"""
+"""From a network to D(x, sigma), the estimate of the clean latent that the samplers integrate."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .conditioning import Conditioning, concatenate
 from .samplers import Denoiser
 from .schedule import Schedule, Steps
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told, for each of n images (or for one, which then holds for all).
-
-    ``context`` [n, M, C] is the encoded prompt. XL adds ``pooled`` [n, P], the prompt as one vector, and ``time_ids``
-    [n, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [n, G], the embedded guidance scale.
-    """
-
-    context: mx.array
-    pooled: mx.array | None = None
-    time_ids: mx.array | None = None
-    guidance: mx.array | None = None
-
-    def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
-        """Apply ``function`` to every array that is present."""
-        values = (self.context, self.pooled, self.time_ids, self.guidance)
-        return Conditioning(*(None if value is None else function(value) for value in values))
-
-    def expand(self, n: int) -> "Conditioning":
-        """The same for a batch of ``n``."""
-        return self.map(lambda a: mx.broadcast_to(a, (n, *a.shape[1:])))
-
-    def __add__(self, other: "Conditioning") -> "Conditioning":
-        """Both, one after the other in the batch."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Conditioning(*(None if a is None else mx.concatenate([a, b]) for a, b in pairs))
 
 
 def denoiser(
@@ -57,14 +26,15 @@ def denoiser(
     """
     timesteps = dict(zip(steps.sigmas, steps.timesteps, strict=False))
     prediction = schedule.config.prediction_type
-    both = conditioning if negative is None else conditioning + negative
+    both = conditioning if negative is None else concatenate([conditioning, negative])
+    context = both.context if both.values is None else (both.context, both.values)
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
         t = timesteps[sigma] if sigma in timesteps else schedule.timestep(sigma)
         scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
         batch = scaled if negative is None else mx.concatenate([scaled, scaled])
         text_time = None if both.pooled is None else (both.pooled, both.time_ids)
-        out = unet(batch, mx.full((len(batch),), t), both.context, text_time=text_time, timestep_cond=both.guidance)
+        out = unet(batch, mx.full((len(batch),), t), context, text_time=text_time, timestep_cond=both.guidance)
         out = out.astype(mx.float32)
         if negative is not None:
             positive, unwanted = mx.split(out, 2)

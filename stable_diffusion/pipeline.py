@@ -3,17 +3,17 @@
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 import mlx.core as mx
 
+from .conditioning import Conditioning, MicroConditioning, concatenate, encode, pad
 from .config import ScheduleConfig
-from .denoise import Conditioning, denoiser, guidance_embedding
+from .denoise import denoiser, guidance_embedding
 from .image import to_array
-from .models.clip import CLIPTextModel
 from .samplers import Noise, Sampler, find_sampler, options, sampler_for
 from .schedule import Schedule, Steps
 from .tokenizer import Tokenizer
@@ -22,23 +22,9 @@ from .weights.load import load_component
 
 _log = logging.getLogger("stable_diffusion")
 
+Prompt = str | Sequence[str] | Conditioning
+
 _UNET_GROUP, _TEXT_GROUP = 32, 64  # values that share a quantization scale
-
-
-@dataclass(frozen=True)
-class MicroConditioning:
-    """What SDXL is told about the picture beside the prompt (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
-
-    ``original_size`` is the size that the training picture would have had before resizing, ``crop`` (top, left) where
-    it would have been cut, ``target_size`` what it was resized to; None stands for the size of the result. The refiner
-    takes aesthetic scores in place of the target size.
-    """
-
-    original_size: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
 
 
 @dataclass(frozen=True)
@@ -139,11 +125,11 @@ class StableDiffusion:
 
     def generate_latents(
         self,
-        text: str,
+        text: Prompt,
         n_images: int = 1,
         num_steps: int | None = None,
         cfg_weight: float | None = None,
-        negative_text: str = "",
+        negative_text: Prompt = "",
         latent_size: tuple[int, int] | None = None,
         seed: int | None = None,
         *,
@@ -158,12 +144,12 @@ class StableDiffusion:
         """Turn a prompt into latents, one yield for each step.
 
         Args:
-            text: the prompt.
-            n_images: how many images to make at once.
+            text: the prompt, in the language of ``prompt.py``; or a list of prompts; or what ``encode_prompt`` made.
+            n_images: how many images to make of each prompt, all at once.
             num_steps: sampler steps; None is the model's default.
             cfg_weight: scale of classifier-free guidance (Ho & Salimans 2022). At 1 or below there is none, and
                 ``negative_text`` has no effect. None is the model's default.
-            negative_text: what to steer away from.
+            negative_text: what to steer away from: one for all, or a list with one for each prompt.
             latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's own.
             seed: of the first image; image i uses ``seed + i`` and does not depend on the others. None is random.
             sampler: a name in ``SAMPLERS``; None is the checkpoint's own.
@@ -181,11 +167,12 @@ class StableDiffusion:
         Raises:
             ValueError: a number out of range, an unknown name, or latents of the wrong shape.
         """
-        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise)
+        total = n_images * _rows(text)
+        run = self._plan(total, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise)
         size = self.default_latent_size if latent_size is None else tuple(latent_size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"latent_size {latent_size} must be (height, width), each at least 1")
-        self._check_latents(latents, n_images, size)
+        self._check_latents(latents, total, size)
         scale = self.schedule.initial_scale(run.steps, run.sampler.grid, spacing)
 
         def start() -> mx.array:
@@ -196,12 +183,12 @@ class StableDiffusion:
     def generate_latents_from_image(
         self,
         image: Any,
-        text: str,
+        text: Prompt,
         n_images: int = 1,
         strength: float = 0.8,
         num_steps: int | None = None,
         cfg_weight: float | None = None,
-        negative_text: str = "",
+        negative_text: Prompt = "",
         seed: int | None = None,
         *,
         sampler: str | None = None,
@@ -228,14 +215,15 @@ class StableDiffusion:
             raise ValueError(f"image of shape {pixels.shape} must be [H, W, 3] with sides that are multiples of {unit}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is outside 0 ... 1")
-        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise, strength)
+        total = n_images * _rows(text)
+        run = self._plan(total, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise, strength)
         size = (pixels.shape[0] // unit, pixels.shape[1] // unit)
-        self._check_latents(latents, n_images, size)
+        self._check_latents(latents, total, size)
 
         def start() -> mx.array:
             # The mean of the posterior: its spread is far below one grey level, and a run needs no further randomness.
             mean, _ = self.autoencoder.encode(pixels[None])
-            x0 = mx.broadcast_to(mean, (n_images, *mean.shape[1:]))
+            x0 = mx.broadcast_to(mean, (total, *mean.shape[1:]))
             return x0 + run.steps.sigmas[0] * self._initial_noise(run, size) if len(run.steps) else x0
 
         return self._sample(run, start, size, text, negative_text, clip_skip, micro)
@@ -283,8 +271,8 @@ class StableDiffusion:
         run: _Run,
         start: Callable[[], mx.array],
         size: tuple[int, ...],
-        text: str,
-        negative_text: str,
+        text: Prompt,
+        negative_text: Prompt,
         clip_skip: int,
         micro: MicroConditioning | None,
     ) -> Iterator[mx.array]:
@@ -310,44 +298,63 @@ class StableDiffusion:
         return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
     def _condition(
-        self, run: _Run, size: tuple[int, ...], text: str, negative_text: str, clip_skip: int, micro: MicroConditioning
+        self,
+        run: _Run,
+        size: tuple[int, ...],
+        text: Prompt,
+        negative_text: Prompt,
+        clip_skip: int,
+        micro: MicroConditioning,
     ) -> tuple[Conditioning, Conditioning | None]:
-        """What the UNet is told of a prompt and, where guidance needs it, of the negative prompt."""
-        positive = self._with_sizes(self.encode_prompt(text, clip_skip=clip_skip), size, micro, micro.aesthetic_score)
+        """What the UNet is told of the prompts and, where guidance needs it, of the negative ones; a row an image."""
+        positive = self._read(text, clip_skip)
+        count = run.n_images // len(positive)
         if dim := self._unet_config.time_cond_proj_dim:
             embedding = guidance_embedding(run.guidance, dim).astype(self.dtype)
-            positive = Conditioning(positive.context, positive.pooled, positive.time_ids, embedding)
-            return positive.expand(run.n_images), None
-        if run.guidance <= 1:
-            return positive.expand(run.n_images), None
-        negative = self.encode_prompt(negative_text, clip_skip=clip_skip)
-        if self._zero_empty_prompt and not negative_text:
+            positive = replace(positive, guidance=mx.repeat(embedding, len(positive), axis=0))
+        positive = self._with_sizes(positive, size, micro, micro.aesthetic_score)
+        if run.guidance <= 1 or dim:
+            return positive.repeat(count), None
+        negative = self._read(negative_text, clip_skip)
+        if self._zero_empty_prompt and isinstance(negative_text, str) and not negative_text:
             negative = negative.map(mx.zeros_like)
+        if len(negative) not in (1, len(positive)):
+            raise ValueError(f"{len(negative)} negative prompts for {len(positive)} prompts; give one, or one for each")
         negative = self._with_sizes(negative, size, micro, micro.negative_aesthetic_score)
-        return positive.expand(run.n_images), negative.expand(run.n_images)
+        positive, negative = self._same_length([positive, negative])
+        return positive.repeat(count), negative.repeat(run.n_images // len(negative))
 
-    def encode_prompt(self, text: str, *, clip_skip: int = 0) -> Conditioning:
-        """Encode a prompt with every text encoder: context [1, 77, C], and for XL the pooled prompt [1, P].
+    def encode_prompt(
+        self,
+        text: str | Sequence[str],
+        *,
+        clip_skip: int = 0,
+        emphasis: str = "mean",
+        truncate: bool = False,
+        weight_blocks: bool = False,
+    ) -> Conditioning:
+        """Encode prompts with every text encoder, to be given to ``generate_latents`` in place of the text.
 
-        Text beyond the 75 tokens that fit is left out, which the log ("stable_diffusion") says.
+        The encoders may be deleted afterwards. The arguments, the result (a row for each prompt) and the errors are
+        those of :func:`stable_diffusion.conditioning.encode`.
         """
-        contexts, pooled = [], None
-        for tokenizer_name, encoder_name in self._encoders:
-            ids, cut = getattr(self, tokenizer_name).window(text)
-            if cut:
-                _log.warning("the prompt is too long; this part of it is ignored: %r", cut)
-            encoder: CLIPTextModel = getattr(self, encoder_name)
-            output = encoder(mx.array([ids]))
-            if clip_skip < 0 or clip_skip > len(output.hidden_states) - 2:
-                raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
-            if self._is_xl:  # XL was trained on the state below the last one, not normalised
-                contexts.append(output.hidden_states[-2 - clip_skip])
-                pooled = output.pooled_output
-            elif clip_skip:
-                contexts.append(encoder.normalise(output.hidden_states[-1 - clip_skip]))
-            else:
-                contexts.append(output.last_hidden_state)
-        return Conditioning(mx.concatenate(contexts, axis=-1), pooled)
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("there is no prompt; give one, which may be empty")
+        encoders = [(getattr(self, tokenizer), getattr(self, encoder)) for tokenizer, encoder in self._encoders]
+        options = {"clip_skip": clip_skip, "emphasis": emphasis, "truncate": truncate, "weight_blocks": weight_blocks}
+        return concatenate(self._same_length([encode(t, encoders, xl=self._is_xl, **options) for t in texts]))
+
+    def _read(self, text: Prompt, clip_skip: int) -> Conditioning:
+        return text if isinstance(text, Conditioning) else self.encode_prompt(text, clip_skip=clip_skip)
+
+    def _same_length(self, conditionings: list[Conditioning]) -> list[Conditioning]:
+        """The same with as many chunks as the longest of them has."""
+        lengths = {c.context.shape[1] for c in conditionings}
+        if len(lengths) == 1:
+            return conditionings
+        empty = self.encode_prompt("").context
+        return [pad(c, max(lengths), empty) for c in conditionings]
 
     @property
     def _is_xl(self) -> bool:
@@ -361,14 +368,18 @@ class StableDiffusion:
             return conditioning
         pixels = tuple(self.pixels_per_latent * side for side in size)
         last = (score,) if self._scores_aesthetics else micro.target_size or pixels
-        ids = mx.array([[*(micro.original_size or pixels), *micro.crop, *last]], dtype=mx.float32)
-        return Conditioning(conditioning.context, conditioning.pooled, ids)
+        ids = mx.array([[*(micro.original_size or pixels), *micro.crop, *last]] * len(conditioning), dtype=mx.float32)
+        return replace(conditioning, time_ids=ids)
 
 
 class StableDiffusionXL(StableDiffusion):
     """The same, with SDXL-Turbo as the model that None stands for."""
 
     default_model = "stabilityai/sdxl-turbo"
+
+
+def _rows(text: Prompt) -> int:
+    return 1 if isinstance(text, str) else len(text)
 
 
 def _keys(seed: int) -> tuple[mx.array, mx.array]:

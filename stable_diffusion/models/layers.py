@@ -71,10 +71,10 @@ class Attention(nn.Module):
         self._heads = heads
         self._upcast = upcast
 
-    def __call__(self, x: mx.array, context: mx.array | None = None) -> mx.array:
-        """``x`` [B, N, C], ``context`` [B, M, D] -> [B, N, C]."""
-        context = x if context is None else context
-        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+    def __call__(self, x: mx.array, context: mx.array | tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """``x`` [B, N, C], ``context`` [B, M, D] or two of them, for keys and for values -> [B, N, C]."""
+        keys, values = context if isinstance(context, tuple) else (x, x) if context is None else (context, context)
+        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(keys), self.to_v(values)))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
 

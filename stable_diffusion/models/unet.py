@@ -10,6 +10,8 @@ import mlx.nn as nn
 from ..config import UNetConfig
 from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
 
+Context = mx.array | tuple[mx.array, mx.array]
+
 
 class TimestepEmbedding(nn.Module):
     """Two-layer perceptron on an embedding; ``cond_dim`` adds LCM's guidance embedding (Luo et al. 2023)."""
@@ -62,7 +64,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, context: Context) -> mx.array:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -80,7 +82,7 @@ class Transformer2DModel(nn.Module):
         ]
         self.proj_out = nn.Linear(dim, dim)
 
-    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, context: Context) -> mx.array:
         """``x`` [B, H, W, C], ``context`` [B, M, D] -> [B, H, W, C]."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))
@@ -114,7 +116,7 @@ class DownBlock(UNetBlock):
         if not last:
             self.downsamplers = [Downsample2D(channels[-1][1])]
 
-    def __call__(self, x: mx.array, temb: mx.array, context: mx.array, skips: list[mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array]) -> mx.array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if "attentions" in self:
@@ -129,7 +131,7 @@ class DownBlock(UNetBlock):
 class MidBlock(UNetBlock):
     """``UNetMidBlock2DCrossAttn``, or the single resnet that pruned models keep of it (``UNetMidBlock2D``)."""
 
-    def __call__(self, x: mx.array, temb: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, temb: mx.array, context: Context) -> mx.array:
         x = self.resnets[0](x, temb)
         if "attentions" in self:
             x = self.resnets[1](self.attentions[0](x, context), temb)
@@ -144,7 +146,7 @@ class UpBlock(UNetBlock):
         if not last:
             self.upsamplers = [Upsample2D(channels[-1][1])]
 
-    def __call__(self, x: mx.array, temb: mx.array, context: mx.array, skips: list[mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array]) -> mx.array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
             if "attentions" in self:
@@ -165,7 +167,8 @@ class UNet2DConditionModel(nn.Module):
     Args of the call:
         x: the latent and its extra channels [B, h, w, in_channels], any h and w.
         t: timesteps [B].
-        context: encoded prompt [B, M, cross_attention_dim].
+        context: encoded prompt [B, M, cross_attention_dim], or two of them: what cross-attention takes its keys from,
+            and its values.
         text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
         timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
 
@@ -232,7 +235,7 @@ class UNet2DConditionModel(nn.Module):
         self,
         x: mx.array,
         t: mx.array,
-        context: mx.array,
+        context: Context,
         *,
         text_time: tuple[mx.array, mx.array] | None = None,
         timestep_cond: mx.array | None = None,

@@ -3,7 +3,7 @@
     model_index.json
     scheduler/scheduler_config.json
     unet/, vae/, text_encoder/, text_encoder_2/    config.json and safetensors, perhaps of two precisions, or in shards
-    tokenizer/, tokenizer_2/                       vocab.json and merges.txt, or tokenizer.json; mostly special tokens too
+    tokenizer/, tokenizer_2/                       vocab.json and merges.txt, or tokenizer.json; special tokens
 
 `model_index.json` decides. Files are named relative to the checkpoint, as on the Hub: "unet/config.json".
 """

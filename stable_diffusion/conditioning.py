@@ -1,0 +1,186 @@
+"""From prompts to what the UNet is told: chunks of tokens, emphasis, several prompts, SDXL's sizes."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from .models.clip import CLIPTextModel
+from .prompt import Piece, blocks, pieces
+from .tokenizer import Tokenizer
+
+_log = logging.getLogger("stable_diffusion")
+
+EMPHASES = ("mean", "values", "none")
+
+Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told, for each of n images (or for one, which then holds for all).
+
+    ``context`` [n, M, C] is the encoded prompt, M = 77 for each chunk of it; ``values`` [n, M, C] takes its place as
+    the values of cross-attention where emphasis asks for that. XL adds ``pooled`` [n, P], the prompt as one vector, and
+    ``time_ids`` [n, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [n, G], the embedded
+    guidance scale.
+    """
+
+    context: mx.array
+    pooled: mx.array | None = None
+    time_ids: mx.array | None = None
+    guidance: mx.array | None = None
+    values: mx.array | None = None
+
+    def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
+        """Apply ``function`` to every array that is present."""
+        return Conditioning(**{k: None if v is None else function(v) for k, v in vars(self).items()})
+
+    def repeat(self, count: int) -> "Conditioning":
+        """Every row ``count`` times, one after the other."""
+        return self.map(lambda a: mx.repeat(a, count, axis=0)) if count > 1 else self
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+
+@dataclass(frozen=True)
+class MicroConditioning:
+    """What SDXL is told about the picture beside the prompt (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
+
+    ``original_size`` is the size that the training picture would have had before resizing, ``crop`` (top, left) where
+    it would have been cut, ``target_size`` what it was resized to; None stands for the size of the result. The refiner
+    takes aesthetic scores in place of the target size.
+    """
+
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+
+
+def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """All rows of conditionings that have the same number of chunks, in order."""
+    if any(c.values is not None for c in conditionings):  # where one has values of its own, all need some
+        conditionings = [c if c.values is not None else replace(c, values=c.context) for c in conditionings]
+    columns = zip(*(vars(c).values() for c in conditionings), strict=True)
+    return Conditioning(*(None if column[0] is None else mx.concatenate(column) for column in columns))
+
+
+def pad(conditioning: Conditioning, length: int, empty: mx.array) -> Conditioning:
+    """Lengthen the context to ``length`` positions with chunks that say nothing, ``empty`` [1, 77, C]."""
+    missing = length - conditioning.context.shape[1]
+    if missing <= 0:
+        return conditioning
+    filling = mx.tile(empty, (len(conditioning), missing // empty.shape[1], 1))
+
+    def lengthen(a: mx.array | None) -> mx.array | None:
+        return None if a is None else mx.concatenate([a, filling.astype(a.dtype)], axis=1)
+
+    return replace(conditioning, context=lengthen(conditioning.context), values=lengthen(conditioning.values))
+
+
+def encode(
+    text: str,
+    encoders: Encoders,
+    *,
+    xl: bool,
+    clip_skip: int = 0,
+    emphasis: str = "mean",
+    truncate: bool = False,
+    weight_blocks: bool = False,
+) -> Conditioning:
+    """Encode one prompt with every encoder: context [1, 77 * chunks, C], and for XL the first chunk's pooled vector.
+
+    Args:
+        text: in the language of ``prompt.py``.
+        xl: take the states below the last one, not normalised, as XL was trained on.
+        clip_skip: how many of the encoders' last layers to leave out.
+        emphasis: how weights act. "mean" multiplies the encoded tokens and restores their mean; "values" multiplies
+            what cross-attention takes from the tokens, so that negative weights take it away; "none" reads brackets as
+            text.
+        truncate: keep the first chunk only; the log says what is left out.
+        weight_blocks: read the text as blocks, each with a weight behind a colon, that are encoded on their own and
+            averaged.
+
+    Raises ValueError for options out of range, and for blocks whose weights sum to zero.
+    """
+    if emphasis not in EMPHASES:
+        raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
+    if not weight_blocks:
+        parts = [Piece(text)] if emphasis == "none" else pieces(text)
+        return _encode(parts, encoders, xl, clip_skip, emphasis, truncate)
+    found = blocks(text)
+    total = sum(block.weight for block in found)
+    if abs(total) < 1e-6:
+        raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
+    encoded = [_encode([Piece(block.text)], encoders, xl, clip_skip, "none", truncate) for block in found]
+    longest = max(c.context.shape[1] for c in encoded)
+    encoded = [pad(c, longest, _encode([Piece("")], encoders, xl, clip_skip, "none", True).context) for c in encoded]
+    weights = mx.array([block.weight / total for block in found])
+    return concatenate(encoded).map(lambda a: mx.einsum("b,b...->...", weights.astype(a.dtype), a)[None])
+
+
+def _encode(
+    parts: Sequence[Piece], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
+) -> Conditioning:
+    contexts, values, pooled = [], [], None
+    for tokenizer, encoder in encoders:
+        chunks = _chunks(tokenizer, parts)
+        if truncate and len(chunks) > 1:
+            cut = tokenizer.decode(id_ for chunk in chunks[1:] for id_, _ in chunk)
+            _log.warning("the prompt is too long; this part of it is ignored: %r", cut)
+            chunks = chunks[:1]
+        output = encoder(mx.array([_window(tokenizer, [id_ for id_, _ in chunk]) for chunk in chunks]))
+        if not 0 <= clip_skip <= len(output.hidden_states) - 2:
+            raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
+        if xl:
+            state, pooled = output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
+        elif clip_skip:
+            state = encoder.normalise(output.hidden_states[-1 - clip_skip])
+        else:
+            state = output.last_hidden_state
+        weighted = _emphasise(state, [[w for _, w in chunk] for chunk in chunks], restore_mean=emphasis == "mean")
+        contexts.append((state if emphasis == "values" else weighted).reshape(1, -1, state.shape[-1]))
+        values.append(weighted.reshape(1, -1, state.shape[-1]))
+    context = mx.concatenate(contexts, axis=-1)
+    plain = emphasis != "values" or all(piece.weight == 1 for piece in parts)
+    return Conditioning(context, pooled, values=None if plain else mx.concatenate(values, axis=-1))
+
+
+def _chunks(tokenizer: Tokenizer, parts: Sequence[Piece]) -> list[list[tuple[int, float]]]:
+    """(token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
+    room = tokenizer.max_length - 2
+    chunks: list[list[tuple[int, float]]] = [[]]
+    for piece in parts:
+        if piece.text is None:
+            chunks.append([])
+            continue
+        for id_ in tokenizer.encode(piece.text):
+            if len(chunks[-1]) == room:
+                chunks.append([])
+            chunks[-1].append((id_, piece.weight))
+    return chunks
+
+
+def _window(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    window = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+    return window + [tokenizer.pad_id] * (tokenizer.max_length - len(window))
+
+
+def _emphasise(states: mx.array, weights: list[list[float]], restore_mean: bool) -> mx.array:
+    """Multiply each token's state by its weight; start, end and padding weigh 1.
+
+    ``restore_mean`` then scales each chunk back to the mean it had, as AUTOMATIC1111's web UI does.
+    """
+    if all(w == 1 for chunk in weights for w in chunk):
+        return states
+    length = states.shape[1]
+    factors = mx.array([[1.0, *chunk, *[1.0] * (length - 1 - len(chunk))] for chunk in weights])[:, :, None]
+    weighted = states * factors.astype(states.dtype)
+    if not restore_mean:
+        return weighted
+    before, after = (s.astype(mx.float32).mean(axis=(1, 2), keepdims=True) for s in (states, weighted))
+    return weighted * (before / after).astype(states.dtype)

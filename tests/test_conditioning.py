@@ -1,0 +1,190 @@
+"""Prompts with weights, of any length, and in lists: what reaches the UNet."""
+
+import logging
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from checkpoints import SCALED, make
+from oracle import normal, relative_error
+from stable_diffusion import Conditioning, StableDiffusion, StableDiffusionXL
+from stable_diffusion.models.layers import Attention
+
+LONG = " ".join(["the red cat on the blue"] * 40)  # 240 tokens: four chunks
+SMALL = {"num_steps": 2, "latent_size": (4, 4), "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[StableDiffusion, object]:
+    folder = tmp_path_factory.mktemp("conditioning") / "sd"
+    pipe = make(folder, "sd2", DDIMScheduler(**SCALED))
+    return StableDiffusion(folder), pipe
+
+
+@pytest.fixture(scope="module")
+def sd(both) -> StableDiffusion:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder) -> StableDiffusionXL:
+    return StableDiffusionXL(xl_folder)
+
+
+def context(sd: StableDiffusion, text: str, **options) -> np.ndarray:
+    return np.array(sd.encode_prompt(text, **options).context)
+
+
+@pytest.mark.parametrize("text", ["the red cat", "", "a sign saying: open", "x" * 50])
+def test_without_weights_nothing_changes(sd, text):
+    ids, cut = sd.tokenizer.window(text)
+    plain = np.array(sd.text_encoder(mx.array([ids])).last_hidden_state)
+    assert not cut
+    for emphasis in ("mean", "values", "none"):
+        encoded = sd.encode_prompt(text, emphasis=emphasis)
+        assert np.array_equal(encoded.context, plain) and encoded.values is None
+    assert np.array_equal(context(sd, f"({text}:1)"), plain)
+
+
+def test_weights_follow_the_formula_of_the_web_ui(sd):
+    plain = context(sd, "the red cat")
+    weighted = plain.copy()
+    weighted[:, 2] *= 1.4  # start, "the", "red"
+    weighted *= plain.mean() / weighted.mean()
+    for text in ("the (red:1.4) cat", "the (red):1.4 cat"):
+        assert relative_error(context(sd, text), weighted) <= 1e-5
+
+
+def test_weights_of_both_encoders_of_xl(xl):
+    text, weighted = "the red cat", []
+    for tokenizer, encoder in ((xl.tokenizer_1, xl.text_encoder_1), (xl.tokenizer_2, xl.text_encoder_2)):
+        state = np.array(encoder(mx.array([tokenizer.window(text)[0]])).hidden_states[-2])
+        mean = state.mean()
+        state[:, 3] *= -0.5
+        weighted.append(state * (mean / state.mean()))
+    ours = xl.encode_prompt("the red (cat:-0.5)")
+    assert relative_error(ours.context, np.concatenate(weighted, axis=-1)) <= 1e-5
+    assert np.array_equal(ours.pooled, xl.encode_prompt(text).pooled)
+
+
+def test_emphasis_on_values_leaves_the_keys(sd):
+    plain, ours = context(sd, "the red cat"), sd.encode_prompt("the (red:-2) cat", emphasis="values")
+    wanted = plain.copy()
+    wanted[:, 2] *= -2
+    assert np.array_equal(ours.context, plain) and relative_error(ours.values, wanted) <= 1e-6
+    layer = Attention(16, 2, 32)
+    x, keys, values = (mx.array(normal(1, n, c, seed=n)) for n, c in ((5, 16), (7, 32), (7, 32)))
+    weights = mx.array([1.0, -2.0, 1.0, 0.0, 1.0, 1.0, 1.0])[None, :, None]
+    q, k, v = (
+        a.reshape(1, -1, 2, 8).transpose(0, 2, 1, 3)
+        for a in (layer.to_q(x), layer.to_k(keys), layer.to_v(values) * weights)
+    )
+    out = mx.softmax(q @ k.transpose(0, 1, 3, 2) * 8**-0.5, axis=-1) @ v
+    want = layer.to_out[0](out.transpose(0, 2, 1, 3).reshape(1, 5, 16))
+    assert relative_error(layer(x, (keys, values * weights)), want) <= 1e-5
+
+
+def test_emphasis_on_values_reaches_the_picture(sd):
+    def run(text, emphasis):
+        return list(sd.generate_latents(sd.encode_prompt(text, emphasis=emphasis), cfg_weight=3.0, **SMALL))[-1]
+
+    plain = run("the red cat", "values")
+    assert np.array_equal(plain, run("the (red:1) cat", "values"))
+    assert relative_error(run("the (red:3) cat", "values"), plain) > 1e-3
+
+
+def test_none_reads_brackets_as_text(sd):
+    assert np.array_equal(context(sd, "the (red:2) cat", emphasis="none"), context(sd, r"the \(red:2\) cat"))
+
+
+def test_long_prompts_are_chunks_encoded_apart(both):
+    sd, pipe = both
+    ids = pipe.tokenizer(LONG, add_special_tokens=False).input_ids
+    assert len(ids) == 240
+    rows = [[pipe.tokenizer.bos_token_id, *ids[i : i + 75], pipe.tokenizer.eos_token_id] for i in range(0, 240, 75)]
+    rows = [row + [pipe.tokenizer.pad_token_id] * (77 - len(row)) for row in rows]
+    want = pipe.text_encoder(torch.tensor(rows)).last_hidden_state.reshape(1, -1, 32)
+    assert relative_error(context(sd, LONG), want) <= 1e-4
+
+
+def test_a_break_starts_a_chunk(sd):
+    two = context(sd, "the red BREAK cat")
+    assert np.array_equal(two, np.concatenate([context(sd, "the red "), context(sd, " cat")], axis=1))
+
+
+def test_the_pair_gets_the_same_number_of_chunks(sd):
+    long, short = sd.encode_prompt(LONG), sd.encode_prompt("blue")
+    padded = sd.encode_prompt(["blue", LONG])
+    assert len(padded) == 2 and np.array_equal(padded.context[1:], long.context)
+    assert np.array_equal(padded.context[0, :77], short.context[0])
+    for i in range(1, 4):
+        assert np.array_equal(padded.context[0, 77 * i : 77 * (i + 1)], context(sd, "")[0])
+    for positive, negative in ((LONG, "blue"), ("blue", LONG)):
+        (*_, x) = sd.generate_latents(positive, negative_text=negative, cfg_weight=4.0, **SMALL)
+        assert bool(mx.isfinite(x).all())
+
+
+def test_truncation_says_what_it_cuts(sd, caplog):
+    with caplog.at_level(logging.WARNING, "stable_diffusion"):
+        cut = context(sd, " ".join(["cat"] * 75 + ["blue", "red"]), truncate=True)
+    assert cut.shape == (1, 77, 32) and "blue red" in caplog.text
+    caplog.clear()
+    context(sd, LONG)
+    assert not caplog.text
+
+
+def test_weight_blocks_are_a_mean(sd, xl):
+    ours = sd.encode_prompt("the red:3 cat:1", weight_blocks=True).context
+    assert relative_error(ours, 0.75 * context(sd, "the red") + 0.25 * context(sd, "cat")) <= 1e-5
+    pooled = xl.encode_prompt("red:-1 cat:3", weight_blocks=True).pooled
+    parts = [np.array(xl.encode_prompt(t).pooled) for t in ("red", "cat")]
+    assert relative_error(pooled, -0.5 * parts[0] + 1.5 * parts[1]) <= 1e-5
+    with pytest.raises(ValueError, match="sum to 0"):
+        sd.encode_prompt("red:1 cat:-1", weight_blocks=True)
+
+
+def test_lists_of_prompts(sd):
+    prompts = ["the red cat", "blue"]
+    together = np.array(list(sd.generate_latents(prompts, n_images=2, cfg_weight=3.0, **SMALL))[-1])
+    assert together.shape == (4, 4, 4, 4)
+    for i in range(4):
+        given = SMALL | {"seed": 1 + i}
+        alone = list(sd.generate_latents(prompts[i // 2], cfg_weight=3.0, **given))[-1]
+        assert relative_error(together[i : i + 1], alone) <= 1e-4
+
+
+def test_a_negative_prompt_for_each_prompt(sd):
+    prompts, negatives = ["the red cat", "blue"], ["on", "the"]
+    together = list(sd.generate_latents(prompts, negative_text=negatives, cfg_weight=3.0, **SMALL))[-1]
+    alone = list(sd.generate_latents("blue", negative_text="the", cfg_weight=3.0, **(SMALL | {"seed": 2})))[-1]
+    assert relative_error(together[1:], alone) <= 1e-4
+    with pytest.raises(ValueError, match="2 negative prompts for 3 prompts"):
+        next(sd.generate_latents(["a", "b", "c"], negative_text=negatives, cfg_weight=3.0, **SMALL))
+
+
+@pytest.mark.parametrize("name", ["sd", "xl"])
+def test_encoded_prompts_take_the_place_of_text(name, request):
+    pipeline = request.getfixturevalue(name)
+    encoded, negative = pipeline.encode_prompt(["the red cat", "blue"]), pipeline.encode_prompt("on")
+    assert isinstance(encoded, Conditioning) and len(encoded) == 2
+    run = {"cfg_weight": 3.0, "num_steps": 2, "latent_size": (4, 4), "seed": 1}
+    want = list(pipeline.generate_latents(["the red cat", "blue"], negative_text="on", **run))[-1]
+    kept = {n: getattr(pipeline, n) for pair in pipeline._encoders for n in pair}
+    for attribute in kept:
+        delattr(pipeline, attribute)
+    try:
+        ours = list(pipeline.generate_latents(encoded, negative_text=negative, **run))[-1]
+    finally:
+        for attribute, value in kept.items():
+            setattr(pipeline, attribute, value)
+    assert np.array_equal(ours, want)
+
+
+def test_options_out_of_range(sd):
+    with pytest.raises(ValueError, match="emphasis 'loud' is unknown; choose one of mean, values, none"):
+        sd.encode_prompt("a", emphasis="loud")
+    with pytest.raises(ValueError, match="there is no prompt"):
+        sd.encode_prompt([])
