@@ -1,7 +1,7 @@
 """The command lines of txt2image.py and image2image.py.
 
 Results (paths and seeds) go to stdout, progress and remarks to stderr. Bad input ends with one line and exit code 2,
-before a model is read; a run that fails on the way ends with one line and exit code 1.
+before a model is read; a run that fails on the way ends with one line and exit code 1, an interrupted one with 130.
 """
 
 import argparse
@@ -19,17 +19,18 @@ from tqdm import tqdm
 from . import catalog
 from .image import check_output, fit, from_array, grid, open_image, save, target_size
 from .pipeline import StableDiffusion
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, find_sampler, options
 from .weights.quantize import BITS
 
 _TEXT_BITS, _UNET_BITS = 4, 8  # what -q stands for
-_SIZE_UNIT = 8
+_SIZE_UNIT, _LARGEST_SIDE = 8, 16384
+_MANY = 9999  # more of anything is a slip of the keyboard
 
 
 def txt2image(argv: Sequence[str] | None = None) -> int:
     """Run ``txt2image.py`` with the arguments ``argv`` (None: those of the process); returns the exit code."""
     parser = _Parser(description="Make images from a prompt.")
-    parser.add_argument("prompt", help="what to show")
+    parser.add_argument("prompt", type=_text, help="what to show")
     _add_options(parser)
     return _run(parser, parser.parse_args(argv))
 
@@ -38,7 +39,7 @@ def image2image(argv: Sequence[str] | None = None) -> int:
     """Run ``image2image.py`` with the arguments ``argv`` (None: those of the process); returns the exit code."""
     parser = _Parser(description="Change an image towards a prompt.")
     parser.add_argument("image", help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", help="what to show")
+    parser.add_argument("prompt", type=_text, help="what to show")
     group = _add_options(parser)
     _add(
         group,
@@ -61,7 +62,11 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.fail(2, message)
+
+    def fail(self, code: int, message: str) -> NoReturn:
+        """Leave with one line, also where the message quotes a path with line breaks."""
+        self.exit(code, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def _add(group: Any, flag: str, *more: str, **options: Any) -> None:
@@ -72,7 +77,7 @@ def _add(group: Any, flag: str, *more: str, **options: Any) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> Any:
     """Add what both scripts share; returns the group of options about the picture."""
     picture = parser.add_argument_group("picture")
-    _add(picture, "--negative_prompt", default="", help="what to steer away from; needs --cfg above 1")
+    _add(picture, "--negative_prompt", type=_text, default="", help="what to steer away from; needs --cfg above 1")
     _add(picture, "--width", type=_side, help="in pixels, a multiple of 8 (the model's own)")
     _add(picture, "--height", type=_side, help="in pixels, a multiple of 8 (the model's own)")
     _add(picture, "--n_images", type=_count, default=4, help="how many images to make (4)")
@@ -80,7 +85,7 @@ def _add_options(parser: argparse.ArgumentParser) -> Any:
     _add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
     _add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
     _add(picture, "--sampler", choices=tuple(SAMPLERS), help="how to denoise (the model's own)")
-    _add(picture, "--eta", type=_number, help="share of fresh noise, for the samplers that have one")
+    _add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
     _add(picture, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
 
     model = parser.add_argument_group("model")
@@ -126,39 +131,65 @@ def _bounded(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted
     return parse
 
 
-_count = _bounded(int, lambda n: n >= 1, "a whole number of at least 1")
-_whole = _bounded(int, lambda n: n >= 0, "a whole number of at least 0")
+_count = _bounded(int, lambda n: 1 <= n <= _MANY, f"a whole number from 1 to {_MANY}")
+_whole = _bounded(int, lambda n: 0 <= n <= _MANY, f"a whole number from 0 to {_MANY}")
 _seed = _bounded(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-_side = _bounded(int, lambda n: n >= 64 and n % _SIZE_UNIT == 0, "a multiple of 8 of at least 64")
+_side = _bounded(
+    int, lambda n: 64 <= n <= _LARGEST_SIDE and n % _SIZE_UNIT == 0, f"a multiple of 8 from 64 to {_LARGEST_SIDE}"
+)
 _number = _bounded(float, math.isfinite, "a number")
-_strength = _bounded(float, lambda s: 0 < s <= 1, "above 0 and at most 1")
+_share = _bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_strength = _bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+_text = _bounded(lambda text: text.encode().decode(), lambda _: True, "valid Unicode; type it in UTF-8")
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def _run(parser: _Parser, args: argparse.Namespace) -> int:
     _log_to_stderr(parser.prog, args.verbose)
     try:
-        output = check_output(args.output)
-        image = open_image(args.image) if "image" in args else None
-        sd = _load(args)
-        args.seed = secrets.randbits(32) if args.seed is None else args.seed
-        latents = _start(sd, args, image)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    try:
-        x_t = _denoise(latents, sd.number_of_steps(args.steps, getattr(args, "strength", 1.0)))
+        try:
+            paths = _image_paths(args)
+            image = open_image(args.image) if "image" in args else None
+            if args.sampler is not None:
+                options(find_sampler(args.sampler), eta=args.eta)
+            sd = _load(args)
+            args.seed = secrets.randbits(32) if args.seed is None else args.seed
+            latents = _start(sd, args, image)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        x_t = _denoise(sd, latents, sd.number_of_steps(args.steps, getattr(args, "strength", 1.0)))
         _free(sd)
         unet_peak = mx.get_peak_memory()
-        _write(sd, x_t, args, output)
+        _write(sd, x_t, args, paths)
     except (ArithmeticError, ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.fail(1, str(error))
+    except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
+        remedy = "where memory is short, try fewer images, a smaller size or -q"
+        parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
+    except KeyboardInterrupt:
+        parser.fail(130, "interrupted; the images named so far are complete")
     logging.getLogger("stable_diffusion").info(
         "peak memory: %.3f GB for the UNet, %.3f GB overall", unet_peak / 1024**3, mx.get_peak_memory() / 1024**3
     )
     return 0
 
 
+def _image_paths(args: argparse.Namespace) -> list[Path]:
+    """The file of each image, checked: ``--output`` itself, or for several that name with numbers."""
+    output = check_output(args.output)
+    if args.n_images == 1:
+        return [output]
+    return [check_output(output.with_stem(f"{output.stem}_{i}")) for i in range(1, args.n_images + 1)]
+
+
+class _Remarks(logging.StreamHandler):
+    """Writes the library's log to stderr, on lines of its own also while a progress bar is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
 def _log_to_stderr(prog: str, verbose: bool) -> None:
-    handler = logging.StreamHandler()
+    handler = _Remarks()
     handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
     log = logging.getLogger("stable_diffusion")
     log.handlers = [handler]
@@ -205,12 +236,14 @@ def _start(sd: StableDiffusion, args: argparse.Namespace, image: Image | None) -
     )
 
 
-def _denoise(latents: Iterator[mx.array], total: int) -> mx.array:
+def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx.array:
     """Compute the steps one by one; FloatingPointError names the first whose latents are not finite."""
     for step, x_t in enumerate(tqdm(latents, total=total, unit="step"), start=1):
         mx.eval(x_t)
         if not mx.isfinite(x_t).all():
-            raise FloatingPointError(f"the latents of step {step} are not finite; compute in float32 with --no-float16")
+            half = "compute in float32 with --no-float16"
+            remedy = half if sd.dtype == mx.float16 else "check the weights, or take a lower --cfg"
+            raise FloatingPointError(f"the latents of step {step} are not finite; {remedy}")
     return x_t
 
 
@@ -222,15 +255,15 @@ def _free(sd: StableDiffusion) -> None:
     mx.clear_cache()
 
 
-def _write(sd: StableDiffusion, latents: mx.array, args: argparse.Namespace, output: Path) -> None:
+def _write(sd: StableDiffusion, latents: mx.array, args: argparse.Namespace, paths: list[Path]) -> None:
     """Decode the latents and write each image as soon as it is there; then, of several, the grid."""
     images: list[Image] = []
     for start in range(0, len(latents), args.decoding_batch_size):
         for pixels in sd.decode(latents[start : start + args.decoding_batch_size]):
+            path, seed = paths[len(images)], args.seed + len(images)
             images.append(from_array(pixels))
-            path = output if len(latents) == 1 else output.with_stem(f"{output.stem}_{len(images)}")
             save(images[-1], path)
-            print(f"{path} seed {args.seed + len(images) - 1}", flush=True)
+            print(f"{path} seed {seed}", flush=True)
     if len(images) > 1:
-        save(grid(images, args.n_rows), output)
-        print(output, flush=True)
+        save(grid(images, args.n_rows), args.output)
+        print(args.output, flush=True)

@@ -206,9 +206,9 @@ def grid(images: Sequence[Image.Image], rows: int) -> Image.Image:
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """The path of a picture to be written, checked before any work: suffix, folder, permissions.
+    """The path of a picture to be written, checked before any work: suffix, folder, permissions, length of the name.
 
-    Raises ValueError (or PermissionError), one line with the path and the remedy.
+    Raises ValueError (or OSError), one line with the path and the remedy.
     """
     if not os.fspath(path).strip():
         raise ValueError("the output path is empty; give one like image.png")
@@ -221,6 +221,12 @@ def check_output(path: str | os.PathLike) -> Path:
         raise ValueError(f"the output folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OSError(f"the output {path} cannot be written ({error.strerror}); choose another name") from None
     return path
 
 
