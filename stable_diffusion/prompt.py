@@ -1,9 +1,11 @@
-r"""The prompt language: what is written -> pieces of text with weights. Knows no tokens and no arrays.
+r"""The prompt language: what is written -> prompts, their parts, and pieces of text with weights. Knows no tokens.
 
     (words:1.3)  (words):1.3    weight 1.3; zero and negative weights are allowed
     (words)  ((words))          weight 1.1, 1.1 * 1.1
     [words]                     weight 1 / 1.1
     {a|b}  [a|b]                alternatives: one prompt for each
+    [from:to:0.4]               "from" for the first 0.4 of the steps, then "to"; [to:0.4], [from::0.4]: either is empty
+    a AND b :0.7                two prompts that guide together, the second with weight 0.7
     BREAK                       what follows starts a new chunk of 75 tokens
     \(  \[  \{  \|  \:  \\      the character itself
 
@@ -15,16 +17,18 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 _EMPHASIS = 1.1
 _DEEPEST = 64  # brackets within brackets
 _MOST_PROMPTS = 10_000
 _PAIRS = {")": "(", "]": "[", "}": "{"}
+_SIGNS = frozenset("()[]{}|:\\")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*$")
 _WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
-_BREAK = re.compile(r"(?<![\w\\])BREAK(?!\w)")
+_SHARE = re.compile(r"\s*(\d*\.?\d+)\s*")
+_BREAK, _AND = (re.compile(rf"(?<![\w\\]){word}(?!\w)") for word in ("BREAK", "AND"))
 _BLOCK = re.compile(rf"(.*?):({_NUMBER})(?=\s|$)", re.DOTALL)
 
 
@@ -37,14 +41,34 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Items in brackets: ``weight`` multiplies theirs; with several ``options`` one of them is chosen."""
+class Part:
+    """One of the prompts that guide together, as it reads from ``start`` to ``end``, in shares of a run's steps."""
 
-    weight: float | None
-    options: tuple[tuple["str | _Group", ...], ...]
+    text: str
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
-_Items = tuple["str | _Group", ...]
+@dataclass(frozen=True)
+class _Weighted:
+    items: "_Items"
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Choice:
+    options: tuple["_Items", ...]
+
+
+@dataclass(frozen=True)
+class _Change:
+    before: "_Items"
+    after: "_Items"
+    share: float
+
+
+_Items = tuple["str | _Weighted | _Choice | _Change", ...]
 
 
 def expand(text: str, seed: int | None = None) -> list[str]:
@@ -60,10 +84,23 @@ def expand(text: str, seed: int | None = None) -> list[str]:
     return [_write(choice) for choice in _all(items)]
 
 
-def pieces(text: str) -> list[Piece]:
-    """The pieces of a prompt without alternatives, in order; neighbours of one weight are one piece.
+def parts(text: str) -> list[Part]:
+    """The parts of a prompt without alternatives: one for each AND and each stretch between two changes.
 
-    Raises ValueError for brackets nested more than 64 deep, or where alternatives are left: :func:`expand` them first.
+    Raises ValueError for brackets nested more than 64 deep.
+    """
+    found = []
+    for items, weight in _conjuncts(_parse(text)):
+        ends = [0.0, *sorted({share for share in _shares(items) if 0 < share < 1}), 1.0]
+        found += [Part(_write(_at(items, start)), weight, start, end) for start, end in pairwise(ends)]
+    return found
+
+
+def pieces(text: str) -> list[Piece]:
+    """The pieces of a prompt, in order; neighbours of one weight are one piece.
+
+    Raises ValueError for brackets nested more than 64 deep, or where alternatives or changes are left: ``expand`` the
+    prompt, and take its ``parts``, first.
     """
     found: list[Piece] = []
     for piece in _flatten(_parse(text), 1.0):
@@ -84,9 +121,12 @@ def blocks(text: str) -> list[Piece]:
     return found + [Piece(rest)] * bool(rest or not found)
 
 
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
 def _parse(text: str) -> _Items:
-    tokens = re.findall(r"\\.|[()\[\]{}|]|[^()\[\]{}|\\]+|\\", text, re.DOTALL)
-    return _items(tokens, _partners(tokens), 0, len(tokens))
+    tokens = re.findall(r"\\.|[()\[\]{}|:]|[^()\[\]{}|:\\]+|\\", text, re.DOTALL)
+    return _items(tokens, _partners(tokens), 0, len(tokens), 0)
 
 
 def _partners(tokens: Sequence[str]) -> dict[int, int]:
@@ -105,107 +145,181 @@ def _partners(tokens: Sequence[str]) -> dict[int, int]:
     return partners
 
 
-def _items(tokens: Sequence[str], partners: dict[int, int], start: int, stop: int, depth: int = 0) -> _Items:
+def _items(tokens: Sequence[str], partners: dict[int, int], start: int, stop: int, depth: int) -> _Items:
     if depth > _DEEPEST:
         raise ValueError(f"the prompt has brackets nested more than {_DEEPEST} deep; write some of them as \\( and \\)")
-    items: list[str | _Group] = []
-    i = start
+    items, i = [], start
     while i < stop:
         if i not in partners:
             items.append(tokens[i])
             i += 1
             continue
         close = partners[i]
-        group = _group(tokens, partners, i, close, depth)
+        weight = None
+        if tokens[i] == "(" and (after := _WEIGHT_AFTER.match("".join(tokens[close + 1 : min(close + 3, stop)]))):
+            weight = float(after[1])
+        group, weight_taken = _group(tokens, partners, i, close, depth + 1, weight)
+        items.append(group)
         i = close + 1
-        if group.weight is None and i < stop and (after := _WEIGHT_AFTER.match(tokens[i])):
-            group = _Group(float(after[1]), group.options)
-            rest = tokens[i][after.end() :]
-            items += [group, rest] if rest else [group]
-            i += 1
-        else:
-            items.append(_Group(_EMPHASIS, group.options) if group.weight is None else group)
+        if weight_taken:  # the colon, and the number at the beginning of what follows it
+            items.append(tokens[i + 1][len(after[1]) :])
+            i += 2
     return tuple(items)
 
 
-def _group(tokens: Sequence[str], partners: dict[int, int], start: int, close: int, depth: int) -> _Group:
-    """What stands between two brackets. Its weight is None for plain round ones, whose weight may follow them."""
-    bars, i = [start], start + 1
-    while i < close:
-        if i in partners:
-            i = partners[i]
-        elif tokens[i] == "|" and tokens[start] != "(":
-            bars.append(i)
-        i += 1
-    ends = [*bars[1:], close]
-    options = tuple(_items(tokens, partners, a + 1, b, depth + 1) for a, b in zip(bars, ends, strict=True))
-    if len(options) > 1 or tokens[start] == "{":
-        return _Group(1.0, options)
-    if tokens[start] == "[":
-        return _Group(1 / _EMPHASIS, options)
-    (inner,) = options
-    if inner and isinstance(inner[-1], str) and (match := _WEIGHT_AT_END.search(inner[-1])):
-        head = inner[-1][: match.start()]
-        return _Group(float(match[1]), ((*inner[:-1], head) if head else inner[:-1],))
-    return _Group(None, options)
+def _group(
+    tokens: Sequence[str], partners: dict[int, int], start: int, close: int, depth: int, weight: float | None
+) -> tuple[_Weighted | _Choice | _Change, bool]:
+    """What stands between two brackets, and whether the ``weight`` that follows them was used for it."""
+
+    def split(at: str) -> list[tuple[int, int]]:
+        """(start, stop) of the runs between the tokens ``at`` that are in no further brackets."""
+        cuts, i = [start], start + 1
+        while i < close:
+            if i in partners:
+                i = partners[i]
+            elif tokens[i] == at:
+                cuts.append(i)
+            i += 1
+        return [(a + 1, b) for a, b in pairwise([*cuts, close])]
+
+    def read(run: tuple[int, int]) -> _Items:
+        return _items(tokens, partners, *run, depth)
+
+    if tokens[start] != "(":
+        options = split("|")
+        if len(options) > 1 or tokens[start] == "{":
+            return _Choice(tuple(map(read, options))), False
+        *texts, last = split(":")
+        share = _SHARE.fullmatch("".join(tokens[slice(*last)]))
+        if len(texts) in (1, 2) and share and 0 <= float(share[1]) <= 1:
+            after, before = read(texts[-1]), read(texts[0]) if len(texts) == 2 else ()
+            if len(texts) == 2 and texts[1][0] == texts[1][1]:
+                after = ()
+            return _Change(before, after, float(share[1])), False
+        return _Weighted(read((start + 1, close)), 1 / _EMPHASIS), False
+    *_, last = split(":")
+    inner = _WEIGHT_AT_END.match(":" + "".join(tokens[slice(*last)])) if last[0] > start + 1 else None
+    if inner:
+        return _Weighted(read((start + 1, last[0] - 1)), float(inner[1])), False
+    return _Weighted(read((start + 1, close)), _EMPHASIS if weight is None else weight), weight is not None
 
 
-def _unescape(token: str) -> str:
-    return token[1:] if len(token) == 2 and token[0] == "\\" else token
+def _conjuncts(items: _Items) -> list[tuple[_Items, float]]:
+    """The items between ANDs, with the weight at the end of each; without an AND a number at the end is text."""
+    runs: list[list] = [[]]
+    for item in items:
+        texts = _AND.split(item) if isinstance(item, str) else [item]
+        runs[-1].append(texts[0])
+        runs += [[text] for text in texts[1:]]
+    if len(runs) == 1:
+        return [(items, 1.0)]
+    found = []
+    for run in runs:
+        tail = "".join(run[-2:]) if len(run) > 1 and all(isinstance(item, str) for item in run[-2:]) else ""
+        match = _WEIGHT_AT_END.fullmatch(tail)
+        found.append((tuple(run[:-2]), float(match[1])) if match else (tuple(run), 1.0))
+    return found
+
+
+# --- walking -----------------------------------------------------------------------------------------------------
 
 
 def _flatten(items: _Items, weight: float) -> Iterator[Piece]:
     for item in items:
-        if isinstance(item, _Group):
-            if len(item.options) > 1:
-                raise ValueError("the prompt has alternatives; expand them into prompts first")
-            yield from _flatten(item.options[0], weight * item.weight)
+        if isinstance(item, _Weighted):
+            yield from _flatten(item.items, weight * item.weight)
+        elif not isinstance(item, str):
+            raise ValueError("the prompt has alternatives or changes; expand it and take its parts first")
         elif item.startswith("\\"):
-            yield Piece(_unescape(item), weight)
+            yield Piece(item[1:] or item, weight)
         else:
-            for i, part in enumerate(_BREAK.split(item)):
+            for i, text in enumerate(_BREAK.split(item)):
                 if i:
                     yield Piece(None)
-                if part:
-                    yield Piece(part, weight)
+                if text:
+                    yield Piece(text, weight)
+
+
+def _branches(item: "_Weighted | _Change") -> tuple[_Items, ...]:
+    return (item.items,) if isinstance(item, _Weighted) else (item.before, item.after)
+
+
+def _rebuild(item: "_Weighted | _Change", branches: Sequence[_Items]) -> "_Weighted | _Change":
+    return _Weighted(*branches, item.weight) if isinstance(item, _Weighted) else _Change(*branches, item.share)
 
 
 def _count(items: _Items) -> int:
     """How many prompts the items stand for."""
     total = 1
     for item in items:
-        if isinstance(item, _Group):
-            total *= sum(_count(option) for option in item.options)
+        if isinstance(item, _Choice):
+            total *= sum(map(_count, item.options))
+        elif not isinstance(item, str):
+            for branch in _branches(item):
+                total *= _count(branch)
     return total
 
 
 def _all(items: _Items) -> Iterator[_Items]:
-    """Every choice of alternatives; the last one varies fastest."""
-    ways = [
-        [_Group(item.weight, (chosen,)) for option in item.options for chosen in _all(option)]
-        if isinstance(item, _Group)
-        else [item]
-        for item in items
-    ]
-    yield from product(*ways)
+    """Every choice of alternatives; the last one varies fastest. What is chosen takes the place of its brackets."""
+
+    def ways(item: "str | _Weighted | _Choice | _Change") -> list[_Items]:
+        if isinstance(item, str):
+            return [(item,)]
+        if isinstance(item, _Choice):
+            return [chosen for option in item.options for chosen in _all(option)]
+        return [(_rebuild(item, chosen),) for chosen in product(*(list(_all(b)) for b in _branches(item)))]
+
+    for chosen in product(*map(ways, items)):
+        yield tuple(part for way in chosen for part in way)
 
 
 def _choose(items: _Items, generator: random.Random) -> _Items:
-    return tuple(
-        _Group(item.weight, (_choose(generator.choice(item.options), generator),)) if isinstance(item, _Group) else item
-        for item in items
-    )
-
-
-def _write(items: _Items) -> str:
-    """The items as a prompt that reads back as the same items."""
-    parts = []
+    chosen: list = []
     for item in items:
         if isinstance(item, str):
-            # What stands alone here was no bracket with a partner; next to others it might find one.
-            parts.append(f"\\{item}" if item in "()[]{}|\\" else item)
-        elif item.weight == 1.0:
-            parts.append(_write(item.options[0]))
+            chosen.append(item)
+        elif isinstance(item, _Choice):
+            chosen += _choose(generator.choice(item.options), generator)
         else:
-            parts.append(f"({_write(item.options[0])}:{item.weight!r})")
-    return "".join(parts)
+            chosen.append(_rebuild(item, [_choose(branch, generator) for branch in _branches(item)]))
+    return tuple(chosen)
+
+
+def _shares(items: _Items) -> Iterator[float]:
+    """Where in a run the items change."""
+    for item in items:
+        if isinstance(item, _Change):
+            yield item.share
+        if isinstance(item, (_Weighted, _Change)):
+            for branch in _branches(item):
+                yield from _shares(branch)
+
+
+def _at(items: _Items, share: float) -> _Items:
+    """The items as they read at a share of the run."""
+    found: list = []
+    for item in items:
+        if isinstance(item, _Change):
+            found += _at(item.before if share < item.share else item.after, share)
+        else:
+            found.append(_Weighted(_at(item.items, share), item.weight) if isinstance(item, _Weighted) else item)
+    return tuple(found)
+
+
+def _write(items: _Items, nested: bool = False) -> str:
+    """The items as a prompt that reads back as the same items."""
+    written = []
+    for item in items:
+        if isinstance(item, str):
+            # What stands alone here was no sign; next to others it might become one.
+            written.append(f"\\{item}" if item in _SIGNS and (nested or item != ":") else item)
+        elif isinstance(item, _Weighted):
+            written.append(f"({_write(item.items, nested=True)}:{item.weight!r})")
+        elif isinstance(item, _Choice):
+            written.append("{" + "|".join(_write(option, nested=True) for option in item.options) + "}")
+        else:
+            before, after = _write(item.before, nested=True), _write(item.after, nested=True)
+            written.append(f"[{before}:{after}:{item.share!r}]")
+    return "".join(written)

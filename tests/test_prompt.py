@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from stable_diffusion.prompt import Piece, blocks, expand, pieces
+from stable_diffusion.prompt import Part, Piece, blocks, expand, parts, pieces
 
 BREAK = (None, 1.0)
 TEXTS = {
@@ -65,8 +65,28 @@ def test_too_much_is_refused():
         pieces("(" * 100 + "a" + ")" * 100)
     with pytest.raises(ValueError, match="1000000000000 prompts; at most 10000"):
         expand("{a|b|c|d|e|f|g|h|i|j}" * 12)
-    with pytest.raises(ValueError, match="expand them"):
-        pieces("{a|b}")
+    for text in ("{a|b}", "[a:b:0.5]"):
+        with pytest.raises(ValueError, match="expand it and take its parts first"):
+            pieces(text)
+
+
+def test_parts_that_guide_together():
+    assert parts("a cat") == [Part("a cat")]
+    assert parts("a cat AND a (dog:2) :0.5 AND x:-1") == [Part("a cat "), Part(" a (dog:2.0) ", 0.5), Part(" x", -1.0)]
+    assert parts("a cat:5") == [Part("a cat:5")]
+    assert parts(r"SAND ANDY \AND (a AND b)") == [Part(r"SAND ANDY \AND (a AND b:1.1)")]
+    assert pieces(r"\AND") == [Piece("AND")]
+
+
+def test_parts_that_change_on_the_way():
+    assert parts("a [red:blue:0.4] cat") == [Part("a red cat", 1, 0, 0.4), Part("a blue cat", 1, 0.4, 1)]
+    assert parts("[cat:.3]") == [Part("", 1, 0, 0.3), Part("cat", 1, 0.3, 1)]
+    assert parts("[cat::0.3]") == [Part("cat", 1, 0, 0.3), Part("", 1, 0.3, 1)]
+    assert parts("[[a:b:0.2]:c:0.6]") == [Part("a", 1, 0, 0.2), Part("b", 1, 0.2, 0.6), Part("c", 1, 0.6, 1)]
+    assert parts("[a:b:0]") == [Part("b")] and parts("[a:b:1]") == [Part("a")]
+    assert parts("[a:b:0.5] AND c") == [Part("a ", 1, 0, 0.5), Part("b ", 1, 0.5, 1), Part(" c")]
+    for text in ("[a:b]", "[a:b:2]", "[a:b:c:0.5]", "[a:b:x]"):
+        assert len(parts(text)) == 1 and pieces(parts(text)[0].text)[0].weight == pytest.approx(1 / 1.1)
 
 
 def test_blocks():
@@ -91,8 +111,13 @@ def test_random_text_is_read_or_refused_and_written_stably():
             refused += 1
             continue
         for prompt in (*prompts[:2], *expand(text, seed=1)):
-            assert expand(prompt) == [prompt] or expand(expand(prompt)[0]) == expand(prompt)
-            assert pieces(expand(prompt)[0]) == pieces(prompt)
+            (again,) = expand(prompt)
+            assert expand(again) == [again]
+            assert [(p.weight, p.start, p.end) for p in parts(again)] == [
+                (p.weight, p.start, p.end) for p in parts(prompt)
+            ]
+            for part, same in zip(parts(prompt), parts(again), strict=True):
+                assert pieces(part.text) == pieces(same.text)
     assert refused < 1000
     assert time.monotonic() - start < 120
 
