@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .models.clip import CLIPTextModel
-from .prompt import Piece, blocks, pieces
+from .prompt import Piece, blocks, parts, pieces
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("stable_diffusion")
@@ -18,13 +18,23 @@ Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told, for each of n images (or for one, which then holds for all).
+class Row:
+    """Which prompt a row of a conditioning belongs to, with what weight, and from where to where in a run (0 ... 1)."""
 
-    ``context`` [n, M, C] is the encoded prompt, M = 77 for each chunk of it; ``values`` [n, M, C] takes its place as
-    the values of cross-attention where emphasis asks for that. XL adds ``pooled`` [n, P], the prompt as one vector, and
-    ``time_ids`` [n, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [n, G], the embedded
-    guidance scale.
+    prompt: int = 0
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told: a table with a row for each prompt, or several where a prompt has parts.
+
+    ``context`` [r, M, C] is the encoded prompt, M = 77 for each chunk of it; ``values`` [r, M, C] takes its place as
+    the values of cross-attention where emphasis asks for that. XL adds ``pooled`` [r, P], the prompt as one vector, and
+    ``time_ids`` [r, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [r, G], the embedded
+    guidance scale. ``rows`` says what each row is for; its length is the number of prompts.
     """
 
     context: mx.array
@@ -32,17 +42,15 @@ class Conditioning:
     time_ids: mx.array | None = None
     guidance: mx.array | None = None
     values: mx.array | None = None
+    rows: tuple[Row, ...] = (Row(),)
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
         """Apply ``function`` to every array that is present."""
-        return Conditioning(**{k: None if v is None else function(v) for k, v in vars(self).items()})
-
-    def repeat(self, count: int) -> "Conditioning":
-        """Every row ``count`` times, one after the other."""
-        return self.map(lambda a: mx.repeat(a, count, axis=0)) if count > 1 else self
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, mx.array)}
+        return replace(self, **{name: function(value) for name, value in arrays.items()})
 
     def __len__(self) -> int:
-        return len(self.context)
+        return 1 + self.rows[-1].prompt
 
 
 @dataclass(frozen=True)
@@ -62,19 +70,24 @@ class MicroConditioning:
 
 
 def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """All rows of conditionings that have the same number of chunks, in order."""
+    """The prompts of all conditionings, which have the same number of chunks, in order."""
     if any(c.values is not None for c in conditionings):  # where one has values of its own, all need some
         conditionings = [c if c.values is not None else replace(c, values=c.context) for c in conditionings]
-    columns = zip(*(vars(c).values() for c in conditionings), strict=True)
-    return Conditioning(*(None if column[0] is None else mx.concatenate(column) for column in columns))
+    first, before, rows = conditionings[0], 0, []
+    for c in conditionings:
+        rows += [replace(row, prompt=row.prompt + before) for row in c.rows]
+        before += len(c)
+    names = [name for name, value in vars(first).items() if isinstance(value, mx.array)]
+    arrays = {name: mx.concatenate([getattr(c, name) for c in conditionings]) for name in names}
+    return replace(first, rows=tuple(rows), **arrays)
 
 
-def pad(conditioning: Conditioning, length: int, empty: mx.array) -> Conditioning:
+def _pad(conditioning: Conditioning, length: int, empty: mx.array) -> Conditioning:
     """Lengthen the context to ``length`` positions with chunks that say nothing, ``empty`` [1, 77, C]."""
     missing = length - conditioning.context.shape[1]
     if missing <= 0:
         return conditioning
-    filling = mx.tile(empty, (len(conditioning), missing // empty.shape[1], 1))
+    filling = mx.tile(empty, (len(conditioning.rows), missing // empty.shape[1], 1))
 
     def lengthen(a: mx.array | None) -> mx.array | None:
         return None if a is None else mx.concatenate([a, filling.astype(a.dtype)], axis=1)
@@ -92,15 +105,17 @@ def encode(
     truncate: bool = False,
     weight_blocks: bool = False,
 ) -> Conditioning:
-    """Encode one prompt with every encoder: context [1, 77 * chunks, C], and for XL the first chunk's pooled vector.
+    """Encode one prompt with every encoder: a row for each of its parts, with context [r, 77 * chunks, C].
+
+    For XL each row also has the pooled vector of its first chunk.
 
     Args:
         text: in the language of ``prompt.py``.
         xl: take the states below the last one, not normalised, as XL was trained on.
         clip_skip: how many of the encoders' last layers to leave out.
         emphasis: how weights act. "mean" multiplies the encoded tokens and restores their mean; "values" multiplies
-            what cross-attention takes from the tokens, so that negative weights take it away; "none" reads brackets as
-            text.
+            what cross-attention takes from the tokens, so that negative weights take it away; "none" reads all signs of
+            the prompt language as text.
         truncate: keep the first chunk only; the log says what is left out.
         weight_blocks: read the text as blocks, each with a weight behind a colon, that are encoded on their own and
             averaged.
@@ -110,25 +125,42 @@ def encode(
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
     if not weight_blocks:
-        parts = [Piece(text)] if emphasis == "none" else pieces(text)
-        return _encode(parts, encoders, xl, clip_skip, emphasis, truncate)
+        if emphasis == "none":
+            return _encode([Piece(text)], encoders, xl, clip_skip, emphasis, truncate)
+        found = parts(text)
+        encoded = [_encode(pieces(part.text), encoders, xl, clip_skip, emphasis, truncate) for part in found]
+        table = concatenate(_same_length(encoded, encoders, xl, clip_skip))
+        return replace(table, rows=tuple(Row(0, part.weight, part.start, part.end) for part in found))
     found = blocks(text)
     total = sum(block.weight for block in found)
     if abs(total) < 1e-6:
         raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
     encoded = [_encode([Piece(block.text)], encoders, xl, clip_skip, "none", truncate) for block in found]
-    longest = max(c.context.shape[1] for c in encoded)
-    encoded = [pad(c, longest, _encode([Piece("")], encoders, xl, clip_skip, "none", True).context) for c in encoded]
     weights = mx.array([block.weight / total for block in found])
-    return concatenate(encoded).map(lambda a: mx.einsum("b,b...->...", weights.astype(a.dtype), a)[None])
+    table = concatenate(_same_length(encoded, encoders, xl, clip_skip))
+    mean = table.map(lambda a: mx.einsum("b,b...->...", weights.astype(a.dtype), a)[None])
+    return replace(mean, rows=(Row(),))
+
+
+def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.array]) -> list[Conditioning]:
+    """The same with as many chunks as the longest of them has; ``empty()`` is one that says nothing, [1, 77, C]."""
+    lengths = {c.context.shape[1] for c in conditionings}
+    if len(lengths) == 1:
+        return list(conditionings)
+    filling = empty()
+    return [_pad(c, max(lengths), filling) for c in conditionings]
+
+
+def _same_length(encoded: Sequence[Conditioning], encoders: Encoders, xl: bool, clip_skip: int) -> list[Conditioning]:
+    return same_length(encoded, lambda: _encode([Piece("")], encoders, xl, clip_skip, "none", True).context)
 
 
 def _encode(
-    parts: Sequence[Piece], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
+    text: Sequence[Piece], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
 ) -> Conditioning:
     contexts, values, pooled = [], [], None
     for tokenizer, encoder in encoders:
-        chunks = _chunks(tokenizer, parts)
+        chunks = _chunks(tokenizer, text)
         if truncate and len(chunks) > 1:
             cut = tokenizer.decode(id_ for chunk in chunks[1:] for id_, _ in chunk)
             _log.warning("the prompt is too long; this part of it is ignored: %r", cut)
@@ -146,15 +178,15 @@ def _encode(
         contexts.append((state if emphasis == "values" else weighted).reshape(1, -1, state.shape[-1]))
         values.append(weighted.reshape(1, -1, state.shape[-1]))
     context = mx.concatenate(contexts, axis=-1)
-    plain = emphasis != "values" or all(piece.weight == 1 for piece in parts)
+    plain = emphasis != "values" or all(piece.weight == 1 for piece in text)
     return Conditioning(context, pooled, values=None if plain else mx.concatenate(values, axis=-1))
 
 
-def _chunks(tokenizer: Tokenizer, parts: Sequence[Piece]) -> list[list[tuple[int, float]]]:
+def _chunks(tokenizer: Tokenizer, text: Sequence[Piece]) -> list[list[tuple[int, float]]]:
     """(token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
     room = tokenizer.max_length - 2
     chunks: list[list[tuple[int, float]]] = [[]]
-    for piece in parts:
+    for piece in text:
         if piece.text is None:
             chunks.append([])
             continue

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .conditioning import Conditioning, MicroConditioning, concatenate, encode, pad
+from .conditioning import Conditioning, MicroConditioning, concatenate, encode, same_length
 from .config import ScheduleConfig
 from .denoise import denoiser, guidance_embedding
 from .image import to_array
@@ -283,7 +283,9 @@ class StableDiffusion:
         conditioning, negative = self._condition(
             run, size, text, negative_text, clip_skip, micro or MicroConditioning()
         )
-        denoise = denoiser(self.unet, self.schedule, run.steps, self.dtype, conditioning, negative, run.guidance)
+        denoise = denoiser(
+            self.unet, self.schedule, run.steps, self.dtype, run.n_images, conditioning, negative, run.guidance
+        )
         noise = run.noise or _step_noise(run.seed)
         sigmas = run.steps.sigmas
         states = run.sampler.run(denoise, x, sigmas, noise, **run.sampler_options)
@@ -308,13 +310,12 @@ class StableDiffusion:
     ) -> tuple[Conditioning, Conditioning | None]:
         """What the UNet is told of the prompts and, where guidance needs it, of the negative ones; a row an image."""
         positive = self._read(text, clip_skip)
-        count = run.n_images // len(positive)
         if dim := self._unet_config.time_cond_proj_dim:
             embedding = guidance_embedding(run.guidance, dim).astype(self.dtype)
-            positive = replace(positive, guidance=mx.repeat(embedding, len(positive), axis=0))
+            positive = replace(positive, guidance=mx.repeat(embedding, len(positive.rows), axis=0))
         positive = self._with_sizes(positive, size, micro, micro.aesthetic_score)
         if run.guidance <= 1 or dim:
-            return positive.repeat(count), None
+            return positive, None
         negative = self._read(negative_text, clip_skip)
         if self._zero_empty_prompt and isinstance(negative_text, str) and not negative_text:
             negative = negative.map(mx.zeros_like)
@@ -322,7 +323,7 @@ class StableDiffusion:
             raise ValueError(f"{len(negative)} negative prompts for {len(positive)} prompts; give one, or one for each")
         negative = self._with_sizes(negative, size, micro, micro.negative_aesthetic_score)
         positive, negative = self._same_length([positive, negative])
-        return positive.repeat(count), negative.repeat(run.n_images // len(negative))
+        return positive, negative
 
     def encode_prompt(
         self,
@@ -350,11 +351,7 @@ class StableDiffusion:
 
     def _same_length(self, conditionings: list[Conditioning]) -> list[Conditioning]:
         """The same with as many chunks as the longest of them has."""
-        lengths = {c.context.shape[1] for c in conditionings}
-        if len(lengths) == 1:
-            return conditionings
-        empty = self.encode_prompt("").context
-        return [pad(c, max(lengths), empty) for c in conditionings]
+        return same_length(conditionings, lambda: self.encode_prompt("").context)
 
     @property
     def _is_xl(self) -> bool:
@@ -368,7 +365,9 @@ class StableDiffusion:
             return conditioning
         pixels = tuple(self.pixels_per_latent * side for side in size)
         last = (score,) if self._scores_aesthetics else micro.target_size or pixels
-        ids = mx.array([[*(micro.original_size or pixels), *micro.crop, *last]] * len(conditioning), dtype=mx.float32)
+        ids = mx.array(
+            [[*(micro.original_size or pixels), *micro.crop, *last]] * len(conditioning.rows), dtype=mx.float32
+        )
         return replace(conditioning, time_ids=ids)
 
 

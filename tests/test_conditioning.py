@@ -146,6 +146,57 @@ def test_weight_blocks_are_a_mean(sd, xl):
         sd.encode_prompt("red:1 cat:-1", weight_blocks=True)
 
 
+def last(latents) -> np.ndarray:
+    return np.array(list(latents)[-1])
+
+
+def test_parts_guide_together(sd):
+    """One step of DDIM is linear in the answer: a AND b = a + b - the negative prompt alone."""
+    run = {"num_steps": 1, "latent_size": (4, 4), "seed": 1}
+    guided = {"cfg_weight": 3.0, "negative_text": "on", **run}
+    a, b, both, half = (
+        last(sd.generate_latents(t, **guided))
+        for t in ("the red", "cat", "the red AND cat", "the red :0.5 AND the red:0.5")
+    )
+    alone = last(sd.generate_latents("on", cfg_weight=1.0, **run))
+    assert relative_error(both, a + b - alone) <= 1e-4
+    assert relative_error(half, a) <= 1e-4
+    less = last(sd.generate_latents("the red AND cat:-0.5", **guided))
+    assert relative_error(less, a - 0.5 * (b - alone)) <= 1e-4
+    mean = last(sd.generate_latents("the red AND cat:3", cfg_weight=1.0, **run))
+    plain = [last(sd.generate_latents(t, cfg_weight=1.0, **run)) for t in ("the red", "cat")]
+    assert relative_error(mean, 0.25 * plain[0] + 0.75 * plain[1]) <= 1e-4
+    with pytest.raises(ValueError, match="sum to 0"):
+        next(sd.generate_latents("the red AND cat:-1", cfg_weight=1.0, **run))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_prompts_change_on_the_way(sd, cfg, sampler):
+    seen = []
+    unet, sd.unet = sd.unet, lambda x, t, context, **k: seen.append(np.array(context)) or unet(x, t, context, **k)
+    try:
+        prompts = ["the [red:blue:0.3] cat", "the cat"]
+        list(sd.generate_latents(prompts, num_steps=10, latent_size=(4, 4), cfg_weight=cfg, sampler=sampler))
+    finally:
+        sd.unet = unet
+    row = 0
+    for step, told in enumerate(seen):
+        colour = "red" if step < 3 else "blue"
+        assert relative_error(told[row], context(sd, f"the {colour} cat")[0]) <= 1e-5
+        assert any(relative_error(other, context(sd, "the cat")[0]) <= 1e-5 for other in told[1:])
+    assert len(seen) == 10
+
+
+def test_changes_at_the_ends_are_none(sd):
+    plain = [last(sd.generate_latents(t, **SMALL)) for t in ("red", "blue")]
+    assert np.array_equal(last(sd.generate_latents("[red:blue:1]", **SMALL)), plain[0])
+    assert np.array_equal(last(sd.generate_latents("[red:blue:0]", **SMALL)), plain[1])
+    first, second = sd.generate_latents("[red:blue:0.5]", **SMALL)
+    assert np.array_equal(first, next(sd.generate_latents("red", **SMALL)))
+    assert not np.array_equal(second, plain[0]) and not np.array_equal(second, plain[1])
+
+
 def test_lists_of_prompts(sd):
     prompts = ["the red cat", "blue"]
     together = np.array(list(sd.generate_latents(prompts, n_images=2, cfg_weight=3.0, **SMALL))[-1])
