@@ -17,8 +17,10 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from . import catalog
+from .conditioning import EMPHASES
 from .image import check_output, fit, from_array, grid, open_image, save, target_size
 from .pipeline import StableDiffusion
+from .prompt import expand
 from .samplers import SAMPLERS, find_sampler, options
 from .weights.quantize import BITS
 
@@ -86,7 +88,25 @@ def _add_options(parser: argparse.ArgumentParser) -> Any:
     _add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
     _add(picture, "--sampler", choices=tuple(SAMPLERS), help="how to denoise (the model's own)")
     _add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
-    _add(picture, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
+
+    prompt = parser.add_argument_group("prompt")
+    _add(prompt, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
+    _add(
+        prompt,
+        "--emphasis",
+        choices=EMPHASES,
+        default="mean",
+        help="how weights act: on the encoded words, keeping their mean; on what is taken from them; brackets are text",
+    )
+    _add(prompt, "--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
+    _add(prompt, "--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
+    _add(
+        prompt,
+        "--alternatives",
+        choices=("all", "one"),
+        default="all",
+        help='of "a {red|blue} cat": make every one, or one that the seed chooses (all)',
+    )
 
     model = parser.add_argument_group("model")
     _add(
@@ -147,16 +167,18 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
     _log_to_stderr(parser.prog, args.verbose)
     try:
         try:
-            paths = _image_paths(args)
+            args.seed = secrets.randbits(32) if args.seed is None else args.seed
+            prompts = _prompts(args)
+            paths = _image_paths(args, len(prompts) * args.n_images)
             image = open_image(args.image) if "image" in args else None
             if args.sampler is not None:
                 options(find_sampler(args.sampler), eta=args.eta)
             sd = _load(args)
-            args.seed = secrets.randbits(32) if args.seed is None else args.seed
-            latents = _start(sd, args, image)
+            runs = [_start(sd, args, image, prompt, i * args.n_images) for i, prompt in enumerate(prompts)]
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        x_t = _denoise(sd, latents, sd.number_of_steps(args.steps, getattr(args, "strength", 1.0)))
+        total = sd.number_of_steps(args.steps, getattr(args, "strength", 1.0))
+        x_t = mx.concatenate([_denoise(sd, latents, total) for latents in runs])
         _free(sd)
         unet_peak = mx.get_peak_memory()
         _write(sd, x_t, args, paths)
@@ -173,12 +195,19 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
     return 0
 
 
-def _image_paths(args: argparse.Namespace) -> list[Path]:
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that the one given stands for."""
+    if args.weight_blocks or args.emphasis == "none":
+        return [args.prompt]
+    return expand(args.prompt, args.seed if args.alternatives == "one" else None)
+
+
+def _image_paths(args: argparse.Namespace, count: int) -> list[Path]:
     """The file of each image, checked: ``--output`` itself, or for several that name with numbers."""
     output = check_output(args.output)
-    if args.n_images == 1:
+    if count == 1:
         return [output]
-    return [check_output(output.with_stem(f"{output.stem}_{i}")) for i in range(1, args.n_images + 1)]
+    return [check_output(output.with_stem(f"{output.stem}_{i}")) for i in range(1, count + 1)]
 
 
 class _Remarks(logging.StreamHandler):
@@ -207,19 +236,24 @@ def _load(args: argparse.Namespace) -> StableDiffusion:
     return sd
 
 
-def _start(sd: StableDiffusion, args: argparse.Namespace, image: Image | None) -> Iterator[mx.array]:
-    """The generator of latents that the arguments ask for; nothing of it is computed here."""
+def _start(
+    sd: StableDiffusion, args: argparse.Namespace, image: Image | None, prompt: str, index: int
+) -> Iterator[mx.array]:
+    """The generator of latents for a prompt whose first image is number ``index``; nothing of it is computed here."""
     guidance = sd.default_guidance if args.cfg is None else args.cfg
     if args.negative_prompt and guidance <= 1:
         logging.getLogger("stable_diffusion").warning(
             "the negative prompt has no effect at a guidance scale of %g; give --cfg above 1", guidance
         )
+    reading = {name: getattr(args, name) for name in ("clip_skip", "emphasis", "truncate", "weight_blocks")}
+    text = sd.encode_prompt(prompt, **reading)
     shared: dict[str, Any] = {
         "n_images": args.n_images,
         "num_steps": args.steps,
         "cfg_weight": args.cfg,
-        "negative_text": args.negative_prompt,
-        "seed": args.seed,
+        # An empty one stays text: some models have a way of their own to say nothing.
+        "negative_text": sd.encode_prompt(args.negative_prompt, **reading) if args.negative_prompt else "",
+        "seed": args.seed + index,
         "sampler": args.sampler,
         "eta": args.eta,
         "clip_skip": args.clip_skip,
@@ -227,13 +261,11 @@ def _start(sd: StableDiffusion, args: argparse.Namespace, image: Image | None) -
     height, width = (side * sd.pixels_per_latent for side in sd.default_latent_size)
     if image is None:
         size = (args.height or height, args.width or width)
-        return sd.generate_latents(args.prompt, latent_size=tuple(s // sd.pixels_per_latent for s in size), **shared)
+        return sd.generate_latents(text, latent_size=tuple(s // sd.pixels_per_latent for s in size), **shared)
     size = target_size(image.size, args.width, args.height, native=max(width, height))
     if size != image.size:
         logging.getLogger("stable_diffusion").info("the image of %dx%d is worked on at %dx%d", *image.size, *size)
-    return sd.generate_latents_from_image(
-        fit(image, *size, mode=args.resize), args.prompt, strength=args.strength, **shared
-    )
+    return sd.generate_latents_from_image(fit(image, *size, mode=args.resize), text, strength=args.strength, **shared)
 
 
 def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx.array:

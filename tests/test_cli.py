@@ -95,10 +95,10 @@ def run(capsys) -> Callable[..., Finished]:
 def make_image(run, models, tmp_path):
     """Run txt2image for 64x64 pixels in one step, or whatever ``options`` say; returns the pixels of --output."""
 
-    def call(*options, model: str = "sd") -> np.ndarray:
+    def call(*options, model: str = "sd", prompt: str = PROMPT) -> np.ndarray:
         output = tmp_path / "made.png"
         small = ["--width", 64, "--height", 64, "--steps", 1, "--n_images", 1, "--output", output]
-        run("txt2image", PROMPT, "--model", models[model], *small, *options).succeeded()
+        run("txt2image", prompt, "--model", models[model], *small, *options).succeeded()
         return pixels(output)
 
     return call
@@ -442,6 +442,7 @@ FLAGS = [
     *("--decoding_batch_size", "2", "--no_float16", "--quantize", "--preload_models", "--seed", "3", "--verbose"),
     *("--width", "64", "--height", "72", "--sampler", "euler_a", "--eta", "0.5", "--clip_skip", "1"),
     *("--unet_bits", "6", "--text_bits", "5"),
+    *("--emphasis", "values", "--weight_blocks", "--truncate", "--alternatives", "one"),
 ]
 
 
@@ -471,6 +472,41 @@ def test_no_flag_but_those(script):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(make_image, sampler):
     assert make_image("--sampler", sampler, "--steps", 3, "--seed", 1).std() > 1
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_alternatives_make_an_image_each(run, models, tmp_path):
+    options = ["--model", models["sd"], "--steps", 1, "--seed", 5, "--output", tmp_path / "out.png"]
+    done = run("txt2image", "the {red|blue} (cat:1.2)", *options, "--n_images", 2).succeeded()
+    assert [line.split()[-1] for line in done.out[:4]] == ["5", "6", "7", "8"] and len(done.out) == 5
+    together = [pixels(tmp_path / f"out_{i}.png") for i in range(1, 5)]
+    for i, colour in enumerate(("red", "red", "blue", "blue")):
+        run("txt2image", f"the {colour} (cat:1.2)", *options, "--n_images", 1, "--seed", 5 + i).succeeded()
+        assert np.abs(pixels(tmp_path / "out.png") - together[i]).max() <= 1
+
+
+def test_one_alternative_is_chosen_by_the_seed(run, models, tmp_path):
+    options = ["--model", models["sd"], "--steps", 1, "--n_images", 1, "--output", tmp_path / "out.png"]
+    chosen = []
+    for seed in (0, 0, 1, 2, 3):
+        run("txt2image", "{red|blue|cat|the}", *options, "--seed", seed, "--alternatives", "one").succeeded()
+        chosen.append(pixels(tmp_path / "out.png"))
+    assert names(tmp_path) == ["out.png"] and np.array_equal(chosen[0], chosen[1])
+
+
+def test_signs_may_be_text(make_image):
+    plain = make_image("--emphasis", "none", "--seed", 1, prompt="the {red|(blue:2)} cat")
+    written = make_image("--seed", 1, prompt=r"the \{red\|\(blue:2\)\} cat")
+    assert np.array_equal(plain, written)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_too_many_alternatives(run, no_model, tmp_path, script):
+    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
+    image = [tmp_path / "in.png"] if script == "image2image" else []
+    run(script, *image, "{a|b|c|d|e|f|g|h|i|j}" * 9, "--output", tmp_path / "out.png").refused("at most 10000")
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
