@@ -99,6 +99,14 @@ def _add_options(parser: argparse.ArgumentParser) -> Any:
         help="how weights act: on the encoded words, keeping their mean; on what is taken from them; brackets are text",
     )
     _add(prompt, "--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
+    _add(
+        prompt,
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=WORD]",
+        help="a textual inversion embedding and the word for it in prompts (the file's own); may be given again",
+    )
     _add(prompt, "--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
     _add(
         prompt,
@@ -174,6 +182,8 @@ def _run(parser: _Parser, args: argparse.Namespace) -> int:
             if args.sampler is not None:
                 options(find_sampler(args.sampler), eta=args.eta)
             sd = _load(args)
+            for embedding in args.embedding:
+                sd.load_embedding(*embedding.rsplit("=", 1))
             runs = [_start(sd, args, image, prompt, i * args.n_images) for i, prompt in enumerate(prompts)]
         except (ValueError, OSError) as error:
             parser.error(str(error))

@@ -17,6 +17,7 @@ from .image import to_array
 from .samplers import Noise, Sampler, find_sampler, options, sampler_for
 from .schedule import Schedule, Steps
 from .tokenizer import Tokenizer
+from .weights.embeddings import read_embedding
 from .weights.files import open_checkpoint
 from .weights.load import load_component
 
@@ -345,6 +346,29 @@ class StableDiffusion:
         encoders = [(getattr(self, tokenizer), getattr(self, encoder)) for tokenizer, encoder in self._encoders]
         options = {"clip_skip": clip_skip, "emphasis": emphasis, "truncate": truncate, "weight_blocks": weight_blocks}
         return concatenate(self._same_length([encode(t, encoders, xl=self._is_xl, **options) for t in texts]))
+
+    def load_embedding(self, path: str | PathLike, word: str | None = None) -> str:
+        """Add a textual inversion embedding (Gal et al. 2023); returns the word that stands for it in prompts.
+
+        Args:
+            path: a .safetensors file, see :func:`stable_diffusion.weights.embeddings.read_embedding`.
+            word: the word; None is the file's own.
+
+        Raises ValueError where the file is no embedding or its width is not that of this model's text encoders.
+        """
+        name, vectors = read_embedding(path)
+        word = name if word is None else word
+        encoders = [(getattr(self, tokenizer), getattr(self, encoder)) for tokenizer, encoder in self._encoders]
+        if self._is_xl and len(encoders) == 1:  # the refiner reads with OpenCLIP-G alone
+            vectors = vectors[-1:]
+        if len(vectors) != len(encoders):
+            raise ValueError(f"{path} has vectors for {len(vectors)} text encoders; this model has {len(encoders)}")
+        try:
+            for (tokenizer, encoder), table in zip(encoders, vectors, strict=True):
+                tokenizer.add(word, encoder.text_model.embeddings.add(table))
+        except ValueError as error:
+            raise ValueError(f"{path} is for another family of models: {error}") from error
+        return word
 
     def _read(self, text: Prompt, clip_skip: int) -> Conditioning:
         return text if isinstance(text, Conditioning) else self.encode_prompt(text, clip_skip=clip_skip)

@@ -10,7 +10,7 @@ References: Radford et al. 2021 (CLIP), Radford et al. 2019 (byte-level BPE), Se
 import heapq
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import regex
@@ -108,7 +108,7 @@ class Tokenizer:
         self.bos_token, self.eos_token = self.bos_id, self.eos_id  # their names in mlx-examples
         self._tokens = {id_: token for token, id_ in vocab.items()}
         self._merges = _rank_merges(vocab, merges)
-        self._exact = {token: vocab[token] for token, normalized in special_tokens.items() if not normalized}
+        self._exact = {token: [vocab[token]] for token, normalized in special_tokens.items() if not normalized}
         self._folded = {_normalize(token): vocab[token] for token, normalized in special_tokens.items() if normalized}
         self._split_exact, self._split_folded = _any_of(self._exact), _any_of(self._folded)
         self._cache: dict[str, list[int]] = {}
@@ -158,7 +158,7 @@ class Tokenizer:
         # Each split alternates: text, special token, text, ...
         for i, part in enumerate(self._split_exact.split(text)):
             if i % 2:
-                ids.append(self._exact[part])
+                ids.extend(self._exact[part])
                 continue
             for j, piece in enumerate(self._split_folded.split(_normalize(part))):
                 if j % 2:
@@ -166,6 +166,14 @@ class Tokenizer:
                 else:
                     ids.extend(id_ for word in _words(piece) for id_ in self._bpe(word))
         return ids
+
+    def add(self, word: str, ids: Sequence[int]) -> None:
+        """Have ``word``, written just so and standing alone, mean ``ids``. Raises ValueError for a blank word."""
+        if not word.strip():
+            raise ValueError(f"{word!r} cannot name an embedding; give a word")
+        self._exact[word] = list(ids)
+        self._split_exact = _any_of(self._exact)
+        self._tokens |= dict.fromkeys(ids, "") | {ids[0]: word + _END_OF_WORD}
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: lower case, a blank after every word; a part of a character is shown as U+FFFD."""
@@ -219,9 +227,13 @@ def _words(text: str) -> Iterable[str]:
 
 
 def _any_of(tokens: Iterable[str]) -> regex.Pattern:
-    """A pattern that finds the longest of the tokens at the leftmost place, and captures it."""
+    """A pattern that finds the longest of the tokens at the leftmost place, and captures it; no part of a word."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return regex.compile("(" + ("|".join(map(regex.escape, longest_first)) or r"(?!)") + ")")
+    whole = [
+        (r"(?<!\w)" if regex.match(r"\w", t) else "") + regex.escape(t) + (r"(?!\w)" if regex.search(r"\w$", t) else "")
+        for t in longest_first
+    ]
+    return regex.compile("(" + ("|".join(whole) or r"(?!)") + ")")
 
 
 def _rank_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[tuple[int, int], tuple[int, int]]:

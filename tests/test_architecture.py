@@ -13,7 +13,7 @@ _FLOORS = {
     "models.clip models.unet models.vae models.taesd models.controlnet": 1.5,  # models build on layers
     "weights.layout weights.keys weights.quantize": 2,
     "weights.files": 2.25,
-    "weights.load weights.lora": 2.5,
+    "weights.load weights.lora weights.embeddings": 2.5,
     "conditioning tiling": 3,
     "denoise": 3.25,
     "pipeline": 3.5,

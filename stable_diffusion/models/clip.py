@@ -73,13 +73,26 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Token plus position. Both are looked up by call, so that either table may be quantized."""
+    """Token plus position. Both are looked up by call, so that either table may be quantized.
+
+    Ids from the vocabulary's size on are words that were added later, whose vectors stand in a table of their own.
+    """
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self._positions = config.max_position_embeddings
+        self._vocabulary = config.vocab_size
+        self._added = mx.zeros((0, config.hidden_size))
+
+    def add(self, vectors: mx.array) -> list[int]:
+        """Add the vectors [n, C] of a new word; returns their ids."""
+        if vectors.shape[1] != self._added.shape[1]:
+            raise ValueError(f"vectors of width {vectors.shape[1]} do not fit a text encoder of {self._added.shape[1]}")
+        first = self._vocabulary + len(self._added)
+        self._added = mx.concatenate([self._added, vectors])
+        return list(range(first, first + len(vectors)))
 
     def __call__(self, ids: mx.array) -> mx.array:
         n = ids.shape[-1]
@@ -87,7 +100,11 @@ class CLIPEmbeddings(nn.Module):
             raise ValueError(
                 f"{n} tokens do not fit into the text encoder's {self._positions} positions; shorten the text"
             )
-        return self.token_embedding(ids) + self.position_embedding(mx.arange(n))
+        tokens = self.token_embedding(mx.minimum(ids, self._vocabulary - 1))
+        if len(self._added):
+            added = self._added[mx.maximum(ids - self._vocabulary, 0)].astype(tokens.dtype)
+            tokens = mx.where((ids >= self._vocabulary)[..., None], added, tokens)
+        return tokens + self.position_embedding(mx.arange(n))
 
 
 class CLIPEncoder(nn.Module):
@@ -126,12 +143,14 @@ class CLIPTextModel(nn.Module):
         if config.with_projection:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self._eos_token_id = config.eos_token_id
+        self._vocabulary = config.vocab_size
 
     def __call__(self, ids: mx.array) -> CLIPOutput:
         states = self.text_model(ids)
         last = self.normalise(states[-1])
-        # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the highest id.
-        end = mx.argmax(ids if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
+        # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the vocabulary's last.
+        known = mx.where(ids < self._vocabulary, ids, 0)
+        end = mx.argmax(known if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
         pooled = last[mx.arange(ids.shape[0]), end]
         if "text_projection" in self:
             pooled = self.text_projection(pooled)

@@ -1,0 +1,37 @@
+"""Textual inversion files (Gal et al. 2023): vectors for a new word, of one text encoder or of XL's two."""
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from .files import Component, read_tensors
+
+_XL_KEYS = ("clip_l", "clip_g")
+
+
+def read_embedding(path: str | Path) -> tuple[str, tuple[mx.array, ...]]:
+    """The word that a file is for, and its vectors [n, C] for each text encoder it knows (XL: CLIP-L, OpenCLIP-G).
+
+    Reads .safetensors as AUTOMATIC1111's web UI writes them ("emb_params"), diffusers (the word is the name of the
+    tensor) and trainers for XL ("clip_l", "clip_g"). The word is the file's name where the file does not say it.
+    Raises ValueError for anything else, one line with the path.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no embedding at {path}; check the path")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"the embedding {path} is not a .safetensors file; save it as one")
+    tensors = read_tensors(Component("embedding", {}, (path,)))
+    if all(key in tensors for key in _XL_KEYS):
+        vectors, name = [tensors[key] for key in _XL_KEYS], path.stem
+    elif len(tensors) == 1:
+        ((key, value),) = tensors.items()
+        vectors, name = [value], path.stem if key == "emb_params" else key
+    else:
+        raise ValueError(f"{path} is not an embedding: it holds {', '.join(sorted(tensors)[:4]) or 'no tensors'}")
+    vectors = [v[None] if v.ndim == 1 else v for v in vectors]
+    if any(v.ndim != 2 or len(v) < 1 for v in vectors) or len({len(v) for v in vectors}) != 1:
+        raise ValueError(f"{path} is not an embedding: its shapes are {', '.join(str(v.shape) for v in vectors)}")
+    vectors = [v.astype(mx.float32) for v in vectors]
+    mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
+    return name, tuple(vectors)

@@ -1,0 +1,107 @@
+"""Textual inversion: a new word with given vectors acts like the words that have these vectors."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from oracle import normal
+from stable_diffusion import StableDiffusion, StableDiffusionXL
+from stable_diffusion.weights.embeddings import read_embedding
+
+
+@pytest.fixture
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+@pytest.fixture
+def xl(xl_folder) -> StableDiffusionXL:
+    return StableDiffusionXL(xl_folder)
+
+
+def vectors(tokenizer, encoder, text: str) -> mx.array:
+    """The rows of the token table that a text stands for."""
+    return encoder.text_model.embeddings.token_embedding.weight[mx.array(tokenizer.encode(text))]
+
+
+def save(path, **tensors):
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+def test_a_word_with_the_vectors_of_others_acts_like_them(sd, tmp_path):
+    for text in ("red", "the red cat"):
+        file = save(tmp_path / "mystyle.safetensors", emb_params=vectors(sd.tokenizer, sd.text_encoder, text))
+        assert sd.load_embedding(file) == "mystyle"
+        for prompt in ("a {} on blue", "{}", "(a {}:1.3), {}"):
+            ours = sd.encode_prompt(prompt.format(*["mystyle"] * 2)).context
+            assert np.array_equal(ours, sd.encode_prompt(prompt.format(text, text)).context)
+
+
+def test_several_embeddings_and_a_word_of_ones_own(sd, tmp_path):
+    for word, text in (("<first>", "red"), ("second", "blue")):
+        file = save(tmp_path / "file.safetensors", emb_params=vectors(sd.tokenizer, sd.text_encoder, text))
+        assert sd.load_embedding(file, word) == word
+    ours = sd.encode_prompt("the <first> second cat")
+    assert np.array_equal(ours.context, sd.encode_prompt("the red blue cat").context)
+
+
+def test_the_word_is_no_part_of_another(sd, tmp_path):
+    before = sd.encode_prompt("words wordy Word sword").context
+    sd.load_embedding(save(tmp_path / "word.safetensors", emb_params=mx.array(normal(1, 32))))
+    assert np.array_equal(before, sd.encode_prompt("words wordy Word sword").context)
+    assert sd.tokenizer.decode(sd.tokenizer.encode("a word here")) == "a word here"
+
+
+def test_both_encoders_of_xl(xl, tmp_path):
+    pairs = ((xl.tokenizer_1, xl.text_encoder_1), (xl.tokenizer_2, xl.text_encoder_2))
+    clip_l, clip_g = (vectors(*pair, "the red") for pair in pairs)
+    xl.load_embedding(save(tmp_path / "x.safetensors", clip_l=clip_l, clip_g=clip_g))
+    ours, want = xl.encode_prompt("x cat"), xl.encode_prompt("the red cat")
+    assert np.array_equal(ours.context, want.context) and np.array_equal(ours.pooled, want.pooled)
+
+
+def test_on_quantized_encoders(sd1_folder, tmp_path):
+    quantized = StableDiffusion(sd1_folder, text_bits=8)
+    quantized.load_embedding(save(tmp_path / "x.safetensors", emb_params=mx.array(normal(2, 32))))
+    one, other = (quantized.encode_prompt(text).context for text in ("the x cat", "the cat"))
+    assert bool(mx.isfinite(one).all()) and not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "tensors, name, count",
+    [
+        ({"emb_params": (2, 8)}, "file", 1),
+        ({"<cat>": (8,)}, "<cat>", 1),
+        ({"<cat>": (3, 8)}, "<cat>", 1),
+        ({"clip_l": (2, 8), "clip_g": (2, 12)}, "file", 2),
+    ],
+)
+def test_layouts(tmp_path, tensors, name, count):
+    file = save(tmp_path / "file.safetensors", **{k: mx.ones(shape, dtype=mx.float16) for k, shape in tensors.items()})
+    word, found = read_embedding(file)
+    assert word == name and len(found) == count and all(v.ndim == 2 and v.dtype == mx.float32 for v in found)
+
+
+@pytest.mark.parametrize(
+    "shapes", [{}, {"a": (1, 8), "b": (1, 8)}, {"a": (1, 8, 2)}, {"clip_l": (1, 8), "clip_g": (2, 8)}]
+)
+def test_what_is_no_embedding(tmp_path, shapes):
+    file = save(tmp_path / "file.safetensors", **{name: mx.zeros(shape) for name, shape in shapes.items()})
+    with pytest.raises(ValueError, match=r"file\.safetensors is not an embedding"):
+        read_embedding(file)
+
+
+def test_files_that_cannot_be_read(tmp_path, sd, xl):
+    with pytest.raises(ValueError, match="there is no embedding at"):
+        read_embedding(tmp_path / "none.safetensors")
+    (tmp_path / "x.pt").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="save it as one"):
+        read_embedding(tmp_path / "x.pt")
+    wide = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48)))
+    with pytest.raises(
+        ValueError, match="another family of models: vectors of width 48 do not fit a text encoder of 32"
+    ):
+        sd.load_embedding(wide)
+    with pytest.raises(ValueError, match="vectors for 1 text encoders; this model has 2"):
+        xl.load_embedding(wide)
