@@ -4,12 +4,13 @@ Everything a run can be told about the picture is one :class:`Conditioning`, and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from .samplers import Denoiser
+from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
 
 
@@ -55,12 +56,12 @@ def denoiser(
     Classifier-free guidance (Ho & Salimans 2022): with a ``negative`` conditioning the answer is
     ``negative + guidance * (positive - negative)``. Latents are float32 [n, h, w, 4]; the UNet computes in ``dtype``.
     """
-    timesteps = dict(zip(steps.sigmas, steps.timesteps, strict=False))
+    timestep = _timesteps(schedule, steps)
     prediction = schedule.config.prediction_type
     both = conditioning if negative is None else conditioning + negative
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
-        t = timesteps[sigma] if sigma in timesteps else schedule.timestep(sigma)
+        t = timestep(sigma)
         scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
         batch = scaled if negative is None else mx.concatenate([scaled, scaled])
         text_time = None if both.pooled is None else (both.pooled, both.time_ids)
@@ -72,6 +73,40 @@ def denoiser(
         return to_x0(out, x, sigma, prediction)
 
     return denoise
+
+
+def consistency(denoise: Denoiser, schedule: Schedule, steps: Steps) -> Denoiser:
+    """D of a consistency model (Song et al. 2023, eq. 5): what D leaps to, and near timestep 0 the latent itself.
+
+    ``c_skip * x / sqrt(sigma^2 + 1) + c_out * D``, with the scalings of LCM (Luo et al. 2023, appendix) over the
+    timestep times ``timestep_scaling``, and the data's standard deviation taken as 0.5.
+    """
+    timestep = _timesteps(schedule, steps)
+
+    def leap(x: mx.array, sigma: float) -> mx.array:
+        s = schedule.config.timestep_scaling * timestep(sigma)
+        c_skip, c_out = 0.25 / (s**2 + 0.25), s / math.sqrt(s**2 + 0.25)
+        return c_out * denoise(x, sigma) + (c_skip / math.sqrt(sigma**2 + 1)) * x
+
+    return leap
+
+
+def given(sampler: Sampler, schedule: Schedule, steps: Steps, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sampler is told about the run besides the ``options`` chosen for it, by the names of its keywords."""
+    known = {
+        "velocity": lambda: schedule.config.prediction_type == "v_prediction",
+        "targets": lambda: schedule.targets(steps),
+        "again": lambda: schedule.start_of_repeat(steps),
+        "stops": lambda: schedule.stops(steps, options.get("eta", 0.3)),
+        "lower_order_final": lambda: steps.total < 15,  # as in diffusers
+    }
+    return {name: known[name]() for name in keywords(sampler.run) & known.keys() if len(steps)}
+
+
+def _timesteps(schedule: Schedule, steps: Steps) -> Callable[[float], float]:
+    """The timestep of a sigma: the run's own where it is one of its levels."""
+    known = dict(zip(steps.sigmas, steps.timesteps, strict=False))
+    return lambda sigma: known[sigma] if sigma in known else schedule.timestep(sigma)
 
 
 def to_x0(out: mx.array, x: mx.array, sigma: float, prediction: str) -> mx.array:

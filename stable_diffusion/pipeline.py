@@ -3,7 +3,7 @@
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from .config import ScheduleConfig
-from .denoise import Conditioning, denoiser, guidance_embedding
+from .denoise import Conditioning, consistency, denoiser, given, guidance_embedding
 from .image import to_array
 from .models.clip import CLIPTextModel
-from .samplers import Noise, Sampler, find_sampler, options, sampler_for
+from .samplers import Noise, Sampler, States, find_sampler, options, read_name, sampler_for
 from .schedule import Schedule, Steps
 from .tokenizer import Tokenizer
 from .weights.files import open_checkpoint
@@ -48,6 +48,7 @@ class _Run:
     steps: Steps
     sampler: Sampler
     sampler_options: dict[str, Any]
+    scale: float
     guidance: float
     n_images: int
     seed: int
@@ -106,10 +107,11 @@ class StableDiffusion:
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
 
     def _default_sampler(self) -> str:
-        scheduler = self.schedule.config.class_name
-        name, exact = sampler_for(scheduler)
-        if not exact:
-            _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
+        config = self.schedule.config
+        name, exact = sampler_for(config.class_name, config.algorithm_type)
+        if not exact or config.not_followed:
+            asked = ", ".join((config.class_name, *config.not_followed))
+            _log.info("the checkpoint asks for %s; the nearest sampler here is %s", asked, name)
         return name
 
     @property
@@ -147,9 +149,13 @@ class StableDiffusion:
         latent_size: tuple[int, int] | None = None,
         seed: int | None = None,
         *,
-        sampler: str | None = None,
+        sampler: str | Callable[..., States] | None = None,
+        schedule: str | None = None,
         spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        s_noise: float | None = None,
         clip_skip: int = 0,
         micro: MicroConditioning | None = None,
         latents: mx.array | None = None,
@@ -166,9 +172,15 @@ class StableDiffusion:
             negative_text: what to steer away from.
             latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's own.
             seed: of the first image; image i uses ``seed + i`` and does not depend on the others. None is random.
-            sampler: a name in ``SAMPLERS``; None is the checkpoint's own.
+            sampler: a name in ``SAMPLERS``, or as others write it ("DPM++ 2M Karras"), or a function with the
+                signature of those in ``samplers``; None is the checkpoint's own.
+            schedule: the curve of the noise levels, one of ``schedule.SCHEDULES``; None is the sampler name's, if it
+                has one, or the checkpoint's own.
             spacing: of the timesteps: "leading", "trailing" or "linspace"; None is the checkpoint's own.
+            timesteps: the steps themselves, descending, in place of their number and spacing.
+            sigmas: the same as noise levels, of which the last is where the run ends.
             eta: fraction of fresh noise for the samplers that have one.
+            s_noise: factor on that noise.
             clip_skip: how many of the text encoder's last layers to leave out.
             micro: SDXL's size conditioning.
             latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
@@ -181,15 +193,15 @@ class StableDiffusion:
         Raises:
             ValueError: a number out of range, an unknown name, or latents of the wrong shape.
         """
-        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise)
+        path = (schedule, spacing, timesteps, sigmas)
+        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, path, eta, s_noise, latents, noise)
         size = self.default_latent_size if latent_size is None else tuple(latent_size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"latent_size {latent_size} must be (height, width), each at least 1")
         self._check_latents(latents, n_images, size)
-        scale = self.schedule.initial_scale(run.steps, run.sampler.grid, spacing)
 
         def start() -> mx.array:
-            return scale * self._initial_noise(run, size)
+            return run.scale * self._initial_noise(run, size)
 
         return self._sample(run, start, size, text, negative_text, clip_skip, micro)
 
@@ -204,9 +216,13 @@ class StableDiffusion:
         negative_text: str = "",
         seed: int | None = None,
         *,
-        sampler: str | None = None,
+        sampler: str | Callable[..., States] | None = None,
+        schedule: str | None = None,
         spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        s_noise: float | None = None,
         clip_skip: int = 0,
         micro: MicroConditioning | None = None,
         latents: mx.array | None = None,
@@ -228,7 +244,8 @@ class StableDiffusion:
             raise ValueError(f"image of shape {pixels.shape} must be [H, W, 3] with sides that are multiples of {unit}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is outside 0 ... 1")
-        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise, strength)
+        path = (schedule, spacing, timesteps, sigmas)
+        run = self._plan(n_images, num_steps, cfg_weight, seed, sampler, path, eta, s_noise, latents, noise, strength)
         size = (pixels.shape[0] // unit, pixels.shape[1] // unit)
         self._check_latents(latents, n_images, size)
 
@@ -250,28 +267,60 @@ class StableDiffusion:
         num_steps: int | None,
         cfg_weight: float | None,
         seed: int | None,
-        sampler: str | None,
-        spacing: str | None,
+        sampler: str | Callable[..., States] | None,
+        path: tuple[str | None, str | None, Sequence[float] | None, Sequence[float] | None],
         eta: float | None,
+        s_noise: float | None,
         latents: mx.array | None,
         noise: Noise | None,
         strength: float = 1.0,
     ) -> _Run:
         if n_images < 1:
             raise ValueError(f"n_images {n_images} must be at least 1")
-        chosen = find_sampler(self.sampler if sampler is None else sampler)
-        steps = self.schedule.steps(self.default_steps if num_steps is None else num_steps, chosen.grid, spacing)
+        name = self.sampler if sampler is None else sampler
+        chosen = find_sampler(name)
+        schedule, spacing, timesteps, sigmas = path
+        if schedule is None and isinstance(name, str):
+            schedule = read_name(name)[1]
+        steps = self._steps(num_steps, chosen.grid, schedule, spacing, timesteps, sigmas)
         steps = steps.last(self.number_of_steps(len(steps), strength))
+        asked = options(chosen, eta=eta, s_noise=s_noise)
         return _Run(
             steps=steps,
             sampler=chosen,
-            sampler_options=options(chosen, eta=eta),
+            sampler_options=given(chosen, self.schedule, steps, asked) | asked,
+            scale=self.schedule.initial_scale(steps, chosen.grid, spacing) if len(steps) else 0.0,
             guidance=self.default_guidance if cfg_weight is None else cfg_weight,
             n_images=n_images,
             seed=secrets.randbits(32) if seed is None else seed,
             latents=latents,
             noise=noise,
         )
+
+    def _steps(
+        self,
+        count: int | None,
+        grid: str,
+        schedule: str | None,
+        spacing: str | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+    ) -> Steps:
+        named = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas}
+        if (timesteps is not None or sigmas is not None) and sum(value is not None for value in named.values()) > 1:
+            names = ", ".join(name for name, value in named.items() if value is not None)
+            raise ValueError(f"{names} each say where the steps lie; give one of them")
+        if schedule == "align_your_steps" and self._is_xl:
+            schedule = "align_your_steps_xl"
+        if timesteps is not None:
+            steps = self.schedule.at_timesteps(timesteps, grid)
+        elif sigmas is not None:
+            steps = self.schedule.at_sigmas(sigmas)
+        else:
+            return self.schedule.steps(self.default_steps if count is None else count, grid, spacing, schedule)
+        if count not in (None, len(steps)):
+            raise ValueError(f"num_steps {count} does not fit the {len(steps)} steps that are given; leave it out")
+        return steps
 
     def _check_latents(self, latents: mx.array | None, n_images: int, size: tuple[int, ...]) -> None:
         wanted = (n_images, *size, self.autoencoder.latent_channels)
@@ -296,6 +345,8 @@ class StableDiffusion:
             run, size, text, negative_text, clip_skip, micro or MicroConditioning()
         )
         denoise = denoiser(self.unet, self.schedule, run.steps, self.dtype, conditioning, negative, run.guidance)
+        if run.sampler.consistency:
+            denoise = consistency(denoise, self.schedule, run.steps)
         noise = run.noise or _step_noise(run.seed)
         sigmas = run.steps.sigmas
         states = run.sampler.run(denoise, x, sigmas, noise, **run.sampler_options)
