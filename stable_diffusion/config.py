@@ -217,7 +217,9 @@ class AutoencoderConfig:
 class ScheduleConfig:
     """What ``scheduler_config.json`` says about the noise the model was trained on, and its preferred sampler.
 
-    ``timestep_spacing`` is None where the file is silent: the default then depends on the sampler.
+    ``timestep_spacing`` is None where the file is silent: the default then depends on the sampler. ``sigma_schedule``
+    gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. ``not_followed`` names
+    settings of the preferred sampler, such as "solver_order=3", that the samplers here do not have.
     """
 
     class_name: str = "DDIMScheduler"
@@ -231,14 +233,31 @@ class ScheduleConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    sigma_schedule: str = "default"
+    final_sigmas_type: str = "zero"
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    algorithm_type: str | None = None
+    not_followed: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ScheduleConfig":
-        """Read a scheduler's JSON; ValueError for a beta schedule, prediction type or spacing not computed here."""
+        """Read a scheduler's JSON; ValueError names what is said of the noise that is not computed here."""
         fields = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
         fields["class_name"] = raw.get("_class_name", "DDIMScheduler")
         if fields.get("trained_betas") is not None:
             fields["trained_betas"] = tuple(fields["trained_betas"])
+        curves = [name for name in ("karras", "exponential", "beta") if raw.get(f"use_{name}_sigmas")]
+        if len(curves) > 1:
+            raise ValueError(f"scheduler config: only one of use_{'_sigmas, use_'.join(curves)}_sigmas can hold")
+        fields["sigma_schedule"] = curves[0] if curves else "default"
+        for key, plain in _SCHEDULE_FIXED.items():
+            if raw.get(key) not in (None, False, *plain):
+                raise ValueError(f"scheduler config: {key}={raw[key]!r} is not supported")
+        usual = _SAMPLER_FIXED | _SAMPLER_OF_CLASS.get(fields["class_name"], {})
+        fields["not_followed"] = tuple(
+            f"{key}={raw[key]!r}" for key, plain in usual.items() if raw.get(key) not in (None, *plain)
+        )
         return cls(**fields)
 
     def __post_init__(self) -> None:
@@ -252,4 +271,33 @@ _SCHEDULE_CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("leading", "trailing", "linspace", None),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
+
+# What would change the noise levels or the timesteps that the network is told, and the values that change nothing.
+_SCHEDULE_FIXED: Mapping[str, tuple] = {
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (),
+    "use_lu_lambdas": (),
+    "sigma_min": (),
+    "sigma_max": (),
+}
+
+# What a checkpoint says of its preferred sampler, and the values that the sampler here has.
+_SAMPLER_FIXED: Mapping[str, tuple] = {
+    "thresholding": (False,),
+    "clip_sample": (False,),
+    "lower_order_final": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (),
+    "predict_x0": (True,),
+}
+_MULTISTEP_FIXED: Mapping[str, tuple] = {"solver_order": (2,), "solver_type": ("midpoint",)}
+_SAMPLER_OF_CLASS: Mapping[str, Mapping[str, tuple]] = {
+    "DPMSolverMultistepScheduler": _MULTISTEP_FIXED | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
+    "UniPCMultistepScheduler": {"solver_order": (2,), "solver_type": ("bh2", "midpoint", "heun", "logrho")},
+    "DEISMultistepScheduler": {"solver_order": (2,)},
+    "PNDMScheduler": {"skip_prk_steps": (True,)},
+    "DDPMScheduler": {"variance_type": ("fixed_small",)},
 }

@@ -2,9 +2,8 @@
 
 import logging
 import math
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -12,10 +11,12 @@ import mlx.core as mx
 
 from .conditioning import Conditioning, MicroConditioning, concatenate, encode, same_length
 from .config import ScheduleConfig
-from .denoise import denoiser, guidance_embedding
+from .denoise import consistency, denoiser
+from .guidance import guidance_embedding, stages
 from .image import to_array
-from .samplers import Noise, Sampler, find_sampler, options, sampler_for
-from .schedule import Schedule, Steps
+from .plan import Run, plan, share_of_steps
+from .samplers import Noise, States, sampler_for
+from .schedule import Schedule
 from .tokenizer import Tokenizer
 from .weights.embeddings import read_embedding
 from .weights.files import open_checkpoint
@@ -26,20 +27,6 @@ _log = logging.getLogger("stable_diffusion")
 Prompt = str | Sequence[str] | Conditioning
 
 _UNET_GROUP, _TEXT_GROUP = 32, 64  # values that share a quantization scale
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run, checked and with every default filled in."""
-
-    steps: Steps
-    sampler: Sampler
-    sampler_options: dict[str, Any]
-    guidance: float
-    n_images: int
-    seed: int
-    latents: mx.array | None
-    noise: Noise | None
 
 
 class StableDiffusion:
@@ -74,7 +61,11 @@ class StableDiffusion:
     ):
         checkpoint = open_checkpoint(self.default_model if model is None else model, float16=float16, revision=revision)
         self.dtype = mx.float16 if float16 else mx.float32
-        self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler))
+        levels = ScheduleConfig.from_dict(checkpoint.scheduler)
+        if checkpoint.pipeline.startswith("StableDiffusion") and "XL" not in checkpoint.pipeline:
+            # Old files of SD 1 and 2 lack the offset, or say 0, and were trained with 1; diffusers' pipelines know.
+            levels = replace(levels, steps_offset=1)
+        self.schedule = Schedule(levels)
         self.sampler = self._default_sampler()
         self.default_steps, self.default_guidance = checkpoint.steps, checkpoint.guidance
         parts, tokenizers = checkpoint.components, checkpoint.tokenizers
@@ -93,10 +84,11 @@ class StableDiffusion:
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
 
     def _default_sampler(self) -> str:
-        scheduler = self.schedule.config.class_name
-        name, exact = sampler_for(scheduler)
-        if not exact:
-            _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
+        config = self.schedule.config
+        name, exact = sampler_for(config.class_name, config.algorithm_type)
+        if not exact or config.not_followed:
+            asked = ", ".join((config.class_name, *config.not_followed))
+            _log.info("the checkpoint asks for %s; the nearest sampler here is %s", asked, name)
         return name
 
     @property
@@ -115,9 +107,7 @@ class StableDiffusion:
 
         That share is rounded down as diffusers does, but it is at least one step while ``strength`` is above 0.
         """
-        count = self.default_steps if num_steps is None else num_steps
-        # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
-        return min(count, max(math.floor(count * strength + 1e-9), int(strength > 0)))
+        return share_of_steps(self.default_steps if num_steps is None else num_steps, strength)
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
@@ -134,9 +124,13 @@ class StableDiffusion:
         latent_size: tuple[int, int] | None = None,
         seed: int | None = None,
         *,
-        sampler: str | None = None,
+        sampler: str | Callable[..., States] | None = None,
+        schedule: str | None = None,
         spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        s_noise: float | None = None,
         clip_skip: int = 0,
         micro: MicroConditioning | None = None,
         latents: mx.array | None = None,
@@ -153,9 +147,15 @@ class StableDiffusion:
             negative_text: what to steer away from: one for all, or a list with one for each prompt.
             latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's own.
             seed: of the first image; image i uses ``seed + i`` and does not depend on the others. None is random.
-            sampler: a name in ``SAMPLERS``; None is the checkpoint's own.
+            sampler: a name in ``SAMPLERS``, or as others write it ("DPM++ 2M Karras"), or a function with the
+                signature of those in ``samplers``; None is the checkpoint's own.
+            schedule: the curve of the noise levels, one of ``schedule.SCHEDULES``; None is the sampler name's, if it
+                has one, or the checkpoint's own.
             spacing: of the timesteps: "leading", "trailing" or "linspace"; None is the checkpoint's own.
+            timesteps: the steps themselves, descending, in place of their number and spacing.
+            sigmas: the same as noise levels, of which the last is where the run ends.
             eta: fraction of fresh noise for the samplers that have one.
+            s_noise: factor on that noise.
             clip_skip: how many of the text encoder's last layers to leave out.
             micro: SDXL's size conditioning.
             latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
@@ -169,15 +169,28 @@ class StableDiffusion:
             ValueError: a number out of range, an unknown name, or latents of the wrong shape.
         """
         total = n_images * _rows(text)
-        run = self._plan(total, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise)
+        run = self._plan(
+            sampler,
+            schedule,
+            cfg_weight,
+            n_images=total,
+            num_steps=num_steps,
+            seed=seed,
+            spacing=spacing,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            s_noise=s_noise,
+            latents=latents,
+            noise=noise,
+        )
         size = self.default_latent_size if latent_size is None else tuple(latent_size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"latent_size {latent_size} must be (height, width), each at least 1")
         self._check_latents(latents, total, size)
-        scale = self.schedule.initial_scale(run.steps, run.sampler.grid, spacing)
 
         def start() -> mx.array:
-            return scale * self._initial_noise(run, size)
+            return run.scale * run.initial_noise((*size, self.autoencoder.latent_channels))
 
         return self._sample(run, start, size, text, negative_text, clip_skip, micro)
 
@@ -192,9 +205,13 @@ class StableDiffusion:
         negative_text: Prompt = "",
         seed: int | None = None,
         *,
-        sampler: str | None = None,
+        sampler: str | Callable[..., States] | None = None,
+        schedule: str | None = None,
         spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        s_noise: float | None = None,
         clip_skip: int = 0,
         micro: MicroConditioning | None = None,
         latents: mx.array | None = None,
@@ -217,7 +234,22 @@ class StableDiffusion:
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is outside 0 ... 1")
         total = n_images * _rows(text)
-        run = self._plan(total, num_steps, cfg_weight, seed, sampler, spacing, eta, latents, noise, strength)
+        run = self._plan(
+            sampler,
+            schedule,
+            cfg_weight,
+            n_images=total,
+            num_steps=num_steps,
+            seed=seed,
+            strength=strength,
+            spacing=spacing,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            s_noise=s_noise,
+            latents=latents,
+            noise=noise,
+        )
         size = (pixels.shape[0] // unit, pixels.shape[1] // unit)
         self._check_latents(latents, total, size)
 
@@ -225,7 +257,7 @@ class StableDiffusion:
             # The mean of the posterior: its spread is far below one grey level, and a run needs no further randomness.
             mean, _ = self.autoencoder.encode(pixels[None])
             x0 = mx.broadcast_to(mean, (total, *mean.shape[1:]))
-            return x0 + run.steps.sigmas[0] * self._initial_noise(run, size) if len(run.steps) else x0
+            return x0 + run.steps.sigmas[0] * run.initial_noise(x0.shape[1:]) if len(run.steps) else x0
 
         return self._sample(run, start, size, text, negative_text, clip_skip, micro)
 
@@ -235,31 +267,20 @@ class StableDiffusion:
 
     def _plan(
         self,
-        n_images: int,
-        num_steps: int | None,
+        sampler: str | Callable[..., States] | None,
+        schedule: str | None,
         cfg_weight: float | None,
-        seed: int | None,
-        sampler: str | None,
-        spacing: str | None,
-        eta: float | None,
-        latents: mx.array | None,
-        noise: Noise | None,
-        strength: float = 1.0,
-    ) -> _Run:
-        if n_images < 1:
-            raise ValueError(f"n_images {n_images} must be at least 1")
-        chosen = find_sampler(self.sampler if sampler is None else sampler)
-        steps = self.schedule.steps(self.default_steps if num_steps is None else num_steps, chosen.grid, spacing)
-        steps = steps.last(self.number_of_steps(len(steps), strength))
-        return _Run(
-            steps=steps,
-            sampler=chosen,
-            sampler_options=options(chosen, eta=eta),
+        **choices: Any,
+    ) -> Run:
+        if schedule == "align_your_steps" and self._is_xl:
+            schedule = "align_your_steps_xl"
+        return plan(
+            self.schedule,
+            sampler=self.sampler if sampler is None else sampler,
+            schedule=schedule,
             guidance=self.default_guidance if cfg_weight is None else cfg_weight,
-            n_images=n_images,
-            seed=secrets.randbits(32) if seed is None else seed,
-            latents=latents,
-            noise=noise,
+            default_steps=self.default_steps,
+            **choices,
         )
 
     def _check_latents(self, latents: mx.array | None, n_images: int, size: tuple[int, ...]) -> None:
@@ -269,7 +290,7 @@ class StableDiffusion:
 
     def _sample(
         self,
-        run: _Run,
+        run: Run,
         start: Callable[[], mx.array],
         size: tuple[int, ...],
         text: Prompt,
@@ -284,25 +305,18 @@ class StableDiffusion:
         conditioning, negative = self._condition(
             run, size, text, negative_text, clip_skip, micro or MicroConditioning()
         )
-        denoise = denoiser(
-            self.unet, self.schedule, run.steps, self.dtype, run.n_images, conditioning, negative, run.guidance
-        )
-        noise = run.noise or _step_noise(run.seed)
+        parts = stages(len(run.steps), run.n_images, conditioning, negative, run.guidance)
+        denoise = denoiser(self.unet, self.schedule, run.steps, self.dtype, parts)
+        if run.sampler.consistency:
+            denoise = consistency(denoise, self.schedule, run.steps)
         sigmas = run.steps.sigmas
-        states = run.sampler.run(denoise, x, sigmas, noise, **run.sampler_options)
+        states = run.sampler.run(denoise, x, sigmas, run.step_noise, **run.sampler_options)
         for x, sigma in zip(states, sigmas[1:], strict=True):
             yield x / math.sqrt(sigma**2 + 1)
 
-    def _initial_noise(self, run: _Run, size: tuple[int, ...]) -> mx.array:
-        if run.latents is not None:
-            return run.latents.astype(mx.float32)
-        shape = (*size, self.autoencoder.latent_channels)
-        keys = (_keys(run.seed + i)[0] for i in range(run.n_images))
-        return mx.stack([mx.random.normal(shape, key=key) for key in keys])
-
     def _condition(
         self,
-        run: _Run,
+        run: Run,
         size: tuple[int, ...],
         text: Prompt,
         negative_text: Prompt,
@@ -403,20 +417,3 @@ class StableDiffusionXL(StableDiffusion):
 
 def _rows(text: Prompt) -> int:
     return 1 if isinstance(text, str) else len(text)
-
-
-def _keys(seed: int) -> tuple[mx.array, mx.array]:
-    """An image's two random streams: one for its initial noise, one for what samplers add."""
-    initial, added = mx.random.split(mx.random.key(seed))
-    return initial, added
-
-
-def _step_noise(seed: int) -> Noise:
-    """Noise of a step, for each image from its own key, so that neither the batch nor the order of calls matters."""
-
-    def noise(step: int, shape: tuple[int, ...]) -> mx.array:
-        counter = mx.array([0, step], dtype=mx.uint32)
-        keys = (_keys(seed + i)[1] + counter for i in range(shape[0]))
-        return mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
-
-    return noise

@@ -1,5 +1,7 @@
 """Whole pipelines against diffusers: every step's latents, and the images within one level."""
 
+import json
+
 import diffusers
 import mlx.core as mx
 import numpy as np
@@ -65,6 +67,19 @@ def test_text_to_image(tmp_path, family, prediction, sampler):
         )
     )
     compare(steps, recorder, images, sd.decode)
+
+
+def test_an_old_offset_is_read_as_diffusers_reads_it(tmp_path):
+    """Its pipelines for SD 1 and 2 put 1 in the place of any other offset."""
+    pipe = make(tmp_path / "sd", "sd1", diffusers.DDIMScheduler(**SCALED, set_alpha_to_one=False, clip_sample=False))
+    old = json.loads((tmp_path / "sd/scheduler/scheduler_config.json").read_text()) | {"steps_offset": 0}
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(old))
+    assert pipe.scheduler.config.steps_offset == 1
+    latents, recorder = normal(1, 8, 8, 4, seed=1), Recorder(pipe)
+    images = recorder(prompt=PROMPT, height=64, width=64, num_inference_steps=3, latents=nchw(latents))
+    sd = StableDiffusion(tmp_path / "sd")
+    ours = sd.generate_latents(PROMPT, num_steps=3, latent_size=(8, 8), latents=mx.array(latents))
+    compare(list(ours), recorder, images, sd.decode)
 
 
 @pytest.mark.parametrize("guidance, negative", [(5.0, NEGATIVE), (5.0, ""), (0.0, "")])

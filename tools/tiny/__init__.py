@@ -6,5 +6,6 @@
     python -m tools.tiny.contact_sheet sheet.png                # captions x seeds, rendered by this library
 
 data.py draws the captioned images, score.py reads images back, models.py holds the sizes of the networks, bpe.py
-learns the tokenizer, muon.py is the optimizer, export.py writes diffusers' layout in float16.
+learns the tokenizer, autoencoder.py and train.py the networks, optimize.py is the optimizer and the checkpoints,
+export.py writes diffusers' layout in float16.
 """

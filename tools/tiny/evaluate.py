@@ -19,7 +19,9 @@ WANTED = {"colour": 95, "background": 97, "shape": 90, "order": 85, "VAE PSNR": 
 Generate = Callable[[list[str], list[int]], np.ndarray]  # captions, seeds -> uint8 [n, 64, 64, 3]
 
 
-def library(folder: str, steps: int | None, guidance: float | None, sampler: str | None) -> Generate:
+def library(
+    folder: str, steps: int | None = None, guidance: float | None = None, sampler: str | None = None
+) -> Generate:
     """Images by this library; None means the model's own default."""
     import mlx.core as mx
 
@@ -38,7 +40,9 @@ def library(folder: str, steps: int | None, guidance: float | None, sampler: str
     return generate
 
 
-def oracle(folder: str, steps: int | None, guidance: float | None, sampler: str | None) -> Generate:
+def oracle(
+    folder: str, steps: int | None = None, guidance: float | None = None, sampler: str | None = None
+) -> Generate:
     """Images by diffusers with the folder's own scheduler, fifty at a time."""
     import torch
     from diffusers import StableDiffusionPipeline

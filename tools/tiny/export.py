@@ -13,7 +13,6 @@ from transformers import CLIPTextModel
 from tools.tiny import models
 
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.42.0",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -49,4 +48,5 @@ def export(
     (out / "tokenizer").mkdir(exist_ok=True)
     for file in sorted(tokenizer.iterdir()):
         shutil.copy(file, out / "tokenizer" / file.name)
-    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    pipeline = "StableDiffusionInpaintPipeline" if unet.config.in_channels == 9 else "StableDiffusionPipeline"
+    (out / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **MODEL_INDEX}, indent=2) + "\n")

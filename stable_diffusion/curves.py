@@ -1,0 +1,84 @@
+"""Curves of noise levels: where the sigmas of a run lie between its highest and its lowest. Python floats, no arrays.
+
+Each returns ``count`` descending levels from ``high`` to ``low``; the end of a run, usually 0, comes after them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+
+def karras(count: int, high: float, low: float, rho: float = 7.0) -> list[float]:
+    """Even in the ``rho``-th root of sigma (Karras et al. 2022, eq. 5): dense where the image is nearly done."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return [(first + r * (last - first)) ** rho for r in _ramp(count)]
+
+
+def exponential(count: int, high: float, low: float) -> list[float]:
+    """Even in log sigma."""
+    return polyexponential(count, high, low)
+
+
+def polyexponential(count: int, high: float, low: float, rho: float = 1.0) -> list[float]:
+    """A power of even steps in log sigma (k-diffusion); with ``rho`` 1 they stay even, above 1 they lean to ``low``."""
+    first, last = math.log(high), math.log(low)
+    return [math.exp(last + (1 - r) ** rho * (first - last)) for r in _ramp(count)]
+
+
+def beta(count: int, high: float, low: float, shape: float = 0.6) -> list[float]:
+    """Quantiles of the distribution Beta(shape, shape) (Lee et al. 2024): dense at both ends."""
+    return [low + _beta_quantile(1 - r, shape) * (high - low) for r in _ramp(count)]
+
+
+def log_linear(table: Sequence[float], count: int) -> list[float]:
+    """``count`` levels along ``table``, linear in log sigma between its entries (Sabour et al. 2024, for any count)."""
+    logs, levels = [math.log(sigma) for sigma in table], []
+    for r in _ramp(count):
+        position = r * (len(table) - 1)
+        low = min(int(position), len(table) - 2)
+        levels.append(math.exp(logs[low] + (position - low) * (logs[low + 1] - logs[low])))
+    return levels
+
+
+CURVES: dict[str, Callable[..., list[float]]] = {
+    "karras": karras,
+    "exponential": exponential,
+    "polyexponential": polyexponential,
+    "beta": beta,
+}
+
+# Align Your Steps (Sabour et al. 2024): levels found by optimisation, for ten steps; the last is where they end, which
+# is replaced by 0 as in the authors' own use.
+TABLES: dict[str, tuple[float, ...]] = {
+    "align_your_steps": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "align_your_steps_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+
+
+def _ramp(count: int) -> list[float]:
+    """0 ... 1 in ``count`` even steps; a single one is 0."""
+    return [i / (count - 1) for i in range(count)] if count > 1 else [0.0]
+
+
+def _beta_quantile(p: float, a: float) -> float:
+    """x with I_x(a, a) = p, the inverse of the regularised incomplete beta function, for 0 < a < 1.
+
+    Newton's method in y = x^a, where I is nearly a straight line and convex: from the right it cannot overshoot. I is
+    summed as its power series, x^a / B sum_n (1 - a)_n x^n / (n! (a + n)), which converges for the lower half;
+    symmetry gives the upper one.
+    """
+    if p > 0.5:
+        return 1 - _beta_quantile(1 - p, a)
+    total = math.gamma(a) ** 2 / math.gamma(2 * a)
+    y = p * a * total
+    for _ in range(20):
+        x = y ** (1 / a)
+        term, series, n = 1.0, 1 / a, 0
+        while term > 1e-17 * series:
+            n += 1
+            term *= (n - a) * x / n
+            series += term / (a + n)
+        step = (y * series / total - p) * a * total * (1 - x) ** (1 - a)
+        y -= step
+        if abs(step) <= 1e-15 * y:
+            break
+    return y ** (1 / a)
