@@ -238,6 +238,7 @@ class ScheduleConfig:
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     algorithm_type: str | None = None
+    lower_order_final: bool = True
     not_followed: tuple[str, ...] = ()
 
     @classmethod
@@ -288,7 +289,6 @@ _SCHEDULE_FIXED: Mapping[str, tuple] = {
 _SAMPLER_FIXED: Mapping[str, tuple] = {
     "thresholding": (False,),
     "clip_sample": (False,),
-    "lower_order_final": (True,),
     "disable_corrector": ([],),
     "solver_p": (),
     "predict_x0": (True,),
@@ -296,7 +296,11 @@ _SAMPLER_FIXED: Mapping[str, tuple] = {
 _MULTISTEP_FIXED: Mapping[str, tuple] = {"solver_order": (2,), "solver_type": ("midpoint",)}
 _SAMPLER_OF_CLASS: Mapping[str, Mapping[str, tuple]] = {
     "DPMSolverMultistepScheduler": _MULTISTEP_FIXED | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
-    "UniPCMultistepScheduler": {"solver_order": (2,), "solver_type": ("bh2", "midpoint", "heun", "logrho")},
+    "UniPCMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+        "lower_order_final": (True,),
+    },
     "DEISMultistepScheduler": {"solver_order": (2,)},
     "PNDMScheduler": {"skip_prk_steps": (True,)},
     "DDPMScheduler": {"variance_type": ("fixed_small",)},

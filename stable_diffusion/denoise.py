@@ -59,7 +59,7 @@ def given(sampler: Sampler, schedule: Schedule, steps: Steps, options: Mapping[s
         "targets": lambda: schedule.targets(steps),
         "again": lambda: schedule.start_of_repeat(steps),
         "stops": lambda: schedule.stops(steps, options.get("eta", 0.3)),
-        "lower_order_final": lambda: steps.total < 15,  # as in diffusers
+        "lower_order_final": lambda: schedule.config.lower_order_final and steps.total < 15,  # as in diffusers
     }
     return {name: known[name]() for name in keywords(sampler.run) & known.keys() if len(steps)}
 

@@ -226,7 +226,7 @@ def check_output(path: str | os.PathLike) -> Path:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise OSError(f"the output {path} cannot be written ({error.strerror}); choose another name") from None
+        raise OSError(f"the output {path} could not be written ({error.strerror}); choose another name") from None
     return path
 
 
