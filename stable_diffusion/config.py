@@ -5,12 +5,23 @@ holds for all blocks becomes one number per block, an absent key takes the value
 change the result but that this library does not compute are refused by name, never dropped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 # Keys that say something about files, training or storage, and nothing about what is computed.
 _SILENT = frozenset({"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"})
+
+
+@contextmanager
+def readable(kind: str) -> Iterator[None]:
+    """Turn what Python says of JSON values of the wrong kind (a text for a number, ...) into a ValueError."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{kind}: a value is not what it should be ({reason}); take it from its source") from error
 
 
 def _check(kind: str, raw: Mapping[str, Any], known: frozenset[str], fixed: Mapping[str, tuple]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .conditioning import Conditioning, MicroConditioning, concatenate, encode, same_length
-from .config import ScheduleConfig
+from .config import ScheduleConfig, readable
 from .denoise import consistency, denoiser
 from .guidance import guidance_embedding, stages
 from .image import to_array
@@ -61,11 +61,12 @@ class StableDiffusion:
     ):
         checkpoint = open_checkpoint(self.default_model if model is None else model, float16=float16, revision=revision)
         self.dtype = mx.float16 if float16 else mx.float32
-        levels = ScheduleConfig.from_dict(checkpoint.scheduler)
-        if checkpoint.pipeline.startswith("StableDiffusion") and "XL" not in checkpoint.pipeline:
-            # Old files of SD 1 and 2 lack the offset, or say 0, and were trained with 1; diffusers' pipelines know.
-            levels = replace(levels, steps_offset=1)
-        self.schedule = Schedule(levels)
+        with readable("scheduler config"):
+            levels = ScheduleConfig.from_dict(checkpoint.scheduler)
+            if checkpoint.pipeline.startswith("StableDiffusion") and "XL" not in checkpoint.pipeline:
+                # Old files of SD 1 and 2 lack the offset, or say 0, and were trained with 1; diffusers' pipelines know.
+                levels = replace(levels, steps_offset=1)
+            self.schedule = Schedule(levels)
         self.sampler = self._default_sampler()
         self.default_steps, self.default_guidance = checkpoint.steps, checkpoint.guidance
         parts, tokenizers = checkpoint.components, checkpoint.tokenizers

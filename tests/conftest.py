@@ -5,6 +5,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
+import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
 from checkpoints import SCALED, make
 
 

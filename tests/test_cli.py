@@ -576,7 +576,9 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
 def test_a_prompt_that_is_too_long_is_remarked(run, models, tmp_path):
     output = tmp_path / "out.png"
     long = " ".join(["the red cat"] * 30 + ["on the blue"])
-    done = run("txt2image", long, "--model", models["sd"], "--steps", 1, "--n_images", 1, "--truncate", "--output", output)
+    done = run(
+        "txt2image", long, "--model", models["sd"], "--steps", 1, "--n_images", 1, "--truncate", "--output", output
+    )
     assert len(done.succeeded().remarks) == 1 and "on the blue" in done.remarks[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from stable_diffusion.config import ScheduleConfig
+from stable_diffusion.config import ScheduleConfig, readable
 from stable_diffusion.curves import _beta_quantile
 from stable_diffusion.samplers import SAMPLERS
 from stable_diffusion.schedule import GRIDS, SCHEDULES, SPACINGS, Schedule
@@ -288,3 +288,10 @@ def test_unknown_names_are_refused():
     for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
         with pytest.raises(ValueError, match=f"{key}='nonsense' is not supported"):
             schedule(**{key: "nonsense"})
+
+
+@pytest.mark.parametrize("change", [{"beta_start": "x"}, {"trained_betas": []}, {"num_train_timesteps": "many"}])
+def test_values_of_the_wrong_kind_are_one_line(change):
+    with pytest.raises(ValueError) as error, readable("scheduler config"):
+        schedule(**change).steps(1)
+    assert "\n" not in str(error.value)

@@ -29,6 +29,8 @@ class CLIPAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"text encoder width {dim} does not divide into {heads} heads")
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

@@ -206,10 +206,18 @@ def _first_cached(repos: tuple[str, ...], float16: bool, revision: str | None) -
 
 def _first_on_hub(repos: tuple[str, ...], float16: bool, revision: str | None) -> tuple[str, Path]:
     *others, last = repos
+    unreachable: ConnectionError | None = None
     for repo in others:
-        with suppress(_NotOnHub):
+        try:
             return repo, _download(repo, float16, revision)
-    return last, _download(last, float16, revision)
+        except _NotOnHub:
+            continue
+        except ConnectionError as error:  # the cache may hold another of them, in either precision
+            unreachable = unreachable or error
+    try:
+        return last, _download(last, float16, revision)
+    except ConnectionError as error:
+        raise unreachable or error from error
 
 
 def _snapshot(repo: str, revision: str | None) -> Path | None:

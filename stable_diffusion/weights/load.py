@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..config import AutoencoderConfig, CLIPTextConfig, UNetConfig
+from ..config import AutoencoderConfig, CLIPTextConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -24,9 +24,13 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
-    """The module of a component, with lazy random parameters: nothing is allocated until they are evaluated."""
+    """The module of a component, with lazy random parameters: nothing is allocated until they are evaluated.
+
+    Raises ValueError for a config whose values are of the wrong kind, or that this library cannot compute.
+    """
     config_class, module_class = _ARCHITECTURES[name]
-    return module_class(config_class.from_dict(config))
+    with readable(f"{name} config"):
+        return module_class(config_class.from_dict(config))
 
 
 def load_component(

@@ -128,3 +128,28 @@ def test_quantizing_twice_changes_nothing():
 def test_impossible_bits_are_refused():
     with pytest.raises(ValueError, match="7 bits is not possible; choose one of 2, 3, 4, 5, 6, 8"):
         quantize(build("unet", UNETS["sd1"]), 7, 32)
+
+
+WRONG = {
+    "unet": [
+        {"block_out_channels": -1},
+        {"layers_per_block": "two"},
+        {"down_block_types": 3},
+        {"attention_head_dim": "8"},
+    ],
+    "vae": [{"block_out_channels": 7}, {"latent_channels": "four"}],
+    "text_encoder": [
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": "all"},
+        {"num_attention_heads": 0},
+        {"architectures": 3},
+    ],
+}
+
+
+@pytest.mark.parametrize("name, change", [(name, change) for name, changes in WRONG.items() for change in changes])
+def test_values_of_the_wrong_kind_are_one_line(name, change):
+    config = {"unet": UNETS["sd1"], "vae": VAE, "text_encoder": {}}[name]
+    with pytest.raises(ValueError, match="config") as error:
+        mx.eval(build(name, config | change)(mx.zeros((1, 3), dtype=mx.int32)).last_hidden_state)
+    assert "\n" not in str(error.value)
