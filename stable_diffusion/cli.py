@@ -21,7 +21,8 @@ from .conditioning import EMPHASES
 from .image import check_output, fit, from_array, grid, open_image, save, target_size
 from .pipeline import StableDiffusion
 from .prompt import expand
-from .samplers import SAMPLERS, find_sampler, options
+from .samplers import find_sampler, options, table
+from .schedule import SCHEDULES
 from .weights.quantize import BITS
 
 _TEXT_BITS, _UNET_BITS = 4, 8  # what -q stands for
@@ -86,7 +87,14 @@ def _add_options(parser: argparse.ArgumentParser) -> Any:
     _add(picture, "--seed", type=_seed, help="of the first image, the others count on from it (random)")
     _add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
     _add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
-    _add(picture, "--sampler", choices=tuple(SAMPLERS), help="how to denoise (the model's own)")
+    _add(picture, "--sampler", type=_sampler, metavar="NAME", help="how to denoise: --list-samplers (the model's own)")
+    _add(picture, "--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
+    _add(
+        picture,
+        "--schedule",
+        choices=SCHEDULES,
+        help="curve of the noise levels (the model's own, or the sampler name's)",
+    )
     _add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
 
     prompt = parser.add_argument_group("prompt")
@@ -168,6 +176,24 @@ _side = _bounded(
 _number = _bounded(float, math.isfinite, "a number")
 _share = _bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _strength = _bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+
+def _sampler(name: str) -> str:
+    try:
+        find_sampler(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+class _ListSamplers(argparse.Action):
+    """Print the table of samplers and leave, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(table())
+        parser.exit()
+
+
 _text = _bounded(lambda text: text.encode().decode(), lambda _: True, "valid Unicode; type it in UTF-8")
 
 
@@ -265,6 +291,7 @@ def _start(
         "negative_text": sd.encode_prompt(args.negative_prompt, **reading) if args.negative_prompt else "",
         "seed": args.seed + index,
         "sampler": args.sampler,
+        "schedule": args.schedule,
         "eta": args.eta,
         "clip_skip": args.clip_skip,
     }

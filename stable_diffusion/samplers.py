@@ -420,7 +420,8 @@ def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
 class Sampler:
     """A row of ``SAMPLERS``: the generator, and what people and the pipeline want to know of it.
 
-    ``grid`` names how its steps are placed (``schedule.GRIDS``); ``evaluations`` of D are made in a step;
+    ``grid`` names how its steps are placed (``schedule.GRIDS``); ``order`` is that of the error in the step length,
+    without noise; ``evaluations`` of D are made in a step (of the first one, PNDM makes two);
     ``schedulers`` are the diffusers classes that it is; ``consistency`` says that D is wrapped for a model that leaps
     (``denoise.consistency``).
     """
@@ -449,12 +450,12 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler(lms, "euler", 4, 1, False, "k-diffusion", ("LMSDiscreteScheduler",)),
     "ddim": Sampler(ddim, "ddim", 1, 1, False, "Song et al. 2021, arXiv:2010.02502", ("DDIMScheduler",)),
     "ddpm": Sampler(ddpm, "ddpm", 1, 1, True, "Ho et al. 2020, arXiv:2006.11239", ("DDPMScheduler",)),
-    "pndm": Sampler(pndm, "pndm", 4, 1, False, "Liu et al. 2022, arXiv:2202.09778", ("PNDMScheduler",)),
+    "pndm": Sampler(pndm, "pndm", 2, 1, False, "Liu et al. 2022, arXiv:2202.09778", ("PNDMScheduler",)),
     "dpmpp_2m": Sampler(dpmpp_2m, "multistep", 2, 1, False, _LU, (_DPM,)),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "multistep", 2, 1, True, _LU, (f"{_DPM}:sde-dpmsolver++",)),
     "dpmpp_2s_a": Sampler(dpmpp_2s_ancestral, "euler", 2, 2, True, "k-diffusion"),
     "dpmpp_sde": Sampler(dpmpp_sde, "euler", 2, 2, True, "k-diffusion", ("DPMSolverSDEScheduler",)),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", 3, 1, True, "k-diffusion"),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", 2, 1, True, "k-diffusion"),
     "unipc": Sampler(
         unipc, "multistep", 2, 1, False, "Zhao et al. 2023, arXiv:2302.04867", ("UniPCMultistepScheduler",)
     ),

@@ -435,17 +435,9 @@ FLAGS = [
     *("--negative_prompt", "the blue", "--n_images", "2", "--steps", "2", "--cfg", "3", "--n_rows", "2"),
     *("--decoding_batch_size", "2", "--no_float16", "--quantize", "--preload_models", "--seed", "3", "--verbose"),
     *("--width", "64", "--height", "72", "--sampler", "euler_a", "--eta", "0.5", "--clip_skip", "1"),
-    *("--unet_bits", "6", "--text_bits", "5"),
-    *(
-        "--embedding",
-        "word.safetensors=word",
-        "--emphasis",
-        "values",
-        "--weight_blocks",
-        "--truncate",
-        "--alternatives",
-        "one",
-    ),
+    *("--unet_bits", "6", "--text_bits", "5", "--schedule", "karras"),
+    *("--embedding", "word.safetensors=word", "--emphasis", "values"),
+    *("--weight_blocks", "--truncate", "--alternatives", "one"),
 ]
 
 
@@ -471,7 +463,22 @@ def test_no_flag_but_those(script):
     text = process(script, "--help").succeeded().out
     shown = set(re.findall(r"(--[a-z0-9_]+)(?=[ ,\n\]]|$)", "\n".join(text)))
     tested = {flag for flag in FLAGS if flag.startswith("--")} | {"--help", "--model", "--output", "--revision"}
+    tested |= {"--list_samplers", "--list-samplers"} & shown
     assert shown == tested | ({"--strength", "--resize"} if script == "image2image" else set())
+
+
+@pytest.mark.parametrize("flag", ["--list_samplers", "--list-samplers"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_list_of_samplers(run, script, flag):
+    done = run(script, flag).succeeded()
+    assert [line.split()[0] for line in done.out] == ["sampler", *SAMPLERS] and done.err == ""
+
+
+def test_names_of_samplers_as_others_write_them(make_image):
+    given = ("--steps", 4, "--seed", 1, "--sampler")
+    want = make_image(*given, "dpmpp_2m", "--schedule", "karras")
+    assert np.array_equal(make_image(*given, "DPM++ 2M Karras"), want)
+    assert not np.array_equal(make_image(*given, "DPM++ 2M Karras", "--schedule", "default"), want)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
