@@ -150,7 +150,7 @@ class UNetConfig:
             down_block_types=_per_block(kind, "down_block_types", raw["down_block_types"], blocks),
             up_block_types=_per_block(kind, "up_block_types", raw["up_block_types"], blocks),
             mid_block_type=raw.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
-            num_attention_heads=per_block("num_attention_heads", raw.get("attention_head_dim") or 8),
+            num_attention_heads=per_block("num_attention_heads", per_block("attention_head_dim", 8)),
             cross_attention_dim=per_block("cross_attention_dim", 0),
             transformer_layers_per_block=layers,
             reverse_transformer_layers_per_block=reverse or layers[::-1],

@@ -95,7 +95,7 @@ class StableDiffusion:
     @property
     def default_latent_size(self) -> tuple[int, int]:
         """(height, width) of the latents that the model was trained on; pixels are 8 times as many."""
-        size = self._unet_config.sample_size or 64
+        size = 64 if self._unet_config.sample_size is None else self._unet_config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
@@ -273,11 +273,14 @@ class StableDiffusion:
         cfg_weight: float | None,
         **choices: Any,
     ) -> Run:
+        sampler = self.sampler if sampler is None else sampler
+        if schedule is None and isinstance(sampler, str):
+            schedule = read_name(sampler)[1]
         if schedule == "align_your_steps" and self._is_xl:
             schedule = "align_your_steps_xl"
         return plan(
             self.schedule,
-            sampler=self.sampler if sampler is None else sampler,
+            sampler=sampler,
             schedule=schedule,
             guidance=self.default_guidance if cfg_weight is None else cfg_weight,
             default_steps=self.default_steps,
