@@ -15,7 +15,7 @@ from .denoise import consistency, denoiser
 from .guidance import guidance_embedding, stages
 from .image import to_array
 from .plan import Run, plan, share_of_steps
-from .samplers import Noise, States, sampler_for
+from .samplers import Noise, States, read_name, sampler_for
 from .schedule import Schedule
 from .tokenizer import Tokenizer
 from .weights.embeddings import read_embedding

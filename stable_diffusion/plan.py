@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .denoise import given
-from .samplers import Noise, Sampler, States, find_sampler, options, read_name
+from .samplers import Noise, Sampler, States, find_sampler, options
 from .schedule import Schedule, Steps
 
 
@@ -78,8 +78,6 @@ def plan(
     if n_images < 1:
         raise ValueError(f"n_images {n_images} must be at least 1")
     chosen = find_sampler(sampler)
-    if schedule is None and isinstance(sampler, str):
-        schedule = read_name(sampler)[1]
     named = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas}
     asked = [name for name, value in named.items() if value is not None]
     if (timesteps is not None or sigmas is not None) and len(asked) > 1:

@@ -11,6 +11,7 @@ from checkpoints import SCALED, Recorder, make
 from oracle import nchw, normal, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion, StableDiffusionXL
 from stable_diffusion.denoise import denoiser
+from stable_diffusion.guidance import stages
 from stable_diffusion.samplers import dpmpp_2m
 
 PROMPT = "the red cat"
@@ -50,6 +51,7 @@ def test_align_your_steps_has_a_table_for_xl(sd, xl_folder):
     for model, name in ((sd, "align_your_steps"), (StableDiffusionXL(xl_folder), "align_your_steps_xl")):
         auto, named = (states(model, num_steps=3, sampler="euler", schedule=s) for s in ("align_your_steps", name))
         assert np.array_equal(auto, named)
+        assert np.array_equal(states(model, num_steps=3, sampler="Euler Align Your Steps"), named)
 
 
 def test_given_timesteps_and_sigmas(sd):
@@ -104,7 +106,8 @@ def test_a_loop_of_ones_own(sd):
     """As the README shows it."""
     steps = sd.schedule.steps(3, schedule="karras")
     prompt, negative = sd.encode_prompt(PROMPT), sd.encode_prompt("")
-    denoise = denoiser(sd.unet, sd.schedule, steps, sd.dtype, prompt, negative, guidance=3.0)
+    guided = stages(len(steps), 1, prompt, negative, 3.0)
+    denoise = denoiser(sd.unet, sd.schedule, steps, sd.dtype, guided)
     noise = mx.array(normal(1, 4, 6, 4))
     x = sd.schedule.initial_scale(steps) * noise
     for sigma, target in pairwise(steps.sigmas):

@@ -17,7 +17,9 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.denoise import Conditioning, consistency, denoiser, given
+from stable_diffusion.conditioning import Conditioning
+from stable_diffusion.denoise import consistency, denoiser, given
+from stable_diffusion.guidance import stages
 from stable_diffusion.samplers import SAMPLERS, options
 from stable_diffusion.schedule import GRIDS, SPACINGS, Schedule
 
@@ -98,7 +100,8 @@ def ours(name: str, config: dict, count: int, start: int = 0, custom: dict | Non
     scale = schedule.initial_scale(steps, sampler.grid)
     steps = steps.last(count - start)
     x = scale * mx.array(START) if not start else mx.array(IMAGE) + steps.sigmas[0] * mx.array(START)
-    denoise = denoiser(unet, schedule, steps, mx.float32, Conditioning(mx.zeros((1, 1, 1))))
+    asked = stages(len(steps), SHAPE[0], Conditioning(mx.zeros((1, 1, 1))), None, 1.0)
+    denoise = denoiser(unet, schedule, steps, mx.float32, asked)
     if sampler.consistency:
         denoise = consistency(denoise, schedule, steps)
     chosen = options(sampler, **chosen)
@@ -274,7 +277,7 @@ def test_zero_terminal_snr_along_a_curve(name, curve):
     compare(name, **config, float64=True, **{f"use_{curve}_sigmas": True})
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.8, 1.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, spacing, eta):
@@ -303,9 +306,9 @@ def test_other_orders_of_lms(order):
     compare("lms", at_step={"order": order}, chosen={"order": order})
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "lcm"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "lcm", "tcd"])
 def test_custom_timesteps(name):
-    compare(name, [5], custom={"timesteps": [999, 799, 459, 259, 19]})
+    compare(name, [5], custom={"timesteps": [999, 799, 459, 19, 1]})
 
 
 def test_custom_sigmas():
