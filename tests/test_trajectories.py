@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from oracle import normal, relative_error
-from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.conditioning import Conditioning
+from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.denoise import consistency, denoiser, given
 from stable_diffusion.guidance import stages
 from stable_diffusion.samplers import SAMPLERS, options
