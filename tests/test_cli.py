@@ -463,6 +463,7 @@ def test_no_flag_but_those(script):
     text = process(script, "--help").succeeded().out
     shown = set(re.findall(r"(--[a-z0-9_]+)(?=[ ,\n\]]|$)", "\n".join(text)))
     tested = {flag for flag in FLAGS if flag.startswith("--")} | {"--help", "--model", "--output", "--revision"}
+    tested |= {"--prompt_file"}  # takes the place of the prompt: its tests are further down
     tested |= {"--list_samplers", "--list-samplers"} & shown
     assert shown == tested | ({"--strength", "--resize"} if script == "image2image" else set())
 
@@ -512,6 +513,57 @@ def test_signs_may_be_text(make_image):
     plain = make_image("--emphasis", "none", "--seed", 1, prompt="the {red|(blue:2)} cat")
     written = make_image("--seed", 1, prompt=r"the \{red\|\(blue:2\)\} cat")
     assert np.array_equal(plain, written)
+
+
+def test_a_file_of_prompts(run, models, tmp_path):
+    """Each line is a run of its own; what it does not say is said by the command line."""
+    lines = [
+        "# colours",
+        "the red cat",
+        "",
+        "blue --seed 3 --cfg 5 --n_images 2",
+        'the {red|blue} --width 72 --negative_prompt "on the"',
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    output = tmp_path / "out.png"
+    common = ["--model", models["sd"], "--steps", 1, "--height", 64, "--seed", 8, "--n_images", 1, "--output", output]
+    done = run("txt2image", "--prompt-file", tmp_path / "prompts.txt", *common).succeeded()
+    assert [int(line.split()[-1]) for line in done.out] == [8, 3, 4, 5, 6]
+    assert "several sizes" in done.remarks[0] and not output.exists()
+    made = [pixels(tmp_path / f"out_{i}.png") for i in range(1, 6)]
+    singles = [
+        ("the red cat", []),
+        ("blue", ["--seed", 3, "--cfg", 5]),
+        ("blue", ["--seed", 4, "--cfg", 5]),
+        ("the red", ["--seed", 5, "--width", 72, "--negative_prompt", "on the"]),
+        ("the blue", ["--seed", 6, "--width", 72, "--negative_prompt", "on the"]),
+    ]
+    for image, (prompt, flags) in zip(made, singles, strict=True):
+        run("txt2image", prompt, *common, *flags).succeeded()
+        assert np.abs(pixels(output) - image).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["holds no prompt"]),
+        ("# only a remark\n", ["holds no prompt"]),
+        ("a\nb --steps 0", ["line 2", "--steps", "'0'"]),
+        ("a --model sd15", ["line 1", "--model"]),
+        ("a --negative_prompt 'open", ["line 1", "closing quotation"]),
+        (b"\xff\xfe\x00", ["prompts.txt", "UTF-8"]),
+    ],
+)
+def test_bad_files_of_prompts(run, no_model, tmp_path, text, words):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    run("txt2image", "--prompt_file", file, "--output", tmp_path / "out.png").refused(*words)
+
+
+def test_a_prompt_or_a_file_of_them(run, no_model, tmp_path):
+    run("txt2image", "--prompt_file", tmp_path / "none.txt").refused("none.txt", "cannot be read")
+    run("txt2image", "a", "--prompt_file", tmp_path / "none.txt").refused("a prompt or a file of them")
+    run("txt2image").refused("give a prompt, or --prompt_file")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
