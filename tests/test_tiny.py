@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import stable_diffusion
@@ -172,6 +173,14 @@ def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
 # --- the pictures ---
 
 
+def test_the_golden_image(tiny):
+    """Same prompt, same seed, same picture, on whatever machine: rendered once by this library on a CPU."""
+    golden = np.array(Image.open(Path(__file__).parent / "golden_tiny.png").convert("RGB")).astype(int)
+    drawn = images(tiny, tiny.generate_latents(RED_ON_BLUE, seed=1))[0]
+    assert reads(drawn) == ("red", "circle", "blue")
+    assert np.abs(drawn - golden).max() <= 8 and np.abs(drawn - golden).mean() <= 0.5
+
+
 def test_held_out_captions_are_drawn_as_they_say():
     """A smaller sample than the 200 captions of tools.tiny.evaluate, with thresholds below its figures."""
     figures, _ = evaluate(library(str(FOLDER)), singles=15, pairs=5)
@@ -189,14 +198,14 @@ def test_seeds_move_the_object_and_keep_what_the_caption_says(tiny):
 
 
 def test_more_guidance_follows_the_caption_further(tiny, yellow_square):
-    """Half-way down, the purple of the image and the caption's white contend: the more guidance, the more white."""
+    """With little noise the purple of the image and the caption's white contend: the more guidance, the more white."""
     left = []
     for guidance in (1.0, 1.5, 2.0, 4.0):
         latents = tiny.generate_latents_from_image(
-            yellow_square, "a green star on a white background", strength=0.4, cfg_weight=guidance, seed=0
+            yellow_square, "a green star on a white background", strength=0.2, cfg_weight=guidance, seed=0
         )
         left.append(contrast(images(tiny, latents)[0], "white"))
-    assert all(more - less >= 15 for more, less in itertools.pairwise(left)), left
+    assert all(more - less >= 30 for more, less in itertools.pairwise(left)), left
 
 
 def test_a_negative_prompt_drives_the_background_away_from_what_it_names(tiny):

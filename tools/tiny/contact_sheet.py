@@ -1,6 +1,6 @@
 """Renders captions x seeds with this library into one PNG: python -m tools.tiny.contact_sheet sheet.png
 
-Each row is a caption, each column a seed. The captions can be given; by default they show what the model knows.
+Under each caption lie its images, one for each seed. Captions can be given; by default they show what the model knows.
 """
 
 import argparse
@@ -22,6 +22,7 @@ CAPTIONS = (
     "a large striped purple diamond on a yellow background",
     "a white cross on the right in the night sky",
     "a black star on a yellow to red gradient",
+    "a brown square right of a yellow circle on a pink background",
 )
 
 
@@ -35,20 +36,20 @@ def render(model: StableDiffusion, captions: list[str], seeds: int, steps: int |
     return rows
 
 
-def sheet(rows: list[list[np.ndarray]], captions: list[str], zoom: int, margin: int = 6) -> Image.Image:
-    """The images, `zoom` times as large, each row under its caption."""
-    size = rows[0][0].shape[0] * zoom
+def sheet(rows: list[list[np.ndarray]], captions: list[str], zoom: int, columns: int) -> Image.Image:
+    """The images, `zoom` times as large, each caption's in a row under it; the rows in `columns` columns."""
+    margin, line, size = 6, 22, rows[0][0].shape[0] * zoom
     font = ImageFont.load_default(size=14)
-    line = 22
-    width = margin + len(rows[0]) * (size + margin)
-    canvas = Image.new("RGB", (width, margin + len(rows) * (size + line + margin)), "white")
+    width, height = len(rows[0]) * (size + margin) + 3 * margin, size + line + 2 * margin
+    lines = -(-len(rows) // columns)
+    canvas = Image.new("RGB", (columns * width - margin, lines * height + margin), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (caption, images) in enumerate(zip(captions, rows, strict=True)):
-        top = margin + r * (size + line + margin)
-        draw.text((margin, top), caption, fill="black", font=font)
+    for i, (caption, images) in enumerate(zip(captions, rows, strict=True)):
+        left, top = i % columns * width + margin, i // columns * height + margin
+        draw.text((left, top), caption, fill="black", font=font)
         for c, image in enumerate(images):
             picture = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(picture, (margin + c * (size + margin), top + line))
+            canvas.paste(picture, (left + c * (size + margin), top + line))
     return canvas
 
 
@@ -60,9 +61,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--zoom", type=int, default=1)
+    parser.add_argument("--columns", type=int, default=2, help="captions beside one another")
     args = parser.parse_args()
     rows = render(StableDiffusion(args.model), args.captions, args.seeds, args.steps)
-    sheet(rows, args.captions, args.zoom).save(args.output)
+    sheet(rows, args.captions, args.zoom, args.columns).save(args.output)
 
 
 if __name__ == "__main__":
