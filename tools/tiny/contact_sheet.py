@@ -6,7 +6,6 @@ Under each caption lie its images, one for each seed. Captions can be given; by 
 import argparse
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,9 +29,8 @@ def render(model: StableDiffusion, captions: list[str], seeds: int, steps: int |
     """uint8 [H, W, 3] images, one list per caption."""
     rows = []
     for caption in captions:
-        for x in model.generate_latents(caption, n_images=seeds, num_steps=steps, seed=0):
-            mx.eval(x)
-        rows.append(list((np.array(model.decode(x)) * 255 + 0.5).astype(np.uint8)))
+        *_, x_0 = model.generate_latents(caption, n_images=seeds, num_steps=steps, seed=0)
+        rows.append(list((np.array(model.decode(x_0)) * 255 + 0.5).astype(np.uint8)))
     return rows
 
 

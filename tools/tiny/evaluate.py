@@ -23,8 +23,6 @@ def library(
     folder: str, steps: int | None = None, guidance: float | None = None, sampler: str | None = None
 ) -> Generate:
     """Images by this library; None means the model's own default."""
-    import mlx.core as mx
-
     from stable_diffusion import StableDiffusion
 
     model = StableDiffusion(folder)
@@ -32,9 +30,9 @@ def library(
     def generate(captions: list[str], seeds: list[int]) -> np.ndarray:
         images = []
         for caption, seed in zip(captions, seeds, strict=True):
-            for x in model.generate_latents(caption, num_steps=steps, cfg_weight=guidance, seed=seed, sampler=sampler):
-                mx.eval(x)
-            images.append(np.array(model.decode(x))[0])
+            options = {"num_steps": steps, "cfg_weight": guidance, "sampler": sampler}
+            *_, x_0 = model.generate_latents(caption, seed=seed, **options)
+            images.append(np.array(model.decode(x_0))[0])
         return (np.stack(images) * 255 + 0.5).astype(np.uint8)
 
     return generate
