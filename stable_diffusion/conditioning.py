@@ -161,10 +161,10 @@ def _encode(
     contexts, values, pooled = [], [], None
     for tokenizer, encoder in encoders:
         chunks = _chunks(tokenizer, text)
-        if truncate and len(chunks) > 1:
-            cut = tokenizer.decode(id_ for chunk in chunks[1:] for id_, _ in chunk)
-            _log.warning("the prompt is too long; this part of it is ignored: %r", cut)
-            chunks = chunks[:1]
+        kept = chunks[:1] if truncate else chunks
+        if not contexts:  # the encoders read the same tokens: it is enough to say it of the first
+            _tell(tokenizer, kept, chunks[len(kept) :])
+        chunks = kept
         output = encoder(mx.array([_window(tokenizer, [id_ for id_, _ in chunk]) for chunk in chunks]))
         if not 0 <= clip_skip <= len(output.hidden_states) - 2:
             raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
@@ -195,6 +195,18 @@ def _chunks(tokenizer: Tokenizer, text: Sequence[Piece]) -> list[list[tuple[int,
                 chunks.append([])
             chunks[-1].append((id_, piece.weight))
     return chunks
+
+
+def _tell(tokenizer: Tokenizer, chunks: list[list[tuple[int, float]]], cut: list[list[tuple[int, float]]]) -> None:
+    """Log how a prompt was read, its chunks and tokens with the weights that are not 1, and what was cut off."""
+    if cut:
+        text = tokenizer.decode(id_ for chunk in cut for id_, _ in chunk)
+        _log.warning("the prompt is too long; this part of it is ignored: %r", text)
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    for number, chunk in enumerate(chunks, start=1):
+        words = (tokenizer.decode([id_]) + ("" if weight == 1 else f":{weight:.3g}") for id_, weight in chunk)
+        _log.info("prompt, chunk %d of %d, %d tokens: %s", number, len(chunks), len(chunk), " | ".join(words))
 
 
 def _window(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -136,6 +136,21 @@ def test_truncation_says_what_it_cuts(sd, caplog):
     assert not caplog.text
 
 
+def test_the_log_says_how_a_prompt_was_read(xl, caplog):
+    with caplog.at_level(logging.INFO, "stable_diffusion"):
+        xl.encode_prompt("the (red:1.3) cat BREAK [blue]")
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt, chunk 1 of 2, 3 tokens: the | red:1.3 | cat",
+        "prompt, chunk 2 of 2, 1 tokens: blue:0.909",
+    ]
+
+
+def test_what_is_cut_is_said_once(xl, caplog):
+    with caplog.at_level(logging.WARNING, "stable_diffusion"):
+        xl.encode_prompt(LONG, truncate=True)
+    assert len(caplog.records) == 1
+
+
 def test_weight_blocks_are_a_mean(sd, xl):
     ours = sd.encode_prompt("the red:3 cat:1", weight_blocks=True).context
     assert relative_error(ours, 0.75 * context(sd, "the red") + 0.25 * context(sd, "cat")) <= 1e-5
