@@ -118,8 +118,10 @@ def _start(sd: StableDiffusion, job: argparse.Namespace, image: Image | None) ->
     }
     height, width = (side * sd.pixels_per_latent for side in sd.default_latent_size)
     if image is None:
-        size = (job.height or height, job.width or width)
-        return sd.generate_latents(text, latent_size=tuple(s // sd.pixels_per_latent for s in size), **shared)
+        unit = sd.pixels_per_latent
+        return sd.generate_latents(
+            text, latent_size=((job.height or height) // unit, (job.width or width) // unit), **shared
+        )
     size = target_size(image.size, job.width, job.height, native=max(width, height))
     if size != image.size:
         _log.info("the image of %dx%d is worked on at %dx%d", *image.size, *size)

@@ -89,10 +89,11 @@ def _pad(conditioning: Conditioning, length: int, empty: mx.array) -> Conditioni
         return conditioning
     filling = mx.tile(empty, (len(conditioning.rows), missing // empty.shape[1], 1))
 
-    def lengthen(a: mx.array | None) -> mx.array | None:
-        return None if a is None else mx.concatenate([a, filling.astype(a.dtype)], axis=1)
+    def lengthen(a: mx.array) -> mx.array:
+        return mx.concatenate([a, filling.astype(a.dtype)], axis=1)
 
-    return replace(conditioning, context=lengthen(conditioning.context), values=lengthen(conditioning.values))
+    values = None if conditioning.values is None else lengthen(conditioning.values)
+    return replace(conditioning, context=lengthen(conditioning.context), values=values)
 
 
 def encode(
@@ -127,10 +128,10 @@ def encode(
     if not weight_blocks:
         if emphasis == "none":
             return _encode([Piece(text)], encoders, xl, clip_skip, emphasis, truncate)
-        found = parts(text)
-        encoded = [_encode(pieces(part.text), encoders, xl, clip_skip, emphasis, truncate) for part in found]
+        together = parts(text)
+        encoded = [_encode(pieces(part.text), encoders, xl, clip_skip, emphasis, truncate) for part in together]
         table = concatenate(_same_length(encoded, encoders, xl, clip_skip))
-        return replace(table, rows=tuple(Row(0, part.weight, part.start, part.end) for part in found))
+        return replace(table, rows=tuple(Row(0, part.weight, part.start, part.end) for part in together))
     found = blocks(text)
     total = sum(block.weight for block in found)
     if abs(total) < 1e-6:
@@ -158,7 +159,9 @@ def _same_length(encoded: Sequence[Conditioning], encoders: Encoders, xl: bool, 
 def _encode(
     text: Sequence[Piece], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
 ) -> Conditioning:
-    contexts, values, pooled = [], [], None
+    contexts: list[mx.array] = []
+    values: list[mx.array] = []
+    pooled = None
     for tokenizer, encoder in encoders:
         chunks = _chunks(tokenizer, text)
         kept = chunks[:1] if truncate else chunks

@@ -148,20 +148,20 @@ def _partners(tokens: Sequence[str]) -> dict[int, int]:
 def _items(tokens: Sequence[str], partners: dict[int, int], start: int, stop: int, depth: int) -> _Items:
     if depth > _DEEPEST:
         raise ValueError(f"the prompt has brackets nested more than {_DEEPEST} deep; write some of them as \\( and \\)")
-    items, i = [], start
+    items: list[str | _Weighted | _Choice | _Change] = []
+    i = start
     while i < stop:
         if i not in partners:
             items.append(tokens[i])
             i += 1
             continue
         close = partners[i]
-        weight = None
-        if tokens[i] == "(" and (after := _WEIGHT_AFTER.match("".join(tokens[close + 1 : min(close + 3, stop)]))):
-            weight = float(after[1])
+        after = _WEIGHT_AFTER.match("".join(tokens[close + 1 : min(close + 3, stop)])) if tokens[i] == "(" else None
+        weight = float(after[1]) if after else None
         group, weight_taken = _group(tokens, partners, i, close, depth + 1, weight)
         items.append(group)
         i = close + 1
-        if weight_taken:  # the colon, and the number at the beginning of what follows it
+        if after and weight_taken:  # the colon, and the number at the beginning of what follows it
             items.append(tokens[i + 1][len(after[1]) :])
             i += 2
     return tuple(items)
@@ -246,7 +246,9 @@ def _branches(item: "_Weighted | _Change") -> tuple[_Items, ...]:
 
 
 def _rebuild(item: "_Weighted | _Change", branches: Sequence[_Items]) -> "_Weighted | _Change":
-    return _Weighted(*branches, item.weight) if isinstance(item, _Weighted) else _Change(*branches, item.share)
+    if isinstance(item, _Weighted):
+        return _Weighted(branches[0], item.weight)
+    return _Change(branches[0], branches[1], item.share)
 
 
 def _count(items: _Items) -> int:

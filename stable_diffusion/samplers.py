@@ -191,7 +191,7 @@ def dpmpp_2m_sde(
     With ``lambda = -log(sigma)`` the step length is ``h``. The first step is of first order, so is one to 0, and with
     ``lower_order_final`` the last in any case.
     """
-    previous, h_previous = None, None
+    previous, h_previous = None, math.inf
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         x0 = estimate = denoise(x, sigma)
         h = math.log(sigma / target) if target > 0 else math.inf

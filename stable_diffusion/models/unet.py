@@ -152,7 +152,8 @@ class UpBlock(UNetBlock):
             if "attentions" in self:
                 x = self.attentions[i](x, context)
         if "upsamplers" in self:
-            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+            _, h, w, _ = skips[-1].shape
+            x = self.upsamplers[0](x, (h, w))
         return x
 
 
@@ -247,8 +248,8 @@ class UNet2DConditionModel(nn.Module):
             x = block(x, temb, context, skips)
         if "mid_block" in self:
             x = self.mid_block(x, temb, context)
-        for block in self.up_blocks:
-            x = block(x, temb, context, skips)
+        for up_block in self.up_blocks:
+            x = up_block(x, temb, context, skips)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
     def _embed_time(self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None, cond: mx.array | None) -> mx.array:

@@ -1,5 +1,6 @@
 """Textual inversion files (Gal et al. 2023): vectors for a new word, of one text encoder or of XL's two."""
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from .files import Component, read_tensors
 _XL_KEYS = ("clip_l", "clip_g")
 
 
-def read_embedding(path: str | Path) -> tuple[str, tuple[mx.array, ...]]:
+def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
     """The word that a file is for, and its vectors [n, C] for each text encoder it knows (XL: CLIP-L, OpenCLIP-G).
 
     Reads .safetensors as AUTOMATIC1111's web UI writes them ("emb_params"), diffusers (the word is the name of the
