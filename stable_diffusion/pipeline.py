@@ -327,7 +327,7 @@ class StableDiffusion:
         clip_skip: int,
         micro: MicroConditioning,
     ) -> tuple[Conditioning, Conditioning | None]:
-        """What the UNet is told of the prompts and, where guidance needs it, of the negative ones; a row an image."""
+        """What the UNet is told of the prompts and, where guidance needs it, of the negative ones."""
         positive = self._read(text, clip_skip)
         if dim := self._unet_config.time_cond_proj_dim:
             embedding = guidance_embedding(run.guidance, dim).astype(self.dtype)
