@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
-    "blas config catalog curves samplers prompt tokenizer image",
-    "schedule models.layers weights.layout weights.keys weights.quantize",
-    "models.clip models.unet models.vae weights.files",
-    "weights.load weights.embeddings conditioning",
+    "blas config catalog curves samplers prompt tokenizer image edges",
+    "schedule inpaint models.layers weights.layout weights.keys weights.original weights.quantize weights.pickles",
+    "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys",
+    "models.controlnet models.dpt weights.files",
+    "weights.load weights.embeddings weights.lora conditioning",
+    "weights.save depth",
     "guidance",
     "denoise",
     "plan",
     "pipeline arguments",
-    "__init__ cli",
+    "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
 HOMES = {"huggingface_hub": {"weights.files"}, "regex": {"tokenizer"}, "numpy": {"image"}, "PIL": {"image", "cli"}}
