@@ -22,10 +22,10 @@ _FLOORS = [
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
-HOMES = {"huggingface_hub": {"weights.files"}, "regex": {"tokenizer"}, "numpy": {"image"}, "PIL": {"image", "cli"}}
+HOMES = {"huggingface_hub": {"weights.files"}, "regex": {"tokenizer"}, "numpy": {"image", "edges"}, "PIL": {"image", "cli"}}
 HOMES |= {"tqdm": {"cli"}}
 # cli names PIL's Image in its type hints. Of the ground floor only the samplers know arrays.
-WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "tokenizer", "image"}
+WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "tokenizer", "image", "edges"}
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]
 
