@@ -82,7 +82,7 @@ class _ListSamplers(argparse.Action):
 _text = _bounded(lambda text: text.encode().decode(), lambda _: True, "valid Unicode; type it in UTF-8")
 
 
-def _add(group: Any, flag: str, *more: str, **options: Any) -> None:
+def add(group: Any, flag: str, *more: str, **options: Any) -> None:
     """Add an option under its name with underscores and with hyphens."""
     group.add_argument(*dict.fromkeys((flag, flag.replace("_", "-"), *more)), **options)
 
@@ -95,7 +95,7 @@ def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tupl
     parser.add_argument("prompt", type=_text, nargs="?", help="what to show")
     _add_picture(parser, from_image)
     group = _add_prompt(parser)
-    _add(group, "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes")
+    add(group, "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes")
     _add_model(parser)
     _add_output(parser)
     args = parser.parse_args(argv)
@@ -108,31 +108,31 @@ def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tupl
 
 def _add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
     picture = parser.add_argument_group("picture")
-    _add(picture, "--negative_prompt", type=_text, default="", help="what to steer away from; needs --cfg above 1")
-    _add(picture, "--width", type=_side, help="in pixels, a multiple of 8 (the model's own)")
-    _add(picture, "--height", type=_side, help="in pixels, a multiple of 8 (the model's own)")
-    _add(picture, "--n_images", type=_count, default=4, help="how many images to make (4)")
-    _add(picture, "--seed", type=_seed, help="of the first image, the others count on from it (random)")
-    _add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
-    _add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
-    _add(picture, "--sampler", type=_sampler, metavar="NAME", help="how to denoise: --list-samplers (the model's own)")
-    _add(picture, "--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
-    _add(
+    add(picture, "--negative_prompt", type=_text, default="", help="what to steer away from; needs --cfg above 1")
+    add(picture, "--width", type=_side, help="in pixels, a multiple of 8 (the model's own)")
+    add(picture, "--height", type=_side, help="in pixels, a multiple of 8 (the model's own)")
+    add(picture, "--n_images", type=_count, default=4, help="how many images to make (4)")
+    add(picture, "--seed", type=_seed, help="of the first image, the others count on from it (random)")
+    add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
+    add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
+    add(picture, "--sampler", type=_sampler, metavar="NAME", help="how to denoise: --list-samplers (the model's own)")
+    add(picture, "--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
+    add(
         picture,
         "--schedule",
         choices=SCHEDULES,
         help="curve of the noise levels (the model's own, or the sampler name's)",
     )
-    _add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
+    add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
     if from_image:
-        _add(
+        add(
             picture,
             "--strength",
             type=_strength,
             default=0.9,
             help="how far to go from the image: above 0, where little changes, to 1, where nothing is left of it (0.9)",
         )
-        _add(
+        add(
             picture,
             "--resize",
             choices=("crop", "pad", "stretch"),
@@ -143,17 +143,17 @@ def _add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
 
 def _add_prompt(parser: argparse.ArgumentParser) -> Any:
     prompt = parser.add_argument_group("prompt")
-    _add(prompt, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
-    _add(
+    add(prompt, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
+    add(
         prompt,
         "--emphasis",
         choices=EMPHASES,
         default="mean",
         help="how weights act: on the encoded words, keeping their mean; on what is taken from them; brackets are text",
     )
-    _add(prompt, "--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
-    _add(prompt, "--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
-    _add(
+    add(prompt, "--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
+    add(prompt, "--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
+    add(
         prompt,
         "--alternatives",
         choices=("all", "one"),
@@ -165,24 +165,24 @@ def _add_prompt(parser: argparse.ArgumentParser) -> Any:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    _add(
+    add(
         model,
         "--model",
         default="sdxl",
         help=f"one of {', '.join(catalog.names())}, a Hub id, or a folder in diffusers layout (sdxl)",
     )
-    _add(model, "--revision", help="branch, tag or commit of a Hub repository (main)")
-    _add(model, "--no_float16", dest="float16", action="store_false", help="compute in float32")
-    _add(
+    add(model, "--revision", help="branch, tag or commit of a Hub repository (main)")
+    add(model, "--no_float16", dest="float16", action="store_false", help="compute in float32")
+    add(
         model,
         "--quantize",
         "-q",
         action="store_true",
         help=f"quantize the text encoders to {TEXT_BITS} and the UNet to {UNET_BITS} bits",
     )
-    _add(model, "--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
-    _add(model, "--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
-    _add(
+    add(model, "--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
+    add(model, "--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
+    add(
         model,
         "--embedding",
         action="append",
@@ -190,15 +190,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[=WORD]",
         help="a textual inversion embedding and the word for it in prompts (the file's own); may be given again",
     )
-    _add(model, "--preload_models", action="store_true", help="read all weights before the first step")
+    add(model, "--preload_models", action="store_true", help="read all weights before the first step")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
-    _add(output, "--output", default="out.png", help="file to write; several images are numbered, this is their grid")
-    _add(output, "--n_rows", type=_count, default=1, help="rows of the grid (1)")
-    _add(output, "--decoding_batch_size", type=_count, default=1, help="images to decode at once (1)")
-    _add(output, "--verbose", "-v", action="store_true", help="say what is chosen, and how much memory was used")
+    add(output, "--output", default="out.png", help="file to write; several images are numbered, this is their grid")
+    add(output, "--n_rows", type=_count, default=1, help="rows of the grid (1)")
+    add(output, "--decoding_batch_size", type=_count, default=1, help="images to decode at once (1)")
+    add(output, "--verbose", "-v", action="store_true", help="say what is chosen, and how much memory was used")
 
 
 def jobs(parser: Parser, args: argparse.Namespace) -> list[argparse.Namespace]:
