@@ -1,0 +1,139 @@
+"""The tiny autoencoder TAESD (Ollin Boer Bohan 2023), named as diffusers' ``AutoencoderTiny``.
+
+A distilled stand-in for the large autoencoder, for the same latents: 3×3 convolutions of one width and nothing else.
+It costs a fraction of the time and the memory, for previews and wherever these are short.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import upsample_nearest
+
+# The values that this network is built on, and the keys that change nothing in what is computed.
+_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": 0}
+_SILENT = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}
+
+
+@dataclass(frozen=True)
+class AutoencoderTinyConfig:
+    """Names and defaults of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's own.
+
+    The widths are those of the stages, finest first in the encoder and last in the decoder; all of a side are equal.
+    The numbers of blocks count each stage's residual blocks.
+    """
+
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    scaling_factor: float = 1.0
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "AutoencoderTinyConfig":
+        """Read a ``config.json``; ValueError names every key whose value this library cannot compute."""
+        given = {key: value for key, value in raw.items() if value is not None and not key.startswith("_")}
+        fields = cls.__dataclass_fields__
+        problems = [f"{key}={given[key]!r}" for key, only in _FIXED.items() if given.get(key, only) != only]
+        problems += [f"{key}={given[key]!r}" for key in given if key not in {*fields, *_FIXED, *_SILENT} and given[key]]
+        if problems:
+            raise ValueError(f"tiny vae config: this library cannot compute {'; '.join(problems)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in fields})
+
+    def __post_init__(self) -> None:
+        for side in ("encoder", "decoder"):
+            widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
+            if len(widths) != len(blocks) or len(set(widths)) != 1:
+                raise ValueError(
+                    f"tiny vae config: {side}_block_out_channels={widths} must be one width for each of {blocks}"
+                )
+        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+            raise ValueError("tiny vae config: its encoder and its decoder differ in their number of stages")
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, in each direction: 8 for the published ones."""
+        return 2 ** (len(self.num_encoder_blocks) - 1)
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions and a residual, with a rectifier after each."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # The slots between them are the rectifiers', which hold no weights.
+        slots = (nn.Conv2d(width, width, 3, padding=1) if i % 2 == 0 else nn.Identity() for i in range(5))
+        self.conv = list(slots)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x
+        for conv in self.conv[:-1:2]:
+            y = nn.relu(conv(y))
+        return nn.relu(self.conv[-1](y) + x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return upsample_nearest(x)
+
+
+def _encoder(config: AutoencoderTinyConfig) -> nn.Sequential:
+    """Pixels [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_channels]."""
+    width = config.encoder_block_out_channels[0]
+    layers: list[nn.Module] = []
+    for i, blocks in enumerate(config.num_encoder_blocks):
+        if i == 0:
+            layers.append(nn.Conv2d(config.in_channels, width, 3, padding=1))
+        else:
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+        layers += [TinyBlock(width) for _ in range(blocks)]
+    return nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
+
+
+def _decoder(config: AutoencoderTinyConfig) -> nn.Sequential:
+    """Latents [B, h, w, latent_channels] -> pixels [B, H, W, 3] in [0, 1]."""
+    width = config.decoder_block_out_channels[0]
+    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+    *doubled, last = config.num_decoder_blocks
+    for blocks in doubled:
+        layers += [TinyBlock(width) for _ in range(blocks)]
+        layers += [Upsample(), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+    layers += [TinyBlock(width) for _ in range(last)]
+    return nn.Sequential(*layers, nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+
+class AutoencoderTiny(nn.Module):
+    """Pixels in [-1, 1] <-> latents in the UNet's scale; the interface is that of ``AutoencoderKL``."""
+
+    def __init__(self, config: AutoencoderTinyConfig):
+        super().__init__()
+        self.config = config
+        self.latent_channels = config.latent_channels
+        self.encoder = _encoder(config)
+        self.decoder = _decoder(config)
+
+    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Pixels [B, H, W, 3] -> (latent, log variance), each [B, H / 8, W / 8, 4].
+
+        There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
+        """
+        z = self.encoder((x + 1) / 2) * self.config.scaling_factor
+        return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
+
+    def decode(self, z: mx.array) -> mx.array:
+        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
+        z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # outliers are held within what it was trained on
+        return self.decoder(z) * 2 - 1
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Round trip of pixels through their latent."""
+        return self.decode(self.encode(x)[0])

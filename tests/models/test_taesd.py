@@ -1,0 +1,93 @@
+"""The tiny autoencoder against diffusers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny as Oracle
+
+from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
+from stable_diffusion.models.taesd import AutoencoderTiny, AutoencoderTinyConfig
+
+# As the published config.json of TAESD spells it; TAESDXL's is the same.
+PUBLISHED = {
+    "_class_name": "AutoencoderTiny",
+    "_diffusers_version": "0.30.0",
+    "act_fn": "relu",
+    "decoder_block_out_channels": [64, 64, 64, 64],
+    "encoder_block_out_channels": [64, 64, 64, 64],
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+SMALL = PUBLISHED | {
+    "decoder_block_out_channels": [16, 16, 16],
+    "encoder_block_out_channels": [8, 8, 8],
+    "num_decoder_blocks": [2, 1, 3],
+    "num_encoder_blocks": [1, 2, 1],
+    "latent_channels": 5,
+}
+CONFIGS = {"published": PUBLISHED, "small": SMALL, "scaled": SMALL | {"scaling_factor": 0.7}}
+
+
+def pair(config: dict) -> tuple[AutoencoderTiny, Oracle]:
+    torch.manual_seed(0)
+    oracle = perturb(Oracle.from_config(config))
+    return twin(AutoencoderTiny(AutoencoderTinyConfig.from_dict(config)), oracle), oracle
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers(name):
+    ours, oracle = pair(CONFIGS[name])
+    factor, scale = oracle.config.scaling_factor, ours.config.scale
+    assert scale == (8 if name == "published" else 4)
+    for i, size in enumerate((*SCALES, 10.0)):  # the last is beyond what the decoder lets through
+        x = normal(i + 1, 2 * scale, 5 * scale, 3, seed=i, scale=size)
+        latents, logvar = ours.encode(mx.array(x))
+        assert latents.shape == (i + 1, 2, 5, ours.latent_channels) == logvar.shape
+        assert relative_error(latents, nhwc(oracle.encode(nchw(x)).latents) * factor) <= 1e-4
+        z = normal(i + 1, 3, 5, ours.latent_channels, seed=i, scale=size)
+        assert relative_error(ours.decode(mx.array(z)), nhwc(oracle.decode(nchw(z) / factor).sample)) <= 1e-4
+
+
+def test_a_sample_of_the_posterior_is_its_mean():
+    ours, _ = pair(SMALL)
+    mean, logvar = ours.encode(mx.array(normal(1, 8, 8, 3)))
+    assert np.array_equal(mean + mx.exp(logvar / 2) * mx.array(normal(*mean.shape)), mean)
+
+
+def test_half_precision_stays_finite_and_near():
+    ours, _ = pair(PUBLISHED)
+    z = mx.array(normal(1, 2, 3, 4))
+    exact = ours.decode(z)
+    ours.set_dtype(mx.float16)
+    near = ours.decode(z.astype(mx.float16))
+    assert near.dtype == mx.float16
+    assert relative_error(near.astype(mx.float32), exact) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"act_fn": "gelu"}, "act_fn='gelu'"),
+        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor=4"),
+        ({"shift_factor": 0.1}, "shift_factor=0.1"),
+        ({"mid_block": True}, "mid_block=True"),
+        ({"encoder_block_out_channels": [8, 16, 8]}, "(8, 16, 8)"),
+        ({"num_decoder_blocks": [2, 1]}, "one width for each of (2, 1)"),
+        ({"num_encoder_blocks": [1, 1], "encoder_block_out_channels": [8, 8]}, "differ"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(change, named):
+    with pytest.raises(ValueError) as error:
+        AutoencoderTinyConfig.from_dict(SMALL | change)
+    assert named in str(error.value) and "\n" not in str(error.value)
