@@ -8,10 +8,12 @@ change the result but that this library does not compute are refused by name, ne
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 # Keys that say something about files, training or storage, and nothing about what is computed.
 _SILENT = frozenset({"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"})
+_SILENT |= {"model_type", "decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step"}
+_SILENT |= {"optimization_step"}  # these are of the moving average of the weights
 
 
 @contextmanager
@@ -84,90 +86,89 @@ class CLIPTextConfig:
         return cls(**fields)
 
 
-@dataclass(frozen=True)
-class UNetConfig:
-    """``UNet2DConditionModel`` of the Stable Diffusion family. Tuples run from the finest block to the coarsest.
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The first half of a UNet, which a ControlNet copies. Tuples run from the finest block to the coarsest.
 
     ``num_attention_heads`` is the number of heads; checkpoints store it under the misleading name
     ``attention_head_dim``. ``transformer_layers_per_block`` holds an int, or a tuple with one entry per attention of
-    the block; ``reverse_transformer_layers_per_block`` gives the same for the up path, coarsest block first.
+    the block.
     """
 
+    _kind: ClassVar[str]
+    _fixed: ClassVar[Mapping[str, tuple]]
+
     in_channels: int
-    out_channels: int
-    sample_size: int | None
     block_out_channels: tuple[int, ...]
     layers_per_block: tuple[int, ...]
     down_block_types: tuple[str, ...]
-    up_block_types: tuple[str, ...]
     mid_block_type: str | None
     num_attention_heads: tuple[int, ...]
     cross_attention_dim: tuple[int, ...]
     transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False
     upcast_attention: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    time_cond_proj_dim: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":
-        """Read ``unet/config.json``; ValueError names every key whose value this library cannot compute."""
-        kind = "unet"
-        _required(kind, raw, "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim")
-        known = frozenset(cls.__dataclass_fields__) | _SILENT | {"attention_head_dim"}
-        _check(kind, raw, known, _UNET_FIXED)
+    def _read(cls, raw: Mapping[str, Any], *required: str) -> dict[str, Any]:
+        """The fields that UNet and ControlNet share; ValueError names every key whose value cannot be computed."""
+        _required(cls._kind, raw, "block_out_channels", "down_block_types", "cross_attention_dim", *required)
+        _check(cls._kind, raw, frozenset(cls.__dataclass_fields__) | _SILENT | {"attention_head_dim"}, cls._fixed)
         blocks = len(raw["block_out_channels"])
 
         def per_block(key: str, default: Any) -> tuple:
             value = raw.get(key)
-            return _per_block(kind, key, default if value is None else value, blocks)
+            return _per_block(cls._kind, key, default if value is None else value, blocks)
 
-        layers = per_block("transformer_layers_per_block", 1)
-        reverse = raw.get("reverse_transformer_layers_per_block")
-        if reverse is None and any(isinstance(n, tuple) for n in layers):
-            raise ValueError(
-                "unet config: nested transformer_layers_per_block needs reverse_transformer_layers_per_block"
-            )
-        if reverse is not None:
-            reverse = _per_block(kind, "reverse_transformer_layers_per_block", reverse, blocks)
         scalars = (
-            "out_channels norm_num_groups norm_eps use_linear_projection upcast_attention flip_sin_to_cos freq_shift "
-            "time_cond_proj_dim addition_embed_type addition_time_embed_dim projection_class_embeddings_input_dim"
+            "norm_num_groups norm_eps use_linear_projection upcast_attention flip_sin_to_cos freq_shift "
+            "addition_embed_type addition_time_embed_dim projection_class_embeddings_input_dim"
         )
-        given = {"out_channels": 4} | {key: raw[key] for key in scalars.split() if raw.get(key) is not None}
-        return cls(
-            in_channels=raw.get("in_channels", 4),
-            sample_size=raw.get("sample_size"),
-            block_out_channels=tuple(raw["block_out_channels"]),
-            layers_per_block=per_block("layers_per_block", 2),
-            down_block_types=_per_block(kind, "down_block_types", raw["down_block_types"], blocks),
-            up_block_types=_per_block(kind, "up_block_types", raw["up_block_types"], blocks),
-            mid_block_type=raw.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
-            num_attention_heads=per_block("num_attention_heads", per_block("attention_head_dim", 8)),
-            cross_attention_dim=per_block("cross_attention_dim", 0),
-            transformer_layers_per_block=layers,
-            reverse_transformer_layers_per_block=reverse or layers[::-1],
-            **given,
-        )
+        return {
+            "in_channels": raw.get("in_channels", 4),
+            "block_out_channels": tuple(raw["block_out_channels"]),
+            "layers_per_block": per_block("layers_per_block", 2),
+            "down_block_types": per_block("down_block_types", None),
+            "mid_block_type": raw.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
+            "num_attention_heads": per_block("num_attention_heads", per_block("attention_head_dim", 8)),
+            "cross_attention_dim": per_block("cross_attention_dim", None),
+            "transformer_layers_per_block": per_block("transformer_layers_per_block", 1),
+        } | {key: raw[key] for key in scalars.split() if raw.get(key) is not None}
 
     def __post_init__(self) -> None:
-        down, up, mid = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"), _MID_BLOCKS
-        wrong = [b for b in self.down_block_types if b not in down] + [b for b in self.up_block_types if b not in up]
-        if wrong or self.mid_block_type not in mid:
-            names = ", ".join(map(repr, wrong or [self.mid_block_type]))
-            raise ValueError(f"unet config: block type {names} is not supported (supported: {down + up + mid})")
+        for key, supported in _BLOCK_TYPES.items():
+            value = getattr(self, key, ())
+            for name in value if isinstance(value, tuple) else (value,):
+                if name not in supported:
+                    names = " or ".join(map(repr, supported))
+                    raise ValueError(f"{self._kind} config: {name!r} in {key} is not supported (supported: {names})")
         if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(f"unet config: addition_embed_type={self.addition_embed_type!r} (supported: 'text_time')")
+            raise ValueError(
+                f"{self._kind} config: addition_embed_type={self.addition_embed_type!r} (supported: 'text_time')"
+            )
+
+    @property
+    def skip_channels(self) -> tuple[int, ...]:
+        """The channels of every map that the UNet's second half gets from its first, in the order they are made."""
+        channels = list(self.block_out_channels[:1])
+        for i, width in enumerate(self.block_out_channels):
+            downsampled = i < len(self.block_out_channels) - 1
+            channels += [width] * (self.layers_per_block[i] + downsampled)
+        return tuple(channels)
 
 
-_MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+_BLOCK_TYPES: Mapping[str, tuple] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 # diffusers options outside the family: only the value that means "off" is computed here.
 _UNET_FIXED: Mapping[str, tuple] = {
@@ -185,6 +186,101 @@ _UNET_FIXED: Mapping[str, tuple] = {
     "addition_embed_type_num_heads": (64, None),
     "mid_block_only_cross_attention": (None, False),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(EncoderConfig):
+    """``UNet2DConditionModel`` of the Stable Diffusion family.
+
+    ``reverse_transformer_layers_per_block`` gives the transformers' layers for the up path, coarsest block first.
+    """
+
+    _kind: ClassVar[str] = "unet"
+    _fixed: ClassVar[Mapping[str, tuple]] = _UNET_FIXED
+
+    out_channels: int
+    sample_size: int | None
+    up_block_types: tuple[str, ...]
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    time_cond_proj_dim: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":
+        """Read ``unet/config.json``; ValueError names every key whose value this library cannot compute."""
+        shared = cls._read(raw, "up_block_types")
+        blocks = len(shared["block_out_channels"])
+        layers = shared["transformer_layers_per_block"]
+        reverse = raw.get("reverse_transformer_layers_per_block")
+        if reverse is None and any(isinstance(n, tuple) for n in layers):
+            raise ValueError(
+                "unet config: nested transformer_layers_per_block needs reverse_transformer_layers_per_block"
+            )
+        if reverse is not None:
+            reverse = _per_block(cls._kind, "reverse_transformer_layers_per_block", reverse, blocks)
+        return cls(
+            out_channels=4 if raw.get("out_channels") is None else raw["out_channels"],
+            sample_size=raw.get("sample_size"),
+            up_block_types=_per_block(cls._kind, "up_block_types", raw["up_block_types"], blocks),
+            reverse_transformer_layers_per_block=reverse or layers[::-1],
+            time_cond_proj_dim=raw.get("time_cond_proj_dim"),
+            **shared,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(EncoderConfig):
+    """``ControlNetModel`` (Zhang et al. 2023): the UNet's first half, and the small network that reads the hint.
+
+    ``conditioning_embedding_out_channels`` are the widths of that network's stages, each of which after the first
+    halves the hint; ``global_pool_conditions`` means that only the mean of each of the results counts ("shuffle").
+    """
+
+    _kind: ClassVar[str] = "controlnet"
+    _fixed: ClassVar[Mapping[str, tuple]] = _UNET_FIXED | {
+        "controlnet_conditioning_channel_order": ("rgb", "bgr", None),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+    }
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: str = "rgb"
+    global_pool_conditions: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ControlNetConfig":
+        """Read a ControlNet's ``config.json``; ValueError names its class, or every key, that is not computed here."""
+        name = raw.get("_class_name", "ControlNetModel")
+        if name != "ControlNetModel" or raw.get("num_control_type") is not None:
+            kind = "a ControlNet for several kinds of hints (union)" if name == "ControlNetModel" else f"a {name}"
+            raise ValueError(f"controlnet config: this is {kind}; this library runs a ControlNetModel for one kind")
+        scalars = ("conditioning_channels", "controlnet_conditioning_channel_order", "global_pool_conditions")
+        given = {key: raw[key] for key in scalars if raw.get(key) is not None}
+        if (widths := raw.get("conditioning_embedding_out_channels")) is not None:
+            given["conditioning_embedding_out_channels"] = tuple(widths)
+        return cls(**cls._read(raw), **given)
+
+    @property
+    def scale(self) -> int:
+        """Pixels of the hint per latent, in each direction: 8 for every published checkpoint."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    def check_fits(self, unet: UNetConfig) -> None:
+        """Raise ValueError unless what this ControlNet computes can be added to what ``unet`` computes."""
+        for what, mine, needed in (
+            ("latent channels", self.in_channels, unet.out_channels),
+            ("maps with channels", self.skip_channels, unet.skip_channels),
+            ("prompts of width", max(self.cross_attention_dim), max(unet.cross_attention_dim)),
+            (
+                "sizes and pooled prompts of width",
+                self.projection_class_embeddings_input_dim,
+                unet.projection_class_embeddings_input_dim,
+            ),
+        ):
+            if mine != needed:
+                raise ValueError(
+                    f"the ControlNet does not fit the model: it is for {what} {mine}, the model has {needed}; "
+                    "take one that was trained for this family (SD 1, SD 2 or XL)"
+                )
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,16 @@ Module names are those of diffusers' ``UNet2DConditionModel``. In every block, p
 attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import UNetConfig
+from ..config import EncoderConfig, UNetConfig
 from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
 
 Context = mx.array | tuple[mx.array, mx.array]
+Residuals = tuple[Sequence[mx.array], mx.array]
 
 
 class TimestepEmbedding(nn.Module):
@@ -73,7 +76,7 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Transformer over the positions of a feature map; its 1×1 convolutions (SD 1.x) are Linears here."""
 
-    def __init__(self, config: UNetConfig, dim: int, heads: int, context_dim: int, layers: int):
+    def __init__(self, config: EncoderConfig, dim: int, heads: int, context_dim: int, layers: int):
         super().__init__()
         self.norm = GroupNorm(config.norm_num_groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim)
@@ -97,7 +100,7 @@ class UNetBlock(nn.Module):
     ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
     """
 
-    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None):
+    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None):
         super().__init__()
         temb_dim = 4 * config.block_out_channels[0]
         groups, eps = config.norm_num_groups, config.norm_eps
@@ -111,7 +114,7 @@ class UNetBlock(nn.Module):
 class DownBlock(UNetBlock):
     """``DownBlock2D`` and ``CrossAttnDownBlock2D``: appends each of its maps to ``skips``."""
 
-    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
+    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
         super().__init__(config, channels, attention)
         if not last:
             self.downsamplers = [Downsample2D(channels[-1][1])]
@@ -141,7 +144,7 @@ class MidBlock(UNetBlock):
 class UpBlock(UNetBlock):
     """``UpBlock2D`` and ``CrossAttnUpBlock2D``: takes one of ``skips`` for each resnet."""
 
-    def __init__(self, config: UNetConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
+    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
         super().__init__(config, channels, attention)
         if not last:
             self.upsamplers = [Upsample2D(channels[-1][1])]
@@ -162,39 +165,24 @@ def _depths(layers: int | tuple[int, ...], count: int) -> tuple[int, ...]:
     return layers if isinstance(layers, tuple) else (layers,) * count
 
 
-class UNet2DConditionModel(nn.Module):
-    """Predicts the noise (or the velocity, or the image) in a noisy latent.
+class Encoder(nn.Module):
+    """The first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle."""
 
-    Args of the call:
-        x: the latent and its extra channels [B, h, w, in_channels], any h and w.
-        t: timesteps [B].
-        context: encoded prompt [B, M, cross_attention_dim], or two of them: what cross-attention takes its keys from,
-            and its values.
-        text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
-        timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
-
-    Returns:
-        [B, h, w, out_channels] in the type of ``x``.
-    """
-
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: EncoderConfig, time_cond_dim: int | None = None):
         super().__init__()
         self.config = config
         channels = config.block_out_channels
         temb_dim = 4 * channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, config.time_cond_proj_dim)
+        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, time_cond_dim)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
         self.down_blocks = self._build_down(config)
         if config.mid_block_type is not None:
             self.mid_block = self._build_mid(config)
-        self.up_blocks = self._build_up(config)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     @staticmethod
-    def _build_down(config: UNetConfig) -> list[DownBlock]:
+    def _build_down(config: EncoderConfig) -> list[DownBlock]:
         blocks, width = [], config.block_out_channels[0]
         for i, (kind, out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
             count = config.layers_per_block[i]
@@ -207,13 +195,61 @@ class UNet2DConditionModel(nn.Module):
         return blocks
 
     @staticmethod
-    def _build_mid(config: UNetConfig) -> MidBlock:
+    def _build_mid(config: EncoderConfig) -> MidBlock:
         width = config.block_out_channels[-1]
         if config.mid_block_type == "UNetMidBlock2D":
             return MidBlock(config, [(width, width)], None)
         depths = _depths(config.transformer_layers_per_block[-1], 1)[:1]
         attention = (config.num_attention_heads[-1], config.cross_attention_dim[-1], depths)
         return MidBlock(config, [(width, width)] * 2, attention)
+
+    def encode(self, x: mx.array, temb: mx.array, context: Context) -> tuple[list[mx.array], mx.array]:
+        """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's."""
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, context, skips)
+        return skips, self.mid_block(x, temb, context) if "mid_block" in self else x
+
+    def embed_time(
+        self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None = None, cond: mx.array | None = None
+    ) -> mx.array:
+        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]]."""
+        config = self.config
+        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        temb = timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype)
+        temb = self.time_embedding(temb, cond)
+        if "add_embedding" in self:
+            if text_time is None:
+                raise ValueError("this network needs text_time = (pooled prompt, time ids)")
+            pooled, ids = text_time
+            sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
+            sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
+            temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
+        return temb
+
+
+class UNet2DConditionModel(Encoder):
+    """Predicts the noise (or the velocity, or the image) in a noisy latent.
+
+    Args of the call:
+        x: the latent and its extra channels [B, h, w, in_channels], any h and w.
+        t: timesteps [B].
+        context: encoded prompt [B, M, cross_attention_dim], or two of them: what cross-attention takes its keys from,
+            and its values.
+        text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
+        timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
+        residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
+
+    Returns:
+        [B, h, w, out_channels] in the type of ``x``.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config, config.time_cond_proj_dim)
+        channels = config.block_out_channels
+        self.up_blocks = self._build_up(config)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     @staticmethod
     def _build_up(config: UNetConfig) -> list[UpBlock]:
@@ -240,29 +276,18 @@ class UNet2DConditionModel(nn.Module):
         *,
         text_time: tuple[mx.array, mx.array] | None = None,
         timestep_cond: mx.array | None = None,
+        residuals: Residuals | None = None,
     ) -> mx.array:
-        temb = self._embed_time(t, x.dtype, text_time, timestep_cond)
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
+        temb = self.embed_time(t, x.dtype, text_time, timestep_cond)
+        skips, x = self.encode(self.conv_in(x), temb, context)
+        if residuals is not None:
+            down, middle = residuals
+            if len(down) != len(skips):
+                raise ValueError(
+                    f"{len(down)} residuals for a UNet of {len(skips)} maps: the ControlNet does not fit it"
+                )
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+            x = x + middle
+        for block in self.up_blocks:
             x = block(x, temb, context, skips)
-        if "mid_block" in self:
-            x = self.mid_block(x, temb, context)
-        for up_block in self.up_blocks:
-            x = up_block(x, temb, context, skips)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
-
-    def _embed_time(self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None, cond: mx.array | None) -> mx.array:
-        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]]."""
-        config = self.config
-        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        temb = timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype)
-        temb = self.time_embedding(temb, cond)
-        if "add_embedding" in self:
-            if text_time is None:
-                raise ValueError("this UNet needs text_time = (pooled prompt, time ids)")
-            pooled, ids = text_time
-            sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
-            sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
-            temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
-        return temb

@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..config import AutoencoderConfig, CLIPTextConfig, UNetConfig, readable
+from ..config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
+from ..models.controlnet import ControlNetModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from .files import Component, read_tensors
@@ -20,6 +21,7 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "vae": (AutoencoderConfig, AutoencoderKL),
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
     "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
+    "controlnet": (ControlNetConfig, ControlNetModel),
 }
 
 
