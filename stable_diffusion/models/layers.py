@@ -52,6 +52,48 @@ def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.arr
     return x if size is None or size == (2 * h, 2 * w) else x[:, : size[0], : size[1], :]
 
 
+def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_corners: bool = False) -> mx.array:
+    """Resize NHWC maps to ``size`` (h, w) by linear or cubic interpolation, as torch's ``interpolate`` does.
+
+    There is no smoothing when the maps shrink. ``align_corners`` keeps the centres of the corner pixels where they are
+    instead of their outer edges. Each axis is a product with a matrix, computed for the rows and then the columns.
+    """
+    b, h, w, c = x.shape
+    rows, columns = (
+        mx.array(_interpolation(old, new, cubic, align_corners)).astype(x.dtype)
+        for old, new in zip((h, w), size, strict=True)
+    )
+    return columns @ (rows @ x.reshape(b, h, w * c)).reshape(b, size[0], w, c)
+
+
+def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list[list[float]]:
+    """The matrix [new, old] that interpolates ``old`` values in a line, constant beyond its ends, at ``new`` places.
+
+    Places are rounded to float32 where torch rounds them: at 4000 values the last bit moves a place by 2e-4.
+    """
+    if align_corners:
+        scale = array("f", [(old - 1) / max(new - 1, 1)])[0]
+        places = array("f", (scale * i for i in range(new)))
+    else:
+        scale = array("f", [old / new])[0]
+        places = array("f", (scale * (i + 0.5) - 0.5 for i in range(new)))
+    matrix = [[0.0] * old for _ in places]
+    for row, place in zip(matrix, places, strict=True):
+        before = math.floor(place)
+        for i in range(before - 1, before + 3):
+            distance = abs(place - i)
+            row[min(max(i, 0), old - 1)] += _cubic(distance) if cubic else max(1 - distance, 0)
+    return matrix
+
+
+def _cubic(distance: float) -> float:
+    """The weight of a value in cubic convolution (Keys 1981), with a = -3/4 instead of the paper's -1/2."""
+    a, d = -0.75, distance
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
 

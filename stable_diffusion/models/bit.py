@@ -1,0 +1,181 @@
+"""BiT, the ResNet below hybrid vision transformers (Kolesnikov et al. 2020), named as transformers' ``BitBackbone``.
+
+Its convolutions standardise their weights (Qiao et al. 2019) and are padded as TensorFlow pads them ("SAME"): the last
+stage comes out at a sixteenth of the image's size, rounded up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import GroupNorm
+
+_NORM_EPS = 1e-5
+_WEIGHT_EPS = 1e-8
+_STAGES = ("stage1", "stage2", "stage3")
+
+# What transformers writes where a file is silent, and the values that are computed here.
+_FIXED: Mapping[str, tuple[Any, tuple]] = {
+    "model_type": ("bit", ("bit",)),
+    "layer_type": ("preactivation", ("bottleneck",)),
+    "global_padding": (None, ("SAME", "same")),
+    "embedding_dynamic_padding": (False, (True,)),
+    "hidden_act": ("relu", ("relu",)),
+    "num_channels": (3, (3,)),
+    "output_stride": (32, (16, 32)),  # below 16 the last stages are dilated
+    "width_factor": (1, (1,)),
+    "out_features": (None, (_STAGES,)),
+}
+
+
+@dataclass(frozen=True)
+class BitConfig:
+    """The backbone's part of a depth estimator's ``config.json``; the defaults are those of the hybrid DPT."""
+
+    embedding_size: int = 64
+    hidden_sizes: tuple[int, ...] = (256, 512, 1024)
+    depths: tuple[int, ...] = (3, 4, 9)
+    num_groups: int = 32
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "BitConfig":
+        """Read ``backbone_config``; ValueError names every key whose value this library cannot compute."""
+        check("depth estimator backbone", raw, _FIXED)
+        depths = tuple(raw.get("depths") or (3, 4, 6, 3))
+        if len(depths) != len(_STAGES):
+            raise ValueError(f"depth estimator backbone config: depths={depths!r} (supported: {len(_STAGES)} stages)")
+        # transformers keeps the sizes of the classifier's four stages, whatever the number of depths.
+        hidden_sizes = tuple(raw.get("hidden_sizes") or (256, 512, 1024))[: len(depths)]
+        if len(hidden_sizes) != len(depths) or any(size % 32 for size in hidden_sizes):
+            raise ValueError(
+                f"depth estimator backbone config: hidden_sizes={hidden_sizes!r} (supported: {len(depths)} or more "
+                "multiples of 32)"
+            )
+        fields = {key: raw[key] for key in ("embedding_size", "num_groups") if raw.get(key) is not None}
+        return cls(hidden_sizes=hidden_sizes, depths=depths, **fields)
+
+
+def check(kind: str, raw: Mapping[str, Any], fixed: Mapping[str, tuple[Any, tuple]]) -> None:
+    """Raise ValueError for values that are not supported; a key that is absent has its default, the first entry."""
+    problems = []
+    for key, (default, supported) in fixed.items():
+        value = raw.get(key, default)
+        if (tuple(value) if isinstance(value, list) else value) not in supported:
+            problems.append(f"{key}={value!r} (supported: {' or '.join(map(repr, supported))})")
+    if problems:
+        raise ValueError(f"{kind} config: this library cannot compute {'; '.join(problems)}")
+
+
+class WeightStandardizedConv2d(nn.Module):
+    """Convolution without bias whose filters have mean 0 and variance 1 (Qiao et al. 2019), with "SAME" padding.
+
+    The filters are standardised at every call and not at loading: an estimator runs once for a picture, and so the
+    module holds exactly what its file holds. In float32, because half precision has no 1e-8.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.weight = mx.zeros((out_channels, kernel, kernel, in_channels))
+        self._stride = stride
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x`` [B, H, W, C_in] -> [B, ceil(H / stride), ceil(W / stride), C_out]."""
+        weight = self.weight.astype(mx.float32)
+        weight = weight - weight.mean(axis=(1, 2, 3), keepdims=True)
+        weight = weight * mx.rsqrt(mx.square(weight).mean(axis=(1, 2, 3), keepdims=True) + _WEIGHT_EPS)
+        return mx.conv2d(pad_same(x, weight.shape[1], self._stride), weight.astype(x.dtype), self._stride)
+
+
+def pad_same(x: mx.array, kernel: int, stride: int) -> mx.array:
+    """Pad NHWC maps with zeros so that ceil(size / stride) windows fit; an odd zero goes below and to the right."""
+    needed = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[1:3]]
+    return mx.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in needed), (0, 0)]) if any(needed) else x
+
+
+class BitDownsample(nn.Module):
+    """The shortcut of a stage's first block, which changes width and size."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int):
+        super().__init__()
+        self.conv = WeightStandardizedConv2d(in_channels, out_channels, 1, stride)
+        self.norm = GroupNorm(groups, out_channels, _NORM_EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(self.conv(x))
+
+
+class BitBottleneck(nn.Module):
+    """Bottleneck block (He et al. 2016) with the stride in its 3×3 convolution; the narrow part is a quarter wide."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, first: bool):
+        super().__init__()
+        narrow = out_channels // 4
+        if first:
+            self.downsample = BitDownsample(in_channels, out_channels, stride, groups)
+        self.conv1 = WeightStandardizedConv2d(in_channels, narrow, 1)
+        self.norm1 = GroupNorm(groups, narrow, _NORM_EPS)
+        self.conv2 = WeightStandardizedConv2d(narrow, narrow, 3, stride)
+        self.norm2 = GroupNorm(groups, narrow, _NORM_EPS)
+        self.conv3 = WeightStandardizedConv2d(narrow, out_channels, 1)
+        self.norm3 = GroupNorm(groups, out_channels, _NORM_EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = nn.relu(self.norm1(self.conv1(x)))
+        y = nn.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return nn.relu(y + (self.downsample(x) if "downsample" in self else x))
+
+
+class BitStage(nn.Module):
+    """A run of bottlenecks; every stage but the first halves height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int, groups: int):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (depth - 1)
+        self.layers = [
+            BitBottleneck(width, out_channels, 1 if i else stride, groups, first=i == 0)
+            for i, width in enumerate(widths)
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class BitEmbeddings(nn.Module):
+    """The stem: pixels [B, H, W, 3] -> [B, H / 4, W / 4, C]."""
+
+    def __init__(self, config: BitConfig):
+        super().__init__()
+        self.convolution = WeightStandardizedConv2d(3, config.embedding_size, 7, stride=2)
+        self.norm = GroupNorm(config.num_groups, config.embedding_size, _NORM_EPS)
+        self._pool = nn.MaxPool2d(3, stride=2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # Zeros are as good as minus infinity below a maximum of what a ReLU returns.
+        return self._pool(pad_same(nn.relu(self.norm(self.convolution(x))), 3, 2))
+
+
+class BitBackbone(nn.Module):
+    """Pixels [B, H, W, 3] -> the maps of the three stages, at a 4th, an 8th and a 16th of the size."""
+
+    def __init__(self, config: BitConfig):
+        super().__init__()
+        widths = (config.embedding_size, *config.hidden_sizes)
+        stages = [
+            BitStage(widths[i], widths[i + 1], depth, 2 if i else 1, config.num_groups)
+            for i, depth in enumerate(config.depths)
+        ]
+        self.bit = {"embedder": BitEmbeddings(config), "encoder": {"stages": stages}}
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        x = self.bit["embedder"](x)
+        maps = []
+        for stage in self.bit["encoder"]["stages"]:
+            x = stage(x)
+            maps.append(x)
+        return maps

@@ -1,0 +1,244 @@
+"""Dense prediction transformer (Ranftl et al. 2021): a picture -> its inverse depth, larger where it is nearer.
+
+The hybrid that MiDaS 3 calls DPT-Hybrid and that Stable Diffusion 2 was trained with, named as transformers'
+``DPTForDepthEstimation``. A ResNet gives maps of three sizes; a vision transformer reads the smallest of them; the two
+larger maps and two of the transformer's states are fused from the coarsest to the finest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .bit import BitBackbone, BitConfig, check
+from .layers import resample
+
+_PATCH = 16  # pixels per token: what the backbone reduces
+
+# What transformers writes where a file is silent, and the values that are computed here.
+_FIXED: Mapping[str, tuple[Any, tuple]] = {
+    "is_hybrid": (False, (True,)),
+    "patch_size": (_PATCH, (_PATCH,)),
+    "num_channels": (3, (3,)),
+    "hidden_act": ("gelu", ("gelu",)),
+    "readout_type": ("project", ("project",)),
+    "neck_ignore_stages": ((0, 1), ((0, 1),)),
+    "head_in_index": (-1, (-1,)),
+    "add_projection": (False, (False, None)),
+    "use_batch_norm_in_fusion_residual": (False, (False, None)),
+    "use_bias_in_fusion_residual": (None, (True, None)),
+}
+
+
+@dataclass(frozen=True)
+class DPTConfig:
+    """Hybrid depth estimator; key names and defaults of transformers' ``DPTConfig``.
+
+    ``backbone_out_indices`` are the two layers of the transformer whose states are read; files name four, of which the
+    first two stand for the backbone's maps.
+    """
+
+    backbone_config: BitConfig
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    image_size: int = 384
+    backbone_out_indices: tuple[int, ...] = (8, 11)
+    neck_hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
+    fusion_hidden_size: int = 256
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "DPTConfig":
+        """Read ``depth_estimator/config.json``; ValueError names every key whose value this library cannot compute."""
+        check("depth estimator", raw, _FIXED)
+        fields = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        fields["backbone_out_indices"] = tuple(raw.get("backbone_out_indices") or (2, 5, 8, 11))[2:]
+        fields["neck_hidden_sizes"] = tuple(raw.get("neck_hidden_sizes") or cls.neck_hidden_sizes)
+        backbone = raw.get("backbone_config")
+        fields["backbone_config"] = BitConfig() if backbone is None else BitConfig.from_dict(backbone)
+        factors = tuple(raw.get("reassemble_factors") or (4, 2, 1, 0.5))[2:]
+        if factors != (1, 0.5):  # the first two are not used
+            raise ValueError(f"depth estimator config: reassemble_factors end in {factors!r} (supported: (1, 0.5))")
+        return cls(**fields)
+
+    def __post_init__(self) -> None:
+        kind, sizes, taken = "depth estimator config", self.neck_hidden_sizes, self.backbone_out_indices
+        if self.image_size % (2 * _PATCH):
+            raise ValueError(f"{kind}: image_size={self.image_size!r} (supported: multiples of {2 * _PATCH})")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{kind}: width {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+        if len(taken) != 2 or not 0 <= taken[0] < taken[1] < self.num_hidden_layers:
+            raise ValueError(f"{kind}: of {self.num_hidden_layers} layers, backbone_out_indices end in {taken!r}")
+        if len(sizes) != 4 or sizes[:2] != self.backbone_config.hidden_sizes[:2]:
+            widths = self.backbone_config.hidden_sizes[:2]
+            raise ValueError(f"{kind}: neck_hidden_sizes={sizes!r} (supported: four, of which the first are {widths})")
+
+
+class ViTLayer(nn.Module):
+    """Pre-norm transformer layer (Dosovitskiy et al. 2021) on tokens [B, N, C]."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        c, eps = config.hidden_size, config.layer_norm_eps
+        self.layernorm_before = nn.LayerNorm(c, eps=eps)
+        self.attention = {
+            "attention": {name: nn.Linear(c, c, bias=config.qkv_bias) for name in ("query", "key", "value")},
+            "output": {"dense": nn.Linear(c, c)},
+        }
+        self.layernorm_after = nn.LayerNorm(c, eps=eps)
+        self.intermediate = {"dense": nn.Linear(c, config.intermediate_size)}
+        self.output = {"dense": nn.Linear(config.intermediate_size, c)}
+        self._heads = config.num_attention_heads
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self._attend(self.layernorm_before(x))
+        return x + self.output["dense"](nn.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+    def _attend(self, x: mx.array) -> mx.array:
+        b, n, c = x.shape
+        project = self.attention["attention"]
+        q, k, v = (
+            project[name](x).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3) for name in ("query", "key", "value")
+        )
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return self.attention["output"]["dense"](out.transpose(0, 2, 1, 3).reshape(b, n, c))
+
+
+class HybridEmbeddings(nn.Module):
+    """Pixels -> the tokens of the backbone's last map, behind a token for the whole picture; and its first two maps."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        self.backbone = BitBackbone(config.backbone_config)
+        self.projection = nn.Linear(config.backbone_config.hidden_sizes[-1], config.hidden_size)
+        self.cls_token = mx.zeros((1, 1, config.hidden_size))
+        self.position_embeddings = mx.zeros((1, (config.image_size // _PATCH) ** 2 + 1, config.hidden_size))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, list[mx.array]]:
+        *maps, last = self.backbone(x)
+        tokens = self.projection(last.flatten(1, 2))
+        first = mx.broadcast_to(self.cls_token, (len(tokens), 1, tokens.shape[-1]))
+        return mx.concatenate([first, tokens], axis=1) + self.position_embeddings, maps
+
+
+class HybridTransformer(nn.Module):
+    """Pixels [B, S, S, 3] -> the backbone's first two maps and the states [B, N + 1, C] of the two layers read."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        self.embeddings = HybridEmbeddings(config)
+        self.encoder = {"layer": [ViTLayer(config) for _ in range(config.num_hidden_layers)]}
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # in files; depth needs it not
+        self._taken = config.backbone_out_indices
+
+    def __call__(self, x: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+        x, maps = self.embeddings(x)
+        states = []
+        for i, layer in enumerate(self.encoder["layer"][: self._taken[-1] + 1]):
+            x = layer(x)
+            if i in self._taken:
+                states.append(x)
+        return maps, states
+
+
+class ReassembleStage(nn.Module):
+    """Transformer states [B, N + 1, C] -> maps [B, h, w, C_i], the second halved. The backbone's are maps already."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        c, widths = config.hidden_size, config.neck_hidden_sizes[2:]
+        as_they_are = [nn.Identity(), nn.Identity()]
+        self.readout_projects = [*as_they_are, *([nn.Linear(2 * c, c)] for _ in widths)]
+        self.layers = [*as_they_are, *({"projection": nn.Linear(c, width)} for width in widths)]
+        self.layers[-1]["resize"] = nn.Conv2d(widths[-1], widths[-1], 3, stride=2, padding=1)
+
+    def __call__(self, states: list[mx.array]) -> list[mx.array]:
+        maps = []
+        for x, readout, layer in zip(states, self.readout_projects[2:], self.layers[2:], strict=True):
+            tokens = x[:, 1:]
+            whole = mx.broadcast_to(x[:, :1], tokens.shape)
+            tokens = layer["projection"](nn.gelu(readout[0](mx.concatenate([tokens, whole], axis=-1))))
+            side = round(tokens.shape[1] ** 0.5)
+            y = tokens.reshape(len(x), side, side, -1)
+            maps.append(layer["resize"](y) if "resize" in layer else y)
+        return maps
+
+
+class ResidualUnit(nn.Module):
+    """Pre-activation residual unit of two convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.convolution2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.convolution2(nn.relu(self.convolution1(nn.relu(x))))
+
+
+class FusionLayer(nn.Module):
+    """Add a finer map to the ones fused so far, and double height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.projection = nn.Linear(channels, channels)
+        self.residual_layer1 = ResidualUnit(channels)  # the coarsest layer has it too, and nothing to add
+        self.residual_layer2 = ResidualUnit(channels)
+
+    def __call__(self, x: mx.array, finer: mx.array | None = None) -> mx.array:
+        if finer is not None:
+            x = x + self.residual_layer1(finer)
+        # Interpolation weights add up to one, so the order is free: first the projection, of a quarter of the pixels.
+        return double(self.projection(self.residual_layer2(x)))
+
+
+class Neck(nn.Module):
+    """Maps of four sizes, finest first -> one map [B, 2H, 2W, C], twice as large as the finest."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        width = config.fusion_hidden_size
+        self.reassemble_stage = ReassembleStage(config)
+        self.convs = [nn.Conv2d(size, width, 3, padding=1, bias=False) for size in config.neck_hidden_sizes]
+        self.fusion_stage = {"layers": [FusionLayer(width) for _ in config.neck_hidden_sizes]}
+
+    def __call__(self, maps: list[mx.array], states: list[mx.array]) -> mx.array:
+        maps = [conv(x) for conv, x in zip(self.convs, maps + self.reassemble_stage(states), strict=True)]
+        coarsest, *others = self.fusion_stage["layers"]
+        x = coarsest(maps.pop())
+        for layer in others:
+            x = layer(x, maps.pop())
+        return x
+
+
+class DPTForDepthEstimation(nn.Module):
+    """Pixels [B, S, S, 3] in [-1, 1], S being ``config.image_size`` -> inverse depth [B, S, S], from 0 up."""
+
+    def __init__(self, config: DPTConfig):
+        super().__init__()
+        self.config = config
+        self.dpt = HybridTransformer(config)
+        self.neck = Neck(config)
+        width, none = config.fusion_hidden_size, nn.Identity()
+        convolutions = nn.Conv2d(width, width // 2, 3, padding=1), nn.Conv2d(width // 2, 32, 3, padding=1)
+        self.head = {"head": [convolutions[0], none, convolutions[1], none, nn.Linear(32, 1)]}
+
+    def __call__(self, x: mx.array) -> mx.array:
+        size = self.config.image_size
+        if x.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"the depth estimator takes pixels [B, {size}, {size}, 3], not {list(x.shape)}; resize them"
+            )
+        first, _, second, _, last = self.head["head"]
+        x = double(first(self.neck(*self.dpt(x))))
+        return nn.relu(last(nn.relu(second(x))))[..., 0]
+
+
+def double(x: mx.array) -> mx.array:
+    """Double height and width, corners staying in the corners."""
+    return resample(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=True)
