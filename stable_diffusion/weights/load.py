@@ -10,11 +10,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
 from ..models.controlnet import ControlNetModel
+from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from .files import Component, read_tensors
 from .keys import canonical
-from .quantize import quantize
+from .quantize import prepare_quantized, quantize, read_quantization, still_to_do
 
 _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "unet": (UNetConfig, UNet2DConditionModel),
@@ -23,6 +24,8 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
     "controlnet": (ControlNetConfig, ControlNetModel),
 }
+# Where a part comes in several kinds, its config says by `_class_name` which one it is.
+_KINDS = {("vae", "AutoencoderTiny"): (AutoencoderTinyConfig, AutoencoderTiny)}
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -30,32 +33,37 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
 
     Raises ValueError for a config whose values are of the wrong kind, or that this library cannot compute.
     """
-    config_class, module_class = _ARCHITECTURES[name]
     with readable(f"{name} config"):
-        return module_class(config_class.from_dict(config))
+        config_class, module_class = _KINDS.get((name, config.get("_class_name")), _ARCHITECTURES[name])
+        # How weights are stored says nothing of the network.
+        return module_class(config_class.from_dict({k: v for k, v in config.items() if k != "quantization"}))
 
 
 def load_component(
-    component: Component, dtype: mx.Dtype = mx.float32, quantization: tuple[int, int] | None = None
+    component: Component, dtype: mx.Dtype | None = mx.float32, quantization: tuple[int, int] | None = None
 ) -> nn.Module:
     """Build a component and give it its weights.
 
     Args:
-        component: the config and the files.
-        dtype: the type its floating-point weights are cast to.
+        component: the config and the files. Weights that are stored quantized stay so.
+        dtype: the type its floating-point weights are cast to; None leaves them as they are.
         quantization: (bits, group size), or None to keep the weights as they are.
 
     Weights stay lazy: they are read when first needed, or here, matrix by matrix, when they are quantized.
-    Raises ValueError that lists every missing, unexpected and misshapen tensor.
+    Raises ValueError that lists every missing, unexpected and misshapen tensor, or for weights that are stored in other
+    bits than those asked for.
     """
     files = ", ".join(str(f) for f in component.files)
     try:
         module = build(component.name, component.config)
-        fill(module, read_tensors(component), dtype)
+        tensors = canonical(read_tensors(component))
+        if stored := read_quantization(component.config):
+            prepare_quantized(module, tensors, stored[1])
+        fill(module, tensors, dtype)
+        if pending := still_to_do(component.config, quantization):
+            quantize(module, *pending)
     except ValueError as error:
         raise ValueError(f"{component.name} ({files}): {error}") from error
-    if quantization is not None:
-        quantize(module, *quantization)
     return module.eval()
 
 
@@ -65,7 +73,8 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     A 4-D weight goes from [out, in, h, w] to [out, h, w, in]; where the parameter is a matrix, a 1×1 convolution's
     weight is flattened to one.
     """
-    shapes = {name: value.shape for name, value in tree_flatten(module.parameters())}
+    parameters = dict(tree_flatten(module.parameters()))
+    shapes = {name: value.shape for name, value in parameters.items()}
     given = canonical(dict(tensors))
     missing = sorted(shapes.keys() - given.keys())
     extra = sorted(given.keys() - shapes.keys())
@@ -75,7 +84,12 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
         for name, value in laid_out.items()
         if value.shape != shapes[name]
     ]
-    kinds = (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+    mistyped = [
+        f"{name} of {value.dtype}"
+        for name, value in laid_out.items()
+        if mx.issubdtype(value.dtype, mx.floating) != mx.issubdtype(parameters[name].dtype, mx.floating)
+    ]
+    kinds = (("missing", missing), ("unexpected", extra), ("misshapen", misshapen), ("of the wrong type", mistyped))
     problems = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds if names]
     if problems:
         raise ValueError(f"the weights do not fit the config: {'; '.join(problems)}")
