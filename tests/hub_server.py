@@ -73,7 +73,8 @@ def checkpoint_files(
             for half in halves:
                 weight = mx.full((16, 16), mark, dtype=mx.float16 if half else mx.float32)
                 files[f"{part}/{STEMS[part]}{half}.safetensors"] = safetensors(**{f"{part}.weight": weight})
-            files[f"{part}/{STEMS[part]}.bin"] = b"pickle"
+            stem = "pytorch_model" if STEMS[part] == "model" else STEMS[part]
+            files[f"{part}/{stem}.bin"] = f"a pickle of the {part}".encode()
     return files | {"README.md": b"# A model\n", "v1-5-pruned.safetensors": b"a single file\n"}
 
 

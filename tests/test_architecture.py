@@ -11,18 +11,21 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 _FLOORS = [
     "blas config catalog curves samplers prompt tokenizer image edges",
     "schedule inpaint models.layers weights.layout weights.keys weights.original weights.quantize weights.pickles",
-    "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys",
+    "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys weights.hub",
     "models.controlnet models.dpt weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
     "weights.save depth",
     "guidance",
+    "control",
     "denoise",
     "plan",
+    "start",
+    "sampling model",
     "pipeline arguments",
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
-HOMES = {"huggingface_hub": {"weights.files"}, "regex": {"tokenizer"}, "numpy": {"image", "edges"}, "PIL": {"image", "cli"}}
+HOMES = {"huggingface_hub": {"weights.hub"}, "regex": {"tokenizer"}, "numpy": {"image", "edges"}, "PIL": {"image", "cli"}}
 HOMES |= {"tqdm": {"cli"}}
 # cli names PIL's Image in its type hints. Of the ground floor only the samplers know arrays.
 WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "tokenizer", "image", "edges"}

@@ -1,25 +1,22 @@
-"""Checkpoints as files: an alias, a Hub id or a folder -> configs, weight files and lazy tensors by name.
+"""Checkpoints as files: an alias, a Hub id, a folder or a single file -> configs, weight files, lazy tensors by name.
 
 Only the files that this library reads are downloaded. The cache of `huggingface_hub` is asked first: a model that is
-complete there is opened without a network call. The client is imported where it is used; a folder never needs it.
+complete there is opened without a network call; a folder never needs the client.
 """
 
-import errno
-import glob
 import json
 import logging
 import math
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import catalog
-from . import layout
+from . import hub, layout
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -27,16 +24,20 @@ _log = logging.getLogger("stable_diffusion")
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+KINDS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "depth_estimator")
+_REMEDY = "connect once, or use a local folder or --model tiny"
 
 
 @dataclass(frozen=True)
 class Component:
     """One network of a checkpoint."""
 
-    name: str  # "unet", "vae", "text_encoder", "text_encoder_2"
+    name: str  # one of KINDS
     config: dict  # config.json
-    files: tuple[Path, ...]  # its safetensors, several when it is sharded
+    files: tuple[Path, ...]  # its weights, several when they are sharded
+    prefix: str = ""  # of its tensors' names in files that hold other networks too
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Checkpoint:
     """A checkpoint whose files are all on this machine."""
 
     name: str  # what was asked for, for messages
-    folder: Path
+    folder: Path  # of the checkpoint; the one that a single file is in
     pipeline: str  # `_class_name` of model_index.json
     index: dict  # model_index.json
     scheduler: dict  # scheduler_config.json
@@ -52,20 +53,28 @@ class Checkpoint:
     tokenizers: dict[str, Path]  # "tokenizer", "tokenizer_2" -> folder
     steps: int  # the model's own defaults
     guidance: float
+    pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
 
 
-class _NotOnHub(ValueError):
-    """The repository does not exist, or not for this user: a mirror may."""
-
-
-def open_checkpoint(model: str | os.PathLike, *, float16: bool = False, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint, download what is missing of it, and read its configuration. No tensor is read.
+def open_checkpoint(
+    model: str | os.PathLike,
+    *,
+    float16: bool = False,
+    revision: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    prediction: str | None = None,
+    parts: Mapping[str, str | os.PathLike] | None = None,
+) -> Checkpoint:
+    """Find a checkpoint, download what is missing of it, and read its configuration. No weights are read.
 
     Args:
         model: a folder in diffusers layout, an alias of the catalog, or a Hub id. What starts with `./`, `../`, `/` or
-            `~` is a folder; an alias means its model, unless a folder of that name holds a checkpoint.
+            `~` is a path; an alias means its model, unless a folder of that name holds a checkpoint.
         float16: prefer weight files in half precision (`*.fp16.safetensors`). Where only one kind exists it is taken.
         revision: a branch, tag or commit of the Hub repository.
+        tokenizer: a folder with vocab.json and merges.txt, in place of the checkpoint's own.
+        prediction: what the UNet predicts, "epsilon", "v_prediction" or "sample", in place of what the files say.
+        parts: networks to take from elsewhere, {one of KINDS: what `open_part` opens}.
 
     Raises:
         ValueError: unknown model, unsupported pipeline or component, a file that is missing or not readable, a
@@ -73,39 +82,103 @@ def open_checkpoint(model: str | os.PathLike, *, float16: bool = False, revision
         OSError: no such folder, no network and not in the cache, no space on the disk.
     """
     name = os.fspath(model)
-    folder = _local_folder(model)
+    folder = _local_path(model)
     entry = None if folder else catalog.find(name)
     if revision is not None and (entry is None or entry.folder):
         raise ValueError(f"{name} is a folder on this machine and has no revision {revision!r}: leave it out")
+    given = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
     if folder is None:
-        folder = entry.folder or _from_hub(entry, float16, revision)
-    return _read_folder(folder, name, float16, entry)
+        folder = entry.folder or _from_hub(entry, float16, revision, given)
+    checkpoint = _read_folder(folder, name, float16, entry, given)
+    if prediction is not None:
+        checkpoint.scheduler["prediction_type"] = prediction
+    if tokenizer is not None:
+        checkpoint.tokenizers.update(dict.fromkeys(checkpoint.tokenizers, Path(tokenizer).expanduser()))
+    return checkpoint
 
 
-def _local_folder(model: str | os.PathLike) -> Path | None:
-    """`model` as a folder, or None when it is a name. Raises OSError for a path that is not a folder."""
-    path = os.path.expanduser(os.fspath(model))
+def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
+    """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
+
+    Args:
+        source: a Hub id or a folder, with the files in its root or in a folder named ``kind``; or a file of weights.
+        kind: one of KINDS.
+        float16, revision: as for `open_checkpoint`.
+
+    Raises ValueError and OSError as `open_checkpoint` does.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(KINDS)}")
+    name = os.fspath(source)
+    folder = _local_path(source)
+    if folder is None:
+        entry = catalog.find(name)
+        folder = entry.folder or hub.fetch(entry.repos, _want_part(kind, float16), revision)[1]
+    elif revision is not None:
+        raise ValueError(f"{name} is on this machine and has no revision {revision!r}: leave it out")
+    names = layout.files_in(folder)
+    place = layout.place_of(kind, names)
+    if place is None:
+        raise ValueError(f"{name} has no {kind}: {folder} holds neither {kind}/config.json nor config.json")
+    if missing := layout.lacking_of_part(folder, names, kind, float16, name):
+        raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
+    files = layout.weight_files(folder, kind, names, float16, name, place)
+    return Component(kind, layout.read_json(folder / place / "config.json"), tuple(folder / file for file in files))
+
+
+def _local_path(source: str | os.PathLike) -> Path | None:
+    """`source` as a folder, or None when it is a name. Raises OSError for a path that is not there."""
+    path = os.path.expanduser(os.fspath(source))
     if os.path.isdir(path):
-        is_alias = isinstance(model, str) and model.lower() in catalog.ALIASES
+        is_alias = isinstance(source, str) and source.lower() in catalog.ALIASES
         if not is_alias or os.path.isfile(os.path.join(path, layout.INDEX)):
             return Path(path)
     elif os.path.isfile(path):
-        raise NotADirectoryError(f"{model} is a file: give the folder of a checkpoint in diffusers layout")
-    elif isinstance(model, os.PathLike) or model.startswith(("./", "../", "/", "~")):
-        raise FileNotFoundError(f"{model}: no such folder; give one that holds {layout.INDEX}, or a model's name")
+        raise NotADirectoryError(f"{source} is a file: give the folder of a checkpoint in diffusers layout")
+    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")):
+        raise FileNotFoundError(f"{source}: no such folder; give one that holds {layout.INDEX}, or a model's name")
     return None
 
 
-def _read_folder(folder: Path, name: str, float16: bool, entry: catalog.Entry | None) -> Checkpoint:
+def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, without: Collection[str]) -> Path:
+    """The folder of a checkpoint in the Hub's cache, with all but the networks that come from elsewhere."""
+    want = hub.Want(
+        what="a checkpoint in diffusers layout",
+        entries=(layout.INDEX,),
+        lacking=lambda folder, names, repo: layout.lacking(folder, names, float16, repo, without),
+        remedy=_REMEDY,
+        assumed=frozenset(layout.assumed_names(float16)),
+    )
+    repo, folder = hub.fetch(entry.repos, want, revision)
+    asked = entry.removed or entry.repos[0]
+    if repo != asked:
+        _log.warning("%s is no longer on the Hub: using its mirror %s", asked, repo)
+    return folder
+
+
+def _want_part(kind: str, float16: bool) -> hub.Want:
+    places = (f"{kind}/", "")
+    return hub.Want(
+        what=f"a repository of a {kind}",
+        entries=tuple(f"{place}config.json" for place in places),
+        lacking=lambda folder, names, repo: layout.lacking_of_part(folder, names, kind, float16, repo),
+        remedy="connect once, or use a local folder",
+        assumed=frozenset(),
+    )
+
+
+def _read_folder(
+    folder: Path, name: str, float16: bool, entry: catalog.Entry | None, given: Mapping[str, Component]
+) -> Checkpoint:
     """Read the configuration of a complete folder and choose its weight files."""
     present = layout.files_in(folder)
     if layout.INDEX not in present:
         raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
-    if missing := layout.lacking(folder, present, float16, name):
+    if missing := layout.lacking(folder, present, float16, name, given):
         raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
     index = layout.read_json(folder / layout.INDEX)
-    networks, tokenizers = layout.parts(index, name)
-    components = {}
+    networks, tokenizers = layout.parts(index, name, given)
+    components = dict(given)
     for part in networks:
         files = layout.weight_files(folder, part, present, float16, name)
         config = layout.read_json(folder / part / "config.json")
@@ -129,22 +202,31 @@ def _read_folder(folder: Path, name: str, float16: bool, entry: catalog.Entry | 
 
 
 def read_tensors(component: Component) -> dict[str, mx.array]:
-    """The tensors of a component, named as in its files. They are read from the disk only when they are evaluated.
+    """The tensors of a component under the names of diffusers. They are read from the disk when they are evaluated.
 
     Raises:
         ValueError: a file is corrupt, truncated or of a type that MLX cannot read, or two files hold the same tensor.
     """
     tensors: dict[str, mx.array] = {}
     for path in component.files:
-        _check_safetensors(path)
-        try:
-            part = mx.load(str(path))
-        except RuntimeError as error:
-            raise layout.damaged(path, str(error).partition("\n")[0]) from error
+        part = _read_file(path)
         if twice := sorted(tensors.keys() & part.keys()):
             raise ValueError(f"{path} repeats tensors of another file of {component.name}: {', '.join(twice[:3])}")
         tensors.update(part)
-    return tensors
+    prefix = component.prefix
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _read_file(path: Path) -> dict[str, mx.array]:
+    if path.suffix in _PICKLES:
+        from .pickles import read_pickle
+
+        return read_pickle(path)
+    _check_safetensors(path)
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise layout.damaged(path, str(error).partition("\n")[0]) from error
 
 
 def _check_safetensors(path: Path) -> None:
@@ -182,151 +264,3 @@ def _spans(header: dict) -> Iterator[tuple[int, int, str, str, list[int]]]:
         if name != "__metadata__":
             first, end = tensor["data_offsets"]
             yield int(first), int(end), name, str(tensor["dtype"]), [int(length) for length in tensor["shape"]]
-
-
-# --- the Hub -----------------------------------------------------------------------------------------------------
-
-
-def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None) -> Path:
-    """The folder of the first repository that is complete in the cache, else of the first one that is on the Hub."""
-    repo, folder = _first_cached(entry.repos, float16, revision) or _first_on_hub(entry.repos, float16, revision)
-    asked = entry.removed or entry.repos[0]
-    if repo != asked:
-        _log.warning("%s is no longer on the Hub: using its mirror %s", asked, repo)
-    return folder
-
-
-def _first_cached(repos: tuple[str, ...], float16: bool, revision: str | None) -> tuple[str, Path] | None:
-    for repo in repos:
-        folder = _snapshot(repo, revision)
-        if folder and not layout.lacking(folder, _listing(folder, repo, float16), float16, repo):
-            return repo, folder
-    return None
-
-
-def _first_on_hub(repos: tuple[str, ...], float16: bool, revision: str | None) -> tuple[str, Path]:
-    *others, last = repos
-    unreachable: ConnectionError | None = None
-    for repo in others:
-        try:
-            return repo, _download(repo, float16, revision)
-        except _NotOnHub:
-            continue
-        except ConnectionError as error:  # the cache may hold another of them, in either precision
-            unreachable = unreachable or error
-    try:
-        return last, _download(last, float16, revision)
-    except ConnectionError as error:
-        raise unreachable or error from error
-
-
-def _snapshot(repo: str, revision: str | None) -> Path | None:
-    """The folder in the client's cache that holds this revision, perhaps not all of it. Makes no network call."""
-    from huggingface_hub import try_to_load_from_cache
-
-    index = try_to_load_from_cache(repo, layout.INDEX, revision=revision)
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def _listing(folder: Path, repo: str, float16: bool) -> set[str]:
-    """The files of a repository, as the client noted them when it downloaded `folder`. Makes no network call.
-
-    Where there is no note (an older client, or one that fetched single files) the repository may have better files
-    than the cache, so the best ones are assumed.
-    """
-    with suppress(ImportError):  # of clients that do not keep the listing
-        from huggingface_hub import get_cached_repo_tree
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
-        with suppress(CachedRepoTreeNotFoundError):
-            return {file.path for file in get_cached_repo_tree(repo, revision=folder.name)}
-    return layout.files_in(folder) | layout.assumed_names(float16)
-
-
-def _download(repo: str, float16: bool, revision: str | None) -> Path:
-    """Bring what is missing of one repository into the cache: first the small files, then the weights they call for."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **{"disable": None} | kwargs)  # shown on terminals only, as the client's others
-
-    try:
-        with _one_line_errors(repo, revision):
-            names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings}
-            if layout.INDEX in names:
-                folder = Path(hf_hub_download(repo, layout.INDEX, revision=revision)).parent
-        if layout.INDEX not in names:
-            raise ValueError(f"{repo} is not a checkpoint in diffusers layout: it has no {layout.INDEX}")
-        for _ in ("small files", "weights"):
-            missing = layout.lacking(folder, names, float16, repo)
-            if unknown := [file for file in missing if file not in names]:
-                raise ValueError(f"{repo} is not complete: it has no {', '.join(unknown)}")
-            if missing:
-                with _one_line_errors(repo, revision):  # of one commit, so that all files belong together
-                    wanted = [glob.escape(file) for file in missing]
-                    snapshot_download(repo, revision=folder.name, allow_patterns=wanted, tqdm_class=Bar)
-    except ConnectionError as error:
-        return _without_network(repo, float16, revision, error)
-    return folder
-
-
-def _without_network(repo: str, float16: bool, revision: str | None, error: ConnectionError) -> Path:
-    """What the cache holds, of either precision; when that is not enough, raises `error` with what is missing."""
-    folder = _snapshot(repo, revision)
-    missing = ["everything"]
-    if folder:
-        with suppress(ValueError):  # no weights of either precision
-            if not layout.lacking(folder, layout.files_in(folder), float16, repo):
-                _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
-                return folder
-        missing = layout.lacking(folder, _listing(folder, repo, float16), float16, repo)
-    raise ConnectionError(
-        f"{error}; the cache on this machine lacks {', '.join(missing)}: "
-        "connect once, or use a local folder or --model tiny"
-    ) from error
-
-
-@contextmanager
-def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever the Hub client raises into one line that gives the reason and the remedy."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{repo}"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise ValueError(f"{repo} is gated: accept its licence at {page} and run `hf auth login`") from error
-    except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
-        raise _NotOnHub(
-            f"{repo} is no folder here and not on the Hub, or is private: check {page}, or run `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {revision!r}: see the list at {page}/tree/main") from error
-    except Exception as error:
-        raise _other_error(repo, error) from error
-
-
-def _other_error(repo: str, error: Exception) -> Exception:
-    """A refusal or a full disk; all else that a client raises is trouble with the connection."""
-    from huggingface_hub import constants
-
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status in (401, 403):
-        return ValueError(
-            f"{repo}: the Hub refuses access ({status}): run `hf auth login` with a token that may read it"
-        )
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        where = constants.HF_HUB_CACHE
-        return OSError(
-            f"{repo} cannot be saved in {where} ({error.strerror}): make room, or set HF_HOME to another disk"
-        )
-    return ConnectionError(f"{repo} cannot be downloaded ({_first_line(cause)})")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
