@@ -89,9 +89,9 @@ class ControlNetModel(Encoder):
 def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
     """Residuals times ``scale``; in guess mode the finest also times 0.1 and each coarser one more, up to 1.
 
-    Guess mode is how the authors let a hint steer without a prompt (Zhang et al. 2023): where things are is left to
-    the UNet, what they are is not. The factors are evenly spaced in their logarithm. Residuals of one pixel, which
-    tell nothing of places, are not weighted.
+    Guess mode lets a hint steer without a prompt (Zhang et al. 2023): the coarse maps, which say what there is, are
+    heard more than the fine ones, which say where. The factors are evenly spaced in their logarithm; residuals of one
+    pixel, which say nothing of places, are not weighted.
     """
     down, middle = residuals
     count = len(down)
