@@ -4,10 +4,11 @@ r"""The prompt language: what is written -> prompts, their parts, and pieces of 
     (words)  ((words))          weight 1.1, 1.1 * 1.1
     [words]                     weight 1 / 1.1
     {a|b}  [a|b]                alternatives: one prompt for each
+    __name__  __folder/name__   a wildcard: alternatives that are the lines of a list; without lists it is text
     [from:to:0.4]               "from" for the first 0.4 of the steps, then "to"; [to:0.4], [from::0.4]: either is empty
     a AND b :0.7                two prompts that guide together, the second with weight 0.7
     BREAK                       what follows starts a new chunk of 75 tokens
-    \(  \[  \{  \|  \:  \\      the character itself
+    \(  \[  \{  \|  \:  \_  \\  the character itself
 
 A bracket without its partner, and a colon that no number follows, are text: "a sign saying: open :)" is one plain
 piece. Weights multiply where brackets are nested.
@@ -15,21 +16,28 @@ piece. Weights multiply where brackets are nested.
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
 from itertools import pairwise, product
+from typing import NamedTuple
 
 _EMPHASIS = 1.1
-_DEEPEST = 64  # brackets within brackets
+_DEEPEST = 64  # brackets and wildcards within each other
 _MOST_PROMPTS = 10_000
+_COUNTED = 10**15  # prompts; more are not told apart
+_LONGEST = 100_000  # characters that a wildcard may grow to by those in its lines
 _PAIRS = {")": "(", "]": "[", "}": "{"}
 _SIGNS = frozenset("()[]{}|:\\")
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+_DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
+_NUMBER = rf"[+-]?{_DIGITS}"
 _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*$")
 _WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
-_SHARE = re.compile(r"\s*(\d*\.?\d+)\s*")
+_SHARE = re.compile(rf"\s*({_DIGITS})\s*")
 _BREAK, _AND = (re.compile(rf"(?<![\w\\]){word}(?!\w)") for word in ("BREAK", "AND"))
-_BLOCK = re.compile(rf"(.*?):({_NUMBER})(?=\s|$)", re.DOTALL)
+_WILDCARD = re.compile(r"(__(?!_)(?:(?!__)[\w./-])+__)")
+_END_OF_BLOCK = re.compile(rf":({_NUMBER})(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,12 @@ class _Weighted:
 class _Choice:
     options: tuple["_Items", ...]
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """How many prompts it stands for, and the length of the longest. Kept: wildcards share their choices."""
+        prompts, lengths = zip(*map(_size, self.options), strict=True)
+        return sum(prompts), max(lengths)
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -71,16 +85,21 @@ class _Change:
 _Items = tuple["str | _Weighted | _Choice | _Change", ...]
 
 
-def expand(text: str, seed: int | None = None) -> list[str]:
+def expand(text: str, seed: int | None = None, wildcards: Callable[[str], Sequence[str]] | None = None) -> list[str]:
     """All prompts that the alternatives of a prompt stand for, in order; with a ``seed``, one of them by chance.
 
-    Raises ValueError for brackets nested more than 64 deep and for more than 10,000 prompts.
+    ``wildcards`` gives the lines that a wildcard's name stands for, at least one, each in the prompt language, such as
+    :func:`stable_diffusion.wildcards.read_wildcards` makes; None leaves ``__name__`` as text.
+
+    Raises ValueError for brackets and wildcards nested more than 64 deep, for more than 10,000 prompts, for wildcards
+    that lead back to themselves or grow beyond 100,000 characters, and what ``wildcards`` raises.
     """
-    items = _parse(text)
+    items = _parse(text, None if wildcards is None else _Wildcards(wildcards))
     if seed is not None:
         return [_write(_choose(items, random.Random(seed)))]
-    if _count(items) > _MOST_PROMPTS:
-        raise ValueError(f"the alternatives stand for {_count(items)} prompts; at most {_MOST_PROMPTS} are expanded")
+    prompts, _ = _size(items)
+    if prompts > _MOST_PROMPTS:
+        raise ValueError(f"the alternatives stand for {prompts} prompts; at most {_MOST_PROMPTS} are expanded")
     return [_write(choice) for choice in _all(items)]
 
 
@@ -114,8 +133,8 @@ def pieces(text: str) -> list[Piece]:
 def blocks(text: str) -> list[Piece]:
     """Weight blocks, "picture of:1 small:0.5 cat": text up to a colon, a number up to a blank; the rest weighs 1."""
     found, end = [], 0
-    for match in _BLOCK.finditer(text):
-        found.append(Piece(match[1].strip(), float(match[2])))
+    for match in _END_OF_BLOCK.finditer(text):
+        found.append(Piece(text[end : match.start()].strip(), float(match[1])))
         end = match.end()
     rest = text[end:].strip()
     return found + [Piece(rest)] * bool(rest or not found)
@@ -124,9 +143,48 @@ def blocks(text: str) -> list[Piece]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _parse(text: str) -> _Items:
+class _Source(NamedTuple):
+    """A prompt on its way to items: the position of a bracket's partner is in ``partners``, if it has one."""
+
+    tokens: Sequence[str]
+    partners: dict[int, int]
+    wildcards: "_Wildcards | None"
+
+
+@dataclass
+class _Wildcards:
+    """The choices that wildcards stand for, each read once at a depth, and the names of those being read."""
+
+    lines: Callable[[str], Sequence[str]]
+    known: dict[tuple[str, int], _Choice] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+
+    def choice(self, name: str, depth: int) -> _Choice:
+        """The lines of a wildcard as alternatives, ``depth`` brackets and wildcards within the prompt."""
+        if name in self.open:
+            way = " -> ".join([*self.open[self.open.index(name) :], name])
+            raise ValueError(f"the wildcard __{name}__ leads back to itself ({way}); take it out of one of these")
+        if (name, depth) not in self.known:
+            try:
+                lines = self.lines(name)
+            except ValueError as error:
+                raise ValueError(f"{error}; __{self.open[-1]}__ asks for it" if self.open else str(error)) from error
+            if not lines:
+                raise ValueError(f"the wildcard __{name}__ has no lines; give it at least one")
+            self.open.append(name)
+            choice = _Choice(tuple(_parse(line, self, depth) for line in lines))
+            self.open.pop()
+            if choice.size[1] > _LONGEST:
+                raise ValueError(f"the wildcard __{name}__ grows beyond {_LONGEST} characters; use fewer in its lines")
+            self.known[name, depth] = choice
+        return self.known[name, depth]
+
+
+def _parse(text: str, wildcards: _Wildcards | None = None, depth: int = 0) -> _Items:
     tokens = re.findall(r"\\.|[()\[\]{}|:]|[^()\[\]{}|:\\]+|\\", text, re.DOTALL)
-    return _items(tokens, _partners(tokens), 0, len(tokens), 0)
+    if wildcards:
+        tokens = [part for token in tokens for part in _WILDCARD.split(token)]
+    return _items(_Source(tokens, _partners(tokens), wildcards), 0, len(tokens), depth)
 
 
 def _partners(tokens: Sequence[str]) -> dict[int, int]:
@@ -145,20 +203,25 @@ def _partners(tokens: Sequence[str]) -> dict[int, int]:
     return partners
 
 
-def _items(tokens: Sequence[str], partners: dict[int, int], start: int, stop: int, depth: int) -> _Items:
+def _items(source: _Source, start: int, stop: int, depth: int) -> _Items:
+    tokens, partners, wildcards = source
     if depth > _DEEPEST:
-        raise ValueError(f"the prompt has brackets nested more than {_DEEPEST} deep; write some of them as \\( and \\)")
+        where = f" at __{wildcards.open[-1]}__" if wildcards and wildcards.open else ""
+        raise ValueError(
+            f"the prompt has brackets{where} nested more than {_DEEPEST} deep; write some of them as \\( and \\)"
+        )
     items: list[str | _Weighted | _Choice | _Change] = []
     i = start
     while i < stop:
         if i not in partners:
-            items.append(tokens[i])
+            wild = wildcards and _WILDCARD.fullmatch(tokens[i])
+            items.append(wildcards.choice(tokens[i][2:-2], depth + 1) if wild else tokens[i])
             i += 1
             continue
         close = partners[i]
         after = _WEIGHT_AFTER.match("".join(tokens[close + 1 : min(close + 3, stop)])) if tokens[i] == "(" else None
         weight = float(after[1]) if after else None
-        group, weight_taken = _group(tokens, partners, i, close, depth + 1, weight)
+        group, weight_taken = _group(source, i, close, depth + 1, weight)
         items.append(group)
         i = close + 1
         if after and weight_taken:  # the colon, and the number at the beginning of what follows it
@@ -168,9 +231,10 @@ def _items(tokens: Sequence[str], partners: dict[int, int], start: int, stop: in
 
 
 def _group(
-    tokens: Sequence[str], partners: dict[int, int], start: int, close: int, depth: int, weight: float | None
+    source: _Source, start: int, close: int, depth: int, weight: float | None
 ) -> tuple[_Weighted | _Choice | _Change, bool]:
     """What stands between two brackets, and whether the ``weight`` that follows them was used for it."""
+    tokens, partners, _ = source
 
     def split(at: str) -> list[tuple[int, int]]:
         """(start, stop) of the runs between the tokens ``at`` that are in no further brackets."""
@@ -184,7 +248,7 @@ def _group(
         return [(a + 1, b) for a, b in pairwise([*cuts, close])]
 
     def read(run: tuple[int, int]) -> _Items:
-        return _items(tokens, partners, *run, depth)
+        return _items(source, *run, depth)
 
     if tokens[start] != "(":
         options = split("|")
@@ -251,16 +315,16 @@ def _rebuild(item: "_Weighted | _Change", branches: Sequence[_Items]) -> "_Weigh
     return _Change(branches[0], branches[1], item.share)
 
 
-def _count(items: _Items) -> int:
-    """How many prompts the items stand for."""
-    total = 1
+def _size(items: _Items) -> tuple[int, int]:
+    """How many prompts the items stand for, up to ``_COUNTED``, and how long the longest is, a bracket for a letter."""
+    prompts, length = 1, 0
     for item in items:
-        if isinstance(item, _Choice):
-            total *= sum(map(_count, item.options))
-        elif not isinstance(item, str):
-            for branch in _branches(item):
-                total *= _count(branch)
-    return total
+        if isinstance(item, str):
+            length += len(item)
+            continue
+        for ways, longest in [item.size] if isinstance(item, _Choice) else map(_size, _branches(item)):
+            prompts, length = min(prompts * ways, _COUNTED), length + longest + 1
+    return prompts, length
 
 
 def _all(items: _Items) -> Iterator[_Items]:
@@ -318,10 +382,15 @@ def _write(items: _Items, nested: bool = False) -> str:
             # What stands alone here was no sign; next to others it might become one.
             written.append(f"\\{item}" if item in _SIGNS and (nested or item != ":") else item)
         elif isinstance(item, _Weighted):
-            written.append(f"({_write(item.items, nested=True)}:{item.weight!r})")
+            written.append(f"({_write(item.items, nested=True)}:{_digits(item.weight)})")
         elif isinstance(item, _Choice):
             written.append("{" + "|".join(_write(option, nested=True) for option in item.options) + "}")
         else:
             before, after = _write(item.before, nested=True), _write(item.after, nested=True)
-            written.append(f"[{before}:{after}:{item.share!r}]")
+            written.append(f"[{before}:{after}:{_digits(item.share)}]")
     return "".join(written)
+
+
+def _digits(number: float) -> str:
+    """The shortest digits that read back as the number, without an exponent."""
+    return f"{Decimal(repr(number)):f}"

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
-    "blas config catalog curves samplers prompt tokenizer image edges",
+    "blas config catalog curves samplers prompt wildcards tokenizer image edges",
     "schedule inpaint models.layers weights.layout weights.keys weights.original weights.quantize weights.pickles",
     "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys weights.hub",
     "models.controlnet models.dpt weights.files",
@@ -28,7 +28,7 @@ FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.sp
 HOMES = {"huggingface_hub": {"weights.hub"}, "regex": {"tokenizer"}, "numpy": {"image", "edges"}, "PIL": {"image", "cli"}}
 HOMES |= {"tqdm": {"cli"}}
 # cli names PIL's Image in its type hints. Of the ground floor only the samplers know arrays.
-WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "tokenizer", "image", "edges"}
+WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "wildcards", "tokenizer", "image", "edges"}
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]
 
