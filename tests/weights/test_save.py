@@ -1,0 +1,280 @@
+"""What is written: the files, tensor by tensor, and the folder, all or nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors
+import torch
+from mlx.utils import tree_flatten
+
+from configs import UNETS
+from models.test_taesd import SMALL as TAESD
+from models.test_vae import SD as VAE
+from oracle import perturb, tensors
+from stable_diffusion.weights import save
+from stable_diffusion.weights.files import Component
+from stable_diffusion.weights.load import build, fill, load_component
+from stable_diffusion.weights.quantize import quantize, quantize_lazily
+from stable_diffusion.weights.save import check_space, new_folder, stored_tensors, write_weights
+
+ONE_FILE = 10**12
+TEXT = {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "projection_dim": 32,
+}
+ORACLES = {
+    "sd1": ("unet", UNETS["sd1"], lambda: diffusers.UNet2DConditionModel(**UNETS["sd1"])),
+    "xl": ("unet", UNETS["xl"], lambda: diffusers.UNet2DConditionModel(**UNETS["xl"])),
+    "vae": ("vae", VAE, lambda: diffusers.AutoencoderKL(**VAE)),
+    "taesd": ("vae", TAESD, lambda: diffusers.AutoencoderTiny.from_config(TAESD)),
+}
+
+
+def values(module) -> dict[str, mx.array]:
+    return dict(tree_flatten(module.parameters()))
+
+
+def same(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> bool:
+    """Equal names, types and values."""
+    return ours.keys() == theirs.keys() and all(
+        a.dtype == theirs[name].dtype and mx.array_equal(a, theirs[name]).item() for name, a in ours.items()
+    )
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_what_is_written_is_what_diffusers_has(tmp_path, name):
+    part, config, make = ORACLES[name]
+    torch.manual_seed(0)
+    oracle = tensors(perturb(make()))
+    module = build(part, config)
+    fill(module, oracle)
+    (file,) = write_weights(tmp_path, "model", stored_tensors(module), ONE_FILE)
+    with safetensors.safe_open(file, "np") as reader:
+        assert reader.metadata() == {"format": "pt"}
+        written = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (it is no dictionary)
+    assert written.keys() == oracle.keys()
+    for key, value in oracle.items():
+        assert written[key].shape == value.shape and np.array_equal(written[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_written_and_loaded_again(tmp_path, dtype):
+    module = build("text_encoder_2", TEXT)
+    module.set_dtype(dtype)
+    kept = values(module)
+    files = write_weights(tmp_path, "model", stored_tensors(module), ONE_FILE)
+    assert same(values(load_component(Component("text_encoder_2", TEXT, tuple(files)), None)), kept)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_quantized_weights_load_as_they_were(tmp_path, bits):
+    for name, config, group in (("unet", UNETS["sd1"], 32), ("text_encoder_2", TEXT, 64)):
+        module = build(name, config)
+        module.set_dtype(mx.float16)
+        kept = values(quantize(module, bits, group))
+        files = write_weights(tmp_path, name, stored_tensors(module), ONE_FILE)
+        config = config | {"quantization": {"bits": bits, "group_size": group}}
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        again = load_component(Component(name, config, tuple(files)), mx.float16)
+        assert mx.get_peak_memory() - before < 2**16  # still lazy
+        assert same(values(again), kept)
+
+
+def test_lazily_quantized_is_quantized():
+    lazy, eager = (build("unet", UNETS["xl"]) for _ in range(2))
+    eager.update(lazy.parameters())
+    assert same(values(quantize_lazily(lazy, 4, 32)), values(quantize(eager, 4, 32)))
+
+
+def test_shards(tmp_path):
+    module = build("unet", UNETS["sd1"])
+    kept = values(module)
+    total = sum(value.nbytes for value in kept.values())
+    largest = max(value.nbytes for value in kept.values())
+    limit = total // 3
+    assert largest < limit
+    files = write_weights(tmp_path, "diffusion_pytorch_model", stored_tensors(module), limit)
+    assert 3 <= len(files) <= 4
+    assert [file.name for file in files] == [
+        f"diffusion_pytorch_model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    assert all(file.stat().st_size <= limit + 2**16 for file in files)
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total
+    assert {name: index["weight_map"][name] for name in kept} == index["weight_map"]
+    for name, file in index["weight_map"].items():
+        assert name in mx.load(str(tmp_path / file))
+    assert same(values(load_component(Component("unet", UNETS["sd1"], tuple(files)), None)), kept)
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
+    weights = {"a": mx.ones(10), "b": mx.ones(1000), "c": mx.ones(10)}
+    files = write_weights(tmp_path, "model", dict(weights), 500)
+    assert [list(mx.load(str(file))) for file in files] == [["a"], ["b"], ["c"]]
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    size = 2**18
+    weights = {f"{i:03}": mx.random.normal((size,), key=mx.random.key(i)).astype(mx.float16) for i in range(64)}
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    write_weights(tmp_path, "model", weights, ONE_FILE)
+    assert not weights
+    assert mx.get_peak_memory() - before < 16 * size
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_values_that_are_not_finite_are_refused(tmp_path, bad, dtype):
+    value = mx.array([[1.0, 2.0], [3.0, bad]]).astype(dtype)
+    with pytest.raises(ValueError, match="second is not finite in "):
+        write_weights(tmp_path, "model", {"first": mx.ones(2), "second": value}, ONE_FILE)
+
+
+def test_what_overflows_in_half_precision_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="x is not finite in F16"):
+        write_weights(tmp_path, "model", {"x": mx.array([1e5]).astype(mx.float16)}, ONE_FILE)
+    write_weights(tmp_path, "model", {"x": mx.array([65504.0, -65504.0]).astype(mx.float16)}, ONE_FILE)
+
+
+# --- quantized parts: what is refused ----------------------------------------------------------------------------
+
+
+def quantized(tmp_path: Path, change: dict, **tensors: mx.array | None) -> Component:
+    """A quantized text encoder whose ``quantization`` and tensors are changed; None takes a tensor away."""
+    module = quantize(build("text_encoder_2", TEXT), 4, 64)
+    weights = stored_tensors(module) | tensors
+    files = write_weights(tmp_path, "model", {k: v for k, v in weights.items() if v is not None}, ONE_FILE)
+    stored = {"bits": 4, "group_size": 64} | change
+    return Component("text_encoder_2", TEXT | {"quantization": stored}, tuple(files))
+
+
+def refused(component: Component, *arguments) -> str:
+    with pytest.raises(ValueError) as error:
+        load_component(component, *arguments)
+    assert "\n" not in str(error.value) and str(component.files[0]) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"bits": 7}, {"bits": None}, {"bits": "4"}, {"group_size": 48}, {"bits": [4]}])
+def test_unknown_quantization_is_refused(tmp_path, change):
+    assert "is not one that this library reads" in refused(quantized(tmp_path, change))
+
+
+def test_quantization_that_is_no_object_is_refused(tmp_path):
+    component = quantized(tmp_path, {})
+    for value in (4, "q4", [4, 64], True):
+        broken = Component(component.name, component.config | {"quantization": value}, component.files)
+        assert "is not one that this library reads" in refused(broken)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    assert f"missing: {layer}.biases" in refused(quantized(tmp_path, {}, **{f"{layer}.biases": None}))
+    assert "misshapen" in refused(quantized(tmp_path, {"group_size": 32}))
+    message = refused(quantized(tmp_path, {}, **{f"{layer}.weight": mx.zeros((128, 7), dtype=mx.uint32)}))
+    assert f"{layer}.weight (128, 7)" in message and f"unexpected: {layer}.biases, {layer}.scales" in message
+    message = refused(quantized(tmp_path, {}, **{f"{layer}.weight": mx.zeros((128, 8))}))
+    assert f"1 of the wrong type: {layer}.weight of" in message
+    missing = quantized(tmp_path, {})
+    config = {key: value for key, value in missing.config.items() if key != "quantization"}
+    assert "unexpected" in refused(Component(missing.name, config, missing.files))
+
+
+def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path):
+    component = quantized(tmp_path, {})
+    assert "stored in 4 bits, not in the 8 asked for" in refused(component, mx.float32, (8, 64))
+    assert same(values(load_component(component, None, (4, 64))), values(load_component(component, None)))
+
+
+# --- the folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    dest = tmp_path / "new"
+    with new_folder(dest) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        assert not dest.exists()
+    assert (dest / "sub" / "file").read_text() == "x"
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "new").mkdir()
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_of_a_run_that_fails(tmp_path, error):
+    with pytest.raises(error), new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_is_taken_is_left_alone(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for path, reason in {"full": "not empty", "file": "is a file", "no/where": "there is no folder"}.items():
+        with pytest.raises(ValueError, match=reason), new_folder(tmp_path / path):
+            raise AssertionError("it was let in")
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+
+
+def test_a_place_that_is_taken_meanwhile_is_left_alone(tmp_path):
+    dest = tmp_path / "new"
+    with pytest.raises(ValueError, match="not empty"), new_folder(dest) as folder:
+        (folder / "file").write_text("x")
+        dest.mkdir()
+        (dest / "mine").write_text("x")
+    assert os.listdir(dest) == ["mine"] and os.listdir(tmp_path) == ["new"]
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".new.partial", ".other.partial"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "old").write_text("x")
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+    assert os.listdir(tmp_path / "new") == ["file"]
+    assert (tmp_path / ".other.partial" / "unet" / "old").exists() and not (tmp_path / ".new.partial").exists()
+
+
+def test_two_runs_at_once(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from stable_diffusion.weights.save import new_folder\n"
+        "with new_folder(Path(sys.argv[1])): pass"
+    )
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+        other = subprocess.run([sys.executable, "-c", code, tmp_path / "new"], capture_output=True, text=True)
+        assert "is being written by another run" in other.stderr
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_the_disk_is_asked_before(tmp_path, monkeypatch):
+    check_space(tmp_path / "new", 1)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: type("", (), {"free": 2_000_000_000})())
+    with pytest.raises(OSError, match=r"needs 5.10 GB and its disk has 2.00 GB left: make room"):
+        check_space(tmp_path / "new", 5_100_000_000)
