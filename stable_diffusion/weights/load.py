@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
 from ..models.controlnet import ControlNetModel
+from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -23,6 +24,7 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
     "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
     "controlnet": (ControlNetConfig, ControlNetModel),
+    "depth_estimator": (DPTConfig, DPTForDepthEstimation),
 }
 # Where a part comes in several kinds, its config says by `_class_name` which one it is.
 _KINDS = {("vae", "AutoencoderTiny"): (AutoencoderTinyConfig, AutoencoderTiny)}
