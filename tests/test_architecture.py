@@ -14,7 +14,7 @@ _FLOORS = [
     "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys weights.hub",
     "models.controlnet models.dpt weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
-    "weights.save depth",
+    "weights.save weights.adapters depth",
     "guidance",
     "control",
     "denoise",

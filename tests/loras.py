@@ -1,0 +1,340 @@
+"""Random LoRA files in the names of every trainer, with what they mean computed in torch, and models to put them on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from oracle import nchw, nhwc, normal
+from stable_diffusion.weights.files import open_checkpoint
+from stable_diffusion.weights.load import load_component
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Model:
+    """A diffusers pipeline and the same networks here."""
+
+    family: str
+    pipe: diffusers.DiffusionPipeline
+    networks: dict[str, nn.Module]
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {name: getattr(self.pipe, name) for name in self.networks}
+
+    def theirs(self) -> dict[str, np.ndarray]:
+        """Outputs of every torch network."""
+        x, context, pooled = self._inputs()
+        added = None
+        if pooled is not None:
+            added = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.full((2, 6), 64.0)}
+        with torch.no_grad():
+            sample = self.pipe.unet(
+                nchw(x), torch.tensor([3, 700]), torch.from_numpy(context), added_cond_kwargs=added
+            ).sample
+            outputs = {"unet": nhwc(sample)}
+            for name, module in self.modules.items():
+                if name != "unet":
+                    outputs[name] = module(torch.arange(20).reshape(2, 10)).last_hidden_state.numpy()
+                    if name == "text_encoder_2":
+                        outputs["pooled"] = module(torch.arange(20).reshape(2, 10)).text_embeds.numpy()
+        return outputs
+
+    def ours(self) -> dict[str, np.ndarray]:
+        """Outputs of every network here, for the same inputs."""
+        x, context, pooled = self._inputs()
+        dtype = self.networks["unet"].conv_in.weight.dtype
+        added = None if pooled is None else (mx.array(pooled).astype(dtype), mx.full((2, 6), 64.0))
+        x, context, t = mx.array(x).astype(dtype), mx.array(context).astype(dtype), mx.array([3, 700])
+        outputs = {"unet": self.networks["unet"](x, t, context, text_time=added)}
+        for name, module in self.networks.items():
+            if name != "unet":
+                result = module(mx.arange(20).reshape(2, 10))
+                outputs[name] = result.last_hidden_state
+                if name == "text_encoder_2":
+                    outputs["pooled"] = result.pooled_output
+        return {name: np.array(value.astype(mx.float32)) for name, value in outputs.items()}
+
+    def _inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        width = self.pipe.unet.config.cross_attention_dim
+        return normal(2, 8, 6, 4), normal(2, 5, width, seed=1), normal(2, 32, seed=2) if self.family == "xl" else None
+
+
+def load(folder: Path, family: str) -> Model:
+    pipeline = diffusers.StableDiffusionXLPipeline if family == "xl" else diffusers.StableDiffusionPipeline
+    parts = open_checkpoint(folder).components
+    networks = {name: load_component(parts[name]) for name in parts if name != "vae"}
+    return Model(family, pipeline.from_pretrained(folder), networks)
+
+
+def layers(model: Model) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(network, path with the names of checkpoints, weight) of every matrix and every convolution."""
+    for network, module in model.modules.items():
+        for path, layer in module.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                prefix = "text_model." if network != "unet" and path.startswith("encoder.") else ""
+                yield network, prefix + path, layer.weight
+
+
+# --- kinds: random factors, and the change that they stand for --------------------------------------------------------
+
+RANK, ALPHA = 4, 3.0
+
+
+def _random(*shape: int, generator: torch.Generator, scale: float = 0.1) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=generator)
+
+
+def lora(shape, generator) -> Tensors:
+    kernel = [1] * (len(shape) - 2)
+    return {
+        "down": _random(RANK, *shape[1:], generator=generator),
+        "up": _random(shape[0], RANK, *kernel, generator=generator),
+    }
+
+
+def tucker(shape, generator) -> Tensors:
+    if len(shape) == 2 or shape[2] == 1:
+        return lora(shape, generator)
+    return {
+        "down": _random(RANK, shape[1], 1, 1, generator=generator, scale=0.3),
+        "mid": _random(RANK, RANK, *shape[2:], generator=generator, scale=0.3),
+        "up": _random(shape[0], RANK, 1, 1, generator=generator, scale=0.3),
+    }
+
+
+def loha(shape, generator) -> Tensors:
+    width = int(np.prod(shape[1:]))
+    return {
+        role: _random(*size, generator=generator, scale=0.3)
+        for part in "12"
+        for role, size in ((f"hada_w{part}_a", (shape[0], RANK)), (f"hada_w{part}_b", (RANK, width)))
+    }
+
+
+def loha_tucker(shape, generator) -> Tensors:
+    if len(shape) == 2 or shape[2] == 1:
+        return loha(shape, generator)
+    factors = {}
+    for part in "12":
+        factors[f"hada_t{part}"] = _random(RANK, RANK, *shape[2:], generator=generator, scale=0.5)
+        factors[f"hada_w{part}_a"] = _random(RANK, shape[0], generator=generator, scale=0.5)
+        factors[f"hada_w{part}_b"] = _random(RANK, shape[1], generator=generator, scale=0.5)
+    return factors
+
+
+def _split(n: int) -> tuple[int, int]:
+    return (2, n // 2) if n % 2 == 0 else (1, n)
+
+
+def lokr(shape, generator) -> Tensors:
+    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
+    return {
+        "lokr_w1": _random(a, b, generator=generator, scale=0.3),
+        "lokr_w2": _random(c, d, *shape[2:], generator=generator, scale=0.3),
+    }
+
+
+def lokr_factored(shape, generator) -> Tensors:
+    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
+    kernel = int(np.prod(shape[2:]))
+    return {
+        "lokr_w1_a": _random(a, RANK, generator=generator, scale=0.3),
+        "lokr_w1_b": _random(RANK, b, generator=generator, scale=0.3),
+        "lokr_w2_a": _random(c, RANK, generator=generator, scale=0.3),
+        "lokr_w2_b": _random(RANK, d * kernel, generator=generator, scale=0.3),
+    }
+
+
+def lokr_tucker(shape, generator) -> Tensors:
+    if len(shape) == 2 or shape[2] == 1:
+        return lokr_factored(shape, generator)
+    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
+    return {
+        "lokr_w1": _random(a, b, generator=generator, scale=0.5),
+        "lokr_t2": _random(RANK, RANK, *shape[2:], generator=generator, scale=0.5),
+        "lokr_w2_a": _random(RANK, c, generator=generator, scale=0.5),
+        "lokr_w2_b": _random(RANK, d, generator=generator, scale=0.5),
+    }
+
+
+def full(shape, generator) -> Tensors:
+    return {"diff": _random(*shape, generator=generator, scale=0.03)}
+
+
+KINDS = {
+    "lora": lora,
+    "locon-tucker": tucker,
+    "loha": loha,
+    "loha-tucker": loha_tucker,
+    "lokr": lokr,
+    "lokr-factored": lokr_factored,
+    "lokr-tucker": lokr_tucker,
+    "diff": full,
+}
+
+
+def _combine(t: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """A kernel in Tucker form: t [r, r, kh, kw], out [r, out], into [r, in] -> [out, in, kh, kw]."""
+    return torch.einsum("ijkl,jn->inkl", t, into).permute(1, 2, 3, 0).matmul(out).permute(3, 0, 1, 2).contiguous()
+
+
+def meaning(factors: Tensors, shape: tuple[int, ...], alpha: float | None) -> torch.Tensor:
+    """ΔW [out, in, ...], after LyCORIS, one row of its table after the other."""
+    f = {role: factor.double() for role, factor in factors.items()}
+    if "diff" in f:
+        return f["diff"]
+    if "mid" in f:
+        delta, rank = _combine(f["mid"], f["up"].flatten(1).T, f["down"].flatten(1)), RANK
+    elif "down" in f:
+        delta, rank = f["up"].flatten(1) @ f["down"].flatten(1), RANK
+    elif "hada_t1" in f:
+        delta = _combine(f["hada_t1"], f["hada_w1_a"], f["hada_w1_b"])
+        delta, rank = delta * _combine(f["hada_t2"], f["hada_w2_a"], f["hada_w2_b"]), RANK
+    elif "hada_w1_a" in f:
+        delta, rank = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]), RANK
+    else:
+        w1 = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+        if "lokr_t2" in f:
+            w2 = _combine(f["lokr_t2"], f["lokr_w2_a"], f["lokr_w2_b"])
+        else:
+            w2 = f["lokr_w2"] if "lokr_w2" in f else f["lokr_w2_a"] @ f["lokr_w2_b"]
+        delta = torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+        rank = None if {"lokr_w1", "lokr_w2"} <= f.keys() else RANK
+    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    return scale * delta.reshape(shape)
+
+
+@contextmanager
+def changed(model: Model, change: Callable[[str, str, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """The torch networks with ``change`` (network, path, weight) -> what to add to it, for a while."""
+    kept = []
+    with torch.no_grad():
+        for network, path, weight in layers(model):
+            if (delta := change(network, path, weight)) is not None:
+                kept.append((weight, weight.clone()))
+                weight += delta.float()
+        yield
+        for weight, before in kept:
+            weight.copy_(before)
+
+
+# --- names: (network, path) -> a prefix, and how the roles are spelt --------------------------------------------------
+
+_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
+_PEFT_ROLES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_OLD_ROLES = {"down": "down.weight", "up": "up.weight"}
+
+
+def kohya(network: str, path: str) -> str:
+    return _KOHYA[network] + path.replace(".", "_")
+
+
+def kohya_sd1(network: str, path: str) -> str:
+    return kohya(network, path).replace("lora_te1_", "lora_te_")
+
+
+# diffusers' blocks, two resnets each, in the numbering of the original UNet.
+_ORIGINAL = [
+    *((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{3 * i + j + 1}.0") for i in range(3) for j in range(2)),
+    *((f"down_blocks.{i}.attentions.{j}", f"input_blocks.{3 * i + j + 1}.1") for i in range(3) for j in range(2)),
+    *((f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{3 * i + 3}.0.op") for i in range(2)),
+    *((f"up_blocks.{i}.resnets.{j}", f"output_blocks.{3 * i + j}.0") for i in range(3) for j in range(3)),
+    *((f"up_blocks.{i}.attentions.{j}", f"output_blocks.{3 * i + j}.1") for i in range(3) for j in range(3)),
+    *((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{3 * i + 2}.2.conv") for i in range(2)),
+    ("mid_block.resnets.0", "middle_block.0"),
+    ("mid_block.attentions.0", "middle_block.1"),
+    ("mid_block.resnets.1", "middle_block.2"),
+    ("conv_in", "input_blocks.0.0"),
+    ("conv_out", "out.2"),
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv1", "in_layers.2"),
+    ("conv2", "out_layers.3"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("conv_shortcut", "skip_connection"),
+]
+
+
+def original(path: str) -> str:
+    """A path of XL's UNet in the original names."""
+    for ours, theirs in _ORIGINAL:
+        if path.startswith(f"{ours}.") or path == ours or path.endswith(f".{ours}"):
+            path = path.replace(ours, theirs)
+    return path
+
+
+def kohya_original(network: str, path: str) -> str:
+    return kohya(network, original(path) if network == "unet" else path)
+
+
+def dotted(network: str, path: str) -> str:
+    return f"{network}.{path}"
+
+
+_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def processor(network: str, path: str) -> str | None:
+    """The names of attention processors; None for layers that have none."""
+    block, _, projection = path.removesuffix(".0").rpartition(".")
+    if network == "unet" and projection.startswith("to_"):
+        return f"unet.{block}.processor.{projection}_lora"
+    if projection in _PROJECTIONS:
+        return f"{network}.{block}.{_PROJECTIONS[projection]}_lora"
+    return None
+
+
+def linear_layers(network: str, path: str) -> str:
+    return f"{network}.{path}.{'lora' if network == 'unet' else 'lora_linear_layer'}"
+
+
+NAMES = {
+    "kohya": (kohya, _KOHYA_ROLES),
+    "kohya-sd1": (kohya_sd1, _KOHYA_ROLES),
+    "kohya-original": (kohya_original, _KOHYA_ROLES),
+    "peft": (dotted, _PEFT_ROLES),
+    "processor": (processor, _OLD_ROLES),
+    "linear-layer": (linear_layers, _OLD_ROLES),
+}
+
+
+def make(
+    model: Model,
+    names: str = "kohya",
+    kind: str = "lora",
+    alpha: float | None = ALPHA,
+    seed: int = 0,
+    only: Callable[[str, str], bool] = lambda network, path: True,
+) -> tuple[Tensors, dict[tuple[str, str], torch.Tensor]]:
+    """A LoRA for every layer that ``only`` picks: (its tensors under ``names``, {(network, path): ΔW})."""
+    prefix_of, roles = NAMES[names]
+    generator = torch.Generator().manual_seed(seed)
+    tensors, deltas = {}, {}
+    for network, path, weight in layers(model):
+        prefix = prefix_of(network, path)
+        if prefix is None or not only(network, path):
+            continue
+        factors = KINDS[kind](tuple(weight.shape), generator)
+        tensors |= {f"{prefix}.{roles.get(role, role)}": value for role, value in factors.items()}
+        if alpha is not None and kind != "diff":
+            tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
+        deltas[network, path] = meaning(factors, tuple(weight.shape), alpha)
+    return tensors, deltas
+
+
+def write(folder: Path, tensors: Tensors, name: str = "lora.safetensors", metadata: dict | None = None) -> Path:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, metadata=metadata)
+    return folder / name
