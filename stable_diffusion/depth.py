@@ -20,17 +20,22 @@ from .weights.load import load_component
 _BLACK = (0, 0, 0)
 
 
-def load_depth_estimator(source: str | os.PathLike | Component) -> DPTForDepthEstimation:
-    """The estimator of a checkpoint, in float32: it runs once for a picture, and half precision would blur its maps.
+def load_depth_estimator(
+    source: str | os.PathLike | Component, *, float16: bool = False, revision: str | None = None
+) -> DPTForDepthEstimation:
+    """The depth estimator of a checkpoint, in float32: it runs once, and half precision would blur its maps.
 
     Args:
-        source: the checkpoint's component; or a folder or Hub id, with the files in its root or in `depth_estimator`.
+        source: a folder, Hub id or alias, with the files in its root or in a folder `depth_estimator`; or a component.
+        float16: prefer the weight file of half the size.
+        revision: a branch, tag or commit of the Hub repository.
 
-    Raises ValueError for a config that this library cannot compute or weights that do not fit it, OSError for a folder
-    that is not there.
+    Raises ValueError and OSError for what `open_part` does not find, for a config that this library cannot compute and
+    for weights that do not fit it.
     """
-    component = source if isinstance(source, Component) else open_part(source, "depth_estimator")
-    return load_component(component, mx.float32)
+    if not isinstance(source, Component):
+        source = open_part(source, "depth_estimator", float16=float16, revision=revision)
+    return load_component(source, mx.float32)
 
 
 def estimate_depth(model: DPTForDepthEstimation, image: Any) -> mx.array:

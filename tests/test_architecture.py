@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
     "blas config catalog curves samplers prompt wildcards tokenizer image edges",
-    "schedule inpaint models.layers weights.layout weights.keys weights.original weights.quantize weights.pickles",
-    "models.clip models.unet models.vae models.taesd models.bit weights.single_file weights.lora_keys weights.hub",
-    "models.controlnet models.dpt weights.files",
+    "schedule inpaint models.layers weights.layout weights.keys weights.original weights.shapes weights.quantize",
+    "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.unpickle",
+    "models.controlnet models.dpt weights.single_file weights.hub weights.pickles",
+    "weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
-    "weights.save weights.adapters depth",
-    "guidance",
+    "weights.save depth guidance",
     "control",
     "denoise",
     "plan",
@@ -25,8 +25,13 @@ _FLOORS = [
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
-HOMES = {"huggingface_hub": {"weights.hub"}, "regex": {"tokenizer"}, "numpy": {"image", "edges"}, "PIL": {"image", "cli"}}
-HOMES |= {"tqdm": {"cli"}}
+HOMES = {
+    "huggingface_hub": {"weights.hub"},
+    "regex": {"tokenizer"},
+    "numpy": {"image", "edges", "inpaint", "depth"},
+    "PIL": {"image", "inpaint", "depth", "cli"},
+    "tqdm": {"cli"},
+}
 # cli names PIL's Image in its type hints. Of the ground floor only the samplers know arrays.
 WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "wildcards", "tokenizer", "image", "edges"}
 
@@ -69,7 +74,7 @@ def test_imports_only_from_lower_floors(path):
 
 def test_the_check_sees_imports():
     ours, others = imports(PACKAGE / "pipeline.py")
-    assert {"config", "denoise", "weights.load", "image"} <= ours and "mlx" in others
+    assert {"conditioning", "plan", "start", "sampling"} <= ours and "mlx" in others
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

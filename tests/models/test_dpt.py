@@ -1,0 +1,397 @@
+"""The depth estimator against transformers, and the depth channel against diffusers."""
+
+import copy
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from PIL import Image
+from torch.nn import functional as F
+from transformers import DPTConfig as OracleConfig
+from transformers import DPTForDepthEstimation as Oracle
+from transformers import DPTImageProcessorPil
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d as OracleConv2d
+
+from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
+from stable_diffusion.depth import depth_latents, estimate_depth, load_depth_estimator, read_depth
+from stable_diffusion.models.bit import WeightStandardizedConv2d
+from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
+from stable_diffusion.models.layers import resample
+from stable_diffusion.weights.load import build
+
+_BACKBONE = {
+    "model_type": "bit",
+    "layer_type": "bottleneck",
+    "global_padding": "SAME",
+    "embedding_dynamic_padding": True,
+    "out_features": ["stage1", "stage2", "stage3"],
+}
+TINY = {
+    "is_hybrid": True,
+    "image_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "backbone_out_indices": [0, 1, 1, 3],
+    "backbone_featmap_shape": [1, 96, 4, 4],
+    "neck_hidden_sizes": [32, 64, 24, 40],
+    "reassemble_factors": [1, 1, 1, 0.5],
+    "fusion_hidden_size": 16,
+    "backbone_config": _BACKBONE
+    | {"depths": [2, 1, 2], "hidden_sizes": [32, 64, 96], "embedding_size": 16, "num_groups": 4},
+}
+CONFIGS = {
+    "tiny": TINY,
+    "large-picture": TINY | {"image_size": 96, "backbone_featmap_shape": [1, 96, 6, 6]},
+    "first-layers": TINY | {"backbone_out_indices": [0, 0, 0, 2], "qkv_bias": False, "layer_norm_eps": 1e-5},
+}
+# The published file, without most of what it says of text generation and labels.
+REAL = {
+    "architectures": ["DPTForDepthEstimation"],
+    "attention_probs_dropout_prob": 0.0,
+    "auxiliary_loss_weight": 0.4,
+    "backbone_config": _BACKBONE
+    | {
+        "architectures": None,
+        "chunk_size_feed_forward": 0,
+        "depths": [3, 4, 9],
+        "drop_path_rate": 0.0,
+        "embedding_size": 64,
+        "hidden_act": "relu",
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "length_penalty": 1.0,
+        "max_length": 20,
+        "num_channels": 3,
+        "num_groups": 32,
+        "output_stride": 32,
+        "top_k": 50,
+        "width_factor": 1,
+    },
+    "backbone_featmap_shape": [1, 1024, 24, 24],
+    "backbone_out_indices": [2, 5, 8, 11],
+    "fusion_hidden_size": 256,
+    "head_in_index": -1,
+    "hidden_act": "gelu",
+    "hidden_size": 768,
+    "image_size": 384,
+    "intermediate_size": 3072,
+    "is_hybrid": True,
+    "layer_norm_eps": 1e-12,
+    "model_type": "dpt",
+    "neck_hidden_sizes": [256, 512, 768, 768],
+    "neck_ignore_stages": [0, 1],
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "num_hidden_layers": 12,
+    "patch_size": 16,
+    "qkv_bias": True,
+    "readout_type": "project",
+    "reassemble_factors": [1, 1, 1, 0.5],
+    "use_auxiliary_head": True,
+    "use_batch_norm_in_fusion_residual": False,
+}
+
+
+@cache
+def oracle_of(name: str) -> Oracle:
+    """A random estimator whose maps are about half above zero, where its last ReLU lets them through."""
+    torch.manual_seed(0)
+    oracle = perturb(Oracle(OracleConfig(**copy.deepcopy(CONFIGS[name]))))
+    before = []
+    hook = oracle.head.head[4].register_forward_hook(lambda *args: before.append(args[-1]))
+    side = oracle.config.image_size
+    oracle(nchw(normal(1, side, side, 3)))
+    hook.remove()
+    oracle.head.head[4].bias -= before[0].mean()
+    return oracle
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint's folder with an estimator in it."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    oracle_of("tiny").save_pretrained(path / "depth_estimator")
+    return path
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Smooth colours with noise."""
+    y, x = np.mgrid[:height, :width] / 20
+    waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(3 * x)], axis=-1)
+    return Image.fromarray(np.uint8(np.clip(127 + 80 * waves + 20 * normal(height, width, 3), 0, 255)))
+
+
+def processor(side: int) -> DPTImageProcessorPil:
+    """The feature extractor, with the settings of the published preprocessor_config.json."""
+    return DPTImageProcessorPil(
+        do_resize=True,
+        ensure_multiple_of=1,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        keep_aspect_ratio=False,
+        resample=2,
+        rescale_factor=1 / 255,
+        size={"height": side, "width": side},
+    )
+
+
+# --- the network -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_transformers(name):
+    oracle = oracle_of(name)
+    ours = twin(build("depth_estimator", oracle.config.to_dict()), oracle)
+    side = oracle.config.image_size
+    for i, scale in enumerate(SCALES):
+        x = normal(i % 2 + 1, side, side, 3, seed=i, scale=scale)
+        want = oracle(nchw(x)).predicted_depth
+        assert 0.2 < float((want > 0).float().mean()) < 0.8
+        assert relative_error(ours(mx.array(x)), want) <= 1e-4
+
+
+def test_maps_and_states_equal_transformers():
+    oracle = oracle_of("tiny")
+    ours = twin(DPTForDepthEstimation(DPTConfig.from_dict(TINY)), oracle)
+    for i, scale in enumerate(SCALES):
+        x = normal(2, 64, 64, 3, seed=i, scale=scale)
+        want = oracle.dpt(nchw(x), output_hidden_states=True)
+        maps, states = ours.dpt(mx.array(x))
+        for got, expected in zip(maps, want.intermediate_activations, strict=True):
+            assert relative_error(got, nhwc(expected)) <= 1e-4
+        for got, layer in zip(states, (1, 3), strict=True):
+            assert relative_error(got, want.hidden_states[layer + 1]) <= 1e-4
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("size", [(8, 12), (9, 13)])
+def test_convolution_with_standardised_weights(kernel, stride, size):
+    torch.manual_seed(0)
+    oracle = OracleConv2d(5, 6, kernel, stride, "SAME", eps=1e-8).requires_grad_(False)
+    oracle.weight.mul_(1e-3)  # so small that the epsilon counts
+    ours = twin(WeightStandardizedConv2d(5, 6, kernel, stride), oracle)
+    x = normal(2, *size, 5)
+    assert relative_error(ours(mx.array(x)), nhwc(oracle(nchw(x)))) <= 2e-6
+
+
+def test_standardised_weights_in_half_precision():
+    ours = WeightStandardizedConv2d(5, 6, 3)
+    ours.weight = mx.array(normal(6, 3, 3, 5, scale=1e-3))
+    x = mx.array(normal(1, 8, 8, 5))
+    want = ours(x)
+    ours.set_dtype(mx.float16)
+    got = ours(x.astype(mx.float16))
+    assert got.dtype == mx.float16
+    assert relative_error(got.astype(mx.float32), want) <= 5e-3
+
+
+def test_parameters_are_those_of_the_published_checkpoint():
+    with torch.device("meta"):
+        oracle = Oracle(OracleConfig(**copy.deepcopy(REAL)))
+    ours = build("depth_estimator", REAL)
+    assert ours.config == DPTConfig.from_dict(oracle.config.to_dict())
+    stored = {name: tuple(value.shape) for name, value in oracle.state_dict().items()}
+    shapes = {name: value.shape for name, value in tree_flatten(ours.parameters())}
+    assert shapes.keys() == stored.keys()
+    for name, shape in shapes.items():
+        out, inside, *kernel = stored[name] if len(stored[name]) > 1 else (*stored[name], None)
+        laid_out = (out, *kernel, inside) if len(stored[name]) == 4 else stored[name]
+        assert shape == (laid_out if len(shape) == len(laid_out) else (out, inside)), name
+    size = 4 * sum(np.prod(shape) for shape in stored.values())
+    assert round(size / 1e6) == 490  # megabytes, as the Hub shows them for depth_estimator/model.safetensors
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 64, 3), (1, 96, 96, 3), (1, 64, 64, 4), (64, 64, 3)])
+def test_pixels_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"takes pixels \[B, 64, 64, 3\], not .* resize them"):
+        DPTForDepthEstimation(DPTConfig.from_dict(TINY))(mx.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"is_hybrid": False}, "is_hybrid=False"),
+        ({"readout_type": "add"}, "readout_type='add'"),
+        ({"patch_size": 32}, "patch_size=32"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"head_in_index": 0}, "head_in_index=0"),
+        ({"add_projection": True}, "add_projection=True"),
+        ({"neck_ignore_stages": []}, r"neck_ignore_stages=\[\]"),
+        ({"use_batch_norm_in_fusion_residual": True}, "use_batch_norm_in_fusion_residual=True"),
+        ({"use_bias_in_fusion_residual": False}, "use_bias_in_fusion_residual=False"),
+        ({"reassemble_factors": [4, 2, 1, 1]}, r"reassemble_factors end in \(1, 1\)"),
+        ({"image_size": 80}, "image_size=80 .supported: multiples of 32"),
+        ({"image_size": [64, 64]}, "a value is not what it should be"),
+        ({"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
+        ({"backbone_out_indices": [0, 1, 2, 4]}, r"of 4 layers, backbone_out_indices end in \(2, 4\)"),
+        ({"neck_hidden_sizes": [16, 64, 24, 40]}, r"the first are \(32, 64\)"),
+        ({"backbone_config": TINY["backbone_config"] | {"layer_type": "preactivation"}}, "layer_type='preactivation'"),
+        ({"backbone_config": TINY["backbone_config"] | {"global_padding": None}}, "global_padding=None"),
+        ({"backbone_config": TINY["backbone_config"] | {"model_type": "swin"}}, "model_type='swin'"),
+        ({"backbone_config": TINY["backbone_config"] | {"depths": [2, 2]}}, r"depths=\(2, 2\)"),
+        ({"backbone_config": TINY["backbone_config"] | {"hidden_sizes": [32, 64, 72]}}, r"hidden_sizes=\(32, 64, 72\)"),
+        ({"backbone_config": TINY["backbone_config"] | {"out_features": ["stage3"]}}, "out_features="),
+        ({"backbone_config": {"model_type": "bit"}}, "layer_type='preactivation'.*global_padding=None"),
+    ],
+)
+def test_configs_that_cannot_be_computed_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build("depth_estimator", TINY | change)
+    assert "\n" not in str(error.value) and "depth" in str(error.value)
+
+
+# --- resampling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("old", [(384, 50), (97, 31), (24, 5), (1, 7)])
+@pytest.mark.parametrize("new", [(64, 96), (72, 61), (48, 10), (1, 8)])
+def test_resampling_equals_torch(old, new, cubic, align_corners):
+    x = normal(2, *old, 3)
+    mode = "bicubic" if cubic else "bilinear"
+    want = F.interpolate(nchw(x), size=new, mode=mode, align_corners=align_corners)
+    assert relative_error(resample(mx.array(x), new, cubic=cubic, align_corners=align_corners), nhwc(want)) <= 1e-6
+
+
+def test_resampling_to_the_same_size_changes_nothing():
+    x = mx.array(normal(1, 9, 7, 2))
+    for cubic in (False, True):
+        assert np.array_equal(resample(x, (9, 7), cubic=cubic), x)
+    assert resample(x.astype(mx.float16), (4, 4)).dtype == mx.float16
+
+
+# --- from a picture to the UNet's channel ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(100, 72), (40, 168), (64, 64)])
+def test_estimating_equals_the_feature_extractor_and_transformers(folder, size):
+    image = picture(*size)
+    want = oracle_of("tiny")(processor(64)(images=image, return_tensors="pt").pixel_values).predicted_depth[0]
+    model = load_depth_estimator(folder)
+    depth = estimate_depth(model, image)
+    assert depth.dtype == mx.float32
+    assert relative_error(depth, want) <= 1e-4
+    pixels = np.asarray(image, np.float32) / 255 * 2 - 1
+    for given in (pixels, mx.array(pixels), image.convert("RGBA")):
+        assert np.array_equal(estimate_depth(model, given), depth)
+
+
+def test_the_estimator_loads_from_its_own_folder_and_in_either_precision(folder, tmp_path):
+    copied = copy.deepcopy(oracle_of("tiny")).half()
+    copied.save_pretrained(tmp_path, variant="fp16")
+    full, half = load_depth_estimator(folder), load_depth_estimator(tmp_path, float16=True)
+    assert {v.dtype for _, v in tree_flatten(half.parameters())} == {mx.float32}
+    image = picture(64, 64)
+    assert 0 < relative_error(estimate_depth(half, image), estimate_depth(full, image)) <= 2e-2
+
+
+def prepare_depth_map(image: Image.Image, depth: np.ndarray | None) -> np.ndarray:
+    """diffusers' own method, on the little of its pipeline that it needs."""
+    pipe = SimpleNamespace(vae_scale_factor=8, feature_extractor=processor(64), depth_estimator=oracle_of("tiny"))
+    given = None if depth is None else torch.from_numpy(depth)[None]
+    prepare = diffusers.StableDiffusionDepth2ImgPipeline.prepare_depth_map
+    return nhwc(prepare(pipe, image, given, 1, False, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (72, 100), (5, 6), (1000, 640)])
+@pytest.mark.parametrize("size", [(512, 512), (200, 72)])
+def test_the_channel_equals_diffusers(shape, size):
+    depth = 300 * normal(*shape) + 1000
+    want = prepare_depth_map(picture(*size), depth)
+    got = depth_latents(depth, (size[1] // 8, size[0] // 8))
+    assert got.shape == want.shape
+    assert (float(got.min()), float(got.max())) == (-1, 1)
+    assert relative_error(got, want) <= 1e-5  # the map's mean, three times its spread, takes away a digit
+    assert np.array_equal(depth_latents(mx.array(depth), got.shape[1:3]), got)
+
+
+def test_the_channel_of_an_estimated_map_equals_diffusers(folder):
+    image = picture(104, 72)
+    got = depth_latents(estimate_depth(load_depth_estimator(folder), image), (9, 13))
+    assert relative_error(got, prepare_depth_map(image, None)) <= 1e-4
+
+
+def test_the_unit_of_a_map_does_not_matter_and_larger_is_nearer():
+    ramp = np.linspace(0, 255, 40)[None].repeat(30, axis=0)
+    channel = np.array(depth_latents(ramp, (6, 8)))[0, :, :, 0]
+    assert (np.diff(channel, axis=1) > 0).all()
+    assert np.abs(np.array(depth_latents(ramp * 257, (6, 8)))[0, :, :, 0] - channel).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "depth, message",
+    [
+        (np.zeros((4, 4, 3)), r"an array \[height, width\], not \[4, 4, 3\]"),
+        (np.zeros((0, 4)), r"not \[0, 4\]"),
+        (np.full((4, 4), 7.0), "the same everywhere"),
+        (np.array([[0.0, np.nan], [np.inf, 1.0]]), "2 of 4 values of the depth map are not finite"),
+    ],
+)
+def test_maps_that_say_nothing_are_refused(depth, message):
+    with pytest.raises(ValueError, match=message) as error:
+        depth_latents(depth, (2, 2))
+    assert "\n" not in str(error.value)
+
+
+# --- maps in files -----------------------------------------------------------------------------------------------
+
+_RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+
+
+@pytest.mark.parametrize(
+    "values", [_RAMP, _RAMP.astype(np.uint16) * 300, _RAMP.astype(np.uint16), _RAMP.astype(np.float32) / 7], ids=str
+)
+def test_grey_files_keep_all_their_bits(values, tmp_path):
+    path = tmp_path / ("map.tiff" if values.dtype == np.float32 else "map.png")
+    Image.fromarray(values).save(path)
+    read = read_depth(path)
+    assert read.dtype == np.float32 and np.array_equal(read, values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA"])
+def test_grey_in_the_clothes_of_colour_is_grey(mode, tmp_path):
+    Image.fromarray(_RAMP).convert(mode).save(tmp_path / "map.png")
+    assert np.array_equal(read_depth(tmp_path / "map.png"), _RAMP)
+
+
+def test_transparent_parts_are_farthest(tmp_path):
+    Image.merge("LA", (Image.fromarray(_RAMP), Image.fromarray(np.uint8(_RAMP > 100) * 255))).save(tmp_path / "map.png")
+    assert np.array_equal(read_depth(tmp_path / "map.png"), np.where(_RAMP > 100, _RAMP, 0))
+
+
+def test_maps_are_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for values in (_RAMP, _RAMP.astype(np.uint16) * 300):
+        Image.fromarray(values).save(tmp_path / "map.png", exif=exif)
+        assert np.array_equal(read_depth(tmp_path / "map.png"), np.rot90(values, -1))
+
+
+def test_files_without_depth_are_refused_in_one_line(tmp_path):
+    picture(8, 8).save(tmp_path / "colour.png")
+    Image.new("I;16", (4, 4), 300).save(tmp_path / "flat.png")
+    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tiff")
+    (tmp_path / "text.png").write_text("no picture")
+    picture(64, 64).convert("L").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    messages = {
+        "colour.png": "a picture in colour",
+        "flat.png": "is 300 everywhere",
+        "nan.tiff": "not finite",
+        "text.png": "not an image",
+        "cut.png": "cannot be read",
+        "none.png": "there is no image",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message) as error:
+            read_depth(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
