@@ -58,7 +58,7 @@ def _ridges(dx: np.ndarray, dy: np.ndarray, strength: np.ndarray, low: float) ->
 
 
 def _reached(ys: np.ndarray, xs: np.ndarray, strong: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Bool for each pixel: whether a chain of the given pixels, each one of the 8 around the last, leads to a strong one.
+    """Bool for each given pixel: whether steps of one pixel, diagonals included, lead over them to a strong one.
 
     Every pixel starts as a group of its own. Touching groups take the smaller number of the two, then each takes the
     number of its number: rounds grow with the logarithm of the longest chain, where a walk would take a round a pixel.

@@ -13,6 +13,7 @@ Everything is seeded; a step's randomness depends on the seed and the step alone
 sequence. About two hours on one CPU core (with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 saves
 a tenth), minutes on a GPU. Twins of the model are one flag each, and share the data
 and the VAE when given the same --work and another --name: --prediction v_prediction, --in_channels 9 (inpainting).
+train_control.py adds a ControlNet to the finished model.
 """
 
 import argparse
@@ -77,9 +78,11 @@ class Batches:
         return x, self.tokens[words].long().to(self.device), extra
 
 
-def denoising_loss(unet, text_encoder, batch, alphas: torch.Tensor, prediction: str, generator: torch.Generator):
-    """min-SNR weighted error of the predicted noise or velocity, each caption at NOISES evenly spread timesteps."""
-    x, ids, extra = batch
+def denoising_loss(predict, x: torch.Tensor, alphas: torch.Tensor, prediction: str, generator: torch.Generator):
+    """min-SNR weighted error of the predicted noise or velocity, each picture at NOISES evenly spread timesteps.
+
+    `x` [n, 4, 16, 16] are clean latents; `predict(x_t, t)` is asked for NOISES * n of them, x repeated in that order.
+    """
     n = len(x)
     spread = torch.arange(NOISES)[:, None] * (len(alphas) // NOISES)
     t = (torch.randint(len(alphas), (n,), generator=generator) + spread).remainder(len(alphas)).flatten().to(x.device)
@@ -92,11 +95,20 @@ def denoising_loss(unet, text_encoder, batch, alphas: torch.Tensor, prediction: 
     if prediction == "v_prediction":
         target = a.sqrt() * noise - (1 - a).sqrt() * x
         weight = (snr.clamp(max=MIN_SNR) + NOISY_WEIGHT) / (snr + 1)
-    if extra is not None:
-        x_t = torch.cat([x_t, extra.repeat(NOISES, 1, 1, 1)], dim=1)
-    context = text_encoder(ids).last_hidden_state.repeat(NOISES, 1, 1)
-    error = (unet(x_t, t, context).sample - target).square().mean(dim=(1, 2, 3))
+    error = (predict(x_t, t) - target).square().mean(dim=(1, 2, 3))
     return (weight * error).mean()
+
+
+def text_to_noise(unet, text_encoder, ids: torch.Tensor, extra: torch.Tensor | None):
+    """What `denoising_loss` asks: the UNet with the contexts of token ids [n, 77], and with `extra` channels if any."""
+    context = text_encoder(ids).last_hidden_state.repeat(NOISES, 1, 1)
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if extra is not None:
+            x_t = torch.cat([x_t, extra.repeat(NOISES, 1, 1, 1)], dim=1)
+        return unet(x_t, t, context).sample
+
+    return predict
 
 
 def train_unet(batches: Batches, vocab_size: int, args: argparse.Namespace, device: torch.device, after):
@@ -111,7 +123,9 @@ def train_unet(batches: Batches, vocab_size: int, args: argparse.Namespace, devi
     first, steps, started, mean = state["step"], args.unet_samples // args.batch, time.time(), None
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        loss = denoising_loss(unet, text_encoder, batches(step), alphas, args.prediction, generator)
+        x, ids, extra = batches(step)
+        predict = text_to_noise(unet, text_encoder, ids, extra)
+        loss = denoising_loss(predict, x, alphas, args.prediction, generator)
         optimizer.step(loss, learning_rate(args.lr, step, steps, warmup=200, hold=0.5))
         done = step + 1
         torch._foreach_lerp_(ema, [w.detach() for w in weights], 1 - min(EMA_DECAY, (1 + done) / (10 + done)))
