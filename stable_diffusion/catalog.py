@@ -59,6 +59,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
 }
 
+TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
+
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
 
 

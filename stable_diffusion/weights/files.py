@@ -17,6 +17,10 @@ import mlx.core as mx
 
 from .. import catalog
 from . import hub, layout
+from .keys import canonical
+from .original import to_diffusers
+from .pickles import read_pickle
+from .single_file import find, read_config, read_contents, scaling_factor
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -25,8 +29,11 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SUFFIXES = (".safetensors", *_PICKLES)
 
 KINDS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "depth_estimator")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_VOCABULARY = ("vocab.json", "merges.txt")
 _REMEDY = "connect once, or use a local folder or --model tiny"
 
 
@@ -82,14 +89,20 @@ def open_checkpoint(
         OSError: no such folder, no network and not in the cache, no space on the disk.
     """
     name = os.fspath(model)
-    folder = _local_path(model)
-    entry = None if folder else catalog.find(name)
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    path = _local_path(model)
+    entry = None if path else catalog.find(name)
     if revision is not None and (entry is None or entry.folder):
-        raise ValueError(f"{name} is a folder on this machine and has no revision {revision!r}: leave it out")
+        raise ValueError(f"{name} is on this machine and has no revision {revision!r}: leave it out")
     given = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
-    if folder is None:
-        folder = entry.folder or _from_hub(entry, float16, revision, given)
-    checkpoint = _read_folder(folder, name, float16, entry, given)
+    if path is not None and path.is_file():
+        checkpoint = _read_single_file(path, name, given, prediction, tokenizer)
+    else:
+        folder = path or entry.folder or _from_hub(entry, float16, revision, given)
+        checkpoint = _read_folder(folder, name, float16, entry, given)
+    if "vae" in given:  # a single file does not say its scale
+        given["vae"].config.setdefault("scaling_factor", scaling_factor(checkpoint.pipeline))
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
     if tokenizer is not None:
@@ -116,6 +129,10 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         folder = entry.folder or hub.fetch(entry.repos, _want_part(kind, float16), revision)[1]
     elif revision is not None:
         raise ValueError(f"{name} is on this machine and has no revision {revision!r}: leave it out")
+    if folder.is_file():
+        tensors, _ = _read_file(folder)
+        prefix = find(tensors, name, kind)[kind]
+        return Component(kind, read_config(kind, tensors, prefix, name), (folder,), prefix)
     names = layout.files_in(folder)
     place = layout.place_of(kind, names)
     if place is None:
@@ -127,16 +144,18 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
 
 
 def _local_path(source: str | os.PathLike) -> Path | None:
-    """`source` as a folder, or None when it is a name. Raises OSError for a path that is not there."""
+    """`source` as a folder or a file, or None when it is a name. Raises OSError for a path that is not there."""
     path = os.path.expanduser(os.fspath(source))
     if os.path.isdir(path):
         is_alias = isinstance(source, str) and source.lower() in catalog.ALIASES
         if not is_alias or os.path.isfile(os.path.join(path, layout.INDEX)):
             return Path(path)
     elif os.path.isfile(path):
-        raise NotADirectoryError(f"{source} is a file: give the folder of a checkpoint in diffusers layout")
-    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder; give one that holds {layout.INDEX}, or a model's name")
+        if not path.endswith(_SUFFIXES):
+            raise ValueError(f"{source} is no file of weights: these end in {', '.join(_SUFFIXES)}")
+        return Path(path)
+    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")) or source.endswith(_SUFFIXES):
+        raise FileNotFoundError(f"{source}: no such folder or file; give one that is there, or a model's name")
     return None
 
 
@@ -198,6 +217,42 @@ def _read_folder(
     )
 
 
+def _read_single_file(
+    path: Path,
+    name: str,
+    given: Mapping[str, Component],
+    prediction: str | None,
+    tokenizer: str | os.PathLike | None,
+) -> Checkpoint:
+    """Read what a file of weights says of itself. Both kinds of CLIP have one vocabulary, which is not in the file."""
+    tensors, metadata = _read_file(path)
+    contents = read_contents(tensors, metadata, name, {kind: part.config for kind, part in given.items()}, prediction)
+    pipeline = contents.index["_class_name"]
+    own = {kind: Component(kind, config, (path,), prefix) for kind, (prefix, config) in contents.networks.items()}
+    vocabulary = Path() if tokenizer is not None else hub.fetch((catalog.TOKENIZER,), _WANT_VOCABULARY)[1]
+    steps, guidance = catalog.defaults_for(pipeline, contents.scheduler)
+    return Checkpoint(
+        name=name,
+        folder=path.parent,
+        pipeline=pipeline,
+        index=contents.index,
+        scheduler=contents.scheduler,
+        components=own | given,
+        tokenizers=dict.fromkeys(contents.pad_tokens, vocabulary),
+        steps=steps,
+        guidance=guidance,
+        pad_tokens=contents.pad_tokens,
+    )
+
+
+_WANT_VOCABULARY = hub.Want(
+    what="the tokenizer of CLIP",
+    entries=_VOCABULARY[:1],
+    lacking=lambda folder, names, repo: [file for file in _VOCABULARY if not (folder / file).is_file()],
+    remedy="connect once, or give a folder with both as tokenizer (--tokenizer)",
+)
+
+
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -209,22 +264,22 @@ def read_tensors(component: Component) -> dict[str, mx.array]:
     """
     tensors: dict[str, mx.array] = {}
     for path in component.files:
-        part = _read_file(path)
+        part, _ = _read_file(path)
         if twice := sorted(tensors.keys() & part.keys()):
             raise ValueError(f"{path} repeats tensors of another file of {component.name}: {', '.join(twice[:3])}")
         tensors.update(part)
     prefix = component.prefix
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return canonical(to_diffusers(component.name, own))
 
 
-def _read_file(path: Path) -> dict[str, mx.array]:
+def _read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of a file under its own names, lazily, and the metadata of a safetensors file."""
     if path.suffix in _PICKLES:
-        from .pickles import read_pickle
-
-        return read_pickle(path)
+        return read_pickle(path), {}
     _check_safetensors(path)
     try:
-        return mx.load(str(path))
+        return mx.load(str(path), return_metadata=True)
     except RuntimeError as error:
         raise layout.damaged(path, str(error).partition("\n")[0]) from error
 

@@ -216,9 +216,12 @@ def test_path_object_is_never_a_name(tmp_path, monkeypatch):
     assert "no such folder" in refused(Path("sdxl"))
 
 
-def test_file_is_no_checkpoint(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a file" in refused(tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("name", "message"), [("model.safetensors", "is damaged"), ("model.zip", "no file of weights")]
+)
+def test_file_is_no_checkpoint(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"")
+    assert message in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("model", ["", "sdx", "a/b/c", "\0", "x" * 5000])

@@ -1,0 +1,149 @@
+"""Configurations from shapes: what the names and shapes of a network's tensors say of it.
+
+They are what its `config.json` would hold. What shapes cannot tell (heads, activation) is what all published models of
+that shape have.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+Tensors = Mapping[str, mx.array]  # lazy, under diffusers' names, weights laid out as in files
+
+
+def count(tensors: Tensors, pattern: str) -> int:
+    """How many of a list there are: one more than the highest number that ``pattern`` finds in the names."""
+    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+
+
+def _one_for_all(values: list) -> Any:
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _depths(tensors: Tensors, block: str) -> list[int]:
+    """Layers of each transformer of a block."""
+    transformers = range(count(tensors, rf"{block}\.attentions\.(\d+)\."))
+    return [count(tensors, rf"{block}\.attentions\.{i}\.transformer_blocks\.(\d+)\.") for i in transformers]
+
+
+def _levels(tensors: Tensors, side: str) -> list[list[int]]:
+    """The transformers of each block on one side of a UNet, as the number of layers of each."""
+    return [_depths(tensors, f"{side}_blocks.{i}") for i in range(count(tensors, rf"{side}_blocks\.(\d+)\."))]
+
+
+def _half_unet(tensors: Tensors) -> dict[str, Any]:
+    """What a UNet and a ControlNet share."""
+    down, middle = _levels(tensors, "down"), _depths(tensors, "mid_block")
+    first = tensors["conv_in.weight"]
+    widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(down) or 1)]
+    to_k = next((v for name, v in tensors.items() if name.endswith(".attn2.to_k.weight")), first)
+    linear = any(v.ndim == 2 for name, v in tensors.items() if name.endswith(".proj_in.weight"))
+    layers = [_one_for_all(block) if block else 1 for block in down]
+    if middle and not down[-1]:
+        layers[-1] = middle[0]  # which is where configs have it
+    config: dict[str, Any] = {
+        "in_channels": first.shape[1],
+        "block_out_channels": widths,
+        "layers_per_block": _one_for_all(
+            [count(tensors, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(len(down))]
+        ),
+        "down_block_types": ["CrossAttnDownBlock2D" if block else "DownBlock2D" for block in down],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "transformer_layers_per_block": layers,
+        "cross_attention_dim": to_k.shape[1],
+        # Stable Diffusion 1 has 8 heads everywhere, all later ones have heads of 64 channels.
+        "attention_head_dim": [max(width // 64, 1) for width in widths] if linear else 8,
+        "use_linear_projection": linear,
+    }
+    if "mid_block.resnets.0.conv1.weight" not in tensors:
+        config["mid_block_type"] = None
+    if "add_embedding.linear_1.weight" in tensors:
+        config["addition_embed_type"] = "text_time"
+        config["addition_time_embed_dim"] = 256
+        config["projection_class_embeddings_input_dim"] = tensors["add_embedding.linear_1.weight"].shape[1]
+    elif linear:
+        config["upcast_attention"] = True  # Stable Diffusion 2.1 overflows in half precision
+    return config
+
+
+def _unet(tensors: Tensors) -> dict[str, Any]:
+    up = _levels(tensors, "up")
+    config = _half_unet(tensors) | {
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": tensors["conv_out.weight"].shape[0],
+        "up_block_types": ["CrossAttnUpBlock2D" if block else "UpBlock2D" for block in up],
+        "reverse_transformer_layers_per_block": [_one_for_all(block) if block else 1 for block in up],
+    }
+    if "time_embedding.cond_proj.weight" in tensors:
+        config["time_cond_proj_dim"] = tensors["time_embedding.cond_proj.weight"].shape[1]
+    return config
+
+
+def _controlnet(tensors: Tensors) -> dict[str, Any]:
+    hint = "controlnet_cond_embedding"
+    stages = range(1, count(tensors, rf"{hint}\.blocks\.(\d+)\."), 2)
+    widths = [tensors[f"{hint}.{name}.weight"].shape[0] for name in ("conv_in", *(f"blocks.{i}" for i in stages))]
+    return _half_unet(tensors) | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": tensors[f"{hint}.conv_in.weight"].shape[1],
+        "conditioning_embedding_out_channels": widths,
+    }
+
+
+def _vae(tensors: Tensors) -> dict[str, Any]:
+    if "decoder.layers.0.weight" in tensors:
+        return {"_class_name": "AutoencoderTiny"}
+    levels = count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    latent = tensors["decoder.conv_in.weight"].shape[1]
+    if latent != 4:
+        raise ValueError(f"the VAE makes latents of {latent} channels, those of Stable Diffusion 1, 2 and XL have 4")
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [
+            tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
+        ],
+        "layers_per_block": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": latent,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+    }
+
+
+def _text_encoder(tensors: Tensors) -> dict[str, Any]:
+    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    config = {
+        "architectures": ["CLIPTextModel"],
+        "hidden_size": width,
+        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(tensors, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(width // 64, 1),
+        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
+        "vocab_size": vocabulary,
+        "hidden_act": "quick_gelu" if width <= 768 else "gelu",
+        "eos_token_id": min(49407, vocabulary - 1),
+    }
+    if "text_projection.weight" in tensors:
+        config |= {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "projection_dim": tensors["text_projection.weight"].shape[0],
+        }
+    return config
+
+
+_READERS = {
+    "unet": _unet,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder,
+    "controlnet": _controlnet,
+}
+
+
+def config_from_shapes(kind: str, tensors: Tensors) -> dict[str, Any]:
+    """The config of a network, one of "unet", "vae", "text_encoder", "text_encoder_2" and "controlnet".
+
+    Raises KeyError with the name of a tensor that no such network lacks, ValueError for one that cannot be run here.
+    """
+    return _READERS[kind](tensors)
