@@ -83,8 +83,8 @@ def load_pickle(path: str | os.PathLike) -> Any:
     try:
         with path.open("rb") as file:
             value, machine, places = _read(file, size, path)
-            tensors = list(dict.fromkeys(machine.tensors))
-            rows = _read_rows(file, size, [_row(tensor, places) for tensor in _checked(tensors, places, size)])
+            tensors = _checked(machine.tensors, places, size)
+            rows = _read_rows(file, size, [_row(tensor, places) for tensor in tensors])
             arrays = {tensor: _view(row, tensor) for tensor, row in zip(tensors, rows, strict=True)}
             return _plain(value, arrays, {}, 0)
     except PickleError as error:

@@ -45,7 +45,7 @@ class Storage:
     length: int  # values, or bytes where there is no type
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: a file could make them collide in a dict
 class Tensor:
     """A view of a storage; offset and strides count values."""
 
@@ -56,7 +56,7 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass
 class Kind:
     """A numpy.dtype: "f8", and its byte order."""
 
@@ -64,7 +64,7 @@ class Kind:
     order: str = "<"
 
 
-@dataclass(eq=False)
+@dataclass
 class ParameterDict:
     """The torch.nn.ParameterDict of old embeddings: of its state only the parameters count."""
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 
 from oracle import normal
 from stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -83,6 +84,52 @@ def test_layouts(tmp_path, tensors, name, count):
     assert word == name and len(found) == count and all(v.ndim == 2 and v.dtype == mx.float32 for v in found)
 
 
+STAR = torch.arange(24.0).reshape(3, 8)
+PICKLED = {
+    "the web UI's": ({"string_to_token": {"*": 265}, "string_to_param": {"*": STAR}, "name": "cat", "step": 7}, "cat"),
+    "the web UI's, half": ({"string_to_param": {"*": STAR.half()}, "name": None}, "file"),
+    "textual inversion's own": (
+        {
+            "string_to_token": {"*": torch.tensor(265)},
+            "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(STAR)}),
+        },
+        "file",
+    ),
+    "diffusers'": ({"<cat>": STAR}, "<cat>"),
+    "emb_params": ({"emb_params": STAR.T.contiguous().T}, "file"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin"])
+@pytest.mark.parametrize("saved, word", PICKLED.values(), ids=PICKLED)
+def test_layouts_of_pickles(tmp_path, saved, word, suffix):
+    torch.save(saved, tmp_path / f"file{suffix}")
+    name, (found,) = read_embedding(tmp_path / f"file{suffix}")
+    assert name == word and found.dtype == mx.float32 and np.array_equal(found, STAR.numpy())
+
+
+def test_a_pickle_for_both_encoders_of_xl(tmp_path):
+    torch.save({"clip_l": STAR[:2], "clip_g": STAR[:2].repeat(1, 2)}, tmp_path / "file.pt")
+    name, found = read_embedding(tmp_path / "file.pt")
+    assert name == "file" and [v.shape for v in found] == [(2, 8), (2, 16)]
+
+
+def test_a_word_from_a_pickle_acts_like_one_from_safetensors(sd, tmp_path):
+    rows = vectors(sd.tokenizer, sd.text_encoder, "red")
+    saved = {"string_to_param": {"*": torch.from_numpy(np.array(rows))}, "name": "mystyle"}
+    torch.save(saved, tmp_path / "x.pt")
+    assert sd.load_embedding(tmp_path / "x.pt") == "mystyle"
+    ours, want = (sd.encode_prompt(text).context for text in ("a mystyle cat", "a red cat"))
+    assert np.array_equal(ours, want)
+
+
+@pytest.mark.parametrize("saved", [[STAR], {"name": "cat"}, {"string_to_param": {"*": STAR, "+": STAR}}, {"a": {}}])
+def test_pickles_that_are_no_embeddings(tmp_path, saved):
+    torch.save(saved, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"file\.pt is not an embedding"):
+        read_embedding(tmp_path / "file.pt")
+
+
 @pytest.mark.parametrize(
     "shapes", [{}, {"a": (1, 8), "b": (1, 8)}, {"a": (1, 8, 2)}, {"clip_l": (1, 8), "clip_g": (2, 8)}]
 )
@@ -96,8 +143,11 @@ def test_files_that_cannot_be_read(tmp_path, sd, xl):
     with pytest.raises(ValueError, match="there is no embedding at"):
         read_embedding(tmp_path / "none.safetensors")
     (tmp_path / "x.pt").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="save it as one"):
+    with pytest.raises(ValueError, match=r"x\.pt is damaged \(it does not begin as torch's files do\)"):
         read_embedding(tmp_path / "x.pt")
+    (tmp_path / "x.png").write_bytes(b"image")
+    with pytest.raises(ValueError, match=r"x\.png is neither \.safetensors nor one of \.pt, \.bin"):
+        read_embedding(tmp_path / "x.png")
     wide = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48)))
     with pytest.raises(
         ValueError, match="another family of models: vectors of width 48 do not fit a text encoder of 32"
