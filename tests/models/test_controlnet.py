@@ -38,7 +38,7 @@ CONTROLNETS = {
     "shuffle": of_unet("sd1", global_pool_conditions=True),
     "plain middle": of_unet("sd1", mid_block_type="UNetMidBlock2D"),
     "other hints": of_unet("sd1", conditioning_channels=5, conditioning_embedding_out_channels=[6, 10]),
-    "waves": of_unet("sd1", flip_sin_to_cos=False, freq_shift=1),
+    "heads and waves": of_unet("sd1", num_attention_heads=[2, 4, 8], flip_sin_to_cos=False, freq_shift=1),
 }
 
 
@@ -46,6 +46,8 @@ CONTROLNETS = {
 def pair(name: str) -> tuple[ControlNetModel, Oracle]:
     torch.manual_seed(0)
     oracle = perturb(Oracle(**CONTROLNETS[name]))
+    for parameter in oracle.controlnet_cond_embedding.parameters():
+        parameter.mul_(3)  # or the hint would hardly be heard: its last convolution starts at zero
     return twin(ControlNetModel(ControlNetConfig.from_dict(CONTROLNETS[name])), oracle), oracle
 
 
@@ -97,6 +99,23 @@ def test_equals_diffusers(name):
         given = inputs(CONTROLNETS[name], i + 1, 6, 10, scale)
         t = [999.0, 500.0, 1.0][: i + 1]
         assert worst(run_ours(ours, given, t), run_oracle(oracle, given, t)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd1", "bgr", "other hints"])
+def test_what_is_seen_in_a_hint_equals_diffusers(name):
+    ours, oracle = pair(name)
+    for i, scale in enumerate(SCALES):
+        hint = inputs(CONTROLNETS[name], i + 1, 3, 5, scale)["hint"]
+        theirs = oracle.controlnet_cond_embedding(nchw(hint[..., ::-1] if name == "bgr" else hint))
+        assert relative_error(ours.embed(mx.array(hint)), nhwc(theirs)) <= 1e-5
+
+
+def test_the_hint_counts():
+    """Also that the order of its colours does: what the comparisons above could not see if it were hardly heard."""
+    net, _ = pair("sd1")
+    given = inputs(CONTROLNETS["sd1"], 1, 8, 6)
+    before = [np.array(r) for r in flat(run_ours(net, given, [9.0]))]
+    assert worst(run_ours(net, given | {"hint": given["hint"][..., ::-1].copy()}, [9.0]), before) > 1e-2
 
 
 @pytest.mark.parametrize("size", [(7, 9), (5, 8), (10, 13)])
