@@ -1,0 +1,61 @@
+"""What a long prompt costs grows with its chunks and no faster."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+
+from stable_diffusion import StableDiffusion
+from stable_diffusion.conditioning import encode
+from stable_diffusion.weights.load import build
+
+ENCODER = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    model = StableDiffusion("tiny")
+    model.ensure_models_are_loaded()
+    gc.collect()  # what earlier tests left is not to vanish in the middle of a measurement
+    return model
+
+
+def peak(compute) -> int:
+    """Bytes that ``compute()`` takes at its peak, beside what is there before."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(compute())
+    return mx.get_peak_memory() - before
+
+
+def peaks(compute) -> list[int]:
+    """Of prompts of 75, 150 and 300 tokens; that of the last is at most 20 % above the line through the others."""
+    first, second, last = found = [peak(lambda n=n: compute("red " * n)) for n in (75, 150, 300)]
+    assert 0 < last <= 1.2 * (first + 3 * max(second - first, 0))
+    return found
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_memory_of_encoding_grows_linearly(sd, xl):
+    module = build("text_encoder", ENCODER)
+    mx.eval(module.parameters())
+    encoders = [(sd.tokenizer, module)] * (1 + xl)
+    first, _, last = peaks(lambda text: vars(encode(text, encoders, xl=xl)))
+    assert last > 2 * first  # it is the encoding that was measured
+
+
+def test_the_rows_of_the_encoder_grow_linearly(sd):
+    seen = []
+
+    def counting(ids: mx.array):
+        seen.append(ids.shape)
+        return sd.text_encoder(ids)
+
+    for tokens in (1, 75, 150, 300, 301):
+        encode("red " * tokens, [(sd.tokenizer, counting)], xl=False)
+    assert seen == [(1, 77), (1, 77), (2, 77), (4, 77), (5, 77)]
+
+
+def test_the_memory_of_a_step_grows_linearly(sd):
+    peaks(lambda text: list(sd.generate_latents(text, num_steps=1, cfg_weight=4.0, seed=0)))
