@@ -2,7 +2,8 @@
 
 from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
 from .conditioning import Conditioning, MicroConditioning
+from .control import Control
 from .pipeline import StableDiffusion, StableDiffusionXL
 from .samplers import SAMPLERS
 
-__all__ = ["SAMPLERS", "Conditioning", "MicroConditioning", "StableDiffusion", "StableDiffusionXL"]
+__all__ = ["SAMPLERS", "Conditioning", "Control", "MicroConditioning", "StableDiffusion", "StableDiffusionXL"]

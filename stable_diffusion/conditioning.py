@@ -29,12 +29,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told: a table with a row for each prompt, or several where a prompt has parts.
+    """What the UNet is told besides the latent: a table with a row for each prompt, or several where it has parts.
 
     ``context`` [r, M, C] is the encoded prompt, M = 77 for each chunk of it; ``values`` [r, M, C] takes its place as
     the values of cross-attention where emphasis asks for that. XL adds ``pooled`` [r, P], the prompt as one vector, and
     ``time_ids`` [r, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [r, G], the embedded
-    guidance scale. ``rows`` says what each row is for; its length is the number of prompts.
+    guidance scale. Checkpoints that work from images take more ``channels`` [r, h, w, C] beside those of the latent.
+    ``rows`` says what each row is for; its length is the number of prompts.
     """
 
     context: mx.array
@@ -42,6 +43,7 @@ class Conditioning:
     time_ids: mx.array | None = None
     guidance: mx.array | None = None
     values: mx.array | None = None
+    channels: mx.array | None = None
     rows: tuple[Row, ...] = (Row(),)
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
@@ -67,6 +69,15 @@ class MicroConditioning:
     target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+
+
+def with_sizes(
+    conditioning: Conditioning, pixels: tuple[int, int], micro: MicroConditioning, score: float | None
+) -> Conditioning:
+    """Add XL's time ids for a picture of ``pixels`` (height, width); with an aesthetic ``score``, the refiner's."""
+    last = (micro.target_size or pixels) if score is None else (score,)
+    ids = [[*(micro.original_size or pixels), *micro.crop, *last]] * len(conditioning.rows)
+    return replace(conditioning, time_ids=mx.array(ids, dtype=mx.float32))
 
 
 def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:

@@ -2,38 +2,81 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from .control import Control, Steering
 from .guidance import Stage
 from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
 
 
 def denoiser(
-    unet: Callable[..., mx.array], schedule: Schedule, steps: Steps, dtype: mx.Dtype, stages: Sequence[Stage]
+    unet: Callable[..., mx.array],
+    schedule: Schedule,
+    steps: Steps,
+    dtype: mx.Dtype,
+    stages: Sequence[Stage],
+    controls: Sequence[Control] = (),
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 
-    Latents are float32 [n, h, w, 4]; the UNet computes in ``dtype``.
+    Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``.
     """
     timestep = _timesteps(schedule, steps)
+    steer = Steering(controls, len(steps), dtype)
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
-        stage = [s for s in stages if s.first_step == 0 or steps.sigmas[s.first_step] >= sigma][-1]
+        step = max(sum(level >= sigma for level in steps.sigmas[:-1]) - 1, 0)
+        stage = [s for s in stages if s.first_step <= step][-1]
         told = stage.conditioning
         text_time = None if told.pooled is None else (told.pooled, told.time_ids)
         context = told.context if told.values is None else (told.context, told.values)
         scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
         batch = scaled if stage.mix is None else scaled[stage.images]
         t = mx.full((len(batch),), timestep(sigma))
-        out = unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance).astype(mx.float32)
+        residuals = steer(step, batch, t, context, stage, text_time)
+        if told.channels is not None:
+            batch = mx.concatenate([batch, told.channels.astype(dtype)], axis=-1)
+        out = unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, residuals=residuals)
+        out = out.astype(mx.float32)
         if stage.mix is not None:
             out = (stage.mix @ out.reshape(len(batch), -1)).reshape(x.shape)
         return to_x0(out, x, sigma, schedule.config.prediction_type)
 
     return denoise
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run leaves as it is: the clean latents ``x0`` where ``mask`` [1, h, w, 1] is 0, under the run's ``noise``.
+
+    At 1 everything is new; between 0 and 1 old and new are blended.
+    """
+
+    x0: mx.array
+    mask: mx.array
+    noise: mx.array
+
+    def at(self, x: mx.array, sigma: float) -> mx.array:
+        """The latents ``x`` with what is kept put in its place, at a noise level."""
+        return self.mask * x + (1 - self.mask) * (self.x0 + sigma * self.noise)
+
+
+def inpainting(denoise: Denoiser, kept: Kept, steps: Steps) -> Denoiser:
+    """D of a run that keeps a part of an image (Lugmayr et al. 2022, without its resampling).
+
+    The network sees what is kept under the noise of the level, and answers with it where it is kept.
+    """
+
+    def answer(x: mx.array, sigma: float) -> mx.array:
+        # The first latents are as the run wants them: at full strength, noise alone.
+        seen = x if sigma == steps.sigmas[0] else kept.at(x, sigma)
+        return kept.at(denoise(seen, sigma), 0.0)
+
+    return answer
 
 
 def consistency(denoise: Denoiser, schedule: Schedule, steps: Steps) -> Denoiser:

@@ -12,27 +12,63 @@ from .conditioning import Conditioning, concatenate
 class Stage:
     """What the UNet is asked during a stretch of a run: ``images[b]`` is the image that row b of its batch belongs to.
 
-    ``mix`` [n, B] are the weights that make n answers out of B; None where they are the same.
+    ``mix`` [n, B] are the weights that make n answers out of B; None where they are the same. ``wanted[b]`` is 1 for
+    rows of the prompt and 0 for those of the negative prompt.
     """
 
     first_step: int
     conditioning: Conditioning
     images: mx.array
+    wanted: mx.array
     mix: mx.array | None
 
 
 def stages(
-    steps: int, n_images: int, positive: Conditioning, negative: Conditioning | None, guidance: float
+    steps: int,
+    n_images: int,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    guidance: float,
+    *,
+    blank: Conditioning | None = None,
+    image_guidance: float = 1.0,
 ) -> list[Stage]:
     """The stretches of a run between which some prompt changes.
 
     Classifier-free guidance (Ho & Salimans 2022): with a ``negative`` conditioning the mixture is ``negative + guidance
     * (positive - negative)``. A prompt of several parts is guided by each of them, times its weight (Liu et al. 2022);
     without guidance it is their weighted mean, and ValueError where the weights sum to 0.
+
+    With ``blank``, which is told neither prompt nor image, there are two scales (Brooks et al. 2023, eq. 3):
+    ``blank + image_guidance * (negative - blank) + guidance * (positive - negative)``.
     """
-    both = positive if negative is None else concatenate([positive, negative])
+    image_guidance = 1.0 if blank is None else image_guidance
+    tables = [table for table in (positive, negative, blank) if table is not None]
+    both = concatenate(tables)
     starts = {0} | {_step_at(row.start, steps) for row in both.rows}
-    return [_stage(step, steps, n_images, positive, negative, guidance) for step in sorted(starts) if step < steps]
+
+    def rows(number: int, image: int, step: int) -> list[tuple[int, float]]:
+        """(row in all tables, weight) of what a table says of an image at a step."""
+        table, before = tables[number], sum(len(t.rows) for t in tables[:number])
+        return [(before + row, w) for row, w in _rows(table, image * len(table) // n_images, step, steps)]
+
+    def batch(image: int, step: int) -> list[tuple[int, int, float, int]]:
+        """(row, image, weight, wanted) of the questions that are asked for an image."""
+        wanted = rows(0, image, step)
+        if negative is None:
+            return [(row, image, weight, 1) for row, weight in _mean(wanted)]
+        rest = image_guidance - guidance * sum(weight for _, weight in wanted)
+        asked = [(row, image, guidance * weight, 1) for row, weight in wanted]
+        asked += [(row, image, rest * weight, 0) for row, weight in _mean(rows(1, image, step))]
+        if blank is not None:
+            asked += [(row, image, (1 - image_guidance) * weight, 0) for row, weight in _mean(rows(2, image, step))]
+        return asked
+
+    return [
+        _stage(step, both, n_images, [asked for image in range(n_images) for asked in batch(image, step)])
+        for step in sorted(starts)
+        if step < steps
+    ]
 
 
 def _step_at(share: float, steps: int) -> int:
@@ -40,27 +76,14 @@ def _step_at(share: float, steps: int) -> int:
     return math.ceil(share * steps - 1e-9)
 
 
-def _stage(
-    step: int, steps: int, n_images: int, positive: Conditioning, negative: Conditioning | None, guidance: float
-) -> Stage:
-    batch: list[tuple[int, int, float]] = []  # row of the table, image, weight
-    for image in range(n_images):
-        wanted = _rows(positive, image * len(positive) // n_images, step, steps)
-        if negative is None:
-            batch += [(row, image, weight) for row, weight in _mean(wanted)]
-            continue
-        unwanted = _mean(_rows(negative, image * len(negative) // n_images, step, steps))
-        rest = 1 - guidance * sum(weight for _, weight in wanted)
-        batch += [(row, image, guidance * weight) for row, weight in wanted]
-        batch += [(len(positive.rows) + row, image, rest * weight) for row, weight in unwanted]
-    table = positive if negative is None else concatenate([positive, negative])
-    rows, images, weights = zip(*batch, strict=True)
+def _stage(step: int, table: Conditioning, n_images: int, batch: list[tuple[int, int, float, int]]) -> Stage:
+    rows, images, weights, wanted = zip(*batch, strict=True)
     told = table if rows == tuple(range(len(table.rows))) else table.map(lambda a: a[mx.array(rows)])
-    if images == tuple(range(n_images)):
-        return Stage(step, told, mx.array(images), None)
-    mix = mx.zeros((n_images, len(batch)))
-    mix[mx.array(images), mx.arange(len(batch))] = mx.array(weights)
-    return Stage(step, told, mx.array(images), mix)
+    mix = None
+    if images != tuple(range(n_images)):
+        mix = mx.zeros((n_images, len(batch)))
+        mix[mx.array(images), mx.arange(len(batch))] = mx.array(weights)
+    return Stage(step, told, mx.array(images), mx.array(wanted), mix)
 
 
 def _mean(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -15,27 +15,34 @@ from .schedule import Schedule, Steps
 
 @dataclass(frozen=True)
 class Run:
-    """One run, checked and with every default filled in. ``scale`` is the deviation of what text to image starts from.
+    """One run, checked and with every default filled in.
 
-    Image i has the seed ``seed + i`` and two random streams, one for its initial noise and one for what samplers add,
-    so that neither the batch nor the order of calls matters. ``latents`` and ``noise`` take the place of them.
+    Of its ``steps`` the first ``length`` are done; ``scale`` is the deviation of what text to image starts from.
+
+    Image i has a seed of its own and two random streams, one for its initial noise and one for what samplers add, so
+    that neither the batch nor the order of calls matters. ``latents`` and ``noise`` take the place of them.
     """
 
     steps: Steps
+    length: int
     sampler: Sampler
     sampler_options: dict[str, Any]
     scale: float
     guidance: float
-    n_images: int
-    seed: int
+    seeds: tuple[int, ...]
     latents: mx.array | None
     noise: Noise | None
+
+    @property
+    def n_images(self) -> int:
+        """How many images are made at once."""
+        return len(self.seeds)
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Unit-normal noise [n, *shape], float32."""
         if self.latents is not None:
             return self.latents.astype(mx.float32)
-        keys = (_streams(self.seed + i)[0] for i in range(self.n_images))
+        keys = (_streams(seed)[0] for seed in self.seeds)
         return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
@@ -43,7 +50,7 @@ class Run:
         if self.noise is not None:
             return self.noise(step, shape)
         counter = mx.array([0, step], dtype=mx.uint32)
-        keys = (_streams(self.seed + i)[1] + counter for i in range(shape[0]))
+        keys = (_streams(seed)[1] + counter for seed in self.seeds)
         return mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
 
 
@@ -60,8 +67,10 @@ def plan(
     default_steps: int,
     guidance: float,
     n_images: int,
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     strength: float = 1.0,
+    denoising_start: float = 0.0,
+    denoising_end: float = 1.0,
     schedule: str | None = None,
     spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
@@ -90,19 +99,34 @@ def plan(
         steps = levels.steps(default_steps if num_steps is None else num_steps, chosen.grid, spacing, schedule)
     if num_steps not in (None, len(steps)):
         raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps that are given; leave it out")
-    steps = steps.last(share_of_steps(len(steps), strength))
+    if not (0 <= denoising_start <= 1 and 0 < denoising_end <= 1) or denoising_start > denoising_end:
+        raise ValueError(
+            f"a run cannot go from {denoising_start} to {denoising_end} of the noise; give 0 <= start <= end <= 1"
+        )
+    left = levels.remaining(steps, denoising_end)
+    steps = steps.last(min(share_of_steps(len(steps), strength), levels.remaining(steps, denoising_start)))
     choices = options(chosen, eta=eta, s_noise=s_noise)
     return Run(
         steps=steps,
+        length=max(len(steps) - left, 0),
         sampler=chosen,
         sampler_options=given(chosen, levels, steps, choices) | choices,
         scale=levels.initial_scale(steps, chosen.grid, spacing) if len(steps) else 0.0,
         guidance=guidance,
-        n_images=n_images,
-        seed=secrets.randbits(32) if seed is None else seed,
+        seeds=_seeds(seed, n_images),
         latents=latents,
         noise=noise,
     )
+
+
+def _seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, ...]:
+    """One for each image."""
+    if not isinstance(seed, Sequence):
+        first = secrets.randbits(32) if seed is None else seed
+        return tuple(range(first, first + n_images))
+    if len(seed) != n_images:
+        raise ValueError(f"{len(seed)} seeds for {n_images} images; give one for the first, or one for each")
+    return tuple(seed)
 
 
 def share_of_steps(count: int, strength: float) -> int:

@@ -189,6 +189,11 @@ class Schedule:
         timesteps = tuple(self.timestep(sigma) for sigma in sigmas[:-1])
         return Steps(timesteps, tuple(map(float, sigmas)), len(timesteps))
 
+    def remaining(self, steps: Steps, share: float) -> int:
+        """How many of a run's steps are left when ``share`` of the training noise is gone: all at 0, none at 1."""
+        total = self.config.num_train_timesteps
+        return len(steps) if share == 0 else sum(t < round(total - share * total) for t in steps.timesteps)
+
     def initial_scale(self, steps: Steps, grid: str = "euler", spacing: str | None = None) -> float:
         """Standard deviation of the latent that a run starts from.
 

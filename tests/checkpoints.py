@@ -6,13 +6,14 @@ from pathlib import Path
 from unittest import mock
 
 import diffusers
+import mlx.core as mx
 import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from configs import UNETS
 from models.test_vae import SD as VAE
-from oracle import nchw, perturb
+from oracle import nchw, perturb, relative_error
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -75,7 +76,7 @@ def make(
 ) -> diffusers.DiffusionPipeline:
     """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object."""
     torch.manual_seed(0)
-    xl = family in ("xl", "refiner", "ssd-1b")
+    xl = family in ("xl", "xl-inpaint", "refiner", "ssd-1b")
     parts = {
         "unet": perturb(diffusers.UNet2DConditionModel(**UNETS[family]), seed=2),
         "vae": perturb(diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025 if xl else 0.18215), seed=3),
@@ -138,3 +139,24 @@ class Recorder:
         finally:
             for patch in patches:
                 patch.stop()
+
+
+def encoded_mean(pipe) -> None:
+    """Make a diffusers pipeline take the mean of the autoencoder's posterior and no sample of it, as we do."""
+    encode = pipe.vae.encode
+
+    def mean(x, **kwargs):
+        output = encode(x, **kwargs)
+        output.latent_dist.sample = lambda generator=None: output.latent_dist.mode()
+        return output
+
+    pipe.vae.encode = mean
+
+
+def compare(steps, recorder: Recorder, images, decode) -> None:
+    assert len(steps) == len(recorder.steps)
+    for ours, theirs in zip(steps, recorder.steps, strict=True):
+        assert ours.dtype == mx.float32
+        assert relative_error(ours, theirs) <= 1e-3
+    levels = np.round(np.array(decode(steps[-1])) * 255) - np.round(images * 255)
+    assert np.abs(levels).max() <= 1

@@ -42,6 +42,7 @@ UNETS = {
     "no-mid": _SD1 | {"mid_block_type": None},
     "shift": _SD1 | {"flip_sin_to_cos": False, "freq_shift": 1},
     "xl": _XL,
+    "xl-inpaint": _XL | {"in_channels": 9},
     "refiner": _XL
     | {
         "block_out_channels": [32, 64, 64, 64],

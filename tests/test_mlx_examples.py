@@ -273,7 +273,7 @@ def test_attributes(sd, xl):
     for model, suffixes in ((sd, ("",)), (xl, ("_1", "_2"))):
         parts = {"unet", "autoencoder", "sampler"}
         parts |= {f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes}
-        assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | {"dtype", "schedule"}
+        assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | {"dtype", "schedule", "mode"}
         networks = [getattr(model, part) for part in parts if not part.startswith(("sampler", "tokenizer"))]
         assert all(isinstance(network, nn.Module) and tree_flatten(network.parameters()) for network in networks)
 

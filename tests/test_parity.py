@@ -8,20 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoints import SCALED, Recorder, make
+from checkpoints import SCALED, Recorder, compare, encoded_mean, make
 from oracle import nchw, normal, relative_error
 from stable_diffusion import MicroConditioning, StableDiffusion, StableDiffusionXL
 
 PROMPT, NEGATIVE = "the red cat on the blue — café 猫", "the blue"
-
-
-def compare(steps, recorder: Recorder, images, decode) -> None:
-    assert len(steps) == len(recorder.steps)
-    for ours, theirs in zip(steps, recorder.steps, strict=True):
-        assert ours.dtype == mx.float32
-        assert relative_error(ours, theirs) <= 1e-3
-    levels = np.round(np.array(decode(steps[-1])) * 255) - np.round(images * 255)
-    assert np.abs(levels).max() <= 1
 
 
 SCHEDULERS = {
@@ -112,18 +103,6 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
         )
     )
     compare(steps, recorder, images, sd.decode)
-
-
-def encoded_mean(pipe) -> None:
-    """Make a diffusers pipeline take the mean of the autoencoder's posterior and no sample of it, as we do."""
-    encode = pipe.vae.encode
-
-    def mean(x, **kwargs):
-        output = encode(x, **kwargs)
-        output.latent_dist.sample = lambda generator=None: output.latent_dist.mode()
-        return output
-
-    pipe.vae.encode = mean
 
 
 def test_image_to_image(tmp_path):

@@ -1,0 +1,55 @@
+"""A run carried out: the conditioning, the start and the steps, put together into a stream of latents."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from .conditioning import Conditioning
+from .control import Control
+from .denoise import consistency, denoiser, inpainting
+from .guidance import stages
+from .plan import Run
+from .schedule import Schedule
+from .start import Start
+
+
+def sample(
+    unet: Callable[..., mx.array],
+    schedule: Schedule,
+    dtype: mx.Dtype,
+    run: Run,
+    start: Start,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    controls: Sequence[Control] = (),
+    image_guidance: float = 1.0,
+) -> Iterator[mx.array]:
+    """The latents [n, h, w, 4] after each step of a run, float32 in the scale of training, not yet computed."""
+    blank = None
+    if start.channels is not None:
+        if start.blind is not None and negative is not None:
+            blank = _with_channels(negative, start.blind)
+        positive = _with_channels(positive, start.channels)
+        negative = None if negative is None else _with_channels(negative, start.channels)
+    asked = stages(
+        len(run.steps), run.n_images, positive, negative, run.guidance, blank=blank, image_guidance=image_guidance
+    )
+    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls)
+    if run.sampler.consistency:
+        denoise = consistency(denoise, schedule, run.steps)
+    if start.kept is not None:
+        denoise = inpainting(denoise, start.kept, run.steps)
+    states = run.sampler.run(denoise, start.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
+    # There are fewer targets than states where another model goes on.
+    for done, (sigma, x) in enumerate(zip(run.steps.sigmas[1 : run.length + 1], states, strict=False), start=1):
+        latents, kept = x / math.sqrt(sigma**2 + 1), start.kept
+        if kept is not None:  # in the end without noise, also by samplers that stop just above none
+            ended = done == len(run.steps)
+            latents = kept.at(latents, 0.0) if ended else kept.at(x, sigma) / math.sqrt(sigma**2 + 1)
+        yield latents
+
+
+def _with_channels(table: Conditioning, channels: mx.array) -> Conditioning:
+    return replace(table, channels=mx.repeat(channels, len(table.rows), axis=0))

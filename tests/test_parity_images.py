@@ -1,0 +1,315 @@
+"""Whole pipelines that work from images against diffusers: every step's latents, and the images within one level."""
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoints import SCALED, Recorder, compare, encoded_mean, make
+from configs import UNETS
+from oracle import nchw, normal, perturb, relative_error, twin
+from stable_diffusion import Control, StableDiffusion, StableDiffusionXL
+from stable_diffusion.weights.load import build
+
+PROMPT, NEGATIVE = "the red cat on the blue", "the blue"
+HEIGHT, WIDTH = 64, 96
+
+DDIM = (diffusers.DDIMScheduler, {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False})
+EULER = (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1})
+EULER_A = (diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"})
+DPM = (diffusers.DPMSolverMultistepScheduler, {})
+UNIPC = (diffusers.UniPCMultistepScheduler, {})
+
+
+def picture(seed: int = 5, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def mask() -> Image.Image:
+    """White where the image is to be made anew, along the edges of latents: diffusers takes one pixel for each."""
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    values[16:48, 24:72] = 255
+    return Image.fromarray(values)
+
+
+def reference(folder, family: str, scheduler, pipeline: type, **more) -> diffusers.DiffusionPipeline:
+    """A random checkpoint in ``folder``, as the ``pipeline`` of diffusers that works from images."""
+    cls, options = scheduler
+    parts = make(folder, family, cls(**SCALED, **options)).components
+    if "XL" not in pipeline.__name__:
+        more["requires_safety_checker"] = False
+    if pipeline is diffusers.StableDiffusionDepth2ImgPipeline:
+        more = {"depth_estimator": None, "feature_extractor": None}
+        parts = {name: part for name, part in parts.items() if name not in ("safety_checker", "image_encoder")}
+    pipe = pipeline(**parts | more)
+    pipe.set_progress_bar_config(disable=True)
+    encoded_mean(pipe)
+    return pipe
+
+
+def run(pipe, noise: np.ndarray, added: np.ndarray | None = None, **arguments) -> tuple[Recorder, np.ndarray]:
+    """A run of diffusers in which the first noise is ``noise`` and a sampler adds ``added``, its steps recorded."""
+    recorder = Recorder(pipe, added)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{type(pipe).__module__}.randn_tensor", lambda shape, **_: nchw(noise))
+        return recorder, recorder(prompt=PROMPT, negative_prompt=NEGATIVE, **arguments)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("scheduler", [DDIM, EULER_A, DPM], ids=["ddim", "euler_a", "dpmpp_2m"])
+def test_inpainting_with_any_checkpoint(tmp_path, scheduler, strength):
+    pipe = reference(tmp_path / "sd", "sd1", scheduler, diffusers.StableDiffusionInpaintPipeline)
+    noise, added = normal(1, 8, 12, 4, seed=1), normal(5, 1, 8, 12, 4, seed=2)
+    recorder, images = run(
+        pipe,
+        noise,
+        added,
+        image=picture(),
+        mask_image=mask(),
+        height=HEIGHT,
+        width=WIDTH,
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    ours = sd.generate_latents_from_image(
+        picture(),
+        PROMPT,
+        mask=mask(),
+        strength=strength,
+        num_steps=5,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
+        noise=lambda step, shape: mx.array(added[step]),
+    )
+    compare(list(ours), recorder, images, sd.decode)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("family", ["inpaint", "xl-inpaint"])
+def test_inpainting_with_a_checkpoint_made_for_it(tmp_path, family, strength):
+    pipeline = diffusers.StableDiffusionInpaintPipeline
+    if family == "xl-inpaint":
+        pipeline = diffusers.StableDiffusionXLInpaintPipeline
+    pipe = reference(tmp_path / "sd", family, EULER, pipeline)
+    noise = normal(1, 8, 12, 4, seed=1)
+    recorder, images = run(
+        pipe,
+        noise,
+        image=picture(),
+        mask_image=mask(),
+        height=HEIGHT,
+        width=WIDTH,
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    assert sd.mode == "masks"
+    ours = sd.generate_latents_from_image(
+        picture(),
+        PROMPT,
+        mask=mask(),
+        strength=strength,
+        num_steps=5,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
+    )
+    compare(list(ours), recorder, images, sd.decode)
+
+
+def test_depth_to_image(tmp_path):
+    pipe = reference(tmp_path / "sd", "depth", DDIM, diffusers.StableDiffusionDepth2ImgPipeline)
+    noise, depth = normal(1, 8, 12, 4, seed=1), normal(40, 50, seed=3) * 7 + 100
+    recorder, images = run(
+        pipe,
+        noise,
+        image=picture(),
+        depth_map=torch.from_numpy(depth)[None],
+        strength=0.7,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    assert sd.mode == "depth"
+    ours = sd.generate_latents_from_image(
+        picture(),
+        PROMPT,
+        depth=depth,
+        strength=0.7,
+        num_steps=6,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
+    )
+    compare(list(ours), recorder, images, sd.decode)
+
+
+@pytest.mark.parametrize("scheduler", [DDIM, EULER_A], ids=["ddim", "euler_a"])
+@pytest.mark.parametrize("guidance, image_guidance", [(5.0, 1.5), (3.0, 1.0), (1.0, 1.5)])
+def test_instructions(tmp_path, scheduler, guidance, image_guidance):
+    pipe = reference(tmp_path / "sd", "pix2pix", scheduler, diffusers.StableDiffusionInstructPix2PixPipeline)
+    noise, added = normal(1, 8, 12, 4, seed=1), normal(5, 1, 8, 12, 4, seed=2)
+    recorder, images = run(
+        pipe,
+        noise,
+        added,
+        image=picture(),
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        image_guidance_scale=image_guidance,
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    assert sd.mode == "instructions"
+    ours = sd.generate_latents_from_image(
+        picture(),
+        PROMPT,
+        num_steps=4,
+        cfg_weight=guidance,
+        image_cfg_weight=image_guidance,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
+        noise=lambda step, shape: mx.array(added[step]),
+    )
+    compare(list(ours), recorder, images, sd.decode)
+
+
+def control_nets(family: str, count: int, **options) -> tuple[list, list]:
+    """``count`` random ControlNets for a family: diffusers' and ours."""
+    theirs, ours = [], []
+    config = {key: UNETS[family][key] for key in UNETS[family] if key not in ("sample_size", "out_channels")}
+    config = {key: value for key, value in config.items() if not key.startswith(("up_block", "reverse"))}
+    for seed in range(count):
+        torch.manual_seed(seed)
+        net = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32, 96, 128), **options)
+        theirs.append(perturb(net, seed=seed + 10))
+        ours.append(twin(build("controlnet", dict(net.config)), net))
+    return theirs, ours
+
+
+def hints(count: int) -> list[Image.Image]:
+    return [picture(seed) for seed in range(20, 20 + count)]
+
+
+def shown(image: Image.Image) -> mx.array:
+    return mx.array(np.asarray(image, dtype=np.float32) / 255)
+
+
+CONTROLS = {
+    "one": [{}],
+    "weak": [{"scale": 0.4}],
+    "early": [{"end": 0.5}],
+    "late": [{"start": 0.4}],
+    "guess": [{"guess": True}],
+    "two": [{"scale": 0.5}, {"scale": 1.5, "start": 0.2, "end": 0.8}],
+}
+
+
+@pytest.mark.parametrize("choices", CONTROLS.values(), ids=CONTROLS)
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_controlnet(tmp_path, family, choices):
+    pipeline = diffusers.StableDiffusionControlNetPipeline
+    if family == "xl":
+        pipeline = diffusers.StableDiffusionXLControlNetPipeline
+    theirs, ours = control_nets(family, len(choices))
+    one = len(choices) == 1
+    pipe = reference(tmp_path / "sd", family, EULER, pipeline, controlnet=theirs[0] if one else theirs)
+
+    def asked(key: str, default: float):
+        values = [choice.get(key, default) for choice in choices]
+        return values[0] if one else values
+
+    noise = normal(1, 8, 12, 4, seed=1)
+    recorder, images = run(
+        pipe,
+        noise,
+        image=hints(1)[0] if one else hints(len(choices)),
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        controlnet_conditioning_scale=asked("scale", 1.0),
+        control_guidance_start=asked("start", 0.0),
+        control_guidance_end=asked("end", 1.0),
+        guess_mode=choices[0].get("guess", False),
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    controls = [Control(net, shown(hint), **choice) for net, hint, choice in zip(ours, hints(9), choices, strict=False)]
+    steps = sd.generate_latents(
+        PROMPT,
+        num_steps=5,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latent_size=(8, 12),
+        latents=mx.array(noise),
+        controls=controls,
+    )
+    compare(list(steps), recorder, images, sd.decode)
+
+
+def test_controlnet_in_a_run_from_an_image(tmp_path):
+    theirs, ours = control_nets("sd1", 1)
+    pipeline = diffusers.StableDiffusionControlNetImg2ImgPipeline
+    pipe = reference(tmp_path / "sd", "sd1", DDIM, pipeline, controlnet=theirs[0])
+    noise, hint = normal(1, 8, 12, 4, seed=1), hints(1)[0]
+    recorder, images = run(
+        pipe,
+        noise,
+        image=picture(),
+        control_image=hint,
+        strength=0.6,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        controlnet_conditioning_scale=1.0,
+    )
+    sd = StableDiffusion(tmp_path / "sd")
+    steps = sd.generate_latents_from_image(
+        picture(),
+        PROMPT,
+        strength=0.6,
+        num_steps=5,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latents=mx.array(noise),
+        controls=[Control(ours[0], shown(hint))],
+    )
+    compare(list(steps), recorder, images, sd.decode)
+
+
+@pytest.mark.parametrize("scheduler", [EULER, DPM, UNIPC], ids=["euler", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_refiner_goes_on_where_the_base_stops(tmp_path, scheduler, share):
+    cls, options = scheduler
+    base = make(tmp_path / "base", "xl", cls(**SCALED, **options))
+    refiner = make(tmp_path / "refiner", "refiner", cls(**SCALED, **options), force_zeros_for_empty_prompt=False)
+    noise = normal(1, 8, 12, 4, seed=1)
+    common = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": 10, "guidance_scale": 5.0}
+    first = base(
+        **common, height=HEIGHT, width=WIDTH, latents=nchw(noise), denoising_end=share, output_type="latent"
+    ).images
+    recorder = Recorder(refiner)
+    images = recorder(**common, image=first, denoising_start=share)
+    shared = {"num_steps": 10, "cfg_weight": 5.0, "negative_text": NEGATIVE, "latent_size": (8, 12)}
+    ours = StableDiffusionXL(tmp_path / "base")
+    *_, x = ours.generate_latents(PROMPT, latents=mx.array(noise), denoising_end=share, **shared)
+    sd = StableDiffusionXL(tmp_path / "refiner")
+    steps = list(sd.generate_latents(PROMPT, latents=x, denoising_start=share, **shared))
+    assert 0 < len(steps) < 6
+    compare(steps, recorder, images, sd.decode)
+
+
+def test_the_comparison_sees_a_swapped_mask(tmp_path):
+    pipe = reference(tmp_path / "sd", "sd1", DDIM, diffusers.StableDiffusionInpaintPipeline)
+    noise = normal(1, 8, 12, 4, seed=1)
+    given = {"image": picture(), "mask_image": mask(), "height": HEIGHT, "width": WIDTH, "strength": 0.6}
+    recorder, _ = run(pipe, noise, num_inference_steps=5, guidance_scale=5.0, **given)
+    sd = StableDiffusion(tmp_path / "sd")
+    inverted = Image.eval(mask(), lambda value: 255 - value)
+    shared = {"strength": 0.6, "num_steps": 5, "cfg_weight": 5.0, "negative_text": NEGATIVE}
+    steps = sd.generate_latents_from_image(picture(), PROMPT, mask=inverted, latents=mx.array(noise), **shared)
+    assert relative_error(list(steps)[-1], recorder.steps[-1]) > 0.1
