@@ -38,7 +38,7 @@ def _half_unet(tensors: Tensors) -> dict[str, Any]:
     down, middle = _levels(tensors, "down"), _depths(tensors, "mid_block")
     first = tensors["conv_in.weight"]
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(down) or 1)]
-    to_k = next((v for name, v in tensors.items() if name.endswith(".attn2.to_k.weight")), first)
+    contexts = [value.shape[1] for name, value in tensors.items() if name.endswith(".attn2.to_k.weight")]
     linear = any(v.ndim == 2 for name, v in tensors.items() if name.endswith(".proj_in.weight"))
     layers = [_one_for_all(block) if block else 1 for block in down]
     if middle and not down[-1]:
@@ -52,7 +52,7 @@ def _half_unet(tensors: Tensors) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if block else "DownBlock2D" for block in down],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
         "transformer_layers_per_block": layers,
-        "cross_attention_dim": to_k.shape[1],
+        "cross_attention_dim": contexts[0] if contexts else 2048,  # a small ControlNet of XL reads no prompt
         # Stable Diffusion 1 has 8 heads everywhere, all later ones have heads of 64 channels.
         "attention_head_dim": [max(width // 64, 1) for width in widths] if linear else 8,
         "use_linear_projection": linear,
