@@ -114,11 +114,11 @@ class Tokenizer:
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
-    def from_folder(cls, folder: Path | str) -> "Tokenizer":
+    def from_folder(cls, folder: Path | str, pad_token: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or tokenizer.json where these are missing.
 
-        The pad token and the other special tokens come from special_tokens_map.json, else from tokenizer_config.json
-        (which alone counts, as in the reference, when it has a table of added tokens).
+        The special tokens come from special_tokens_map.json, else from tokenizer_config.json (which alone counts, as in
+        the reference, when it has a table of added tokens); a ``pad_token`` takes the place of theirs.
         Raises ValueError, one line that names the file, for whatever is missing or malformed.
         """
         folder = Path(folder)
@@ -139,7 +139,7 @@ class Tokenizer:
             return cls(
                 vocab,
                 merges,
-                pad_token=_content(config.get("pad_token") or _EOS),
+                pad_token=_content(config.get("pad_token") or _EOS) if pad_token is None else pad_token,
                 max_length=length if isinstance(length, int) and length < 10000 else 77,
                 special_tokens=_special_tokens(config, added),
             )
