@@ -215,14 +215,14 @@ def meaning(factors: Tensors, shape: tuple[int, ...], alpha: float | None) -> to
 
 
 @contextmanager
-def changed(model: Model, change: Callable[[str, str, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """The torch networks with ``change`` (network, path, weight) -> what to add to it, for a while."""
+def changed(model: Model, deltas: dict[tuple[str, str], torch.Tensor], scale: float = 1.0) -> Iterator[None]:
+    """The torch networks with ``scale`` times ``deltas`` added to their weights, for a while."""
     kept = []
     with torch.no_grad():
         for network, path, weight in layers(model):
-            if (delta := change(network, path, weight)) is not None:
+            if (network, path) in deltas:
                 kept.append((weight, weight.clone()))
-                weight += delta.float()
+                weight += scale * deltas[network, path].float()
         yield
         for weight, before in kept:
             weight.copy_(before)
@@ -318,8 +318,12 @@ def make(
     alpha: float | None = ALPHA,
     seed: int = 0,
     only: Callable[[str, str], bool] = lambda network, path: True,
+    dora: str | None = None,
 ) -> tuple[Tensors, dict[tuple[str, str], torch.Tensor]]:
-    """A LoRA for every layer that ``only`` picks: (its tensors under ``names``, {(network, path): ΔW})."""
+    """A LoRA for every layer that ``only`` picks: (its tensors under ``names``, {(network, path): change of W}).
+
+    ``dora`` adds lengths for the "rows" of the changed weights, or for their "columns".
+    """
     prefix_of, roles = NAMES[names]
     generator = torch.Generator().manual_seed(seed)
     tensors, deltas = {}, {}
@@ -331,7 +335,15 @@ def make(
         tensors |= {f"{prefix}.{roles.get(role, role)}": value for role, value in factors.items()}
         if alpha is not None and kind != "diff":
             tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
-        deltas[network, path] = meaning(factors, tuple(weight.shape), alpha)
+        delta = meaning(factors, tuple(weight.shape), alpha)
+        if dora is not None:
+            along = [axis for axis in range(weight.ndim) if axis != ("rows", "columns").index(dora)]
+            new = weight.double() + delta
+            norm = new.square().sum(dim=along, keepdim=True).sqrt()
+            lengths = (norm * (1 + _random(*norm.shape, generator=generator, scale=0.2))).float()
+            tensors[f"{prefix}.{roles.get('dora_scale', 'dora_scale')}"] = lengths
+            delta = lengths / norm * new - weight
+        deltas[network, path] = delta.detach()
     return tensors, deltas
 
 

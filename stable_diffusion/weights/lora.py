@@ -76,20 +76,22 @@ def read_lora(source: str | os.PathLike) -> Lora:
     metadata = mx.load(str(path), return_metadata=True)[1] if path.suffix == ".safetensors" else {}
     grouped: dict[tuple[str, str], dict[str, mx.array]] = {}
     unknown = []
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if key := read_key(name):
             *layer, role = key
+            if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
+                raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
             grouped.setdefault(tuple(layer), {})[role] = tensor
         else:
             unknown.append(name)
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not _is_complete(factors)]:
-        raise ValueError(f"{path} lacks factors of its changes of {', '.join(sorted(incomplete))}")
+        raise ValueError(f"{path} lacks factors of its changes of {', '.join(incomplete)}")
     if not grouped:
-        raise ValueError(f"{path} is not a LoRA: it holds {', '.join(sorted(unknown)[:3]) or 'nothing'}")
+        raise ValueError(f"{path} is not a LoRA: it holds {', '.join(unknown[:3]) or 'nothing'}")
     mx.eval([factors["alpha"] for factors in grouped.values() if "alpha" in factors])
     settings = _settings(path, metadata)
     changes = (Change(*layer, factors, _multiplier(*layer, factors, settings)) for layer, factors in grouped.items())
-    return Lora(path, tuple(changes), tuple(sorted(unknown)), metadata)
+    return Lora(path, tuple(changes), tuple(unknown), metadata)
 
 
 def locate(source: str | os.PathLike) -> Path:
