@@ -130,6 +130,8 @@ class Tokenizer:
                 added = [table[id_] for id_ in sorted(table, key=int)]
             else:
                 config |= special_map
+            if pad_token is not None:  # a special token, which is found inside a text too
+                config["pad_token"] = pad_token
             known = {_content(token) for token in added}
             extra = [_content(token) for token in config.get("additional_special_tokens") or []]
             added += [{"content": token, "special": True} for token in extra if token not in known]
@@ -139,7 +141,7 @@ class Tokenizer:
             return cls(
                 vocab,
                 merges,
-                pad_token=_content(config.get("pad_token") or _EOS) if pad_token is None else pad_token,
+                pad_token=_content(config.get("pad_token") or _EOS),
                 max_length=length if isinstance(length, int) and length < 10000 else 77,
                 special_tokens=_special_tokens(config, added),
             )
