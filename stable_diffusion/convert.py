@@ -10,18 +10,21 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from . import catalog
 from .arguments import TEXT_BITS, UNET_BITS, Parser, add
 from .weights import layout
-from .weights.files import Checkpoint, Component, open_checkpoint
+from .weights.adapters import fuse
+from .weights.files import PREDICTIONS, Checkpoint, Component, open_checkpoint, open_part, read_tensors
 from .weights.load import load_component
+from .weights.lora import read_lora
 from .weights.quantize import BITS, GROUP_SIZES, quantize_lazily, read_quantization, still_to_do
 from .weights.save import check_new, check_space, new_folder, stored_tensors, write_bytes, write_json, write_weights
 
@@ -29,6 +32,17 @@ DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 _SMALL_FILES = 2**24  # bytes; all that is not weights, generously
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "depth_estimator": ("transformers", "DPTForDepthEstimation"),
+}
 _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -59,9 +73,12 @@ def convert(
     dtype: str = "float16",
     unet_bits: int | None = None,
     text_bits: int | None = None,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    lora_partial: bool = False,
     revision: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     report: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Path:
     """Read a model and write it as a folder in diffusers layout.
 
@@ -71,9 +88,12 @@ def convert(
         dtype: "float16", "float32" or "bfloat16", the type of the UNet and the text encoders. The autoencoder keeps
             its own, because it is always computed in float32.
         unet_bits: quantize the UNet to so many bits; text_bits: the same for the text encoders.
+        loras: LoRAs to add to the weights, (what ``read_lora`` reads, scale) each.
+        lora_partial: add what fits of a LoRA even if some of it does not.
         revision: branch, tag or commit of a Hub repository.
         max_shard_size: bytes of a weight file, beyond which it is split.
         report: is told in a line what has been written.
+        options: ``tokenizer``, ``prediction`` and ``parts`` as ``open_checkpoint`` takes them.
 
     The result generates the images that ``source`` does with the same type and bits, and is made in the memory of a few
     tensors. Unquantized it is read by other programs too. Returns the folder.
@@ -82,34 +102,48 @@ def convert(
     do not fit into ``dtype``, or a disk without room; then nothing is left of the destination.
     """
     dest = check_new(Path(dest))  # before anything is downloaded
-    checkpoint = open_checkpoint(source, float16=dtype == "float16", revision=revision)
+    half = dtype == "float16"
+    checkpoint = open_checkpoint(source, float16=half, revision=revision, **options)
     bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
-    parts = [_prepare(part, DTYPES[dtype], bits.get(name)) for name, part in checkpoint.components.items()]
+    parts = _prepare(checkpoint, DTYPES[dtype], bits, loras, lora_partial)
+    if _is_there(checkpoint.index, "depth_estimator"):
+        estimator = open_part(source, "depth_estimator", float16=half, revision=revision)
+        parts.append(_Part(estimator.name, estimator.config, read_tensors(estimator)))
     check_space(dest, sum(part.size for part in parts) + _SMALL_FILES)
     with new_folder(dest) as folder:
         for part in parts:
-            size = part.size
-            files = _write_part(folder, part, max_shard_size)
-            quantized = read_quantization(part.config)
-            kind = f", {quantized[0]} bits" if quantized else ""
-            report(f"{part.name}: {size / 1e6:.1f} MB{kind}" + (f", {len(files)} files" if len(files) > 1 else ""))
+            report(_write_part(folder, part, max_shard_size))
         for name, tokenizer in checkpoint.tokenizers.items():
             _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
         (folder / "scheduler").mkdir()
         write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
-        write_json(folder / layout.INDEX, _index(checkpoint))  # last: without it there is no checkpoint
+        write_json(folder / layout.INDEX, _index(checkpoint, parts))  # last: without it there is no checkpoint
     return dest
 
 
-def _prepare(component: Component, dtype: mx.Dtype, bits: int | None) -> _Part:
-    """Plan what is written of a network; nothing of it is read yet."""
-    if component.name == "vae":
-        dtype = None  # it is computed in float32 whatever the rest is, so rounding would change the images
+def _prepare(
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    bits: Mapping[str, int | None],
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    partial: bool,
+) -> list[_Part]:
+    """Plan what is written of each network; nothing of them is read yet."""
+    components = checkpoint.components
+    modules = {
+        # The autoencoder is computed in float32 whatever the rest is: rounding it would change the images.
+        name: load_component(component, None if name == "vae" else dtype)
+        for name, component in components.items()
+    }
+    if loras:
+        fuse(modules, [(read_lora(path), scale) for path, scale in loras], partial=partial, keep=False)
+    return [_part(components[name], module, bits.get(name)) for name, module in modules.items()]
+
+
+def _part(component: Component, module: nn.Module, bits: int | None) -> _Part:
     config = dict(component.config)
-    asked = None if bits is None else (bits, GROUP_SIZES[component.name])
-    module = load_component(component, dtype)
     try:
-        pending = still_to_do(config, asked)
+        pending = still_to_do(config, None if bits is None else (bits, GROUP_SIZES[component.name]))
     except ValueError as error:
         raise ValueError(f"{component.name} of {component.files[0].parent}: {error}") from error
     if pending is not None:
@@ -118,12 +152,18 @@ def _prepare(component: Component, dtype: mx.Dtype, bits: int | None) -> _Part:
     return _Part(component.name, config, stored_tensors(module))
 
 
-def _write_part(folder: Path, part: _Part, max_shard_size: int) -> list[Path]:
-    place = folder / part.name
+def _write_part(folder: Path, part: _Part, max_shard_size: int) -> str:
+    """Write a network; returns a line that says what has been written."""
+    place, size = folder / part.name, part.size
     place.mkdir()
     write_json(place / "config.json", part.config)
-    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
-    return write_weights(place, stem, part.tensors, max_shard_size)
+    stem = "diffusion_pytorch_model" if _CLASSES[part.name][0] == "diffusers" else "model"
+    files = write_weights(place, stem, part.tensors, max_shard_size)
+    quantized = read_quantization(part.config)
+    details = [f"{size / 1e6:,.1f} MB"]
+    details += [f"{quantized[0]} bits"] if quantized else []
+    details += [f"{len(files)} files"] if len(files) > 1 else []
+    return f"{part.name}: {', '.join(details)}"
 
 
 def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
@@ -137,19 +177,30 @@ def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
         write_json(path, (layout.read_json(path) if path.is_file() else {}) | {"pad_token": pad_token})
 
 
-def _index(checkpoint: Checkpoint) -> dict[str, Any]:
+def _index(checkpoint: Checkpoint, parts: Sequence[_Part]) -> dict[str, Any]:
     """The model_index.json of what has been written: parts that have not are null, as diffusers says it."""
-    written = {*checkpoint.components, *checkpoint.tokenizers, "scheduler"}
-    index = {
-        key: [None, None] if isinstance(value, list) and key not in written else value
-        for key, value in checkpoint.index.items()
-    }
+    written = {part.name: _entry(part.name, part.config) for part in parts}
+    written |= {name: _entry(name, {}) for name in checkpoint.tokenizers}
+    written["scheduler"] = _entry("scheduler", checkpoint.scheduler)
+    left_out = {key: [None, None] for key, value in checkpoint.index.items() if isinstance(value, list)}
+    index = checkpoint.index | left_out | written
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
     own = (checkpoint.steps, checkpoint.guidance)
     if own != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
         index["_defaults"] = {"steps": own[0], "guidance": own[1]}  # what the catalog knew of the source
     return index
+
+
+def _entry(name: str, config: Mapping[str, Any]) -> list[str]:
+    """[library, class] of a part; its config knows the class, if anything does."""
+    library, usual = _CLASSES[name]
+    return [library, config.get("_class_name") or (config.get("architectures") or [usual])[0]]
+
+
+def _is_there(index: Mapping[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and bool(entry) and entry[-1] is not None
 
 
 # --- command line ------------------------------------------------------------------------------------------------
@@ -160,6 +211,15 @@ def _bytes(text: str) -> int:
     if not match or (size := float(match[1]) * _BYTES[match[2].upper()]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(size)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE; a Hub's owner/name:file has a colon of its own."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _parser() -> Parser:
@@ -176,6 +236,20 @@ def _parser() -> Parser:
     )
     add(parser, "--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
     add(parser, "--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
+    add(
+        parser,
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="a LoRA to add to the weights, by so much (1); may be given again",
+    )
+    add(parser, "--lora_partial", action="store_true", help="add what fits of a LoRA even if some of it does not")
+    for part in _PARTS:
+        add(parser, f"--{part}", metavar="PATH", help=f"take the {part} from elsewhere: a Hub id, a folder or a file")
+    add(parser, "--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt, for a file that has none")
+    add(parser, "--prediction", choices=PREDICTIONS, help="what the UNet predicts, where a file does not say it")
     add(parser, "--revision", help="branch, tag or commit of a Hub repository (main)")
     add(
         parser,
@@ -199,10 +273,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.source,
             args.dest,
             dtype=args.dtype,
+            **bits,
+            loras=args.lora,
+            lora_partial=args.lora_partial,
             revision=args.revision,
             max_shard_size=args.max_shard_size,
             report=lambda line: print(line, file=sys.stderr, flush=True),
-            **bits,
+            tokenizer=args.tokenizer,
+            prediction=args.prediction,
+            parts={part: getattr(args, part) for part in _PARTS if getattr(args, part) is not None},
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
