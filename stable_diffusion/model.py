@@ -1,28 +1,34 @@
 """A checkpoint's parts, read and ready to be asked: networks, tokenizers, noise schedule; and what is added to them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .conditioning import Conditioning, concatenate, encode, same_length
 from .config import ScheduleConfig, readable
 from .depth import estimate_depth, load_depth_estimator
+from .image import fit, from_array, to_array
 from .models.clip import CLIPTextModel
+from .models.controlnet import ControlNetModel
+from .models.layers import resample
 from .samplers import sampler_for
 from .schedule import Schedule
 from .start import MODES
 from .tokenizer import Tokenizer
+from .weights.adapters import Attachment, attach, fuse
 from .weights.embeddings import read_embedding
-from .weights.files import open_checkpoint
+from .weights.files import Checkpoint, open_checkpoint, open_part
 from .weights.load import load_component
+from .weights.lora import Lora, read_lora
+from .weights.lora_keys import few_step_defaults
+from .weights.quantize import GROUP_SIZES, quantize, still_to_do
 
 _log = logging.getLogger("stable_diffusion")
-
-_UNET_GROUP, _TEXT_GROUP = 32, 64  # values that share a quantization scale
 
 # The pipelines in which diffusers reads any steps_offset as 1: old files lack it, and were trained with 1.
 _OFFSET_ONE = {f"StableDiffusion{mode}Pipeline" for mode in ("", "Img2Img", "Inpaint")}
@@ -44,9 +50,16 @@ class DiffusionModel:
         revision: str | None = None,
         unet_bits: int | None = None,
         text_bits: int | None = None,
+        parts: Mapping[str, str | PathLike] | None = None,
+        tokenizer: str | PathLike | None = None,
+        prediction: str | None = None,
+        loras: Sequence[tuple[str | PathLike, float]] = (),
+        lora_partial: bool = False,
     ):
         self._source, self._revision = self.default_model if model is None else model, revision
-        checkpoint = open_checkpoint(self._source, float16=float16, revision=revision)
+        checkpoint = open_checkpoint(
+            self._source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
+        )
         self.dtype = mx.float16 if float16 else mx.float32
         with readable("scheduler config"):
             levels = ScheduleConfig.from_dict(checkpoint.scheduler)
@@ -55,24 +68,39 @@ class DiffusionModel:
             self.schedule = Schedule(levels)
         self.sampler = self._default_sampler()
         self.default_steps, self.default_guidance = checkpoint.steps, checkpoint.guidance
+        self._defaults: dict[str, Any] = {}  # of other arguments of a run, by their names
+        self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
+        self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
+        self._read_networks(checkpoint, {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits})
+        self._fuse([(read_lora(source), scale) for source, scale in loras], lora_partial)
+        self._quantize()
+
+    def _read_networks(self, checkpoint: Checkpoint, bits: Mapping[str, int | None]) -> None:
         parts, tokenizers = checkpoint.components, checkpoint.tokenizers
         self._encoders: list[tuple[str, str]] = []
+        self._attributes = {"unet": "unet"}  # of the networks that LoRAs change, by the parts' names
         for name in sorted(tokenizers):
-            encoder = name.replace("tokenizer", "text_encoder")
+            part = name.replace("tokenizer", "text_encoder")
             suffix = "" if len(tokenizers) == 1 else "_2" if name.endswith("_2") else "_1"
             self._encoders.append((f"tokenizer{suffix}", f"text_encoder{suffix}"))
-            setattr(self, f"tokenizer{suffix}", Tokenizer.from_folder(tokenizers[name]))
-            quantization = None if text_bits is None else (text_bits, _TEXT_GROUP)
-            setattr(self, f"text_encoder{suffix}", load_component(parts[encoder], self.dtype, quantization))
-        self.unet = load_component(parts["unet"], self.dtype, None if unet_bits is None else (unet_bits, _UNET_GROUP))
-        self.autoencoder = load_component(parts["vae"], mx.float32)
+            self._attributes[part] = f"text_encoder{suffix}"
+            tokenizer = Tokenizer.from_folder(tokenizers[name], checkpoint.pad_tokens.get(name))
+            setattr(self, f"tokenizer{suffix}", tokenizer)
+        # How each is to be quantized, (bits, group size); nothing for weights that are stored so.
+        self._pending = {}
+        for part, attribute in self._attributes.items():
+            setattr(self, attribute, load_component(parts[part], self.dtype))
+            asked = None if bits[part] is None else (bits[part], GROUP_SIZES[part])
+            self._pending[part] = still_to_do(parts[part].config, asked)
+        # Half precision overflows in the autoencoders of most checkpoints; their configs say which are safe.
+        safe = not parts["vae"].config.get("force_upcast", True)
+        self._vae_dtype = self.dtype if safe else mx.float32
+        self.autoencoder = load_component(parts["vae"], self._vae_dtype)
         self._unet_config, self._scale = self.unet.config, self.autoencoder.config.scale
         extra = self._unet_config.in_channels - self.autoencoder.latent_channels
         if extra not in MODES:
             raise ValueError(f"a UNet with {extra} channels beside the latents is not supported")
         self.mode = MODES[extra]
-        self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
-        self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
 
     def _default_sampler(self) -> str:
         config = self.schedule.config
@@ -100,7 +128,30 @@ class DiffusionModel:
 
     def decode(self, x_t: mx.array) -> mx.array:
         """Latents [n, h, w, 4] -> images [n, 8h, 8w, 3], float32 in [0, 1]."""
-        return mx.clip(self.autoencoder.decode(x_t.astype(mx.float32)) / 2 + 0.5, 0, 1)
+        pixels = self.autoencoder.decode(x_t.astype(self._vae_dtype)).astype(mx.float32)
+        return mx.clip(pixels / 2 + 0.5, 0, 1)
+
+    def encode(self, pixels: mx.array) -> mx.array:
+        """Images [n, H, W, 3] in [-1, 1] -> latents [n, H / 8, W / 8, 4], float32 in the UNet's scale.
+
+        They are the means of the posterior: its spread is far below one grey level, and a run needs no further
+        randomness.
+        """
+        return self.autoencoder.encode(pixels.astype(self._vae_dtype))[0].astype(mx.float32)
+
+    def upscale(self, x: mx.array, size: tuple[int, int], how: str = "latents") -> mx.array:
+        """Latents [n, h, w, 4] of images -> those of larger ones, ``size`` (height, width) in latents.
+
+        ``how`` is "latents", which are interpolated linearly and are to be worked on further; or "pixels", which are
+        decoded, resized and encoded again.
+        """
+        if how == "latents":
+            return x if x.shape[1:3] == tuple(size) else resample(x, size)
+        if how != "pixels":
+            raise ValueError(f"there is no upscaling of {how!r}; choose latents or pixels")
+        height, width = (self.pixels_per_latent * side for side in size)
+        images = [from_array(image) for batch in x for image in self.decode(batch[None])]
+        return mx.concatenate([self.encode(mx.array(to_array(fit(i, width, height)))[None]) for i in images])
 
     def estimate_depth(self, image: Any) -> mx.array:
         """The depth map [S, S] of a picture, larger is nearer, by the estimator that comes with checkpoints for depth.
@@ -152,6 +203,50 @@ class DiffusionModel:
         except ValueError as error:
             raise ValueError(f"{path} is for another family of models: {error}") from error
         return word
+
+    def load_lora(self, source: str | PathLike, scale: float = 1.0, *, partial: bool = False) -> Attachment:
+        """Let a LoRA (Hu et al. 2021) run beside the weights, which stay as they are.
+
+        The result's ``scale`` may be changed between two runs, and ``detach()`` takes it away. LoRAs that are given to
+        the class itself are added to its weights instead: they cost no time, and stay.
+
+        Args:
+            source: a file, a folder or a Hub id with one, or "id:file".
+            scale: how much of it; 0 is none.
+            partial: take what fits of it; otherwise ValueError names what does not.
+        """
+        lora = read_lora(source)
+        attachment = attach(self._networks(), lora, scale, partial=partial)
+        self._take_defaults(lora)
+        return attachment
+
+    def load_controlnet(self, source: str | PathLike) -> ControlNetModel:
+        """A ControlNet for this model, from a file, a folder or a Hub id; for ``Control``."""
+        return load_component(open_part(source, "controlnet", float16=self.dtype == mx.float16), self.dtype)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {part: getattr(self, attribute) for part, attribute in self._attributes.items()}
+
+    def _fuse(self, loras: Sequence[tuple[Lora, float]], partial: bool) -> None:
+        if loras:
+            fuse(self._networks(), loras, partial=partial, keep=False)
+        for lora, _ in loras:
+            self._take_defaults(lora)
+
+    def _take_defaults(self, lora: Lora) -> None:
+        """Run as the authors of a LoRA for few steps run it, wherever a run is not told otherwise."""
+        found = few_step_defaults(lora.path.as_posix(), lora.metadata)
+        if found is None:
+            return
+        asked = ", ".join(f"{name} {value}" for name, value in found.items())
+        _log.warning("%s was made for few steps: the defaults now are %s", lora.path.name, asked)
+        self.sampler, self.default_steps = found.pop("sampler"), found.pop("num_steps")
+        self.default_guidance, self._defaults = found.pop("cfg_weight"), found
+
+    def _quantize(self) -> None:
+        for part, network in self._networks().items():
+            if self._pending[part]:
+                quantize(network, *self._pending[part])
 
     def _text_encoders(self) -> list[tuple[Tokenizer, CLIPTextModel]]:
         return [(getattr(self, tokenizer), getattr(self, encoder)) for tokenizer, encoder in self._encoders]

@@ -12,7 +12,7 @@ from .conditioning import Conditioning, MicroConditioning, with_sizes
 from .control import Control
 from .guidance import guidance_embedding
 from .model import DiffusionModel
-from .plan import Run, plan, share_of_steps
+from .plan import Run, plan
 from .samplers import Noise, States, read_name
 from .sampling import sample
 from .start import Start, from_image, mask_of, pixels_of
@@ -36,13 +36,20 @@ class StableDiffusion(DiffusionModel):
     """Stable Diffusion 1.x, 2.x or XL, whichever ``model`` is.
 
     Args:
-        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id or a folder in diffusers layout; None is the class's
-            default model.
+        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a whole
+            checkpoint (.safetensors, .ckpt); None is the class's default model.
         float16: compute text encoders and UNet in half precision, and read half-precision files. The autoencoder
-            stays in float32, where it cannot overflow.
+            stays in float32 unless its config says that it does not overflow ("force_upcast": false).
         revision: branch, tag or commit of a Hub repository.
         unet_bits: quantize the UNet to so many bits (2, 3, 4, 5, 6 or 8).
         text_bits: the same for the text encoders.
+        parts: networks to take from elsewhere, by the names "unet", "vae", "text_encoder", "text_encoder_2": Hub ids,
+            folders or files. A "vae" may be a TAESD.
+        tokenizer: a folder with vocab.json and merges.txt, for checkpoints in one file, which hold none.
+        prediction: what the UNet predicts, "epsilon", "v_prediction" or "sample", where the checkpoint does not say so.
+        loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale); see also
+            ``load_lora``.
+        lora_partial: take what fits of a LoRA, and do not raise for what does not.
 
     The parts are attributes that may be used, quantized or deleted on their own: ``unet``, ``autoencoder``,
     ``sampler`` (a name) and ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and
@@ -53,12 +60,14 @@ class StableDiffusion(DiffusionModel):
 
     default_model = "stabilityai/stable-diffusion-2-1-base"
 
-    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0) -> int:
+    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **choices: Any) -> int:
         """How many latents a run yields: ``num_steps`` (None: the model's default), of which an image takes its share.
 
         That share is rounded down as diffusers does, but it is at least one step while ``strength`` is above 0.
+        ``choices`` are other arguments of the run that have a say in it: sampler, schedule, denoising_start...
         """
-        return share_of_steps(self.default_steps if num_steps is None else num_steps, strength)
+        choices = {"sampler": None, "schedule": None, "cfg_weight": None} | choices
+        return self._plan(**choices, n_images=1, num_steps=num_steps, seed=0, strength=strength).length
 
     def generate_latents(
         self,
@@ -239,7 +248,8 @@ class StableDiffusion(DiffusionModel):
 
         def start() -> Start:
             seen = partial(self.estimate_depth, image) if depth is None else lambda: depth
-            return from_image(run, self.autoencoder, self.mode, strength, pixels, new, seen)
+            scale = self.autoencoder.config.scaling_factor
+            return from_image(run, self.encode, scale, self.mode, strength, pixels, new, seen)
 
         image_guidance = 1.5 if image_cfg_weight is None else image_cfg_weight
         told = _Told(text, negative_text, clip_skip, micro or MicroConditioning(), controls, image_guidance)
@@ -252,7 +262,9 @@ class StableDiffusion(DiffusionModel):
         cfg_weight: float | None,
         **choices: Any,
     ) -> Run:
-        sampler = self.sampler if sampler is None else sampler
+        if sampler is None:
+            sampler = self.sampler
+            choices |= {name: value for name, value in self._defaults.items() if choices.get(name) is None}
         if schedule is None and isinstance(sampler, str):
             schedule = read_name(sampler)[1]
         if schedule == "align_your_steps" and self._is_xl:

@@ -9,7 +9,6 @@ import mlx.core as mx
 from .denoise import Kept
 from .depth import depth_latents
 from .image import to_array
-from .models.vae import AutoencoderKL
 from .plan import Run
 
 # What checkpoints with more input channels than latents have are made for.
@@ -49,7 +48,8 @@ def mask_of(mask: Any, size: tuple[int, int]) -> mx.array:
 
 def from_image(
     run: Run,
-    vae: AutoencoderKL,
+    encode: Callable[[mx.array], mx.array],
+    latent_scale: float,
     mode: str,
     strength: float,
     image: mx.array,
@@ -59,11 +59,12 @@ def from_image(
     """The start of a run of ``generate_latents_from_image``.
 
     Args:
+        encode: [n, H, W, 3] -> latents, which are ``latent_scale`` times those of the autoencoder itself.
         image: pixels [H, W, 3], or latents [n, h, w, 4] of images that are worked on further.
         mask: [H, W], 0 where the image is kept.
         depth: gives the map [H', W'] of the image, larger is nearer; for mode "depth".
     """
-    x0 = image if image.ndim == 4 else encode(vae, image)
+    x0 = image if image.ndim == 4 else encode(image[None])
     x0 = mx.broadcast_to(x0, (run.n_images, *x0.shape[1:]))
     if not len(run.steps):
         return Start(x0)
@@ -74,21 +75,13 @@ def from_image(
     x = run.scale * noise if forgets else x0 + run.steps.sigmas[0] * noise
     if mode == "masks":
         everything = mx.ones(image.shape[:2])
-        covered = encode(vae, image * ((everything if mask is None else mask) < 0.5)[..., None])
+        covered = encode((image * ((everything if mask is None else mask) < 0.5)[..., None])[None])
         return Start(x, None, mx.concatenate([latent_mask(everything, size) if small is None else small, covered], -1))
     kept = None if small is None else Kept(x0, small, noise)
     if mode == "instructions":
-        seen = x0[:1] / vae.config.scaling_factor
+        seen = x0[:1] / latent_scale
         return Start(x, kept, seen, mx.zeros_like(seen))
     return Start(x, kept, depth_latents(depth(), size) if mode == "depth" else None)
-
-
-def encode(vae: AutoencoderKL, pixels: mx.array) -> mx.array:
-    """The latents [1, h, w, 4] of an image [H, W, 3].
-
-    The mean of the posterior: its spread is far below one grey level, and a run needs no further randomness.
-    """
-    return vae.encode(pixels[None])[0]
 
 
 def latent_mask(mask: mx.array, size: tuple[int, int]) -> mx.array:

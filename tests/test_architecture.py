@@ -15,7 +15,7 @@ _FLOORS = [
     "models.controlnet models.dpt weights.single_file weights.hub weights.pickles",
     "weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
-    "weights.save depth guidance",
+    "weights.adapters weights.save depth guidance",
     "control",
     "denoise",
     "plan",
