@@ -50,7 +50,7 @@ TINY = {
 CONFIGS = {
     "tiny": TINY,
     "large-picture": TINY | {"image_size": 96, "backbone_featmap_shape": [1, 96, 6, 6]},
-    "first-layers": TINY | {"backbone_out_indices": [0, 0, 0, 2], "qkv_bias": False, "layer_norm_eps": 1e-5},
+    "first-layers": TINY | {"backbone_out_indices": [0, 0, 0, 2], "qkv_bias": False, "layer_norm_eps": 0.1},
 }
 # The published file, without most of what it says of text generation and labels.
 REAL = {
@@ -102,10 +102,16 @@ REAL = {
 
 @cache
 def oracle_of(name: str) -> Oracle:
-    """A random estimator whose maps are about half above zero, where its last ReLU lets them through."""
+    """A random estimator, every part of which is loud enough to be heard in its result."""
     torch.manual_seed(0)
-    oracle = perturb(Oracle(OracleConfig(**copy.deepcopy(CONFIGS[name]))))
-    before = []
+    oracle = Oracle(OracleConfig(**copy.deepcopy(CONFIGS[name])))
+    for parameter in oracle.parameters():
+        if parameter.ndim in (2, 4):
+            torch.nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
+        elif parameter.ndim == 3:  # the class token and the positions
+            torch.nn.init.normal_(parameter)
+    perturb(oracle)
+    before = []  # the last ReLU, whose bias is chosen so that it lets about half of the map through
     hook = oracle.head.head[4].register_forward_hook(lambda *args: before.append(args[-1]))
     side = oracle.config.image_size
     oracle(nchw(normal(1, side, side, 3)))
@@ -154,7 +160,7 @@ def test_equals_transformers(name):
     for i, scale in enumerate(SCALES):
         x = normal(i % 2 + 1, side, side, 3, seed=i, scale=scale)
         want = oracle(nchw(x)).predicted_depth
-        assert 0.2 < float((want > 0).float().mean()) < 0.8
+        assert 0.2 < float((want > 0).float().mean()) < 0.95
         assert relative_error(ours(mx.array(x)), want) <= 1e-4
 
 
