@@ -140,7 +140,7 @@ def test_one_hint_serves_the_whole_batch():
     given = inputs(CONTROLNETS["sd1"], 2, 8, 6)
     one = given | {"hint": given["hint"][:1]}
     both = given | {"hint": np.concatenate([one["hint"]] * 2)}
-    assert worst(run_ours(net, one, [9.0, 5.0]), [np.array(r) for r in flat(run_ours(net, both, [9.0, 5.0]))]) <= 1e-6
+    assert worst(run_ours(net, one, [9.0, 5.0]), [np.array(r) for r in flat(run_ours(net, both, [9.0, 5.0]))]) <= 1e-5
 
 
 def flat(residuals: tuple[list[mx.array], mx.array]) -> list[mx.array]:
@@ -297,6 +297,7 @@ def test_keys_without_effect_are_let_through():
     config = ControlNetConfig.from_dict(CONTROLNETS["sd1"] | json.loads(beside) | off | defaults)
     assert config.conditioning_embedding_out_channels == (16, 32, 96, 256)
     assert config.scale == 8 and not config.upcast_attention
+    assert ControlNetConfig.from_dict(REAL["sd21"]).upcast_attention  # SD 2.1 overflows float16 without it
 
 
 # ---- the published ones
