@@ -89,6 +89,7 @@ _ORIGINAL_ENDS = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -141,7 +142,7 @@ def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
 
 
 _LIGHTNING = re.compile(r"sdxl[-_ ]?lightning.*?(\d+)[-_ ]?step", re.IGNORECASE)
-_HYPER = re.compile(r"hyper[-_ ]?sd(?:15|xl|1\.5|2|21)?\b.*?(\d+)[-_ ]?steps?([-_ ]cfg)?", re.IGNORECASE)
+_HYPER = re.compile(r"hyper[-_ ]?sd.*?(\d+)[-_ ]?steps?([-_ ]cfg)?", re.IGNORECASE)
 _LCM = re.compile(r"(?<![a-z])lcm[-_ ]?lora|lora[-_ ]?lcm|lcm[-_](?:sd|xl)", re.IGNORECASE)
 
 
@@ -149,7 +150,8 @@ def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str |
     """How the authors run a model with a LoRA that was distilled for few steps; None for any other LoRA.
 
     Args:
-        path: where the file is, with its folders: in the Hub's cache these name the repository.
+        path: of the file. Where its name is the one that all LoRAs of diffusers have, its folder's name counts, or that
+            of the repository in the Hub's cache.
         metadata: the texts in the file; trainers write its name there, which survives a renaming.
 
     Returns:
@@ -159,8 +161,11 @@ def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str |
         of steps in the name) and Hyper-SD (Ren et al. 2024, arXiv:2404.13686, and its repository: DDIM, trailing, no
         guidance; TCD with eta 1 for one step; guidance 5 to 8 where the name says CFG).
     """
-    titles = [metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata]
-    for text in (*reversed(path.split("/")), *titles):
+    *folders, name = path.split("/")
+    texts = [name, *(metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata)]
+    if name.startswith(("pytorch_lora_weights", "adapter_model")):
+        texts += [*folders[-1:], *(folder for folder in folders if folder.startswith("models--"))]
+    for text in texts:
         if found := _LIGHTNING.search(text):
             return {"sampler": "euler", "spacing": "trailing", "num_steps": int(found[1]), "cfg_weight": 0.0}
         if found := _HYPER.search(text):

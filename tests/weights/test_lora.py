@@ -355,7 +355,7 @@ def test_a_missing_network_is_not_overlooked(sd1, file):
 @pytest.mark.parametrize("made_for", ["sd1", "xl"])
 def test_another_family(sd1, xl, kind, made_for, tmp_path):
     given, model = (sd1, xl) if made_for == "sd1" else (xl, sd1)
-    tensors, _ = make(given, kind=kind)
+    tensors, _ = make(given, kind=kind, only=few)
     widths = {"sd1": 32, "xl": 64}
     other = "xl" if made_for == "sd1" else "sd1"
     match = f"is a LoRA for .*prompts {widths[made_for]} wide.* and this model is .*prompts {widths[other]} wide"
@@ -427,7 +427,7 @@ def test_any_shapes_are_one_line_or_right(sd1, tmp_path):
         "te_text_model_encoder_layers_0_mlp_fc1",
     ]
     refusals = 0
-    for trial in range(300):
+    for trial in range(150):
         chosen = rng.choice(roles, rng.integers(1, 6), replace=False)
         layer = rng.choice(layers)
         tensors = {
@@ -443,4 +443,4 @@ def test_any_shapes_are_one_line_or_right(sd1, tmp_path):
                 refusals += 1
             else:
                 getattr(undo, "detach", getattr(undo, "unfuse", None))()
-    assert refusals > 300
+    assert refusals > 150

@@ -98,11 +98,11 @@ TRAINED = {
     "dora": {"lora_alpha": 6, "use_dora": True},
 }
 PATTERNS = {
-    "unet": {"alpha_pattern": {"attn1.to_q": 2}, "rank_pattern": {"to_k": 2}},
+    "unet": {"alpha_pattern": {"attn1.to_q": 2}, "rank_pattern": {"attn2.to_k": 2}},
     "text_encoder": {"alpha_pattern": {"fc1": 1}},
     "text_encoder_2": {"alpha_pattern": {"layers.0.mlp.fc1": 1}},
 }
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "q_proj", "v_proj", "fc1"]
+TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "q_proj", "fc1"]
 
 
 @pytest.mark.parametrize("settings", TRAINED)
