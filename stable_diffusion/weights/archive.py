@@ -12,6 +12,7 @@ from typing import BinaryIO
 _MAX_ENTRIES = 100_000
 _MAX_DIRECTORY = 1 << 25  # bytes
 _ENCRYPTED = 0x2041  # the bits of the flags: encrypted, strongly encrypted, with a masked directory
+_FOLDER = 0x10  # the bit of the attributes
 _WIDE = 0xFFFFFFFF  # "see the 64-bit field"
 
 _END = struct.Struct("<4s4H2IH")
@@ -23,7 +24,7 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 
 @dataclass(frozen=True)
 class Entry:
-    """Bytes of the file: they lie at `first`, as they are when `stored` (neither compressed nor encrypted)."""
+    """Bytes of the file from `first` on; as they were when `stored`: no folder, neither compressed nor encrypted."""
 
     first: int
     size: int
@@ -64,7 +65,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if locator[0] == b"PK\6\7":
         end -= _LOCATOR.size + _WIDE_END.size
         record = _WIDE_END.unpack(_read(file, end, _WIDE_END.size))
-        if record[0] != b"PK\6\6" or locator[2] != end or any(record[4:6]):
+        if record[0] != b"PK\6\6" or locator[1:] not in ((0, end, 0), (0, end, 1)) or any(record[4:6]):
             raise ValueError("its 64-bit end is not where it should be")
         here, count, length, first = record[6:]
         if any(n not in (w, _WIDE, 0xFFFF) for n, w in zip(narrow, record[6:], strict=True)):
@@ -89,7 +90,7 @@ def _entry(file: BinaryIO, data: bytes, position: int) -> tuple[str, Entry, int,
         raise ValueError("its list of entries does not lead to entries")
     if local[3] != method or _read(file, start + _LOCAL.size, local[9]) != name:
         raise ValueError("an entry is not what the list says")
-    stored = method == 0 and size == packed and not flags & _ENCRYPTED
+    stored = method == 0 and size == packed and not flags & _ENCRYPTED and not head[15] & _FOLDER
     entry = Entry(start + _LOCAL.size + local[9] + local[10], packed, checksum, stored)
     return name.decode("utf-8"), entry, start, position
 

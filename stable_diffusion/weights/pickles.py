@@ -28,7 +28,8 @@ import mlx.core as mx
 
 from . import layout
 from .archive import Entry, read_entries
-from .unpickle import Kind, Machine, Name, ParameterDict, PickleError, Storage, Tensor
+from .torch_names import Kind, Name, ParameterDict, PickleError, Storage, Tensor
+from .unpickle import Machine
 
 _MAX_PICKLE = 1 << 25  # bytes; that of a checkpoint with its optimizer takes a few million
 _MAX_DEPTH = 40  # of dicts and lists within one another
@@ -149,7 +150,7 @@ def _read_archive(file: BinaryIO, size: int, path: Path) -> tuple[Any, Machine, 
         if entry is None:
             raise layout.damaged(path, "a storage that its pickle names is missing")
         if not entry.stored:
-            raise PickleError("a storage is compressed or encrypted, which torch does not do")
+            raise PickleError("a storage is compressed, encrypted or a folder, which torch does not do")
         places[key] = entry.first, entry.size
     return value, machine, places
 
@@ -157,7 +158,7 @@ def _read_archive(file: BinaryIO, size: int, path: Path) -> tuple[Any, Machine, 
 def _content(file: BinaryIO, entry: Entry, path: Path) -> bytes:
     """The bytes of a small entry."""
     if not entry.stored:
-        raise PickleError("its pickle is compressed or encrypted, which torch does not do")
+        raise PickleError("its pickle is compressed, encrypted or a folder, which torch does not do")
     if entry.size > _MAX_PICKLE:
         raise PickleError(f"its pickle has {entry.size:,} bytes and may have {_MAX_PICKLE:,}")
     file.seek(entry.first)
