@@ -136,7 +136,7 @@ def test_the_files_are_small_and_in_half_precision():
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 12e6
     weights = [file for file in files if file.suffix == ".safetensors"]
-    assert {file.parent.name for file in weights} == {"unet", "vae", "text_encoder"}
+    assert {file.parent.name for file in weights} == {"unet", "vae", "text_encoder", "controlnet"}
     for file in weights:
         with safe_open(file, "np") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
