@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from checkpoints import SCALED, make
 from oracle import normal, relative_error
@@ -56,6 +56,14 @@ def test_weights_follow_the_formula_of_the_web_ui(sd):
     weighted *= plain.mean() / weighted.mean()
     for text in ("the (red:1.4) cat", "the (red):1.4 cat"):
         assert relative_error(context(sd, text), weighted) <= 1e-5
+
+
+def test_the_mean_is_restored_in_each_chunk_apart(sd):
+    plain = context(sd, "the red BREAK cat on")
+    weighted = plain.copy()
+    weighted[:, 78:80] *= np.array([1.4, 0.3])[None, :, None]  # behind the start of the second chunk
+    weighted[:, 77:] *= plain[:, 77:].mean() / weighted[:, 77:].mean()
+    assert relative_error(context(sd, "the red BREAK (cat:1.4) (on:0.3)"), weighted) <= 1e-5
 
 
 def test_weights_of_both_encoders_of_xl(xl):
@@ -108,6 +116,22 @@ def test_long_prompts_are_chunks_encoded_apart(both):
     rows = [row + [pipe.tokenizer.pad_token_id] * (77 - len(row)) for row in rows]
     want = pipe.text_encoder(torch.tensor(rows)).last_hidden_state.reshape(1, -1, 32)
     assert relative_error(context(sd, LONG), want) <= 1e-4
+
+
+def test_long_prompts_of_xl_are_chunks_of_both_encoders(xl, xl_folder):
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl_folder)
+    states, pooled = [], None
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        ids = tokenizer(LONG, add_special_tokens=False).input_ids
+        rows = [[tokenizer.bos_token_id, *ids[i : i + 75], tokenizer.eos_token_id] for i in range(0, 240, 75)]
+        rows = [row + [tokenizer.pad_token_id] * (77 - len(row)) for row in rows]
+        with torch.no_grad():
+            output = encoder(torch.tensor(rows), output_hidden_states=True)
+        states.append(output.hidden_states[-2].reshape(1, 4 * 77, -1))
+        pooled = output[0][:1]  # the second encoder's is what counts, of the first chunk
+    ours = xl.encode_prompt(LONG)
+    assert relative_error(ours.context, torch.cat(states, dim=-1)) <= 1e-4
+    assert relative_error(ours.pooled, pooled) <= 1e-4
 
 
 def test_a_break_starts_a_chunk(sd):

@@ -226,6 +226,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
             return lines[name]
 
         wildcards = ask if number % 2 else None
+        assert all(piece.text is not None for piece in blocks(text))
         try:
             prompts = expand(text, wildcards=wildcards)
         except ValueError as error:
