@@ -141,7 +141,7 @@ def _prepare(
 
 
 def _part(component: Component, module: nn.Module, bits: int | None) -> _Part:
-    config = dict(component.config)
+    config = _named(component)
     try:
         pending = still_to_do(config, None if bits is None else (bits, GROUP_SIZES[component.name]))
     except ValueError as error:
@@ -150,6 +150,12 @@ def _part(component: Component, module: nn.Module, bits: int | None) -> _Part:
         quantize_lazily(module, *pending)
         config["quantization"] = {"bits": pending[0], "group_size": pending[1]}
     return _Part(component.name, config, stored_tensors(module))
+
+
+def _named(component: Component) -> dict[str, Any]:
+    """The config with the name of its class, which is not in all of them and which other programs ask for."""
+    library, name = _entry(component.name, component.config)
+    return dict(component.config) | ({"_class_name": name} if library == "diffusers" else {"architectures": [name]})
 
 
 def _write_part(folder: Path, part: _Part, max_shard_size: int) -> str:
