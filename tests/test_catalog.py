@@ -33,6 +33,12 @@ def test_aliases(alias, repo, steps, guidance):
         assert entry.removed is None and entry.folder is None
 
 
+def test_xl_models_have_a_vae_for_half_precision():
+    with_one = {alias for alias in catalog.names() if catalog.find(alias).half_vae is not None}
+    assert with_one == {"sdxl", "sdxl-turbo", "sdxl-base", "sdxl-refiner", "ssd-1b"}
+    assert catalog.find("stabilityai/sdxl-turbo").half_vae == catalog.find("sdxl").half_vae
+
+
 def test_tiny_is_in_the_package():
     tiny = catalog.find("tiny")
     assert tiny.folder.name == "tiny" and tiny.folder.parent.name == "stable_diffusion"

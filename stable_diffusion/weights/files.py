@@ -7,6 +7,7 @@ complete there is opened without a network call; a folder never needs the client
 import json
 import logging
 import math
+import operator
 import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
@@ -75,8 +76,9 @@ def open_checkpoint(
     """Find a checkpoint, download what is missing of it, and read its configuration. No weights are read.
 
     Args:
-        model: a folder in diffusers layout, an alias of the catalog, or a Hub id. What starts with `./`, `../`, `/` or
-            `~` is a path; an alias means its model, unless a folder of that name holds a checkpoint.
+        model: a folder in diffusers layout, a single file, an alias of the catalog, a Hub id, or a file on the Hub
+            (`owner/name/file.safetensors`). What starts with `./`, `../`, `/` or `~` is a path; an alias means its
+            model, unless a folder of that name holds a checkpoint.
         float16: prefer weight files in half precision (`*.fp16.safetensors`). Where only one kind exists it is taken.
         revision: a branch, tag or commit of the Hub repository.
         tokenizer: a folder with vocab.json and merges.txt, in place of the checkpoint's own.
@@ -91,18 +93,19 @@ def open_checkpoint(
     name = os.fspath(model)
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
-    path = _local_path(model)
+    path = _locate(model, revision)
     entry = None if path else catalog.find(name)
-    if revision is not None and (entry is None or entry.folder):
-        raise ValueError(f"{name} is on this machine and has no revision {revision!r}: leave it out")
     given = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
+    if float16 and entry and entry.half_vae and "vae" not in given:
+        given |= _half_vae(entry.half_vae)
     if path is not None and path.is_file():
         checkpoint = _read_single_file(path, name, given, prediction, tokenizer)
     else:
-        folder = path or entry.folder or _from_hub(entry, float16, revision, given)
+        folder = path or _bundled(entry, revision) or _from_hub(entry, float16, revision, given)
         checkpoint = _read_folder(folder, name, float16, entry, given)
-    if "vae" in given:  # a single file does not say its scale
-        given["vae"].config.setdefault("scaling_factor", scaling_factor(checkpoint.pipeline))
+    vae = checkpoint.components["vae"].config
+    if vae.get("scaling_factor", 1) is None:  # of a single file, which does not say it
+        vae["scaling_factor"] = scaling_factor(checkpoint.pipeline)
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
     if tokenizer is not None:
@@ -114,7 +117,8 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
 
     Args:
-        source: a Hub id or a folder, with the files in its root or in a folder named ``kind``; or a file of weights.
+        source: a Hub id or a folder, with the files in its root or in a folder named ``kind``; or a file of weights,
+            here or on the Hub.
         kind: one of KINDS.
         float16, revision: as for `open_checkpoint`.
 
@@ -123,12 +127,10 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(KINDS)}")
     name = os.fspath(source)
-    folder = _local_path(source)
+    folder = _locate(source, revision)
     if folder is None:
         entry = catalog.find(name)
-        folder = entry.folder or hub.fetch(entry.repos, _want_part(kind, float16), revision)[1]
-    elif revision is not None:
-        raise ValueError(f"{name} is on this machine and has no revision {revision!r}: leave it out")
+        folder = _bundled(entry, revision) or hub.fetch(entry.repos, _want_part(kind, float16), revision)[1]
     if folder.is_file():
         tensors, _ = _read_file(folder)
         prefix = find(tensors, name, kind)[kind]
@@ -143,20 +145,49 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     return Component(kind, layout.read_json(folder / place / "config.json"), tuple(folder / file for file in files))
 
 
-def _local_path(source: str | os.PathLike) -> Path | None:
-    """`source` as a folder or a file, or None when it is a name. Raises OSError for a path that is not there."""
+def _locate(source: str | os.PathLike, revision: str | None) -> Path | None:
+    """`source` as a folder or a file, or None when it is a name. Brings a file that is on the Hub.
+
+    Raises OSError for a path that is not there, ValueError for a file that holds no weights.
+    """
     path = os.path.expanduser(os.fspath(source))
     if os.path.isdir(path):
         is_alias = isinstance(source, str) and source.lower() in catalog.ALIASES
         if not is_alias or os.path.isfile(os.path.join(path, layout.INDEX)):
-            return Path(path)
+            return _unless_revised(Path(path), revision)
     elif os.path.isfile(path):
         if not path.endswith(_SUFFIXES):
             raise ValueError(f"{source} is no file of weights: these end in {', '.join(_SUFFIXES)}")
-        return Path(path)
-    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")) or source.endswith(_SUFFIXES):
+        return _unless_revised(Path(path), revision)
+    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")):
         raise FileNotFoundError(f"{source}: no such folder or file; give one that is there, or a model's name")
+    elif source.endswith(_SUFFIXES):
+        owner, _, rest = source.partition("/")
+        repo, _, file = rest.partition("/")
+        if not file:
+            raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
+        return hub.fetch((f"{owner}/{repo}",), _want_file(file), revision)[1] / file
     return None
+
+
+def _unless_revised(path: Path, revision: str | None) -> Path:
+    if revision is not None:
+        raise ValueError(f"{path} is on this machine and has no revision {revision!r}: leave it out")
+    return path
+
+
+def _bundled(entry: catalog.Entry, revision: str | None) -> Path | None:
+    """The folder of a model that comes with the package."""
+    return entry.folder and _unless_revised(entry.folder, revision)
+
+
+def _want_file(file: str) -> hub.Want:
+    return hub.Want(
+        what=f"a repository with the file {file}",
+        entries=(file,),
+        lacking=lambda folder, names, repo: [],
+        remedy="connect once, or give a file on this machine",
+    )
 
 
 def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, without: Collection[str]) -> Path:
@@ -173,6 +204,15 @@ def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, without
     if repo != asked:
         _log.warning("%s is no longer on the Hub: using its mirror %s", asked, repo)
     return folder
+
+
+def _half_vae(repo: str) -> dict[str, Component]:
+    """The VAE for half precision, or nothing when it cannot be had."""
+    try:
+        return {"vae": open_part(repo, "vae", float16=True)}
+    except (ValueError, OSError) as error:
+        _log.warning("%s; the model's own VAE is used in place of %s", error, repo)
+        return {}
 
 
 def _want_part(kind: str, float16: bool) -> hub.Want:
@@ -306,7 +346,8 @@ def _check_safetensors(path: Path) -> None:
     for first, end, name, dtype, shape in spans:
         if dtype not in _ITEM_SIZES:
             raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
-        if first != position or end - first != math.prod(shape) * _ITEM_SIZES[dtype] or min(shape, default=0) < 0:
+        fits = all(0 <= length < 2**31 for length in shape)  # MLX counts in 32 bits, and does not check
+        if first != position or end - first != math.prod(shape) * _ITEM_SIZES[dtype] or not fits:
             raise layout.damaged(path, f"its header gives the wrong place for {name}")
         position = end
     if 8 + length + position != size:
@@ -318,4 +359,5 @@ def _spans(header: dict) -> Iterator[tuple[int, int, str, str, list[int]]]:
     for name, tensor in header.items():
         if name != "__metadata__":
             first, end = tensor["data_offsets"]
-            yield int(first), int(end), name, str(tensor["dtype"]), [int(length) for length in tensor["shape"]]
+            whole = operator.index  # a size with a point, or in quotes, is none
+            yield whole(first), whole(end), name, str(tensor["dtype"]), [whole(length) for length in tensor["shape"]]

@@ -106,8 +106,7 @@ def _vae(tensors: Tensors) -> dict[str, Any]:
         ],
         "layers_per_block": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": latent,
-        "use_quant_conv": "quant_conv.weight" in tensors,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "scaling_factor": None,  # is that of its family
     }
 
 

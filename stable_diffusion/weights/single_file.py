@@ -161,8 +161,6 @@ def read_contents(
     if "unet" in places:
         is_large = name == "sd2" and prediction == "v_prediction"
         configs["unet"]["sample_size"] = _stated_size(metadata) or (96 if is_large else family.sample_size)
-    if "vae" in places:
-        configs["vae"]["scaling_factor"] = family.scaling_factor
     return Contents(
         index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]} | family.options,
         scheduler=scheduler,

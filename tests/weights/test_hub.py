@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+import torch
 
+from original_layout import unet_tree, vae_names
 from stable_diffusion.weights.hub import one_line_errors
-from tests.hub_server import XL_PARTS, Hub, checkpoint_files, shard, to_json
+from tests.hub_server import XL_PARTS, Hub, checkpoint_files, safetensors, shard, to_json, write
 
 ROOT = Path(__file__).parents[2]
 REPO = "someone/model"
@@ -19,7 +22,7 @@ REPO = "someone/model"
 CLIENT = """
 import json, logging, sys, time
 import huggingface_hub.constants
-from stable_diffusion.weights.files import open_checkpoint, read_tensors
+from stable_diffusion.weights.files import open_checkpoint, open_part, read_tensors
 options = json.loads(sys.argv[2])
 really_sleep = time.sleep
 time.sleep = lambda seconds: really_sleep(min(seconds, 0.01))
@@ -31,14 +34,21 @@ handler.emit = lambda record: said.append(record.getMessage())
 logging.getLogger("stable_diffusion").addHandler(handler)
 result = {}
 try:
-    checkpoint = open_checkpoint(sys.argv[1], **options)
-    result["files"] = sorted(
-        path.relative_to(checkpoint.folder).as_posix() for part in checkpoint.components.values() for path in part.files
-    )
-    result["folder"] = str(checkpoint.folder)
-    result["defaults"] = [checkpoint.steps, checkpoint.guidance]
-    tensors = [tensor for part in checkpoint.components.values() for tensor in read_tensors(part).values()]
-    result["mark"] = max(tensor.max().item() for tensor in tensors)
+    if "kind" in options:
+        components = {options["kind"]: open_part(sys.argv[1], **options)}
+    else:
+        checkpoint = open_checkpoint(sys.argv[1], **options)
+        components = checkpoint.components
+        result["folder"] = str(checkpoint.folder)
+        result["defaults"] = [checkpoint.steps, checkpoint.guidance]
+        result["tokenizers"] = {name: str(folder) for name, folder in checkpoint.tokenizers.items()}
+    files = [path.as_posix() for part in components.values() for path in part.files]
+    result["files"] = sorted(file.partition("/snapshots/")[2].partition("/")[2] or file for file in files)
+    repos = {name: str(part.files[0]).partition("/models--")[2] for name, part in components.items()}
+    result["repos"] = {name: repo.partition("/")[0] for name, repo in repos.items()}
+    tensors = {name: list(read_tensors(part).values()) for name, part in components.items()}
+    result["marks"] = {name: max(tensor.max().item() for tensor in values) for name, values in tensors.items()}
+    result["mark"] = max(result["marks"].values())
 except Exception as error:
     result["error"] = f"{type(error).__name__}: {error}"
 print(json.dumps({**result, "said": said}))
@@ -356,3 +366,143 @@ def test_full_disk_is_one_line():
     with pytest.raises(OSError, match=message) as caught, one_line_errors(REPO, None):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not isinstance(caught.value, ConnectionError)
+
+
+# --- parts, single files -----------------------------------------------------------------------------------------
+
+PART_FILES = {
+    "config.json": to_json({"_class_name": "AutoencoderKL"}),
+    "diffusion_pytorch_model.safetensors": safetensors(w=mx.full((4,), 5.0)),
+    "diffusion_pytorch_model.fp16.safetensors": safetensors(w=mx.full((4,), 6.0, dtype=mx.float16)),
+    "diffusion_pytorch_model.bin": b"a pickle",
+    "README.md": b"# A VAE",
+}
+
+
+@pytest.mark.parametrize("place", ["", "vae/"])
+@pytest.mark.parametrize(("float16", "half", "mark"), [(False, "", 5.0), (True, ".fp16", 6.0)])
+def test_part_by_itself(hub, client, place, float16, half, mark):
+    hub.add(REPO, {place + name: data for name, data in PART_FILES.items()})
+    first = client(REPO, kind="vae", float16=float16)
+    files = [f"{place}config.json", f"{place}diffusion_pytorch_model{half}.safetensors"]
+    assert first["files"] == files[1:] and first["mark"] == mark
+    assert hub.fetched() == files
+    hub.stop()
+    assert client(REPO, kind="vae", float16=float16) == first
+
+
+def test_part_of_a_whole_checkpoint(hub, client):
+    hub.add(REPO, checkpoint_files())
+    assert client(REPO, kind="unet")["files"] == ["unet/diffusion_pytorch_model.safetensors"]
+    assert hub.fetched() == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert (
+        "is not a repository of a controlnet: it has no controlnet/config.json or"
+        in client(REPO, kind="controlnet")["error"]
+    )
+
+
+def test_part_that_cannot_be_reached(hub, client):
+    hub.stop()
+    error = client(REPO, kind="vae")["error"]
+    assert error.startswith(f"ConnectionError: {REPO} cannot be downloaded (") and "use a local folder" in error
+
+
+def test_given_part_is_not_downloaded_twice(hub, client):
+    hub.add(REPO, checkpoint_files())
+    hub.add("someone/vae", PART_FILES)
+    found = client(REPO, parts={"vae": "someone/vae"})
+    assert found["marks"] == {"unet": 1.0, "text_encoder": 1.0, "vae": 5.0}
+    assert not any(name.startswith("vae/") for name in hub.fetched())
+    hub.stop()
+    assert client(REPO, parts={"vae": "someone/vae"}) == found
+
+
+FIX = "madebyollin/sdxl-vae-fp16-fix"
+
+
+@pytest.mark.parametrize("model", ["sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0"])
+def test_xl_in_half_precision_has_the_vae_for_it(hub, client, model):
+    repo = "stabilityai/stable-diffusion-xl-base-1.0"
+    hub.add(repo, checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
+    hub.add(FIX, PART_FILES)
+    assert client(model)["marks"]["vae"] == 1.0
+    found = client(model, float16=True)
+    assert found["marks"]["vae"] == 6.0 and found["repos"]["vae"] == FIX.replace("/", "--") and found["said"] == []
+    assert client(model, float16=True, parts={"vae": repo})["marks"]["vae"] == 1.0
+
+
+def test_vae_for_half_precision_that_cannot_be_had(hub, client):
+    hub.add("stabilityai/sdxl-turbo", checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
+    found = client("sdxl-turbo", float16=True)
+    assert found["mark"] == 1.0
+    assert len(found["said"]) == 1 and f"the model's own VAE is used in place of {FIX}" in found["said"][0]
+
+
+@pytest.fixture
+def single_file(tmp_path) -> dict[str, bytes]:
+    """The smallest checkpoint of Stable Diffusion 1 that is one by its names and shapes."""
+    unet = unet_tree([32], [[1]], 1, [[1, 1]], context=32)
+    names = {f"model.diffusion_model.{name}": shape for name, shape in unet.items()}
+    names |= {f"first_stage_model.{name}": [4] * (4 if name.endswith("weight") else 1) for name in vae_names(1, 1)}
+    clip = ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")
+    names |= {f"cond_stage_model.transformer.text_model.{name}.weight": [4, 4] for name in clip}
+    return {"folder/model.safetensors": safetensors(**{name: mx.full(shape, 7.0) for name, shape in names.items()})}
+
+
+VOCABULARY = {"vocab.json": b"{}", "merges.txt": b"#version", "model.safetensors": b"1.7 GB", "config.json": b"{}"}
+
+
+def test_single_file_takes_the_vocabulary_from_the_hub_once(hub, client, tmp_path, single_file):
+    hub.add("openai/clip-vit-large-patch14", VOCABULARY)
+    path = write(tmp_path, single_file) / "folder" / "model.safetensors"
+    first = client(str(path))
+    assert first["mark"] == 7.0 and first["files"] == [str(path)] * 3
+    assert hub.fetched() == ["merges.txt", "vocab.json"]
+    assert {name.name for name in Path(first["tokenizers"]["tokenizer"]).iterdir()} == {"merges.txt", "vocab.json"}
+    hub.stop()
+    assert client(str(path)) == first
+
+
+@pytest.mark.parametrize("env", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_single_file_without_a_vocabulary(hub, client, tmp_path, single_file, env):
+    hub.stop()
+    path = write(tmp_path, single_file) / "folder" / "model.safetensors"
+    error = client(str(path), env=env)["error"]
+    assert error.startswith("ConnectionError: openai/clip-vit-large-patch14 cannot be downloaded (")
+    assert "connect once, or give a folder with both as tokenizer (--tokenizer)" in error
+    assert client(str(path), env=env, tokenizer=str(tmp_path))["tokenizers"] == {"tokenizer": str(tmp_path)}
+
+
+def test_single_file_on_the_hub(hub, client, single_file, tmp_path):
+    hub.add(REPO, single_file | {"folder/other.safetensors": b"not asked for"})
+    name = f"{REPO}/folder/model.safetensors"
+    first = client(name, tokenizer=str(tmp_path))
+    assert first["mark"] == 7.0 and first["files"] == ["folder/model.safetensors"] * 3
+    assert client(name, kind="unet")["files"] == ["folder/model.safetensors"]
+    assert hub.fetched() == ["folder/model.safetensors"]
+    assert "it has no none.safetensors" in client(f"{REPO}/none.safetensors")["error"]
+    hub.stop()
+    assert client(name, tokenizer=str(tmp_path)) == first
+
+
+@pytest.mark.parametrize("half", ["", ".fp16"])
+def test_shards_of_pickles(hub, client, half):
+    files = checkpoint_files(halves=())
+    del files["unet/diffusion_pytorch_model.bin"]
+    shards = [f"diffusion_pytorch_model{half}-0000{i}-of-00002.bin" for i in (1, 2)]
+    index = {"metadata": {}, "weight_map": {f"weight_{i}": name for i, name in enumerate(shards)}}
+    files |= {f"unet/{name}": name.encode() for name in shards}
+    files[f"unet/diffusion_pytorch_model.bin.index{half}.json"] = to_json(index)
+    hub.add(REPO, files)
+    unet = [file for file in client(REPO, float16=bool(half))["files"] if file.startswith("unet/")]
+    assert unet == [f"unet/{name}" for name in shards]
+
+
+def test_hub_of_pickles(hub, client, tmp_path):
+    """Whole repositories from before safetensors."""
+    files = checkpoint_files(halves=())
+    for name in [name for name in files if name.endswith(".bin")]:
+        torch.save({f"{name.split('/')[0]}.weight": torch.full((3,), 8.0)}, tmp_path / "it.bin")
+        files[name] = (tmp_path / "it.bin").read_bytes()
+    hub.add(REPO, files)
+    assert client(REPO)["marks"] == {"unet": 8.0, "vae": 8.0, "text_encoder": 8.0}
