@@ -26,6 +26,12 @@ def test_group_norm(eps, offset):
         assert relative_error(norm(mx.array(x)), nhwc(want)) <= 1e-6
 
 
+def test_group_norm_of_a_large_map():
+    x = np.maximum(normal(1, 256, 256, 32), -0.5)  # of values that add up
+    want = F.group_norm(nchw(x).double(), 8, eps=1e-5)
+    assert relative_error(GroupNorm(8, 32, 1e-5)(mx.array(x)), nhwc(want)) <= 1e-6
+
+
 def test_group_norm_in_half_precision_does_not_overflow():
     x = mx.array(1000 * normal(1, 16, 16, 32)).astype(mx.float16)
     y = GroupNorm(8, 32, 1e-5)(x)
