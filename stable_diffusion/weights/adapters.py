@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +23,6 @@ Networks = Mapping[str, nn.Module]
 
 # --- the layers of a change ----------------------------------------------------------------------------------------
 
-_LAYERS = (nn.Linear, nn.QuantizedLinear, nn.Conv2d)
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}  # by the width of the encoded prompt
 
 
@@ -58,7 +58,9 @@ def _places(networks: Networks, lora: Lora, partial: bool) -> tuple[list[_Place]
     if misshapen:
         raise ValueError(f"{lora.path} does not fit this model: {len(misshapen)} misshapen: {', '.join(misshapen)}")
     if not places:
-        raise ValueError(f"{lora.path} is for another kind of model: it has no {unmatched[0]}, nor the rest of {total}")
+        raise ValueError(
+            f"{lora.path} is for another kind of model: this one has none of its {total} parts, {unmatched[0]}..."
+        )
     if unmatched:
         left = f"{lora.path}: {len(unmatched)} of its {total} parts are not in this model: {', '.join(unmatched)}"
         if not partial:
@@ -70,7 +72,7 @@ def _places(networks: Networks, lora: Lora, partial: bool) -> tuple[list[_Place]
 
 
 def _layers(network: nn.Module) -> dict[str, nn.Module]:
-    return {path: layer for path, layer in network.named_modules() if isinstance(layer, _LAYERS)}
+    return {path: layer for path, layer in network.named_modules() if type(layer) in {*_ADAPTED, *_PLAIN}}
 
 
 def _check_fit(place: _Place) -> None:
@@ -100,6 +102,11 @@ def _check_family(lora: Lora, unet: Mapping[str, nn.Module]) -> None:
         raise ValueError(f"{lora.path} is a LoRA for {wanted} and this model is {given}: choose one made for it")
 
 
+def _weakly(networks: Networks) -> dict[str, ref[nn.Module]]:
+    """A network that is deleted by everyone else is to free its memory at once, whatever is on it."""
+    return {name: ref(network) for name, network in networks.items()}
+
+
 def _check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
@@ -113,7 +120,7 @@ class Fusion:
 
     def __init__(self, networks: Networks, applied: Iterable[str], unmatched: Iterable[str], keep: bool):
         self.applied, self.unmatched = tuple(applied), tuple(unmatched)
-        self._networks = networks
+        self._networks = _weakly(networks)
         self._keep = keep
         self._replaced: list[tuple[str, str, str, mx.array, mx.array]] = []
 
@@ -126,7 +133,8 @@ class Fusion:
         """Put the very arrays back that were there before. Later fusions are to be undone first."""
         if not self._keep:
             raise ValueError("the weights from before this fusion were not kept: load the model again")
-        layers = {name: dict(network.named_modules()) for name, network in self._networks.items()}
+        layers = {name: dict(network().named_modules()) for name, network in self._networks.items() if network()}
+        self._replaced = [replaced for replaced in self._replaced if replaced[0] in layers]
         for network, path, key, _, fused in self._replaced:
             if layers[network][path].get(key) is not fused:
                 raise ValueError(f"{network}.{path} was changed after this fusion: undo that first, or load it again")
@@ -183,12 +191,12 @@ class Attachment:
     def __init__(self, networks: Networks, scale: float, applied: Iterable[str], unmatched: Iterable[str]):
         self.scale = scale
         self.applied, self.unmatched = tuple(applied), tuple(unmatched)
-        self._networks = networks
+        self._networks = _weakly(networks)
 
     def detach(self) -> None:
         """Take it away again; a layer without others is what it was before."""
         for network in self._networks.values():
-            for layer in _layers(network).values():
+            for layer in _layers(network()).values() if network() else ():
                 _set_terms(layer, tuple(term for term in _terms(layer) if term[0] is not self))
 
 

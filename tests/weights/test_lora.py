@@ -1,6 +1,8 @@
 """LoRAs come and go without a trace, add up, and say what they do not fit."""
 
+import gc
 import logging
+import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -158,6 +160,24 @@ def test_a_fusion_that_keeps_nothing_cannot_be_undone(sd1_folder, file):
     networks = {name: loras.load(sd1_folder, "sd1").networks[name] for name in networks}
     with pytest.raises(ValueError, match="not kept: load the model again"):
         fuse(networks, [(read_lora(file[0]), 1)], keep=False).unfuse()
+
+
+def test_a_deleted_network_is_freed_at_once(sd1_folder, file):
+    """Scripts delete the text encoder and the UNet to make room, and expect it without a garbage collection."""
+    networks = dict(loras.load(sd1_folder, "sd1").networks)
+    attachment = attach(networks, read_lora(file[0]))
+    fusion = fuse(networks, [(read_lora(file[0]), 1.0)])
+    freed = weakref.ref(networks["unet"])
+    gc.disable()
+    try:
+        del networks["unet"]
+        assert freed() is None
+    finally:
+        gc.enable()
+    before = arrays(networks)
+    attachment.detach()
+    fusion.unfuse()
+    assert not same(arrays(networks), before)
 
 
 # --- other types -----------------------------------------------------------------------------------------------------
@@ -370,7 +390,9 @@ def test_another_kind_of_model(sd1, tmp_path):
         for side in ("down", "up")
     }
     refused(
-        r"another kind of model: it has no unet.double_blocks_0_img_attn_qkv", sd1.networks, write(tmp_path, tensors)
+        r"another kind of model: this one has none of its 3 parts, unet.double_blocks_0_img_attn_qkv",
+        sd1.networks,
+        write(tmp_path, tensors),
     )
     refused("another kind of model", sd1.networks, write(tmp_path, tensors), partial=True)
 
