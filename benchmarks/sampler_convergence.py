@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from stable_diffusion import StableDiffusion  # first: it brings OpenBLAS before anything brings MLX
+
+# isort: split
 import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
 
-from stable_diffusion import StableDiffusion
 from stable_diffusion.denoise import denoiser
 from stable_diffusion.guidance import stages
 from stable_diffusion.samplers import SAMPLERS

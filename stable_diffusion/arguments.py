@@ -1,4 +1,4 @@
-"""What can be said on the command line, and in a file of prompts: options, their bounds, and jobs.
+"""What can be said on the command line: the options of both scripts and their bounds.
 
 Every option is checked as it is read, so that bad input ends before a model is touched.
 """
@@ -6,17 +6,14 @@ Every option is checked as it is read, so that bad input ends before a model is 
 import argparse
 import math
 import re
-import shlex
 from collections.abc import Callable, Sequence
-from copy import copy
-from pathlib import Path
 from typing import Any, NoReturn
 
 from . import catalog
 from .conditioning import EMPHASES
-from .prompt import expand
-from .samplers import find_sampler, options, table
+from .samplers import find_sampler, table
 from .schedule import SCHEDULES
+from .weights.files import PREDICTIONS
 from .weights.quantize import BITS
 
 TEXT_BITS, UNET_BITS = 4, 8  # what -q stands for
@@ -61,6 +58,8 @@ _side = _bounded(
 _number = _bounded(float, math.isfinite, "a number")
 _share = _bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _strength = _bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+_factor = _bounded(float, lambda x: 1 <= x <= 8, "a number from 1 to 8")
+_radius = _bounded(float, lambda x: 0 <= x <= _MANY, f"a number from 0 to {_MANY}")
 
 
 def _sampler(name: str) -> str:
@@ -69,6 +68,21 @@ def _sampler(name: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return name
+
+
+def _borders(text: str) -> tuple[int, ...]:
+    numbers = re.fullmatch(r"\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*", text)
+    if not numbers or not any(borders := tuple(map(int, numbers.groups()))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not left,top,right,bottom in pixels, such as 64,0,64,0")
+    return borders
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """An argparse type: what is behind a path's last colon is its weight, if it is a number; 1 without one."""
+    path, colon, number = text.rpartition(":")
+    if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
+        return path, float(number)
+    return text, 1.0
 
 
 class _ListSamplers(argparse.Action):
@@ -93,9 +107,14 @@ def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tupl
     if from_image:
         parser.add_argument("image", help="the image to start from (PNG, JPEG, WebP, ...)")
     parser.add_argument("prompt", type=_text, nargs="?", help="what to show")
-    _add_picture(parser, from_image)
-    group = _add_prompt(parser)
+    add_picture(parser, from_image)
+    group = add_prompt(parser)
     add(group, "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes")
+    add(group, "--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
+    if from_image:
+        _add_mask(parser)
+    _add_control(parser)
+    _add_second_pass(parser, from_image)
     _add_model(parser)
     _add_output(parser)
     args = parser.parse_args(argv)
@@ -103,10 +122,44 @@ def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tupl
         parser.error(
             "give a prompt, or --prompt_file FILE" if args.prompt is None else "give a prompt or a file of them"
         )
+    for rule, message in _RULES:
+        if rule(vars(args)):
+            parser.error(message)
     return parser, args
 
 
-def _add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
+# What makes no sense together, and what to do about it. Flags of the other script are absent.
+_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (
+        lambda a: (
+            (a.get("invert_mask") or a.get("mask_blur") or a.get("mask_padding") is not None)
+            and not (a["mask"] or a["expand"])
+        ),
+        "--invert_mask, --mask_blur and --mask_padding need --mask FILE or --expand",
+    ),
+    (lambda a: a.get("invert_mask") and not a["mask"], "--invert_mask needs --mask FILE"),
+    (
+        lambda a: a["control_image"] and not a["controlnet"],
+        "--control_image needs --controlnet: an id, a folder or a file",
+    ),
+    (
+        lambda a: a["controlnet"] and len(a["control_image"]) not in (1, len(a["controlnet"])),
+        "--control_image is needed once for each --controlnet, or once for all",
+    ),
+    (
+        lambda a: any(len(a[name]) not in (0, 1, len(a["controlnet"])) for name in ("control_start", "control_end")),
+        "--control_start and --control_end are given once for each --controlnet, or once for all",
+    ),
+    (lambda a: a["refiner"] and a.get("hires"), "--hires and --refiner do not go together: run one after the other"),
+    (
+        lambda a: a["refiner"] and (a.get("mask") or a.get("expand")),
+        "--refiner does not go together with --mask and --expand: it does not know what is kept",
+    ),
+)
+
+
+def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
+    """The options of the picture, which may also stand in a line of a file of prompts."""
     picture = parser.add_argument_group("picture")
     add(picture, "--negative_prompt", type=_text, default="", help="what to steer away from; needs --cfg above 1")
     add(picture, "--width", type=_side, help="in pixels, a multiple of 8 (the model's own)")
@@ -124,24 +177,26 @@ def _add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
         help="curve of the noise levels (the model's own, or the sampler name's)",
     )
     add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
+    add(
+        picture,
+        "--resize",
+        choices=("crop", "pad", "stretch"),
+        default="crop",
+        help="how a given image comes to the size asked for: cut to fill it, fitted into it, or stretched (crop)",
+    )
     if from_image:
         add(
             picture,
             "--strength",
             type=_strength,
-            default=0.9,
-            help="how far to go from the image: above 0, where little changes, to 1, where nothing is left of it (0.9)",
+            help="how far to go from the image: above 0, where little changes, to 1, where nothing is left of it "
+            "(0.9; 1 with --expand and for models made for masks or instructions)",
         )
-        add(
-            picture,
-            "--resize",
-            choices=("crop", "pad", "stretch"),
-            default="crop",
-            help="how the image comes to the size asked for: cut to fill it, fitted into it, or stretched (crop)",
-        )
+        add(picture, "--image_cfg", type=_number, help="how closely models for instructions follow the image (1.5)")
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> Any:
+def add_prompt(parser: argparse.ArgumentParser) -> Any:
+    """The options of how prompts are read, which may also stand in a line of a file of prompts."""
     prompt = parser.add_argument_group("prompt")
     add(prompt, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
     add(
@@ -163,13 +218,72 @@ def _add_prompt(parser: argparse.ArgumentParser) -> Any:
     return prompt
 
 
+def _add_mask(parser: argparse.ArgumentParser) -> None:
+    mask = parser.add_argument_group("a part of the image")
+    add(mask, "--mask", metavar="FILE", help="make anew what is white in this image, keep what is black, blend grey")
+    add(mask, "--invert_mask", action="store_true", help="make anew what is black")
+    add(mask, "--mask_blur", type=_radius, default=0.0, metavar="PIXELS", help="soften the edges of the mask (0)")
+    add(
+        mask,
+        "--mask_padding",
+        type=_whole,
+        metavar="PIXELS",
+        help="work on what is masked and so much around it, at the model's own size, and paste it back (on all of it)",
+    )
+    add(mask, "--no_composite", action="store_true", help="write what the model made, also where the image is kept")
+    add(mask, "--expand", type=_borders, metavar="L,T,R,B", help="paint borders of so many pixels around the image")
+    add(mask, "--depth", metavar="FILE", help="depth map for models made for it, lighter is nearer (estimated)")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    control = parser.add_argument_group("ControlNet")
+    repeated: dict[str, Any] = {"action": "append", "default": []}
+    add(
+        control,
+        "--controlnet",
+        type=weighted,
+        metavar="NET[:SCALE]",
+        help="an id, folder or file of a ControlNet and how strongly it steers (1); may be given again",
+        **repeated,
+    )
+    add(control, "--control_image", metavar="FILE", help="what it is shown; once for each, or for all", **repeated)
+    add(control, "--canny", action="store_true", help="show it the edges of that image")
+    add(control, "--control_start", type=_share, metavar="SHARE", help="of the steps, when it begins (0)", **repeated)
+    add(control, "--control_end", type=_share, metavar="SHARE", help="of the steps, when it ends (1)", **repeated)
+    add(control, "--guess_mode", action="store_true", help="let it steer without the help of the prompt")
+
+
+def _add_second_pass(parser: argparse.ArgumentParser, from_image: bool) -> None:
+    second = parser.add_argument_group("second pass")
+    if not from_image:
+        add(second, "--hires", type=_factor, metavar="FACTOR", help="enlarge the image so much and work on it again")
+        add(second, "--hires_strength", type=_strength, default=0.5, help="how much that changes it (0.5)")
+        add(second, "--hires_steps", type=_count, help="sampler steps, of which it takes that share (--steps)")
+        add(
+            second,
+            "--hires_upscaler",
+            choices=("latents", "pixels"),
+            default="latents",
+            help="what is enlarged: the latents, or the decoded image, which changes less (latents)",
+        )
+    add(second, "--refiner", metavar="MODEL", help="a model that does the last steps, such as sdxl-refiner")
+    add(
+        second,
+        "--refiner_start",
+        type=_strength,
+        default=0.8,
+        metavar="SHARE",
+        help="of the noise that is gone when it begins (0.8)",
+    )
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add(
         model,
         "--model",
         default="sdxl",
-        help=f"one of {', '.join(catalog.names())}, a Hub id, or a folder in diffusers layout (sdxl)",
+        help=f"one of {', '.join(catalog.names())}, a Hub id, a folder or a file with a checkpoint (sdxl)",
     )
     add(model, "--revision", help="branch, tag or commit of a Hub repository (main)")
     add(model, "--no_float16", dest="float16", action="store_false", help="compute in float32")
@@ -190,6 +304,21 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[=WORD]",
         help="a textual inversion embedding and the word for it in prompts (the file's own); may be given again",
     )
+    add(
+        model,
+        "--lora",
+        type=weighted,
+        action="append",
+        default=[],
+        metavar="LORA[:SCALE]",
+        help="a file, folder or id of a LoRA to add to the weights, and how much of it (1); may be given again",
+    )
+    add(model, "--lora_dir", metavar="DIR", help="where <lora:name:0.8> in a prompt is looked for")
+    add(model, "--lora_partial", action="store_true", help="take what fits of a LoRA")
+    for part in ("vae", "unet", "text_encoder", "text_encoder_2"):
+        add(model, f"--{part}", metavar="PART", help=f"an id, folder or file with another {part}")
+    add(model, "--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt")
+    add(model, "--prediction", choices=PREDICTIONS, help="what the UNet predicts (what the checkpoint says)")
     add(model, "--preload_models", action="store_true", help="read all weights before the first step")
 
 
@@ -197,58 +326,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     add(output, "--output", default="out.png", help="file to write; several images are numbered, this is their grid")
     add(output, "--n_rows", type=_count, default=1, help="rows of the grid (1)")
+    add(output, "--batch_size", type=_count, help="images to make at once, of several prompts too (--n_images)")
     add(output, "--decoding_batch_size", type=_count, default=1, help="images to decode at once (1)")
     add(output, "--verbose", "-v", action="store_true", help="say what is chosen, and how much memory was used")
-
-
-def jobs(parser: Parser, args: argparse.Namespace) -> list[argparse.Namespace]:
-    """One set of arguments for each prompt, with ``prompt`` and ``seed`` filled in.
-
-    A line of ``--prompt_file`` is a prompt and, if it likes, options of the groups "picture" and "prompt", which hold
-    for that line. Alternatives become a job each. Seeds count on over all images, and anew where a line gives one.
-    """
-    found: list[argparse.Namespace] = []
-    seed = args.seed
-    for job in [args] if args.prompt_file is None else _lines(parser, args):
-        seed = seed if job.seed is None else job.seed
-        if job.sampler is not None:
-            options(find_sampler(job.sampler), eta=job.eta)
-        for prompt in _variants(job, seed):
-            found.append(copy(job))
-            found[-1].prompt, found[-1].seed = prompt, seed
-            seed += job.n_images
-    return found
-
-
-def _lines(parser: Parser, args: argparse.Namespace) -> list[argparse.Namespace]:
-    path = Path(args.prompt_file).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the prompt file {path} cannot be read ({error}); give a text file in UTF-8") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        prompt, _, flags = re.sub(r"(^|\s)(?=--\w)", "\0", line, count=1).partition("\0")
-        own = Parser(prog=parser.prog, add_help=False)
-        own.where = f"{path}, line {number}: "
-        _add_picture(own, "image" in args)
-        _add_prompt(own)
-        job = copy(args)
-        job.prompt, job.seed = prompt.strip(), None
-        try:
-            own.parse_args(shlex.split(flags), namespace=job)
-        except ValueError as error:
-            own.error(str(error))
-        found.append(job)
-    if not found:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one on each line")
-    return found
-
-
-def _variants(job: argparse.Namespace, seed: int) -> list[str]:
-    """The prompts that the one given stands for."""
-    if job.weight_blocks or job.emphasis == "none":
-        return [job.prompt]
-    return expand(job.prompt, seed if job.alternatives == "one" else None)

@@ -9,15 +9,18 @@ import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from PIL.Image import Image
 from tqdm import tqdm
 
-from .arguments import TEXT_BITS, UNET_BITS, Parser, jobs, read
-from .image import check_output, fit, from_array, grid, open_image, save, target_size
+from .arguments import TEXT_BITS, UNET_BITS, Parser, read
+from .batches import Batch, Work, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
+from .image import check_output, from_array, grid, save
+from .jobs import jobs
 from .pipeline import StableDiffusion
+from .weights.adapters import Attachment
+from .weights.files import open_checkpoint
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -37,19 +40,35 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
     try:
         try:
             args.seed = secrets.randbits(32) if args.seed is None else args.seed
-            wanted = jobs(parser, args)
-            seeds = [job.seed + i for job in wanted for i in range(job.n_images)]
+            wanted = batches(jobs(parser, args), args.batch_size)
+            seeds = [seed for batch in wanted for seed in batch.seeds]
             paths = _image_paths(args, len(seeds))
-            image = open_image(args.image) if "image" in args else None
-            sd = _load(args)
-            runs = [_start(sd, job, image) for job in wanted]
+            inputs = read_inputs(args)
+            if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
+                open_checkpoint(args.refiner, float16=_float16(args))
+            sd = _load(args, args.model)
+            nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
+            loras = _prompt_loras(sd, args, wanted)
+            works = []
+            for batch in wanted:
+                _set_scales(loras, batch)  # prompts are encoded with them
+                works.append(prepare_work(sd, args, inputs, nets, batch))
+            runs = [first_pass(sd, args, inputs, work) for work in works]
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        totals = [sd.number_of_steps(job.steps, getattr(job, "strength", 1.0)) for job in wanted]
-        latents = [_denoise(sd, run, total) for run, total in zip(runs, totals, strict=True)]
+        latents = []
+        for work, run in zip(works, runs, strict=True):
+            _set_scales(loras, work.batch)
+            latents.append(_denoise(sd, *run))
+            if getattr(args, "hires", None):
+                latents[-1] = _denoise(sd, *hires_pass(sd, args, inputs, nets, work, latents[-1]))
+        if args.refiner:
+            _free(sd)
+            sd = _load(args, args.refiner)
+            latents = [_denoise(sd, *refiner_pass(sd, args, work, x)) for work, x in zip(works, latents, strict=True)]
         _free(sd)
         unet_peak = mx.get_peak_memory()
-        _write(sd, latents, args, paths, seeds)
+        _write(sd, list(zip(works, latents, strict=True)), args, paths, seeds)
     except (ArithmeticError, ValueError, OSError) as error:
         parser.fail(1, str(error))
     except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
@@ -84,12 +103,29 @@ def _log_to_stderr(prog: str, verbose: bool) -> None:
     _log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def _load(args: argparse.Namespace) -> StableDiffusion:
-    quantized = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
-    asked = {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+def _float16(args: argparse.Namespace) -> bool:
     # Half precision is what a GPU is fast at; a CPU is slower at it than at float32.
-    float16 = args.float16 and mx.default_device() == mx.gpu
-    sd = StableDiffusion(args.model, float16, revision=args.revision, **(quantized | asked))
+    return args.float16 and mx.default_device() == mx.gpu
+
+
+def _load(args: argparse.Namespace, model: str) -> StableDiffusion:
+    """A model as the arguments want it; the parts, LoRAs and embeddings are those of ``--model`` alone."""
+    quantized = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
+    quantized |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+    if model != args.model:
+        return StableDiffusion(model, _float16(args), **quantized)
+    parts = {name: getattr(args, name) for name in ("vae", "unet", "text_encoder", "text_encoder_2")}
+    sd = StableDiffusion(
+        model,
+        _float16(args),
+        revision=args.revision,
+        parts={name: part for name, part in parts.items() if part is not None},
+        tokenizer=args.tokenizer,
+        prediction=args.prediction,
+        loras=args.lora,
+        lora_partial=args.lora_partial,
+        **quantized,
+    )
     for embedding in args.embedding:
         sd.load_embedding(*embedding.rsplit("=", 1))
     if args.preload_models:
@@ -97,35 +133,25 @@ def _load(args: argparse.Namespace) -> StableDiffusion:
     return sd
 
 
-def _start(sd: StableDiffusion, job: argparse.Namespace, image: Image | None) -> Iterator[mx.array]:
-    """The generator of latents that a job asks for; nothing of it is computed here."""
-    guidance = sd.default_guidance if job.cfg is None else job.cfg
-    if job.negative_prompt and guidance <= 1:
-        _log.warning("the negative prompt has no effect at a guidance scale of %g; give --cfg above 1", guidance)
-    reading = {name: getattr(job, name) for name in ("clip_skip", "emphasis", "truncate", "weight_blocks")}
-    text = sd.encode_prompt(job.prompt, **reading)
-    shared: dict[str, Any] = {
-        "n_images": job.n_images,
-        "num_steps": job.steps,
-        "cfg_weight": job.cfg,
-        # An empty one stays text: some models have a way of their own to say nothing.
-        "negative_text": sd.encode_prompt(job.negative_prompt, **reading) if job.negative_prompt else "",
-        "seed": job.seed,
-        "sampler": job.sampler,
-        "schedule": job.schedule,
-        "eta": job.eta,
-        "clip_skip": job.clip_skip,
-    }
-    height, width = (side * sd.pixels_per_latent for side in sd.default_latent_size)
-    if image is None:
-        unit = sd.pixels_per_latent
-        return sd.generate_latents(
-            text, latent_size=((job.height or height) // unit, (job.width or width) // unit), **shared
-        )
-    size = target_size(image.size, job.width, job.height, native=max(width, height))
-    if size != image.size:
-        _log.info("the image of %dx%d is worked on at %dx%d", *image.size, *size)
-    return sd.generate_latents_from_image(fit(image, *size, mode=job.resize), text, strength=job.strength, **shared)
+def _prompt_loras(sd: StableDiffusion, args: argparse.Namespace, wanted: Sequence[Batch]) -> dict[str, Attachment]:
+    """The LoRAs that prompts ask for, by their names, attached with no effect yet."""
+    names = dict.fromkeys(name for batch in wanted for job in batch.jobs for name, _ in job.loras)
+    if names and args.lora_dir is None:
+        raise ValueError(f"the prompt asks for the LoRA {next(iter(names))}; say where LoRAs are: --lora_dir DIR")
+    return {name: sd.load_lora(_lora_file(args.lora_dir, name), 0.0, partial=args.lora_partial) for name in names}
+
+
+def _lora_file(folder: str, name: str) -> Path:
+    found = [path for path in sorted(Path(folder).expanduser().glob("*")) if name in (path.name, path.stem)]
+    if not found:
+        raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
+    return found[0]
+
+
+def _set_scales(loras: dict[str, Attachment], batch: Batch) -> None:
+    asked = dict(batch.job.loras)
+    for name, attachment in loras.items():
+        attachment.scale = asked.get(name, 0.0)
 
 
 def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx.array:
@@ -148,16 +174,23 @@ def _free(sd: StableDiffusion) -> None:
 
 
 def _write(
-    sd: StableDiffusion, latents: list[mx.array], args: argparse.Namespace, paths: list[Path], seeds: list[int]
+    sd: StableDiffusion,
+    made: Sequence[tuple[Work, mx.array]],
+    args: argparse.Namespace,
+    paths: Sequence[Path],
+    seeds: Sequence[int],
 ) -> None:
     """Decode the latents and write each image as soon as it is there; then, of several of one size, the grid."""
     images: list[Image] = []
-    for batch in latents:
+    for work, batch in made:
         for start in range(0, len(batch), args.decoding_batch_size):
             for pixels in sd.decode(batch[start : start + args.decoding_batch_size]):
                 path, seed = paths[len(images)], seeds[len(images)]
-                images.append(from_array(pixels))
-                save(images[-1], path)
+                image = from_array(pixels)
+                if work.canvas is not None:
+                    image = work.canvas.finish(image, composite=not args.no_composite)
+                images.append(image)
+                save(image, path)
                 print(f"{path} seed {seed}", flush=True)
     if len({image.size for image in images}) > 1:
         _log.warning("the images are of several sizes: there is no grid of them")

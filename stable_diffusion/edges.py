@@ -5,18 +5,21 @@ detector, since its pictures are what those models were trained on: no blur; Sob
 strongest of them taken; thinning along the gradient's direction; weak edges kept where they touch strong ones.
 """
 
+from typing import Any
+
 import numpy as np
 
 _TAN_22 = 13573  # tan(22.5 deg) in units of 2^-15; tan(67.5 deg) is 2 more
 
 
-def canny(image: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
+def canny(image: Any, low: float = 100, high: float = 200) -> np.ndarray:
     """Edges one pixel wide, uint8 [H, W]: 255 on an edge, 0 elsewhere.
 
-    `image` is uint8 [H, W, 3] or grey [H, W]. The thresholds are on |dx| + |dy| of 3x3 Sobel sums, 0 to 2040: a step of
-    d levels along an axis has 4 d. Above `high` a pixel is an edge; above `low` it is one if a chain of such pixels
-    leads to an edge. Raises ValueError for another type or shape, and for a `low` above `high`.
+    `image` is uint8 [H, W, 3] or grey [H, W], or a PIL image. The thresholds are on |dx| + |dy| of 3x3 Sobel sums, 0 to
+    2040: a step of d levels along an axis has 4 d. Above `high` a pixel is an edge; above `low` it is one if a chain of
+    such pixels leads to an edge. Raises ValueError for another type or shape, and for a `low` above `high`.
     """
+    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
         raise ValueError(f"canny takes uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}")
     if low > high:

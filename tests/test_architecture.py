@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 _FLOORS = [
     "blas config catalog curves samplers prompt wildcards tokenizer image edges",
     "schedule inpaint models.layers weights.layout weights.keys weights.original weights.shapes weights.quantize",
-    "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.unpickle",
-    "models.controlnet models.dpt weights.single_file weights.hub weights.pickles",
+    "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",
+    "models.controlnet models.dpt weights.single_file weights.hub weights.unpickle",
+    "weights.pickles",
     "weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
     "weights.adapters weights.save depth guidance",
@@ -22,6 +23,7 @@ _FLOORS = [
     "start",
     "sampling model",
     "pipeline arguments",
+    "batches jobs",
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
@@ -29,10 +31,10 @@ HOMES = {
     "huggingface_hub": {"weights.hub"},
     "regex": {"tokenizer"},
     "numpy": {"image", "edges", "inpaint", "depth"},
-    "PIL": {"image", "inpaint", "depth", "cli"},
+    "PIL": {"image", "inpaint", "depth", "batches", "cli"},
     "tqdm": {"cli"},
 }
-# cli names PIL's Image in its type hints. Of the ground floor only the samplers know arrays.
+# batches and cli name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
 WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "wildcards", "tokenizer", "image", "edges"}
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]

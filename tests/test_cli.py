@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion import SAMPLERS, cli, pipeline
+from stable_diffusion import SAMPLERS, cli
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
@@ -166,7 +166,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was opened")
 
     monkeypatch.setattr(cli, "StableDiffusion", opened)
-    monkeypatch.setattr(pipeline, "open_checkpoint", opened)
+    monkeypatch.setattr("stable_diffusion.model.open_checkpoint", opened)
 
 
 COUNT = "a whole number from 1 to 9999"
@@ -263,7 +263,7 @@ def test_a_path_with_line_breaks_is_still_one_line(run, no_model):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("model", ["sdx", "sd1.5", "", "a/b/c", "https://example.com/a/b"])
 def test_unknown_model(run, monkeypatch, tmp_path, script, model):
-    monkeypatch.setattr(pipeline, "load_component", None)
+    monkeypatch.setattr("stable_diffusion.model.load_component", None)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     image = [tmp_path / "in.png"] if script == "image2image" else []
     run(script, *image, PROMPT, "--model", model).refused(repr(model), "sdxl-turbo", "sd15", "tiny", "a folder")
@@ -438,14 +438,29 @@ FLAGS = [
     *("--unet_bits", "6", "--text_bits", "5", "--schedule", "karras"),
     *("--embedding", "word.safetensors=word", "--emphasis", "values"),
     *("--weight_blocks", "--truncate", "--alternatives", "one"),
+    *("--resize", "pad", "--batch_size", "1"),
 ]
+# What needs files of its own, or goes with few others; and what is said in every test or in a process of its own.
+ELSEWHERE = {
+    *("--prompt_file", "--wildcards", "--revision", "--model", "--output", "--help"),
+    *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
+    *("--tokenizer", "--prediction", "--refiner", "--refiner_start"),
+    *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
+}
+ONLY = {
+    "txt2image": {"--hires", "--hires_strength", "--hires_steps", "--hires_upscaler"},
+    "image2image": {
+        *("--strength", "--image_cfg", "--mask", "--invert_mask", "--mask_blur", "--mask_padding", "--no_composite"),
+        *("--expand", "--depth"),
+    },
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_with_underscores_and_with_hyphens(run, models, tmp_path, monkeypatch, script):
     Image.effect_noise((100, 90), 60).save(tmp_path / "in.png")
     image = [tmp_path / "in.png"] if script == "image2image" else []
-    more = ["--strength", "0.5", "--resize", "pad"] if image else []
+    more = ["--strength", "0.5"] if image else []
     mx.save_safetensors(str(tmp_path / "word.safetensors"), {"emb_params": mx.zeros((2, 32))})
     monkeypatch.chdir(tmp_path)
     results = []
@@ -462,10 +477,9 @@ def test_no_flag_but_those(script):
     """A flag that is added must be added to the tests above; --model and --output are in every one of them."""
     text = process(script, "--help").succeeded().out
     shown = set(re.findall(r"(--[a-z0-9_]+)(?=[ ,\n\]]|$)", "\n".join(text)))
-    tested = {flag for flag in FLAGS if flag.startswith("--")} | {"--help", "--model", "--output", "--revision"}
-    tested |= {"--prompt_file"}  # takes the place of the prompt: its tests are further down
+    tested = {flag for flag in FLAGS if flag.startswith("--")} | ELSEWHERE | ONLY[script]
     tested |= {"--list_samplers", "--list-samplers"} & shown
-    assert shown == tested | ({"--strength", "--resize"} if script == "image2image" else set())
+    assert shown == tested
 
 
 @pytest.mark.parametrize("flag", ["--list_samplers", "--list-samplers"])

@@ -1,0 +1,238 @@
+"""From jobs to runs: which images are made at once, what they are made from, and the passes that make them."""
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from PIL.Image import Image
+
+from .control import Control
+from .depth import read_depth
+from .edges import canny
+from .image import fit, open_image, to_array
+from .inpaint import Canvas, canvas, expand, prepare, read_mask
+from .models.controlnet import ControlNetModel
+from .pipeline import StableDiffusion
+
+_log = logging.getLogger("stable_diffusion")
+
+_OWN = ("prompt", "negative_prompt", "seed", "n_images")  # what images of one batch may differ in
+
+Pass = tuple[Iterator[mx.array], int]  # the latents of a run, and how many there will be
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are made at once: a job and a seed for each. The jobs differ in their prompts alone."""
+
+    jobs: tuple[argparse.Namespace, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def job(self) -> argparse.Namespace:
+        """What holds for all of them."""
+        return self.jobs[0]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that a run works from, read before any model."""
+
+    image: Image | None
+    mask: Image | None
+    hints: list[Image]
+    depth: Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch and all that its passes are told; ``size`` (width, height) is what is worked at, in pixels."""
+
+    batch: Batch
+    canvas: Canvas | None
+    size: tuple[int, int]
+    given: dict[str, Any]
+    strength: float = 1.0
+
+
+def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]:
+    """All images of the jobs in order, filled into batches of ``size`` (None: of what one job asks for)."""
+    found: list[Batch] = []
+    for job in jobs:
+        limit = job.n_images if size is None else size
+        for seed in range(job.seed, job.seed + job.n_images):
+            last = found[-1] if found else None
+            if last and len(last.seeds) < limit and _settings(last.job) == _settings(job):
+                found[-1] = Batch((*last.jobs, job), (*last.seeds, seed))
+            else:
+                found.append(Batch((job,), (seed,)))
+    return found
+
+
+def _settings(job: argparse.Namespace) -> dict[str, Any]:
+    settings = {name: value for name, value in vars(job).items() if name not in _OWN}
+    return settings | {"negative": bool(job.negative_prompt)}
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Read the files that the arguments name. ValueError or OSError, one line, for what cannot be used."""
+    image = mask = depth = None
+    if "image" in args:
+        image = open_image(args.image)
+        mask = None if args.mask is None else prepare(read_mask(args.mask, image.size), invert=args.invert_mask)
+        if args.expand:
+            image, mask = expand(image, mask, args.expand)
+        mask = None if mask is None else prepare(mask, blur=args.mask_blur)
+        depth = None if args.depth is None else read_depth(args.depth)
+        if mask is not None and mask.getbbox() is None:
+            _log.warning("the mask is black everywhere: the image is kept as it is")
+    hints = [open_image(path) for path in args.control_image]
+    return Inputs(image, mask, hints, depth)
+
+
+def prepare_work(
+    sd: StableDiffusion, args: argparse.Namespace, inputs: Inputs, nets: Sequence[ControlNetModel], batch: Batch
+) -> Work:
+    """Decide what a batch is made from and at what size. ValueError for what does not go together with the model."""
+    job = batch.job
+    height, width = (side * sd.pixels_per_latent for side in sd.default_latent_size)
+    place = None
+    if inputs.image is None:
+        size = (job.width or width, job.height or height)
+    else:
+        _check_image_options(sd, args, job)
+        place = canvas(
+            inputs.image,
+            inputs.mask,
+            job.width,
+            job.height,
+            max(width, height),
+            resize=job.resize,
+            padding=args.mask_padding,
+        )
+        size = place.size
+        if size != inputs.image.size:
+            _log.info("the image of %dx%d is worked on at %dx%d", *inputs.image.size, *size)
+    given = _prompts(sd, batch) | {
+        "num_steps": sd.default_steps if job.steps is None else job.steps,
+        "cfg_weight": job.cfg,
+        "seed": batch.seeds,
+        "sampler": job.sampler,
+        "schedule": job.schedule,
+        "eta": job.eta,
+        "clip_skip": job.clip_skip,
+    }
+
+    def shown(hint: Image) -> Image:
+        return fit(hint, *size, mode=job.resize) if place is None else place.part(hint, mode=job.resize)
+
+    given["controls"] = _controls(args, nets, [shown(hint) for hint in inputs.hints])
+    strength = 1.0
+    if inputs.image is not None:
+        forgets = args.expand or sd.mode in ("masks", "instructions")
+        strength = job.strength if job.strength is not None else 1.0 if forgets else 0.9
+    return Work(batch, place, size, given, strength)
+
+
+def _check_image_options(sd: StableDiffusion, args: argparse.Namespace, job: argparse.Namespace) -> None:
+    if args.depth is not None and sd.mode != "depth":
+        raise ValueError(f"--depth has no effect: {args.model} was not made for depth maps")
+    if job.image_cfg is not None and sd.mode != "instructions":
+        raise ValueError(f"--image_cfg has no effect: {args.model} was not made for instructions")
+
+
+def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
+    """The encoded prompts of a batch, one for all or one for each image."""
+    job = batch.job
+    guidance = sd.default_guidance if job.cfg is None else job.cfg
+    if job.negative_prompt and guidance <= 1:
+        _log.warning("the negative prompt has no effect at a guidance scale of %g; give --cfg above 1", guidance)
+    reading = {name: getattr(job, name) for name in ("clip_skip", "emphasis", "truncate", "weight_blocks")}
+    texts, negatives = ([getattr(j, name) for j in batch.jobs] for name in ("prompt", "negative_prompt"))
+    alike = len(set(texts)) == 1
+    return {
+        "text": sd.encode_prompt(texts[:1] if alike else texts, **reading),
+        # An empty one stays text: some models have a way of their own to say nothing.
+        "negative_text": sd.encode_prompt(negatives[:1] if alike else negatives, **reading) if negatives[0] else "",
+        "n_images": len(texts) if alike else 1,
+    }
+
+
+def _controls(args: argparse.Namespace, nets: Sequence[ControlNetModel], hints: Sequence[Image]) -> list[Control]:
+    """What steers a run whose pictures have the size of the ``hints``."""
+
+    def each(values: Sequence[Any], default: Any) -> list[Any]:
+        """One for each net, of one for each, one for all, or none."""
+        return list(values) if len(values) == len(nets) else list(values or [default]) * len(nets)
+
+    arrays = [_edges(hint) if args.canny else mx.array(to_array(hint) / 2 + 0.5) for hint in hints]
+    starts, ends = each(args.control_start, 0.0), each(args.control_end, 1.0)
+    scales = [scale for _, scale in args.controlnet]
+    return [
+        Control(net, hint, scale, start, end, args.guess_mode)
+        for net, hint, scale, start, end in zip(nets, each(arrays, None), scales, starts, ends, strict=True)
+    ]
+
+
+def _edges(hint: Image) -> mx.array:
+    """The edges of a hint as an image [H, W, 3] in [0, 1]."""
+    return mx.repeat(mx.array(canny(hint))[..., None] / 255, 3, axis=-1)
+
+
+def first_pass(sd: StableDiffusion, args: argparse.Namespace, inputs: Inputs, work: Work) -> Pass:
+    """The run that a batch begins with; nothing of it is computed here."""
+    end = args.refiner_start if args.refiner else 1.0
+    given = work.given | {"denoising_end": end}
+    total = _steps(sd, given, work.strength)
+    if work.canvas is None:
+        unit = sd.pixels_per_latent
+        return sd.generate_latents(latent_size=(work.size[1] // unit, work.size[0] // unit), **given), total
+    place = work.canvas
+    return sd.generate_latents_from_image(
+        place.part(place.picture),
+        strength=work.strength,
+        mask=None if place.mask is None else place.part(place.mask),
+        depth=None if inputs.depth is None else _part(inputs.depth, place),
+        image_cfg_weight=work.batch.job.image_cfg,
+        **given,
+    ), total
+
+
+def hires_pass(
+    sd: StableDiffusion,
+    args: argparse.Namespace,
+    inputs: Inputs,
+    nets: Sequence[ControlNetModel],
+    work: Work,
+    x: mx.array,
+) -> Pass:
+    """The run that works again on the enlarged latents ``x`` of a first pass."""
+    height, width = (max(1, round(side * args.hires)) for side in x.shape[1:3])
+    unit, job = sd.pixels_per_latent, work.batch.job
+    hints = [fit(hint, width * unit, height * unit, mode=job.resize) for hint in inputs.hints]
+    steps = work.given["num_steps"] if args.hires_steps is None else args.hires_steps
+    given = work.given | {"controls": _controls(args, nets, hints), "num_steps": steps}
+    larger = sd.upscale(x, (height, width), args.hires_upscaler)
+    run = sd.generate_latents_from_image(larger, strength=args.hires_strength, **given)
+    return run, _steps(sd, given, args.hires_strength)
+
+
+def refiner_pass(sd: StableDiffusion, args: argparse.Namespace, work: Work, x: mx.array) -> Pass:
+    """The run of the refiner ``sd`` from the latents ``x`` where the base has stopped."""
+    given = work.given | _prompts(sd, work.batch) | {"denoising_start": args.refiner_start, "controls": ()}
+    return sd.generate_latents(latents=x, latent_size=x.shape[1:3], **given), _steps(sd, given)
+
+
+def _steps(sd: StableDiffusion, given: Mapping[str, Any], strength: float = 1.0) -> int:
+    known = ("num_steps", "sampler", "schedule", "denoising_start", "denoising_end")
+    return sd.number_of_steps(strength=strength, **{name: given[name] for name in known if name in given})
+
+
+def _part(depth: Any, place: Canvas) -> Any:
+    """The part of a depth map [H, W] of the whole picture that is worked on."""
+    left, top, right, bottom = place.box
+    rows, columns = (side / whole for side, whole in zip(depth.shape, reversed(place.picture.size), strict=True))
+    return depth[int(top * rows) : round(bottom * rows) or 1, int(left * columns) : round(right * columns) or 1]
