@@ -103,6 +103,8 @@ def test_a_step_is_one_line_and_counts_four_times_its_height():
     np.testing.assert_array_equal(np.unique(np.nonzero(canny(image, 100, 199))[1]), [4])
     assert (canny(image, 100, 199)[:, 4] == 255).all()
     assert not canny(image, 100, 200).any() and not canny(image[:, :5]).any()
+    image[5:, 5:, 1] += 10  # 240 from the seventh row on; both thresholds are to be exceeded
+    assert canny(image, 199, 239)[:3].any() and not canny(image, 200, 239)[:3].any()
 
 
 def spiral(size: int) -> tuple[np.ndarray, int]:
