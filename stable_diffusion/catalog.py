@@ -65,6 +65,15 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
 
+# What a single file cannot say of itself: the distilled models that were published as files, by the names of these.
+# Turbo: Sauer et al. 2023; Lightning: Lin et al. 2024, in as many steps as its name has.
+_TRAILING = {"timestep_spacing": "trailing"}
+_FILES = (
+    (r"sd_xl_turbo_1\.0(_fp16)?", {"_class_name": "EulerAncestralDiscreteScheduler"} | _TRAILING, 2),
+    (r"sd_turbo", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, 2),
+    (r"sdxl_lightning_(\d)step", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, None),
+)
+
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
 
 
@@ -101,6 +110,14 @@ def find(model: str) -> Entry:
         removed=model if mirrors else None,
         half_vae=known.half_vae if known else None,
     )
+
+
+def distilled(file: str) -> tuple[dict, int] | None:
+    """(what differs in its scheduler_config.json, steps) for the published file of a distilled model, by its name."""
+    for pattern, scheduler, steps in _FILES:
+        if found := re.fullmatch(pattern, file, re.IGNORECASE):
+            return scheduler, steps or int(found[1])
+    return None
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:

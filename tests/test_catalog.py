@@ -39,6 +39,24 @@ def test_xl_models_have_a_vae_for_half_precision():
     assert catalog.find("stabilityai/sdxl-turbo").half_vae == catalog.find("sdxl").half_vae
 
 
+@pytest.mark.parametrize(
+    ("file", "scheduler", "steps"),
+    [
+        ("sd_xl_turbo_1.0_fp16", "EulerAncestralDiscreteScheduler", 2),
+        ("sd_turbo", "EulerDiscreteScheduler", 2),
+        ("sdxl_lightning_8step", "EulerDiscreteScheduler", 8),
+        ("SDXL_Lightning_4step", "EulerDiscreteScheduler", 4),
+    ],
+)
+def test_files_of_distilled_models(file, scheduler, steps):
+    assert catalog.distilled(file) == ({"_class_name": scheduler, "timestep_spacing": "trailing"}, steps)
+
+
+def test_files_of_other_models():
+    for file in ("v1-5-pruned-emaonly", "sd_xl_base_1.0", "my_sd_turbo_merge", "dreamshaperXL_turbo"):
+        assert catalog.distilled(file) is None
+
+
 def test_tiny_is_in_the_package():
     tiny = catalog.find("tiny")
     assert tiny.folder.name == "tiny" and tiny.folder.parent.name == "stable_diffusion"

@@ -142,7 +142,10 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     if missing := layout.lacking_of_part(folder, names, kind, float16, name):
         raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
     files = layout.weight_files(folder, kind, names, float16, name, place)
-    return Component(kind, layout.read_json(folder / place / "config.json"), tuple(folder / file for file in files))
+    config = layout.read_json(folder / place / "config.json")
+    if isinstance(config.get("text_config"), dict):  # a whole CLIP, of which only the text encoder is read
+        config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
+    return Component(kind, config, tuple(folder / file for file in files))
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> Path | None:
@@ -271,6 +274,10 @@ def _read_single_file(
     own = {kind: Component(kind, config, (path,), prefix) for kind, (prefix, config) in contents.networks.items()}
     vocabulary = Path() if tokenizer is not None else hub.fetch((catalog.TOKENIZER,), _WANT_VOCABULARY)[1]
     steps, guidance = catalog.defaults_for(pipeline, contents.scheduler)
+    if distilled := catalog.distilled(path.stem):
+        contents.scheduler.update(distilled[0])
+        steps, guidance = distilled[1], 0.0
+        _log.info("%s is a distilled model by its name: %d steps without guidance", name, steps)
     return Checkpoint(
         name=name,
         folder=path.parent,

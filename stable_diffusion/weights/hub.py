@@ -125,7 +125,9 @@ def _download(repo: str, want: Want, revision: str | None) -> Path:
             if entry is not None:
                 folder = _root(hf_hub_download(repo, entry, revision=revision), entry)
         if entry is None:
-            raise ValueError(f"{repo} is not {want.what}: it has no {' or '.join(want.entries)}")
+            single = min((name for name in names if name.endswith((".safetensors", ".ckpt"))), default=None)
+            remedy = f"; its files can be given by themselves, such as {repo}/{single}" if single else ""
+            raise ValueError(f"{repo} is not {want.what}: it has no {' or '.join(want.entries)}{remedy}")
         for _ in ("small files", "weights"):
             missing = want.lacking(folder, names, repo)
             if unknown := [file for file in missing if file not in names]:

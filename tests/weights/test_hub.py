@@ -176,6 +176,14 @@ def test_shards(hub, client, half):
     assert hub.requests == []
 
 
+def test_repository_of_single_files_says_how_to_give_one(hub, client):
+    hub.add(REPO, {"b.safetensors": b"weights", "a.ckpt": b"weights", "README.md": b""})
+    error = client(REPO)["error"]
+    assert f"{REPO} is not a checkpoint in diffusers layout: it has no model_index.json" in error
+    assert f"its files can be given by themselves, such as {REPO}/a.ckpt" in error
+    assert hub.fetched() == []
+
+
 def test_missing_files_are_named(hub, client):
     files = checkpoint_files()
     for name in ("model_index.json", "vae/config.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):

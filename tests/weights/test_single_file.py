@@ -10,10 +10,10 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints import write_vocabulary
-from oracle import perturb
+from oracle import perturb, relative_error
 from original_layout import write_open_clip, write_unet, write_vae
 from stable_diffusion.tokenizer import Tokenizer
 from stable_diffusion.weights.files import Component, open_checkpoint, open_part, read_tensors
@@ -295,6 +295,15 @@ def test_lcm(made, tmp_path, vocabulary):
     assert np.array_equal(unet.time_embedding.cond_proj.weight, np.ones((32, 256)))
 
 
+def test_distilled_models_are_known_by_the_names_of_their_files(made, tmp_path, vocabulary):
+    checkpoint = open_checkpoint(
+        saved(tmp_path / "sdxl_lightning_4step.safetensors", made("xl")[1]), tokenizer=vocabulary
+    )
+    assert checkpoint.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    assert checkpoint.scheduler["timestep_spacing"] == "trailing" and checkpoint.scheduler["beta_start"] == 0.00085
+    assert (checkpoint.steps, checkpoint.guidance) == (4, 0.0)
+
+
 # --- prediction --------------------------------------------------------------------------------------------------
 
 _LAST_NORM = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.norm1.bias"
@@ -430,6 +439,26 @@ def test_part_from_a_folder(made, tmp_path, place):
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         (tmp_path / place / file).write_bytes((folder / "vae" / file).read_bytes())
     assert_same(open_part(tmp_path, "vae"), open_part(folder, "vae"))
+
+
+def test_text_encoder_of_a_whole_clip(tmp_path):
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    text |= {"vocab_size": 300, "projection_dim": 64, "eos_token_id": 299}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    whole = perturb(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)))
+    whole.save_pretrained(tmp_path)
+    encoder = load_component(open_part(tmp_path, "text_encoder"))
+    ids = [[298, 5, 7, 299]]
+    expected = whole.text_model(torch.tensor(ids)).last_hidden_state
+    assert relative_error(encoder(mx.array(ids)).last_hidden_state, expected) < 1e-4
+
+
+def test_tiny_autoencoder_by_itself(tmp_path):
+    theirs = perturb(diffusers.AutoencoderTiny())
+    names = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    component = open_part(saved(tmp_path / "taesd.safetensors", names), "vae")
+    assert component.config["_class_name"] == "AutoencoderTiny"
+    assert weights(component).keys() == names.keys()
 
 
 def test_part_replaces_the_checkpoints_own(made, tmp_path):
