@@ -133,7 +133,7 @@ class HybridTransformer(nn.Module):
         super().__init__()
         self.embeddings = HybridEmbeddings(config)
         self.encoder = {"layer": [ViTLayer(config) for _ in range(config.num_hidden_layers)]}
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # in the files, and not on the way to depth
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # stored, not used for depth
         self._taken = config.backbone_out_indices
 
     def __call__(self, x: mx.array) -> tuple[list[mx.array], list[mx.array]]:
