@@ -277,10 +277,14 @@ class ControlNetConfig(EncoderConfig):
             ),
         ):
             if mine != needed:
-                raise ValueError(
-                    f"the ControlNet does not fit the model: it is for {what} {mine}, the model has {needed}; "
-                    "take one that was trained for this family (SD 1, SD 2 or XL)"
-                )
+                raise misfit("ControlNet", f"it is for {what} {mine}, the model has {needed}")
+
+
+def misfit(network: str, why: str) -> ValueError:
+    """The error of a network that steers a UNet, but not the given one."""
+    return ValueError(
+        f"the {network} does not fit the model: {why}; take one that was trained for this family (SD 1, SD 2 or XL)"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -112,22 +113,32 @@ class UNetBlock(nn.Module):
 
 
 class DownBlock(UNetBlock):
-    """``DownBlock2D`` and ``CrossAttnDownBlock2D``: appends each of its maps to ``skips``."""
+    """``DownBlock2D`` and ``CrossAttnDownBlock2D``: appends each of its maps to ``skips``.
+
+    A T2I-Adapter's ``feature`` is added where adapters are trained: to the last map before downsampling in a block with
+    attention, and to the map after it in a block without.
+    """
 
     def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
         super().__init__(config, channels, attention)
         if not last:
             self.downsamplers = [Downsample2D(channels[-1][1])]
 
-    def __call__(self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array]) -> mx.array:
+    def __call__(
+        self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array], feature: mx.array | None = None
+    ) -> mx.array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if "attentions" in self:
                 x = self.attentions[i](x, context)
             skips.append(x)
+        if feature is not None and "attentions" in self:
+            x = skips[-1] = x + feature
         if "downsamplers" in self:
             x = self.downsamplers[0](x)
             skips.append(x)
+        if feature is not None and "attentions" not in self:
+            x = skips[-1] = x + feature
         return x
 
 
@@ -203,12 +214,24 @@ class Encoder(nn.Module):
         attention = (config.num_attention_heads[-1], config.cross_attention_dim[-1], depths)
         return MidBlock(config, [(width, width)] * 2, attention)
 
-    def encode(self, x: mx.array, temb: mx.array, context: Context) -> tuple[list[mx.array], mx.array]:
-        """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's."""
+    def encode(
+        self, x: mx.array, temb: mx.array, context: Context, features: Sequence[mx.array] = ()
+    ) -> tuple[list[mx.array], mx.array]:
+        """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's.
+
+        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
+        """
+        count = len(self.down_blocks)
+        if len(features) > count + ("mid_block" in self):
+            raise ValueError(f"{len(features)} features for a UNet of {count} down blocks: the adapter does not fit it")
         skips = [x]
-        for block in self.down_blocks:
-            x = block(x, temb, context, skips)
-        return skips, self.mid_block(x, temb, context) if "mid_block" in self else x
+        for block, feature in zip_longest(self.down_blocks, features[:count]):
+            x = block(x, temb, context, skips, feature)
+        if "mid_block" in self:
+            x = self.mid_block(x, temb, context)
+            for feature in features[count:]:
+                x = x + feature
+        return skips, x
 
     def embed_time(
         self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None = None, cond: mx.array | None = None
@@ -239,6 +262,7 @@ class UNet2DConditionModel(Encoder):
         text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
         timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
         residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
+        features: what T2I-Adapters add to each down block and, in XL, to the middle.
 
     Returns:
         [B, h, w, out_channels] in the type of ``x``.
@@ -277,9 +301,10 @@ class UNet2DConditionModel(Encoder):
         text_time: tuple[mx.array, mx.array] | None = None,
         timestep_cond: mx.array | None = None,
         residuals: Residuals | None = None,
+        features: Sequence[mx.array] = (),
     ) -> mx.array:
         temb = self.embed_time(t, x.dtype, text_time, timestep_cond)
-        skips, x = self.encode(self.conv_in(x), temb, context)
+        skips, x = self.encode(self.conv_in(x), temb, context, features)
         if residuals is not None:
             down, middle = residuals
             if len(down) != len(skips):

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
-from ..models.controlnet import ControlNetModel
+from ..models.controlnet import ControlNetModel, T2IAdapter, T2IAdapterConfig
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
@@ -27,7 +27,10 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "depth_estimator": (DPTConfig, DPTForDepthEstimation),
 }
 # Where a part comes in several kinds, its config says by `_class_name` which one it is.
-_KINDS = {("vae", "AutoencoderTiny"): (AutoencoderTinyConfig, AutoencoderTiny)}
+_KINDS = {
+    ("vae", "AutoencoderTiny"): (AutoencoderTinyConfig, AutoencoderTiny),
+    ("controlnet", "T2IAdapter"): (T2IAdapterConfig, T2IAdapter),
+}
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
