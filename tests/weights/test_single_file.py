@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from checkpoints import write_vocabulary
 from oracle import perturb, relative_error
 from original_layout import write_open_clip, write_unet, write_vae
+from stable_diffusion import StableDiffusion
 from stable_diffusion.tokenizer import Tokenizer
 from stable_diffusion.weights.files import Component, open_checkpoint, open_part, read_tensors
 from stable_diffusion.weights.load import load_component
@@ -72,6 +73,10 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "set_alpha_to_one": False,
+    "clip_sample": False,
 }
 
 
@@ -81,9 +86,9 @@ def _encoder(act: str, projection: bool, layers: int = 2) -> torch.nn.Module:
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=1,
-        vocab_size=300,
+        vocab_size=526,  # of the vocabulary in checkpoints
         hidden_act=act,
-        eos_token_id=299,
+        eos_token_id=525,
         projection_dim=64,
     )
     return perturb((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), seed=layers)
@@ -135,13 +140,15 @@ def _make(folder: Path, family: str) -> tuple[Path, dict[str, np.ndarray]]:
         place = f"conditioner.embedders.{1 if family == 'xl' else 0}.model."
         original |= _with(place, write_open_clip(_arrays(encoders["text_encoder_2"])))
     index = {"_class_name": pipeline, "scheduler": ["diffusers", "PNDMScheduler"]}
+    index["force_zeros_for_empty_prompt"] = family == "xl"
     for name, module in {"unet": unet, "vae": vae, **encoders}.items():
         module.save_pretrained(folder / name)
         index[name] = ["library", type(module).__name__]
         if name.startswith("text_encoder"):
             tokenizer = name.replace("text_encoder", "tokenizer")
             index[tokenizer] = ["transformers", "CLIPTokenizer"]
-            write_vocabulary(folder / tokenizer)
+            pad_first = tokenizer == "tokenizer" and not config.get("upcast_attention")
+            write_vocabulary(folder / tokenizer, "<|endoftext|>" if pad_first else "!")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -213,12 +220,27 @@ def test_what_no_shape_tells_is_known(made, family, tmp_path, vocabulary):
             parts["vae"].decode(x),
             *parts["vae"].encode(x[..., :3]),
         ]
-        ids = mx.array([[298, 5, 7, 299, 299]])
+        ids = mx.array([[524, 5, 7, 525, 525]])
         for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
             text = parts[name](ids)
             found += [text.last_hidden_state, text.pooled_output, *text.hidden_states]
         outputs.append([np.array(value) for value in found])
     assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
+def test_latents_are_those_of_the_folder(made, family, tmp_path):
+    """The whole way, with the scheduler that the family is known to have; pad tokens are the tokenizers' own."""
+    folder, original = made(family)
+    path = saved(tmp_path / "model.safetensors", original)
+    ours = StableDiffusion(path, tokenizer=folder / "tokenizer", prediction="epsilon")
+    theirs = StableDiffusion(folder)
+    runs = [
+        list(sd.generate_latents("the red cat!", num_steps=2, latent_size=(4, 8), seed=1, sampler="ddim"))
+        for sd in (ours, theirs)
+    ]
+    for a, b in zip(*runs, strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_sizes_and_schedules_of_the_families(made, tmp_path, vocabulary):
