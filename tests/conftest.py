@@ -1,5 +1,6 @@
-"""Checkpoints that many tests share: made once, read only."""
+"""What many tests share: checkpoints, made once and read only, and the scripts, called in this process."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -7,6 +8,8 @@ import pytest
 
 import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
 from checkpoints import SCALED, make
+from command_line import SCRIPTS, Finished
+from stable_diffusion import cli
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,33 @@ def xl_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("xl") / "xl"
     make(folder, "xl", diffusers.EulerAncestralDiscreteScheduler(**SCALED, timestep_spacing="trailing"))
     return folder
+
+
+@pytest.fixture
+def run(capsys) -> Iterator[Callable[..., Finished]]:
+    """Call a script in this process."""
+
+    def call(script: str, *argv) -> Finished:
+        try:
+            code = SCRIPTS[script]([str(a) for a in argv])
+        except SystemExit as leaving:
+            code = leaving.code
+        out, err = capsys.readouterr()
+        return Finished(code, out.splitlines(), err)
+
+    # The scripts own the library's log in their process; give it back to the other tests.
+    log = cli.logging.getLogger("stable_diffusion")
+    before = log.handlers, log.level
+    yield call
+    log.handlers, log.level = before
+
+
+@pytest.fixture
+def no_model(monkeypatch) -> None:
+    """A test fails where a script opens a model."""
+
+    def opened(*args, **kwargs):
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(cli, "StableDiffusion", opened)
+    monkeypatch.setattr("stable_diffusion.model.open_checkpoint", opened)

@@ -4,10 +4,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,73 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import PROMPT, SCRIPTS, Finished, names, pixels, process
 from stable_diffusion import SAMPLERS, cli
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {"txt2image": cli.txt2image, "image2image": cli.image2image}
-PROMPT = "the red cat"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-@dataclass
-class Finished:
-    """A run that is over: its exit code, the lines of stdout, stderr, and stderr's lines that are no progress bar."""
-
-    code: int
-    out: list[str]
-    err: str
-
-    @property
-    def remarks(self) -> list[str]:
-        return [line for line in re.split(r"[\r\n]", self.err) if line.strip() and not re.search(r"\d+%\|", line)]
-
-    def failed(self, code: int, *words: str) -> None:
-        """It ended with ``code`` and one line that holds all of ``words``."""
-        assert self.code == code, self.err
-        assert len(self.remarks) == 1, self.err
-        assert re.match(r"\S+: error: ", self.remarks[0])
-        assert not [word for word in words if word not in self.remarks[0]], self.remarks[0]
-
-    def refused(self, *words: str) -> None:
-        """It did nothing but say so."""
-        self.failed(2, *words)
-        assert self.out == [] and self.err.count("\n") == 1 and self.err.endswith("\n")
-
-    def succeeded(self) -> "Finished":
-        assert self.code == 0, self.err
-        return self
 
 
 @pytest.fixture
 def models(sd1_folder, xl_folder) -> dict[str, Path]:
     """Random checkpoints: "sd" of 64x64 pixels with guidance 7.5, "xl" of 128x128 with 2 steps and no guidance."""
     return {"sd": sd1_folder, "xl": xl_folder}
-
-
-@pytest.fixture(autouse=True)
-def quiet_afterwards():
-    """The scripts own the library's log in their process; give it back to the other tests."""
-    log = cli.logging.getLogger("stable_diffusion")
-    before = log.handlers, log.level
-    yield
-    log.handlers, log.level = before
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Finished]:
-    """Call a script in this process."""
-
-    def call(script: str, *argv) -> Finished:
-        try:
-            code = SCRIPTS[script]([str(a) for a in argv])
-        except SystemExit as leaving:
-            code = leaving.code
-        out, err = capsys.readouterr()
-        return Finished(code, out.splitlines(), err)
-
-    return call
 
 
 @pytest.fixture
@@ -96,23 +38,6 @@ def make_image(run, models, tmp_path):
         return pixels(output)
 
     return call
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        assert image.mode == "RGB"
-        return np.asarray(image).astype(int)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def process(script: str, *argv) -> Finished:
-    """Run a script as its users do, with warnings as errors."""
-    command = [sys.executable, "-W", "error", f"{script}.py", *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    return Finished(done.returncode, done.stdout.splitlines(), done.stderr)
 
 
 # --- as processes ----------------------------------------------------------------------------------------------------
@@ -158,15 +83,6 @@ def test_a_process_that_fails_on_the_way(models, tmp_path):
 
 
 # --- refused before a model is touched -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    def opened(*args, **kwargs):
-        raise AssertionError("a model was opened")
-
-    monkeypatch.setattr(cli, "StableDiffusion", opened)
-    monkeypatch.setattr("stable_diffusion.model.open_checkpoint", opened)
 
 
 COUNT = "a whole number from 1 to 9999"
