@@ -348,5 +348,5 @@ def make(
 
 
 def write(folder: Path, tensors: Tensors, name: str = "lora.safetensors", metadata: dict | None = None) -> Path:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, metadata=metadata)
+    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, folder / name, metadata=metadata)
     return folder / name

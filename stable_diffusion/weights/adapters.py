@@ -8,12 +8,14 @@ A model is given as its networks by name: "unet", "text_encoder", "text_encoder_
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.layers import GroupNorm
 from .lora import Change, Lora, bias_delta, delta, gain, laid_out, shape_of, whole_delta
 from .lora_keys import layer_names
 
@@ -78,11 +80,13 @@ def _layers(network: nn.Module) -> dict[str, nn.Module]:
 def _check_fit(place: _Place) -> None:
     """Raises ValueError where a change has not the shape of its layer. Nothing is computed."""
     change, layer = place.change, place.layer
-    delta(change, shape_of(layer))
-    gain(change, layer)
-    if "bias" in change.factors and ("bias" not in layer or change.factors["bias"].shape != layer.bias.shape):
-        has = layer.bias.shape if "bias" in layer else "none"
-        raise ValueError(f"{change.name} bias {change.factors['bias'].shape} instead of {has}")
+    if change.of_weight:
+        delta(change, shape_of(layer))
+        gain(change, layer)
+    shape = layer.bias.shape if "bias" in layer else None
+    for role in ("bias", "diff_b"):
+        if role in change.factors and change.factors[role].shape != shape:
+            raise ValueError(f"{change.name} {role} {change.factors[role].shape} instead of {shape}")
 
 
 def _check_family(lora: Lora, unet: Mapping[str, nn.Module]) -> None:
@@ -171,12 +175,14 @@ def fuse(
     fusion = Fusion(networks, dict.fromkeys(place.name for place, _ in found), unmatched, keep)
     sums: dict[tuple[str, str], tuple[_Place, mx.array]] = {}
     for place, scale in found:
-        parts = {"weight": lambda p=place: laid_out(whole_delta(p.change, p.layer))}
-        if "bias" in place.change.factors:
-            parts["bias"] = lambda p=place: bias_delta(p.change)
-        for key, part in parts.items() if scale else ():
+        parts = {}
+        if place.change.of_weight and scale:
+            parts["weight"] = laid_out(whole_delta(place.change, place.layer))
+        if place.change.of_bias and scale:
+            parts["bias"] = bias_delta(place.change)
+        for key, part in parts.items():
             _, total = sums.get((place.name, key), (place, place.layer[key].astype(mx.float32)))
-            sums[place.name, key] = (place, total + scale * part())
+            sums[place.name, key] = (place, total + scale * part)
     for (_, key), (place, total) in sums.items():
         fusion._replace(place, key, total.astype(place.layer[key].dtype))
     return fusion
@@ -231,8 +237,16 @@ _Term = Callable[[Callable[[mx.array], mx.array], mx.array, mx.array], mx.array]
 
 
 def _term(change: Change, layer: nn.Module) -> _Term:
+    bias = bias_delta(change) if change.of_bias else 0
+    if isinstance(layer, _NORMS):  # linear in (weight, bias): the norm with those of the change is what to add
+        twin = copy(layer)
+        _set_terms(twin, ())
+        twin.weight = delta(change, shape_of(layer)) if change.of_weight else mx.zeros_like(layer.weight)
+        twin.bias = mx.broadcast_to(bias, layer.bias.shape)
+        return lambda call, x, base: twin(x).astype(x.dtype)
+    if not change.of_weight:
+        return lambda call, x, base: bias.astype(x.dtype)
     product = _product(change, layer)
-    bias = bias_delta(change) if "bias" in change.factors else None
     rescaling = gain(change, layer)
     own_bias = layer.bias if "bias" in layer else 0
     rows = rescaling is not None and rescaling.shape[0] > 1
@@ -246,7 +260,7 @@ def _term(change: Change, layer: nn.Module) -> _Term:
         else:  # (W + ΔW) g x - W x
             scaled = (rescaling * x).astype(x.dtype)
             y = product(scaled) + call(scaled) - base
-        return (y if bias is None else y + bias).astype(x.dtype)
+        return (y + bias).astype(x.dtype)
 
     return term
 
@@ -294,10 +308,21 @@ class _AdaptedConv2d(_Adapted, nn.Conv2d):
     pass
 
 
+class _AdaptedGroupNorm(_Adapted, GroupNorm):
+    pass
+
+
+class _AdaptedLayerNorm(_Adapted, nn.LayerNorm):
+    pass
+
+
+_NORMS = (GroupNorm, nn.LayerNorm)
 _ADAPTED = {
     nn.Linear: _AdaptedLinear,
     nn.QuantizedLinear: _AdaptedQuantizedLinear,
     nn.Conv2d: _AdaptedConv2d,
+    GroupNorm: _AdaptedGroupNorm,
+    nn.LayerNorm: _AdaptedLayerNorm,
 }
 _PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
 

@@ -5,9 +5,9 @@ In matrices, with the kernels of convolutions as their further axes:
     LoRA     up @ down                        "mid" between them: a Tucker decomposition of the kernel (LoCon)
     LoHa     (w1_a @ w1_b) * (w2_a @ w2_b)    Hadamard product (Hyeon-Woo et al. 2022, arXiv:2108.06098)
     LoKr     w1 ⊗ w2                          Kronecker product, either of them perhaps a product itself
-    diff     ΔW itself
+    diff     ΔW itself, of norms and biases too
 
-times alpha / rank, but for diff (Yeh et al. 2024, arXiv:2309.14859, has the conventions). DoRA (Liu et al. 2024,
+times alpha / rank, all but diff (Yeh et al. 2024, arXiv:2309.14859, has the conventions). DoRA (Liu et al. 2024,
 arXiv:2402.09353) then gives the rows of W + ΔW the lengths m, so that in all it changes W by m (W + ΔW) / |W + ΔW| - W.
 At other scales than 1 it is this that is scaled: every LoRA is linear in its scale, and absent at 0.
 
@@ -49,6 +49,15 @@ class Change:
     @property
     def name(self) -> str:
         return f"{self.network}.{self.layer}"
+
+    @property
+    def of_weight(self) -> bool:
+        """Whether it changes a weight; some change a bias alone."""
+        return not self.factors.keys() <= {"alpha", "diff_b"}
+
+    @property
+    def of_bias(self) -> bool:
+        return not self.factors.keys().isdisjoint({"bias", "diff_b"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +135,8 @@ def _is_complete(factors: Mapping[str, mx.array]) -> bool:
     def lokr(name: str) -> bool:
         return has(name) or has(f"{name}_a", f"{name}_b")
 
+    if factors.keys() <= {"alpha", "diff_b"}:
+        return has("diff_b")
     hada = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     return has("down", "up") or has(*hada) or (lokr("lokr_w1") and lokr("lokr_w2")) or has("diff")
 
@@ -203,8 +214,9 @@ def delta(change: Change, shape: tuple[int, ...]) -> mx.array:
 
 
 def bias_delta(change: Change) -> mx.array:
-    """What a change at scale 1 adds to a layer's bias: whole beside "diff", and times alpha / rank beside "up"."""
-    return (1.0 if "diff" in change.factors else change.multiplier) * change.factors["bias"].astype(mx.float32)
+    """What a change at scale 1 adds to a layer's bias: that of "up" goes with its product, "diff_b" is whole."""
+    times = {"bias": change.multiplier, "diff_b": 1.0}
+    return sum(times[role] * change.factors[role].astype(mx.float32) for role in times if role in change.factors)
 
 
 def _product(up: mx.array, down: mx.array, mid: mx.array | None) -> mx.array:
@@ -266,6 +278,8 @@ def gain(change: Change, layer: nn.Module) -> mx.array | None:
     if role is None:
         return None
     m, shape = change.factors[role].astype(mx.float32), shape_of(layer)
+    if len(shape) < 2:
+        raise ValueError(f"{change.name} {role} for a weight of {shape}")
     columns = role == "dora_scale" and m.ndim > 1 and m.shape[0] == 1 and m.size == shape[1]
     if not columns and m.size != shape[0]:
         raise ValueError(f"{change.name} {role} {m.shape} for a weight of {shape}")

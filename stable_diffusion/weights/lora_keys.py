@@ -18,9 +18,10 @@ from itertools import count
 
 _FACTOR = re.compile(r"[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.(weight|bias)$")
 _OTHER = re.compile(
-    r"\.(alpha|dora_scale|lora_magnitude_vector|diff|diff_b|(?:hada_[wt]|lokr_[wt])[12](?:_[ab])?)(?:\.(?:default|weight))*$"
+    r"\.(alpha|dora_scale|lora_magnitude_vector|diff|diff_b|w_norm|b_norm|(?:hada|lokr)_[wt][12](?:_[ab])?)"
+    r"(?:\.(?:default|weight))*$"
 )
-_ROLES = {"A": "down", "B": "up", "diff_b": "bias"}
+_ROLES = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
 
 _NETWORKS = {
     "lora_unet_": "unet",
@@ -37,8 +38,8 @@ _NETWORKS = {
 def read_key(name: str) -> tuple[str, str, str] | None:
     """A tensor's name -> (network, layer with underscores, role), or None where it is no part of a LoRA.
 
-    Roles: "down", "mid", "up" (the low-rank factors), "hada_w1_a" ... "lokr_t2", "diff", "bias", "alpha",
-    "dora_scale", "lora_magnitude_vector".
+    Roles: "down", "mid", "up" (the low-rank factors), "bias" (beside "up"), "hada_w1_a" ... "lokr_t2", "diff" and
+    "diff_b" (whole changes of weight and bias), "alpha", "dora_scale", "lora_magnitude_vector".
     """
     if found := _FACTOR.search(name):
         role = "bias" if found[2] == "bias" else _ROLES.get(found[1], found[1])
@@ -79,13 +80,16 @@ def _text_aliases(path: str) -> Iterator[str]:
 
 # Rombach et al.'s names, in which kohya's trainer writes XL's blocks.
 _ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
 _ORIGINAL_ENDS = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",

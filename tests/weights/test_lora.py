@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -302,25 +303,63 @@ def test_without_alpha_it_is_the_rank(sd1, tmp_path):
     assert {change.multiplier for change in read_lora(write(tmp_path, tensors)).changes} == {1 / loras.RANK}
 
 
-def test_biases(sd1, tmp_path):
-    path = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0"
-    for kind, times in (("diff", 1.0), ("lora", loras.ALPHA / loras.RANK)):
-        tensors, deltas = make(sd1, kind=kind, only=lambda network, name: name == path)
-        (name,) = {name.partition(".")[0] for name in tensors}
-        tensors[f"{name}.{'diff_b' if kind == 'diff' else 'lora_up.bias'}"] = torch.linspace(-1, 1, 64)
-        bias = sd1.pipe.unet.get_submodule(path).bias
-        with loras.changed(sd1, deltas, 0.5), torch.no_grad():
-            bias += 0.5 * times * torch.linspace(-1, 1, 64)
-            wanted = sd1.theirs()
-            bias -= 0.5 * times * torch.linspace(-1, 1, 64)
-        lora, before = read_lora(write(tmp_path, tensors)), arrays(sd1.networks)
-        attachment = attach(sd1.networks, lora, 0.5)
-        assert close(sd1.ours(), wanted)
+@contextmanager
+def added(*changes):
+    """torch parameters with something added, for a while."""
+    with torch.no_grad():
+        for parameter, change in changes:
+            parameter += change
+        yield
+        for parameter, change in changes:
+            parameter -= change
+
+
+def both_ways(model, path, wanted, scale=0.5):
+    lora, before = read_lora(path), arrays(model.networks)
+    attachments = [attach(model.networks, lora, share * scale) for share in (0.25, 0.75)]
+    assert close(model.ours(), wanted) and same(arrays(model.networks), before)
+    for attachment in attachments:
         attachment.detach()
-        fusion = fuse(sd1.networks, [(lora, 0.5)])
-        assert close(sd1.ours(), wanted)
-        fusion.unfuse()
-        assert same(arrays(sd1.networks), before)
+    fusion = fuse(model.networks, [(lora, scale)])
+    assert close(model.ours(), wanted)
+    fusion.unfuse()
+    assert same(arrays(model.networks), before)
+    assert not close(model.ours(), wanted, 1e-3), "hardly any change: nothing is tested"
+
+
+@pytest.mark.parametrize(
+    "kind, role, times",
+    [("diff", "diff_b", 1.0), ("lora", "diff_b", 1.0), ("lora", "lora_up.bias", loras.ALPHA / loras.RANK)],
+)
+def test_biases(sd1, kind, role, times, tmp_path):
+    path = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0"
+    tensors, deltas = make(sd1, kind=kind, only=lambda network, name: name == path)
+    (name,) = {name.partition(".")[0] for name in tensors}
+    tensors[f"{name}.{role}"] = torch.linspace(-1, 1, 64)
+    bias = sd1.pipe.unet.get_submodule(path).bias
+    with loras.changed(sd1, deltas, 0.5), added((bias, 0.5 * times * torch.linspace(-1, 1, 64))):
+        wanted = sd1.theirs()
+    both_ways(sd1, write(tmp_path, tensors), wanted)
+
+
+def test_norms_and_biases_alone(sd1, tmp_path):
+    unet, text = sd1.pipe.unet, sd1.pipe.text_encoder
+    wave = torch.linspace(-1, 1, 64).cos()
+    norm, layer_norm = unet.down_blocks[1].resnets[0].norm2, unet.mid_block.attentions[0].transformer_blocks[0].norm1
+    tensors = {
+        "lora_unet_down_blocks_1_resnets_0_norm2.w_norm": wave,
+        "lora_unet_down_blocks_1_resnets_0_norm2.b_norm": -wave,
+        "diffusion_model.middle_block.1.transformer_blocks.0.norm1.diff": wave,
+        "unet.conv_in.diff_b": wave[:32],
+        "lora_unet_conv_norm_out.diff_b": wave[:32],
+        "lora_te_text_model_encoder_layers_0_layer_norm1.w_norm": wave[:32],
+    }
+    changes = [(norm.weight, wave), (norm.bias, -wave), (layer_norm.weight, wave), (unet.conv_in.bias, wave[:32])]
+    changes += [(unet.conv_norm_out.bias, wave[:32])]
+    changes += [(text.get_submodule("encoder.layers.0.layer_norm1").weight, wave[:32])]
+    with added(*((parameter, 0.5 * change) for parameter, change in changes)):
+        wanted = sd1.theirs()
+    both_ways(sd1, write(tmp_path, tensors), wanted)
 
 
 def refused(match, networks, source, **options):

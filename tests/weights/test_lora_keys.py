@@ -12,13 +12,14 @@ import mlx.nn as nn
 import pytest
 
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS
+from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.lora import locate, read_lora, shape_of
 from stable_diffusion.weights.lora_keys import few_step_defaults, layer_names, read_key
 from tests.hub_server import Hub, safetensors
 
 ROOT = Path(__file__).parents[2]
-_LAYERS = (nn.Linear, nn.Conv2d)
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, GroupNorm)
 
 
 def layers(network: str, config: dict) -> dict[str, nn.Module]:
@@ -41,17 +42,17 @@ def published() -> dict[str, dict[str, list[int]]]:
     }.items(),
 )
 def test_original_names_of_published_unets(listed, model, published):
-    """Every matrix of the published file is found under the name that kohya's trainer makes of it, one to one."""
+    """Every weight of the published file is found under the name that kohya's trainer makes of it, one to one."""
     ours = layers("unet", REAL_UNETS[model])
     names = layer_names("unet", ours)
     found = {}
     for name, shape in published[listed].items():
-        if name.endswith(".weight") and len(shape) > 1:
+        if name.endswith(".weight"):
             key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.lora_down.weight"
             network, layer, role = read_key(key)
             assert (network, role) == ("unet", "down")
             path = names[layer]
-            assert list(shape_of(ours[path])) == (shape if ours[path].weight.ndim == 4 else shape[:2]), name
+            assert list(shape_of(ours[path])) == shape[: max(2, ours[path].weight.ndim)], name
             found[path] = name
     assert found.keys() == ours.keys()
 
@@ -69,7 +70,8 @@ def test_no_name_is_that_of_two_layers(model):
 def test_published_few_step_loras_of_xl_change_788_layers():
     """LCM, Lightning and Hyper-SD: everything but the first and last convolution and the embeddings."""
     ours = layers("unet", REAL_UNETS["sdxl-base"])
-    assert len([path for path in ours if "_embedding" not in path and path not in ("conv_in", "conv_out")]) == 788
+    matrices = [path for path, layer in ours.items() if layer.weight.ndim > 1]
+    assert len([path for path in matrices if "_embedding" not in path and path not in ("conv_in", "conv_out")]) == 788
 
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -101,6 +103,8 @@ SPELLINGS = {
     "text_encoder_2.encoder.layers.3.mlp.fc2.lora_A.weight": f"{TEXT}.mlp.fc2",
     "unet.down_blocks.1.attentions.0.proj_in.lora_magnitude_vector": "down_blocks.1.attentions.0.proj_in",
     # others
+    "diffusion_model.input_blocks.1.0.in_layers.0.diff": "down_blocks.0.resnets.0.norm1",
+    "lora_unet_down_blocks_1_attentions_0_norm.b_norm": "down_blocks.1.attentions.0.norm",
     "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight": f"{BLOCK}.attn1.to_q",
     "lycoris_down_blocks_1_attentions_0_proj_in.lokr_w2_a": "down_blocks.1.attentions.0.proj_in",
 }
