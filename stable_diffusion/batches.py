@@ -13,7 +13,7 @@ from .control import Control
 from .depth import read_depth
 from .edges import canny
 from .image import fit, open_image, to_array
-from .inpaint import Canvas, canvas, expand, prepare, read_mask
+from .inpaint import EMPTY, Canvas, canvas, expand, prepare, read_mask
 from .models.controlnet import ControlNetModel
 from .pipeline import StableDiffusion
 
@@ -88,6 +88,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         mask = None if mask is None else prepare(mask, blur=args.mask_blur)
         depth = None if args.depth is None else read_depth(args.depth)
         if mask is not None and mask.getbbox() is None:
+            if args.mask_padding is not None:
+                raise ValueError(EMPTY)
             _log.warning("the mask is black everywhere: the image is kept as it is")
     hints = [open_image(path) for path in args.control_image]
     return Inputs(image, mask, hints, depth)

@@ -129,7 +129,7 @@ def _nearest(side: float) -> int:
 def fit(
     image: Image.Image, width: int, height: int, mode: str = "crop", background: Colour | int = _WHITE
 ) -> Image.Image:
-    """A new image of exactly `width` x `height` pixels, resized with LANCZOS.
+    """A new image of exactly `width` x `height` pixels, resized with LANCZOS; a mask linearly, which does not ring.
 
     Args:
         image: mode RGB, or L (a mask); other modes are turned into RGB.
@@ -141,21 +141,21 @@ def fit(
         raise ValueError(f"the size {width}x{height} is not positive")
     if image.mode not in ("RGB", "L"):
         image = to_rgb(image)
-    lanczos = Image.Resampling.LANCZOS
+    how = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
     if mode == "stretch":
-        return image.resize((width, height), lanczos)
+        return image.resize((width, height), how)
     x_scale, y_scale = width / image.width, height / image.height
     if mode == "crop":
         scale = max(x_scale, y_scale)
         left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
         # resize refuses a box that leaves the image by a rounding error
         box = (max(0, left), max(0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-        return image.resize((width, height), lanczos, box=box)
+        return image.resize((width, height), how, box=box)
     if mode == "pad":
         scale = min(x_scale, y_scale)
         inner = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
         canvas = Image.new(image.mode, (width, height), background)
-        canvas.paste(image.resize(inner, lanczos), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        canvas.paste(image.resize(inner, how), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return canvas
     raise ValueError(f"unknown way to fit an image {mode!r}; choose crop, pad or stretch")
 

@@ -17,6 +17,8 @@ _BLACK = (0, 0, 0)
 _UNIT, _SMALLEST = 8, 64  # sides are multiples of 8, and not below 64
 _LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of an image and its mask
 
+EMPTY = "the mask is black everywhere: there is nothing to crop to; leave out the padding"
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -126,7 +128,7 @@ def _around(mask: Image.Image, padding: int, aspect: float) -> Box:
     """The box of what is not black with ``padding`` pixels around it, widened towards width / height = ``aspect``."""
     box = mask.getbbox()
     if box is None:
-        raise ValueError("the mask is black everywhere: there is nothing to crop to; leave out the padding")
+        raise ValueError(EMPTY)
     spans = []
     lengths = [box[2] - box[0] + 2 * padding, box[3] - box[1] + 2 * padding]
     wanted = max(lengths[0], round(lengths[1] * aspect)), max(lengths[1], round(lengths[0] / aspect))
