@@ -5,7 +5,7 @@ training pictures (Zhang et al. 2023, "Adding conditional control to text-to-ima
 captions are empty, so that the edges alone say enough. Nothing of the data's held-out combinations is shown to it.
 
 The folder MODEL/controlnet is written in diffusers' layout, weights in float16, at each checkpoint. Seeded, and
-resumed from the last checkpoint in --work when it was interrupted. About half an hour on one CPU core.
+resumed from the last checkpoint in --work when it was interrupted. About a quarter of an hour on an idle CPU core.
 """
 
 import argparse
@@ -137,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the trained tiny model; its controlnet/ is rewritten")
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="data set and checkpoints")
-    parser.add_argument("--images", type=int, default=20_000, help="pictures to draw, if none lie in --work")
-    parser.add_argument("--samples", type=int, default=96_000, help="samples to train on, with repetition")
+    parser.add_argument("--images", type=int, default=16_000, help="pictures to draw, if none lie in --work")
+    parser.add_argument("--samples", type=int, default=80_000, help="samples to train on, with repetition")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save_every", type=int, default=250, help="steps between checkpoints")
