@@ -143,6 +143,15 @@ def vae_names(levels: int, layers: int) -> list[str]:
     return [f"{module}.{parameter}" for module in norms + modules + shortcuts for parameter in ("weight", "bias")]
 
 
+def controlnet_names(unet: Shapes) -> list[str]:
+    """Names of a `ControlNet` for a UNet: its first half, the hint's convolutions, and those that start at zero."""
+    half = [name for name in unet if name.startswith(("time_embed", "input_blocks", "middle_block"))]
+    blocks = 1 + max(int(name.split(".")[1]) for name in half if name.startswith("input_blocks"))
+    modules = [f"input_hint_block.{i}" for i in range(0, 15, 2)]
+    modules += [f"zero_convs.{i}.0" for i in range(blocks)] + ["middle_block_out.0"]
+    return half + [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
+
+
 # --- what diffusers makes of names -------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ Tensors = Mapping[str, mx.array]  # lazy, under diffusers' names, weights laid o
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """How many of a list there are: one more than the highest number that ``pattern`` finds in the names."""
-    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+    """How many of a list there are, of which ``pattern`` finds the numbers in the names."""
+    return len({found[1] for name in tensors if (found := re.match(pattern, name))})
 
 
 def _one_for_all(values: list) -> Any:

@@ -211,13 +211,12 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     Raises ValueError for a network that is cut short, or that is of another family.
     """
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    named = canonical(to_diffusers(kind, own))
     try:
-        config = config_from_shapes(kind, named)
+        config = config_from_shapes(kind, canonical(to_diffusers(kind, own)))
     except KeyError as error:
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{where}: its {kind} cannot be read: {error}") from error
     if "positional_embedding" in own:
         config["hidden_act"] = "gelu"  # of every OpenCLIP
     return config
@@ -267,7 +266,7 @@ def _measured_prediction(tensors: Tensors, prefix: str, where: str) -> str:
     unet = to_diffusers("unet", {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
     block = f"up_blocks.{count(unet, 'up_blocks[.]([0-9]+)') - 1}.attentions"
     last = count(unet, rf"{re.escape(block)}\.(\d+)\.") - 1
-    bias = unet[f"{block}.{last}.transformer_blocks.0.norm1.bias"].astype(mx.float32)
+    bias = unet.get(f"{block}.{last}.transformer_blocks.0.norm1.bias", mx.zeros(1)).astype(mx.float32)
     prediction = "v_prediction" if mx.std(bias).item() > 0.09 else "epsilon"
     _log.warning(
         "%s does not say what it predicts, by its weights %s; prediction (--prediction) overrules", where, prediction
@@ -277,5 +276,5 @@ def _measured_prediction(tensors: Tensors, prefix: str, where: str) -> str:
 
 def _stated_size(metadata: Mapping[str, str]) -> list[int] | None:
     """[height, width] of the latents that a trainer says it trained on."""
-    found = re.fullmatch(r"(\d+)x(\d+)", metadata.get("modelspec.resolution", ""))
+    found = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
     return [int(found[2]) // 8, int(found[1]) // 8] if found else None
