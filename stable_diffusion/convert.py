@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import catalog
-from .arguments import TEXT_BITS, UNET_BITS, Parser, add
+from .arguments import TEXT_BITS, UNET_BITS, Parser, add, weighted
 from .weights import layout
 from .weights.adapters import fuse
 from .weights.files import PREDICTIONS, Checkpoint, Component, open_checkpoint, open_part, read_tensors
@@ -86,7 +86,7 @@ def convert(
         source: whatever ``StableDiffusion`` opens.
         dest: the folder to write; it must not exist, or be empty.
         dtype: "float16", "float32" or "bfloat16", the type of the UNet and the text encoders. The autoencoder keeps
-            its own, because it is always computed in float32.
+            its own, because most are computed in float32 whatever the rest is.
         unet_bits: quantize the UNet to so many bits; text_bits: the same for the text encoders.
         loras: LoRAs to add to the weights, (what ``read_lora`` reads, scale) each.
         lora_partial: add what fits of a LoRA even if some of it does not.
@@ -131,7 +131,7 @@ def _prepare(
     """Plan what is written of each network; nothing of them is read yet."""
     components = checkpoint.components
     modules = {
-        # The autoencoder is computed in float32 whatever the rest is: rounding it would change the images.
+        # Most autoencoders are computed in float32 whatever the rest is: rounding them would change the images.
         name: load_component(component, None if name == "vae" else dtype)
         for name, component in components.items()
     }
@@ -219,15 +219,6 @@ def _bytes(text: str) -> int:
     return int(size)
 
 
-def _lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE; a Hub's owner/name:file has a colon of its own."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
 def _parser() -> Parser:
     parser = Parser(prog="stable_diffusion.convert", description="Write a model as a folder that loads at once.")
     parser.add_argument("source", help="what to convert: a name, a Hub id, a folder or a file")
@@ -245,11 +236,11 @@ def _parser() -> Parser:
     add(
         parser,
         "--lora",
-        type=_lora,
+        type=weighted,
         action="append",
         default=[],
-        metavar="PATH[:SCALE]",
-        help="a LoRA to add to the weights, by so much (1); may be given again",
+        metavar="LORA[:SCALE]",
+        help="a file, folder or id of a LoRA to add to the weights, and how much of it (1); may be given again",
     )
     add(parser, "--lora_partial", action="store_true", help="add what fits of a LoRA even if some of it does not")
     for part in _PARTS:

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from stable_diffusion import StableDiffusion, StableDiffusionXL
-from stable_diffusion.convert import _bytes, _lora, convert, main
+from stable_diffusion.convert import _bytes, convert, main
 from stable_diffusion.weights import save
 from stable_diffusion.weights.adapters import fuse
 from stable_diffusion.weights.files import open_checkpoint, read_tensors
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def image(sd: StableDiffusion) -> np.ndarray:
-    """A step with every part in use, small because half precision is slow without a GPU."""
+    """A small step with every part in use."""
     (x,) = sd.generate_latents("the red cat", 1, 1, cfg_weight=3.0, negative_text="blue", latent_size=(2, 2), seed=3)
     return np.array(sd.decode(x))
 
@@ -57,7 +57,8 @@ def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_fol
         folder = convert(source, tmp_path / name, dtype=dtype, **bits)
         expected, made = cls(source, float16, **bits), cls(folder, float16)
         assert same(made, expected)
-        assert np.array_equal(image(made), image(expected))
+        if not float16 or name == "sd1":  # half precision is slow without a GPU
+            assert np.array_equal(image(made), image(expected))
         assert same(cls(folder, float16, **bits), made)  # asking for what is there changes nothing
         assert not same(cls(source, float16), made)
 
@@ -291,16 +292,3 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, named):
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5g", 1_500_000_000), ("300MB", 3 * 10**8), ("7", 7)])
 def test_sizes(text, size):
     assert _bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("a.safetensors", ("a.safetensors", 1.0)),
-        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
-        ("a:b.safetensors:-1", ("a:b.safetensors", -1.0)),
-        ("owner/name:file.safetensors", ("owner/name:file.safetensors", 1.0)),
-    ],
-)
-def test_loras_and_their_scales(text, expected):
-    assert _lora(text) == expected
