@@ -98,7 +98,16 @@ def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     places = (
         _AROUND | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks") | _hint(tensors)
     )
-    return {_renamed(name, places): value for name, value in tensors.items()}
+    return _rename(tensors, lambda name: _renamed(name, places))
+
+
+def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
+    """The tensors under new names; ValueError when two of them would have the same."""
+    named: dict[str, mx.array] = {}
+    for name, value in tensors.items():
+        if named.setdefault(new_name(name), value) is not value:
+            raise ValueError(f"{new_name(name)} is there twice, in the original naming and in that of diffusers")
+    return named
 
 
 def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
@@ -159,7 +168,7 @@ def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
             name = pattern.sub(replacement, name)
         return name
 
-    return {renamed(name): value for name, value in tensors.items() if not name.startswith(_NOT_OF_VAE)}
+    return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, renamed)
 
 
 # --- text encoders -----------------------------------------------------------------------------------------------

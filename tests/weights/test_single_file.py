@@ -618,6 +618,12 @@ def test_shapes_and_numbers_that_make_no_sense(made, tmp_path, vocabulary, odd):
     assert str(path) in refused(path, tokenizer=vocabulary)
 
 
+@pytest.mark.parametrize("name", ["model.diffusion_model.conv_in.bias", "first_stage_model.decoder.conv_norm_out.bias"])
+def test_tensor_under_two_names(made, tmp_path, vocabulary, name):
+    path = saved(tmp_path / "m.safetensors", made("sd1")[1] | {name: np.zeros(32, np.float32)})
+    assert "is there twice, in the original naming and in that of diffusers" in refused(path, tokenizer=vocabulary)
+
+
 def test_fused_projection_that_does_not_divide(made, tmp_path, vocabulary):
     name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
     path = saved(tmp_path / "m.safetensors", made("sd2")[1] | {name: np.zeros(64, np.float32)})
