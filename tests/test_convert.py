@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -202,15 +201,9 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def run(*arguments: str, limit: int | None = None) -> subprocess.CompletedProcess:
-    """A Python process of its own, which may write files of at most ``limit`` bytes."""
-
-    def bounded() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, preexec_fn=bounded if limit else None
-    )
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """A Python process of its own."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 # Of the bundled model 12 files are written: config.json and weights of 3 networks, 4 of the tokenizer, 2 more.
@@ -240,10 +233,21 @@ def test_killed_after_the_end(tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
-    result = run("-m", "stable_diffusion.convert", "tiny", str(tmp_path / "new"), limit=100_000)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from stable_diffusion.convert import main; main(sys.argv[1:])"
+    )
+    result = run("-c", code, "tiny", str(tmp_path / "new"))
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("stable_diffusion.convert: error: ") and "File too large" in result.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_as_a_program(tmp_path):
+    result = run("-m", "stable_diffusion.convert", "tiny", str(tmp_path / "new"), "-q")
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'new'}\n")
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["unet:", "vae:", "text_encoder:"]
+    assert "8 bits" in result.stderr.splitlines()[0]
 
 
 def refused(capsys, *arguments: str) -> str:

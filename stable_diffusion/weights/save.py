@@ -137,6 +137,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
         except BlockingIOError as error:
             raise ValueError(f"{path} is being written by another run: wait for it, or choose another name") from error
+        except OSError:  # a network's file system without locks: there, who starts two runs at once is on their own
+            pass
         try:
             _empty(partial)
             yield partial

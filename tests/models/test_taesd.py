@@ -8,6 +8,8 @@ from diffusers import AutoencoderTiny as Oracle
 
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion.models.taesd import AutoencoderTiny, AutoencoderTinyConfig
+from stable_diffusion.weights.files import open_part
+from stable_diffusion.weights.load import load_component
 
 # As the published config.json of TAESD spells it; TAESDXL's is the same.
 PUBLISHED = {
@@ -57,6 +59,14 @@ def test_equals_diffusers(name):
         assert relative_error(latents, nhwc(oracle.encode(nchw(x)).latents) * factor) <= 1e-4
         z = normal(i + 1, 3, 5, ours.latent_channels, seed=i, scale=size)
         assert relative_error(ours.decode(mx.array(z)), nhwc(oracle.decode(nchw(z) / factor).sample)) <= 1e-4
+
+
+def test_a_folder_of_diffusers_is_loaded(tmp_path):
+    ours, oracle = pair(SMALL)
+    oracle.save_pretrained(tmp_path)
+    loaded = load_component(open_part(tmp_path, "vae"))
+    z = mx.array(normal(1, 2, 3, 5))
+    assert type(loaded) is AutoencoderTiny and np.array_equal(loaded.decode(z), ours.decode(z))
 
 
 def test_a_sample_of_the_posterior_is_its_mean():
