@@ -94,7 +94,9 @@ def test_published_file_maps_one_to_one(file):
         fill(module, canonical(to_diffusers(kind, own(tensors, prefix))))  # raises for whatever is left over
         if kind == "unet":
             expected = REAL_UNETS[published] | {"in_channels": config["in_channels"]}
-            same = "num_attention_heads cross_attention_dim use_linear_projection norm_eps addition_time_embed_dim"
+            same = (
+                "num_attention_heads cross_attention_dim use_linear_projection addition_time_embed_dim upcast_attention"
+            )
         elif kind == "vae":
             expected, same = REAL_VAE, "norm_num_groups"
         else:
