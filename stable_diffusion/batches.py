@@ -14,13 +14,14 @@ from .depth import read_depth
 from .edges import canny
 from .image import fit, open_image, to_array
 from .inpaint import EMPTY, Canvas, canvas, expand, prepare, read_mask
-from .models.controlnet import ControlNetModel
+from .models.controlnet import ControlNetModel, T2IAdapter
 from .pipeline import StableDiffusion
 
 _log = logging.getLogger("stable_diffusion")
 
 _OWN = ("prompt", "negative_prompt", "seed", "n_images")  # what images of one batch may differ in
 
+Nets = Sequence[ControlNetModel | T2IAdapter]
 Pass = tuple[Iterator[mx.array], int]  # the latents of a run, and how many there will be
 
 
@@ -96,7 +97,11 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 
 def prepare_work(
-    sd: StableDiffusion, args: argparse.Namespace, inputs: Inputs, nets: Sequence[ControlNetModel], batch: Batch
+    sd: StableDiffusion,
+    args: argparse.Namespace,
+    inputs: Inputs,
+    nets: Nets,
+    batch: Batch,
 ) -> Work:
     """Decide what a batch is made from and at what size. ValueError for what does not go together with the model."""
     job = batch.job
@@ -163,7 +168,7 @@ def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
     }
 
 
-def _controls(args: argparse.Namespace, nets: Sequence[ControlNetModel], hints: Sequence[Image]) -> list[Control]:
+def _controls(args: argparse.Namespace, nets: Nets, hints: Sequence[Image]) -> list[Control]:
     """What steers a run whose pictures have the size of the ``hints``."""
 
     def each(values: Sequence[Any], default: Any) -> list[Any]:
@@ -207,7 +212,7 @@ def hires_pass(
     sd: StableDiffusion,
     args: argparse.Namespace,
     inputs: Inputs,
-    nets: Sequence[ControlNetModel],
+    nets: Nets,
     work: Work,
     x: mx.array,
 ) -> Pass:

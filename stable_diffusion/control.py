@@ -1,19 +1,20 @@
-"""ControlNets in a run (Zhang et al. 2023): what each is shown, how strongly and when it acts."""
+"""ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023) in a run: what each is shown, and when it acts."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from .guidance import Stage
-from .models.controlnet import ControlNetModel, scaled
+from .models.controlnet import ControlNetModel, T2IAdapter, scaled
 from .models.unet import Residuals
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet and what it does in a run.
+    """A ControlNet or T2I-Adapter and what it does in a run.
 
     Args:
         network: see ``StableDiffusion.load_controlnet``.
@@ -22,12 +23,12 @@ class Control:
         start: from which share of the steps on it acts, 0 ... 1.
         end: up to which share.
         guess: let it steer without the prompt's help: it is asked for the prompt only, not for the negative one, and
-            deeper layers are heard more ("guess mode").
+            deeper layers are heard more ("guess mode"). Adapters have no such mode.
 
     Raises ValueError for numbers out of range.
     """
 
-    network: ControlNetModel
+    network: ControlNetModel | T2IAdapter
     hint: mx.array
     scale: float = 1.0
     start: float = 0.0
@@ -42,6 +43,9 @@ class Control:
                 f"a ControlNet cannot act from {self.start} to {self.end}; give shares, 0 <= start < end <= 1"
             )
 
+        if self.guess and isinstance(self.network, T2IAdapter):
+            raise ValueError("a T2I-Adapter has no guess mode: it does not hear the prompt; leave it out")
+
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in a step, which has to lie between its start and its end as a whole."""
         return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
@@ -52,7 +56,7 @@ class Steering:
 
     def __init__(self, controls: Sequence[Control], steps: int, dtype: mx.Dtype):
         self._steps = steps
-        self._shown = [(c, c.network.embed(c.hint[None].astype(dtype))) for c in controls if c.scale != 0]
+        self._seen = [(c, c.network.embed(c.hint[None].astype(dtype))) for c in controls if c.scale != 0]
 
     def __call__(
         self,
@@ -62,22 +66,27 @@ class Steering:
         context: mx.array | tuple[mx.array, mx.array],
         stage: Stage,
         text_time: tuple[mx.array, mx.array] | None,
-    ) -> Residuals | None:
-        """The sum of what the controls add to the UNet's maps in a step; None where none acts.
+    ) -> dict[str, Any]:
+        """What the UNet is told in a step by all that act: the sums of ControlNets' residuals and adapters' features.
 
         ``x`` [B, h, w, 4] are the latents, as the UNet sees them.
         """
-        total: Residuals | None = None
-        for control, hint in self._shown:
+        residuals: Residuals | None = None
+        features: list[mx.array] = []
+        for control, seen in self._seen:
             if not control.acts(step, self._steps):
                 continue
+            if isinstance(control.network, T2IAdapter):  # what it has seen is all it says
+                added = [control.scale * feature for feature in seen]
+                features = [a + b for a, b in zip(features, added, strict=True)] if features else added
+                continue
             down, middle = scaled(
-                control.network(x, t, context, hint, text_time=text_time), control.scale, control.guess
+                control.network(x, t, context, seen, text_time=text_time), control.scale, control.guess
             )
             if control.guess or control.network.config.global_pool_conditions:
                 heard = stage.wanted.astype(x.dtype)[:, None, None, None]
                 down, middle = [heard * residual for residual in down], heard * middle
-            if total is not None:
-                down, middle = [a + b for a, b in zip(total[0], down, strict=True)], total[1] + middle
-            total = down, middle
-        return total
+            if residuals is not None:
+                down, middle = [a + b for a, b in zip(residuals[0], down, strict=True)], residuals[1] + middle
+            residuals = down, middle
+        return {"residuals": residuals, "features": features}

@@ -37,10 +37,10 @@ def denoiser(
         scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
         batch = scaled if stage.mix is None else scaled[stage.images]
         t = mx.full((len(batch),), timestep(sigma))
-        residuals = steer(step, batch, t, context, stage, text_time)
+        steered = steer(step, batch, t, context, stage, text_time)
         if told.channels is not None:
             batch = mx.concatenate([batch, told.channels.astype(dtype)], axis=-1)
-        out = unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, residuals=residuals)
+        out = unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, **steered)
         out = out.astype(mx.float32)
         if stage.mix is not None:
             out = (stage.mix @ out.reshape(len(batch), -1)).reshape(x.shape)

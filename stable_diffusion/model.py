@@ -14,7 +14,7 @@ from .config import ScheduleConfig, readable
 from .depth import estimate_depth, load_depth_estimator
 from .image import fit, from_array, to_array
 from .models.clip import CLIPTextModel
-from .models.controlnet import ControlNetModel
+from .models.controlnet import ControlNetModel, T2IAdapter
 from .models.layers import resample
 from .samplers import sampler_for
 from .schedule import Schedule
@@ -158,7 +158,8 @@ class DiffusionModel:
 
         The estimator is read for this and let go of. Raises ValueError or OSError where the checkpoint has none.
         """
-        return estimate_depth(load_depth_estimator(self._source, revision=self._revision), image)
+        half = self.dtype == mx.float16
+        return estimate_depth(load_depth_estimator(self._source, float16=half, revision=self._revision), image)
 
     def encode_prompt(
         self,
@@ -220,9 +221,14 @@ class DiffusionModel:
         self._take_defaults(lora)
         return attachment
 
-    def load_controlnet(self, source: str | PathLike) -> ControlNetModel:
-        """A ControlNet for this model, from a file, a folder or a Hub id; for ``Control``."""
-        return load_component(open_part(source, "controlnet", float16=self.dtype == mx.float16), self.dtype)
+    def load_controlnet(self, source: str | PathLike) -> ControlNetModel | T2IAdapter:
+        """A ControlNet or T2I-Adapter, from a file, a folder or a Hub id; for ``Control``.
+
+        Raises ValueError or OSError, one line, for what cannot be found or read, or is for another family of models.
+        """
+        network = load_component(open_part(source, "controlnet", float16=self.dtype == mx.float16), self.dtype)
+        network.config.check_fits(self._unet_config)
+        return network
 
     def _networks(self) -> dict[str, nn.Module]:
         return {part: getattr(self, attribute) for part, attribute in self._attributes.items()}

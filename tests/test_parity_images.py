@@ -9,7 +9,7 @@ from PIL import Image
 
 from checkpoints import SCALED, Recorder, compare, encoded_mean, make
 from configs import UNETS
-from oracle import nchw, normal, perturb, relative_error, twin
+from oracle import nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion import Control, StableDiffusion, StableDiffusionXL
 from stable_diffusion.weights.load import build
 
@@ -40,9 +40,11 @@ def reference(folder, family: str, scheduler, pipeline: type, **more) -> diffuse
     parts = make(folder, family, cls(**SCALED, **options)).components
     if "XL" not in pipeline.__name__:
         more["requires_safety_checker"] = False
+    if pipeline in (diffusers.StableDiffusionDepth2ImgPipeline, diffusers.StableDiffusionAdapterPipeline):
+        del parts["image_encoder"]
     if pipeline is diffusers.StableDiffusionDepth2ImgPipeline:
         more = {"depth_estimator": None, "feature_extractor": None}
-        parts = {name: part for name, part in parts.items() if name not in ("safety_checker", "image_encoder")}
+        del parts["safety_checker"]
     pipe = pipeline(**parts | more)
     pipe.set_progress_bar_config(disable=True)
     encoded_mean(pipe)
@@ -188,6 +190,10 @@ def control_nets(family: str, count: int, **options) -> tuple[list, list]:
         torch.manual_seed(seed)
         net = diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32, 96, 128), **options)
         theirs.append(perturb(net, seed=seed + 10))
+        with torch.no_grad():  # so loud that it matters what a net is shown
+            for layer in net.controlnet_cond_embedding.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    layer.weight.mul_(4)
         ours.append(twin(build("controlnet", dict(net.config)), net))
     return theirs, ours
 
@@ -313,3 +319,44 @@ def test_the_comparison_sees_a_swapped_mask(tmp_path):
     shared = {"strength": 0.6, "num_steps": 5, "cfg_weight": 5.0, "negative_text": NEGATIVE}
     steps = sd.generate_latents_from_image(picture(), PROMPT, mask=inverted, latents=mx.array(noise), **shared)
     assert relative_error(list(steps)[-1], recorder.steps[-1]) > 0.1
+
+
+@pytest.mark.parametrize("family, share", [("sd1", 1.0), ("xl", 1.0), ("xl", 0.5)])
+def test_t2i_adapter(tmp_path, family, share):
+    """A share of the steps is known to diffusers' pipeline for XL only."""
+    xl = family == "xl"
+    pipeline = diffusers.StableDiffusionXLAdapterPipeline if xl else diffusers.StableDiffusionAdapterPipeline
+    # XL's latents are an eighth of the picture, and its adapters see a sixteenth.
+    shape = {"channels": (32, 64, 64, 64) if xl else (32, 64, 64), "downscale_factor": 16 if xl else 8}
+    torch.manual_seed(0)
+    adapter = perturb(diffusers.T2IAdapter(adapter_type="full_adapter_xl" if xl else "full_adapter", **shape), seed=7)
+    pipe = reference(tmp_path / "sd", family, EULER, pipeline, adapter=adapter)
+    noise, hint = normal(1, 8, 12, 4, seed=1), hints(1)[0]
+    given = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "image": hint, "height": HEIGHT, "width": WIDTH}
+    given |= {"num_inference_steps": 5, "guidance_scale": 5.0, "latents": nchw(noise)}
+    given |= {"adapter_conditioning_scale": 0.7} | ({"adapter_conditioning_factor": share} if xl else {})
+    latents, images = (pipe(**given, output_type=kind).images for kind in ("latent", "np"))
+    sd = StableDiffusion(tmp_path / "sd")
+    adapter.save_pretrained(tmp_path / "adapter")
+    control = Control(sd.load_controlnet(tmp_path / "adapter"), shown(hint), scale=0.7, end=share)
+    steps = sd.generate_latents(
+        PROMPT,
+        num_steps=5,
+        cfg_weight=5.0,
+        negative_text=NEGATIVE,
+        latent_size=(8, 12),
+        latents=mx.array(noise),
+        controls=[control],
+    )
+    *_, ours = steps
+    assert relative_error(ours, nhwc(latents)) <= 1e-3
+    assert np.abs(np.round(np.array(sd.decode(ours)) * 255) - np.round(images * 255)).max() <= 1
+    with pytest.raises(ValueError, match="guess mode"):
+        Control(control.network, control.hint, guess=True)
+
+
+def test_a_network_for_another_family_is_refused(tmp_path, sd1_folder):
+    theirs, _ = control_nets("xl", 1)
+    theirs[0].save_pretrained(tmp_path / "net")
+    with pytest.raises(ValueError, match="ControlNet"):
+        StableDiffusion(sd1_folder).load_controlnet(tmp_path / "net")
