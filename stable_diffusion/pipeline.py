@@ -292,7 +292,7 @@ class StableDiffusion(DiffusionModel):
     def _sample(self, run: Run, start: Callable[[], Start], size: tuple[int, ...], told: "_Told") -> Iterator[mx.array]:
         begin = start()
         if not run.length:
-            yield begin.x
+            yield begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x
             return
         positive, negative = self._condition(run.guidance, tuple(self.pixels_per_latent * side for side in size), told)
         yield from sample(

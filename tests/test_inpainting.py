@@ -1,0 +1,317 @@
+"""What must hold of runs from images, with masks, ControlNets and in two passes, whatever the weights are."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from oracle import normal, relative_error
+from stable_diffusion import SAMPLERS, Control, StableDiffusion
+from test_parity_images import control_nets
+
+PROMPT = "the red cat"
+HEIGHT, WIDTH = 48, 64
+SMALL = (HEIGHT // 8, WIDTH // 8)
+
+
+@pytest.fixture(scope="module")
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return control_nets("sd1", 1)[1][0]
+
+
+def last(latents) -> np.ndarray:
+    return np.array(list(latents)[-1])
+
+
+def picture(seed: int = 0) -> mx.array:
+    return mx.clip(mx.array(normal(HEIGHT, WIDTH, 3, seed=seed, scale=0.3)), -1, 1)
+
+
+def flat(value: float) -> mx.array:
+    return mx.full((HEIGHT, WIDTH), value)
+
+
+def corner() -> mx.array:
+    """1 in the upper left quarter."""
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
+    values[:24, :32] = 1
+    return mx.array(values)
+
+
+def hint(seed: int = 1) -> mx.array:
+    return mx.array(abs(normal(HEIGHT, WIDTH, 3, seed=seed)) % 1)
+
+
+def from_image(sd: StableDiffusion, **options):
+    given = {"strength": 0.7, "num_steps": 4, "cfg_weight": 3.0, "seed": 3} | options
+    return sd.generate_latents_from_image(picture(), given.pop("text", PROMPT), **given)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masks_of_white_of_black_and_of_both(sd, sampler):
+    """White is image to image, black is the image's own latents, and with both each holds where it is."""
+    plain, white, black, both = (
+        [np.array(x) for x in from_image(sd, sampler=sampler, mask=mask, num_steps=3, cfg_weight=1.0)]
+        for mask in (None, flat(1), flat(0), corner())
+    )
+    x0 = np.array(sd.encode(picture()[None]))
+    assert len(plain) == len(white) == len(black) == len(both)
+    assert all(np.array_equal(*pair) for pair in zip(plain, white, strict=True))
+    assert np.array_equal(black[-1], x0)
+    assert np.array_equal(both[-1][:, 3:], black[-1][:, 3:]) and np.array_equal(both[-1][:, :, 4:], black[-1][:, :, 4:])
+    assert relative_error(both[-1][:, :3, :4], black[-1][:, :3, :4]) > 0.1
+
+
+def test_what_is_kept_bears_the_noise_of_the_step_until_the_end(sd):
+    """The latents between are shown by previews: what is kept is the image there, ever less noisy."""
+    x0 = np.array(sd.encode(picture()[None]))
+    distances = [np.abs(np.array(x) - x0)[:, 3:].mean() for x in from_image(sd, mask=corner(), num_steps=8)]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 0.1 and distances[-1] == 0
+
+
+def test_the_network_sees_what_is_kept(sd):
+    """What is made anew depends on the image around it also where all of it is noise in the beginning."""
+    given = {"mask": corner(), "strength": 1.0, "seed": 3, "num_steps": 4, "cfg_weight": 3.0}
+    one, other = (last(sd.generate_latents_from_image(picture(seed), PROMPT, **given))[:, :3, :4] for seed in (0, 1))
+    assert relative_error(one, other) > 1e-3
+
+
+def test_grey_is_between_old_and_new(sd):
+    black, grey, white = (last(from_image(sd, mask=flat(value), strength=0.5)) for value in (0, 0.5, 1))
+    assert 0 < np.abs(grey - black).mean() < np.abs(white - black).mean()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "dpmpp_sde"])
+def test_a_masked_image_does_not_depend_on_its_batch(sd, sampler):
+    given = {"mask": corner(), "sampler": sampler, "num_steps": 3}
+    together = last(from_image(sd, n_images=3, seed=7, **given))
+    chosen = last(from_image(sd, n_images=2, seed=[9, 7], **given))
+    for i in range(3):
+        alone = last(from_image(sd, seed=7 + i, **given))
+        assert relative_error(together[i : i + 1], alone) <= 1e-4
+    assert relative_error(chosen, together[[2, 0]]) <= 1e-4
+    assert relative_error(together[:1, :3, :4], together[1:2, :3, :4]) > 0.1
+
+
+def test_kinds_of_masks(sd):
+    values = np.array(corner())
+    want = last(from_image(sd, mask=corner(), num_steps=2))
+    for mask in (
+        values,
+        values.astype(np.float64),
+        values.astype(np.int32),
+        values.astype(bool),
+        Image.fromarray((values * 255).astype(np.uint8)),
+        Image.fromarray(values.astype(bool)),
+        Image.fromarray(np.dstack([(values * 255).astype(np.uint8)] * 3)),
+    ):
+        assert np.array_equal(last(from_image(sd, mask=mask, num_steps=2)), want)
+
+
+def test_one_pixel_of_a_mask_is_a_latent(sd):
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
+    values[17, 33] = 1
+    new = last(from_image(sd, mask=values)) != np.array(sd.encode(picture()[None]))
+    assert new[0, 2, 4].all() and new.sum() == 4
+
+
+# --- ControlNets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+def test_a_controlnet_without_effect(sd, net, sampler):
+    given = {"sampler": sampler, "num_steps": 3, "seed": 1, "latent_size": SMALL}
+    plain = last(sd.generate_latents(PROMPT, **given))
+    for weak in (Control(net, hint(), scale=0), Control(net, hint(), scale=0, guess=True)):
+        assert np.array_equal(last(sd.generate_latents(PROMPT, controls=[weak], **given)), plain)
+    # a share of the steps in which no whole step lies
+    short = Control(net, hint(), start=0.4, end=0.6)
+    assert np.array_equal(last(sd.generate_latents(PROMPT, controls=[short], **given)), plain)
+    strong = last(sd.generate_latents(PROMPT, controls=[Control(net, hint())], **given))
+    assert relative_error(strong, plain) > 0.01
+
+
+def test_when_a_controlnet_acts(sd, net):
+    """Until it begins the latents are those without it, and its hint and scale count."""
+    given = {"num_steps": 4, "seed": 1, "latent_size": SMALL, "sampler": "euler"}
+
+    def run(*controls) -> list[np.ndarray]:
+        return [np.array(x) for x in sd.generate_latents(PROMPT, controls=controls, **given)]
+
+    plain, late, early = run(), run(Control(net, hint(), start=0.5)), run(Control(net, hint(), end=0.5))
+    always = run(Control(net, hint()))
+    assert [np.array_equal(*pair) for pair in zip(plain, late, strict=True)] == [True, True, False, False]
+    assert [np.array_equal(*pair) for pair in zip(always, early, strict=True)] == [True, True, False, False]
+    assert relative_error(run(Control(net, hint(2)))[-1], always[-1]) > 1e-3
+    assert relative_error(run(Control(net, hint(), scale=0.5))[-1], always[-1]) > 1e-3
+    halves = run(Control(net, hint(), scale=0.5), Control(net, hint(), scale=0.5))
+    assert relative_error(halves[-1], always[-1]) <= 1e-4  # several add up
+
+
+def test_masks_controls_and_weighted_prompts_together(sd, net):
+    """In one batch of two prompts, each image is what it is alone."""
+    prompts = ["the (red:1.4) cat AND the blue :0.5", "[the cat:the red:0.5]"]
+    given = {"mask": corner(), "controls": [Control(net, hint(), 0.7), Control(net, hint(2), 0.5, end=0.6)]}
+    given |= {"num_steps": 5, "negative_text": "(blue:1.2)", "sampler": "dpmpp_2m"}
+    together = last(from_image(sd, text=prompts, seed=[4, 9], **given))
+    for i, (prompt, seed) in enumerate(zip(prompts, (4, 9), strict=True)):
+        alone = last(from_image(sd, text=prompt, seed=seed, **given))
+        assert relative_error(together[i : i + 1], alone) <= 1e-4
+    x0 = np.array(sd.encode(picture()[None]))
+    assert np.array_equal(together[:, 3:], np.concatenate([x0, x0])[:, 3:])
+    without = last(from_image(sd, text=prompts, seed=[4, 9], **given | {"controls": ()}))
+    assert relative_error(together, without) > 1e-3
+
+
+# --- two passes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampler, share",
+    [*(("euler", share) for share in (0.001, 0.3, 0.5, 0.75, 0.999, 1.0)), ("ddim", 0.6), ("heun", 0.4)],
+)
+def test_a_run_that_goes_on_is_one_run(sd, sampler, share):
+    """With the same model and a sampler that remembers nothing; at 1 the first run is all of it."""
+    given = {"num_steps": 5, "seed": 2, "latent_size": SMALL, "sampler": sampler, "cfg_weight": 1.0}
+    whole = [np.array(x) for x in sd.generate_latents(PROMPT, **given)]
+    first = list(sd.generate_latents(PROMPT, denoising_end=share, **given))
+    second = list(sd.generate_latents(PROMPT, denoising_start=share, latents=first[-1], **given))
+    assert relative_error(second[-1], whole[-1]) <= 1e-4
+    counts = [
+        sd.number_of_steps(5, sampler=sampler, denoising_end=share),
+        sd.number_of_steps(5, sampler=sampler, denoising_start=share),
+    ]
+    assert sum(counts) == 5 and [len(first), len(second)] == [max(count, 1) for count in counts]
+    if share == 1:
+        assert all(np.array_equal(*pair) for pair in zip(first, whole, strict=True))
+        assert np.array_equal(second[0], whole[-1])
+
+
+def test_a_run_from_an_image_that_another_goes_on_with(sd):
+    given = {"num_steps": 6, "sampler": "euler", "cfg_weight": 3.0, "seed": 2}
+    whole = last(from_image(sd, strength=0.8, **given))
+    *_, x = from_image(sd, strength=0.8, denoising_end=0.5, **given)
+    rest = sd.generate_latents(PROMPT, denoising_start=0.5, latents=x, latent_size=SMALL, **given)
+    assert relative_error(last(rest), whole) <= 1e-4
+
+
+def test_a_second_pass_that_changes_nothing(sd):
+    first = list(sd.generate_latents(PROMPT, n_images=2, num_steps=2, seed=0, latent_size=SMALL))[-1]
+    assert sd.upscale(first, SMALL) is first
+    (same,) = sd.generate_latents_from_image(first, PROMPT, n_images=2, strength=0)
+    assert np.array_equal(same, first)
+    # the less strength, the nearer, down to the first pass itself
+    distances = []
+    for sigma in (1.0, 0.1, 0.01, 0.001):
+        again = sd.generate_latents_from_image(first, PROMPT, n_images=2, strength=1, sigmas=[sigma, 0.0], seed=1)
+        distances.append(relative_error(last(again), first))
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-2
+
+
+def test_latents_to_work_on_one_for_each_image_or_one_for_all(sd):
+    first = list(sd.generate_latents(PROMPT, n_images=2, num_steps=2, seed=0, latent_size=SMALL))[-1]
+    given = {"num_steps": 3, "strength": 0.7, "cfg_weight": 3.0}
+    each = last(sd.generate_latents_from_image(first, PROMPT, n_images=2, seed=5, **given))
+    for i in range(2):
+        alone = last(sd.generate_latents_from_image(first[i : i + 1], PROMPT, seed=5 + i, **given))
+        assert relative_error(each[i : i + 1], alone) <= 1e-4
+    shared = last(sd.generate_latents_from_image(first[:1], PROMPT, n_images=2, seed=5, **given))
+    assert relative_error(shared[:1], each[:1]) <= 1e-4 and relative_error(shared[1:], each[1:]) > 1e-2
+
+
+@pytest.mark.parametrize("how, near", [("latents", 1e-6), ("pixels", None)])
+def test_enlarged(sd, how, near):
+    x = mx.array(normal(2, *SMALL, 4))
+    larger = sd.upscale(x, (12, 16), how)
+    assert larger.shape == (2, 12, 16, 4)
+    if near:  # the middle of four is their mean
+        assert relative_error(np.array(sd.upscale(mx.ones((1, *SMALL, 4)), (9, 11))), np.ones((1, 9, 11, 4))) <= near
+    apart = mx.concatenate([sd.upscale(x[i : i + 1], (12, 16), how) for i in range(2)])
+    assert relative_error(larger, apart) <= 1e-4
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+LATENTS = mx.zeros((1, *SMALL, 4))
+BAD_FROM_IMAGE = [
+    ({"mask": mx.zeros((HEIGHT, WIDTH + 8))}, r"mask of shape \(48, 72\) must be \(48, 64\)"),
+    ({"mask": mx.zeros(SMALL)}, r"mask of shape \(6, 8\) must be"),
+    ({"mask": mx.zeros((HEIGHT, WIDTH, 1))}, r"mask of shape \(48, 64, 1\) must be"),
+    ({"mask": Image.new("L", (HEIGHT, WIDTH))}, r"mask of shape \(64, 48\) must be"),
+    ({"mask": flat(1.01)}, "values of a mask must be from 0"),
+    ({"mask": flat(-0.01)}, "values of a mask must be from 0"),
+    ({"mask": flat(float("nan"))}, "values of a mask must be from 0"),
+    ({"mask": mx.full((HEIGHT, WIDTH), 255)}, "values of a mask must be from 0"),
+    ({"strength": 1.5}, "strength 1.5 is outside"),
+    ({"seed": [1, 2]}, "2 seeds for 1 images"),
+    ({"seed": [1], "n_images": 2}, "1 seeds for 2 images"),
+    ({"latents": mx.zeros((2, *SMALL, 4))}, "do not fit"),
+    ({"denoising_end": 0.0}, "from 0.0 to 0.0 of the noise"),
+    ({"denoising_end": 1.5}, "from 0.0 to 1.5 of the noise"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_FROM_IMAGE)
+def test_bad_runs_from_images_are_refused_at_the_call(sd, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_image(sd, **options)
+
+
+BAD_RUNS = [
+    ({"denoising_start": 0.5}, "denoising_start 0.5 needs the latents"),
+    ({"denoising_start": -0.1, "latents": LATENTS}, "cannot go from -0.1 to 1.0"),
+    ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": LATENTS}, "cannot go from 0.8 to 0.5"),
+    ({"denoising_start": 0.5, "latents": LATENTS[:, :2]}, "do not fit"),
+    ({"seed": [1, 2, 3], "n_images": 2}, "3 seeds for 2 images"),
+    ({"seed": []}, "0 seeds for 1 images"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_RUNS)
+def test_bad_runs_are_refused_at_the_call(sd, options, message):
+    with pytest.raises(ValueError, match=message):
+        sd.generate_latents(PROMPT, latent_size=SMALL, **options)
+
+
+def test_a_mask_needs_an_image(sd):
+    with pytest.raises(ValueError, match="a mask needs an image, not latents"):
+        sd.generate_latents_from_image(LATENTS, PROMPT, mask=flat(1))
+    with pytest.raises(ValueError, match="2 latents to work on for 3 images"):
+        sd.generate_latents_from_image(mx.zeros((2, *SMALL, 4)), PROMPT, n_images=3)
+    with pytest.raises(ValueError, match="no upscaling of 'both'"):
+        sd.upscale(LATENTS, (8, 8), "both")
+
+
+@pytest.mark.parametrize("shape", [(HEIGHT, WIDTH + 8, 3), (WIDTH, HEIGHT, 3), (HEIGHT, WIDTH), (1, HEIGHT, WIDTH, 3)])
+def test_hints_of_the_wrong_size(sd, net, shape):
+    controls = [Control(net, mx.zeros(shape))]
+    message = r"a hint of shape .* does not fit: this run needs \(48, 64, 3\)"
+    with pytest.raises(ValueError, match=message):
+        sd.generate_latents(PROMPT, latent_size=SMALL, controls=controls)
+    with pytest.raises(ValueError, match=message):
+        from_image(sd, controls=controls)
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"scale": float("nan")}, "scale nan .* not a finite number"),
+        ({"scale": float("inf")}, "scale inf .* not a finite number"),
+        ({"start": 0.5, "end": 0.5}, "from 0.5 to 0.5"),
+        ({"start": 0.6, "end": 0.2}, "from 0.6 to 0.2"),
+        ({"start": -0.1}, "from -0.1 to"),
+        ({"end": 1.1}, "to 1.1"),
+        ({"end": float("nan")}, "to nan"),
+    ],
+)
+def test_controls_with_bad_numbers(net, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Control(net, hint(), **numbers)
