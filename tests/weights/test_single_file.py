@@ -407,10 +407,14 @@ def test_pad_tokens_are_those_of_the_family(made, tmp_path, vocabulary):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 MISSING = {
-    "vae": ("sd1", "first_stage_model.", "lacks a VAE: give one with vae (--vae)"),
-    "text_encoder": ("sd1", "cond_stage_model.", "lacks a text encoder: give one with text_encoder (--text_encoder)"),
-    "text_encoder_2": ("xl", "conditioner.embedders.1.", "lacks a second text encoder: give one with text_encoder_2"),
-    "unet": ("sd1", "model.diffusion_model.", "holds only vae, text_encoder and lacks a UNet"),
+    "vae": (
+        "sd1",
+        "first_stage_model.",
+        "lacks a VAE (give one with vae, --vae), such as that of stable-diffusion-v1-5/",
+    ),
+    "text_encoder": ("sd1", "cond_stage_model.", "lacks a text encoder (give one with text_encoder, --text_encoder)"),
+    "text_encoder_2": ("xl", "conditioner.embedders.1.", "lacks a second text encoder (give one with text_encoder_2,"),
+    "unet": ("sd1", "model.diffusion_model.", "holds only vae, text_encoder and no UNet: give a whole checkpoint"),
 }
 
 
