@@ -282,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:  # what MLX raises where memory runs out or a file vanishes
+        parser.fail(1, f"the conversion failed ({str(error) or 'out of memory'}); nothing was written")
     except KeyboardInterrupt:
         parser.fail(130, "interrupted; nothing was written")
     print(path)

@@ -40,6 +40,7 @@ _KIND_OF_CLASS = {
     "AutoencoderKL": "vae",
     "AutoencoderTiny": "vae",
     "ControlNetModel": "controlnet",
+    "T2IAdapter": "controlnet",
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
     "DPTForDepthEstimation": "depth_estimator",
@@ -94,7 +95,7 @@ def _of_part(source: str | os.PathLike) -> Report:
 
 def _of_network(component: Component) -> Report:
     report = {"kind": component.name}
-    if component.name in ("unet", "controlnet"):
+    if "cross_attention_dim" in component.config:
         report["family"] = _family(component.config)
     elif component.config.get("scaling_factor") == _XL_SCALE:
         report["family"] = _WIDTHS[2048]

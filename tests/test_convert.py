@@ -259,6 +259,21 @@ def refused(capsys, *arguments: str) -> str:
     return line
 
 
+@pytest.mark.parametrize(
+    "error, code", [(RuntimeError("[read] gone"), 1), (MemoryError(), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, error, code):
+    def fail(value: mx.array) -> mx.array:
+        raise error
+
+    monkeypatch.setattr(save.mx, "contiguous", fail)
+    with pytest.raises(SystemExit) as exit:
+        main(["tiny", str(tmp_path / "new")])
+    err = capsys.readouterr().err
+    assert exit.value.code == code and err.count("\n") == 1 and "nothing was written" in err
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_disk_without_room_is_seen_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save.shutil, "disk_usage", lambda path: type("", (), {"free": 10_000_000})())
     assert "needs 0.02 GB and its disk has 0.01 GB left: make room" in refused(capsys, "tiny", str(tmp_path / "new"))

@@ -145,6 +145,14 @@ def test_a_network_in_a_file_or_a_folder(tmp_path, kind, config, cls):
     assert inspect(file).get("family") == {"controlnet": "Stable Diffusion 1"}.get(kind)
 
 
+def test_an_adapter_says_nothing_of_its_family(tmp_path):
+    config = {"_class_name": "T2IAdapter", "channels": [32, 64], "num_res_blocks": 1, "downscale_factor": 8}
+    diffusers.T2IAdapter.from_config(config).save_pretrained(tmp_path)
+    report = inspect(tmp_path)
+    assert (report["kind"], report["parts"]["controlnet"]["class"]) == ("controlnet", "T2IAdapter")
+    assert "family" not in report
+
+
 def test_vaes_are_told_apart(xl_folder, sd1_folder):
     assert inspect(xl_folder / "vae")["family"] == "Stable Diffusion XL"
     assert "family" not in inspect(sd1_folder / "vae")
