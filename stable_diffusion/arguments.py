@@ -139,6 +139,10 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     ),
     (lambda a: a.get("invert_mask") and not a["mask"], "--invert_mask needs --mask FILE"),
     (
+        lambda a: a.get("depth") and a["expand"],
+        "--depth and --expand do not go together: the map does not show the borders; without it, it is estimated",
+    ),
+    (
         lambda a: a["control_image"] and not a["controlnet"],
         "--control_image needs --controlnet: an id, a folder or a file",
     ),

@@ -4,6 +4,8 @@ import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -57,6 +59,7 @@ class Work:
     size: tuple[int, int]
     given: dict[str, Any]
     strength: float = 1.0
+    depth: Any = None
 
 
 def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]:
@@ -76,6 +79,23 @@ def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]
 def _settings(job: argparse.Namespace) -> dict[str, Any]:
     settings = {name: value for name, value in vars(job).items() if name not in _OWN}
     return settings | {"negative": bool(job.negative_prompt)}
+
+
+def alike(sd: StableDiffusion, batch: Batch) -> list[Batch]:
+    """A batch in parts whose prompts are read in as many chunks: one that is padded to another's is read otherwise."""
+
+    @cache
+    def chunks(*texts: str) -> int:
+        return max(sd.encode_prompt(text, **_reading(batch.job)).context.shape[1] for text in texts)
+
+    if batch.job.truncate:  # each is one chunk
+        return [batch]
+    return [
+        Batch(*zip(*group, strict=True))
+        for _, group in groupby(
+            zip(batch.jobs, batch.seeds, strict=True), lambda image: chunks(image[0].prompt, image[0].negative_prompt)
+        )
+    ]
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
@@ -137,11 +157,16 @@ def prepare_work(
         return fit(hint, *size, mode=job.resize) if place is None else place.part(hint, mode=job.resize)
 
     given["controls"] = _controls(args, nets, [shown(hint) for hint in inputs.hints])
-    strength = 1.0
-    if inputs.image is not None:
-        forgets = args.expand or sd.mode in ("masks", "instructions")
-        strength = job.strength if job.strength is not None else 1.0 if forgets else 0.9
-    return Work(batch, place, size, given, strength)
+    if place is None:
+        return Work(batch, None, size, given)
+    forgets = args.expand or sd.mode in ("masks", "instructions")
+    strength = job.strength if job.strength is not None else 1.0 if forgets else 0.9
+    if args.refiner and _steps(sd, given, strength) < _steps(sd, given | {"denoising_start": args.refiner_start}):
+        raise ValueError(
+            f"--strength {strength:g} begins with less noise than the refiner at --refiner_start "
+            f"{args.refiner_start:g}; raise one of them"
+        )
+    return Work(batch, place, size, given, strength, _depth(sd, inputs, place, job.resize))
 
 
 def _check_image_options(sd: StableDiffusion, args: argparse.Namespace, job: argparse.Namespace) -> None:
@@ -157,7 +182,7 @@ def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
     guidance = sd.default_guidance if job.cfg is None else job.cfg
     if job.negative_prompt and guidance <= 1:
         _log.warning("the negative prompt has no effect at a guidance scale of %g; give --cfg above 1", guidance)
-    reading = {name: getattr(job, name) for name in ("clip_skip", "emphasis", "truncate", "weight_blocks")}
+    reading = _reading(job)
     texts, negatives = ([getattr(j, name) for j in batch.jobs] for name in ("prompt", "negative_prompt"))
     alike = len(set(texts)) == 1
     return {
@@ -166,6 +191,10 @@ def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
         "negative_text": sd.encode_prompt(negatives[:1] if alike else negatives, **reading) if negatives[0] else "",
         "n_images": len(texts) if alike else 1,
     }
+
+
+def _reading(job: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in ("clip_skip", "emphasis", "truncate", "weight_blocks")}
 
 
 def _controls(args: argparse.Namespace, nets: Nets, hints: Sequence[Image]) -> list[Control]:
@@ -202,7 +231,7 @@ def first_pass(sd: StableDiffusion, args: argparse.Namespace, inputs: Inputs, wo
         place.part(place.picture),
         strength=work.strength,
         mask=None if place.mask is None else place.part(place.mask),
-        depth=None if inputs.depth is None else _part(inputs.depth, place),
+        depth=work.depth,
         image_cfg_weight=work.batch.job.image_cfg,
         **given,
     ), total
@@ -238,8 +267,30 @@ def _steps(sd: StableDiffusion, given: Mapping[str, Any], strength: float = 1.0)
     return sd.number_of_steps(strength=strength, **{name: given[name] for name in known if name in given})
 
 
-def _part(depth: Any, place: Canvas) -> Any:
-    """The part of a depth map [H, W] of the whole picture that is worked on."""
-    left, top, right, bottom = place.box
-    rows, columns = (side / whole for side, whole in zip(depth.shape, reversed(place.picture.size), strict=True))
-    return depth[int(top * rows) : round(bottom * rows) or 1, int(left * columns) : round(right * columns) or 1]
+def _depth(sd: StableDiffusion, inputs: Inputs, place: Canvas, resize: str) -> Any:
+    """The depth map of what is worked on, given or estimated; None for models that are told none."""
+    if sd.mode != "depth":
+        return None
+    if inputs.depth is not None:
+        return _part(inputs.depth, inputs.image.size, place, resize)
+    try:
+        return sd.estimate_depth(place.part(place.picture))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; give a depth map: --depth FILE") from error
+
+
+def _part(depth: Any, image_size: tuple[int, int], place: Canvas, resize: str) -> Any:
+    """The part of a depth map [H, W] that shows what is worked on of an image; beyond its edges it goes on as it ends.
+
+    ``image_size`` (width, height) is that of the whole image, which was brought to the canvas as ``resize`` says.
+    """
+    scales = [side / whole for side, whole in zip(place.picture.size, image_size, strict=True)]
+    scales = {"crop": [max(scales)] * 2, "pad": [min(scales)] * 2}.get(resize, scales)
+    spans = []
+    for axis, scale in enumerate(scales):
+        side, whole, count = place.picture.size[axis], image_size[axis], depth.shape[1 - axis]
+        # Picture and image have the same middle.
+        start, stop = (round(((edge - side / 2) / scale + whole / 2) * count / whole) for edge in place.box[axis::2])
+        spans.append([min(max(i, 0), count - 1) for i in range(start, max(stop, start + 1))])
+    columns, rows = spans
+    return depth[rows][:, columns]

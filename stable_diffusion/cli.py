@@ -15,7 +15,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from .arguments import TEXT_BITS, UNET_BITS, Parser, read
-from .batches import Batch, Work, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
+from .batches import Batch, Work, alike, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
 from .image import check_output, from_array, grid, save
 from .jobs import jobs
 from .pipeline import StableDiffusion
@@ -47,6 +47,7 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
             if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
                 open_checkpoint(args.refiner, float16=_float16(args))
             sd = _load(args, args.model)
+            wanted = [part for batch in wanted for part in alike(sd, batch)]
             nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
             loras = _prompt_loras(sd, args, wanted)
             works = []
@@ -109,17 +110,18 @@ def _float16(args: argparse.Namespace) -> bool:
 
 
 def _load(args: argparse.Namespace, model: str) -> StableDiffusion:
-    """A model as the arguments want it; the parts, LoRAs and embeddings are those of ``--model`` alone."""
+    """A model as the arguments want it; LoRAs, embeddings and parts are those of ``--model`` alone, but for the VAE."""
     quantized = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
     quantized |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+    names = ("vae",) if model != args.model else ("vae", "unet", "text_encoder", "text_encoder_2")
+    parts = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if model != args.model:
-        return StableDiffusion(model, _float16(args), **quantized)
-    parts = {name: getattr(args, name) for name in ("vae", "unet", "text_encoder", "text_encoder_2")}
+        return StableDiffusion(model, _float16(args), parts=parts, **quantized)
     sd = StableDiffusion(
         model,
         _float16(args),
         revision=args.revision,
-        parts={name: part for name, part in parts.items() if part is not None},
+        parts=parts,
         tokenizer=args.tokenizer,
         prediction=args.prediction,
         loras=args.lora,

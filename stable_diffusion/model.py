@@ -101,6 +101,13 @@ class DiffusionModel:
         if extra not in MODES:
             raise ValueError(f"a UNet with {extra} channels beside the latents is not supported")
         self.mode = MODES[extra]
+        read = max(self._unet_config.cross_attention_dim)
+        written = sum(encoder.text_model.final_layer_norm.weight.shape[0] for _, encoder in self._text_encoders())
+        if read != written:
+            raise ValueError(
+                f"the UNet reads prompts {read} wide and the text encoders write them {written} wide; "
+                "take parts of one family of models"
+            )
 
     def _default_sampler(self) -> str:
         config = self.schedule.config
