@@ -1,6 +1,6 @@
 """What long prompts cost: time and peak memory of encoding them, and of the UNet that is told so much.
 
-    python benchmarks/long_prompts.py
+    python -m benchmarks.long_prompts
 
 A prompt is encoded in chunks of 75 tokens, each of which is 77 positions for cross-attention. The text encoders are
 those of SD 1.5 (CLIP-L) and SDXL (CLIP-L and OpenCLIP-G), the UNet is SD 1.5's, at full size with random weights,
@@ -25,33 +25,9 @@ from mlx import nn
 from stable_diffusion.conditioning import encode
 from stable_diffusion.weights.load import build
 
-CHUNK = 75
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-}
-OPEN_CLIP_G = {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
-UNET = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "layers_per_block": 2,
-}
+from .shapes import TEXT_ENCODERS, UNETS
 
+CHUNK = 75
 Cost = tuple[float, float]  # seconds, bytes
 
 
@@ -87,7 +63,7 @@ def encoding(sd: StableDiffusion, texts: Sequence[str], configs: Sequence[dict[s
 
 def unet_step(size: int, chunks: Sequence[int]) -> Work:
     """Ask SD 1.5's UNet once about latents of ``size`` x ``size``, told so many chunks."""
-    unet = random_module("unet", UNET)
+    unet = random_module("unet", UNETS["sd15"])
     x, t = mx.random.normal((1, size, size, 4), key=mx.random.key(0)), mx.array([500.0])
     for count in chunks:
         context = mx.random.normal((1, 77 * count, 768), key=mx.random.key(count))
@@ -127,8 +103,8 @@ def main() -> None:
     sd.ensure_models_are_loaded()
     texts = [" ".join(["red"] * CHUNK * count) for count in chunks]
     measured = {
-        "CLIP-L": encoding(sd, texts, [CLIP_L]),
-        "XL's two encoders": encoding(sd, texts, [CLIP_L, OPEN_CLIP_G]),
+        "CLIP-L": encoding(sd, texts, [TEXT_ENCODERS["sd15"]]),
+        "XL's two encoders": encoding(sd, texts, [TEXT_ENCODERS["sd15"], TEXT_ENCODERS["sdxl-2"]]),
         f"SD 1.5's UNet, {args.latents}x{args.latents}": unet_step(args.latents, chunks),
         "bundled model, whole run": whole_run(sd, texts),
     }

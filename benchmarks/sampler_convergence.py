@@ -1,6 +1,6 @@
 """How fast the deterministic samplers come to the solution of the ODE: steps against distance, on the bundled model.
 
-    python benchmarks/sampler_convergence.py --output benchmarks/sampler_convergence.png
+    python -m benchmarks.sampler_convergence --output benchmarks/sampler_convergence.png
 
 Every sampler runs from the same noise through the same levels (linspace spacing, and the curve of --schedule) to 0. The
 distance is that of the final latents to those of 1000 steps of dpmpp_2m, root mean square over that of the latents.
