@@ -533,3 +533,31 @@ def test_loras_and_wildcards_that_are_not_there(run, files):
     done.refused("no LoRA pain", "write the name of a file")
     run("txt2image", "a __colour__", *common, "--wildcards", files / "loras").refused("__colour__")
     run("txt2image", "a __color__", *common, "--wildcards", files / "words").refused("__colour__")
+
+
+# --- by pixels, with the model that comes with the package -----------------------------------------------------------
+
+
+def test_a_star_is_painted_into_a_corner(run, tmp_path):
+    """What is not masked stays the very picture, and in the mask it is green on white, not red."""
+    given = ["--model", "tiny", "--n_images", 1]
+    base, star = tmp_path / "base.png", tmp_path / "star.png"
+    run(
+        "txt2image", "a red circle at the left on a white background", *given, "--seed", 3, "--output", base
+    ).succeeded()
+    rectangle((40, 0, 64, 24)).save(tmp_path / "corner.png")
+    mask = ["--mask", tmp_path / "corner.png", "--mask_padding", 4, "--seed", 5, "--output", star]
+    run("image2image", base, "a green star on a white background", *given, *mask).succeeded()
+    before, after = pixels(base), pixels(star)
+    inside = np.zeros(SIZE, dtype=bool)
+    inside[:24, 40:] = True
+    assert np.array_equal(before[~inside], after[~inside])
+
+    def share(image: np.ndarray, channel: int) -> float:
+        """Of the masked pixels, how many have a colour far above the two others."""
+        rest = np.delete(image, channel, axis=-1).max(-1)
+        return float((image[..., channel] > rest + 60)[inside].mean())
+
+    assert share(before, 1) == 0
+    assert 0.1 < share(after, 1) < 0.6 and share(after, 0) < 0.02
+    assert (after[inside].min(-1) > 200).mean() > 0.25  # around it, white
