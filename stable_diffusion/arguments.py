@@ -77,6 +77,13 @@ def _borders(text: str) -> tuple[int, ...]:
     return borders
 
 
+def _interval(text: str) -> tuple[float, float]:
+    numbers = re.fullmatch(r"\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*", text)
+    if not numbers or not 0 <= float(numbers[1]) <= float(numbers[2]) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not start,end in shares of the steps, such as 0.2,0.8")
+    return float(numbers[1]), float(numbers[2])
+
+
 def weighted(text: str) -> tuple[str, float]:
     """An argparse type: what is behind a path's last colon is its weight, if it is a number; 1 without one."""
     path, colon, number = text.rpartition(":")
@@ -172,6 +179,14 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
     add(picture, "--seed", type=_seed, help="of the first image, the others count on from it (random)")
     add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
     add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
+    add(
+        picture,
+        "--guidance_interval",
+        type=_interval,
+        default=(0.0, 1.0),
+        metavar="START,END",
+        help="shares of the steps between which there is guidance; the others take half the time (0,1)",
+    )
     add(picture, "--sampler", type=_sampler, metavar="NAME", help="how to denoise: --list-samplers (the model's own)")
     add(picture, "--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
     add(

@@ -146,6 +146,7 @@ def prepare_work(
     given = _prompts(sd, batch) | {
         "num_steps": sd.default_steps if job.steps is None else job.steps,
         "cfg_weight": job.cfg,
+        "guidance_interval": job.guidance_interval,
         "seed": batch.seeds,
         "sampler": job.sampler,
         "schedule": job.schedule,

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .control import Control, Steering
-from .guidance import Stage
+from .guidance import Stage, in_parts
 from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
 
@@ -20,30 +20,41 @@ def denoiser(
     dtype: mx.Dtype,
     stages: Sequence[Stage],
     controls: Sequence[Control] = (),
+    rows_at_once: int | None = None,
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 
-    Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``.
+    Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``. With ``rows_at_once`` they are asked so many
+    questions at a time, one part after the other, which takes less memory; None asks all of them together.
     """
+    parts = [(stage, in_parts(stage, rows_at_once)) for stage in stages]
     timestep = _timesteps(schedule, steps)
     steer = Steering(controls, len(steps), dtype)
 
-    def denoise(x: mx.array, sigma: float) -> mx.array:
-        step = max(sum(level >= sigma for level in steps.sigmas[:-1]) - 1, 0)
-        stage = [s for s in stages if s.first_step <= step][-1]
+    def ask(scaled: mx.array, sigma: float, step: int, stage: Stage) -> mx.array:
+        """The networks' answers to the questions of a stage, or of a part of one."""
         told = stage.conditioning
         text_time = None if told.pooled is None else (told.pooled, told.time_ids)
         context = told.context if told.values is None else (told.context, told.values)
-        scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
-        batch = scaled if stage.mix is None else scaled[stage.images]
+        batch = scaled[stage.images]
         t = mx.full((len(batch),), timestep(sigma))
         steered = steer(step, batch, t, context, stage, text_time)
         if told.channels is not None:
             batch = mx.concatenate([batch, told.channels.astype(dtype)], axis=-1)
-        out = unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, **steered)
-        out = out.astype(mx.float32)
+        return unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, **steered)
+
+    def denoise(x: mx.array, sigma: float) -> mx.array:
+        step = max(sum(level >= sigma for level in steps.sigmas[:-1]) - 1, 0)
+        stage, asked = [entry for entry in parts if entry[0].first_step <= step][-1]
+        scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
+        answers: list[mx.array] = []
+        for part in asked:
+            # Each waits for the one before, or MLX would compute them side by side, in the memory of all.
+            seen = mx.depends(scaled, answers[-1]) if answers else scaled
+            answers.append(ask(seen, sigma, step, part))
+        out = mx.concatenate(answers).astype(mx.float32)
         if stage.mix is not None:
-            out = (stage.mix @ out.reshape(len(batch), -1)).reshape(x.shape)
+            out = (stage.mix @ out.reshape(len(out), -1)).reshape(x.shape)
         return to_x0(out, x, sigma, schedule.config.prediction_type)
 
     return denoise

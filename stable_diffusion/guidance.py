@@ -1,7 +1,7 @@
 """Guidance: which questions the UNet is asked at a step, and how its answers are mixed into one for each image."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -32,6 +32,7 @@ def stages(
     *,
     blank: Conditioning | None = None,
     image_guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> list[Stage]:
     """The stretches of a run between which some prompt changes.
 
@@ -41,11 +42,15 @@ def stages(
 
     With ``blank``, which is told neither prompt nor image, there are two scales (Brooks et al. 2023, eq. 3):
     ``blank + image_guidance * (negative - blank) + guidance * (positive - negative)``.
+
+    Outside the ``interval``, in shares of the steps, there is no guidance (Kynkäänniemi et al. 2024): the UNet is asked
+    for the prompt alone.
     """
     image_guidance = 1.0 if blank is None else image_guidance
     tables = [table for table in (positive, negative, blank) if table is not None]
     both = concatenate(tables)
-    starts = {0} | {_step_at(row.start, steps) for row in both.rows}
+    guided = range(*(_step_at(share, steps) for share in interval)) if negative is not None else range(0)
+    starts = {0, guided.start, guided.stop} | {_step_at(row.start, steps) for row in both.rows}
 
     def rows(number: int, image: int, step: int) -> list[tuple[int, float]]:
         """(row in all tables, weight) of what a table says of an image at a step."""
@@ -55,7 +60,7 @@ def stages(
     def batch(image: int, step: int) -> list[tuple[int, int, float, int]]:
         """(row, image, weight, wanted) of the questions that are asked for an image."""
         wanted = rows(0, image, step)
-        if negative is None:
+        if step not in guided:
             return [(row, image, weight, 1) for row, weight in _mean(wanted)]
         rest = image_guidance - guidance * sum(weight for _, weight in wanted)
         asked = [(row, image, guidance * weight, 1) for row, weight in wanted]
@@ -69,6 +74,19 @@ def stages(
         for step in sorted(starts)
         if step < steps
     ]
+
+
+def in_parts(stage: Stage, rows: int | None) -> list[Stage]:
+    """The questions of a stage in parts of at most ``rows`` of its batch, without their mixture; None is all at once."""
+    count = len(stage.images)
+    if rows is None or rows >= count:
+        return [stage]
+
+    def part(those: slice) -> Stage:
+        told = stage.conditioning.map(lambda a: a[those])
+        return replace(stage, conditioning=told, images=stage.images[those], wanted=stage.wanted[those], mix=None)
+
+    return [part(slice(first, first + rows)) for first in range(0, count, rows)]
 
 
 def _step_at(share: float, steps: int) -> int:

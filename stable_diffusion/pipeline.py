@@ -66,7 +66,7 @@ class StableDiffusion(DiffusionModel):
         That share is rounded down as diffusers does, but it is at least one step while ``strength`` is above 0.
         ``choices`` are other arguments of the run that have a say in it: sampler, schedule, denoising_start...
         """
-        choices = {"sampler": None, "schedule": None, "cfg_weight": None} | choices
+        choices = {"sampler": None, "schedule": None, "cfg_weight": None, "guidance_interval": (0.0, 1.0)} | choices
         return self._plan(**choices, n_images=1, num_steps=num_steps, seed=0, strength=strength).length
 
     def generate_latents(
@@ -87,6 +87,7 @@ class StableDiffusion(DiffusionModel):
         eta: float | None = None,
         s_noise: float | None = None,
         clip_skip: int = 0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_start: float = 0.0,
@@ -116,6 +117,8 @@ class StableDiffusion(DiffusionModel):
             eta: fraction of fresh noise for the samplers that have one.
             s_noise: factor on that noise.
             clip_skip: how many of the text encoder's last layers to leave out.
+            guidance_interval: (start, end), the shares of the steps between which there is guidance (Kynkäänniemi et
+                al. 2024); before and after them the UNet is asked half as much, for the prompt alone.
             micro: SDXL's size conditioning.
             controls: ControlNets with what they are shown.
             denoising_end: stop when this share of the noise is gone: another model goes on from there.
@@ -147,6 +150,7 @@ class StableDiffusion(DiffusionModel):
             sigmas=sigmas,
             eta=eta,
             s_noise=s_noise,
+            guidance_interval=guidance_interval,
             latents=latents,
             noise=noise,
         )
@@ -188,6 +192,7 @@ class StableDiffusion(DiffusionModel):
         eta: float | None = None,
         s_noise: float | None = None,
         clip_skip: int = 0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_end: float = 1.0,
@@ -241,6 +246,7 @@ class StableDiffusion(DiffusionModel):
             sigmas=sigmas,
             eta=eta,
             s_noise=s_noise,
+            guidance_interval=guidance_interval,
             latents=latents,
             noise=noise,
         )

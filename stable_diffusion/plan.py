@@ -29,6 +29,7 @@ class Run:
     sampler_options: dict[str, Any]
     scale: float
     guidance: float
+    guidance_interval: tuple[float, float]
     seeds: tuple[int, ...]
     latents: mx.array | None
     noise: Noise | None
@@ -66,6 +67,7 @@ def plan(
     num_steps: int | None,
     default_steps: int,
     guidance: float,
+    guidance_interval: tuple[float, float],
     n_images: int,
     seed: int | Sequence[int] | None,
     strength: float = 1.0,
@@ -86,6 +88,8 @@ def plan(
     """
     if n_images < 1:
         raise ValueError(f"n_images {n_images} must be at least 1")
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(f"guidance_interval {guidance_interval} must be shares of the steps, 0 <= start <= end <= 1")
     chosen = find_sampler(sampler)
     named = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas}
     asked = [name for name, value in named.items() if value is not None]
@@ -113,6 +117,7 @@ def plan(
         sampler_options=given(chosen, levels, steps, choices) | choices,
         scale=levels.initial_scale(steps, chosen.grid, spacing) if len(steps) else 0.0,
         guidance=guidance,
+        guidance_interval=tuple(guidance_interval),
         seeds=_seeds(seed, n_images),
         latents=latents,
         noise=noise,

@@ -25,6 +25,7 @@ def sample(
     negative: Conditioning | None,
     controls: Sequence[Control] = (),
     image_guidance: float = 1.0,
+    rows_at_once: int | None = None,
 ) -> Iterator[mx.array]:
     """The latents [n, h, w, 4] after each step of a run, float32 in the scale of training, not yet computed."""
     blank = None
@@ -34,9 +35,16 @@ def sample(
         positive = _with_channels(positive, start.channels)
         negative = None if negative is None else _with_channels(negative, start.channels)
     asked = stages(
-        len(run.steps), run.n_images, positive, negative, run.guidance, blank=blank, image_guidance=image_guidance
+        len(run.steps),
+        run.n_images,
+        positive,
+        negative,
+        run.guidance,
+        blank=blank,
+        image_guidance=image_guidance,
+        interval=run.guidance_interval,
     )
-    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls)
+    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, rows_at_once)
     if run.sampler.consistency:
         denoise = consistency(denoise, schedule, run.steps)
     if start.kept is not None:
