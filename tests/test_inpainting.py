@@ -117,10 +117,12 @@ def test_kinds_of_masks(sd):
 
 
 def test_one_pixel_of_a_mask_is_a_latent(sd):
-    values = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
-    values[17, 33] = 1
-    new = last(from_image(sd, mask=values)) != np.array(sd.encode(picture()[None]))
+    pixel, cell = np.zeros((2, HEIGHT, WIDTH), dtype=np.float32)
+    pixel[17, 33] = cell[16:24, 32:40] = 1
+    made = last(from_image(sd, mask=pixel))
+    new = made != np.array(sd.encode(picture()[None]))
     assert new[0, 2, 4].all() and new.sum() == 4
+    assert np.array_equal(made, last(from_image(sd, mask=cell)))
 
 
 # --- ControlNets -----------------------------------------------------------------------------------------------------
