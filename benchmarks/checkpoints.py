@@ -18,7 +18,8 @@ from .shapes import SHAPES
 
 _POOL = 2**22  # random values that all weights are cut from
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+_SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "steps_offset": 1}
+_SCHEDULER |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def write_checkpoint(folder: Path, shape: str, weights: bool = True) -> None:
@@ -40,7 +41,7 @@ def write_checkpoint(folder: Path, shape: str, weights: bool = True) -> None:
             shutil.copytree(open_checkpoint("tiny").folder / "tokenizer", folder / tokenizer)
             index[tokenizer] = ["transformers", "CLIPTokenizer"]
     (folder / "scheduler").mkdir()
-    _write(folder / "scheduler" / "scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"} | _SCHEDULER)
+    _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write(folder / "model_index.json", index)
 
 

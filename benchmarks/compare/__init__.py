@@ -1,0 +1,1 @@
+"""This library beside mlx-examples and diffusers: ``python -m benchmarks.compare``."""

@@ -1,0 +1,128 @@
+"""The column of mlx-examples' Stable Diffusion, from a copy of its repository: ``--mlx-examples DIR``.
+
+It finds models by ids of the Hub; here it is led to files, and where only shapes matter it keeps its random weights.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
+from .mlx_meter import Work, file_size, random, ready, size
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def prepare(case: Case, folder: Path) -> Work:
+    theirs, model_io = _package()
+    files = {f"{part}_config": f"{part}/config.json" for part in _PARTS}
+    files |= {part: f"{part}/diffusion_pytorch_model.safetensors" for part in _PARTS[:2]}
+    files |= {part: f"{part}/model.safetensors" for part in _PARTS[2:]}
+    files["diffusion_config"] = "scheduler/scheduler_config.json"
+    for name in ("tokenizer", "tokenizer_2"):
+        files |= {f"{name}_vocab": f"{name}/vocab.json", f"{name}_merges": f"{name}/merges.txt"}
+    model_io._MODELS[case.shape] = files
+    model_io.hf_hub_download = lambda key, file: str(folder / file)
+    if not case.needs_files:
+        model_io._load_safetensor_weights = lambda *arguments: None
+    return _PREPARE[case.part](case, folder, theirs)
+
+
+def _package() -> tuple[Any, Any]:
+    import stable_diffusion
+    from stable_diffusion import model_io
+
+    assert Path(model_io.__file__).parents[1] == Path(sys.path[0]), model_io.__file__
+    return stable_diffusion, model_io
+
+
+def _quantize_unet(unet: nn.Module) -> None:
+    nn.quantize(unet, group_size=32, bits=8)
+
+
+def _quantize_text(encoder: nn.Module) -> None:
+    nn.quantize(encoder, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+
+
+def _unet(case: Case, folder: Path, theirs: Any) -> Work:
+    change = _quantize_unet if case.weights == "quantized" else None
+    sd = object.__new__(theirs.StableDiffusion)
+    sd.unet = ready(theirs.load_unet(case.shape), case.dtype, change)
+    sd.sampler = theirs.SimpleEulerSampler(theirs.load_diffusion_config(case.shape))
+    x = random(1, case.latent, case.latent, case.config["unet"]["in_channels"], dtype=case.dtype)
+    context = random(case.rows, POSITIONS, case.config["unet"]["cross_attention_dim"], dtype=case.dtype)
+    text_time = None
+    if case.is_xl:
+        pooled = random(case.rows, case.config["text_encoder_2"]["projection_dim"], dtype=case.dtype)
+        text_time = (pooled, mx.array([[case.size, case.size, 0, 0, case.size, float(case.size)]] * case.rows))
+    t, t_prev = sd.sampler.timesteps(STEPS, dtype=getattr(mx, case.dtype))[0]
+    mx.eval(sd.sampler._sigmas, t, t_prev, text_time)
+    guidance = GUIDANCE if case.rows == 2 else 0.0
+    return Work(lambda: sd._denoising_step(x, t, t_prev, context, guidance, text_time), size(sd.unet))
+
+
+def _text(case: Case, folder: Path, theirs: Any) -> Work:
+    change = _quantize_text if case.weights == "quantized" else None
+    encoders = [
+        ready(theirs.load_text_encoder(case.shape, model_key=name), case.dtype, change) for name in case.encoders
+    ]
+    ids = mx.zeros((2, POSITIONS), dtype=mx.int32)
+
+    def run() -> list[mx.array]:
+        outputs = [encoder(ids) for encoder in encoders]
+        if not case.is_xl:
+            return [outputs[0].last_hidden_state]
+        return [output.hidden_states[-2] for output in outputs] + [outputs[-1].pooled_output]
+
+    return Work(run, size(*encoders))
+
+
+def _vae_encode(case: Case, folder: Path, theirs: Any) -> Work:
+    vae = ready(theirs.load_autoencoder(case.shape), "float32")
+    pixels = random(1, case.size, case.size, 3)
+    return Work(lambda: vae.encode(pixels)[0], size(vae.encoder))
+
+
+def _vae_decode(case: Case, folder: Path, theirs: Any) -> Work:
+    vae = ready(theirs.load_autoencoder(case.shape), "float32")
+    latents = random(1, case.latent, case.latent, 4)
+    return Work(lambda: vae.decode(latents), size(vae.decoder))
+
+
+def _open(case: Case, theirs: Any) -> Any:
+    sd = (theirs.StableDiffusionXL if case.is_xl else theirs.StableDiffusion)(case.shape, case.dtype == "float16")
+    if case.weights == "quantized":
+        _quantize_unet(sd.unet)
+        for name in ("text_encoder_1", "text_encoder_2") if case.is_xl else ("text_encoder",):
+            _quantize_text(getattr(sd, name))
+    sd.ensure_models_are_loaded()
+    return sd
+
+
+def _load(case: Case, folder: Path, theirs: Any) -> Work:
+    return Work(lambda: _open(case, theirs) and None, file_size(folder), has_graph=False)
+
+
+def _image(case: Case, folder: Path, theirs: Any) -> Work:
+    sd, side = _open(case, theirs), (case.latent, case.latent)
+
+    def run() -> mx.array:
+        for x in sd.generate_latents(PROMPT, 1, STEPS, GUIDANCE, latent_size=side, seed=0):
+            mx.eval(x)
+        return sd.decode(x)
+
+    return Work(run, file_size(folder), has_graph=False)
+
+
+_PREPARE = {
+    "unet": _unet,
+    "text": _text,
+    "vae-encode": _vae_encode,
+    "vae-decode": _vae_decode,
+    "load": _load,
+    "image": _image,
+}

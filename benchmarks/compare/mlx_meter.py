@@ -1,0 +1,72 @@
+"""Measuring with MLX, for both columns that compute with it. Either of their packages is called stable_diffusion."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+
+@dataclass
+class Work:
+    """What is measured: ``run()`` gives arrays that are not yet computed, or computes and gives nothing.
+
+    ``weights`` are the bytes of weights that it reads; it ``has_graph`` where all of it is one graph of primitives.
+    """
+
+    run: Callable[[], Any]
+    weights: int
+    has_graph: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of it before it is measured."""
+        return {"weights": self.weights, "primitives": _primitives(self.run()) if self.has_graph else None}
+
+    def measure(self) -> dict[str, float]:
+        """Seconds on the clock and of the processor, and the peak of the arrays in bytes, weights among them."""
+        mx.synchronize()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        cpu, start = time.process_time(), time.perf_counter()
+        mx.eval(self.run())
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        return {"seconds": seconds, "cpu": cpu, "peak": mx.get_peak_memory()}
+
+
+def _primitives(outputs: mx.array | list[mx.array]) -> int:
+    """Primitives in the graph of arrays that are not yet computed, each as it runs on this backend."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(path), *(outputs if isinstance(outputs, list) else [outputs]))
+        return path.read_text().count("shape=rectangle")
+
+
+def ready(module: nn.Module, dtype: str, change: Callable[[nn.Module], Any] | None = None) -> nn.Module:
+    """The module with its weights computed, in a type, and changed: so that they are no part of what is measured."""
+    module.set_dtype(getattr(mx, dtype))
+    if change is not None:
+        change(module)
+    mx.eval(module.parameters())
+    return module.eval()
+
+
+def size(*modules: nn.Module) -> int:
+    return sum(value.nbytes for module in modules for _, value in tree_flatten(module.parameters()))
+
+
+def file_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def random(*shape: int, dtype: str = "float32") -> mx.array:
+    x = mx.random.normal(shape, key=mx.random.key(0)).astype(getattr(mx, dtype))
+    mx.eval(x)
+    return x

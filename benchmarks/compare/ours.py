@@ -1,0 +1,103 @@
+"""The column of this library."""
+
+from pathlib import Path
+
+from stable_diffusion import StableDiffusion
+
+# isort: split
+import mlx.core as mx
+
+from stable_diffusion.arguments import TEXT_BITS, UNET_BITS
+from stable_diffusion.conditioning import Conditioning
+from stable_diffusion.config import ScheduleConfig
+from stable_diffusion.denoise import denoiser
+from stable_diffusion.guidance import stages
+from stable_diffusion.schedule import Schedule
+from stable_diffusion.weights.load import build
+from stable_diffusion.weights.quantize import GROUP_SIZES, quantize
+
+from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
+from .mlx_meter import Work, file_size, random, ready, size
+
+
+def prepare(case: Case, folder: Path) -> Work:
+    return _PREPARE[case.part](case, folder)
+
+
+def _network(case: Case, part: str, dtype: str | None = None):
+    bits = UNET_BITS if part == "unet" else TEXT_BITS
+    change = None if case.weights == "plain" else lambda m: quantize(m, bits, GROUP_SIZES[part])
+    return ready(build(part, case.config[part]), dtype or case.dtype, change)
+
+
+def _unet(case: Case, folder: Path) -> Work:
+    """D(x, sigma), the model's estimate of the clean latent, as a run asks for it; the prompts are encoded."""
+    unet = _network(case, "unet")
+    width, pooled, ids = unet.config.cross_attention_dim[0], None, None
+    if case.is_xl:
+        pooled = random(1, case.config["text_encoder_2"]["projection_dim"], dtype=case.dtype)
+        ids = mx.array([[case.size, case.size, 0, 0, case.size, case.size]], dtype=mx.float32)
+    told = Conditioning(random(1, POSITIONS, width, dtype=case.dtype), pooled, ids)
+    schedule = Schedule(ScheduleConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
+    steps = schedule.steps(STEPS)
+    asked = stages(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
+    denoise = denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked)
+    x = random(1, case.latent, case.latent, unet.config.in_channels)
+    return Work(lambda: denoise(x, steps.sigmas[0]), size(unet))
+
+
+def _text(case: Case, folder: Path) -> Work:
+    encoders = [_network(case, name) for name in case.encoders]
+    ids = mx.zeros((2, POSITIONS), dtype=mx.int32)
+
+    def run() -> list[mx.array]:
+        outputs = [encoder(ids) for encoder in encoders]
+        if not case.is_xl:
+            return [outputs[0].last_hidden_state]
+        return [output.hidden_states[-2] for output in outputs] + [outputs[-1].pooled_output]
+
+    return Work(run, size(*encoders))
+
+
+def _vae_encode(case: Case, folder: Path) -> Work:
+    vae = _network(case, "vae", "float32")
+    pixels = random(1, case.size, case.size, 3)
+    return Work(lambda: vae.encode(pixels)[0], size(vae.encoder))
+
+
+def _vae_decode(case: Case, folder: Path) -> Work:
+    vae = _network(case, "vae", "float32")
+    latents = random(1, case.latent, case.latent, vae.latent_channels)
+    return Work(lambda: vae.decode(latents), size(vae.decoder))
+
+
+def _open(case: Case, folder: Path) -> StableDiffusion:
+    bits = {} if case.weights == "plain" else {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS}
+    sd = StableDiffusion(folder, case.dtype == "float16", **bits)
+    sd.ensure_models_are_loaded()
+    return sd
+
+
+def _load(case: Case, folder: Path) -> Work:
+    return Work(lambda: _open(case, folder) and None, file_size(folder), has_graph=False)
+
+
+def _image(case: Case, folder: Path) -> Work:
+    sd, side = _open(case, folder), (case.latent, case.latent)
+
+    def run() -> mx.array:
+        for x in sd.generate_latents(PROMPT, 1, STEPS, GUIDANCE, latent_size=side, seed=0):
+            mx.eval(x)
+        return sd.decode(x)
+
+    return Work(run, file_size(folder), has_graph=False)
+
+
+_PREPARE = {
+    "unet": _unet,
+    "text": _text,
+    "vae-encode": _vae_encode,
+    "vae-decode": _vae_decode,
+    "load": _load,
+    "image": _image,
+}

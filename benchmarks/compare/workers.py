@@ -1,0 +1,133 @@
+"""Processes that measure, one for each column, of which only one works at a time."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+
+MODULES = {"this library": "ours", "mlx-examples": "mlx_examples", "diffusers": "torch_diffusers"}
+_SPAWN = multiprocessing.get_context("spawn")  # a process that has imported MLX or torch cannot be forked
+
+Result = dict[str, Any]
+
+
+def measure(
+    case: Case,
+    folder: Path,
+    columns: Sequence[str],
+    examples: Path | None,
+    *,
+    repeats: int,
+    seconds: float,
+) -> dict[str, Result]:
+    """Each column once to warm up, then all in turns, forwards and backwards.
+
+    Turns end after ``repeats`` of them, or when they have taken so many ``seconds``, but not before the second.
+    Returns for each column that has the case its figures, or ``{"failed": why}``.
+    """
+    with ExitStack() as stack:
+        # What MLX calls quantized, diffusers does not have.
+        there = [column for column in columns if (column, case.weights) != ("diffusers", "quantized")]
+        workers = [Worker(column, case, folder, examples) for column in there]
+        for worker in workers:
+            stack.callback(worker.end)
+            worker.ask("prepare")
+            worker.ask("measure")
+        start = time.perf_counter()
+        for turn in range(repeats):
+            if turn >= 2 and time.perf_counter() - start > seconds:
+                break
+            for worker in workers[:: -1 if turn % 2 else 1]:
+                worker.ask("measure")
+        return {worker.column: worker.result() for worker in workers}
+
+
+class Worker:
+    """A column's process for one case, and what it has answered so far."""
+
+    def __init__(self, column: str, case: Case, folder: Path, examples: Path | None):
+        self.column, self.known, self.runs = column, {}, []
+        self.pipe, theirs = _SPAWN.Pipe()
+        self.process = _SPAWN.Process(target=_serve, args=(MODULES[column], case, folder, examples, theirs))
+        self.process.start()
+        theirs.close()  # so that its end shows here when the process ends
+
+    def ask(self, what: str) -> None:
+        """Let the process do its work and wait for it; nothing once it has failed."""
+        if "failed" in self.known:
+            return
+        try:
+            self.pipe.send(what)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            answer = {"failed": f"its process ended with code {self.process.exitcode}; memory may have run out"}
+        if what == "prepare" or "failed" in answer:
+            self.known = answer
+        else:
+            self.runs.append(answer)
+
+    def result(self) -> Result:
+        if "failed" in self.known:
+            return self.known
+        taken = {name: [run[name] for run in self.runs] for name in self.runs[0]}
+        first, *times = taken["seconds"]
+        return self.known | {
+            "median": statistics.median(times),
+            "min": min(times),
+            "max": max(times),
+            "peak": max(taken["peak"]),
+            "first": first,
+            "seconds": times,
+            "processor": taken["cpu"][1:],
+        }
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join(timeout=10)
+        self.process.kill()
+
+
+def _serve(module: str, case: Case, folder: Path, examples: Path | None, pipe: Connection) -> None:
+    """In the process: answer until nobody asks."""
+    try:
+        while question := pipe.recv():
+            try:
+                if question == "prepare":
+                    if examples is not None and module == "mlx_examples":
+                        sys.path.insert(0, str(examples))
+                    work = import_module(f"{__package__}.{module}").prepare(case, folder)
+                    answer = work.describe()
+                else:
+                    answer = work.measure()
+            except Exception as error:  # whatever a column raises is its result
+                answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            pipe.send(answer)
+    except (EOFError, KeyboardInterrupt):
+        pass
+
+
+def write_checkpoint(folder: Path, case: Case) -> None:
+    """Write a checkpoint of a case's shape, in a process too: this library must not be imported in the columns' parent.
+
+    Raises RuntimeError where that fails.
+    """
+    process = _SPAWN.Process(target=_write, args=(folder, case))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"writing a checkpoint to {folder} failed")
+
+
+def _write(folder: Path, case: Case) -> None:
+    from ..checkpoints import write_checkpoint
+
+    write_checkpoint(folder, case.shape, case.needs_files)
