@@ -77,7 +77,7 @@ def stages(
 
 
 def in_parts(stage: Stage, rows: int | None) -> list[Stage]:
-    """The questions of a stage in parts of at most ``rows`` of its batch, without their mixture; None is all at once."""
+    """The questions of a stage in parts of at most ``rows`` of them, without their mixture; None is all at once."""
     count = len(stage.images)
     if rows is None or rows >= count:
         return [stage]

@@ -16,6 +16,7 @@ from .image import fit, from_array, to_array
 from .models.clip import CLIPTextModel
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .models.layers import resample
+from .networks import Recipe
 from .samplers import sampler_for
 from .schedule import Schedule
 from .start import MODES
@@ -55,7 +56,10 @@ class DiffusionModel:
         prediction: str | None = None,
         loras: Sequence[tuple[str | PathLike, float]] = (),
         lora_partial: bool = False,
+        low_memory: bool = False,
     ):
+        self.low_memory, self.rows_at_once = low_memory, 1 if low_memory else None
+        self._recipes: dict[str, Recipe] = {}  # of the networks, by their attributes
         self._source, self._revision = self.default_model if model is None else model, revision
         checkpoint = open_checkpoint(
             self._source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
@@ -72,8 +76,47 @@ class DiffusionModel:
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_networks(checkpoint, {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits})
-        self._fuse([(read_lora(source), scale) for source, scale in loras], lora_partial)
-        self._quantize()
+        self._fuse(loras, lora_partial)
+        if low_memory:  # all of it has been checked; what is used is made when it is
+            for name in self._recipes:
+                delattr(self, name)
+        else:
+            self._quantize()
+
+    def __getattr__(self, name: str) -> Any:
+        """With ``low_memory``, a network that was let go of is made again when it is next used."""
+        recipe = vars(self).get("_recipes", {}).get(name)
+        if recipe is None or not self.low_memory:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        network = recipe.make()
+        setattr(self, name, network)
+        return network
+
+    def release(self, *kept: str) -> None:
+        """Let go of all networks but those named, and of the memory that MLX keeps for reuse.
+
+        With ``low_memory`` they come back when they are next used; one that was changed by hand (quantized, or given
+        other weights) stays, and the log says so. Without, they are gone as with ``del``.
+        """
+        for name, recipe in self._recipes.items():
+            if name in kept or name not in vars(self):
+                continue
+            if self.low_memory and recipe.is_changed(vars(self)[name]):
+                _log.warning("the %s was changed by hand, so it stays in memory; del frees it, and its changes", name)
+                continue
+            delattr(self, name)
+        mx.clear_cache()
+
+    def _begin(self, *networks: str) -> None:
+        """Before a stage of a run: in low memory, the networks of the others are let go of."""
+        if self.low_memory:
+            self.release(*networks)
+
+    def _ready(self, arrays: Any) -> Any:
+        """What a stage leaves to the next: computed in low memory, or it would hold on to the stage's networks."""
+        if self.low_memory:
+            mx.eval(arrays)
+        return arrays
 
     def _read_networks(self, checkpoint: Checkpoint, bits: Mapping[str, int | None]) -> None:
         parts, tokenizers = checkpoint.components, checkpoint.tokenizers
@@ -86,18 +129,20 @@ class DiffusionModel:
             self._attributes[part] = f"text_encoder{suffix}"
             tokenizer = Tokenizer.from_folder(tokenizers[name], checkpoint.pad_tokens.get(name))
             setattr(self, f"tokenizer{suffix}", tokenizer)
-        # How each is to be quantized, (bits, group size); nothing for weights that are stored so.
-        self._pending = {}
         for part, attribute in self._attributes.items():
-            setattr(self, attribute, load_component(parts[part], self.dtype))
             asked = None if bits[part] is None else (bits[part], GROUP_SIZES[part])
-            self._pending[part] = still_to_do(parts[part].config, asked)
+            # Weights that are stored in so many bits need not be quantized.
+            recipe = Recipe(parts[part], self.dtype, still_to_do(parts[part].config, asked))
+            self._recipes[attribute] = recipe
+            setattr(self, attribute, recipe.plain())
         # Half precision overflows in the autoencoders of most checkpoints; their configs say which are safe.
         safe = not parts["vae"].config.get("force_upcast", True)
         self._vae_dtype = self.dtype if safe else mx.float32
-        self.autoencoder = load_component(parts["vae"], self._vae_dtype)
-        self._unet_config, self._scale = self.unet.config, self.autoencoder.config.scale
-        extra = self._unet_config.in_channels - self.autoencoder.latent_channels
+        self._recipes["autoencoder"] = Recipe(parts["vae"], self._vae_dtype)
+        self.autoencoder = self._recipes["autoencoder"].plain()
+        self._unet_config, self._vae_config = self.unet.config, self.autoencoder.config
+        self._latent_channels = self.autoencoder.latent_channels
+        extra = self._unet_config.in_channels - self._latent_channels
         if extra not in MODES:
             raise ValueError(f"a UNet with {extra} channels beside the latents is not supported")
         self.mode = MODES[extra]
@@ -126,7 +171,7 @@ class DiffusionModel:
     @property
     def pixels_per_latent(self) -> int:
         """Pixels of an image for one position of its latent, in each direction: 8 for the published models."""
-        return self._scale
+        return self._vae_config.scale
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
@@ -135,8 +180,10 @@ class DiffusionModel:
 
     def decode(self, x_t: mx.array) -> mx.array:
         """Latents [n, h, w, 4] -> images [n, 8h, 8w, 3], float32 in [0, 1]."""
+        self._ready(x_t)
+        self._begin("autoencoder")
         pixels = self.autoencoder.decode(x_t.astype(self._vae_dtype)).astype(mx.float32)
-        return mx.clip(pixels / 2 + 0.5, 0, 1)
+        return self._ready(mx.clip(pixels / 2 + 0.5, 0, 1))
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Images [n, H, W, 3] in [-1, 1] -> latents [n, H / 8, W / 8, 4], float32 in the UNet's scale.
@@ -144,7 +191,8 @@ class DiffusionModel:
         They are the means of the posterior: its spread is far below one grey level, and a run needs no further
         randomness.
         """
-        return self.autoencoder.encode(pixels.astype(self._vae_dtype))[0].astype(mx.float32)
+        self._begin("autoencoder")
+        return self._ready(self.autoencoder.encode(pixels.astype(self._vae_dtype))[0].astype(mx.float32))
 
     def upscale(self, x: mx.array, size: tuple[int, int], how: str = "latents") -> mx.array:
         """Latents [n, h, w, 4] of images -> those of larger ones, ``size`` (height, width) in latents.
@@ -166,6 +214,7 @@ class DiffusionModel:
         The estimator is read for this and let go of. Raises ValueError or OSError where the checkpoint has none.
         """
         half = self.dtype == mx.float16
+        self._begin()
         return estimate_depth(load_depth_estimator(self._source, float16=half, revision=self._revision), image)
 
     def encode_prompt(
@@ -186,8 +235,11 @@ class DiffusionModel:
         if not texts:
             raise ValueError("there is no prompt; give one, which may be empty")
         options = {"clip_skip": clip_skip, "emphasis": emphasis, "truncate": truncate, "weight_blocks": weight_blocks}
+        self._begin(*(encoder for _, encoder in self._encoders))
         encoded = [encode(one, self._text_encoders(), xl=self._is_xl, **options) for one in texts]
-        return concatenate(self._same_length(encoded))
+        table = concatenate(self._same_length(encoded))
+        self._ready([value for value in vars(table).values() if isinstance(value, mx.array)])
+        return table
 
     def load_embedding(self, path: str | PathLike, word: str | None = None) -> str:
         """Add a textual inversion embedding (Gal et al. 2023); returns the word that stands for it in prompts.
@@ -200,14 +252,19 @@ class DiffusionModel:
         """
         name, vectors = read_embedding(path)
         word = name if word is None else word
-        encoders = self._text_encoders()
+        encoders = self._encoders
         if self._is_xl and len(encoders) == 1:  # the refiner reads with OpenCLIP-G alone
             vectors = vectors[-1:]
         if len(vectors) != len(encoders):
             raise ValueError(f"{path} has vectors for {len(vectors)} text encoders; this model has {len(encoders)}")
         try:
             for (tokenizer, encoder), table in zip(encoders, vectors, strict=True):
-                tokenizer.add(word, encoder.text_model.embeddings.add(table))
+
+                def add(network: CLIPTextModel, table: mx.array = table) -> list[int]:
+                    return network.text_model.embeddings.add(table)
+
+                ids = self._recipes[encoder].change(getattr(self, encoder), add)
+                getattr(self, tokenizer).add(word, ids)
         except ValueError as error:
             raise ValueError(f"{path} is for another family of models: {error}") from error
         return word
@@ -225,6 +282,8 @@ class DiffusionModel:
         """
         lora = read_lora(source)
         attachment = attach(self._networks(), lora, scale, partial=partial)
+        for attribute in self._attributes.values() if self.low_memory else ():
+            self._recipes[attribute].attachments.append(attachment)
         self._take_defaults(lora)
         return attachment
 
@@ -238,11 +297,19 @@ class DiffusionModel:
         return network
 
     def _networks(self) -> dict[str, nn.Module]:
-        return {part: getattr(self, attribute) for part, attribute in self._attributes.items()}
+        """The networks that LoRAs change. One that was let go of is stood for by a lazy one, which takes no memory."""
+        return {
+            part: self._recipes[name].plain() if self.low_memory and name not in vars(self) else getattr(self, name)
+            for part, name in self._attributes.items()
+        }
 
-    def _fuse(self, loras: Sequence[tuple[Lora, float]], partial: bool) -> None:
+    def _fuse(self, sources: Sequence[tuple[str | PathLike, float]], partial: bool) -> None:
+        loras = [(read_lora(source), scale) for source, scale in sources]
         if loras:
-            fuse(self._networks(), loras, partial=partial, keep=False)
+            fusion = fuse(self._networks(), loras, partial=partial, keep=False)
+            for attribute in self._attributes.values():
+                recipe = self._recipes[attribute]
+                recipe.loras, recipe.without = list(sources), frozenset(fusion.unmatched)
         for lora, _ in loras:
             self._take_defaults(lora)
 
@@ -258,8 +325,8 @@ class DiffusionModel:
 
     def _quantize(self) -> None:
         for part, network in self._networks().items():
-            if self._pending[part]:
-                quantize(network, *self._pending[part])
+            if pending := self._recipes[self._attributes[part]].quantization:
+                quantize(network, *pending)
 
     def _text_encoders(self) -> list[tuple[Tokenizer, CLIPTextModel]]:
         return [(getattr(self, tokenizer), getattr(self, encoder)) for tokenizer, encoder in self._encoders]

@@ -14,7 +14,7 @@ from .guidance import guidance_embedding
 from .model import DiffusionModel
 from .plan import Run, plan
 from .samplers import Noise, States, read_name
-from .sampling import sample
+from .sampling import Latents, sample
 from .start import Start, from_image, mask_of, pixels_of
 
 Prompt = str | Sequence[str] | Conditioning
@@ -50,6 +50,8 @@ class StableDiffusion(DiffusionModel):
         loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale); see also
             ``load_lora``.
         lora_partial: take what fits of a LoRA, and do not raise for what does not.
+        low_memory: keep in memory only the networks of one stage, of encoding, denoising and decoding, and read them
+            again when they are next used (see ``release``); ask the UNet one question at a time (``rows_at_once``).
 
     The parts are attributes that may be used, quantized or deleted on their own: ``unet``, ``autoencoder``,
     ``sampler`` (a name) and ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and
@@ -162,7 +164,7 @@ class StableDiffusion(DiffusionModel):
         self._check(latents, total, size, controls)
 
         def start() -> Start:
-            x = run.initial_noise((*size, self.autoencoder.latent_channels))
+            x = run.initial_noise((*size, self._latent_channels))
             if not denoising_start:
                 return Start(run.scale * x)
             return Start(math.sqrt(run.steps.sigmas[0] ** 2 + 1) * x if len(run.steps) else x)
@@ -217,7 +219,7 @@ class StableDiffusion(DiffusionModel):
         added to the image.
         """
         unit = self.pixels_per_latent
-        if getattr(image, "ndim", 0) == 4 and image.shape[-1] == self.autoencoder.latent_channels:
+        if getattr(image, "ndim", 0) == 4 and image.shape[-1] == self._latent_channels:
             if self.mode == "masks" or mask is not None:
                 raise ValueError("a mask needs an image, not latents: decode them first")
             pixels, size = image, tuple(image.shape[1:3])
@@ -254,7 +256,7 @@ class StableDiffusion(DiffusionModel):
 
         def start() -> Start:
             seen = partial(self.estimate_depth, image) if depth is None else lambda: depth
-            scale = self.autoencoder.config.scaling_factor
+            scale = self._vae_config.scaling_factor
             return from_image(run, self.encode, scale, self.mode, strength, pixels, new, seen)
 
         image_guidance = 1.5 if image_cfg_weight is None else image_cfg_weight
@@ -287,7 +289,7 @@ class StableDiffusion(DiffusionModel):
     def _check(
         self, latents: mx.array | None, n_images: int, size: tuple[int, ...], controls: Sequence[Control]
     ) -> None:
-        wanted = (n_images, *size, self.autoencoder.latent_channels)
+        wanted = (n_images, *size, self._latent_channels)
         if latents is not None and latents.shape != wanted:
             raise ValueError(f"latents of shape {latents.shape} do not fit: this run needs {wanted}")
         pixels = (*(self.pixels_per_latent * side for side in size), 3)
@@ -295,23 +297,22 @@ class StableDiffusion(DiffusionModel):
             if control.hint.shape != pixels:
                 raise ValueError(f"a hint of shape {control.hint.shape} does not fit: this run needs {pixels}")
 
-    def _sample(self, run: Run, start: Callable[[], Start], size: tuple[int, ...], told: "_Told") -> Iterator[mx.array]:
-        begin = start()
-        if not run.length:
-            yield begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x
-            return
-        positive, negative = self._condition(run.guidance, tuple(self.pixels_per_latent * side for side in size), told)
-        yield from sample(
-            self.unet,
-            self.schedule,
-            self.dtype,
-            run,
-            begin,
-            positive,
-            negative,
-            told.controls,
-            told.image_guidance,
-        )
+    def _sample(self, run: Run, start: Callable[[], Start], size: tuple[int, ...], told: "_Told") -> Latents:
+        def prepare() -> Iterator[mx.array]:
+            begin = start()
+            self._ready([begin.x, *(v for v in vars(begin).values() if isinstance(v, mx.array))])
+            if not run.length:
+                return iter([begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x])
+            pixels = tuple(self.pixels_per_latent * side for side in size)
+            positive, negative = self._condition(run.guidance, pixels, told)
+            return steps(begin, positive, negative)
+
+        def steps(begin: Start, positive: Conditioning, negative: Conditioning | None) -> Iterator[mx.array]:
+            self._begin("unet")
+            options = told.controls, told.image_guidance, self.rows_at_once
+            yield from sample(self.unet, self.schedule, self.dtype, run, begin, positive, negative, *options)
+
+        return Latents(prepare)
 
     def _condition(
         self, guidance: float, pixels: tuple[int, ...], told: "_Told"

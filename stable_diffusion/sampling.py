@@ -15,6 +15,27 @@ from .schedule import Schedule
 from .start import Start
 
 
+class Latents(Iterator[mx.array]):
+    """The latents of a run, each computed when it is evaluated.
+
+    ``prepare()`` is called when the first is asked for; or earlier, so that the text encoders may be let go of. It
+    encodes the prompts and the image, if it works from one.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[mx.array]]):
+        self._begin = begin
+        self._steps: Iterator[mx.array] | None = None
+
+    def prepare(self) -> None:
+        """Make ready for the steps all that comes before them."""
+        if self._steps is None:
+            self._steps = self._begin()
+
+    def __next__(self) -> mx.array:
+        self.prepare()
+        return next(self._steps)
+
+
 def sample(
     unet: Callable[..., mx.array],
     schedule: Schedule,

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
     "blas config catalog curves samplers prompt wildcards tokenizer image edges",
-    "schedule inpaint models.layers weights.layout weights.keys weights.original weights.shapes weights.quantize",
+    "schedule inpaint models.kernels weights.layout weights.keys weights.original weights.shapes weights.quantize",
+    "models.layers",
     "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",
     "models.controlnet models.dpt weights.single_file weights.hub weights.unpickle",
     "weights.pickles",
@@ -21,7 +22,8 @@ _FLOORS = [
     "denoise",
     "plan",
     "start",
-    "sampling model",
+    "sampling networks",
+    "model",
     "pipeline arguments",
     "batches jobs",
     "__init__ cli convert inspect",

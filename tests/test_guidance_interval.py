@@ -1,4 +1,4 @@
-"""Guidance only where it acts: outside its interval the UNet is asked for the prompt alone; and in parts, not at once."""
+"""Guidance only where it acts: outside its interval the UNet is asked for the prompt alone; and it in parts."""
 
 import mlx.core as mx
 import numpy as np
@@ -70,7 +70,7 @@ def test_the_interval_is_of_the_steps_that_an_image_takes(sd, asked):
 
 @pytest.mark.parametrize("interval", [(-0.1, 1), (0, 1.1), (0.6, 0.5), (0.5,), (float("nan"), 1)])
 def test_intervals_that_make_no_sense(sd, interval):
-    with pytest.raises(ValueError, match="guidance_interval .* 0 <= start <= end <= 1"):
+    with pytest.raises(ValueError, match=r"guidance_interval .* 0 <= start <= end <= 1"):
         sd.generate_latents(PROMPT, guidance_interval=interval, **SMALL)
 
 

@@ -7,7 +7,7 @@ A model is given as its networks by name: "unet", "text_encoder", "text_encoder_
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from weakref import ref
@@ -194,16 +194,32 @@ def fuse(
 class Attachment:
     """A LoRA that runs beside the weights. ``scale`` may be set at any time; a run takes the value of each call."""
 
-    def __init__(self, networks: Networks, scale: float, applied: Iterable[str], unmatched: Iterable[str]):
+    def __init__(self, networks: Networks, scale: float, places: Sequence[_Place], unmatched: Iterable[str]):
         self.scale = scale
-        self.applied, self.unmatched = tuple(applied), tuple(unmatched)
+        self.applied, self.unmatched = tuple(place.name for place in places), tuple(unmatched)
         self._networks = _weakly(networks)
+        self._changes = [(place.change, place.path) for place in places]
+
+    def attach_again(self, name: str, network: nn.Module) -> None:
+        """Attach it to a network that was made anew, where it was attached to the one before of that name."""
+        layers = _layers(network)
+        for change, path in self._changes:
+            if change.network == name:
+                layer = layers[path]
+                _set_terms(layer, (*_terms(layer), (self, _term(change, layer))))
+        self._networks[name] = ref(network)
 
     def detach(self) -> None:
         """Take it away again; a layer without others is what it was before."""
         for network in self._networks.values():
             for layer in _layers(network()).values() if network() else ():
                 _set_terms(layer, tuple(term for term in _terms(layer) if term[0] is not self))
+        self._changes = []
+
+
+def attachments(network: nn.Module) -> set[Attachment]:
+    """The LoRAs that run beside a network's weights."""
+    return {attachment for layer in _layers(network).values() for attachment, _ in _terms(layer)}
 
 
 def attach(networks: Networks, lora: Lora, scale: float = 1.0, *, partial: bool = False) -> Attachment:
@@ -225,7 +241,7 @@ def attach(networks: Networks, lora: Lora, scale: float = 1.0, *, partial: bool 
     """
     _check_scale(scale)
     places, unmatched = _places(networks, lora, partial)
-    attachment = Attachment(networks, scale, (place.name for place in places), unmatched)
+    attachment = Attachment(networks, scale, places, unmatched)
     terms = [(place.layer, _term(place.change, place.layer)) for place in places]
     for layer, term in terms:
         _set_terms(layer, (*_terms(layer), (attachment, term)))
