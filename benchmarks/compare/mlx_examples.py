@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
-from .mlx_meter import Work, file_size, random, ready, size
+from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+
+from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
+from .mlx_meter import Work, file_size, random, ready, size
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

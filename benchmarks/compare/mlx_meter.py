@@ -7,9 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -27,7 +24,7 @@ class Work:
     has_graph: bool = True
 
     def describe(self) -> dict[str, Any]:
-        """What is known of it before it is measured."""
+        """What it reads, and how large its graph is."""
         return {"weights": self.weights, "primitives": _primitives(self.run()) if self.has_graph else None}
 
     def measure(self) -> dict[str, float]:

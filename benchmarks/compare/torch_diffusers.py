@@ -4,6 +4,7 @@ import gc
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Work:
     resident: int
 
     def describe(self) -> dict[str, Any]:
-        """What is known of it before it is measured."""
+        """What it reads; torch has no graph."""
         return {"weights": self.weights, "primitives": None}
 
     def measure(self) -> dict[str, float]:
@@ -48,6 +49,7 @@ class Work:
 
 
 def prepare(case: Case, folder: Path) -> Work:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of what the pipelines themselves will mend
     for package in (diffusers, transformers):
         package.utils.logging.set_verbosity_error()
         package.utils.logging.disable_progress_bar()

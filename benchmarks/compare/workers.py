@@ -30,8 +30,9 @@ def measure(
 ) -> dict[str, Result]:
     """Each column once to warm up, then all in turns, forwards and backwards.
 
-    Turns end after ``repeats`` of them, or when they have taken so many ``seconds``, but not before the second.
-    Returns for each column that has the case its figures, or ``{"failed": why}``.
+    Turns end after ``repeats`` of them, or when they have taken so many ``seconds``, but not before the second. The
+    work is described when it was done once: what a run keeps for all of its steps is there then. Returns for each
+    column that has the case its figures, or ``{"failed": why}``.
     """
     with ExitStack() as stack:
         # What MLX calls quantized, diffusers does not have.
@@ -39,8 +40,8 @@ def measure(
         workers = [Worker(column, case, folder, examples) for column in there]
         for worker in workers:
             stack.callback(worker.end)
-            worker.ask("prepare")
-            worker.ask("measure")
+            for question in ("prepare", "measure", "describe"):
+                worker.ask(question)
         start = time.perf_counter()
         for turn in range(repeats):
             if turn >= 2 and time.perf_counter() - start > seconds:
@@ -70,10 +71,10 @@ class Worker:
         except (EOFError, OSError):
             self.process.join()
             answer = {"failed": f"its process ended with code {self.process.exitcode}; memory may have run out"}
-        if what == "prepare" or "failed" in answer:
-            self.known = answer
-        else:
+        if what == "measure" and "failed" not in answer:
             self.runs.append(answer)
+        else:
+            self.known |= answer
 
     def result(self) -> Result:
         if "failed" in self.known:
@@ -102,12 +103,10 @@ def _serve(module: str, case: Case, folder: Path, examples: Path | None, pipe: C
         while question := pipe.recv():
             try:
                 if question == "prepare":
-                    if examples is not None and module == "mlx_examples":
+                    if module == "mlx_examples":
                         sys.path.insert(0, str(examples))
                     work = import_module(f"{__package__}.{module}").prepare(case, folder)
-                    answer = work.describe()
-                else:
-                    answer = work.measure()
+                answer = {"describe": work.describe, "measure": work.measure, "prepare": dict}[question]()
             except Exception as error:  # whatever a column raises is its result
                 answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             pipe.send(answer)
