@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from .guidance import Stage
 from .models.controlnet import ControlNetModel, T2IAdapter, scaled
+from .models.layers import Context
 from .models.unet import Residuals
 
 
@@ -63,7 +64,7 @@ class Steering:
         step: int,
         x: mx.array,
         t: mx.array,
-        context: mx.array | tuple[mx.array, mx.array],
+        context: Context,
         stage: Stage,
         text_time: tuple[mx.array, mx.array] | None,
     ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from .control import Control, Steering
 from .guidance import Stage, in_parts
+from .models.layers import Context
 from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
 
@@ -27,15 +28,14 @@ def denoiser(
     Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``. With ``rows_at_once`` they are asked so many
     questions at a time, one part after the other, which takes less memory; None asks all of them together.
     """
-    parts = [(stage, in_parts(stage, rows_at_once)) for stage in stages]
+    parts = [(stage, [(part, _context(part)) for part in in_parts(stage, rows_at_once)]) for stage in stages]
     timestep = _timesteps(schedule, steps)
     steer = Steering(controls, len(steps), dtype)
 
-    def ask(scaled: mx.array, sigma: float, step: int, stage: Stage) -> mx.array:
+    def ask(scaled: mx.array, sigma: float, step: int, stage: Stage, context: Context) -> mx.array:
         """The networks' answers to the questions of a stage, or of a part of one."""
         told = stage.conditioning
         text_time = None if told.pooled is None else (told.pooled, told.time_ids)
-        context = told.context if told.values is None else (told.context, told.values)
         batch = scaled[stage.images]
         t = mx.full((len(batch),), timestep(sigma))
         steered = steer(step, batch, t, context, stage, text_time)
@@ -51,13 +51,17 @@ def denoiser(
         for part in asked:
             # Each waits for the one before, or MLX would compute them side by side, in the memory of all.
             seen = mx.depends(scaled, answers[-1]) if answers else scaled
-            answers.append(ask(seen, sigma, step, part))
+            answers.append(ask(seen, sigma, step, *part))
         out = mx.concatenate(answers).astype(mx.float32)
         if stage.mix is not None:
             out = (stage.mix @ out.reshape(len(out), -1)).reshape(x.shape)
         return to_x0(out, x, sigma, schedule.config.prediction_type)
 
     return denoise
+
+
+def _context(stage: Stage) -> Context:
+    return Context(stage.conditioning.context, stage.conditioning.values)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from checkpoints import SCALED, make
 from oracle import normal, relative_error
 from stable_diffusion import Conditioning, StableDiffusion, StableDiffusionXL
-from stable_diffusion.models.layers import Attention
+from stable_diffusion.models.layers import Attention, Context
 
 LONG = " ".join(["the red cat on the blue"] * 40)  # 240 tokens: four chunks
 SMALL = {"num_steps": 2, "latent_size": (4, 4), "seed": 1}
@@ -92,7 +92,7 @@ def test_emphasis_on_values_leaves_the_keys(sd):
     )
     out = mx.softmax(q @ k.transpose(0, 1, 3, 2) * 8**-0.5, axis=-1) @ v
     want = layer.to_out[0](out.transpose(0, 2, 1, 3).reshape(1, 5, 16))
-    assert relative_error(layer(x, (keys, values * weights)), want) <= 1e-5
+    assert relative_error(layer(x, Context(keys, values * weights)), want) <= 1e-5
 
 
 def test_emphasis_on_values_reaches_the_picture(sd):
@@ -213,7 +213,10 @@ def test_parts_guide_together(sd):
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_prompts_change_on_the_way(sd, cfg, sampler):
     seen = []
-    unet, sd.unet = sd.unet, lambda x, t, context, **k: seen.append(np.array(context)) or unet(x, t, context, **k)
+    unet, sd.unet = (
+        sd.unet,
+        lambda x, t, context, **k: seen.append(np.array(context.encoded)) or unet(x, t, context, **k),
+    )
     try:
         prompts = ["the [red:blue:0.3] cat", "the cat"]
         list(sd.generate_latents(prompts, num_steps=10, latent_size=(4, 4), cfg_weight=cfg, sampler=sampler))

@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ControlNetConfig, UNetConfig, misfit
-from .unet import Context, Encoder, Residuals
+from .layers import Context
+from .unet import Encoder, Residuals
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -72,7 +73,7 @@ class ControlNetModel(Encoder):
         self,
         x: mx.array,
         t: mx.array,
-        context: Context,
+        context: mx.array | Context,
         hint_embedding: mx.array,
         *,
         text_time: tuple[mx.array, mx.array] | None = None,
@@ -82,6 +83,7 @@ class ControlNetModel(Encoder):
             given, needed = ((scale * h, scale * w) for _, h, w, _ in (hint_embedding.shape, x.shape))
             raise ValueError(f"the hint's size is {given}, the picture's {needed} (height, width): resize the hint")
         x = self.conv_in(x) + hint_embedding
+        context = context if isinstance(context, Context) else Context(context)
         skips, middle = self.encode(x, self.embed_time(t, x.dtype, text_time), context)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         middle = self.controlnet_mid_block(middle)

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import EncoderConfig, UNetConfig
-from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
+from .kernels import gelu, silu
+from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
 
-Context = mx.array | tuple[mx.array, mx.array]
 Residuals = tuple[Sequence[mx.array], mx.array]
 
 
@@ -30,7 +30,7 @@ class TimestepEmbedding(nn.Module):
     def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
         if cond is not None:
             x = x + self.cond_proj(cond)
-        return self.linear_2(nn.silu(self.linear_1(x)))
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 class GEGLU(nn.Module):
@@ -42,7 +42,7 @@ class GEGLU(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x, gate = mx.split(self.proj(x), 2, axis=-1)
-        return x * nn.gelu(gate)
+        return x * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -87,7 +87,7 @@ class Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array, context: Context) -> mx.array:
-        """``x`` [B, H, W, C], ``context`` [B, M, D] -> [B, H, W, C]."""
+        """``x`` [B, H, W, C] -> [B, H, W, C]."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))
         for block in self.transformer_blocks:
@@ -257,8 +257,7 @@ class UNet2DConditionModel(Encoder):
     Args of the call:
         x: the latent and its extra channels [B, h, w, in_channels], any h and w.
         t: timesteps [B].
-        context: encoded prompt [B, M, cross_attention_dim], or two of them: what cross-attention takes its keys from,
-            and its values.
+        context: encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
         text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
         timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
         residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
@@ -296,13 +295,14 @@ class UNet2DConditionModel(Encoder):
         self,
         x: mx.array,
         t: mx.array,
-        context: Context,
+        context: mx.array | Context,
         *,
         text_time: tuple[mx.array, mx.array] | None = None,
         timestep_cond: mx.array | None = None,
         residuals: Residuals | None = None,
         features: Sequence[mx.array] = (),
     ) -> mx.array:
+        context = context if isinstance(context, Context) else Context(context)
         temb = self.embed_time(t, x.dtype, text_time, timestep_cond)
         skips, x = self.encode(self.conv_in(x), temb, context, features)
         if residuals is not None:
@@ -315,4 +315,4 @@ class UNet2DConditionModel(Encoder):
             x = x + middle
         for block in self.up_blocks:
             x = block(x, temb, context, skips)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))

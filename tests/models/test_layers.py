@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from oracle import SCALES, nchw, nhwc, normal, relative_error
 from stable_diffusion.models.clip import _ACTIVATIONS
-from stable_diffusion.models.layers import Downsample2D, GroupNorm, timestep_embedding, upsample_nearest
+from stable_diffusion.models.layers import (
+    Attention,
+    Context,
+    Downsample2D,
+    GroupNorm,
+    timestep_embedding,
+    upsample_nearest,
+)
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
@@ -74,3 +81,14 @@ def test_downsample(pad_end):
 def test_activations(name, oracle):
     x = normal(1000, scale=3.0)
     assert relative_error(_ACTIVATIONS[name](mx.array(x)), oracle(torch.from_numpy(x))) <= 1e-6
+
+
+def test_the_keys_and_values_of_a_prompt_are_computed_once():
+    layer, other = Attention(16, 2, 32), Attention(16, 2, 32)
+    prompt = Context(mx.array(normal(1, 7, 32)))
+    x = mx.array(normal(1, 5, 16, seed=1))
+    first = layer(x, prompt)
+    assert relative_error(first, layer(x, Context(prompt.encoded))) <= 1e-6
+    assert relative_error(other(x, prompt), first) > 1e-2  # each layer has its own
+    layer.to_k.weight = mx.zeros_like(layer.to_k.weight)
+    assert np.array_equal(layer(x, prompt), first)
