@@ -1,6 +1,6 @@
 """Pictures in and out: files <-> PIL images <-> float arrays, sizes, grids.
 
-The only home of PIL and numpy. Inside the library a picture is a PIL image of mode RGB or a float array
+Inside the library a picture is a PIL image of mode RGB or a float array
 [height, width, 3]; everything else that a file can hold is turned into that here, once.
 """
 

@@ -64,7 +64,17 @@ def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_fol
 
 def test_the_bundled_model_too(tmp_path):
     folder = convert("tiny", tmp_path / "small", unet_bits=4, text_bits=8)
-    assert same(StableDiffusion(folder, True), StableDiffusion("tiny", True, unet_bits=4, text_bits=8))
+    made = StableDiffusion(folder, True)
+    assert same(made, StableDiffusion("tiny", True, unet_bits=4, text_bits=8))
+    assert (made.default_steps, made.default_guidance) == (20, 4.0)  # the catalog knows the source, not the folder
+
+
+@pytest.mark.parametrize("defaults", ["fast", {"steps": None}, {"guidance": []}])
+def test_damaged_defaults(tmp_path, defaults):
+    index = convert("tiny", tmp_path / "small") / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_defaults": defaults}))
+    with pytest.raises(ValueError, match="model_index.json"):
+        open_checkpoint(tmp_path / "small")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

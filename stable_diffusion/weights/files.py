@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import catalog
+from ..config import readable
 from . import hub, layout
 from .keys import canonical
 from .original import to_diffusers
@@ -250,6 +251,9 @@ def _read_folder(
         components[part] = Component(part, config, tuple(folder / file for file in files))
     scheduler = {"_class_name": index["scheduler"][-1]} | layout.read_json(folder / layout.SCHEDULER)
     steps, guidance = catalog.defaults_for(index["_class_name"], scheduler)
+    with readable(str(folder / layout.INDEX)):
+        own = index.get("_defaults", {}).get  # what a conversion noted of its source
+        steps, guidance = own("steps", steps) + 0, own("guidance", guidance) + 0.0
     return Checkpoint(
         name=name,
         folder=folder,

@@ -32,7 +32,7 @@ _PIPELINES = {
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _NETWORKS = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
