@@ -161,6 +161,10 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
         lambda a: any(len(a[name]) not in (0, 1, len(a["controlnet"])) for name in ("control_start", "control_end")),
         "--control_start and --control_end are given once for each --controlnet, or once for all",
     ),
+    (
+        lambda a: a["low_memory"] and a["preload_models"],
+        "--low_memory reads each network when it is used, --preload_models all of them at once: leave one out",
+    ),
     (lambda a: a["refiner"] and a.get("hires"), "--hires and --refiner do not go together: run one after the other"),
     (
         lambda a: a["refiner"] and (a.get("mask") or a.get("expand")),
@@ -338,6 +342,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         add(model, f"--{part}", metavar="PART", help=f"an id, folder or file with another {part}")
     add(model, "--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt")
     add(model, "--prediction", choices=PREDICTIONS, help="what the UNet predicts (what the checkpoint says)")
+    add(model, "--low_memory", action="store_true", help="keep only the networks in memory that are being used")
     add(model, "--preload_models", action="store_true", help="read all weights before the first step")
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from PIL.Image import Image
 
+from .conditioning import Conditioning
 from .control import Control
 from .depth import read_depth
 from .edges import canny
@@ -18,13 +19,14 @@ from .image import fit, open_image, to_array
 from .inpaint import EMPTY, Canvas, canvas, expand, prepare, read_mask
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .pipeline import StableDiffusion
+from .sampling import Latents
 
 _log = logging.getLogger("stable_diffusion")
 
 _OWN = ("prompt", "negative_prompt", "seed", "n_images")  # what images of one batch may differ in
 
 Nets = Sequence[ControlNetModel | T2IAdapter]
-Pass = tuple[Iterator[mx.array], int]  # the latents of a run, and how many there will be
+Pass = tuple[Latents, int]  # the latents of a run, and how many there will be
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Work:
     given: dict[str, Any]
     strength: float = 1.0
     depth: Any = None
+
+    def conditioning(self) -> list[mx.array]:
+        """What its prompts were encoded to."""
+        tables = [value for value in self.given.values() if isinstance(value, Conditioning)]
+        return [value for table in tables for value in vars(table).values() if isinstance(value, mx.array)]
+
+    def without_controls(self) -> "Work":
+        """The same for a pass that is not steered: it holds on to no network."""
+        return replace(self, given=self.given | {"controls": ()})
 
 
 def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]:
@@ -186,12 +197,12 @@ def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
     reading = _reading(job)
     texts, negatives = ([getattr(j, name) for j in batch.jobs] for name in ("prompt", "negative_prompt"))
     alike = len(set(texts)) == 1
-    return {
-        "text": sd.encode_prompt(texts[:1] if alike else texts, **reading),
-        # An empty one stays text: some models have a way of their own to say nothing.
-        "negative_text": sd.encode_prompt(negatives[:1] if alike else negatives, **reading) if negatives[0] else "",
-        "n_images": len(texts) if alike else 1,
-    }
+    texts, negatives = (texts[:1], negatives[:1]) if alike else (texts, negatives)
+    if guidance > 1:
+        encoded = sd.encode_prompts(texts, negatives if negatives[0] else "", **reading)
+    else:
+        encoded = sd.encode_prompt(texts, **reading), ""
+    return {"text": encoded[0], "negative_text": encoded[1], "n_images": len(batch.jobs) if alike else 1}
 
 
 def _reading(job: argparse.Namespace) -> dict[str, Any]:

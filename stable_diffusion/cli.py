@@ -7,15 +7,16 @@ before a model is read; a run that fails on the way ends with one line and exit 
 import argparse
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from PIL.Image import Image
 from tqdm import tqdm
 
 from .arguments import TEXT_BITS, UNET_BITS, Parser, read
-from .batches import Batch, Work, alike, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
+from .batches import Batch, Pass, Work, alike, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
 from .image import check_output, from_array, grid, save
 from .jobs import jobs
 from .pipeline import StableDiffusion
@@ -54,20 +55,20 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
             for batch in wanted:
                 _set_scales(loras, batch)  # prompts are encoded with them
                 works.append(prepare_work(sd, args, inputs, nets, batch))
-            runs = [first_pass(sd, args, inputs, work) for work in works]
+            runs = _prepared(first_pass(sd, args, inputs, work) for work in works)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        latents = []
-        for work, run in zip(works, runs, strict=True):
-            _set_scales(loras, work.batch)
-            latents.append(_denoise(sd, *run))
-            if getattr(args, "hires", None):
-                latents[-1] = _denoise(sd, *hires_pass(sd, args, inputs, nets, work, latents[-1]))
+        latents = _denoise_all(sd, loras, works, runs)
+        if getattr(args, "hires", None):
+            runs = _prepared(hires_pass(sd, args, inputs, nets, *pair) for pair in zip(works, latents, strict=True))
+            latents = _denoise_all(sd, loras, works, runs)
+        nets, works = [], [work.without_controls() for work in works]
         if args.refiner:
-            _free(sd)
+            sd.release()
             sd = _load(args, args.refiner)
-            latents = [_denoise(sd, *refiner_pass(sd, args, work, x)) for work, x in zip(works, latents, strict=True)]
-        _free(sd)
+            runs = _prepared(refiner_pass(sd, args, *pair) for pair in zip(works, latents, strict=True))
+            latents = _denoise_all(sd, {}, works, runs)
+        sd.release("autoencoder")
         unet_peak = mx.get_peak_memory()
         _write(sd, list(zip(works, latents, strict=True)), args, paths, seeds)
     except (ArithmeticError, ValueError, OSError) as error:
@@ -111,12 +112,13 @@ def _float16(args: argparse.Namespace) -> bool:
 
 def _load(args: argparse.Namespace, model: str) -> StableDiffusion:
     """A model as the arguments want it; LoRAs, embeddings and parts are those of ``--model`` alone, but for the VAE."""
-    quantized = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
-    quantized |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+    options: dict[str, Any] = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
+    options |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+    options["low_memory"] = args.low_memory
     names = ("vae",) if model != args.model else ("vae", "unet", "text_encoder", "text_encoder_2")
     parts = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if model != args.model:
-        return StableDiffusion(model, _float16(args), parts=parts, **quantized)
+        return StableDiffusion(model, _float16(args), parts=parts, **options)
     sd = StableDiffusion(
         model,
         _float16(args),
@@ -126,7 +128,7 @@ def _load(args: argparse.Namespace, model: str) -> StableDiffusion:
         prediction=args.prediction,
         loras=args.lora,
         lora_partial=args.lora_partial,
-        **quantized,
+        **options,
     )
     for embedding in args.embedding:
         sd.load_embedding(*embedding.rsplit("=", 1))
@@ -156,6 +158,27 @@ def _set_scales(loras: dict[str, Attachment], batch: Batch) -> None:
         attachment.scale = asked.get(name, 0.0)
 
 
+def _prepared(runs: Iterable[Pass]) -> list[Pass]:
+    """All that comes before the steps of the runs, computed."""
+    runs = list(runs)
+    for latents, _ in runs:
+        latents.prepare()
+    return runs
+
+
+def _denoise_all(
+    sd: StableDiffusion, loras: dict[str, Attachment], works: Sequence[Work], runs: list[Pass]
+) -> list[mx.array]:
+    """The last latents of each run. The text encoders are let go of first, and each run after its last step."""
+    mx.eval([work.conditioning() for work in works])
+    sd.release("unet", "autoencoder")
+    done = []
+    for work in works:
+        _set_scales(loras, work.batch)
+        done.append(_denoise(sd, *runs.pop(0)))
+    return done
+
+
 def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx.array:
     """Compute the steps one by one; FloatingPointError names the first whose latents are not finite."""
     for step, x_t in enumerate(tqdm(latents, total=total, unit="step"), start=1):
@@ -165,14 +188,6 @@ def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx
             remedy = half if sd.dtype == mx.float16 else "check the weights, or take a lower --cfg"
             raise FloatingPointError(f"the latents of step {step} are not finite; {remedy}")
     return x_t
-
-
-def _free(sd: StableDiffusion) -> None:
-    """Let go of what decoding does not need."""
-    for name in ("unet", "text_encoder", "text_encoder_1", "text_encoder_2"):
-        if hasattr(sd, name):
-            delattr(sd, name)
-    mx.clear_cache()
 
 
 def _write(

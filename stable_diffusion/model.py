@@ -35,6 +35,9 @@ _log = logging.getLogger("stable_diffusion")
 _OFFSET_ONE = {f"StableDiffusion{mode}Pipeline" for mode in ("", "Img2Img", "Inpaint")}
 
 
+Prompt = str | Sequence[str] | Conditioning
+
+
 class DiffusionModel:
     """What ``StableDiffusion`` is without its generators of latents; see there.
 
@@ -240,6 +243,28 @@ class DiffusionModel:
         table = concatenate(self._same_length(encoded))
         self._ready([value for value in vars(table).values() if isinstance(value, mx.array)])
         return table
+
+    def encode_prompts(
+        self, text: Prompt, negative_text: Prompt = "", **reading: Any
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode prompts and negative prompts for a run with guidance, which then needs the text encoders no more.
+
+        ``reading`` are the arguments of :meth:`encode_prompt`. Both results have the same number of chunks. Checkpoints
+        that were trained so are told zeros in place of an empty negative prompt. Raises ValueError as that does, and
+        for several negative prompts that are not one for each prompt.
+        """
+        empty = isinstance(negative_text, str) and not negative_text
+        of_negative = {"clip_skip": reading.get("clip_skip", 0)} if empty else reading  # it has no signs to be read
+        positive, negative = (
+            given if isinstance(given, Conditioning) else self.encode_prompt(given, **options)
+            for given, options in ((text, reading), (negative_text, of_negative))
+        )
+        if self._zero_empty_prompt and empty:
+            negative = negative.map(mx.zeros_like)
+        if len(negative) not in (1, len(positive)):
+            raise ValueError(f"{len(negative)} negative prompts for {len(positive)} prompts; give one, or one for each")
+        positive, negative = self._same_length([positive, negative])
+        return positive, negative
 
     def load_embedding(self, path: str | PathLike, word: str | None = None) -> str:
         """Add a textual inversion embedding (Gal et al. 2023); returns the word that stands for it in prompts.

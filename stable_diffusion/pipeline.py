@@ -11,13 +11,11 @@ import mlx.core as mx
 from .conditioning import Conditioning, MicroConditioning, with_sizes
 from .control import Control
 from .guidance import guidance_embedding
-from .model import DiffusionModel
+from .model import DiffusionModel, Prompt
 from .plan import Run, plan
 from .samplers import Noise, States, read_name
 from .sampling import Latents, sample
 from .start import Start, from_image, mask_of, pixels_of
-
-Prompt = str | Sequence[str] | Conditioning
 
 
 @dataclass(frozen=True)
@@ -318,28 +316,22 @@ class StableDiffusion(DiffusionModel):
         self, guidance: float, pixels: tuple[int, ...], told: "_Told"
     ) -> tuple[Conditioning, Conditioning | None]:
         """What the UNet is told of the prompts and, where guidance needs it, of the negative ones."""
-        positive, negative = self._read(told.text, told.clip_skip), None
-        if dim := self._unet_config.time_cond_proj_dim:
+        dim = self._unet_config.time_cond_proj_dim
+        if guidance > 1 and not dim:
+            positive, negative = self.encode_prompts(told.text, told.negative_text, clip_skip=told.clip_skip)
+        elif isinstance(told.text, Conditioning):
+            positive, negative = told.text, None
+        else:
+            positive, negative = self.encode_prompt(told.text, clip_skip=told.clip_skip), None
+        if dim:
             embedding = guidance_embedding(guidance, dim).astype(self.dtype)
             positive = replace(positive, guidance=mx.repeat(embedding, len(positive.rows), axis=0))
-        elif guidance > 1:
-            negative = self._read(told.negative_text, told.clip_skip)
-            if self._zero_empty_prompt and isinstance(told.negative_text, str) and not told.negative_text:
-                negative = negative.map(mx.zeros_like)
-            if len(negative) not in (1, len(positive)):
-                raise ValueError(
-                    f"{len(negative)} negative prompts for {len(positive)} prompts; give one, or one for each"
-                )
-            positive, negative = self._same_length([positive, negative])
         if self._is_xl:
             scores = (told.micro.aesthetic_score, told.micro.negative_aesthetic_score)
             scores = scores if self._scores_aesthetics else (None, None)
             positive = with_sizes(positive, pixels, told.micro, scores[0])
             negative = None if negative is None else with_sizes(negative, pixels, told.micro, scores[1])
         return positive, negative
-
-    def _read(self, text: Prompt, clip_skip: int) -> Conditioning:
-        return text if isinstance(text, Conditioning) else self.encode_prompt(text, clip_skip=clip_skip)
 
 
 class StableDiffusionXL(StableDiffusion):

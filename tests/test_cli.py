@@ -363,7 +363,7 @@ FLAGS = [
 ELSEWHERE = {
     *("--prompt_file", "--wildcards", "--revision", "--model", "--output", "--help"),
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
-    *("--tokenizer", "--prediction", "--refiner", "--refiner_start"),
+    *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
 }
 ONLY = {
