@@ -7,7 +7,7 @@ Weights are random; shapes and types are the same for every column. Each column 
 works at a time: first each once to warm up, then in turns, forwards and backwards. Seconds are the median, the least
 and the most of these turns. The peak of the memory has the weights in it: it is that of the arrays which MLX or CUDA
 holds, and for torch on a CPU what the process took beside its weights. Primitives are the operations in the graph of
-the work, as this backend runs it.
+the work, as this backend runs it, and fused, as a GPU does: with one for attention and one for a norm of MLX's own.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def _machine() -> dict[str, Any]:
 
 def _table(case: Case, columns: dict[str, Result]) -> str:
     """A case's figures, a line for each column, and those of this library in shares of the others'."""
-    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}{'primitives':>12}"
+    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}{'primitives':>12}{'fused':>7}"
     lines = ["", case.title(), f"  {'':14}{heads}"]
     for column, result in columns.items():
         if "failed" in result:
@@ -159,11 +159,12 @@ def _table(case: Case, columns: dict[str, Result]) -> str:
             continue
         times = "".join(f"{result[name]:8.3f} s" for name in ("median", "min", "max"))
         memory = "".join(f"{result[name] / 1e9:7.3f} GB" for name in ("peak", "weights"))
-        lines.append(f"  {column:14}{times}   {memory}{result['primitives'] or '':>12}")
+        graph = f"{result['primitives'] or '':>12}{result['fused'] or '':>7}"
+        lines.append(f"  {column:14}{times}   {memory}{graph}".rstrip())
     ours = columns.get("this library", {})
     for column, result in columns.items():
         if column != "this library" and "median" in result and "median" in ours:
-            shares = [("time", "median"), ("memory", "peak"), ("primitives", "primitives")]
+            shares = [("time", "median"), ("memory", "peak"), ("primitives", "primitives"), ("fused", "fused")]
             said = [f"{name} {ours[key] / result[key]:.2f}" for name, key in shares if ours[key] and result[key]]
             lines.append(f"  this library / {column}: {', '.join(said)}")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ class Work:
 
     def describe(self) -> dict[str, Any]:
         """What it reads; torch has no graph."""
-        return {"weights": self.weights, "primitives": None}
+        return {"weights": self.weights, "primitives": None, "fused": None}
 
     def measure(self) -> dict[str, float]:
         """Seconds on the clock and of the processor, and the peak of the memory in bytes, weights among them."""
