@@ -196,13 +196,13 @@ def _prompts(sd: StableDiffusion, batch: Batch) -> dict[str, Any]:
         _log.warning("the negative prompt has no effect at a guidance scale of %g; give --cfg above 1", guidance)
     reading = _reading(job)
     texts, negatives = ([getattr(j, name) for j in batch.jobs] for name in ("prompt", "negative_prompt"))
-    alike = len(set(texts)) == 1
-    texts, negatives = (texts[:1], negatives[:1]) if alike else (texts, negatives)
+    same = len(set(zip(texts, negatives, strict=True))) == 1
+    texts, negatives = (texts[:1], negatives[:1]) if same else (texts, negatives)
     if guidance > 1:
         encoded = sd.encode_prompts(texts, negatives if negatives[0] else "", **reading)
     else:
         encoded = sd.encode_prompt(texts, **reading), ""
-    return {"text": encoded[0], "negative_text": encoded[1], "n_images": len(batch.jobs) if alike else 1}
+    return {"text": encoded[0], "negative_text": encoded[1], "n_images": len(batch.jobs) if same else 1}
 
 
 def _reading(job: argparse.Namespace) -> dict[str, Any]:

@@ -422,8 +422,9 @@ def test_wildcards_are_the_lines_of_their_files(run, draw, files, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_results_do_not_depend_on_the_size_of_batches(run, files, tmp_path, script):
-    """Across prompts too, of several lengths, and with a change of size between them."""
-    lines = [PROMPT, "the {red|blue} cat", "the cat " * 40, 'blue --negative_prompt "the cat"', "cat --width 72", "cat"]
+    """Across prompts too, of several lengths, with a change of size between them, or of the negative prompt alone."""
+    negatives = [f'blue --negative_prompt "{text}"' for text in ("the cat", "the red")]
+    lines = [PROMPT, "the {red|blue} cat", "the cat " * 40, "cat --width 72", *negatives]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     image = [files / "in.png"] if script == "image2image" else []
     more = ["--mask", files / "mask.png", "--resize", "stretch"] if image else ["--height", 64]
