@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import tiling
 from .conditioning import Conditioning, concatenate, encode, same_length
 from .config import ScheduleConfig, readable
 from .depth import estimate_depth, load_depth_estimator
@@ -185,7 +186,7 @@ class DiffusionModel:
         """Latents [n, h, w, 4] -> images [n, 8h, 8w, 3], float32 in [0, 1]."""
         self._ready(x_t)
         self._begin("autoencoder")
-        pixels = self.autoencoder.decode(x_t.astype(self._vae_dtype)).astype(mx.float32)
+        pixels = tiling.decode(self.autoencoder, x_t.astype(self._vae_dtype)).astype(mx.float32)
         return self._ready(mx.clip(pixels / 2 + 0.5, 0, 1))
 
     def encode(self, pixels: mx.array) -> mx.array:
@@ -195,7 +196,8 @@ class DiffusionModel:
         randomness.
         """
         self._begin("autoencoder")
-        return self._ready(self.autoencoder.encode(pixels.astype(self._vae_dtype))[0].astype(mx.float32))
+        mean, _ = tiling.encode(self.autoencoder, pixels.astype(self._vae_dtype))
+        return self._ready(mean.astype(mx.float32))
 
     def upscale(self, x: mx.array, size: tuple[int, int], how: str = "latents") -> mx.array:
         """Latents [n, h, w, 4] of images -> those of larger ones, ``size`` (height, width) in latents.

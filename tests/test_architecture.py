@@ -17,7 +17,7 @@ _FLOORS = [
     "weights.pickles",
     "weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
-    "weights.adapters weights.save depth guidance",
+    "weights.adapters weights.save depth guidance tiling",
     "control",
     "denoise",
     "plan",

@@ -47,7 +47,7 @@ class GroupNorm(nn.Module):
 
 
 def _per_channel(x: mx.array, channels: int) -> mx.array:
-    """[B, G, 1 or C / G] -> [B, 1, 1, C]: along rows of channels MLX's CPU kernels run twice as fast as along groups."""
+    """[B, G, 1 or C / G] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""
     b, groups, _ = x.shape
     return mx.broadcast_to(x, (b, groups, channels // groups)).reshape(b, 1, 1, channels)
 

@@ -5,7 +5,7 @@ It costs a fraction of the time and the memory, for previews and wherever these 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .layers import upsample_nearest
+
+Network = Callable[[mx.array], mx.array]
 
 # The values that this network is built on, and the keys that change nothing in what is computed.
 _FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": 0}
@@ -121,18 +123,22 @@ class AutoencoderTiny(nn.Module):
         self.encoder = _encoder(config)
         self.decoder = _decoder(config)
 
-    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
         """Pixels [B, H, W, 3] -> (latent, log variance), each [B, H / 8, W / 8, 4].
 
         There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
+        ``encoder`` is another way to run this one's encoder.
         """
-        z = self.encoder((x + 1) / 2) * self.config.scaling_factor
+        z = (encoder or self.encoder)((x + 1) / 2) * self.config.scaling_factor
         return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
-    def decode(self, z: mx.array) -> mx.array:
-        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
+    def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
+        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
+
+        ``decoder`` is another way to run this one's decoder.
+        """
         z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # outliers are held within what it was trained on
-        return self.decoder(z) * 2 - 1
+        return (decoder or self.decoder)(z) * 2 - 1
 
     def __call__(self, x: mx.array) -> mx.array:
         """Round trip of pixels through their latent."""

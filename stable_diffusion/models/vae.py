@@ -1,10 +1,18 @@
-"""The autoencoder between pixels and latents (Rombach et al. 2022), named as diffusers' ``AutoencoderKL``."""
+"""The autoencoder between pixels and latents (Rombach et al. 2022), named as diffusers' ``AutoencoderKL``.
+
+Encoder and decoder are a list of layers each, run one after the other. ``tiling`` runs the same lists on parts of maps.
+"""
+
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import AutoencoderConfig
-from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from .kernels import silu
+from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+
+Network = Callable[[mx.array], mx.array]
 
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
 
@@ -13,12 +21,15 @@ class SpatialAttention(Attention):
     """Single-head self-attention over the positions of a feature map, normed and residual."""
 
     def __init__(self, channels: int, groups: int):
-        super().__init__(channels, heads=1, bias=True)
+        super().__init__(channels, heads=1, bias=True, largest_scores=2**25)
         self.group_norm = GroupNorm(groups, channels, _EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
-        b, h, w, c = x.shape
-        return x + super().__call__(self.group_norm(x).reshape(b, h * w, c)).reshape(b, h, w, c)
+        return x + self.look(self.group_norm(x))
+
+    def look(self, x: mx.array, context: Context | None = None) -> mx.array:
+        """From the positions of a normed map [B, H, W, C] at each other, or at those of ``context``."""
+        return super().__call__(x.reshape(x.shape[0], -1, x.shape[-1]), context).reshape(x.shape)
 
 
 class AutoencoderBlock(nn.Module):
@@ -33,13 +44,9 @@ class AutoencoderBlock(nn.Module):
         elif resample == "up":
             self.upsamplers = [Upsample2D(width)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for name in ("downsamplers", "upsamplers"):
-            if name in self:
-                x = self[name][0](x)
-        return x
+    @property
+    def layers(self) -> list[Network]:
+        return [*self.resnets, *self.get("downsamplers", []), *self.get("upsamplers", [])]
 
 
 class MidBlock(nn.Module):
@@ -52,14 +59,21 @@ class MidBlock(nn.Module):
         if config.mid_block_add_attention:
             self.attentions = [SpatialAttention(width, groups)]
 
+    @property
+    def layers(self) -> list[Network]:
+        return [self.resnets[0], *self.get("attentions", []), self.resnets[1]]
+
+
+class _Layered(nn.Module):
+    """A network that runs its ``layers`` one after the other."""
+
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.resnets[0](x)
-        if "attentions" in self:
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
-class Encoder(nn.Module):
+class Encoder(_Layered):
     """Pixels [B, H, W, 3] -> mean and log variance of the latent [B, h, w, 2 * latent_channels]."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -74,14 +88,13 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x))))
+    @property
+    def layers(self) -> list[Network]:
+        blocks = [layer for block in (*self.down_blocks, self.mid_block) for layer in block.layers]
+        return [self.conv_in, *blocks, self.conv_norm_out, silu, self.conv_out]
 
 
-class Decoder(nn.Module):
+class Decoder(_Layered):
     """Latents [B, h, w, latent_channels] -> pixels [B, H, W, 3]."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -96,11 +109,10 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def __call__(self, z: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+    @property
+    def layers(self) -> list[Network]:
+        blocks = [layer for block in (self.mid_block, *self.up_blocks) for layer in block.layers]
+        return [self.conv_in, *blocks, self.conv_norm_out, silu, self.conv_out]
 
 
 class AutoencoderKL(nn.Module):
@@ -117,12 +129,13 @@ class AutoencoderKL(nn.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
 
-    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
         """Pixels [B, H, W, 3] -> (mean, log variance) of the latent, each [B, H / 8, W / 8, 4].
 
         Both are in the UNet's scale, so ``mean + exp(logvar / 2) * noise`` is a sample of the posterior.
+        ``encoder`` is another way to run this one's encoder.
         """
-        moments = self.encoder(x)
+        moments = (encoder or self.encoder)(x)
         if "quant_conv" in self:
             moments = self.quant_conv(moments)
         mean, logvar = mx.split(moments, 2, axis=-1)
@@ -130,12 +143,15 @@ class AutoencoderKL(nn.Module):
         # The variance is bounded as in training: e^-30 ... e^20.
         return mean * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(mx.array(scale, dtype=mean.dtype))
 
-    def decode(self, z: mx.array) -> mx.array:
-        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
+    def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
+        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
+
+        ``decoder`` is another way to run this one's decoder.
+        """
         z = z / self.config.scaling_factor
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
-        return self.decoder(z)
+        return (decoder or self.decoder)(z)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Round trip of pixels through the mean of their latent."""

@@ -1,0 +1,164 @@
+"""Decoding and encoding by bands and by tiles, against the whole."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from models.test_taesd import SMALL as TINY
+from models.test_vae import SD
+from oracle import normal, relative_error
+from stable_diffusion import tiling
+from stable_diffusion.config import AutoencoderConfig
+from stable_diffusion.models.taesd import AutoencoderTiny, AutoencoderTinyConfig
+from stable_diffusion.models.vae import AutoencoderKL
+from stable_diffusion.tiling import decode, encode, in_bands, in_tiles, peak_as_a_whole, peak_in_bands
+from stable_diffusion.weights.files import open_part
+from stable_diffusion.weights.load import load_component
+
+BUNDLED = tiling.__file__.replace("tiling.py", "tiny")
+
+
+def make(name: str) -> AutoencoderKL | AutoencoderTiny:
+    mx.random.seed(0)
+    if name == "tiny":
+        return AutoencoderTiny(AutoencoderTinyConfig.from_dict(TINY))
+    if name == "bundled":
+        return load_component(open_part(BUNDLED, "vae"), mx.float32)
+    return AutoencoderKL(AutoencoderConfig.from_dict(SD if name == "sd" else SD | {"mid_block_add_attention": False}))
+
+
+@pytest.fixture
+def bands(monkeypatch):
+    """Nothing is left to one graph, and bands have the fewest rows that they can have."""
+    monkeypatch.setattr(tiling, "_WHOLE", 0)
+    monkeypatch.setattr(tiling, "_BAND", dict.fromkeys(tiling._BAND, 1))
+
+
+def peak(compute, *args) -> float:
+    """Bytes that ``compute(*args)`` takes at most beside what is there."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(compute(*args))
+    return mx.get_peak_memory() - before
+
+
+# Latents of one row, fewer rows than a band has, odd sides, and a batch.
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 5), (2, 6, 11)])
+@pytest.mark.parametrize("name", ["sd", "no-attention", "bundled", "tiny"])
+def test_bands_give_the_whole(name, shape, bands):
+    vae = make(name)
+    z = mx.array(normal(*shape, vae.latent_channels))
+    assert relative_error(decode(vae, z), vae.decode(z)) <= 3e-6
+    # Pixels need not be a multiple of latents.
+    x = mx.array(normal(shape[0], shape[1] * 8 + 3, shape[2] * 8 + 6, 3))
+    for ours, whole in zip(encode(vae, x), vae.encode(x), strict=True):
+        assert relative_error(1 + mx.exp(ours), 1 + mx.exp(whole)) <= 3e-6  # the variance of the tiny one is 0
+
+
+def test_bands_of_any_height_give_the_whole(monkeypatch):
+    vae, z = make("sd"), mx.array(normal(1, 12, 10, 4))
+    whole = vae.decode(z)
+    heights = set()
+    for size in (2**14, 2**18, 2**20):
+        monkeypatch.setattr(tiling, "_BAND", dict.fromkeys(tiling._BAND, size))
+        cut = tiling._cut([mx.zeros((1, 96, 80, 16))], 16)
+        heights.add(next(cut).shape[1])
+        assert relative_error(vae.decode(z, lambda z: in_bands(vae.decoder.layers, z)), whole) <= 3e-6
+    assert len(heights) == 3
+
+
+def test_half_precision_by_bands(bands):
+    vae = make("sd")
+    whole, z = vae.decode(mx.array(normal(1, 9, 7, 4))), mx.array(normal(1, 9, 7, 4))
+    vae.set_dtype(mx.float16)
+    pixels = decode(vae, z.astype(mx.float16))
+    assert pixels.dtype == mx.float16
+    assert relative_error(pixels, whole) <= 1e-2
+
+
+def test_small_pictures_stay_lazy():
+    vae, z = make("sd"), mx.array(normal(2, 4, 6, 4))
+    before = mx.get_active_memory()
+    pixels = decode(vae, z)
+    assert mx.get_active_memory() - before < 2 * pixels.nbytes / 2  # nothing was computed yet
+    assert np.array_equal(pixels, vae.decode(z))
+    x = mx.array(normal(1, 24, 40, 3))
+    assert all(np.array_equal(a, b) for a, b in zip(encode(vae, x), vae.encode(x), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sd", "tiny"])
+def test_one_tile_is_the_whole(name):
+    vae = make(name)
+    z = mx.array(normal(1, 5, 9, vae.latent_channels))
+    assert relative_error(in_tiles(vae.decoder, z, 9, 1, vae.config.scale), vae.decoder(z)) <= 1e-6
+    x = mx.array(normal(1, 43, 70, 3))
+    assert relative_error(in_tiles(vae.encoder, x, 20, vae.config.scale, 1), vae.encoder(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("length, side", [(10, 10), (10, 16), (11, 10), (64, 16), (100, 24), (35, 16)])
+def test_weights_of_tiles_add_up_to_one(length, side):
+    total, ends = np.zeros(length * 8), []
+    for start, end, weights in tiling._spans(length, side, 8):
+        assert end - start == min(side, length) and (np.array(weights) > 0).all()
+        assert not ends or ends[-1] - start >= side // 4
+        total[start * 8 : end * 8] += np.array(weights)
+        ends.append(end)
+    assert ends[-1] == length
+    assert np.abs(total - 1).max() <= 1e-6
+
+
+def test_tiles_show_no_seam():
+    """With the bundled model's pictures: close to the whole, and no step where one tile ends."""
+    vae = make("bundled")
+    x = mx.cos(mx.arange(256)[:, None] / 40) * mx.sin(mx.arange(384)[None] / 60)
+    x = mx.broadcast_to((0.7 * x)[None, :, :, None], (1, 256, 384, 3))
+    z = vae.encode(x)[0]
+    whole = np.array(vae.decode(z))
+    scale = vae.config.scale
+    side = 32
+    tiles = np.array(vae.decode(z, lambda z: in_tiles(vae.decoder, z, side, 1, scale)))
+    assert np.abs(tiles - whole).mean() < 4 / 127.5
+    for axis, length in ((1, 256), (2, 384)):
+        jumps = np.abs(np.diff(tiles, axis=axis)).mean(axis=(0, 3 - axis, 3))
+        spans = tiling._spans(length // scale, side, scale)
+        assert len(spans) > 1
+        seams = {edge * scale - 1 for start, end, _ in spans for edge in (start, end)} & set(range(length - 1))
+        assert max(jumps[i] for i in seams) <= max(jumps[i] for i in range(length - 1) if i not in seams)
+
+
+SIZES = [(144, 144), (200, 344), (384, 256)]
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("name", ["sd", "wide", "tiny"])
+def test_the_expected_peak_is_that_of_mlx(name, height, width):
+    if name == "tiny":
+        vae = AutoencoderTiny(AutoencoderTinyConfig())
+    else:
+        widths = [16, 32, 32, 32] if name == "sd" else [32, 64, 128, 128]
+        vae = AutoencoderKL(AutoencoderConfig.from_dict(SD | {"block_out_channels": widths}))
+    mx.eval(vae.parameters())
+    z, x = mx.zeros((1, height // 8, width // 8, 4)), mx.zeros((1, height, width, 3))
+    for network, given in ((vae.decoder, z), (vae.encoder, x)):
+        assert peak(in_bands, network.layers, given) == pytest.approx(peak_in_bands(network, given), rel=0.2)
+        if height == 144:
+            assert peak(network, given) == pytest.approx(peak_as_a_whole(network, given), rel=0.3)
+
+
+def test_memory_stays_below_the_budget():
+    vae = AutoencoderKL(AutoencoderConfig.from_dict(SD | {"block_out_channels": [16, 32, 32, 32]}))
+    z, x = mx.array(normal(1, 40, 64, 4)), mx.array(normal(1, 320, 512, 3))
+    mx.eval(vae.parameters(), z, x)
+    assert 65e6 > peak_in_bands(vae.decoder, z) > 45e6
+    for budget in (65e6, 45e6, 30e6):  # by bands, by large tiles, by small ones
+        assert peak(decode, vae, z, budget) <= 1.1 * budget
+    assert peak(encode, vae, x, 30e6) <= 1.1 * 30e6
+
+
+def test_a_budget_for_no_tile_is_refused():
+    vae = make("sd")
+    with pytest.raises(ValueError, match=r"^0\.00 GB are too little for the autoencoder, which takes 0\.\d\d GB for a"):
+        decode(vae, mx.zeros((1, 32, 32, 4)), 1e6)
+    with pytest.raises(ValueError, match="too little"):
+        encode(vae, mx.zeros((1, 32, 32, 3)), 0)
