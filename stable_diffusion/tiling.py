@@ -29,7 +29,7 @@ Bands = Iterable[mx.array]  # the rows of one map, [1, r, W, C] each, from the t
 # What a band takes as the input of a 3×3 convolution, unfolded to 9 values for each, as MLX's CPU kernels do: in the
 # caches of a CPU products run twice as fast. A GPU unfolds nothing, but wants more work at a time.
 _BAND = {mx.cpu: 2**23, mx.gpu: 2**29}
-_WHOLE = 2**30  # bytes at most of what is left to one graph: beyond, bands are as fast
+_WHOLE = {mx.cpu: 2**28, mx.gpu: 2**30}  # bytes at most of what is left to one graph: beyond, bands are as fast
 _SMALLEST_TILE = 16  # latents: less would show nothing of what is around
 
 
@@ -62,7 +62,8 @@ def encode(vae: Autoencoder, pixels: mx.array, budget: float | None = None) -> t
 
 
 def _fits_whole(network: nn.Module, x: mx.array, budget: float | None) -> bool:
-    return len(x) * peak_as_a_whole(network, x[:1]) <= min(_WHOLE, _WHOLE if budget is None else budget)
+    most = _WHOLE[mx.default_device().type]
+    return len(x) * peak_as_a_whole(network, x[:1]) <= min(most, most if budget is None else budget)
 
 
 def _within(budget: float | None, network: nn.Module, down: int, up: int) -> Network:

@@ -30,7 +30,7 @@ def make(name: str) -> AutoencoderKL | AutoencoderTiny:
 @pytest.fixture
 def bands(monkeypatch):
     """Nothing is left to one graph, and bands have the fewest rows that they can have."""
-    monkeypatch.setattr(tiling, "_WHOLE", 0)
+    monkeypatch.setattr(tiling, "_WHOLE", dict.fromkeys(tiling._WHOLE, 0))
     monkeypatch.setattr(tiling, "_BAND", dict.fromkeys(tiling._BAND, 1))
 
 
@@ -79,9 +79,10 @@ def test_half_precision_by_bands(bands):
 
 def test_small_pictures_stay_lazy():
     vae, z = make("sd"), mx.array(normal(2, 4, 6, 4))
+    mx.eval(vae.parameters(), z)
     before = mx.get_active_memory()
     pixels = decode(vae, z)
-    assert mx.get_active_memory() - before < 2 * pixels.nbytes / 2  # nothing was computed yet
+    assert mx.get_active_memory() - before < pixels.nbytes  # nothing was computed yet
     assert np.array_equal(pixels, vae.decode(z))
     x = mx.array(normal(1, 24, 40, 3))
     assert all(np.array_equal(a, b) for a, b in zip(encode(vae, x), vae.encode(x), strict=True))

@@ -1,0 +1,107 @@
+"""What decoding and encoding a picture costs: time and peak memory, beside mlx-examples.
+
+    python -m benchmarks.vae [--sizes 512 1024] [--encode] [--repeats 3] [--mlx-examples DIR] [--seam]
+
+The autoencoder is that of Stable Diffusion at full size, in float32, with random weights, which cost as much as trained
+ones. DIR is a clone of ml-explore/mlx-examples, or its folder stable_diffusion. What is compared alternates, so that
+a machine that is busy for a while is so for both. Times are medians; memory is the most that MLX took beside the
+weights. ``--seam`` decodes in tiles too, and says how far they are from the whole and whether they show.
+"""
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it brings OpenBLAS, where there is one
+
+# isort: split
+import mlx.core as mx
+
+from stable_diffusion.config import AutoencoderConfig
+from stable_diffusion.models.vae import AutoencoderKL
+from stable_diffusion.tiling import _spans, decode, encode, in_bands, in_tiles, peak_in_bands
+
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
+
+
+def theirs(folder: Path) -> Any:
+    """The autoencoder of mlx-examples, whose package has the name of this one."""
+    inner = folder / "stable_diffusion"
+    sys.path.insert(0, str(inner if (inner / "txt2image.py").exists() else folder))
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "stable_diffusion"}
+    config, vae = (importlib.import_module(f"stable_diffusion.{name}") for name in ("config", "vae"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "stable_diffusion"]:
+        del sys.modules[name]
+    sys.modules.update(ours)
+    widths = tuple(VAE["block_out_channels"])
+    channels = {"latent_channels_in": 4, "latent_channels_out": 8}
+    return vae.Autoencoder(config.AutoencoderConfig(block_out_channels=widths, layers_per_block=2, **channels))
+
+
+def cost(compute: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, bytes) that ``compute()`` takes."""
+    mx.clear_cache()
+    before, start = mx.get_active_memory(), time.perf_counter()
+    mx.reset_peak_memory()
+    mx.eval(compute())
+    return time.perf_counter() - start, mx.get_peak_memory() - before
+
+
+def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
+    """Levels of 255 between tiles and the whole, and the largest mean steps between rows at seams and elsewhere."""
+    whole = vae.decode(z, partial(in_bands, vae.decoder.layers))
+    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder, z, side, 1, 8))
+    steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()
+    edges = {8 * e - 1 for start, end, _ in _spans(z.shape[1], side, 8) for e in (start, end)} & set(range(len(steps)))
+    at, elsewhere = max(steps[e] for e in edges), max(s for i, s in enumerate(steps) if i not in edges)
+    levels = mx.abs(tiled - whole) * 127.5
+    return (
+        f"tiles of {8 * side}: {levels.mean().item():.2f} levels from the whole, at most {levels.max().item():.1f}; "
+        f"largest step at a seam {127.5 * at:.2f}, elsewhere {127.5 * elsewhere:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512])
+    parser.add_argument("--encode", action="store_true", help="encode instead of decode")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mlx-examples", type=Path, metavar="DIR")
+    parser.add_argument("--seam", action="store_true", help="compare tiles with the whole")
+    args = parser.parse_args()
+    mx.random.seed(0)
+    vaes = {"this library": AutoencoderKL(AutoencoderConfig.from_dict(VAE))}
+    if args.mlx_examples:
+        vaes["mlx-examples"] = theirs(args.mlx_examples)
+    mx.eval([vae.parameters() for vae in vaes.values()])
+    for size in args.sizes:
+        z, x = mx.random.normal((1, size // 8, size // 8, 4)), mx.random.normal((1, size, size, 3))
+        mx.eval(z, x)
+        of = {name: partial(vae.encode, x) if args.encode else partial(vae.decode, z) for name, vae in vaes.items()}
+        ours = vaes["this library"]
+        of["this library"] = partial(encode, ours, x) if args.encode else partial(decode, ours, z)
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in of}
+        for i in range(args.repeats):
+            for name in list(of)[:: 1 if i % 2 == 0 else -1]:
+                runs[name].append(cost(of[name]))
+        for name, costs in runs.items():
+            times, peaks = zip(*costs, strict=True)
+            print(
+                f"{size} x {size}  {name:12}  {statistics.median(times):7.2f} s ({min(times):.2f} ... {max(times):.2f})"
+                f"  {max(peaks) / 1e9:6.3f} GB",
+                flush=True,
+            )
+        expected = peak_in_bands(ours.encoder, x) if args.encode else peak_in_bands(ours.decoder, z)
+        print(f"{size} x {size}  expected by bands: {expected / 1e9:.3f} GB")
+        if args.seam:
+            print(f"{size} x {size}  {seam(ours, z, size // 16)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
