@@ -59,6 +59,7 @@ _number = _bounded(float, math.isfinite, "a number")
 _share = _bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _strength = _bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 _factor = _bounded(float, lambda x: 1 <= x <= 8, "a number from 1 to 8")
+_gigabytes = _bounded(lambda text: float(text) * 1e9, lambda x: 1e6 <= x < 1e15, "a number of GB above 0, such as 6")
 _radius = _bounded(float, lambda x: 0 <= x <= _MANY, f"a number from 0 to {_MANY}")
 
 
@@ -343,6 +344,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add(model, "--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt")
     add(model, "--prediction", choices=PREDICTIONS, help="what the UNet predicts (what the checkpoint says)")
     add(model, "--low_memory", action="store_true", help="keep only the networks in memory that are being used")
+    add(model, "--memory_limit", type=_gigabytes, metavar="GB", help="memory to make do with (three quarters of all)")
     add(model, "--preload_models", action="store_true", help="read all weights before the first step")
 
 

@@ -6,6 +6,7 @@ before a model is read; a run that fails on the way ends with one line and exit 
 
 import argparse
 import logging
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from .arguments import TEXT_BITS, UNET_BITS, Parser, read
 from .batches import Batch, Pass, Work, alike, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
+from .budget import choose, set_limits
 from .image import check_output, from_array, grid, save
 from .jobs import jobs
 from .pipeline import StableDiffusion
@@ -47,6 +49,7 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
             inputs = read_inputs(args)
             if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
                 open_checkpoint(args.refiner, float16=_float16(args))
+            allowed = set_limits(args.memory_limit, args.low_memory)
             sd = _load(args, args.model)
             wanted = [part for batch in wanted for part in alike(sd, batch)]
             nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
@@ -55,6 +58,7 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
             for batch in wanted:
                 _set_scales(loras, batch)  # prompts are encoded with them
                 works.append(prepare_work(sd, args, inputs, nets, batch))
+            _plan_memory(sd, works, allowed)
             runs = _prepared(first_pass(sd, args, inputs, work) for work in works)
         except (ValueError, OSError) as error:
             parser.error(str(error))
@@ -156,6 +160,23 @@ def _set_scales(loras: dict[str, Attachment], batch: Batch) -> None:
     asked = dict(batch.job.loras)
     for name, attachment in loras.items():
         attachment.scale = asked.get(name, 0.0)
+
+
+def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> None:
+    """Choose how to run where memory is short, and log what the largest of the batches will take."""
+
+    def area(work: Work) -> int:
+        return len(work.batch.seeds) * math.prod(work.size)
+
+    work = max(works, key=area)
+    size = tuple(side // sd.pixels_per_latent for side in reversed(work.size))
+    try:
+        found = choose(sd, allowed, len(work.batch.seeds), size, work.given["text"].context.shape[1] // 77)
+    except (RuntimeError, TypeError, ValueError) as error:  # MLX calls its way to look at graphs experimental
+        _log.info("how much memory this takes cannot be said (%s)", error)
+        return
+    for need in found:
+        _log.info("memory for %s", need)
 
 
 def _prepared(runs: Iterable[Pass]) -> list[Pass]:

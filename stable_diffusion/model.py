@@ -63,7 +63,7 @@ class DiffusionModel:
         low_memory: bool = False,
     ):
         self.low_memory, self.rows_at_once = low_memory, 1 if low_memory else None
-        self._recipes: dict[str, Recipe] = {}  # of the networks, by their attributes
+        self.recipes: dict[str, Recipe] = {}  # of the networks, by their attributes
         self._source, self._revision = self.default_model if model is None else model, revision
         checkpoint = open_checkpoint(
             self._source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
@@ -78,18 +78,18 @@ class DiffusionModel:
         self.default_steps, self.default_guidance = checkpoint.steps, checkpoint.guidance
         self._defaults: dict[str, Any] = {}  # of other arguments of a run, by their names
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
-        self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
+        self.scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_networks(checkpoint, {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits})
         self._fuse(loras, lora_partial)
         if low_memory:  # all of it has been checked; what is used is made when it is
-            for name in self._recipes:
+            for name in self.recipes:
                 delattr(self, name)
         else:
             self._quantize()
 
     def __getattr__(self, name: str) -> Any:
         """With ``low_memory``, a network that was let go of is made again when it is next used."""
-        recipe = vars(self).get("_recipes", {}).get(name)
+        recipe = vars(self).get("recipes", {}).get(name)
         if recipe is None or not self.low_memory:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         network = recipe.make()
@@ -102,7 +102,7 @@ class DiffusionModel:
         With ``low_memory`` they come back when they are next used; one that was changed by hand (quantized, or given
         other weights) stays, and the log says so. Without, they are gone as with ``del``.
         """
-        for name, recipe in self._recipes.items():
+        for name, recipe in self.recipes.items():
             if name in kept or name not in vars(self):
                 continue
             if self.low_memory and recipe.is_changed(vars(self)[name]):
@@ -137,13 +137,13 @@ class DiffusionModel:
             asked = None if bits[part] is None else (bits[part], GROUP_SIZES[part])
             # Weights that are stored in so many bits need not be quantized.
             recipe = Recipe(parts[part], self.dtype, still_to_do(parts[part].config, asked))
-            self._recipes[attribute] = recipe
+            self.recipes[attribute] = recipe
             setattr(self, attribute, recipe.plain())
         # Half precision overflows in the autoencoders of most checkpoints; their configs say which are safe.
         safe = not parts["vae"].config.get("force_upcast", True)
         self._vae_dtype = self.dtype if safe else mx.float32
-        self._recipes["autoencoder"] = Recipe(parts["vae"], self._vae_dtype)
-        self.autoencoder = self._recipes["autoencoder"].plain()
+        self.recipes["autoencoder"] = Recipe(parts["vae"], self._vae_dtype)
+        self.autoencoder = self.recipes["autoencoder"].plain()
         self._unet_config, self._vae_config = self.unet.config, self.autoencoder.config
         self._latent_channels = self.autoencoder.latent_channels
         extra = self._unet_config.in_channels - self._latent_channels
@@ -290,7 +290,7 @@ class DiffusionModel:
                 def add(network: CLIPTextModel, table: mx.array = table) -> list[int]:
                     return network.text_model.embeddings.add(table)
 
-                ids = self._recipes[encoder].change(getattr(self, encoder), add)
+                ids = self.recipes[encoder].change(getattr(self, encoder), add)
                 getattr(self, tokenizer).add(word, ids)
         except ValueError as error:
             raise ValueError(f"{path} is for another family of models: {error}") from error
@@ -310,7 +310,7 @@ class DiffusionModel:
         lora = read_lora(source)
         attachment = attach(self._networks(), lora, scale, partial=partial)
         for attribute in self._attributes.values() if self.low_memory else ():
-            self._recipes[attribute].attachments.append(attachment)
+            self.recipes[attribute].attachments.append(attachment)
         self._take_defaults(lora)
         return attachment
 
@@ -326,7 +326,7 @@ class DiffusionModel:
     def _networks(self) -> dict[str, nn.Module]:
         """The networks that LoRAs change. One that was let go of is stood for by a lazy one, which takes no memory."""
         return {
-            part: self._recipes[name].plain() if self.low_memory and name not in vars(self) else getattr(self, name)
+            part: self.recipes[name].plain() if self.low_memory and name not in vars(self) else getattr(self, name)
             for part, name in self._attributes.items()
         }
 
@@ -335,7 +335,7 @@ class DiffusionModel:
         if loras:
             fusion = fuse(self._networks(), loras, partial=partial, keep=False)
             for attribute in self._attributes.values():
-                recipe = self._recipes[attribute]
+                recipe = self.recipes[attribute]
                 recipe.loras, recipe.without = list(sources), frozenset(fusion.unmatched)
         for lora, _ in loras:
             self._take_defaults(lora)
@@ -352,7 +352,7 @@ class DiffusionModel:
 
     def _quantize(self) -> None:
         for part, network in self._networks().items():
-            if pending := self._recipes[self._attributes[part]].quantization:
+            if pending := self.recipes[self._attributes[part]].quantization:
                 quantize(network, *pending)
 
     def _text_encoders(self) -> list[tuple[Tokenizer, CLIPTextModel]]:

@@ -76,12 +76,16 @@ class Recipe:
             or not attachments(network) <= set(self.attachments)
         )
 
-    def size(self) -> int:
-        """Bytes of the weights in memory. Nothing is read but the headers of the files."""
+    def lazy(self) -> nn.Module:
+        """A network of the same shapes and types, to be looked at and not run: it takes no memory."""
         network = self.plain()
         if self.quantization is not None:
             quantize_lazily(network, *self.quantization)
-        return size_in_bytes(network)
+        return network
+
+    def size(self) -> int:
+        """Bytes of the weights in memory. Nothing is read but the headers of the files."""
+        return size_in_bytes(self.lazy())
 
 
 def _arrays(module: nn.Module) -> dict[str, mx.array]:

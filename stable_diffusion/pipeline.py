@@ -328,7 +328,7 @@ class StableDiffusion(DiffusionModel):
             positive = replace(positive, guidance=mx.repeat(embedding, len(positive.rows), axis=0))
         if self._is_xl:
             scores = (told.micro.aesthetic_score, told.micro.negative_aesthetic_score)
-            scores = scores if self._scores_aesthetics else (None, None)
+            scores = scores if self.scores_aesthetics else (None, None)
             positive = with_sizes(positive, pixels, told.micro, scores[0])
             negative = None if negative is None else with_sizes(negative, pixels, told.micro, scores[1])
         return positive, negative

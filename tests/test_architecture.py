@@ -22,10 +22,10 @@ _FLOORS = [
     "denoise",
     "plan",
     "start",
-    "sampling networks",
+    "sampling networks memory",
     "model",
     "pipeline arguments",
-    "batches jobs",
+    "batches jobs budget",
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}

@@ -109,6 +109,8 @@ BAD_OPTIONS = [
     ("--guidance_interval 0.5", "--guidance_interval", "'0.5'", "start,end"),
     ("--guidance_interval 0.6,0.2", "--guidance_interval", "'0.6,0.2'", "0.2,0.8"),
     ("--guidance_interval 0,1.5", "--guidance_interval", "'0,1.5'", "shares of the steps"),
+    ("--memory_limit 0", "--memory_limit", "'0'", "a number of GB above 0"),
+    ("--low_memory --preload_models", "--low_memory", "--preload_models", "leave one out"),
     ("--eta inf", "--eta", "'inf'", "a number from 0 to 1"),
     ("--clip_skip -1", "--clip_skip", "'-1'", "a whole number"),
     ("--sampler eule", "--sampler", "'eule'", *SAMPLERS),
@@ -363,7 +365,7 @@ FLAGS = [
 ELSEWHERE = {
     *("--prompt_file", "--wildcards", "--revision", "--model", "--output", "--help"),
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
-    *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory"),
+    *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory", "--memory_limit"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
 }
 ONLY = {

@@ -69,7 +69,7 @@ def test_each_stage_holds_its_networks_alone(low):
 
 def test_the_memory_is_free_again(low):
     """After each stage no more is in use than the network of the stage, whatever was before."""
-    sizes = {name: recipe.size() for name, recipe in low._recipes.items()}
+    sizes = {name: recipe.size() for name, recipe in low.recipes.items()}
     encoders = sizes["text_encoder_1"] + sizes["text_encoder_2"]
     before = mx.get_active_memory()
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_networks_come_back_quantized(xl_folder):
     for name in NETWORKS:
         again = tree_flatten(getattr(sd, name).parameters())
         assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in zip(want[name], again, strict=True))
-        assert sd._recipes[name].size() == sum(value.nbytes for _, value in again)
+        assert sd.recipes[name].size() == sum(value.nbytes for _, value in again)
 
 
 def adapter(folder: Path) -> Path:
