@@ -11,6 +11,7 @@ from .memory import CPU, METAL, Backend, peak
 from .models.clip import CLIPTextModel
 from .networks import Recipe
 from .pipeline import StableDiffusion
+from .tiling import peak_as_a_whole, peak_in_bands
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -96,10 +97,10 @@ def _of_text(recipe: Recipe, chunks: int) -> int:
 
 
 def _of_decoding(recipe: Recipe, size: Sequence[int]) -> int:
+    """The autoencoder decodes as a whole or by bands, whichever takes less; in tiles where there is still less room."""
     vae = recipe.lazy()
-    return peak(
-        vae, vae.decode, ((1, *size, vae.latent_channels), recipe.dtype), backend=_backend(), limit=_room(recipe)
-    )
+    latent = mx.zeros((1, *size, vae.latent_channels), dtype=recipe.dtype)
+    return int(min(expected(vae.decoder, latent) for expected in (peak_as_a_whole, peak_in_bands)))
 
 
 def _of_unet(sd: StableDiffusion, rows: int, size: Sequence[int], chunks: int) -> int:
