@@ -128,7 +128,7 @@ def test_tiles_show_no_seam():
         assert max(jumps[i] for i in seams) <= max(jumps[i] for i in range(length - 1) if i not in seams)
 
 
-SIZES = [(144, 144), (200, 344), (384, 256)]
+SIZES = [(256, 256), (200, 344), (384, 256)]
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -143,8 +143,9 @@ def test_the_expected_peak_is_that_of_mlx(name, height, width):
     z, x = mx.zeros((1, height // 8, width // 8, 4)), mx.zeros((1, height, width, 3))
     for network, given in ((vae.decoder, z), (vae.encoder, x)):
         assert peak(in_bands, network.layers, given) == pytest.approx(peak_in_bands(network, given), rel=0.2)
-        if height == 144:
-            assert peak(network, given) == pytest.approx(peak_as_a_whole(network, given), rel=0.3)
+        if height == 256:
+            part = given[:, : given.shape[1] // 2, : given.shape[2] // 2]
+            assert peak(network, part) == pytest.approx(peak_as_a_whole(network, part), rel=0.3)
 
 
 def test_memory_stays_below_the_budget():
