@@ -30,6 +30,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return _padded(q, k, v, scale, width)
 
 
+def keeps_scores(q: mx.array) -> bool:
+    """Whether ``attention`` has a score for every pair of positions in memory: no fused kernel takes these heads."""
+    return mx.default_device() == mx.cpu or q.shape[-1] > _FUSED[-1]
+
+
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x) (Elfwing et al. 2018)."""
     return _silu(x) if _on_cpu(x) else nn.silu(x)

@@ -6,7 +6,7 @@ from array import array
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import attention, silu
+from .kernels import attention, keeps_scores, silu
 
 
 class GroupNorm(nn.Module):
@@ -136,8 +136,8 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
 
     ``upcast`` computes scores and softmax in float32 whatever the weights' type: SD 2.1 overflows float16 there.
-    ``largest_scores`` is in bytes: where heads × queries × keys would take more than that, and they do wherever MLX
-    has no fused kernel for the width of the heads, the queries are worked off in pieces.
+    ``largest_scores`` is in bytes: where the scores of all queries would take more in memory, the queries are worked
+    off in pieces.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         *,
         bias: bool = False,
         upcast: bool = False,
-        largest_scores: int = 2**28,
+        largest_scores: int = 2**26,
     ):
         super().__init__()
         if dim % heads:
@@ -174,7 +174,7 @@ class Attention(nn.Module):
     def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Queries [B, heads, N, C / heads], keys and values [B, heads, M, C / heads] -> [B, heads, N, C / heads]."""
         b, heads, n, _ = q.shape
-        rows = max(self._largest_scores // (b * heads * k.shape[2] * q.itemsize), 1)
+        rows = max(self._largest_scores // (b * heads * k.shape[2] * q.itemsize), 1) if keeps_scores(q) else n
         done: list[mx.array] = []
         for start in range(0, n, rows):
             piece = q[:, :, start : start + rows] if rows < n else q

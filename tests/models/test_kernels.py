@@ -8,6 +8,7 @@ import torch
 from oracle import normal, relative_error
 from stable_diffusion.models import kernels
 from stable_diffusion.models.kernels import attention, gelu, silu
+from stable_diffusion.models.layers import Attention
 
 # From far below what the polynomial covers to far above, with 0, -0 and the smallest numbers.
 RANGE = np.concatenate([np.linspace(-200, 200, 40001), np.linspace(-1e-3, 1e-3, 101), [-0.0, 1e-38]]).astype(np.float32)
@@ -54,3 +55,18 @@ def test_what_is_not_finite_stays_so(way):
 def test_half_precision_takes_the_kernels_of_mlx():
     x = mx.array([-1.0, 2.0], dtype=mx.float16)
     assert silu(x).dtype == gelu(x).dtype == mx.float16
+
+
+def test_queries_in_pieces(monkeypatch):
+    """They are where the scores would be in memory, and make no difference."""
+    asked = []
+    monkeypatch.setattr(
+        "stable_diffusion.models.layers.attention", lambda q, k, v: asked.append(q) or attention(q, k, v)
+    )
+    whole, pieces = Attention(32, 2), Attention(32, 2, largest_scores=4 * 2 * 50 * 8)
+    pieces.update(whole.parameters())
+    x = mx.array(normal(1, 50, 32))
+    assert relative_error(pieces(x), whole(x)) <= 1e-6
+    assert [q.shape[2] for q in asked] == [8, 8, 8, 8, 8, 8, 2, 50]
+    monkeypatch.setattr("stable_diffusion.models.layers.keeps_scores", lambda q: False)
+    assert relative_error(pieces(x), whole(x)) <= 1e-6 and asked[-2].shape[2] == 50
