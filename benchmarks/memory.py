@@ -1,6 +1,6 @@
 """What SDXL takes in full size, its weights random and quantized: predicted, and measured where that is possible.
 
-    python benchmarks/memory.py [--measure PIXELS]
+    python -m benchmarks.memory [--measure PIXELS]
 
 Without --measure nothing is computed: the figures are those of the memory plan, for the CPU and for Metal. With it, one
 question is put to the UNet at that size, and what it takes is held against the prediction. The weights are

@@ -73,7 +73,7 @@ def test_the_bundled_model_too(tmp_path):
 def test_damaged_defaults(tmp_path, defaults):
     index = convert("tiny", tmp_path / "small") / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_defaults": defaults}))
-    with pytest.raises(ValueError, match="model_index.json"):
+    with pytest.raises(ValueError, match=r"model_index\.json"):
         open_checkpoint(tmp_path / "small")
 
 
