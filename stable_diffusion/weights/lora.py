@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -168,7 +169,7 @@ def _multiplier(network: str, layer: str, factors: Mapping[str, mx.array], setti
     if rank is None:
         return 1.0
 
-    def setting(key: str):
+    def setting(key: str) -> Any:
         return settings.get(f"{network}.{key}", settings.get(key))
 
     if "alpha" in factors:
