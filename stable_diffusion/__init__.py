@@ -5,5 +5,14 @@ from .conditioning import Conditioning, MicroConditioning
 from .control import Control
 from .pipeline import StableDiffusion, StableDiffusionXL
 from .samplers import SAMPLERS
+from .version import __version__
 
-__all__ = ["SAMPLERS", "Conditioning", "Control", "MicroConditioning", "StableDiffusion", "StableDiffusionXL"]
+__all__ = [
+    "SAMPLERS",
+    "Conditioning",
+    "Control",
+    "MicroConditioning",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "__version__",
+]

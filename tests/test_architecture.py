@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
-    "blas config catalog curves samplers prompt wildcards tokenizer image edges",
+    "version blas config catalog curves samplers prompt wildcards tokenizer image edges",
     "schedule inpaint models.kernels weights.layout weights.keys weights.original weights.shapes weights.quantize",
     "models.layers",
     "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",
@@ -37,7 +37,18 @@ HOMES = {
     "tqdm": {"cli"},
 }
 # batches and cli name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
-WITHOUT_MLX = {"config", "catalog", "curves", "schedule", "prompt", "wildcards", "tokenizer", "image", "edges"}
+WITHOUT_MLX = {
+    "version",
+    "config",
+    "catalog",
+    "curves",
+    "schedule",
+    "prompt",
+    "wildcards",
+    "tokenizer",
+    "image",
+    "edges",
+}
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]
 
