@@ -9,6 +9,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _MULTIPLE = 8  # the VAE halves three times
 _SMALLEST_SIDE = 64
 _LARGEST_ASPECT = 32
 _GAP = 8
+UNFINISHED: set[Path] = set()  # files being written; one who leaves without further ado removes them
 # Suffix -> (PIL's format, its options).
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -230,11 +232,15 @@ def check_output(path: str | os.PathLike) -> Path:
     return path
 
 
-def save(image: Image.Image, path: str | os.PathLike, text: dict[str, str] | None = None) -> None:
+def save(
+    image: Image.Image, path: str | os.PathLike, text: dict[str, str] | None = None, *, overwrite: bool = True
+) -> None:
     """Write an image in the format of the suffix. The file appears whole or not at all, under its name at the end.
 
     Args:
         text: keyword -> text, stored as text chunks of a PNG; the other formats have no place for it.
+        overwrite: whether a file of that name is replaced. Otherwise FileExistsError is raised, also where another
+            process takes the name meanwhile.
 
     Raises ValueError as `check_output` does, and OSError, one line with the path, when writing fails.
     """
@@ -249,11 +255,33 @@ def save(image: Image.Image, path: str | os.PathLike, text: dict[str, str] | Non
         image = to_rgb(image)
     # Not tempfile: its files are readable by their owner only, and would stay so.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    UNFINISHED.add(temporary)
     try:
         with open(temporary, "xb") as file:
             image.save(file, format=format_, **options)
-        os.replace(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())  # or a name could outlive a power cut that its content does not
+        (os.replace if overwrite else _take)(temporary, path)
+    except FileExistsError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise OSError(f"the image {path} could not be written ({error}); try another folder or format") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is gone or no longer ours, the first error tells
+            temporary.unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
+
+
+def _take(temporary: Path, path: Path) -> None:
+    """Give a file that is whole its name; FileExistsError where that is taken, whoever was faster."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the name is taken by an empty file, then by the whole one
+        path.touch(exist_ok=False)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise
