@@ -4,17 +4,20 @@ Inside the library a picture is a PIL image of mode RGB or a float array
 [height, width, 3]; everything else that a file can hold is turned into that here, once.
 """
 
+import logging
 import math
 import os
 import secrets
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
+
+_log = logging.getLogger("stable_diffusion")
 
 Colour = tuple[int, int, int]
 
@@ -31,6 +34,10 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 95}),
 }
+# Where JPEG and WebP keep texts: the tags of EXIF, of which UserComment stands in a directory of its own.
+_DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
+_UTF_16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
+_LARGEST_EXIF = 65533  # bytes; a segment of a JPEG says its length in 16 bits
 
 
 def open_image(path: str | os.PathLike, background: Colour = _WHITE) -> Image.Image:
@@ -38,6 +45,14 @@ def open_image(path: str | os.PathLike, background: Colour = _WHITE) -> Image.Im
 
     Raises ValueError, one line with the path and the remedy, for whatever cannot be read whole.
     """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
+        return to_rgb(image, background)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """The image of a file, not yet decoded; ValueError, one line, for whatever goes wrong with it."""
     if not os.fspath(path).strip():
         raise ValueError("the path of the image is empty; give the path of a PNG, JPEG or WebP file")
     if not os.path.exists(path):  # unlike Path.exists it is also False for a path that is too long
@@ -49,8 +64,7 @@ def open_image(path: str | os.PathLike, background: Colour = _WHITE) -> Image.Im
             # Pillow warns of odd metadata, and of 90 megapixels, which a phone takes; from 180 on it raises.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
-                return to_rgb(image, background)
+                yield image
     except Image.DecompressionBombError:
         remedy = f"at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are read; make it smaller first"
         raise ValueError(f"the image {path} is too large: {remedy}") from None
@@ -233,24 +247,34 @@ def check_output(path: str | os.PathLike) -> Path:
 
 
 def save(
-    image: Image.Image, path: str | os.PathLike, text: dict[str, str] | None = None, *, overwrite: bool = True
+    image: Image.Image,
+    path: str | os.PathLike,
+    text: Mapping[str, str] | None = None,
+    *,
+    quality: int | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write an image in the format of the suffix. The file appears whole or not at all, under its name at the end.
 
     Args:
-        text: keyword -> text, stored as text chunks of a PNG; the other formats have no place for it.
+        text: keyword -> text, stored as text chunks of a PNG. JPEG and WebP have places for two, "parameters" and
+            "stable_diffusion", in EXIF. A JPEG holds 64 kB of it: of what is longer, "stable_diffusion" alone is
+            written, or else "parameters" alone, or neither, and a warning says so.
+        quality: of JPEG and WebP, 1 to 100; None is 95.
         overwrite: whether a file of that name is replaced. Otherwise FileExistsError is raised, also where another
             process takes the name meanwhile.
 
-    Raises ValueError as `check_output` does, and OSError, one line with the path, when writing fails.
+    Raises ValueError as `check_output` does and for a `quality` of PNG, and OSError, one line with the path, when
+    writing fails.
     """
     path = check_output(path)
     format_, options = _FORMATS[path.suffix.lower()]
-    if format_ == "PNG" and text:
-        chunks = PngImagePlugin.PngInfo()
-        for keyword, value in text.items():
-            chunks.add_text(keyword, value)
-        options = {**options, "pnginfo": chunks}
+    if quality is not None:
+        if format_ == "PNG" or not 1 <= quality <= 100:
+            raise ValueError(f"a quality of {quality} for {path.name}: it is 1 to 100, for JPEG and WebP")
+        options = options | {"quality": quality}
+    if text:
+        options = options | (_chunks(text) if format_ == "PNG" else _exif(text, path, format_ == "JPEG"))
     if format_ == "JPEG" and image.mode != "L":
         image = to_rgb(image)
     # Not tempfile: its files are readable by their owner only, and would stay so.
@@ -285,3 +309,62 @@ def _take(temporary: Path, path: Path) -> None:
         except OSError:
             path.unlink()
             raise
+
+
+# --- texts in files ----------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike) -> dict[str, str]:
+    """The texts that a picture holds: those of `save`, and any others of a PNG. What is damaged is left out.
+
+    Raises ValueError, one line with the path, where there is no picture.
+    """
+    found: dict[str, str] = {}
+    with _opened(path) as image:
+        with suppress(Exception):  # as for pixels, damaged metadata raises all sorts of things
+            if image.format == "PNG":
+                found = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+                found |= {key: str(value) for key, value in image.text.items()}  # also those behind the pixels
+        with suppress(Exception):
+            exif = image.getexif()
+            comment = exif.get_ifd(_EXIF_DIRECTORY).get(_USER_COMMENT)
+            for key, value in (("parameters", _comment(comment)), ("stable_diffusion", exif.get(_DESCRIPTION))):
+                if isinstance(value, str) and value:
+                    found.setdefault(key, value)
+    return found
+
+
+def _chunks(text: Mapping[str, str]) -> dict[str, Any]:
+    """Texts for a PNG: as tEXt where they are Latin-1, else as iTXt."""
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        chunks.add_text(keyword, value)
+    return {"pnginfo": chunks}
+
+
+def _exif(text: Mapping[str, str], path: Path, limited: bool) -> dict[str, Any]:
+    """Texts as EXIF: "parameters" in UserComment, where other programs look, "stable_diffusion" in ImageDescription."""
+    known = {key: text[key] for key in ("stable_diffusion", "parameters") if key in text}
+    for kept in (known, *({key: value} for key, value in known.items()), {}):
+        exif = Image.Exif()
+        if "stable_diffusion" in kept:
+            exif[_DESCRIPTION] = kept["stable_diffusion"].encode("ascii", "replace").decode()  # the tag holds no other
+        if "parameters" in kept:
+            exif.get_ifd(_EXIF_DIRECTORY)[_USER_COMMENT] = _UTF_16 + kept["parameters"].encode("utf-16-be")
+        data = exif.tobytes()
+        if not limited or len(data) <= _LARGEST_EXIF:
+            break
+    if left := ", ".join(known.keys() - kept.keys()):
+        _log.warning("%s has no room for all metadata: %s is left out; a PNG has it", path.name, left)
+    return {"exif": data} if kept else {}
+
+
+def _comment(value: Any) -> str | None:
+    """A UserComment as text. UTF-16 has no mark of its byte order there: most texts have bytes of 0 on one side."""
+    if not isinstance(value, bytes):
+        return value
+    body = value[8:]
+    if value.startswith(_UTF_16):
+        little = body[1::2].count(0) > body[::2].count(0)
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
+    return (body if value.startswith((_ASCII, bytes(8))) else value).decode("utf-8", "replace").rstrip("\0")
