@@ -14,7 +14,7 @@ from .guidance import guidance_embedding
 from .model import DiffusionModel, Prompt
 from .plan import Run, plan
 from .samplers import Noise, States, read_name
-from .sampling import Latents, sample
+from .sampling import Latents, Pairs, sample
 from .start import Start, from_image, mask_of, pixels_of
 
 
@@ -296,16 +296,17 @@ class StableDiffusion(DiffusionModel):
                 raise ValueError(f"a hint of shape {control.hint.shape} does not fit: this run needs {pixels}")
 
     def _sample(self, run: Run, start: Callable[[], Start], size: tuple[int, ...], told: "_Told") -> Latents:
-        def prepare() -> Iterator[mx.array]:
+        def prepare() -> Pairs:
             begin = start()
             self._ready([begin.x, *(v for v in vars(begin).values() if isinstance(v, mx.array))])
             if not run.length:
-                return iter([begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x])
+                x = begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x
+                return iter([(x, x)])
             pixels = tuple(self.pixels_per_latent * side for side in size)
             positive, negative = self._condition(run.guidance, pixels, told)
             return steps(begin, positive, negative)
 
-        def steps(begin: Start, positive: Conditioning, negative: Conditioning | None) -> Iterator[mx.array]:
+        def steps(begin: Start, positive: Conditioning, negative: Conditioning | None) -> Pairs:
             self._begin("unet")
             options = told.controls, told.image_guidance, self.rows_at_once
             yield from sample(self.unet, self.schedule, self.dtype, run, begin, positive, negative, *options)

@@ -14,17 +14,23 @@ from .plan import Run
 from .schedule import Schedule
 from .start import Start
 
+Pairs = Iterator[tuple[mx.array, mx.array]]  # latents after a step, and what the step took for the image in them
+
 
 class Latents(Iterator[mx.array]):
     """The latents of a run, each computed when it is evaluated.
 
     ``prepare()`` is called when the first is asked for; or earlier, so that the text encoders may be let go of. It
     encodes the prompts and the image, if it works from one.
+
+    ``predicted`` is what the last step took for the image: the model's estimate of the clean latents, computed with the
+    step. Early in a run it shows far more than the latents themselves, which are mostly noise then.
     """
 
-    def __init__(self, begin: Callable[[], Iterator[mx.array]]):
+    def __init__(self, begin: Callable[[], Pairs]):
         self._begin = begin
-        self._steps: Iterator[mx.array] | None = None
+        self._steps: Pairs | None = None
+        self.predicted: mx.array | None = None
 
     def prepare(self) -> None:
         """Make ready for the steps all that comes before them."""
@@ -33,7 +39,8 @@ class Latents(Iterator[mx.array]):
 
     def __next__(self) -> mx.array:
         self.prepare()
-        return next(self._steps)
+        x_t, self.predicted = next(self._steps)
+        return x_t
 
 
 def sample(
@@ -47,8 +54,11 @@ def sample(
     controls: Sequence[Control] = (),
     image_guidance: float = 1.0,
     rows_at_once: int | None = None,
-) -> Iterator[mx.array]:
-    """The latents [n, h, w, 4] after each step of a run, float32 in the scale of training, not yet computed."""
+) -> Pairs:
+    """The latents [n, h, w, 4] after each step of a run, float32 in the scale of training, not yet computed.
+
+    With each comes the estimate of x0 that the sampler asked for last.
+    """
     blank = None
     if start.channels is not None:
         if start.blind is not None and negative is not None:
@@ -70,14 +80,21 @@ def sample(
         denoise = consistency(denoise, schedule, run.steps)
     if start.kept is not None:
         denoise = inpainting(denoise, start.kept, run.steps)
-    states = run.sampler.run(denoise, start.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
+    predicted = start.x
+
+    def noted(x: mx.array, sigma: float) -> mx.array:
+        nonlocal predicted
+        predicted = denoise(x, sigma)
+        return predicted
+
+    states = run.sampler.run(noted, start.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
     # There are fewer targets than states where another model goes on.
     for done, (sigma, x) in enumerate(zip(run.steps.sigmas[1 : run.length + 1], states, strict=False), start=1):
         latents, kept = x / math.sqrt(sigma**2 + 1), start.kept
         if kept is not None:  # in the end without noise, also by samplers that stop just above none
             ended = done == len(run.steps)
             latents = kept.at(latents, 0.0) if ended else kept.at(x, sigma) / math.sqrt(sigma**2 + 1)
-        yield latents
+        yield latents, predicted
 
 
 def _with_channels(table: Conditioning, channels: mx.array) -> Conditioning:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
     "version blas config catalog curves samplers prompt wildcards tokenizer image edges",
-    "schedule inpaint models.kernels weights.layout weights.keys weights.original weights.shapes weights.quantize",
+    "schedule parser values inpaint models.kernels",
+    "weights.layout weights.keys weights.original weights.shapes weights.quantize",
     "models.layers",
     "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",
     "models.controlnet models.dpt weights.single_file weights.hub weights.unpickle",
@@ -25,7 +26,7 @@ _FLOORS = [
     "sampling networks memory",
     "model",
     "pipeline arguments",
-    "batches jobs budget",
+    "batches jobs budget progress",
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
@@ -34,7 +35,7 @@ HOMES = {
     "regex": {"tokenizer"},
     "numpy": {"image", "edges", "inpaint", "depth"},
     "PIL": {"image", "inpaint", "depth", "batches", "cli"},
-    "tqdm": {"cli"},
+    "tqdm": {"cli", "progress"},
 }
 # batches and cli name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
 WITHOUT_MLX = {
