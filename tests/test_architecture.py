@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
-    "version blas config catalog curves samplers prompt wildcards tokenizer image edges",
+    "version blas config catalog curves samplers prompt wildcards tokenizer image edges lists plots",
     "schedule parser values inpaint models.kernels",
     "weights.layout weights.keys weights.original weights.shapes weights.quantize",
     "models.layers",
@@ -34,7 +34,7 @@ HOMES = {
     "huggingface_hub": {"weights.hub"},
     "regex": {"tokenizer"},
     "numpy": {"image", "edges", "inpaint", "depth"},
-    "PIL": {"image", "inpaint", "depth", "batches", "cli"},
+    "PIL": {"image", "plots", "inpaint", "depth", "batches", "cli"},
     "tqdm": {"cli", "progress"},
 }
 # batches and cli name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
@@ -49,6 +49,8 @@ WITHOUT_MLX = {
     "tokenizer",
     "image",
     "edges",
+    "lists",
+    "plots",
 }
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent == PACKAGE or p.name != "__init__.py"]
