@@ -123,6 +123,14 @@ def locate(source: str | os.PathLike) -> Path:
     return next(folder / file for file in files if (folder / file).is_file())
 
 
+def find_in(folder: str | os.PathLike, name: str) -> Path:
+    """The file of a LoRA in a folder, by its name with or without the suffix; ValueError where there is none."""
+    found = [path for path in sorted(Path(folder).expanduser().glob("*")) if name in (path.name, path.stem)]
+    if not found:
+        raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
+    return found[0]
+
+
 def _lacking(folder: Path, names: set[str], repo: str) -> list[str]:
     return [_PEFT_CONFIG] if _PEFT_CONFIG in names and not (folder / _PEFT_CONFIG).is_file() else []
 
