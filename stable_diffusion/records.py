@@ -48,8 +48,8 @@ def repeat(
     said, given = record["arguments"], _given(parse, argv, defaults)
     words = [
         word
-        for name in sorted(recorded_flags - given - {"image", "prompt", "n_images"})
-        if name in said and said[name] != _plain(defaults[name])
+        for name in recorded_flags
+        if name not in given | {"image", "prompt", "n_images"} and name in said and said[name] != _plain(defaults[name])
         for word in _words(name, said[name], defaults[name])
     ]
     args = parse([*words, *argv])
@@ -60,7 +60,7 @@ def repeat(
             setattr(args, name, _text(said.get(name), name, path))
     if not given & {"n_images", "prompt_file"} and not (isinstance(args.seed, tuple) and len(args.seed) > 1):
         args.n_images = 1
-    return args, [*_remarks(path, record, said.keys() - defaults.keys(), given)]
+    return args, [*_remarks(path, record, defaults, given)]
 
 
 def _given(parse: Callable[..., argparse.Namespace], argv: Sequence[str], defaults: Mapping[str, Any]) -> set[str]:
@@ -101,9 +101,12 @@ def _text(value: Any, name: str, path: str) -> str:
     return value
 
 
-def _remarks(path: str, record: Mapping[str, Any], unknown: Collection[str], given: Collection[str]) -> Iterable[str]:
-    if unknown:
-        yield f"{path} was made with what this script does not have: {', '.join(sorted(map(str, unknown)))}"
+def _remarks(path: str, record: Mapping[str, Any], flags: Collection[str], given: Collection[str]) -> Iterable[str]:
+    unknown = sorted(record["arguments"].keys() - flags)
+    if "script" in record and (record["script"] == "image2image") != ("image" in flags):
+        yield f"{path} was made with {record['script']}; what only that has is left out"
+    elif unknown:
+        yield f"{path} was made with what is not known here: {', '.join(unknown)}"
     if "partial" in record:
         yield f"{path} was not finished ({record['partial']}); here all steps are made"
     other = record.get("other")
