@@ -3,6 +3,7 @@
 from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
 from .conditioning import Conditioning, MicroConditioning
 from .control import Control
+from .image import to_images
 from .pipeline import StableDiffusion, StableDiffusionXL
 from .samplers import SAMPLERS
 from .version import __version__
@@ -15,4 +16,5 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusionXL",
     "__version__",
+    "to_images",
 ]

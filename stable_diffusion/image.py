@@ -34,6 +34,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 95}),
 }
+SUFFIXES = tuple(_FORMATS)
 # Where JPEG and WebP keep texts: the tags of EXIF, of which UserComment stands in a directory of its own.
 _DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
 _UTF_16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
@@ -200,6 +201,11 @@ def from_array(array: Any) -> Image.Image:
     return Image.fromarray(np.rint(levels).astype(np.uint8))
 
 
+def to_images(pixels: Any) -> list[Image.Image]:
+    """RGB images of decoded pixels [n, H, W, 3] in [0, 1], which notebooks show by themselves; see `from_array`."""
+    return [from_array(array) for array in np.asarray(pixels)]
+
+
 def grid(images: Sequence[Image.Image], rows: int) -> Image.Image:
     """Images of one size, left to right and top to bottom, in ceil(n / rows) columns.
 
@@ -354,7 +360,7 @@ def _exif(text: Mapping[str, str], path: Path, limited: bool) -> dict[str, Any]:
         data = exif.tobytes()
         if not limited or len(data) <= _LARGEST_EXIF:
             break
-    if left := ", ".join(known.keys() - kept.keys()):
+    if left := ", ".join(key for key in known if key not in kept):
         _log.warning("%s has no room for all metadata: %s is left out; a PNG has it", path.name, left)
     return {"exif": data} if kept else {}
 

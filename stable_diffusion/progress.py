@@ -13,9 +13,7 @@ _RECENT = 5  # steps whose mean is what a step takes: the first one also reads w
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
-def steps(
-    latents: Iterable[mx.array], total: int, *, batch: int = 1, batches: int = 1, later: int = 0
-) -> Iterator[mx.array]:
+def steps(latents: Iterable[mx.array], total: int, *, name: str = "", later: int = 0) -> Iterator[mx.array]:
     """The same latents, with a bar on stderr while they are computed; nothing where stderr is no terminal.
 
     A step lasts from one latent being asked for to the next, so it counts what the caller does with it: computing it.
@@ -23,12 +21,11 @@ def steps(
 
     Args:
         total: how many latents there will be.
-        batch, batches: which run this is, and of how many.
+        name: what stands before the bar.
         later: steps that come after this run, for the time that is left.
     """
     taken: deque[float] = deque(maxlen=_RECENT)
-    name = f"{batch}/{batches} " if batches > 1 else ""
-    with tqdm(total=total, desc=name, bar_format=_FORMAT, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=name and f"{name} ", bar_format=_FORMAT, disable=None, dynamic_ncols=True) as bar:
         start = perf_counter()
         for done, x_t in enumerate(latents, start=1):
             yield x_t

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
-    "version blas config catalog curves samplers prompt wildcards tokenizer image edges lists plots",
-    "schedule parser values inpaint models.kernels",
-    "weights.layout weights.keys weights.original weights.shapes weights.quantize",
+    "version blas config catalog curves samplers prompt wildcards tokenizer image edges lists plots fingerprints",
+    "schedule parser values infotext inpaint models.kernels",
+    "records weights.layout weights.keys weights.original weights.shapes weights.quantize",
     "models.layers",
     "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",
     "models.controlnet models.dpt weights.single_file weights.hub weights.unpickle",
@@ -25,8 +25,10 @@ _FLOORS = [
     "start",
     "sampling networks memory",
     "model",
-    "pipeline arguments",
-    "batches jobs budget progress",
+    "pipeline arguments progress",
+    "batches jobs budget preview interrupts outputs",
+    "runs metadata",
+    "results",
     "__init__ cli convert inspect",
 ]
 FLOOR = {name: floor for floor, names in enumerate(_FLOORS) for name in names.split()}
@@ -34,10 +36,10 @@ HOMES = {
     "huggingface_hub": {"weights.hub"},
     "regex": {"tokenizer"},
     "numpy": {"image", "edges", "inpaint", "depth"},
-    "PIL": {"image", "plots", "inpaint", "depth", "batches", "cli"},
-    "tqdm": {"cli", "progress"},
+    "PIL": {"image", "plots", "inpaint", "depth", "batches", "preview", "outputs", "results"},
+    "tqdm": {"progress"},
 }
-# batches and cli name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
+# batches, preview, outputs and results name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
 WITHOUT_MLX = {
     "version",
     "config",
