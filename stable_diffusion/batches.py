@@ -23,7 +23,8 @@ from .sampling import Latents
 
 _log = logging.getLogger("stable_diffusion")
 
-_OWN = ("prompt", "negative_prompt", "seed", "n_images")  # what images of one batch may differ in
+# What images of one batch may differ in.
+_OWN = ("prompt", "number", "negative_prompt", "seed", "seeds", "n_images", "lists")
 
 Nets = Sequence[ControlNetModel | T2IAdapter]
 Pass = tuple[Latents, int]  # the latents of a run, and how many there will be
@@ -78,7 +79,7 @@ def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]
     found: list[Batch] = []
     for job in jobs:
         limit = job.n_images if size is None else size
-        for seed in range(job.seed, job.seed + job.n_images):
+        for seed in job.seeds:
             last = found[-1] if found else None
             if last and len(last.seeds) < limit and _settings(last.job) == _settings(job):
                 found[-1] = Batch((*last.jobs, job), (*last.seeds, seed))

@@ -58,16 +58,14 @@ class _Run:
     flag: str
     values: list[str]
 
-    def words(self, one: bool) -> list[str]:
-        """As argparse reads it; with ``one``, what follows the first value stands for itself."""
-        if not self.values:
-            return [self.flag]
-        kept = self.values[:1] if one else self.values
-        return [f"{self.flag}={','.join(kept)}", *self.values[len(kept) :]]
-
 
 def gather(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """The arguments with the values of each list in one word, ``--seed=1,2,3``, as argparse can read them."""
+    """The arguments in an order in which argparse can read them: each list in one word, then the prompt and its like.
+
+    (The prompt may be left out, so argparse of Python 3.11 takes it for left out where a flag stands before it.)
+    """
+    if not any(isinstance(action, Listed) for action in parser._actions):
+        return list(argv)
     words: list[str | _Run] = []
     loose: list[int] = []  # where in ``words`` the prompt and its like stand
     needed = sum(not action.option_strings for action in parser._actions)
@@ -76,10 +74,9 @@ def gather(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         action = _flag(parser, word)
         if word == "--":
-            loose += range(len(words) + 1, len(words) + 1 + len(rest))
-            words += [word, *rest]
-            break
-        if action is None:
+            loose += range(len(words), len(words) + len(rest))
+            words, rest = words + rest, []
+        elif action is None:
             loose += [] if _looks_like_a_flag(word) else [len(words)]
             words.append(word)
         elif isinstance(action, Listed) and "=" not in word:
@@ -88,13 +85,30 @@ def gather(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
             needed -= action.dest in _PROMPTS
             takes = action.nargs != 0 and "=" not in word and rest and not _looks_like_a_flag(rest[0])
             words += [word, rest.pop(0)] if takes else [word]
-    spare = sum(len(word.values[1:]) for word in words if isinstance(word, _Run))
-    one = spare <= needed - len(loose)
-    for i in reversed(loose[max(needed, 0) :]):
-        # More than is needed: what stands behind a list was meant for it, and its type says what is wrong.
+    one = sum(len(word.values[1:]) for word in words if isinstance(word, _Run)) <= needed - len(loose)
+    for i in loose[max(needed, 0) :]:
+        # More than is needed: what stands behind a list was meant for it, and its type says what is wrong with it.
         if i and isinstance(run := words[i - 1], _Run):
-            run.values.append(words.pop(i))
-    return [part for word in words for part in ([word] if isinstance(word, str) else word.words(one))]
+            run.values.append(words[i])
+    return _sorted(words, loose, one)
+
+
+def _sorted(words: Sequence[str | _Run], loose: Sequence[int], one: bool) -> list[str]:
+    """All words, those last that belong to no flag; with ``one`` each list has one value, and what follows is loose."""
+    flags, others = [], []
+    for i, word in enumerate(words):
+        if isinstance(word, _Run):
+            values = word.values[:1] if one else word.values
+            flags.append(f"{word.flag}={','.join(_bare(value) for value in values)}" if values else word.flag)
+            others += word.values[len(values) :]
+        else:
+            (others if i in loose else flags).append(word)
+    return [*flags, "--", *others] if others else flags
+
+
+def _bare(value: str) -> str:
+    """One value of ``1, 2, 3``."""
+    return value.removesuffix(",")
 
 
 def _values(action: argparse.Action, rest: list[str]) -> list[str]:
@@ -103,7 +117,7 @@ def _values(action: argparse.Action, rest: list[str]) -> list[str]:
     while rest and not _looks_like_a_flag(rest[0]):
         try:
             if found:
-                action.type(rest[0])
+                action.type(_bare(rest[0]))
         except argparse.ArgumentTypeError:
             break
         found.append(rest.pop(0))
