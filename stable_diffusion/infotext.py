@@ -17,7 +17,8 @@ from typing import Any
 from .samplers import SAMPLERS, read_name
 
 _NEGATIVE = "Negative prompt:"
-_SETTING = re.compile(r'\s*(\w[\w /-]*):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:,|$)')
+# Bounded, or a long text without a colon would be looked through from each of its letters.
+_SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:,|$)')
 _FEWEST_SETTINGS = 3  # what makes the last line one of settings, and not of the prompt
 
 # Names there that are not what ours would be in capitals.

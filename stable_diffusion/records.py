@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import infotext
-from .image import read_text
+from .image import SUFFIXES, read_text
 
 _UNSET: Any = object()
 
@@ -92,7 +92,7 @@ def _joined(value: Any, sign: str) -> str:
 
 def _is_image(word: str | None) -> bool:
     """Whether a word that may be a prompt names an image, also one that is not there."""
-    return word is None or os.path.isfile(word) or word.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
+    return word is None or os.path.isfile(word) or word.lower().endswith(SUFFIXES)
 
 
 def _text(value: Any, name: str, path: str) -> str:
