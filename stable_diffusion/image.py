@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -355,9 +356,12 @@ def _exif(text: Mapping[str, str], path: Path, limited: bool) -> dict[str, Any]:
         exif = Image.Exif()
         if "stable_diffusion" in kept:
             exif[_DESCRIPTION] = kept["stable_diffusion"].encode("ascii", "replace").decode()  # the tag holds no other
-        if "parameters" in kept:
-            exif.get_ifd(_EXIF_DIRECTORY)[_USER_COMMENT] = _UTF_16 + kept["parameters"].encode("utf-16-be")
-        data = exif.tobytes()
+        comment = _UTF_16 + kept["parameters"].encode("utf-16-be") if "parameters" in kept else b""
+        if comment:
+            exif.get_ifd(_EXIF_DIRECTORY)[_USER_COMMENT] = comment
+        # Pillow calls the comment BYTE (1), which readers do not expect: it is UNDEFINED (7).
+        entries = [struct.pack(">HHI", _USER_COMMENT, type_, len(comment)) for type_ in (1, 7)]
+        data = exif.tobytes().replace(*entries, 1)
         if not limited or len(data) <= _LARGEST_EXIF:
             break
     if left := ", ".join(key for key in known if key not in kept):

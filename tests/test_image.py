@@ -9,10 +9,21 @@ import zlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from stable_diffusion import image as image_module
-from stable_diffusion.image import check_output, fit, from_array, grid, open_image, save, target_size, to_array, to_rgb
+from stable_diffusion.image import (
+    check_output,
+    fit,
+    from_array,
+    grid,
+    open_image,
+    read_text,
+    save,
+    target_size,
+    to_array,
+    to_rgb,
+)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -548,3 +559,174 @@ def test_check_output(tmp_path, monkeypatch):
     monkeypatch.setattr(image_module.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OSError, match=r"is not writable; choose another one"):
         check_output(tmp_path / "a.png")
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "parameters": "a café: «富士山» 🌋\nNegative prompt: rain\nSteps: 3, Size: 8x8",
+    "stable_diffusion": '{"prompt": "\\u5bcc\\ud83c", "steps": 3}',
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
+def test_texts_come_back(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    save(noise(8, 8), path, TEXTS)
+    assert read_text(path) == TEXTS
+    for name, text in TEXTS.items():
+        save(noise(8, 8), path, {name: text})
+        assert read_text(path) == {name: text}
+    for nothing in (None, {}):
+        save(noise(8, 8), path, nothing)
+        assert read_text(path) == {}
+        with Image.open(path) as file:
+            assert not file.getexif()
+
+
+def test_texts_of_a_png_are_where_others_look(tmp_path):
+    """tEXt of Latin-1, iTXt of what is not (PNG specification, 11.3.4)."""
+    save(noise(8, 8), tmp_path / "a.png", TEXTS)
+    chunks = (tmp_path / "a.png").read_bytes()
+    assert b"iTXtparameters\0\0\0\0\0" + TEXTS["parameters"].encode() in chunks
+    assert b"tEXtstable_diffusion\0" + TEXTS["stable_diffusion"].encode() in chunks
+    save(noise(8, 8), tmp_path / "a.png", {"parameters": "café"})
+    assert b"tEXtparameters\0caf\xe9" in (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_texts_in_exif_are_where_others_look(tmp_path, suffix):
+    """EXIF 2.32: UserComment (0x9286, of undefined type) with the name of its encoding, ImageDescription (0x010E)."""
+    save(noise(8, 8), tmp_path / f"a.{suffix}", TEXTS)
+    with Image.open(tmp_path / f"a.{suffix}") as file:
+        data, exif = file.info["exif"].removeprefix(b"Exif\0\0"), file.getexif()
+        comment = exif.get_ifd(0x8769)[0x9286]
+        assert exif[0x010E] == TEXTS["stable_diffusion"]
+    assert data.startswith(b"MM\0*")  # big-endian, and so is the text
+    assert comment == b"UNICODE\0" + TEXTS["parameters"].encode("utf-16-be")
+    assert struct.pack(">HHI", 0x9286, 7, len(comment)) in data
+
+
+def with_comment(path, comment: bytes):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = comment
+    noise(8, 8).save(path, exif=exif.tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + "a: é, 富".encode("utf-16-be"),
+        b"UNICODE\0" + "a: é, 富".encode("utf-16-le"),
+        b"UNICODE\0\xff\xfe" + "a: é, 富".encode("utf-16-le"),
+        b"UNICODE\0\xfe\xff" + "a: é, 富".encode("utf-16-be"),
+        bytes(8) + "a: é, 富".encode(),
+        b"ASCII\0\0\0" + "a: é, 富\0".encode(),
+        "a: é, 富".encode(),
+    ],
+)
+def test_comments_as_others_write_them(tmp_path, comment):
+    assert read_text(with_comment(tmp_path / "a.jpg", comment)) == {"parameters": "a: é, 富"}
+
+
+def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
+    """64 kB: the record stays whole as long as it can, then the text; and whatever it is, the picture is written."""
+    path = tmp_path / "a.jpg"
+    for text, record, kept in (
+        (15_000, 30_000, ["parameters", "stable_diffusion"]),
+        (20_000, 30_000, ["stable_diffusion"]),
+        (40_000, 65_000, ["stable_diffusion"]),
+        (20_000, 70_000, ["parameters"]),
+        (40_000, 70_000, []),
+    ):
+        texts = {"parameters": "é" * text, "stable_diffusion": "x" * record}
+        caplog.clear()
+        save(noise(8, 8), path, texts)
+        assert read_text(path) == {name: texts[name] for name in kept}
+        assert pixels(open_image(path)).shape == (8, 8, 3)
+        left = [name for name in ("stable_diffusion", "parameters") if name not in kept]
+        lines = [f"a.jpg has no room for all metadata: {', '.join(left)} is left out; a PNG has it"] if left else []
+        assert [record.message for record in caplog.records] == lines
+    caplog.clear()
+    for name in ("a.png", "a.webp"):
+        save(noise(8, 8), tmp_path / name, texts)
+        assert read_text(tmp_path / name) == texts
+    assert not caplog.records
+
+
+def test_texts_of_other_programs(tmp_path):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Comment", "é")
+    chunks.add_itxt("prompt", "富", zip=True)
+    path = write(noise(8, 8), tmp_path / "a.png", pnginfo=chunks, dpi=(72, 72))
+    assert read_text(path) == {"Comment": "é", "prompt": "富"}
+    data = path.read_bytes()
+    behind = b"tEXtparameters\0last"
+    behind = struct.pack(">I", len(behind) - 4) + behind + struct.pack(">I", zlib.crc32(behind))
+    path.write_bytes(data[:-12] + behind + data[-12:])  # before IEND, behind the pixels
+    assert read_text(path)["parameters"] == "last"
+    write(noise(8, 8), tmp_path / "a.gif", comment=b"x")
+    assert read_text(tmp_path / "a.gif") == {}
+
+
+def test_damaged_metadata_is_left_out(tmp_path):
+    good = tmp_path / "good.jpg"
+    save(noise(8, 8), good, TEXTS)
+    data = good.read_bytes()
+    start, end = data.index(b"MM\0*"), data.index(b"\xff\xdb")
+    generator = np.random.default_rng(0)
+    path = tmp_path / "a.jpg"
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in generator.integers(start, end, 3):
+            damaged[place] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        assert all(isinstance(text, str) for text in read_text(path).values())
+        assert open_image(path).size == (8, 8)
+    path = tmp_path / "a.png"
+    save(noise(8, 8), path, TEXTS)
+    data = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in generator.integers(33, len(data) - 220, 2):
+            damaged[place] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            assert all(isinstance(text, str) for text in read_text(path).values())
+        except ValueError as error:
+            assert "a.png" in str(error) and "\n" not in str(error)
+
+
+def test_texts_of_no_picture(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    for path, message in ((tmp_path / "none.png", "there is no image"), (tmp_path / "a.png", "is not an image")):
+        with pytest.raises(ValueError, match=message):
+            read_text(path)
+
+
+def test_texts_of_any_letters(tmp_path):
+    """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        points = [*generator.integers(1, 0xD800, 300), *generator.integers(0xE000, 0x110000, 300)]
+        text = "".join(map(chr, generator.permutation(points)))
+        for suffix in ("png", "webp", "jpg"):
+            save(noise(8, 8), tmp_path / f"a.{suffix}", {"parameters": "A1111 " * 200 + text})
+            assert read_text(tmp_path / f"a.{suffix}") == {"parameters": "A1111 " * 200 + text}
+
+
+def test_quality(tmp_path):
+    for suffix in ("jpg", "webp"):
+        path, sizes = tmp_path / f"a.{suffix}", []
+        for quality in (1, 50, None, 100):
+            save(noise(64, 64), path, quality=quality)
+            sizes.append(path.stat().st_size)
+        assert sizes == sorted(set(sizes))
+        save(noise(64, 64), path, quality=95)
+        assert path.stat().st_size == sizes[2]
+        for quality in (0, 101):
+            with pytest.raises(ValueError, match=f"a quality of {quality} for a.{suffix}: it is 1 to 100"):
+                save(noise(8, 8), path, quality=quality)
+    with pytest.raises(ValueError, match=r"a quality of 95 for a.png: it is 1 to 100, for JPEG and WebP"):
+        save(noise(8, 8), tmp_path / "a.png", quality=95)
