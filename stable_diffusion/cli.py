@@ -1,109 +1,116 @@
 """The command lines of txt2image.py and image2image.py.
 
-Results (paths and seeds) go to stdout, progress and remarks to stderr. Bad input ends with one line and exit code 2,
-before a model is read; a run that fails on the way ends with one line and exit code 1, an interrupted one with 130.
+What was written goes to stdout, a line for each file (path and seed; with ``--json`` an object), progress and remarks
+to stderr. What ends a run early is said there too, in one line, and by the exit code:
+
+====  ==============================================================================================================
+   0  all images are written
+   1  it failed on the way; the images named on stdout are written
+   2  the arguments cannot be followed; nothing was computed
+ 130  Ctrl-C: what there was of the images is written, and named on stdout. A second one leaves at once
+ 143  the same for SIGTERM
+====  ==============================================================================================================
 """
 
 import argparse
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from PIL.Image import Image
-from tqdm import tqdm
 
-from .arguments import TEXT_BITS, UNET_BITS, Parser, read
-from .batches import Batch, Pass, Work, alike, batches, first_pass, hires_pass, prepare_work, read_inputs, refiner_pass
+from .arguments import chosen_bits, chosen_parts, read
+from .batches import Batch, Work, alike, batches, first_pass, prepare_work, read_inputs
 from .budget import choose, set_limits
-from .image import check_output, from_array, grid, save
+from .interrupts import Interrupts
 from .jobs import jobs
+from .parser import Parser
 from .pipeline import StableDiffusion
+from .preview import Watch
+from .progress import Remarks
+from .results import Results
+from .runs import Runs, prepared, set_scales
 from .weights.adapters import Attachment
 from .weights.files import open_checkpoint
 
 _log = logging.getLogger("stable_diffusion")
 
 
-def txt2image(argv: Sequence[str] | None = None) -> int:
+def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``txt2image.py`` with the arguments ``argv`` (None: those of the process); returns the exit code."""
-    return _run(*read("Make images from a prompt.", False, argv))
+    return _run(*read(False, argv, prog))
 
 
-def image2image(argv: Sequence[str] | None = None) -> int:
+def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``image2image.py`` with the arguments ``argv`` (None: those of the process); returns the exit code."""
-    return _run(*read("Change an image towards a prompt.", True, argv))
+    return _run(*read(True, argv, prog))
 
 
 def _run(parser: Parser, args: argparse.Namespace) -> int:
     _log_to_stderr(parser.prog, args.verbose)
-    try:
+    with Interrupts(_log.warning) as interrupts:
         try:
-            args.seed = secrets.randbits(32) if args.seed is None else args.seed
-            wanted = batches(jobs(parser, args), args.batch_size)
-            seeds = [seed for batch in wanted for seed in batch.seeds]
-            paths = _image_paths(args, len(seeds))
-            inputs = read_inputs(args)
-            if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
-                open_checkpoint(args.refiner, float16=_float16(args))
-            allowed = set_limits(args.memory_limit, args.low_memory)
-            sd = _load(args, args.model)
-            wanted = [part for batch in wanted for part in alike(sd, batch)]
-            nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
-            loras = _prompt_loras(sd, args, wanted)
-            works = []
-            for batch in wanted:
-                _set_scales(loras, batch)  # prompts are encoded with them
-                works.append(prepare_work(sd, args, inputs, nets, batch))
-            _plan_memory(sd, works, allowed)
-            runs = _prepared(first_pass(sd, args, inputs, work) for work in works)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        latents = _denoise_all(sd, loras, works, runs)
-        if getattr(args, "hires", None):
-            runs = _prepared(hires_pass(sd, args, inputs, nets, *pair) for pair in zip(works, latents, strict=True))
-            latents = _denoise_all(sd, loras, works, runs)
-        nets, works = [], [work.without_controls() for work in works]
-        if args.refiner:
-            sd.release()
-            sd = _load(args, args.refiner)
-            runs = _prepared(refiner_pass(sd, args, *pair) for pair in zip(works, latents, strict=True))
-            latents = _denoise_all(sd, {}, works, runs)
-        sd.release("autoencoder")
-        unet_peak = mx.get_peak_memory()
-        _write(sd, list(zip(works, latents, strict=True)), args, paths, seeds)
-    except (ArithmeticError, ValueError, OSError) as error:
-        parser.fail(1, str(error))
-    except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
-        remedy = "where memory is short, try fewer images, a smaller size or -q"
-        parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
-    except KeyboardInterrupt:
-        parser.fail(130, "interrupted; the images named so far are complete")
+            try:
+                runs, results = _prepare(parser, args, interrupts)
+                interrupts.expect()
+            except (ValueError, OSError) as error:
+                parser.error(str(error))
+            unet_peak = 0
+            for made in runs.made():
+                unet_peak = unet_peak or mx.get_peak_memory()
+                results.add(runs.sd, made)
+                if not made.partial:
+                    results.add_animation(runs.watch.finish(runs.sd, made.work.batch, made.latents))
+            if interrupts.code is not None:
+                raise KeyboardInterrupt
+            results.finish()
+        except (ArithmeticError, ValueError, OSError) as error:
+            parser.fail(1, str(error))
+        except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
+            remedy = "where memory is short, try fewer images, a smaller size or -q"
+            parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
+        except KeyboardInterrupt:
+            parser.fail(interrupts.code or 130, "interrupted; the images named so far are whole files")
     peak = mx.get_peak_memory()
     _log.info("peak memory: %.3f GB for the UNet, %.3f GB overall", unet_peak / 1024**3, peak / 1024**3)
     return 0
 
 
-def _image_paths(args: argparse.Namespace, count: int) -> list[Path]:
-    """The file of each image, checked: ``--output`` itself, or for several that name with numbers."""
-    output = check_output(args.output)
-    if count == 1:
-        return [output]
-    return [check_output(output.with_stem(f"{output.stem}_{i}")) for i in range(1, count + 1)]
+def _prepare(parser: Parser, args: argparse.Namespace, interrupts: Interrupts) -> tuple[Runs, Results]:
+    """All that comes before the first step. ValueError or OSError for what is wrong with the arguments."""
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    wanted = batches(jobs(parser, args), args.batch_size)
+    results, watch = Results(args, wanted), Watch(args)
+    inputs = read_inputs(args)
+    if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
+        open_checkpoint(args.refiner, float16=_float16(args))
+    allowed = set_limits(args.memory_limit, args.low_memory)
+    sd = _load(args, args.model)
+    watch.look_at(sd)
+    wanted = [part for batch in wanted for part in alike(sd, batch)]
+    nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
+    loras = _prompt_loras(sd, args, wanted)
+    works = []
+    for batch in wanted:
+        set_scales(loras, batch)  # prompts are encoded with them
+        works.append(prepare_work(sd, args, inputs, nets, batch))
+    fits = _plan_memory(sd, works, allowed)
+    runs = prepared(first_pass(sd, args, inputs, work) for work in works)
+    one_by_one = len(works) > 1 and fits and not args.low_memory
+    refiner = partial(_load, args, args.refiner) if args.refiner else None
 
+    def stopped() -> bool:
+        return interrupts.code is not None
 
-class _Remarks(logging.StreamHandler):
-    """Writes the library's log to stderr, on lines of its own also while a progress bar is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+    return Runs(sd, args, inputs, nets, loras, works, runs, one_by_one, refiner, stopped, watch), results
 
 
 def _log_to_stderr(prog: str, verbose: bool) -> None:
-    handler = _Remarks()
+    handler = Remarks()
     handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -116,12 +123,10 @@ def _float16(args: argparse.Namespace) -> bool:
 
 def _load(args: argparse.Namespace, model: str) -> StableDiffusion:
     """A model as the arguments want it; LoRAs, embeddings and parts are those of ``--model`` alone, but for the VAE."""
-    options: dict[str, Any] = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
-    options |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
-    options["low_memory"] = args.low_memory
-    names = ("vae",) if model != args.model else ("vae", "unet", "text_encoder", "text_encoder_2")
-    parts = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options: dict[str, Any] = {"low_memory": args.low_memory, **chosen_bits(args)}
+    parts = chosen_parts(args)
     if model != args.model:
+        parts = {name: source for name, source in parts.items() if name == "vae"}
         return StableDiffusion(model, _float16(args), parts=parts, **options)
     sd = StableDiffusion(
         model,
@@ -156,14 +161,11 @@ def _lora_file(folder: str, name: str) -> Path:
     return found[0]
 
 
-def _set_scales(loras: dict[str, Attachment], batch: Batch) -> None:
-    asked = dict(batch.job.loras)
-    for name, attachment in loras.items():
-        attachment.scale = asked.get(name, 0.0)
+def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> bool:
+    """Choose how to run where memory is short, and log what the largest of the batches will take.
 
-
-def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> None:
-    """Choose how to run where memory is short, and log what the largest of the batches will take."""
+    Returns whether there is memory for the networks of all stages after the first at once.
+    """
 
     def area(work: Work) -> int:
         return len(work.batch.seeds) * math.prod(work.size)
@@ -174,64 +176,8 @@ def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> No
         found = choose(sd, allowed, len(work.batch.seeds), size, work.given["text"].context.shape[1] // 77)
     except (RuntimeError, TypeError, ValueError) as error:  # MLX calls its way to look at graphs experimental
         _log.info("how much memory this takes cannot be said (%s)", error)
-        return
+        return True
     for need in found:
         _log.info("memory for %s", need)
-
-
-def _prepared(runs: Iterable[Pass]) -> list[Pass]:
-    """All that comes before the steps of the runs, computed."""
-    runs = list(runs)
-    for latents, _ in runs:
-        latents.prepare()
-    return runs
-
-
-def _denoise_all(
-    sd: StableDiffusion, loras: dict[str, Attachment], works: Sequence[Work], runs: list[Pass]
-) -> list[mx.array]:
-    """The last latents of each run. The text encoders are let go of first, and each run after its last step."""
-    mx.eval([work.conditioning() for work in works])
-    sd.release("unet", "autoencoder")
-    done = []
-    for work in works:
-        _set_scales(loras, work.batch)
-        done.append(_denoise(sd, *runs.pop(0)))
-    return done
-
-
-def _denoise(sd: StableDiffusion, latents: Iterator[mx.array], total: int) -> mx.array:
-    """Compute the steps one by one; FloatingPointError names the first whose latents are not finite."""
-    for step, x_t in enumerate(tqdm(latents, total=total, unit="step"), start=1):
-        mx.eval(x_t)
-        if not mx.isfinite(x_t).all():
-            half = "compute in float32 with --no-float16"
-            remedy = half if sd.dtype == mx.float16 else "check the weights, or take a lower --cfg"
-            raise FloatingPointError(f"the latents of step {step} are not finite; {remedy}")
-    return x_t
-
-
-def _write(
-    sd: StableDiffusion,
-    made: Sequence[tuple[Work, mx.array]],
-    args: argparse.Namespace,
-    paths: Sequence[Path],
-    seeds: Sequence[int],
-) -> None:
-    """Decode the latents and write each image as soon as it is there; then, of several of one size, the grid."""
-    images: list[Image] = []
-    for work, batch in made:
-        for start in range(0, len(batch), args.decoding_batch_size):
-            for pixels in sd.decode(batch[start : start + args.decoding_batch_size]):
-                path, seed = paths[len(images)], seeds[len(images)]
-                image = from_array(pixels)
-                if work.canvas is not None:
-                    image = work.canvas.finish(image, composite=not args.no_composite)
-                images.append(image)
-                save(image, path)
-                print(f"{path} seed {seed}", flush=True)
-    if len({image.size for image in images}) > 1:
-        _log.warning("the images are of several sizes: there is no grid of them")
-    elif len(images) > 1:
-        save(grid(images, args.n_rows), args.output)
-        print(args.output, flush=True)
+    _, step, decoding = found
+    return step.weights + decoding.weights + max(step.working, decoding.working) <= allowed

@@ -111,6 +111,21 @@ class DiffusionModel:
             delattr(self, name)
         mx.clear_cache()
 
+    def to_float32(self, name: str) -> None:
+        """Let the "unet" or the "autoencoder" compute in float32 from now on, also in runs that have not begun.
+
+        Its weights are cast. Of quantized ones only the scales are: they stay packed in their bits.
+        """
+        self.recipes[name].dtype = mx.float32
+        if name == "autoencoder":
+            self._vae_dtype = mx.float32
+        else:
+            self.dtype = mx.float32
+        if self.low_memory and not self.recipes[name].is_changed(vars(self).get(name)):
+            delattr(self, name)  # it comes back in its new type
+        else:
+            getattr(self, name).set_dtype(mx.float32)
+
     def _begin(self, *networks: str) -> None:
         """Before a stage of a run: in low memory, the networks of the others are let go of."""
         if self.low_memory:
@@ -183,11 +198,15 @@ class DiffusionModel:
         mx.eval(self.unet.parameters(), self.autoencoder.parameters())
 
     def decode(self, x_t: mx.array) -> mx.array:
-        """Latents [n, h, w, 4] -> images [n, 8h, 8w, 3], float32 in [0, 1]."""
+        """Latents [n, h, w, 4] -> images [n, 8h, 8w, 3], float32 in [0, 1].
+
+        Values that overflow in half precision are not clipped to white but NaN, which ``from_array`` refuses; see
+        ``to_float32``.
+        """
         self._ready(x_t)
         self._begin("autoencoder")
         pixels = tiling.decode(self.autoencoder, x_t.astype(self._vae_dtype)).astype(mx.float32)
-        return self._ready(mx.clip(pixels / 2 + 0.5, 0, 1))
+        return self._ready(mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels / 2 + 0.5, 0, 1)))
 
     def encode(self, pixels: mx.array) -> mx.array:
         """Images [n, H, W, 3] in [-1, 1] -> latents [n, H / 8, W / 8, 4], float32 in the UNet's scale.
