@@ -1,0 +1,371 @@
+"""The documents: their commands and programs are run, and what they name is held against the code.
+
+Blocks of ``shell`` and ``python`` run in order, in a folder of their own, on the bundled model: in three steps, unless
+they ask for others or draw a picture that the documents show, which is compared. A comment on the line above a block,
+which readers do not see, says what is special about it:
+
+    <!-- download -->       its commands run up to where they ask the Hub for a model
+    <!-- minutes -->        only the options of its commands are read
+    <!-- install -->        changes the machine, and is not run
+    <!-- file: NAME -->     is what the file NAME holds, for the blocks below
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import logging
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import ROOT, SCRIPTS
+from stable_diffusion import SAMPLERS, catalog
+from stable_diffusion.schedule import SCHEDULES
+from stable_diffusion.weights import hub
+from test_architecture import FLOOR
+from tools import flags
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {document.relative_to(ROOT).as_posix(): document.read_text(encoding="utf-8") for document in DOCUMENTS}
+README = TEXTS["README.md"]
+
+_BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_MARKS = {"", "download", "minutes", "install", "file"}
+_SHOWN = [path.name for path in (ROOT / "docs" / "pictures").iterdir()]
+_NOT_RUN = {".venv/bin/pip", "pip", "apt-get", "ruff", "."}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ``mark`` and ``name`` are what the comment above it says."""
+
+    mark: str
+    name: str
+    language: str
+    text: str
+    line: int
+
+    @property
+    def commands(self) -> list[str]:
+        lines = [line for line in self.text.replace("\\\n", " ").splitlines() if line.strip()]
+        return [command for line in lines for command in line.split(" && ")]
+
+
+def blocks(document: str) -> list[Block]:
+    text, found = TEXTS[document], []
+    for match in _BLOCK.finditer(text):
+        mark, _, name = (match[1] or "").partition(": ")
+        found.append(Block(mark, name, match[2], match[3], text[: match.start(3)].count("\n") + 1))
+    return found
+
+
+def without_blocks(text: str) -> str:
+    return _BLOCK.sub("", text)
+
+
+# --- commands and programs -------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """Where a test ends a command; no ``except Exception`` holds it up."""
+
+
+def stop(*args: object, **kwargs: object) -> NoReturn:
+    raise Stopped
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The current folder of the commands, with the files that they read; they leave no traces in this process."""
+    shutil.copytree(ROOT / "docs" / "pictures", tmp_path / "docs" / "pictures")
+    Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    write_weights(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
+    monkeypatch.setattr(hub, "fetch", stop)
+    log, limits = logging.getLogger("stable_diffusion"), (mx.set_memory_limit(2**40), mx.set_cache_limit(2**30))
+    before = log.handlers, log.level
+    yield tmp_path
+    log.handlers, log.level = before
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+
+
+@pytest.mark.parametrize("document", [name for name, text in TEXTS.items() if "```" in text])
+def test_what_is_written_runs(document, folder, request, capsys, monkeypatch):
+    names: dict[str, Any] = {}
+    for block in blocks(document):
+        where = f"{document}, line {block.line}"
+        assert block.mark in _MARKS, where
+        if block.mark == "file":
+            (folder / block.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.name).write_text(block.text, encoding="utf-8")
+        if block.language == "python":
+            if "StableDiffusionXL(" in block.text:  # random weights in place of a download
+                stand_in = catalog.Entry(folder=request.getfixturevalue("xl_folder"))
+                monkeypatch.setitem(catalog.ALIASES, "sdxl", stand_in)
+            exec(compile(block.text, where, "exec"), names)
+        elif block.language == "shell":
+            for command in block.commands:
+                code = execute(command, block.mark, monkeypatch)
+                assert code == 0, f"{where}: {command}\n{capsys.readouterr().err}"
+    check_pictures(folder)
+
+
+def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a command in this process, as far as ``mark`` lets it; returns its exit code."""
+    program, *words = shlex.split(command)
+    if program in _NOT_RUN or words[:2] in (["-m", "pytest"], ["-m", "venv"]):
+        files = [word for word in words if re.search(r"\.(py|txt)$", word)]
+        assert mark == "install" or all((ROOT / file).is_file() for file in files), command
+        return 0
+    assert program in ("python", "python3", ".venv/bin/python"), f"this test does not know {program}"
+    main, *argv = words[1:] if words[0] == "-m" else words
+    if Path(main).stem in SCRIPTS and not {"--steps", *_SHOWN} & set(argv):
+        argv += ["--steps", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [main, *argv])
+        if mark == "minutes":
+            parse = argparse.ArgumentParser.parse_args
+            patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *given: stop(parse(self, *given)))
+        try:
+            code = (main_of(main) if words[0] == "-m" else SCRIPTS[Path(main).stem])()
+        except Stopped:
+            assert mark in ("download", "minutes"), f"{command} asks for a download, and is not marked so"
+            return 0
+        except SystemExit as leaving:
+            code = leaving.code
+    assert mark not in ("download", "minutes") or code, f"{command} needs no {mark}"
+    return code or 0
+
+
+def main_of(module: str) -> Callable[[], int | None]:
+    found = importlib.import_module(module)
+    return found.main if hasattr(found, "main") else importlib.import_module(f"{module}.__main__").main
+
+
+def write_weights(folder: Path) -> None:
+    """The bundled model in one file, and a LoRA for one matrix of it."""
+    tiny, whole = ROOT / "stable_diffusion" / "tiny", {}
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (tiny / part).glob("*.safetensors")
+        whole |= {f"{part}.{name}": value for name, value in mx.load(str(file)).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), whole)
+    layer, width = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 96
+    down, up = mx.ones((4, width)) / width, mx.ones((width, 4))
+    mx.save_safetensors(
+        str(folder / "style.safetensors"), {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    )
+
+
+def check_pictures(folder: Path) -> None:
+    """The pictures that a document shows are those that its commands make."""
+    for shown in (ROOT / "docs" / "pictures").iterdir():
+        if (made := folder / shown.name).exists():
+            with Image.open(made) as ours, Image.open(shown) as theirs:
+                assert ours.size == theirs.size, made.name
+                difference = np.abs(np.array(ours.convert("RGB"), int) - np.array(theirs.convert("RGB"), int))
+            assert difference.mean() <= 1, made.name
+
+
+# --- what is named ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_links_lead_somewhere(document):
+    text, place = without_blocks(TEXTS[document]), (ROOT / document).parent
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (place / path).resolve() if path else ROOT / document
+        assert file.is_file() and file.is_relative_to(ROOT), f"{document}: {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{document}: {target}"
+    if document.startswith("docs/"):  # a table of contents at the top, if there is one, is complete
+        head = text.split("\n## ")[0]
+        listed = re.findall(r"\(#([\w-]+)\)", head)
+        assert not listed or listed == anchors(text, level=2), document
+
+
+def anchors(text: str, level: int | None = None) -> list[str]:
+    """The names under which GitHub finds the headings of a document."""
+    marks = "#" * level if level else "#+"
+    headings = re.findall(rf"^{marks} (.+)$", without_blocks(text), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_all_pages_are_to_be_found_from_the_readme():
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", README)}
+    assert set(TEXTS) - {"README.md"} <= linked
+    shown = {name for text in TEXTS.values() for name in re.findall(r"pictures/(\w+\.\w+)", text)}
+    assert shown == {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+
+
+def test_the_list_of_flags_is_that_of_the_parsers():
+    text = flags.DOCUMENT.read_text(encoding="utf-8")
+    assert text == flags.renewed(text), "the flags have changed: run python -m tools.flags"
+    listed = set(re.findall(r"^\| (?:`-\w`, )?`(--\w+)", text, re.MULTILINE))
+    known = set.union(*(flags.flags_of(p) for parsers in flags.COMMANDS.values() for p in parsers.values()))
+    assert listed == {name for name in known if "-" not in name[2:]} - {"--help"}
+
+
+# Flags of other programs that the documents speak of.
+OTHERS = {"--medvram", "--lowvram", "--check"}
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_no_flag_is_made_up(document):
+    """Wherever a flag is written, some command here has it; those of commands in blocks are read by their parsers."""
+    known = set.union(*(flags.flags_of(p) for parsers in flags.COMMANDS.values() for p in parsers.values()))
+    known |= OTHERS | {option for name in ("benchmarks", "tools") for option in options_in(ROOT / name)}
+    written = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[document]))
+    assert not {
+        flag for flag in written if flag not in known and flag.replace("-", "_").replace("__", "--", 1) not in known
+    }
+
+
+def options_in(folder: Path) -> set[str]:
+    """The options that the parsers of the programs in a folder have."""
+    return {
+        node.value
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"--[a-z][\w-]*", node.value)
+    }
+
+
+def messages() -> list[str]:
+    """All texts in the library's code, with … in place of what is filled in."""
+    found = []
+    for path in (ROOT / "stable_diffusion").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%\.?\d*[a-z]", "…", node.value))
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+    return found
+
+
+def test_troubles_are_those_of_the_program():
+    section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\* \*\*`(.+?)`\*\*", section, re.MULTILINE)
+    assert len(quoted) >= 8
+    known = messages()
+    for message in quoted:
+        assert any(message in text for text in known), f"no message of the program holds {message!r}"
+
+
+def test_exit_codes():
+    said = set(re.findall(r"(?:is|;) (\d+) (?:when|for)", README.split("\n## Troubleshooting\n")[1]))
+    listed = set(re.findall(r"^\| (\d+) \|", TEXTS["docs/command-line.md"], re.MULTILINE))
+    assert said == listed and {"0", "1", "2", "130"} <= listed
+
+
+def test_the_models():
+    section = README.split("\n## Models\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \| (\d+) \| (.+?), (.+?) \|$", section, re.MULTILINE)
+    listed = {}
+    for names, repo, _, steps, guidance in rows:
+        listed |= {name: (repo, int(steps), float(guidance)) for name in re.findall(r"`(.+?)`", names)}
+    assert list(listed) == catalog.names()
+    for name, (repo, steps, guidance) in listed.items():
+        entry = catalog.find(name)
+        assert repo == entry.repos[0] if entry.repos else "comes with" in repo
+        assert entry.steps in (None, steps) and entry.guidance in (None, guidance), name
+
+
+def test_the_samplers():
+    text = TEXTS["docs/samplers.md"]
+    table = {}
+    for evaluations, *cells in re.findall(r"^\| (one|two)\b.*? \| (.+?) \| (.+?) \|$", text, re.MULTILINE):
+        for stochastic, cell in enumerate(cells):
+            table |= {name: (evaluations, bool(stochastic)) for name in re.findall(r"`(\w+)`", cell)}
+    assert table == {name: (("one", "two")[s.evaluations - 1], s.stochastic) for name, s in SAMPLERS.items()}
+    assert {name for name in SCHEDULES if f"`{name}`" in text} == set(SCHEDULES)
+
+
+def test_every_module_has_a_room():
+    text = TEXTS["ARCHITECTURE.md"].split("\n## Rooms\n")[1].split("\n## ")[0]
+    rooms: set[str] = set()
+    for files in re.findall(r"^\| .+? \| (.+) \|$", text, re.MULTILINE):
+        folder = (re.match(r"`(models|weights)/`: ", files) or [None, ""])[1]
+        rooms |= {f"{folder}.{name}".lstrip(".") for name in re.findall(r"`(\w+)\.py`", files)}
+    assert rooms == FLOOR.keys() - {"__init__"}
+
+
+def test_places_in_the_architecture_exist():
+    """What stands in backticks and looks like a name in the code is one."""
+    files = [*(ROOT / "stable_diffusion").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for name in re.findall(r"`([\w./]+)`", without_blocks(TEXTS["ARCHITECTURE.md"])):
+        if "/" in name:
+            assert (ROOT / name).exists() or (ROOT / "stable_diffusion" / name).exists(), name
+        elif name.endswith((".py", ".json", ".md")):
+            assert any(path.name == name for path in ROOT.rglob(name)), name
+        else:
+            for part in name.split("."):
+                assert re.search(rf"\b{part}\b", code), name
+
+
+def test_the_names_in_diffusers():
+    """The table for those who come from there says what is there."""
+    section = README.split("\n## Coming from another program\n")[1].split("\n## ")[0]
+    cells = [row.split("|")[4] for row in section.replace("\\|", "").splitlines() if row.startswith("| ")]
+    names = set(re.findall(r"`(\w+)[=`]", " ".join(cells[1:])))
+    assert len(names) >= 20
+    pipelines = [getattr(diffusers, name) for name in dir(diffusers) if re.match(r"StableDiffusion\w*Pipeline$", name)]
+    schedulers = [diffusers.DPMSolverMultistepScheduler]
+    known = set()
+    for cls in [*pipelines, *schedulers]:
+        known |= set(dir(cls)) | set(inspect.signature(cls.__init__).parameters)
+        known |= set(inspect.signature(cls.__call__).parameters)
+    assert names <= known, names - known
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+def test_the_workflow_runs_the_commands_of_the_readme():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    documented = [block.text.strip() for block in blocks("README.md") if "pytest" in block.text]
+    assert len(documented) == 1 and documented[0] in commands
+    assert documented[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    style = next(line for block in blocks("CONTRIBUTING.md") for line in block.text.splitlines() if "ruff" in line)
+    assert style.replace("ruff", ".venv/bin/ruff") in commands
+    systems = job["strategy"]["matrix"]["os"]
+    assert any(name.startswith("macos") for name in systems) and any(name.startswith("ubuntu") for name in systems)
+
+
+def test_the_newest_version_of_the_changes_is_the_package():
+    from stable_diffusion import __version__
+
+    versions = re.findall(r"^## \[?(\d+\.\d+\.\d+)", TEXTS["CHANGELOG.md"], re.MULTILINE)
+    assert versions[0] == __version__
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_documents_are_for_everybody(document):
+    text = TEXTS[document]
+    assert not re.search(r"(?<![\w.~])/(work|root|tmp|home|Users|mnt)/", text)
+    assert not re.search(r"[\U0001F300-\U0001FAFF\u2600-\u27BF]", text)
+    assert not re.search(r"\b(TODO|FIXME|XXX|TBD)\b", text)
+    long = [line for line in without_blocks(text).splitlines() if len(line) > 120 and not re.match(r"[|<*]|!\[", line)]
+    assert not long, long
