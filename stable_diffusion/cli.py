@@ -18,7 +18,6 @@ import math
 import secrets
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +27,7 @@ from .batches import Batch, Work, alike, batches, first_pass, prepare_work, read
 from .budget import choose, set_limits
 from .interrupts import Interrupts
 from .jobs import jobs
+from .metadata import changes
 from .parser import Parser
 from .pipeline import StableDiffusion
 from .preview import Watch
@@ -36,6 +36,7 @@ from .results import Results
 from .runs import Runs, prepared, set_scales
 from .weights.adapters import Attachment
 from .weights.files import open_checkpoint
+from .weights.lora import find_in
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -89,7 +90,7 @@ def _prepare(parser: Parser, args: argparse.Namespace, interrupts: Interrupts) -
     if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
         open_checkpoint(args.refiner, float16=_float16(args))
     allowed = set_limits(args.memory_limit, args.low_memory)
-    sd = _load(args, args.model)
+    sd = results.model = _load(args, args.model)
     watch.look_at(sd)
     wanted = [part for batch in wanted for part in alike(sd, batch)]
     nets = [sd.load_controlnet(path) for path, _ in args.controlnet]
@@ -98,6 +99,8 @@ def _prepare(parser: Parser, args: argparse.Namespace, interrupts: Interrupts) -
     for batch in wanted:
         set_scales(loras, batch)  # prompts are encoded with them
         works.append(prepare_work(sd, args, inputs, nets, batch))
+    for line in changes(sd, args, works[0]) if args.from_image else ():
+        _log.warning("%s", line)
     fits = _plan_memory(sd, works, allowed)
     runs = prepared(first_pass(sd, args, inputs, work) for work in works)
     one_by_one = len(works) > 1 and fits and not args.low_memory
@@ -151,14 +154,7 @@ def _prompt_loras(sd: StableDiffusion, args: argparse.Namespace, wanted: Sequenc
     names = dict.fromkeys(name for batch in wanted for job in batch.jobs for name, _ in job.loras)
     if names and args.lora_dir is None:
         raise ValueError(f"the prompt asks for the LoRA {next(iter(names))}; say where LoRAs are: --lora_dir DIR")
-    return {name: sd.load_lora(_lora_file(args.lora_dir, name), 0.0, partial=args.lora_partial) for name in names}
-
-
-def _lora_file(folder: str, name: str) -> Path:
-    found = [path for path in sorted(Path(folder).expanduser().glob("*")) if name in (path.name, path.stem)]
-    if not found:
-        raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
-    return found[0]
+    return {name: sd.load_lora(find_in(args.lora_dir, name), 0.0, partial=args.lora_partial) for name in names}
 
 
 def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> bool:

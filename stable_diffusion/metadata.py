@@ -10,7 +10,8 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def _files(
         source = getattr(args, part.name, None) or args.model
         found += [(_name(source, part.name, path), path) for path in part.files]
     for source, kind in [*((source, "controlnet") for source, _ in args.controlnet), (args.refiner, "refiner")]:
-        found += [(_name(source, kind, path), path) for path in _elsewhere(source, kind, half)]
+        with suppress(ValueError, OSError):  # what is gone by now was there when it was read
+            found += [(_name(source, kind, path), path) for path in _elsewhere(source, kind, half)]
     found += _loras(args, job)
     found += [(value, Path(value).expanduser()) for value in _paths(arguments)]
     for name, path in found:
@@ -139,8 +141,13 @@ def _files(
 
 
 def _loras(args: argparse.Namespace, job: argparse.Namespace) -> list[tuple[str, Path]]:
-    named = [(source, locate(source)) for source, _ in args.lora]
-    return named + [(name, find_in(args.lora_dir, name)) for name, _ in job.loras]
+    wanted = [(source, partial(locate, source)) for source, _ in args.lora]
+    wanted += [(name, partial(find_in, args.lora_dir, name)) for name, _ in job.loras]
+    found = []
+    for name, find in wanted:
+        with suppress(ValueError, OSError):
+            found.append((name, find()))
+    return found
 
 
 def _name(source: str, kind: str, path: Path) -> str:

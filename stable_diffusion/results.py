@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from .batches import Batch
 from .image import from_array, grid
+from .metadata import describe
 from .outputs import Outputs
 from .pipeline import StableDiffusion
 from .plots import compare, draw
@@ -25,8 +26,11 @@ _log = logging.getLogger("stable_diffusion")
 class Results:
     """The files of a run.
 
-    Where they go is checked here: raises ValueError or OSError, one line, before any work.
+    Where they go is checked here: raises ValueError or OSError, one line, before any work. ``model`` is that of
+    ``--model``, which is to be set once it is there; it may be another that finishes an image.
     """
+
+    model: StableDiffusion
 
     def __init__(self, args: argparse.Namespace, batches: Sequence[Batch]):
         self._args = args
@@ -49,7 +53,8 @@ class Results:
             own = {"i": len(self._written) + 1, "width": image.width, "height": image.height}
             values = _values(args, work.batch, k, sd) | {"steps": work.given["num_steps"]} | own
             mark = "partial" if made.partial else ""
-            path = self._outputs.write(image, values, mark=mark)
+            texts = None if args.no_metadata else describe(self.model, args, work, k, partial=made.partial or None)
+            path = self._outputs.write(image, values, mark=mark, text=texts, quality=args.quality)
             if self._wants_grid:
                 self._images.append(image)
             record = {"kind": mark or "image", "path": str(path)} | values
@@ -78,7 +83,7 @@ class Results:
             self._add_grid(grid(self._images, rows), range(len(self._images)), "grid")
 
     def _add_grid(self, image: Image, shown: Sequence[int], mark: str) -> None:
-        path = self._outputs.write(image, self._written[shown[0]], mark=mark)
+        path = self._outputs.write(image, self._written[shown[0]], mark=mark, quality=self._args.quality)
         images = [self._written[i]["path"] for i in shown]
         found = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height, "images": images}
         self._tell(str(path), found)
