@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .control import Control, Steering
+from .deep_cache import DeepCache
 from .guidance import Stage, in_parts
 from .models.layers import Context
 from .samplers import Denoiser, Sampler, keywords
@@ -22,15 +23,18 @@ def denoiser(
     stages: Sequence[Stage],
     controls: Sequence[Control] = (),
     rows_at_once: int | None = None,
+    deep_cache: int = 1,
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 
     Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``. With ``rows_at_once`` they are asked so many
     questions at a time, one part after the other, which takes less memory; None asks all of them together.
+    All of the UNet runs in every ``deep_cache``-th step only.
     """
     parts = [(stage, [(part, _context(part)) for part in in_parts(stage, rows_at_once)]) for stage in stages]
     timestep = _timesteps(schedule, steps)
     steer = Steering(controls, len(steps), dtype)
+    cache = DeepCache(deep_cache)
 
     def ask(scaled: mx.array, sigma: float, step: int, stage: Stage, context: Context) -> mx.array:
         """The networks' answers to the questions of a stage, or of a part of one."""
@@ -38,7 +42,7 @@ def denoiser(
         text_time = None if told.pooled is None else (told.pooled, told.time_ids)
         batch = scaled[stage.images]
         t = mx.full((len(batch),), timestep(sigma))
-        steered = steer(step, batch, t, context, stage, text_time)
+        steered = steer(step, batch, t, context, stage, text_time) | cache(step - stage.first_step, context)
         if told.channels is not None:
             batch = mx.concatenate([batch, told.channels.astype(dtype)], axis=-1)
         return unet(batch, t, context, text_time=text_time, timestep_cond=told.guidance, **steered)

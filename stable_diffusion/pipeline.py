@@ -88,6 +88,7 @@ class StableDiffusion(DiffusionModel):
         s_noise: float | None = None,
         clip_skip: int = 0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        deep_cache: int = 1,
         micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_start: float = 0.0,
@@ -119,6 +120,8 @@ class StableDiffusion(DiffusionModel):
             clip_skip: how many of the text encoder's last layers to leave out.
             guidance_interval: (start, end), the shares of the steps between which there is guidance (Kynkäänniemi et
                 al. 2024); before and after them the UNet is asked half as much, for the prompt alone.
+            deep_cache: an approximation that saves time: all of the UNet runs in every so many steps only, and its last
+                layer in the others (Ma et al. 2023); 1 is exact. See ``deep_cache.py``.
             micro: SDXL's size conditioning.
             controls: ControlNets with what they are shown.
             denoising_end: stop when this share of the noise is gone: another model goes on from there.
@@ -151,6 +154,7 @@ class StableDiffusion(DiffusionModel):
             eta=eta,
             s_noise=s_noise,
             guidance_interval=guidance_interval,
+            deep_cache=deep_cache,
             latents=latents,
             noise=noise,
         )
@@ -193,6 +197,7 @@ class StableDiffusion(DiffusionModel):
         s_noise: float | None = None,
         clip_skip: int = 0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        deep_cache: int = 1,
         micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_end: float = 1.0,
@@ -247,6 +252,7 @@ class StableDiffusion(DiffusionModel):
             eta=eta,
             s_noise=s_noise,
             guidance_interval=guidance_interval,
+            deep_cache=deep_cache,
             latents=latents,
             noise=noise,
         )

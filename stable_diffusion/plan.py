@@ -30,6 +30,7 @@ class Run:
     scale: float
     guidance: float
     guidance_interval: tuple[float, float]
+    deep_cache: int
     seeds: tuple[int, ...]
     latents: mx.array | None
     noise: Noise | None
@@ -70,6 +71,7 @@ def plan(
     guidance_interval: tuple[float, float],
     n_images: int,
     seed: int | Sequence[int] | None,
+    deep_cache: int = 1,
     strength: float = 1.0,
     denoising_start: float = 0.0,
     denoising_end: float = 1.0,
@@ -90,6 +92,8 @@ def plan(
         raise ValueError(f"n_images {n_images} must be at least 1")
     if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         raise ValueError(f"guidance_interval {guidance_interval} must be shares of the steps, 0 <= start <= end <= 1")
+    if deep_cache < 1:
+        raise ValueError(f"deep_cache {deep_cache} must be at least 1: in every step all of the UNet runs")
     chosen = find_sampler(sampler)
     named = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas}
     asked = [name for name, value in named.items() if value is not None]
@@ -118,6 +122,7 @@ def plan(
         scale=levels.initial_scale(steps, chosen.grid, spacing) if len(steps) else 0.0,
         guidance=guidance,
         guidance_interval=tuple(guidance_interval),
+        deep_cache=deep_cache,
         seeds=_seeds(seed, n_images),
         latents=latents,
         noise=noise,

@@ -153,15 +153,24 @@ class MidBlock(UNetBlock):
 
 
 class UpBlock(UNetBlock):
-    """``UpBlock2D`` and ``CrossAttnUpBlock2D``: takes one of ``skips`` for each resnet."""
+    """``UpBlock2D`` and ``CrossAttnUpBlock2D``: takes one of ``skips`` for each resnet.
+
+    What comes into its last resnet is put into ``deep`` if that is empty; otherwise its map takes that place.
+    """
 
     def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
         super().__init__(config, channels, attention)
         if not last:
             self.upsamplers = [Upsample2D(channels[-1][1])]
 
-    def __call__(self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array]) -> mx.array:
+    def __call__(
+        self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array], deep: list[mx.array] | None = None
+    ) -> mx.array:
         for i, resnet in enumerate(self.resnets):
+            if deep is not None and i == len(self.resnets) - 1:
+                if not deep:
+                    deep.append(x)
+                x = deep[0]
             x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
             if "attentions" in self:
                 x = self.attentions[i](x, context)
@@ -262,6 +271,8 @@ class UNet2DConditionModel(Encoder):
         timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
         residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
         features: what T2I-Adapters add to each down block and, in XL, to the middle.
+        deep: an empty list keeps the map that comes into the last resnet with its transformer. That list, given to
+            another call, saves it all that comes before: nothing is computed that no result depends on.
 
     Returns:
         [B, h, w, out_channels] in the type of ``x``.
@@ -301,6 +312,7 @@ class UNet2DConditionModel(Encoder):
         timestep_cond: mx.array | None = None,
         residuals: Residuals | None = None,
         features: Sequence[mx.array] = (),
+        deep: list[mx.array] | None = None,
     ) -> mx.array:
         context = context if isinstance(context, Context) else Context(context)
         temb = self.embed_time(t, x.dtype, text_time, timestep_cond)
@@ -313,6 +325,7 @@ class UNet2DConditionModel(Encoder):
                 )
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
             x = x + middle
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             x = block(x, temb, context, skips)
+        x = self.up_blocks[-1](x, temb, context, skips, deep)
         return self.conv_out(silu(self.conv_norm_out(x)))
