@@ -58,9 +58,9 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     for name, net in zip(("net", "net2"), control_nets("sd1", 2)[0], strict=True):
         net.save_pretrained(folder / name)
     (folder / "loras").mkdir()
-    _write_lora(folder / "loras" / "paint.safetensors")
-    _write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
-    _write_lora(folder / "more.safetensors", "lora_unet_nowhere_in_this_model")
+    write_lora(folder / "loras" / "paint.safetensors")
+    write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
+    write_lora(folder / "more.safetensors", "lora_unet_nowhere_in_this_model")
     (folder / "words").mkdir()
     (folder / "words" / "colour.txt").write_text("red\nblue\n")
     return folder
@@ -82,7 +82,7 @@ def _other_parts(folder: Path, sd1_folder: Path, xl_folder: Path) -> None:
     merges.write_text(merges.read_text().replace("re d</w>\n", ""))
 
 
-def _write_lora(path: Path, *more: str, seed: int = 0) -> None:
+def write_lora(path: Path, *more: str, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn"
     layers = {f"{attention}1_to_q": (64, 64), f"{attention}2_to_k": (64, 32)}
@@ -105,7 +105,7 @@ def draw(run, files, tmp_path) -> Draw:
     def call(script: str, *options, model: str = "sd", prompt: str = PROMPT, image: str = "in.png") -> np.ndarray:
         given = [files / image] if script == "image2image" else []
         given += [prompt, "--model", files / model, "--steps", 2, "--n_images", 1, "--seed", 3, "--cfg", 1]
-        given += ["--output", tmp_path / "made.png"]
+        given += ["--output", tmp_path / "made.png", "--overwrite"]
         given += ["--strength", 0.5] if script == "image2image" else ["--width", 64, "--height", 64]
         run(script, *given, *(str(option).replace("{}", str(files)) for option in options)).succeeded()
         return pixels(tmp_path / "made.png")
@@ -181,7 +181,7 @@ def test_kept_pixels_are_those_of_the_file(draw, files, model, options, size):
 def test_a_black_mask_returns_the_file_and_says_so(run, files, tmp_path):
     noise((75, 61), seed=4).save(files / "odd.png")
     Image.new("1", (75, 61)).save(tmp_path / "black.png")
-    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--output", tmp_path / "out.png"]
+    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--output", tmp_path / "out.png", "--overwrite"]
     done = run("image2image", files / "odd.png", PROMPT, *options, "--mask", tmp_path / "black.png").succeeded()
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(files / "odd.png"))
     assert len(done.remarks) == 1 and "black everywhere" in done.remarks[0]
@@ -235,7 +235,7 @@ def test_borders_are_painted_around_the_very_picture(draw, files, borders, size)
 
 def test_several_masked_images_are_the_single_ones(run, draw, files, tmp_path):
     options = ["--mask", files / "mask.png", "--mask_padding", 4, "--sampler", "euler_a", "--cfg", 3]
-    common = ["--model", files / "sd", "--steps", 2, "--strength", 0.5, "--output", tmp_path / "out.png"]
+    common = ["--model", files / "sd", "--steps", 2, "--strength", 0.5, "--output", tmp_path / "out.png", "--overwrite"]
     run("image2image", files / "in.png", PROMPT, *common, *options, "--n_images", 3, "--seed", 3).succeeded()
     for i in range(3):
         single = draw("image2image", *options, "--seed", 3 + i)
@@ -387,7 +387,7 @@ def test_loras_of_prompts_in_one_file(run, draw, files, tmp_path):
     lines = [PROMPT, f"{PROMPT} <lora:paint:0.5>", f"{PROMPT} <lora:paint>", PROMPT]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
-    common += ["--lora_dir", files / "loras", "--seed", 3, "--output", tmp_path / "out.png"]
+    common += ["--lora_dir", files / "loras", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
     run("txt2image", "--prompt_file", tmp_path / "prompts.txt", *common, "--batch_size", 4).succeeded()
     for i, line in enumerate(lines):
         single = draw("txt2image", "--lora_dir", "{}/loras", "--seed", 3 + i, prompt=line)
@@ -412,7 +412,7 @@ def test_parts_of_the_checkpoint_itself(draw, files):
 
 def test_wildcards_are_the_lines_of_their_files(run, draw, files, tmp_path):
     common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
-    options = ["--wildcards", files / "words", "--seed", 3, "--output", tmp_path / "out.png"]
+    options = ["--wildcards", files / "words", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
     done = run("txt2image", "the __colour__ cat", *common, *options).succeeded()
     assert len(done.out) == 3
     for i, colour in enumerate(("red", "blue")):
