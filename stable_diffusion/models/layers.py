@@ -2,19 +2,19 @@
 
 import math
 from array import array
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import attention, keeps_scores, silu
+from .kernels import attention, keeps_scores, scaled, scaled_silu, sum_positions
 
 
 class GroupNorm(nn.Module):
     """Group normalization (Wu & He 2018) of NHWC maps, computed in float32.
 
-    The statistics are summed along one axis after the other: no transposes, and errors do not pile up as they do in
-    one long sum (over the 512 × 512 positions of a decoded picture they would reach 2e-4). The epsilon matters: it is
-    1e-5 in the UNet's resnets and 1e-6 in its transformers and in the autoencoder.
+    There are no transposes. The epsilon matters: it is 1e-5 in the UNet's resnets and 1e-6 in its transformers and in
+    the autoencoder.
     """
 
     def __init__(self, groups: int, channels: int, eps: float):
@@ -25,31 +25,52 @@ class GroupNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.normalize(x, *self.moments(x))
+        return self._pass(x, *self._sums_of(x), scaled)
+
+    def activated(self, x: mx.array) -> mx.array:
+        """SiLU of what a call gives, in the same pass over the map where that can be."""
+        return self._pass(x, *self._sums_of(x), scaled_silu)
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Mean and variance of the groups of ``x`` [B, H, W, C], each [B, G, 1] float32."""
-        x = x.astype(mx.float32)
-        mean = self._mean(x)
-        return mean, self._mean(mx.square(x - _per_channel(mean, x.shape[-1])))
+        """Mean and variance of the groups of ``x`` [B, H, W, C], each [B, 1, 1, C] float32, the same along a group."""
+        total, squares, share = self._sums_of(x)
+        return total * share, squares * share
 
     def normalize(self, x: mx.array, mean: mx.array, variance: mx.array) -> mx.array:
         """``x`` [B, H, W, C] shifted and scaled by the moments of a map that it may be only a part of."""
-        scale = self.weight.reshape(self._groups, -1) * mx.rsqrt(variance + self._eps)
-        channels = x.shape[-1]
-        y = (x.astype(mx.float32) - _per_channel(mean, channels)) * _per_channel(scale, channels)
-        return (y + self.bias).astype(x.dtype)
+        return self._pass(x, mean, variance, mx.array(1.0), scaled)
 
-    def _mean(self, x: mx.array) -> mx.array:
-        """[B, H, W, C] -> [B, G, 1]."""
-        sums = x.sum(axis=1).sum(axis=1).reshape(x.shape[0], self._groups, -1).sum(axis=-1, keepdims=True)
-        return sums * (x.shape[0] * self._groups / x.size)
+    def _pass(
+        self, x: mx.array, total: mx.array, squares: mx.array, share: mx.array, apply: Callable[..., mx.array]
+    ) -> mx.array:
+        scale, shift = _scale_and_shift(total, squares, share, mx.array(self._eps), self.weight, self.bias)
+        return apply(x, scale, shift)
+
+    def _sums_of(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Sums over each group of ``x`` and of its squared distances from the mean, and a value's share of them."""
+        x, share = x.astype(mx.float32), mx.array(self._groups * len(x) / x.size)
+        total = self._sum(x)
+        return total, self._sum(_squared_distance(x, total, share)), share
+
+    def _sum(self, x: mx.array) -> mx.array:
+        """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""
+        b, _, _, c = x.shape
+        sums = sum_positions(x).reshape(b, self._groups, -1)
+        sums = mx.broadcast_to(sums.sum(axis=-1, keepdims=True), sums.shape)
+        return sums.reshape(b, 1, 1, c)
 
 
-def _per_channel(x: mx.array, channels: int) -> mx.array:
-    """[B, G, 1 or C / G] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""
-    b, groups, _ = x.shape
-    return mx.broadcast_to(x, (b, groups, channels // groups)).reshape(b, 1, 1, channels)
+@mx.compile
+def _squared_distance(x: mx.array, total: mx.array, share: mx.array) -> mx.array:
+    return mx.square(x - total * share)
+
+
+@mx.compile
+def _scale_and_shift(
+    total: mx.array, squares: mx.array, share: mx.array, eps: mx.array, weight: mx.array, bias: mx.array
+) -> tuple[mx.array, mx.array]:
+    scale = weight * mx.rsqrt(squares * share + eps)
+    return scale, bias - total * share * scale
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
@@ -125,8 +146,8 @@ class Context:
         self.encoded, self.values = encoded, encoded if values is None else values
         self._known: dict[int, tuple[mx.array, mx.array]] = {}
 
-    def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
-        """Both [B, heads, M, C / heads]."""
+    def of(self, layer: "Attention") -> tuple[mx.array, mx.array]:
+        """A layer's keys and values, both [B, heads, M, C / heads]."""
         if id(layer) not in self._known:
             self._known[id(layer)] = layer.keys_and_values(self.encoded, self.values)
         return self._known[id(layer)]
@@ -163,30 +184,23 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, context: Context | None = None) -> mx.array:
         """``x`` [B, N, C] -> [B, N, C]."""
-        k, v = self.keys_and_values(x, x) if context is None else context.keys_and_values(self)
-        out = self._attend(self._split(self.to_q(x)), k, v)
-        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
+        b, n, c = x.shape
+        y = x.reshape(b * n, c)
+        q = self._split(self.to_q(y), b)
+        k, v = (self._split(p(y), b) for p in (self.to_k, self.to_v)) if context is None else context.of(self)
+        rows = max(self._largest_scores // (b * self._heads * k.shape[2] * q.itemsize), 1) if keeps_scores(q) else None
+        out = attention(q, k, v, rows)
+        out = self.to_out[0](out.transpose(0, 2, 1, 3).reshape(b * n, c).astype(x.dtype))
+        return out.reshape(b, n, c)
 
     def keys_and_values(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """[B, M, D] each -> [B, heads, M, C / heads] each."""
-        return self._split(self.to_k(keys)), self._split(self.to_v(values))
+        b = len(keys)
+        return self._split(self.to_k(keys), b), self._split(self.to_v(values), b)
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Queries [B, heads, N, C / heads], keys and values [B, heads, M, C / heads] -> [B, heads, N, C / heads]."""
-        b, heads, n, _ = q.shape
-        rows = max(self._largest_scores // (b * heads * k.shape[2] * q.itemsize), 1) if keeps_scores(q) else n
-        done: list[mx.array] = []
-        for start in range(0, n, rows):
-            piece = q[:, :, start : start + rows] if rows < n else q
-            if done:  # one after the other, or all their scores would be in memory at once
-                piece = mx.depends(piece, done[-1])
-            done.append(attention(piece, k, v))
-        return mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
-
-    def _split(self, x: mx.array) -> mx.array:
-        """[B, N, C] -> [B, heads, N, C / heads]."""
-        b, n, _ = x.shape
-        x = x.reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
+    def _split(self, x: mx.array, b: int) -> mx.array:
+        """[B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
+        x = x.reshape(b, -1, self._heads, x.shape[-1] // self._heads).transpose(0, 2, 1, 3)
         return x.astype(mx.float32) if self._upcast else x
 
 
@@ -208,11 +222,11 @@ class ResnetBlock2D(nn.Module):
             self.conv_shortcut = nn.Linear(in_channels, out_channels)
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
-        """``x`` [B, H, W, C_in], ``temb`` [B, T] -> [B, H, W, C_out]."""
-        y = self.conv1(silu(self.norm1(x)))
+        """``x`` [B, H, W, C_in], ``temb`` [B, T] after its SiLU -> [B, H, W, C_out]."""
+        y = self.conv1(self.norm1.activated(x))
         if temb is not None:
-            y = y + self.time_emb_proj(silu(temb))[:, None, None, :]
-        y = self.conv2(silu(self.norm2(y)))
+            y = y + self.time_emb_proj(temb)[:, None, None, :]
+        y = self.conv2(self.norm2.activated(y))
         return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
 

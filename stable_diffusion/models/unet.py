@@ -228,6 +228,8 @@ class Encoder(nn.Module):
     ) -> tuple[list[mx.array], mx.array]:
         """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's.
 
+        ``temb`` is what ``embed_time`` gives.
+
         ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
         """
         count = len(self.down_blocks)
@@ -245,7 +247,10 @@ class Encoder(nn.Module):
     def embed_time(
         self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None = None, cond: mx.array | None = None
     ) -> mx.array:
-        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]]."""
+        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]].
+
+        It has its SiLU, which all resnets would compute.
+        """
         config = self.config
         waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         temb = timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype)
@@ -257,7 +262,7 @@ class Encoder(nn.Module):
             sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
             sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
             temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
-        return temb
+        return silu(temb)
 
 
 class UNet2DConditionModel(Encoder):
@@ -328,4 +333,4 @@ class UNet2DConditionModel(Encoder):
         for block in self.up_blocks[:-1]:
             x = block(x, temb, context, skips)
         x = self.up_blocks[-1](x, temb, context, skips, deep)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.activated(x))

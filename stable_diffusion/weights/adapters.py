@@ -15,6 +15,7 @@ from weakref import ref
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.kernels import silu
 from ..models.layers import GroupNorm
 from .lora import Change, Lora, bias_delta, delta, gain, laid_out, shape_of, whole_delta
 from .lora_keys import layer_names
@@ -325,7 +326,8 @@ class _AdaptedConv2d(_Adapted, nn.Conv2d):
 
 
 class _AdaptedGroupNorm(_Adapted, GroupNorm):
-    pass
+    def activated(self, x: mx.array) -> mx.array:
+        return silu(self(x))
 
 
 class _AdaptedLayerNorm(_Adapted, nn.LayerNorm):

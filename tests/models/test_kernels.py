@@ -59,9 +59,9 @@ def test_half_precision_takes_the_kernels_of_mlx():
 
 def test_queries_in_pieces(monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
-    asked = []
+    asked, in_pieces = [], kernels._in_pieces
     monkeypatch.setattr(
-        "stable_diffusion.models.layers.attention", lambda q, k, v: asked.append(q) or attention(q, k, v)
+        kernels, "_in_pieces", lambda look, q, rows: in_pieces(lambda p: asked.append(p) or look(p), q, rows)
     )
     whole, pieces = Attention(32, 2), Attention(32, 2, largest_scores=4 * 2 * 50 * 8)
     pieces.update(whole.parameters())
