@@ -395,6 +395,7 @@ ELSEWHERE = {
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
     *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory", "--memory_limit"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
+    *("--preview", "--preview_every", "--preview_vae", "--stepwise"),
 }
 ONLY = {
     "txt2image": {"--hires", "--hires_strength", "--hires_steps", "--hires_upscaler"},
@@ -742,7 +743,8 @@ def test_an_image_that_cannot_be_written_leaves_no_half_file(three, tmp_path, mo
     monkeypatch.setattr(Image.Image, "save", full)
     done, left = three()
     done.failed(1, "a_2.png", "No space left on device", f"it is kept as {tmp_path}/a_2.png")
-    assert left == ["a_1.png"] and pixels(tmp_path / "a_2.png").shape == (64, 64, 3)
+    assert left == ["a_1.png", "a_3.png"] and pixels(tmp_path / "a_2.png").shape == (64, 64, 3)
+    assert done.out[1] == f"{tmp_path}/a_2.png seed 2" and len(done.out) == 3
 
 
 def test_latents_that_are_not_finite(three, unplanned, tmp_path, monkeypatch):
