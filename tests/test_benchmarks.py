@@ -4,40 +4,47 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import dummy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.compare import workers
+from benchmarks.compare.__main__ import main
 from benchmarks.compare.cases import PARTS, Case, cases
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
 ONE = {"shape": ["sd21"], "size": [512], "dtype": ["float32"], "rows": [2], "weights": ["plain"]}
+TINY = ("--shape", "tiny", "--size", "64", "--repeats", "2")
 
 
-def compare(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.compare", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+class Thread(dummy.Process):
+    """Stands in for a worker's process: the networks are small, and to start one takes longer than to measure them."""
+
+    def kill(self) -> None:
+        assert not self.is_alive()
 
 
-def run(tmp_path: Path, *arguments: object) -> tuple[list[dict], str]:
-    """The results in the JSON file, and the table, of a comparison of the bundled model's shapes."""
-    file = tmp_path / "figures.json"
-    done = compare("--shape", "tiny", "--size", 64, "--repeats", 2, "--json", file, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    read = json.loads(file.read_text())
-    assert read["machine"]["cores"] >= 1 and read["machine"]["mlx"]
-    return read["results"], done.stdout
+@pytest.fixture
+def compare(monkeypatch, tmp_path, capsys) -> Callable[..., tuple[list[dict], str]]:
+    """Compare in this process; gives the results in the JSON file, and the table."""
+    monkeypatch.setattr(workers, "_SPAWN", SimpleNamespace(Process=Thread, Pipe=dummy.Pipe))
+
+    def call(*arguments: str) -> tuple[list[dict], str]:
+        file = tmp_path / "figures.json"
+        assert main([*TINY, "--json", str(file), *arguments]) == 0
+        read = json.loads(file.read_text())
+        assert read["machine"]["cores"] >= 1 and read["machine"]["mlx"]
+        return read["results"], capsys.readouterr().out
+
+    return call
 
 
-def test_every_part(tmp_path):
-    results, table = run(tmp_path, "--only", ",".join(PARTS), "--columns", "this library")
+def test_every_part(compare):
+    results, table = compare("--only", ",".join(PARTS), "--columns", "this library")
     assert [case["part"] for case in results] == list(PARTS)
     for case in results:
         figures = case["columns"]["this library"]
@@ -53,9 +60,9 @@ def test_every_part(tmp_path):
     assert files["load"] == files["image"] == pytest.approx((files["unet"] + files["text"] + vae) / 2, rel=0.02)
 
 
-def test_beside_diffusers_which_has_nothing_quantized(tmp_path):
+def test_beside_diffusers_which_has_nothing_quantized(compare):
     options = ("--only", "unet", "--weights", "plain", "quantized", "--columns", "this library", "diffusers")
-    results, table = run(tmp_path, *options)
+    results, table = compare(*options)
     plain, quantized = (case["columns"] for case in results)
     ours, theirs = plain["this library"], plain["diffusers"]
     assert ours["weights"] == theirs["weights"] > quantized["this library"]["weights"]
@@ -63,10 +70,14 @@ def test_beside_diffusers_which_has_nothing_quantized(tmp_path):
     assert "diffusers" not in quantized
 
 
-def test_a_column_that_fails_is_a_result(tmp_path):
-    done = compare("--shape", "tiny", "--size", -8, "--only", "vae-encode", "--columns", "this library")
+def test_in_processes_where_a_column_that_fails_is_a_result():
+    command = [sys.executable, "-m", "benchmarks.compare", *TINY, "--only", "vae-encode", "--columns", "this library"]
+    done = subprocess.run(
+        [*command, "--size", "64", "-8"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"this library +\w+Error: ", done.stdout)
+    assert re.search(r"64 x 64\n.*\n +this library( +\d+\.\d+ s){3}", done.stdout)
+    assert re.search(r"-8 x -8\n.*\n +this library +\w+Error: ", done.stdout)
 
 
 def test_the_matrix():
@@ -96,6 +107,7 @@ def test_the_matrix():
         (("--repeats", 1), "--repeats 1 is less than 2"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments, words):
-    done = compare(*arguments)
-    assert done.returncode == 2 and words in done.stderr
+def test_what_makes_no_sense_is_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    assert leaving.value.code == 2 and words in capsys.readouterr().err

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,6 +92,8 @@ class Worker:
         }
 
     def end(self) -> None:
+        with suppress(OSError):  # it may have ended
+            self.pipe.send(None)
         self.pipe.close()
         self.process.join(timeout=10)
         self.process.kill()
