@@ -260,7 +260,7 @@ def _moments(norm: GroupNorm, bands: Iterable[mx.array]) -> tuple[mx.array, mx.a
         rows.append(band.shape[1])
         means.append(mean)
         variances.append(variance)
-    share = mx.array(rows) / sum(rows)
+    share = (mx.array(rows) / sum(rows))[:, None]
     means, variances = mx.concatenate(means, axis=2), mx.concatenate(variances, axis=2)
     mean = (share * means).sum(axis=2, keepdims=True)
     return mean, (share * (variances + mx.square(means - mean))).sum(axis=2, keepdims=True)
