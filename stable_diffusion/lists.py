@@ -134,4 +134,4 @@ def _flag(parser: argparse.ArgumentParser, word: str) -> argparse.Action | None:
 
 
 def _looks_like_a_flag(word: str) -> bool:
-    return word[:1] == "-" and word != "-" and " " not in word and not re.match(r"-\.?\d", word)
+    return word[:1] == "-" and word != "-" and " " not in word.partition("=")[0] and not re.match(r"-\.?\d", word)

@@ -97,6 +97,11 @@ def test_a_file_of_prompts_needs_no_prompt():
     assert read("--steps", "10", "20", "--prompt-file=x.txt").steps == (10, 20)
 
 
+def test_values_with_blanks_behind_an_equals_sign():
+    args = read("--negative_prompt=a, --b c", "--seed=1,2", "a cat", "--output=my cat.png")
+    assert (args.negative_prompt, args.seed, args.prompt, args.output) == ("a, --b c", (1, 2), "a cat", "my cat.png")
+
+
 def test_the_order_of_lists_is_kept():
     assert read("a", "--steps", "1", "2", "--cfg", "3", "--seed", "4").lists == ("steps", "cfg", "seed")
     assert read("a", "--seed=4", "--steps=1", "--seed=5,6").lists == ("seed", "steps")
