@@ -17,14 +17,15 @@ import logging
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from .arguments import chosen_bits, chosen_parts, read
-from .batches import Batch, Work, alike, batches, first_pass, prepare_work, read_inputs
-from .budget import choose, set_limits
+from .batches import Batch, Work, alike, batches, first_pass, parts, prepare_work, read_inputs
+from .budget import Asked, at_once, choose, images_at_once, set_limits
 from .interrupts import Interrupts
 from .jobs import jobs
 from .metadata import changes
@@ -39,6 +40,8 @@ from .weights.files import open_checkpoint
 from .weights.lora import find_in
 
 _log = logging.getLogger("stable_diffusion")
+
+_UNKNOWN_MOST = 4  # images at once where it cannot be said how much memory they take
 
 
 def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -66,6 +69,8 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
                 results.add(runs.sd, made)
                 if not made.partial:
                     results.add_animation(runs.watch.finish(runs.sd, made.work.batch, made.latents))
+            if results.error is not None:
+                raise results.error
             if interrupts.code is not None:
                 raise KeyboardInterrupt
             results.finish()
@@ -75,7 +80,7 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
             remedy = "where memory is short, try fewer images, a smaller size or -q"
             parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
         except KeyboardInterrupt:
-            parser.fail(interrupts.code or 130, "interrupted; the images named so far are whole files")
+            parser.fail(interrupts.code or 130, "interrupted; the files named so far are complete")
     peak = mx.get_peak_memory()
     _log.info("peak memory: %.3f GB for the UNet, %.3f GB overall", unet_peak / 1024**3, peak / 1024**3)
     return 0
@@ -99,15 +104,19 @@ def _prepare(parser: Parser, args: argparse.Namespace, interrupts: Interrupts) -
     for batch in wanted:
         set_scales(loras, batch)  # prompts are encoded with them
         works.append(prepare_work(sd, args, inputs, nets, batch))
+    if args.batch_size is None:
+        works = _as_memory_allows(sd, args, loras, works, allowed)
     for line in changes(sd, args, works[0]) if args.from_image else ():
         _log.warning("%s", line)
-    fits = _plan_memory(sd, works, allowed)
+    asked = _asked(sd, args, works)
+    fits = _plan_memory(sd, asked, allowed)
     runs = prepared(first_pass(sd, args, inputs, work) for work in works)
     one_by_one = len(works) > 1 and fits and not args.low_memory
-    refiner = partial(_load, args, args.refiner) if args.refiner else None
+    alone = replace(asked, nets=(), larger=None, encodes=False)
+    refiner = partial(_load_refiner, args, alone, allowed) if args.refiner else None
 
     def stopped() -> bool:
-        return interrupts.code is not None
+        return interrupts.code is not None or results.error is not None
 
     return Runs(sd, args, inputs, nets, loras, works, runs, one_by_one, refiner, stopped, watch), results
 
@@ -157,23 +166,63 @@ def _prompt_loras(sd: StableDiffusion, args: argparse.Namespace, wanted: Sequenc
     return {name: sd.load_lora(find_in(args.lora_dir, name), 0.0, partial=args.lora_partial) for name in names}
 
 
-def _plan_memory(sd: StableDiffusion, works: Sequence[Work], allowed: int) -> bool:
-    """Choose how to run where memory is short, and log what the largest of the batches will take.
+def _load_refiner(args: argparse.Namespace, asked: Asked, allowed: int) -> StableDiffusion:
+    sd = _load(args, args.refiner)
+    _plan_memory(sd, asked, allowed)
+    return sd
+
+
+def _asked(sd: StableDiffusion, args: argparse.Namespace, works: Sequence[Work]) -> Asked:
+    """What the largest of the batches asks of a model."""
+    work = max(works, key=lambda work: len(work.batch.seeds) * math.prod(work.size))
+    size = tuple(side // sd.pixels_per_latent for side in reversed(work.size))
+    hires = getattr(args, "hires", None)
+    cfg = work.given["cfg_weight"]
+    guided = (sd.default_guidance if cfg is None else cfg) > 1
+    return Asked(
+        len(work.batch.seeds),
+        size,
+        chunks=work.given["text"].context.shape[1] // 77,
+        questions=1 if not guided else 3 if sd.mode == "instructions" else 2,
+        nets=[control.network for control in work.given["controls"]],
+        larger=tuple(round(side * hires) for side in size) if hires else None,
+        encodes=work.canvas is not None or bool(hires and args.hires_upscaler == "pixels"),
+    )
+
+
+def _as_memory_allows(
+    sd: StableDiffusion, args: argparse.Namespace, loras: dict[str, Attachment], works: Sequence[Work], allowed: int
+) -> list[Work]:
+    """The batches in parts of as many images as there is memory for."""
+    found: list[Work] = []
+    before, most = None, 1
+    for work in works:
+        asked = _asked(sd, args, [work])
+        if asked != before:  # it takes seconds to find out, and most batches of a run are alike
+            before, most = asked, _most_images(sd, asked, allowed)
+        set_scales(loras, work.batch)
+        found += parts(sd, work, most)
+    return found
+
+
+def _most_images(sd: StableDiffusion, asked: Asked, allowed: int) -> int:
+    try:
+        return images_at_once(sd, allowed, **vars(asked))
+    except (RuntimeError, TypeError, ValueError) as error:  # MLX calls its way to look at graphs experimental
+        _log.info("how much memory this takes cannot be said (%s)", error)
+        return _UNKNOWN_MOST
+
+
+def _plan_memory(sd: StableDiffusion, asked: Asked, allowed: int) -> bool:
+    """Choose how to run where memory is short, and log what each stage will take.
 
     Returns whether there is memory for the networks of all stages after the first at once.
     """
-
-    def area(work: Work) -> int:
-        return len(work.batch.seeds) * math.prod(work.size)
-
-    work = max(works, key=area)
-    size = tuple(side // sd.pixels_per_latent for side in reversed(work.size))
     try:
-        found = choose(sd, allowed, len(work.batch.seeds), size, work.given["text"].context.shape[1] // 77)
+        found = choose(sd, allowed, asked)
     except (RuntimeError, TypeError, ValueError) as error:  # MLX calls its way to look at graphs experimental
         _log.info("how much memory this takes cannot be said (%s)", error)
         return True
     for need in found:
         _log.info("memory for %s", need)
-    _, step, decoding = found
-    return step.weights + decoding.weights + max(step.working, decoding.working) <= allowed
+    return at_once(sd, found, asked.nets) <= allowed

@@ -38,6 +38,14 @@ _UNSAFE = re.compile(r"[\0-\x20\x7f-\xa0<>:\"/\\|?*\ud800-\udfff\u2028-\u202e\u2
 _EDGES = " ._-\u200d"  # no value begins or ends so: its file would be hidden, or look like an option, or lose the dot
 
 
+class NotWrittenError(OSError):
+    """An image could not be written where it should be; ``kept`` is where it is instead, None where it is lost."""
+
+    def __init__(self, reason: Exception, kept: Path | None):
+        super().__init__(f"{reason}; " + ("it is lost" if kept is None else f"it is kept as {kept}"))
+        self.kept = kept
+
+
 class Outputs:
     """Where the images of a run go.
 
@@ -94,14 +102,13 @@ class Outputs:
             mark: what it is if not simply an image: "grid", "partial", or another word to stand behind the name.
             options: of ``image.save``.
 
-        Raises OSError, one line, where that fails. What was made is not lost then: it is kept in the current folder, or
-        in the one for temporary files, if either takes it, and the line says where.
+        Raises NotWrittenError, one line, where that fails. What was made is not lost then: it is kept in the current
+        folder, or in the one for temporary files, if either takes it, and the error says where.
         """
         try:
             return self._write(image, values, mark, options)
         except (OSError, ValueError) as error:
-            kept = _keep(image, self._path(values, mark, 1).name, options)
-            raise OSError(f"{error}; " + (f"it is kept as {kept}" if kept else "it is lost")) from error
+            raise NotWrittenError(error, _keep(image, self._path(values, mark, 1).name, options)) from error
 
     def _write(self, image: Image, values: Mapping[str, Any], mark: str, options: Mapping[str, Any]) -> Path:
         path = self._path(values, mark, self._number)
@@ -110,10 +117,11 @@ class Outputs:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"the folder {path.parent} could not be made ({error.strerror})") from error
-        if self._overwrite and _identity(path) not in self._written:
+        paths = (self._path(values, mark, number) for number in count(self._number))
+        if self._overwrite:
+            path = next(path for path in paths if _identity(path) not in self._written)
             save(image, path, **options)
         else:
-            paths = (self._path(values, mark, number) for number in count(self._number))
             skipped, path = _write_new(image, paths, options)
             if not self._is_pattern:  # another process began with our number
                 self._number += skipped

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from .batches import Batch
 from .image import from_array, grid
 from .metadata import describe
-from .outputs import Outputs
+from .outputs import NotWrittenError, Outputs
 from .pipeline import StableDiffusion
 from .plots import compare, draw
 from .runs import Made, decoded
@@ -31,6 +31,7 @@ class Results:
     """
 
     model: StableDiffusion
+    error: NotWrittenError | None = None  # the first of them
 
     def __init__(self, args: argparse.Namespace, batches: Sequence[Batch]):
         self._args = args
@@ -43,7 +44,10 @@ class Results:
         self._images: list[Image] = []  # for the grid
 
     def add(self, sd: StableDiffusion, made: Made) -> None:
-        """Decode the images of a batch, and write each before the next is decoded."""
+        """Decode the images of a batch, and write each before the next is decoded.
+
+        One that cannot be written leaves an ``error``. The others, which have taken as much work, are not given up.
+        """
         args, work = self._args, made.work
         count = len(work.batch.seeds)
         for k, pixels in enumerate(decoded(sd, made.latents, args.decoding_batch_size)):
@@ -54,14 +58,18 @@ class Results:
             values = _values(args, work.batch, k, sd) | {"steps": work.given["num_steps"]} | own
             mark = "partial" if made.partial else ""
             texts = None if args.no_metadata else describe(self.model, args, work, k, partial=made.partial or None)
-            path = self._outputs.write(image, values, mark=mark, text=texts, quality=args.quality)
+            try:
+                path = self._outputs.write(image, values, mark=mark, text=texts, quality=args.quality)
+            except NotWrittenError as error:
+                self.error, path = self.error or error, error.kept
             if self._wants_grid:
                 self._images.append(image)
             record = {"kind": mark or "image", "path": str(path)} | values
             record |= {"negative_prompt": work.batch.jobs[k].negative_prompt, "seconds": round(made.seconds / count, 3)}
             self._written.append(record | ({"partial": made.partial} if made.partial else {}))
             ending = f" partial: {made.partial}" if made.partial else ""
-            self._tell(f"{path} seed {values['seed']}{ending}", self._written[-1])
+            if path is not None:
+                self._tell(f"{path} seed {values['seed']}{ending}", self._written[-1])
 
     def add_animation(self, path: Path | None) -> None:
         """Name the animation of a batch, if there is one."""
