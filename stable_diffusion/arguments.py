@@ -1,96 +1,52 @@
-"""What can be said on the command line: the options of both scripts and their bounds.
+"""What can be said on the command line: the flags of both scripts, in groups by task.
 
-Every option is checked as it is read, so that bad input ends before a model is touched.
+Every value is checked as it is read, so that bad input ends before a model is touched.
 """
 
 import argparse
-import math
-import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
-from . import catalog
+from . import catalog, values
 from .conditioning import EMPHASES
-from .samplers import find_sampler, table
+from .lists import listed, with_ranges
+from .parser import Parser
+from .records import repeat
+from .samplers import table
 from .schedule import SCHEDULES
 from .weights.files import PREDICTIONS
 from .weights.quantize import BITS
 
 TEXT_BITS, UNET_BITS = 4, 8  # what -q stands for
-_SIZE_UNIT, _LARGEST_SIDE = 8, 16384
-_MANY = 9999  # more of anything is a slip of the keyboard
+PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")  # of a model, that may come from elsewhere
+_ONLY_RESOURCES = {"low_memory", "memory_limit", "batch_size", "decoding_batch_size", "preload_models"}
+_REPEATED: dict[str, Any] = {"action": "append", "default": []}
 
+_EPILOG = """\
+Flags may also be written with hyphens: --n-images is --n_images.
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, which begins with ``where`` the arguments come from."""
+examples:
+  %(prog)s {}
+  %(prog)s {}
+  %(prog)s {}
 
-    where = ""
-
-    def error(self, message: str) -> NoReturn:
-        self.fail(2, self.where + message)
-
-    def fail(self, code: int, message: str) -> NoReturn:
-        """Leave with one line, also where the message quotes a path with line breaks."""
-        self.exit(code, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
-
-
-def _bounded(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: a number for which ``holds``; the error names the value and what was ``wanted``."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
-
-
-_count = _bounded(int, lambda n: 1 <= n <= _MANY, f"a whole number from 1 to {_MANY}")
-_whole = _bounded(int, lambda n: 0 <= n <= _MANY, f"a whole number from 0 to {_MANY}")
-_seed = _bounded(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-_side = _bounded(
-    int, lambda n: 64 <= n <= _LARGEST_SIDE and n % _SIZE_UNIT == 0, f"a multiple of 8 from 64 to {_LARGEST_SIDE}"
+exit codes:
+  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
+"""
+_EXAMPLES = (
+    (
+        '"a lighthouse in a storm, oil painting" --model sd15',
+        '"a red circle on a blue background" --model tiny --seed 7',
+        '"a harbour at dawn" -q --low_memory --output harbour.png',
+    ),
+    (
+        'photo.jpg "a lit fireplace" --strength 0.5',
+        'photo.jpg "a green door" --mask door.png --mask_padding 32',
+        'photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7',
+    ),
 )
-_number = _bounded(float, math.isfinite, "a number")
-_share = _bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-_strength = _bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-_factor = _bounded(float, lambda x: 1 <= x <= 8, "a number from 1 to 8")
-_gigabytes = _bounded(lambda text: float(text) * 1e9, lambda x: 1e6 <= x < 1e15, "a number of GB above 0, such as 6")
-_radius = _bounded(float, lambda x: 0 <= x <= _MANY, f"a number from 0 to {_MANY}")
-
-
-def _sampler(name: str) -> str:
-    try:
-        find_sampler(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name
-
-
-def _borders(text: str) -> tuple[int, ...]:
-    numbers = re.fullmatch(r"\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*", text)
-    if not numbers or not any(borders := tuple(map(int, numbers.groups()))):
-        raise argparse.ArgumentTypeError(f"{text!r} is not left,top,right,bottom in pixels, such as 64,0,64,0")
-    return borders
-
-
-def _interval(text: str) -> tuple[float, float]:
-    numbers = re.fullmatch(r"\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*", text)
-    if not numbers or not 0 <= float(numbers[1]) <= float(numbers[2]) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not start,end in shares of the steps, such as 0.2,0.8")
-    return float(numbers[1]), float(numbers[2])
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """An argparse type: what is behind a path's last colon is its weight, if it is a number; 1 without one."""
-    path, colon, number = text.rpartition(":")
-    if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
-        return path, float(number)
-    return text, 1.0
 
 
 class _ListSamplers(argparse.Action):
@@ -101,34 +57,54 @@ class _ListSamplers(argparse.Action):
         parser.exit()
 
 
-_text = _bounded(lambda text: text.encode().decode(), lambda _: True, "valid Unicode; type it in UTF-8")
-
-
-def add(group: Any, flag: str, *more: str, **options: Any) -> None:
-    """Add an option under its name with underscores and with hyphens."""
-    group.add_argument(*dict.fromkeys((flag, flag.replace("_", "-"), *more)), **options)
-
-
-def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tuple["Parser", argparse.Namespace]:
-    """The parser of a script, and what it reads from ``argv`` (None: the arguments of the process)."""
-    parser = Parser(description=description)
+def script_parser(from_image: bool, prog: str | None = None) -> Parser:
+    """The parser of ``image2image`` or ``txt2image``, under the name ``prog`` (None: that of the process)."""
+    usage = '%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]'
+    parser = Parser(
+        prog=prog,
+        usage=usage,
+        description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
+        epilog=_EPILOG.format(*_EXAMPLES[from_image]),
+    )
     if from_image:
-        parser.add_argument("image", help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=_text, nargs="?", help="what to show")
+        parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
+    parser.add_argument("prompt", type=values.text, nargs="?", help="what to show")
+    parser.add_version()
     add_picture(parser, from_image)
-    group = add_prompt(parser)
-    add(group, "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes")
-    add(group, "--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
+    prompt = add_prompt(parser)
+    prompt.add_argument(
+        "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes"
+    )
+    prompt.add_argument(
+        "--from_image",
+        metavar="FILE",
+        help="make this picture again, as it says itself; flags, and a prompt, take the place of what it says",
+    )
+    prompt.add_argument("--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
     if from_image:
         _add_mask(parser)
     _add_control(parser)
     _add_second_pass(parser, from_image)
     _add_model(parser)
+    _add_memory(parser)
     _add_output(parser)
+    _add_preview(parser)
+    return parser
+
+
+def read(from_image: bool, argv: Sequence[str] | None, prog: str | None = None) -> tuple[Parser, argparse.Namespace]:
+    """The parser of a script, and what it reads from ``argv`` (None: the arguments of the process)."""
+    parser = script_parser(from_image, prog)
     args = parser.parse_args(argv)
+    if args.from_image is not None:
+        args = _repeated(parser, args.from_image, from_image, argv)
+    if from_image and args.image is None:
+        parser.error("give the image to start from, and a prompt")
     if (args.prompt is None) == (args.prompt_file is None):
         parser.error(
-            "give a prompt, or --prompt_file FILE" if args.prompt is None else "give a prompt or a file of them"
+            "give a prompt, or --prompt_file FILE; behind a list, that needs commas: --seed 1,2 PROMPT"
+            if args.prompt is None
+            else "give a prompt or a file of them"
         )
     for rule, message in _RULES:
         if rule(vars(args)):
@@ -136,8 +112,37 @@ def read(description: str, from_image: bool, argv: Sequence[str] | None) -> tupl
     return parser, args
 
 
+def _repeated(parser: Parser, path: str, from_image: bool, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the run that made the picture at ``path``, but for what ``argv`` says itself."""
+    parser.where = f"{path}: "  # what argv says has been found right
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args, remarks = repeat(path, parser.parse_args, argv, recorded_flags(from_image))
+    except ValueError as error:
+        parser.where = ""
+        parser.error(str(error))
+    parser.where = ""
+    for remark in remarks:
+        print(f"{parser.prog}: {remark}", file=sys.stderr)
+    return args
+
+
+@cache
+def recorded_flags(from_image: bool) -> tuple[str, ...]:
+    """The names of the flags that have a say in a picture, and are recorded in it: all but the few named here."""
+    output = Parser(add_help=False)
+    _add_output(output)
+    without = {"prompt_file", "from_image", "wildcards", "alternatives", "list_samplers", *_ONLY_RESOURCES}
+    without |= vars(output.parse_args([])).keys()
+    return tuple(name for name in vars(script_parser(from_image).parse_args([])) if name not in without)
+
+
 # What makes no sense together, and what to do about it. Flags of the other script are absent.
 _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (
+        lambda a: a["quality"] is not None and not a["output"].lower().endswith((".jpg", ".jpeg", ".webp")),
+        "--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp",
+    ),
     (
         lambda a: (
             (a.get("invert_mask") or a.get("mask_blur") or a.get("mask_padding") is not None)
@@ -166,6 +171,14 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
         lambda a: a["low_memory"] and a["preload_models"],
         "--low_memory reads each network when it is used, --preload_models all of them at once: leave one out",
     ),
+    (
+        lambda a: a["preview_every"] is not None and a["preview"] is None,
+        "--preview_every needs --preview: a file or a folder",
+    ),
+    (
+        lambda a: a["preview_vae"] is not None and a["preview"] is None and a["stepwise"] is None,
+        "--preview_vae needs --preview: a file or a folder; or --stepwise FILE",
+    ),
     (lambda a: a["refiner"] and a.get("hires"), "--hires and --refiner do not go together: run one after the other"),
     (
         lambda a: a["refiner"] and (a.get("mask") or a.get("expand")),
@@ -176,33 +189,50 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
 
 def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
     """The options of the picture, which may also stand in a line of a file of prompts."""
-    picture = parser.add_argument_group("picture")
-    add(picture, "--negative_prompt", type=_text, default="", help="what to steer away from; needs --cfg above 1")
-    add(picture, "--width", type=_side, help="in pixels, a multiple of 8 (the model's own)")
-    add(picture, "--height", type=_side, help="in pixels, a multiple of 8 (the model's own)")
-    add(picture, "--n_images", type=_count, default=4, help="how many images to make (4)")
-    add(picture, "--seed", type=_seed, help="of the first image, the others count on from it (random)")
-    add(picture, "--steps", type=_count, help="sampler steps (the model's own)")
-    add(picture, "--cfg", type=_number, help="guidance scale; 1 and below is none (the model's own)")
+    about = "What to show and how to make it. What is not given, the model decides."
+    add = parser.add_argument_group("picture", about).add_argument
+    add("--negative_prompt", type=values.text, default="", metavar="TEXT", help="what to steer away from")
+    add("--width", type=values.side, metavar="PIXELS", help="a multiple of 8")
+    add("--height", type=values.side, metavar="PIXELS", help="a multiple of 8")
+    add("--n_images", type=values.count, metavar="N", help="how many images to make of each (4; 1 of lists)")
     add(
-        picture,
+        "--seed",
+        metavar="N",
+        help="of the first image, the others count on from it (random); or of each image, as a list: 1 2 3, 1-20. "
+        "--steps, --cfg, --sampler and --strength take lists too: see each combination, in a grid with labels",
+        **with_ranges(values.seed, values.MANY),
+    )
+    add("--steps", metavar="N", help="sampler steps", **listed(values.count))
+    add(
+        "--cfg",
+        metavar="SCALE",
+        help="how closely to follow the prompt; 1 and below is no guidance",
+        **listed(values.number),
+    )
+    add(
         "--guidance_interval",
-        type=_interval,
+        type=values.interval,
         default=(0.0, 1.0),
         metavar="START,END",
         help="shares of the steps between which there is guidance; the others take half the time (0,1)",
     )
-    add(picture, "--sampler", type=_sampler, metavar="NAME", help="how to denoise: --list-samplers (the model's own)")
-    add(picture, "--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
     add(
-        picture,
+        "--deep_cache",
+        type=values.count,
+        default=1,
+        metavar="N",
+        help="run all of the UNet in every N-th step and its last layer in the others: faster, not exact (1)",
+    )
+    add("--sampler", metavar="NAME", help="how to denoise, see --list_samplers", **listed(values.sampler))
+    add("--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
+    add(
         "--schedule",
         choices=SCHEDULES,
-        help="curve of the noise levels (the model's own, or the sampler name's)",
+        metavar="NAME",
+        help=f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
     )
-    add(picture, "--eta", type=_share, help="share of fresh noise, 0 to 1, for the samplers that have one")
+    add("--eta", type=values.share, metavar="SHARE", help="of fresh noise, 0 to 1, for the samplers that have one")
     add(
-        picture,
         "--resize",
         choices=("crop", "pad", "stretch"),
         default="crop",
@@ -210,30 +240,36 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
     )
     if from_image:
         add(
-            picture,
             "--strength",
-            type=_strength,
+            metavar="SHARE",
             help="how far to go from the image: above 0, where little changes, to 1, where nothing is left of it "
             "(0.9; 1 with --expand and for models made for masks or instructions)",
+            **listed(values.strength),
         )
-        add(picture, "--image_cfg", type=_number, help="how closely models for instructions follow the image (1.5)")
+        add(
+            "--image_cfg",
+            type=values.number,
+            metavar="SCALE",
+            help="the same as --cfg for the image, for models for instructions (1.5)",
+        )
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> Any:
     """The options of how prompts are read, which may also stand in a line of a file of prompts."""
-    prompt = parser.add_argument_group("prompt")
-    add(prompt, "--clip_skip", type=_whole, default=0, help="text encoder layers to leave out at the end (0)")
+    about = "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, __list__."
+    prompt = parser.add_argument_group("prompt", about)
+    add = prompt.add_argument
+    add("--clip_skip", type=values.whole, default=0, metavar="N", help="layers to leave out at the encoder's end (0)")
     add(
-        prompt,
         "--emphasis",
         choices=EMPHASES,
         default="mean",
-        help="how weights act: on the encoded words, keeping their mean; on what is taken from them; brackets are text",
+        help="how weights act: on the encoded words, keeping their mean; on what is taken from them; or brackets are "
+        "text (mean)",
     )
-    add(prompt, "--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
-    add(prompt, "--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
+    add("--weight_blocks", action="store_true", help='read "a red:2 cat:1" as blocks with weights')
+    add("--truncate", action="store_true", help="cut a prompt after its first 75 tokens")
     add(
-        prompt,
         "--alternatives",
         choices=("all", "one"),
         default="all",
@@ -243,58 +279,65 @@ def add_prompt(parser: argparse.ArgumentParser) -> Any:
 
 
 def _add_mask(parser: argparse.ArgumentParser) -> None:
-    mask = parser.add_argument_group("a part of the image")
-    add(mask, "--mask", metavar="FILE", help="make anew what is white in this image, keep what is black, blend grey")
-    add(mask, "--invert_mask", action="store_true", help="make anew what is black")
-    add(mask, "--mask_blur", type=_radius, default=0.0, metavar="PIXELS", help="soften the edges of the mask (0)")
+    add = parser.add_argument_group("a part of the image", "Make only that anew, or more around it.").add_argument
+    add("--mask", metavar="FILE", help="make anew what is white in this image, keep what is black, blend grey")
+    add("--invert_mask", action="store_true", help="make anew what is black")
+    add("--mask_blur", type=values.radius, default=0.0, metavar="PIXELS", help="soften the edges of the mask (0)")
     add(
-        mask,
         "--mask_padding",
-        type=_whole,
+        type=values.whole,
         metavar="PIXELS",
         help="work on what is masked and so much around it, at the model's own size, and paste it back (on all of it)",
     )
-    add(mask, "--no_composite", action="store_true", help="write what the model made, also where the image is kept")
-    add(mask, "--expand", type=_borders, metavar="L,T,R,B", help="paint borders of so many pixels around the image")
-    add(mask, "--depth", metavar="FILE", help="depth map for models made for it, lighter is nearer (estimated)")
+    add("--no_composite", action="store_true", help="write what the model made, also where the image is kept")
+    add("--expand", type=values.borders, metavar="L,T,R,B", help="paint borders of so many pixels around the image")
+    add("--depth", metavar="FILE", help="depth map for models made for it, lighter is nearer (estimated)")
 
 
 def _add_control(parser: argparse.ArgumentParser) -> None:
-    control = parser.add_argument_group("ControlNet")
-    repeated: dict[str, Any] = {"action": "append", "default": []}
+    add = parser.add_argument_group("ControlNet", "Steer by another image: its edges, its depth, a pose.").add_argument
     add(
-        control,
         "--controlnet",
-        type=weighted,
+        type=values.weighted,
         metavar="NET[:SCALE]",
         help="an id, folder or file of a ControlNet and how strongly it steers (1); may be given again",
-        **repeated,
+        **_REPEATED,
     )
-    add(control, "--control_image", metavar="FILE", help="what it is shown; once for each, or for all", **repeated)
-    add(control, "--canny", action="store_true", help="show it the edges of that image")
-    add(control, "--control_start", type=_share, metavar="SHARE", help="of the steps, when it begins (0)", **repeated)
-    add(control, "--control_end", type=_share, metavar="SHARE", help="of the steps, when it ends (1)", **repeated)
-    add(control, "--guess_mode", action="store_true", help="let it steer without the help of the prompt")
+    add("--control_image", metavar="FILE", help="what it is shown; once for each, or for all", **_REPEATED)
+    add("--canny", action="store_true", help="show it the edges of that image")
+    add("--control_start", type=values.share, metavar="SHARE", help="of the steps, when it begins (0)", **_REPEATED)
+    add("--control_end", type=values.share, metavar="SHARE", help="of the steps, when it ends (1)", **_REPEATED)
+    add("--guess_mode", action="store_true", help="let it steer without the help of the prompt")
 
 
 def _add_second_pass(parser: argparse.ArgumentParser, from_image: bool) -> None:
-    second = parser.add_argument_group("second pass")
+    about = "Work again on the result." if from_image else "Work again on the result: larger, or with another model."
+    add = parser.add_argument_group("second pass", about).add_argument
     if not from_image:
-        add(second, "--hires", type=_factor, metavar="FACTOR", help="enlarge the image so much and work on it again")
-        add(second, "--hires_strength", type=_strength, default=0.5, help="how much that changes it (0.5)")
-        add(second, "--hires_steps", type=_count, help="sampler steps, of which it takes that share (--steps)")
+        add("--hires", type=values.factor, metavar="FACTOR", help="enlarge the image so much and work on it again")
         add(
-            second,
+            "--hires_strength",
+            type=values.strength,
+            default=0.5,
+            metavar="SHARE",
+            help="how much that changes it (0.5)",
+        )
+        add(
+            "--hires_steps",
+            type=values.count,
+            metavar="N",
+            help="sampler steps, of which it takes that share (--steps)",
+        )
+        add(
             "--hires_upscaler",
             choices=("latents", "pixels"),
             default="latents",
             help="what is enlarged: the latents, or the decoded image, which changes less (latents)",
         )
-    add(second, "--refiner", metavar="MODEL", help="a model that does the last steps, such as sdxl-refiner")
+    add("--refiner", metavar="MODEL", help="a model that does the last steps, such as sdxl-refiner")
     add(
-        second,
         "--refiner_start",
-        type=_strength,
+        type=values.strength,
         default=0.8,
         metavar="SHARE",
         help="of the noise that is gone when it begins (0.8)",
@@ -302,56 +345,93 @@ def _add_second_pass(parser: argparse.ArgumentParser, from_image: bool) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
+    group = parser.add_argument_group("model", "What makes the picture, and from which files.")
+    add = group.add_argument
     add(
-        model,
         "--model",
         default="sdxl",
-        help=f"one of {', '.join(catalog.names())}, a Hub id, a folder or a file with a checkpoint (sdxl)",
+        help=f"one of {', '.join(catalog.names())}; a Hub id, a folder or a file with a checkpoint (sdxl)",
     )
-    add(model, "--revision", help="branch, tag or commit of a Hub repository (main)")
-    add(model, "--no_float16", dest="float16", action="store_false", help="compute in float32")
+    add_weights(group)
+    add("--lora_dir", metavar="DIR", help="where <lora:name:0.8> in a prompt is looked for")
     add(
-        model,
-        "--quantize",
-        "-q",
-        action="store_true",
-        help=f"quantize the text encoders to {TEXT_BITS} and the UNet to {UNET_BITS} bits",
-    )
-    add(model, "--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
-    add(model, "--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
-    add(
-        model,
         "--embedding",
-        action="append",
-        default=[],
         metavar="FILE[=WORD]",
         help="a textual inversion embedding and the word for it in prompts (the file's own); may be given again",
+        **_REPEATED,
     )
+
+
+def add_weights(group: Any) -> None:
+    """The options of the weights of ``--model``, or of what is converted."""
+    add = group.add_argument
+    add("--revision", help="branch, tag or commit of a Hub repository (main)")
     add(
-        model,
         "--lora",
-        type=weighted,
-        action="append",
-        default=[],
+        type=values.weighted,
         metavar="LORA[:SCALE]",
         help="a file, folder or id of a LoRA to add to the weights, and how much of it (1); may be given again",
+        **_REPEATED,
     )
-    add(model, "--lora_dir", metavar="DIR", help="where <lora:name:0.8> in a prompt is looked for")
-    add(model, "--lora_partial", action="store_true", help="take what fits of a LoRA")
-    for part in ("vae", "unet", "text_encoder", "text_encoder_2"):
-        add(model, f"--{part}", metavar="PART", help=f"an id, folder or file with another {part}")
-    add(model, "--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt")
-    add(model, "--prediction", choices=PREDICTIONS, help="what the UNet predicts (what the checkpoint says)")
-    add(model, "--low_memory", action="store_true", help="keep only the networks in memory that are being used")
-    add(model, "--memory_limit", type=_gigabytes, metavar="GB", help="memory to make do with (three quarters of all)")
-    add(model, "--preload_models", action="store_true", help="read all weights before the first step")
+    add("--lora_partial", action="store_true", help="take what fits of a LoRA, where some of it does not")
+    for part in PARTS:
+        add(f"--{part}", metavar="PART", help=f"an id, folder or file with another {part}")
+    add("--tokenizer", metavar="DIR", help="a folder with vocab.json and merges.txt, for a file that has none")
+    add("--prediction", choices=PREDICTIONS, help="what the UNet predicts (what the checkpoint says)")
+    add("--quantize", "-q", action="store_true", help=f"text encoders to {TEXT_BITS} bits, the UNet to {UNET_BITS}")
+    add("--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
+    add("--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
+
+
+def chosen_bits(args: argparse.Namespace) -> dict[str, int]:
+    """``unet_bits`` and ``text_bits`` where the flags of ``add_weights`` ask for them."""
+    bits = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
+    return bits | {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
+
+
+def chosen_parts(args: argparse.Namespace) -> dict[str, str]:
+    """The networks that come from elsewhere, and from where."""
+    return {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("memory and time", "How to run it where there is little of either.").add_argument
+    add("--low_memory", action="store_true", help="keep only the networks in memory that are being used")
+    add("--memory_limit", type=values.gigabytes, metavar="GB", help="memory to make do with (three quarters of all)")
+    add(
+        "--batch_size",
+        type=values.count,
+        metavar="N",
+        help="images to make at once, of several prompts too (--n_images)",
+    )
+    add("--decoding_batch_size", type=values.count, default=1, metavar="N", help="images to decode at once (1)")
+    add("--no_float16", dest="float16", action="store_false", help="compute in float32")
+    add("--preload_models", action="store_true", help="read all weights before the first step")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    output = parser.add_argument_group("output")
-    add(output, "--output", default="out.png", help="file to write; several images are numbered, this is their grid")
-    add(output, "--n_rows", type=_count, default=1, help="rows of the grid (1)")
-    add(output, "--batch_size", type=_count, help="images to make at once, of several prompts too (--n_images)")
-    add(output, "--decoding_batch_size", type=_count, default=1, help="images to decode at once (1)")
-    add(output, "--verbose", "-v", action="store_true", help="say what is chosen, and how much memory was used")
+    add = parser.add_argument_group("output", "Where the images go, and what is said of them.").add_argument
+    add(
+        "--output",
+        default="out.png",
+        metavar="PATH",
+        help="a file: several images are numbered, this is their grid; a folder; or a pattern of {i} {seed} {prompt} "
+        "{steps} {cfg} {sampler} {width} {height} {model} {date} {time}, such as cats/{seed}_{prompt}.png; a number "
+        "follows where the name is taken (out.png)",
+    )
+    add("--overwrite", action="store_true", help="replace files that have the name")
+    add("--no_grid", action="store_true", help="write no grid of several images")
+    add("--n_rows", type=values.count, default=1, metavar="N", help="rows of the grid (1)")
+    add("--json", action="store_true", help="print an object in JSON for each file, not its path and seed")
+    add("--quality", type=values.quality, metavar="N", help="of JPEG and WebP, 1 to 100 (95)")
+    add("--no_metadata", action="store_true", help="write nothing into the images of how they were made")
+    add("--verbose", "-v", action="store_true", help="say what is chosen, and how much memory was used")
+
+
+def _add_preview(parser: argparse.ArgumentParser) -> None:
+    about = "What a run has come to, while it goes on and from step to step."
+    add = parser.add_argument_group("preview", about).add_argument
+    add("--preview", metavar="PATH", help="a file to rewrite after some steps, or a folder for a file each time")
+    add("--preview_every", type=values.count, metavar="N", help="steps between previews (5)")
+    add("--preview_vae", metavar="VAE", help="decode previews by this TAESD; they are small and coarse without")
+    add("--stepwise", metavar="FILE", help="a .gif or .webp to write, that shows the images after each step")

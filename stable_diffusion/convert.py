@@ -6,9 +6,7 @@ DEST is a folder in diffusers layout. It loads at once, and appears when it is c
 written one by one, so that memory for one of them is enough.
 """
 
-import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +16,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import catalog
-from .arguments import TEXT_BITS, UNET_BITS, Parser, add, weighted
+from . import catalog, values
+from .arguments import add_weights, chosen_bits, chosen_parts
+from .parser import Parser
 from .weights import layout
 from .weights.adapters import fuse
-from .weights.files import PREDICTIONS, Checkpoint, Component, open_checkpoint, open_part, read_tensors
+from .weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
 from .weights.load import load_component
 from .weights.lora import read_lora
-from .weights.quantize import BITS, GROUP_SIZES, quantize_lazily, read_quantization, still_to_do
+from .weights.quantize import GROUP_SIZES, quantize_lazily, read_quantization, still_to_do
 from .weights.save import check_new, check_space, new_folder, stored_tensors, write_bytes, write_json, write_weights
 
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 _SMALL_FILES = 2**24  # bytes; all that is not weights, generously
-_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -212,46 +209,20 @@ def _is_there(index: Mapping[str, Any], name: str) -> bool:
 # --- command line ------------------------------------------------------------------------------------------------
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if not match or (size := float(match[1]) * _BYTES[match[2].upper()]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(size)
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="stable_diffusion.convert", description="Write a model as a folder that loads at once.")
+def make_parser(prog: str | None = None) -> Parser:
+    """The parser of this command line, under the name ``prog``."""
+    parser = Parser(
+        prog=prog or "stable_diffusion.convert", description="Write a model as a folder that loads at once."
+    )
     parser.add_argument("source", help="what to convert: a name, a Hub id, a folder or a file")
     parser.add_argument("dest", help="the folder to write, in diffusers layout; it must not exist")
-    add(parser, "--dtype", choices=DTYPES, default="float16", help="of the UNet and the text encoders (float16)")
+    parser.add_version()
+    add_weights(parser.add_argument_group("what is read", "Beside the source, and of what precision it becomes."))
+    add = parser.add_argument_group("what is written", "The form of the files.").add_argument
+    add("--dtype", choices=DTYPES, default="float16", help="of the UNet and the text encoders (float16)")
     add(
-        parser,
-        "--quantize",
-        "-q",
-        action="store_true",
-        help=f"quantize the text encoders to {TEXT_BITS} and the UNet to {UNET_BITS} bits",
-    )
-    add(parser, "--unet_bits", type=int, choices=BITS, help="quantize the UNet to so many bits")
-    add(parser, "--text_bits", type=int, choices=BITS, help="quantize the text encoders to so many bits")
-    add(
-        parser,
-        "--lora",
-        type=weighted,
-        action="append",
-        default=[],
-        metavar="LORA[:SCALE]",
-        help="a file, folder or id of a LoRA to add to the weights, and how much of it (1); may be given again",
-    )
-    add(parser, "--lora_partial", action="store_true", help="add what fits of a LoRA even if some of it does not")
-    for part in _PARTS:
-        add(parser, f"--{part}", metavar="PATH", help=f"take the {part} from elsewhere: a Hub id, a folder or a file")
-    add(parser, "--tokenizer", metavar="FOLDER", help="with vocab.json and merges.txt, for a file that has none")
-    add(parser, "--prediction", choices=PREDICTIONS, help="what the UNet predicts, where a file does not say it")
-    add(parser, "--revision", help="branch, tag or commit of a Hub repository (main)")
-    add(
-        parser,
         "--max_shard_size",
-        type=_bytes,
+        type=values.file_size,
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
         help="of a file of weights, beyond which there are several (5GB)",
@@ -259,18 +230,16 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: those of the process); returns the exit code."""
-    parser = _parser()
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
-    bits = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if args.quantize else {}
-    bits |= {name: getattr(args, name) for name in ("unet_bits", "text_bits") if getattr(args, name) is not None}
     try:
         path = convert(
             args.source,
             args.dest,
             dtype=args.dtype,
-            **bits,
+            **chosen_bits(args),
             loras=args.lora,
             lora_partial=args.lora_partial,
             revision=args.revision,
@@ -278,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr, flush=True),
             tokenizer=args.tokenizer,
             prediction=args.prediction,
-            parts={part: getattr(args, part) for part in _PARTS if getattr(args, part) is not None},
+            parts=chosen_parts(args),
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -3,7 +3,8 @@
     python -m stable_diffusion.inspect PATH
 
 PATH is a checkpoint, a network of one, a LoRA or an embedding: a folder, a file, an alias, or a Hub id whose files are
-in the cache. No weights are read (of a LoRA its alphas, of an embedding its few vectors), nothing is downloaded.
+in the cache. No weights are read (of a LoRA its alphas, of an embedding its few vectors), nothing is downloaded. Or it
+is a picture, of which is said how it was made, if it says so itself.
 """
 
 import json
@@ -18,8 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .arguments import Parser, add
 from .config import readable
+from .image import SUFFIXES as IMAGES
+from .image import read_text
+from .parser import Parser
 from .weights import layout
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
@@ -34,6 +37,8 @@ _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable 
 _REFINER = "Stable Diffusion XL refiner"
 _READS = {5: "depth maps", 8: "images to edit", 9: "masked images"}  # beside the latent, by a UNet's channels
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal would follow, or cannot show
+_RECORD = "stable_diffusion"  # the text of a picture that is one
 _XL_SCALE = 0.13025  # of XL's VAE; all others have 0.18215
 _KIND_OF_CLASS = {
     "UNet2DConditionModel": "unet",
@@ -154,6 +159,8 @@ def _type(value: mx.array) -> str:
 
 
 def _of_file(path: Path) -> Report:
+    if path.suffix.lower() in IMAGES:
+        return _of_image(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path} is no file of weights: these end in {', '.join(_SUFFIXES)}")
     try:
@@ -179,6 +186,14 @@ def _of_file(path: Path) -> Report:
     if len(components) == 1:
         return _of_network(components[0])
     return {"kind": "parts of a checkpoint", "note": reason} | _networks(components)
+
+
+def _of_image(path: Path) -> Report:
+    """The texts of a picture, and of the one that is a record what it says."""
+    texts: Report = read_text(path)
+    with suppress(ValueError, RecursionError):
+        texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
+    return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
 
 
 def _of_embedding(path: Path) -> Report:
@@ -245,13 +260,14 @@ def _family_of_lora(changes: Iterable[Change]) -> str:
 
 def _lines(report: Report) -> Iterable[str]:
     """The report as aligned lines of text."""
-    rows = [(key, _text(key, value)) for key, value in report.items() if key not in ("parts", "targets")]
+    rows = [(key, _text(key, value)) for key, value in report.items() if key not in ("parts", "targets", _RECORD)]
+    rows += [(key, _text(key, value)) for key, value in _said(report.get(_RECORD, {}))]
     rows += [(network, _text("targets", kinds)) for network, kinds in report.get("targets", {}).items()]
     parts = report.get("parts", {})
     rows += [(name, "") for name in parts]
     width = max(len(key) for key, _ in rows)
     for key, text in rows[: len(rows) - len(parts)]:
-        yield f"{key:{width}}  {text}"
+        yield f"{key:{width}}  {text}".replace("\n", "\n" + " " * (width + 2))
     columns = [_columns(part) for part in parts.values()]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
     for name, row in zip(parts, columns, strict=True):
@@ -260,6 +276,17 @@ def _lines(report: Report) -> Iterable[str]:
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         yield f"{name:{width}}  {'  '.join(cells)}".rstrip()
+
+
+def _said(record: Any) -> Iterable[tuple[str, Any]]:
+    """(name, value) of what a record says, without what is empty or off."""
+    for name, value in record.items() if isinstance(record, dict) else [(_RECORD, record)]:
+        if isinstance(value, dict) and name != "files":
+            yield from _said(value)
+        elif isinstance(value, dict):
+            yield from value.items()
+        elif value not in (None, False, "", []):
+            yield name, value
 
 
 def _columns(part: Report) -> tuple[str, ...]:
@@ -281,15 +308,27 @@ def _text(key: str, value: Any) -> str:
         return ", ".join(f"{name} {count}" for name, count in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if key == "parameters" else str(value)
+    if key == "parameters" and isinstance(value, int):
+        return f"{value:,}"
+    return _UNSEEN.sub("\ufffd", str(value))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser(prog: str | None = None) -> Parser:
+    """The parser of this command line, under the name ``prog``."""
+    parser = Parser(
+        prog=prog or "stable_diffusion.inspect",
+        description="Say what a model, a part of one or a LoRA is, or how an image was made.",
+    )
+    parser.add_argument("path", help="a folder, a file, an image, an alias, or a Hub id that is in the cache")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository (main)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_version()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: those of the process); returns the exit code."""
-    parser = Parser(prog="stable_diffusion.inspect", description="Say what a model, a part of one or a LoRA is.")
-    parser.add_argument("path", help="a folder, a file, an alias, or a Hub id that is in the cache")
-    add(parser, "--revision", help="branch, tag or commit of a Hub repository (main)")
-    add(parser, "--json", action="store_true", help="print it as JSON")
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client when it is first needed, which is after this
     try:
@@ -298,7 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.path} is neither here nor in the Hub's cache: load it once, or give a path")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report)))
+    text = json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report))
+    print(text.encode("utf-8", "backslashreplace").decode())  # a path may hold what is no Unicode
     return 0
 
 
