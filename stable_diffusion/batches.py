@@ -159,6 +159,7 @@ def prepare_work(
         "num_steps": sd.default_steps if job.steps is None else job.steps,
         "cfg_weight": job.cfg,
         "guidance_interval": job.guidance_interval,
+        "deep_cache": job.deep_cache,
         "seed": batch.seeds,
         "sampler": job.sampler,
         "schedule": job.schedule,

@@ -61,7 +61,7 @@ def asked_of(unet, rows: int, seed: int) -> dict:
 
 
 def by_hand(unet, asked: dict, other: dict) -> mx.array:
-    """The definition: the last layer, at this call's latents and time, with what comes into it in the ``other`` call."""
+    """The definition: the last layer, at this call's latents and time, takes what came into it in the ``other``."""
     *_, last_block = unet.up_blocks
     resnet, seen = last_block.resnets[-1], []
 

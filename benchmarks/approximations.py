@@ -1,0 +1,130 @@
+"""What the approximations save, and what the pictures lose by them.
+
+    python -m benchmarks.approximations [--captions 60]
+    python -m benchmarks.approximations --steps-of sd15 sdxl [--latents 64]
+
+The first draws held-out captions with the bundled model, in its own way and in others that take less time. Its columns:
+processor time of an image, from the prompt to the pixels; how far the final latents are from the exact ones, root mean
+square over that of the latents, a mean over the captions; and how many of the pictures are as their caption says in
+each respect, and in all of them (the judge is ``tools.tiny.score``). Fewer steps are an approximation too, so they
+stand beside the others. There is no TAESD and no LoRA for the bundled model, so they are not here.
+
+The second measures one step at full size, with guidance, random weights and float32, whole and with what DeepCache
+keeps: of the time of a run, every N-th step takes the first and the others the second.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, where there is one
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from stable_diffusion.models.layers import Context
+from stable_diffusion.weights.load import build
+from tools.tiny.evaluate import evaluate
+
+from .shapes import UNETS
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "--deep_cache 2": {"deep_cache": 2},
+    "--deep_cache 3": {"deep_cache": 3},
+    "--deep_cache 5": {"deep_cache": 5},
+    "--guidance_interval 0.2,0.8": {"guidance_interval": (0.2, 0.8)},
+    "--deep_cache 2 --guidance_interval 0.2,0.8": {"deep_cache": 2, "guidance_interval": (0.2, 0.8)},
+    "--sampler dpmpp_2m --steps 15": {"sampler": "dpmpp_2m", "num_steps": 15},
+    "--sampler dpmpp_2m --steps 10": {"sampler": "dpmpp_2m", "num_steps": 10},
+}
+
+
+class Draw:
+    """Draws captions in one way and notes what each takes; ``exact`` are the latents to compare with, if there are."""
+
+    def __init__(self, sd: StableDiffusion, options: dict[str, Any], exact: list[mx.array]):
+        self._sd, self._options, self._exact = sd, options, exact
+        self.latents: list[mx.array] = []
+        self.seconds = 0.0
+
+    def __call__(self, captions: list[str], seeds: list[int]) -> np.ndarray:
+        """uint8 [n, 64, 64, 3]."""
+        pixels, start = [], time.process_time()
+        for caption, seed in zip(captions, seeds, strict=True):
+            for x in self._sd.generate_latents(caption, seed=seed, **self._options):
+                mx.eval(x)
+            pixels.append(np.array(self._sd.decode(x))[0])
+            self.latents.append(x)
+        self.seconds = (time.process_time() - start) / len(captions)
+        return (np.stack(pixels) * 255 + 0.5).astype(np.uint8)
+
+    def distance(self) -> float:
+        """Mean over the captions of the relative distance to the exact latents."""
+        pairs = zip(self.latents, self._exact or self.latents, strict=True)
+        return float(np.mean([math.sqrt((mx.mean((a - b) ** 2) / mx.mean(b**2)).item()) for a, b in pairs]))
+
+
+def quality(captions: int) -> None:
+    sd = StableDiffusion("tiny")
+    mx.eval(list(sd.generate_latents("a red circle", num_steps=1)))
+    exact: list[mx.array] = []
+    names = ("colour", "shape", "background", "order")
+    print(f"{captions} captions".ljust(44), *(f"{name:>11}" for name in ("time", "distance", *names, "all right")))
+    for setting, options in SETTINGS.items():
+        draw = Draw(sd, options, exact)
+        shares, rows = evaluate(draw, captions - captions // 4, captions // 4)
+        exact = exact or draw.latents
+        right = 100 * np.mean([all(score.values()) for *_, score in rows])
+        figures = [f"{shares[name]:9.0f} %" for name in names] + [f"{right:9.0f} %"]
+        print(setting.ljust(44), f"{draw.seconds:9.2f} s {draw.distance():11.3f}", *figures, flush=True)
+
+
+def steps_of(shape: str, side: int) -> None:
+    """A whole step and one with kept maps, in turns."""
+    config = UNETS[shape]
+    unet = build("unet", config)
+    x, t = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0)), mx.array([500.0, 500.0])
+    context = Context(mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1)))
+    told: dict[str, Any] = {}
+    if "projection_class_embeddings_input_dim" in config:
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        told["text_time"] = mx.ones((2, pooled)), mx.ones((2, 6))
+    deep: list[mx.array] = []
+    mx.eval(unet.parameters(), x, unet(x, t, context, deep=deep, **told), deep)  # what a run computes once is there
+
+    def seconds(compute: Callable[[], mx.array]) -> float:
+        start = time.perf_counter()
+        mx.eval(compute())
+        return time.perf_counter() - start
+
+    turns = [
+        (seconds(lambda: unet(x, t, context, **told)), seconds(lambda: unet(x, t, context, deep=deep, **told)))
+        for _ in range(2)
+    ]
+    whole, outer = (min(times) for times in zip(*turns, strict=True))
+    shares = ", ".join(f"N = {n}: {(whole + (n - 1) * outer) / (n * whole):.2f}" for n in (2, 3, 5))
+    print(
+        f"{shape}, latents {side} x {side}: a whole step {whole:.2f} s, with kept maps {outer:.2f} s "
+        f"({outer / whole:.1%}); time of a run in shares of the exact one, {shares}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=60, help="a quarter of them with two objects (60)")
+    parser.add_argument("--steps-of", nargs="+", choices=UNETS, help="measure steps of these shapes instead")
+    parser.add_argument("--latents", type=int, default=64, help="side of these steps' latents (64)")
+    args = parser.parse_args()
+    if args.steps_of is None:
+        quality(args.captions)
+    for shape in args.steps_of or ():
+        steps_of(shape, args.latents)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""How a step's time and memory grow with the size of the picture, and with the number of pictures made at once.
+
+    python -m benchmarks.growth [--shape sd15] [--sizes 512 768 1024 1536] [--batches 1 2 4]
+
+One step of the UNet at full size, random weights, float32, without guidance; memory is the most that it takes beside
+the weights. The first table is of one row; convolutions grow as the pixels do, and self-attention, which lets every
+position look at every other, as their square: by four from 512 to 1024, and by sixteen. The second is at the first
+size, where all should grow as the batch does.
+"""
+
+import argparse
+import time
+from functools import partial
+
+from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it brings OpenBLAS, where there is one
+
+# isort: split
+import mlx.core as mx
+from mlx import nn
+
+from stable_diffusion.models.layers import Context
+
+from .long_prompts import Cost, cost, random_module
+from .shapes import UNETS
+
+
+def step(unet: nn.Module, rows: int, size: int, repeats: int) -> Cost:
+    """Seconds and bytes that the UNet takes for ``rows`` pictures of ``size`` x ``size`` pixels, once it is warm."""
+    config = unet.config
+    x = mx.random.normal((rows, size // 8, size // 8, config.in_channels), key=mx.random.key(0))
+    context = Context(mx.random.normal((rows, 77, config.cross_attention_dim[0]), key=mx.random.key(1)))
+    t = mx.full((rows,), 500.0)
+    text_time = None
+    if config.addition_embed_type:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text_time = mx.ones((rows, pooled)), mx.ones((rows, 6))
+    mx.eval(x, t, unet(x[:, :8, :8], t, context, text_time=text_time))
+    return cost(partial(unet, x, t, context, text_time=text_time), time.perf_counter, repeats)
+
+
+def table(title: str, names: list[str], units: list[float], costs: list[Cost]) -> None:
+    """Each row's cost, and how much it is for a unit of work in shares of the first's."""
+    print(f"{title:16}{'time':>10}{'for the same':>14}{'memory':>12}{'for the same':>14}")
+    for name, unit, (seconds, memory) in zip(names, units, costs, strict=True):
+        shares = [value / unit / (first / units[0]) for value, first in zip((seconds, memory), costs[0], strict=True)]
+        print(f"{name:16}{seconds:8.2f} s{shares[0]:14.2f}{memory / 1e9:9.2f} GB{shares[1]:14.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=UNETS, default="sd15")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 768, 1024, 1536], help="sides in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=1)
+    args = parser.parse_args()
+    unet = random_module("unet", UNETS[args.shape])
+    sizes = [step(unet, 1, size, args.repeats) for size in args.sizes]
+    table("size", [f"{size} x {size}" for size in args.sizes], [size**2 for size in args.sizes], sizes)
+    batches = [step(unet, rows, args.sizes[0], args.repeats) for rows in args.batches]
+    table("pictures", [str(rows) for rows in args.batches], list(args.batches), batches)
+
+
+if __name__ == "__main__":
+    main()
