@@ -75,13 +75,13 @@ class Work:
 
 
 def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]:
-    """All images of the jobs in order, filled into batches of ``size`` (None: of what one job asks for)."""
+    """All images of the jobs in order, filled into batches of ``size`` (None: of all that have the same settings)."""
     found: list[Batch] = []
     for job in jobs:
-        limit = job.n_images if size is None else size
         for seed in job.seeds:
             last = found[-1] if found else None
-            if last and len(last.seeds) < limit and _settings(last.job) == _settings(job):
+            room = last and (size is None or len(last.seeds) < size)
+            if room and _settings(last.job) == _settings(job):
                 found[-1] = Batch((*last.jobs, job), (*last.seeds, seed))
             else:
                 found.append(Batch((job,), (seed,)))
@@ -181,6 +181,15 @@ def prepare_work(
             f"{args.refiner_start:g}; raise one of them"
         )
     return Work(batch, place, size, given, strength, _depth(sd, inputs, place, job.resize))
+
+
+def parts(sd: StableDiffusion, work: Work, size: int) -> list[Work]:
+    """The same in batches of at most ``size`` images."""
+    jobs, seeds = work.batch.jobs, work.batch.seeds
+    if len(seeds) <= size:
+        return [work]
+    smaller = [Batch(jobs[i : i + size], seeds[i : i + size]) for i in range(0, len(seeds), size)]
+    return [replace(work, batch=b, given=work.given | _prompts(sd, b) | {"seed": b.seeds}) for b in smaller]
 
 
 def _check_image_options(sd: StableDiffusion, args: argparse.Namespace, job: argparse.Namespace) -> None:

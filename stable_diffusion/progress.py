@@ -42,7 +42,14 @@ def _figures(step: float, left: int) -> str:
 
 
 class Remarks(logging.StreamHandler):
-    """Writes a log on lines of its own, also while a bar is shown."""
+    """Writes a log on lines of its own, also while a bar is shown; what holds for many batches is said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        line = self.format(record)
+        if line not in self._said:
+            self._said.add(line)
+            tqdm.write(line, file=self.stream)
