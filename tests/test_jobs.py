@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from command_line import PROMPT, pixels
-from stable_diffusion import arguments
+from stable_diffusion import arguments, cli
 from stable_diffusion.batches import batches
 from stable_diffusion.jobs import jobs
+from stable_diffusion.pipeline import StableDiffusion
 
 
 def asked(*words, script: str = "txt2image") -> list[argparse.Namespace]:
@@ -205,3 +206,60 @@ def test_strengths_are_those_of_single_runs(run, sd1_folder, tmp_path):
         one = ["--strength", strength, "--n_images", 1, "--output", tmp_path / "one.png"]
         single = run("image2image", *common, *one).succeeded().out[0]
         assert np.array_equal(pixels(Path(single.split(" seed ")[0])), image)
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many images the runs of a script make at once."""
+    seen, generate = [], StableDiffusion.generate_latents
+
+    def spied(self, *args, **kwargs):
+        seen.append(len(kwargs["seed"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion, "generate_latents", spied)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options, most, wanted",
+    [
+        ([], 3, [3, 3, 1]),
+        ([], 7, [7]),
+        (["--batch_size", 4], 3, [4, 3]),  # what is asked for is not asked of the memory
+        (["--steps", 1, 2, "--n_images", 3], 5, [5, 1, 5, 1]),
+    ],
+)
+def test_as_many_at_once_as_memory_allows(run, sd1_folder, sizes, monkeypatch, tmp_path, options, most, wanted):
+    monkeypatch.setattr(cli, "images_at_once", lambda sd, allowed, n_images, **more: min(most, n_images))
+    monkeypatch.setattr(cli, "_plan_memory", lambda *args: True)
+    options = [*([] if "--n_images" in options else ["--seed", "1-7"]), *options]
+    prompt = "the {red|blue} cat" if "--n_images" in options else PROMPT
+    run("txt2image", prompt, "--model", sd1_folder, "--steps", 1, *options, "--output", tmp_path / "a.png").succeeded()
+    assert sizes == wanted
+
+
+def test_a_memory_limit_makes_fewer_images_at_once(run, sd1_folder, sizes, tmp_path):
+    """And they are the same; the first run has room for all of them."""
+    common = ["--model", sd1_folder, "--width", 256, "--height", 256, "--steps", 1, "--seed", 1, "--cfg", 1]
+    run("txt2image", "the {red|blue} cat", *common, "--output", tmp_path / "a.png").succeeded()
+    limit = ["--memory_limit", 0.06, "--output", tmp_path / "b.png"]
+    run("txt2image", "the {red|blue} cat", *common, *limit).succeeded()
+    assert sizes[0] == 8 and len(sizes) > 2 and sum(sizes[1:]) == 8 and max(sizes[1:]) < 8
+    for i in range(1, 9):
+        assert np.abs(pixels(tmp_path / f"a_{i}.png") - pixels(tmp_path / f"b_{i}.png")).max() <= 1
+
+
+def test_images_at_once_where_nothing_can_be_said_of_memory(run, sd1_folder, sizes, monkeypatch, tmp_path):
+    def fails(*args, **kwargs):
+        raise TypeError("the graph has changed")
+
+    monkeypatch.setattr(cli, "images_at_once", fails)
+    run("txt2image", PROMPT, "--model", sd1_folder, "--steps", 1, "--n_images", 6, "--output", tmp_path / "a.png")
+    assert sizes == [4, 2]
+
+
+def test_what_holds_for_many_batches_is_said_once(run, sd1_folder, tmp_path):
+    options = ["--model", sd1_folder, "--steps", 1, 2, 3, "--cfg", 1, "--negative_prompt", "blue"]
+    done = run("txt2image", PROMPT, *options, "--output", tmp_path / "a.png").succeeded()
+    assert len(done.remarks) == 1 and "the negative prompt has no effect" in done.remarks[0]
