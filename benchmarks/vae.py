@@ -25,9 +25,10 @@ import mlx.core as mx
 
 from stable_diffusion.config import AutoencoderConfig
 from stable_diffusion.models.vae import AutoencoderKL
-from stable_diffusion.tiling import _spans, decode, encode, in_bands, in_tiles, peak_in_bands
+from stable_diffusion.tiling import Way, _spans, decode, encode, in_bands, in_tiles, way
 
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
+_BAND = 2**23  # bytes of a band as the input of a convolution, where tiles are compared with the whole
 
 
 def theirs(folder: Path) -> Any:
@@ -55,8 +56,8 @@ def cost(compute: Callable[[], Any]) -> tuple[float, float]:
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
     """Levels of 255 between tiles and the whole, and the largest mean steps between rows at seams and elsewhere."""
-    whole = vae.decode(z, partial(in_bands, vae.decoder.layers))
-    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder, z, side, 1, 8))
+    whole = vae.decode(z, lambda z: in_bands(vae.decoder.layers, z, Way(0, _BAND)))
+    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder, z, Way(0, _BAND, side=side), 1, 8))
     steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()
     edges = {8 * e - 1 for start, end, _ in _spans(z.shape[1], side, 8) for e in (start, end)} & set(range(len(steps)))
     at, elsewhere = max(steps[e] for e in edges), max(s for i, s in enumerate(steps) if i not in edges)
@@ -97,8 +98,8 @@ def main() -> None:
                 f"  {max(peaks) / 1e9:6.3f} GB",
                 flush=True,
             )
-        expected = peak_in_bands(ours.encoder, x) if args.encode else peak_in_bands(ours.decoder, z)
-        print(f"{size} x {size}  expected by bands: {expected / 1e9:.3f} GB")
+        expected = (way(ours.encoder, x, 8) if args.encode else way(ours.decoder, z, 1)).peak
+        print(f"{size} x {size}  this library expected {expected / 1e9:.3f} GB")
         if args.seam:
             print(f"{size} x {size}  {seam(ours, z, size // 16)}", flush=True)
 

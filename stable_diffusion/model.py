@@ -63,6 +63,7 @@ class DiffusionModel:
         low_memory: bool = False,
     ):
         self.low_memory, self.rows_at_once = low_memory, 1 if low_memory else None
+        self.memory_limit: float | None = None
         self.recipes: dict[str, Recipe] = {}  # of the networks, by their attributes
         self._source, self._revision = self.default_model if model is None else model, revision
         checkpoint = open_checkpoint(
@@ -205,7 +206,7 @@ class DiffusionModel:
         """
         self._ready(x_t)
         self._begin("autoencoder")
-        pixels = tiling.decode(self.autoencoder, x_t.astype(self._vae_dtype)).astype(mx.float32)
+        pixels = tiling.decode(self.autoencoder, x_t.astype(self._vae_dtype), self._spare(x_t)).astype(mx.float32)
         return self._ready(mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels / 2 + 0.5, 0, 1)))
 
     def encode(self, pixels: mx.array) -> mx.array:
@@ -215,8 +216,15 @@ class DiffusionModel:
         randomness.
         """
         self._begin("autoencoder")
-        mean, _ = tiling.encode(self.autoencoder, pixels.astype(self._vae_dtype))
+        mean, _ = tiling.encode(self.autoencoder, pixels.astype(self._vae_dtype), self._spare(pixels))
         return self._ready(mean.astype(mx.float32))
+
+    def _spare(self, given: mx.array) -> float | None:
+        """Bytes that the autoencoder may take to work on what is ``given``; None is as much as it likes."""
+        if self.memory_limit is None:
+            return None
+        mx.eval(given, self.autoencoder.parameters())  # or they would not yet be counted
+        return max(self.memory_limit - mx.get_active_memory(), 0.0)
 
     def upscale(self, x: mx.array, size: tuple[int, int], how: str = "latents") -> mx.array:
         """Latents [n, h, w, 4] of images -> those of larger ones, ``size`` (height, width) in latents.

@@ -2,13 +2,18 @@
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from configs import UNETS
+from models.test_controlnet import CONTROLNETS
 from models.test_vae import SD as VAE
-from stable_diffusion import StableDiffusionXL
-from stable_diffusion.budget import choose, needs, set_limits
-from stable_diffusion.memory import METAL, peak
+from oracle import normal
+from stable_diffusion import StableDiffusionXL, budget
+from stable_diffusion.budget import Asked, at_once, choose, images_at_once, needs, set_limits
+from stable_diffusion.control import Control
+from stable_diffusion.memory import CPU, METAL, peak
 from stable_diffusion.weights.load import build
+from stable_diffusion.weights.quantize import size_in_bytes
 
 F32 = mx.float32
 TEXT = {
@@ -63,7 +68,7 @@ def test_a_step_of_the_unet(family, rows, size):
     waiting = peak(unet, call, *shapes, limit=0)
     assert waiting == pytest.approx(measured(unet, call, shapes, 0), rel=0.1)
     # How far MLX works ahead where it need not wait depends on what else the machine does.
-    assert 0.9 * waiting <= measured(unet, call, shapes, 10**12) <= 1.1 * peak(unet, call, *shapes)
+    assert 0.9 * waiting <= measured(unet, call, shapes, 10**12) <= 1.2 * peak(unet, call, *shapes)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 4])
@@ -88,29 +93,122 @@ def test_nothing_is_evaluated_or_changed():
 
 
 def test_more_is_taken_for_more():
-    def predicted(rows: int, size: tuple[int, int], **options) -> int:
-        unet, call, shapes = unet_case("sd2", rows, size)
+    def predicted(rows: int, size: tuple[int, int], family: str = "sd2", **options) -> int:
+        unet, call, shapes = unet_case(family, rows, size)
         return peak(unet, call, *shapes, **options)
 
     assert predicted(1, (16, 16), limit=0) < predicted(2, (16, 16), limit=0) < predicted(2, (32, 16), limit=0)
     assert predicted(2, (16, 16), limit=0) < predicted(2, (16, 16))  # MLX works ahead
-    assert predicted(2, (32, 32), backend=METAL, limit=0) < predicted(2, (32, 32), limit=0)  # which unfolds nothing
+    on_metal, here = (predicted(2, (64, 64), "xl", backend=one, limit=0) for one in (METAL, CPU))
+    assert on_metal < here  # where convolutions are unfolded
 
 
 def test_a_run_is_planned_and_made_cheaper(xl_folder, caplog):
     sd = StableDiffusionXL(xl_folder, unet_bits=8)
     set_limits(8e9, low_memory=False)
-    plain = needs(sd, 2, (24, 24))
+    asked = Asked(2, (24, 24))
+    caplog.set_level("INFO", "stable_diffusion")
+    plain = needs(sd, 10**12, asked)
     assert [need.stage for need in plain] == ["text encoding", "a step of the UNet", "decoding"]
     assert plain[0].weights > plain[1].weights == sd.recipes["unet"].size()
     assert "GB of weights" in str(plain[1])
-    assert choose(sd, 10**12, 2, (24, 24)) == plain and sd.rows_at_once is None and not caplog.records
-    small = choose(sd, plain[1].total - 1, 2, (24, 24))
+    assert choose(sd, 10**12, asked) == plain and sd.rows_at_once is None and sd.memory_limit == 10**12
+    assert not caplog.records
+    small = choose(sd, plain[1].total - 1, asked)
     assert sd.rows_at_once == 1 and small[1].working < plain[1].working / 2
     caplog.clear()
-    choose(sd, 10**6, 2, (24, 24))
+    choose(sd, 10**6, asked)
     (line,) = caplog.messages
     assert "needs about" in line and "may take 0.0 GB" in line and "--low_memory" in line
+
+
+def test_graphs_are_looked_at_only_where_it_matters(xl_folder, monkeypatch):
+    sd = StableDiffusionXL(xl_folder)
+    asked = Asked(3, (24, 24))
+    looked = needs(sd, 1, asked)[1]
+    monkeypatch.setattr(budget, "_of_unet", None)
+    bound = needs(sd, 10**12, asked)[1]
+    assert bound.weights == looked.weights and bound.working > 2 * looked.working
+    assert images_at_once(sd, 10**12, 3, (24, 24)) == 3
+    with pytest.raises(TypeError):
+        needs(sd, bound.total - 1, asked)
+
+
+def test_a_run_with_all_that_there_is(xl_folder, caplog):
+    sd = StableDiffusionXL(xl_folder)
+    caplog.set_level("INFO", "stable_diffusion")
+    net = build("controlnet", CONTROLNETS["xl"])
+    plain = {need.stage: need for need in needs(sd, 10**12, Asked(1, (16, 24)))}
+    asked = Asked(1, (16, 24), nets=[net], larger=(32, 40), encodes=True)
+    full = {need.stage: need for need in needs(sd, 10**12, asked)}
+    stages = ["text encoding", "encoding", "a step of the UNet", "a step of the second pass", "decoding"]
+    assert list(full) == stages
+    step, second = (full[stage] for stage in stages[2:4])
+    size = size_in_bytes(net)
+    assert step.weights == second.weights == plain[stages[2]].weights + size + sd.recipes["autoencoder"].size()
+    assert plain[stages[2]].working < step.working < second.working
+    assert full["decoding"].working != plain["decoding"].working  # bands for the large one
+    found = list(full.values())
+    most = max(need.working for need in found[1:])
+    assert at_once(sd, found, [net]) == second.weights + most
+    # The network that was looked at is as it was.
+    assert all(isinstance(value, mx.array) for _, value in tree_flatten(net.parameters()))
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_run_takes_what_was_planned(xl_folder, steered, caplog):
+    caplog.set_level("INFO", "stable_diffusion")
+    sd = StableDiffusionXL(xl_folder)
+    nets = [build("controlnet", CONTROLNETS["xl"])] if steered else []
+    size = (24, 32)
+    controls = [Control(net, mx.zeros((8 * size[0], 8 * size[1], 3))) for net in nets]
+    latents = sd.generate_latents("a cat", 2, 3, 5.0, latent_size=size, seed=1, controls=controls)
+    latents.prepare()
+    mx.eval(sd.unet.parameters(), *(net.parameters() for net in nets), *(c.hint for c in controls))
+    mx.set_memory_limit(0)
+    plan = needs(sd, 10**12, Asked(2, size, nets=nets))
+    step = next(need for need in plan if need.stage == "a step of the UNet")
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for x_t in latents:
+        mx.eval(x_t)
+    assert mx.get_peak_memory() - before == pytest.approx(step.working, rel=0.1)
+
+
+def test_batches_fill_the_memory(xl_folder):
+    sd = StableDiffusionXL(xl_folder)
+    set_limits(8e9, low_memory=False)
+    mx.set_memory_limit(0)
+    size = (24, 24)
+    weights = sd.recipes["unet"].size() + sd.recipes["autoencoder"].size()
+    alone, five = (budget._of_unet(sd, Asked(n, size), 2 * n, size) for n in (1, 5))
+    assert images_at_once(sd, weights + alone // 2, 9, size) == 1  # one has to be, whatever it takes
+    assert images_at_once(sd, weights + 1.05 * five, 5, size) == 5
+    assert images_at_once(sd, weights + 1.05 * five, 6, size) == 3  # and 3, rather than 5 and 1
+    assert 4 <= images_at_once(sd, weights + 1.05 * five, 100, size) <= 5
+    sd.rows_at_once = 1
+    assert images_at_once(sd, 10**12, 5, size) == 1
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_decoding_and_encoding_keep_to_the_limit(xl_folder, low_memory):
+    free, sd = (StableDiffusionXL(xl_folder, low_memory=low_memory) for _ in range(2))
+    x = mx.array(normal(1, 40, 48, 4))
+    whole = free.decode(x)
+    mx.eval(whole, sd.autoencoder.parameters(), x)
+    del free
+    for share in (0.5, 0.25):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(sd.decode(x))
+        most, before = mx.get_peak_memory(), mx.get_active_memory()
+        sd.memory_limit = before + share * (most - before)
+        mx.reset_peak_memory()
+        image = sd.decode(x)
+        mx.eval(image)
+        assert mx.get_peak_memory() <= sd.memory_limit
+        sd.memory_limit = None
+    assert image.shape == whole.shape
 
 
 def test_limits_are_set():
@@ -124,4 +222,4 @@ def test_limits_are_set():
 def test_decoding():
     vae = build("vae", VAE)
     shapes = [((1, 12, 16, 4), F32)]
-    assert peak(vae, vae.decode, *shapes, limit=0) == pytest.approx(measured(vae, vae.decode, shapes, 0), rel=0.2)
+    assert peak(vae, vae.decode, *shapes, limit=0) == pytest.approx(measured(vae, vae.decode, shapes, 0), rel=0.1)

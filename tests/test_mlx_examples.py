@@ -273,7 +273,16 @@ def test_attributes(sd, xl):
     for model, suffixes in ((sd, ("",)), (xl, ("_1", "_2"))):
         parts = {"unet", "autoencoder", "sampler"}
         parts |= {f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes}
-        own = {"dtype", "schedule", "mode", "low_memory", "rows_at_once", "recipes", "scores_aesthetics"}
+        own = {
+            "dtype",
+            "schedule",
+            "mode",
+            "low_memory",
+            "memory_limit",
+            "rows_at_once",
+            "recipes",
+            "scores_aesthetics",
+        }
         assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | own
         networks = [getattr(model, part) for part in parts if not part.startswith(("sampler", "tokenizer"))]
         assert all(isinstance(network, nn.Module) and tree_flatten(network.parameters()) for network in networks)
