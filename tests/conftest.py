@@ -1,20 +1,28 @@
 """What many tests share: checkpoints, made once and read only, and the scripts, called in this process."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import diffusers
 import pytest
 
 import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
-from checkpoints import SCALED, make
 from command_line import SCRIPTS, Finished
 from stable_diffusion import cli
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core, four at most, for the whole suite; what is asked for by name runs in this one."""
+    return min(4, os.cpu_count() or 1) if config.args == config.getini("testpaths") else 0
 
 
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
     """A random SD 1 checkpoint with the DDIM scheduler of the published ones."""
+    import diffusers  # here, and in the next fixture: the process that only hands out the tests does without it
+
+    from checkpoints import SCALED, make
+
     folder = tmp_path_factory.mktemp("sd1") / "sd"
     make(folder, "sd1", diffusers.DDIMScheduler(**SCALED, set_alpha_to_one=False, steps_offset=1, clip_sample=False))
     return folder
@@ -23,6 +31,10 @@ def sd1_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def xl_folder(tmp_path_factory) -> Path:
     """A random XL checkpoint with SDXL-Turbo's scheduler."""
+    import diffusers
+
+    from checkpoints import SCALED, make
+
     folder = tmp_path_factory.mktemp("xl") / "xl"
     make(folder, "xl", diffusers.EulerAncestralDiscreteScheduler(**SCALED, timestep_spacing="trailing"))
     return folder
