@@ -13,6 +13,7 @@ from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.denoise import denoiser
 from stable_diffusion.guidance import stages
 from stable_diffusion.schedule import Schedule
+from stable_diffusion.tiling import decode, encode, way
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.quantize import GROUP_SIZES, quantize
 
@@ -62,13 +63,15 @@ def _text(case: Case, folder: Path) -> Work:
 def _vae_encode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
     pixels = random(1, case.size, case.size, 3)
-    return Work(lambda: vae.encode(pixels)[0], size(vae.encoder))
+    whole = way(vae.encoder, pixels, vae.config.scale).band is None
+    return Work(lambda: encode(vae, pixels)[0], size(vae.encoder), has_graph=whole)
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
     latents = random(1, case.latent, case.latent, vae.latent_channels)
-    return Work(lambda: vae.decode(latents), size(vae.decoder))
+    whole = way(vae.decoder, latents, 1).band is None
+    return Work(lambda: decode(vae, latents), size(vae.decoder), has_graph=whole)
 
 
 def _open(case: Case, folder: Path) -> StableDiffusion:
