@@ -1,0 +1,38 @@
+"""All command lines under one name: ``python -m stable_diffusion COMMAND``."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import cli, completion, convert, inspect
+from .parser import Parser
+
+# What each command does, and the function that it is: (arguments, name of the program) -> exit code.
+_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "txt2image": ("make images from a prompt", cli.txt2image),
+    "image2image": ("change an image towards a prompt", cli.image2image),
+    "convert": ("write a model as a folder that loads at once", convert.main),
+    "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
+    "completion": ("print a script with which a shell completes flags", completion.main),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` (None: the arguments of the process) begins with; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = Path(sys.argv[0]).stem
+    prog = name if name == "stable-diffusion" else "python -m stable_diffusion"
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} command ...",
+        description="Stable Diffusion for Apple Silicon in pure MLX.",
+        epilog="commands:\n" + "\n".join(f"  {name:13}{about}" for name, (about, _) in _COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=_COMMANDS, metavar="command", help="what to do; with --help, how")
+    parser.add_version()
+    command = parser.parse_args(words[:1]).command
+    return _COMMANDS[command][1](words[1:], f"{prog} {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
