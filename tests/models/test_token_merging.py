@@ -1,0 +1,103 @@
+"""Token merging: against a loop over positions, and in the UNet where it belongs."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from oracle import normal, relative_error
+from stable_diffusion import StableDiffusion
+from stable_diffusion.models.layers import Context
+from stable_diffusion.models.token_merging import attend_merged
+
+PROMPT = "the red cat"
+SMALL = {"latent_size": (8, 10), "seed": 3, "num_steps": 2, "cfg_weight": 5.0}
+
+
+@pytest.fixture(scope="module")
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+def by_hand(attend, x: np.ndarray, size: tuple[int, int], ratio: float) -> np.ndarray:
+    """Position by position. ``attend`` must not care about their order."""
+    height, width = size
+    into = [r * width + c for r in range(0, height, 2) for c in range(0, width, 2)]
+    rest = [i for i in range(height * width) if i not in into]
+    out = np.zeros_like(x)
+    for tokens, answer in zip(x, out, strict=True):
+        unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+        alike = {i: max((float(unit[i] @ unit[j]), j) for j in into) for i in rest}
+        merged = sorted(rest, key=lambda i: -alike[i][0])[: int(ratio * len(tokens))]
+        groups = {j: [j, *(i for i in merged if alike[i][1] == j)] for j in into}
+        groups |= {i: [i] for i in rest if i not in merged}
+        told = np.array(attend(mx.array(np.stack([tokens[g].mean(axis=0) for g in groups.values()]))[None]))[0]
+        for group, said in zip(groups.values(), told, strict=True):
+            answer[group] = said
+    return out
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (2, 2)])
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75])
+def test_against_a_loop(size, ratio):
+    x = normal(2, size[0] * size[1], 16, seed=1)
+
+    def attend(y: mx.array) -> mx.array:  # to every position, its own value a little more
+        return mx.softmax(y @ y.swapaxes(1, 2), axis=-1) @ y + 0.5 * y
+
+    assert relative_error(attend_merged(attend, mx.array(x), size, ratio), by_hand(attend, x, size, ratio)) <= 1e-5
+
+
+def test_in_half_precision():
+    x = mx.array(normal(1, 24, 16, seed=1))
+    half = attend_merged(lambda y: y, x.astype(mx.float16), (4, 6), 0.5)
+    assert half.dtype == mx.float16 and half.shape == x.shape
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_only_the_largest_self_attentions_of_the_unet_see_less(sd, ratio, monkeypatch):
+    seen: dict[int, set[int]] = {}
+    attention = type(sd.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1)
+    call = attention.__call__
+
+    def watched(self, x, context=None):
+        if context is None:
+            seen.setdefault(id(self), set()).add(x.shape[1])
+        return call(self, x, context)
+
+    monkeypatch.setattr(attention, "__call__", watched)
+    x, t, told = mx.array(normal(1, 8, 12, 4, seed=0)), mx.array([500.0]), mx.array(normal(1, 77, 32, seed=1))
+    out = sd.unet(x, t, Context(told, merging=ratio))
+    plain = {number for numbers in seen.values() for number in numbers}
+    layers = len(seen)
+    seen.clear()
+    exact = sd.unet(x, t, Context(told))
+    whole = {number for numbers in seen.values() for number in numbers}
+    assert plain == (whole - {96}) | {96 - int(ratio * 96)} and len(seen) == layers
+    assert relative_error(out, exact) > 1e-4
+
+
+def test_nothing_merged_is_exact(sd):
+    plain = list(sd.generate_latents(PROMPT, **SMALL))[-1]
+    none = list(sd.generate_latents(PROMPT, token_merging=0.0, **SMALL))[-1]
+    some = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL))[-1]
+    again = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL))[-1]
+    assert mx.array_equal(plain, none) and mx.array_equal(some, again)
+    assert 1e-5 < relative_error(some, plain) < 1
+
+
+def test_a_batch_is_its_images(sd):
+    batch = list(sd.generate_latents(PROMPT, n_images=2, token_merging=0.5, **SMALL))[-1]
+    single = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL | {"seed": 4}))[-1]
+    assert relative_error(batch[1:], single) <= 1e-3
+
+
+def test_in_xl(xl_folder):
+    sd = StableDiffusion(xl_folder)
+    plain, some = (list(sd.generate_latents(PROMPT, token_merging=r, **SMALL))[-1] for r in (0, 0.5))
+    assert 1e-5 < relative_error(some, plain) < 1
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.76, float("nan")])
+def test_ratios_that_make_no_sense(sd, ratio):
+    with pytest.raises(ValueError, match=r"token_merging .* 0 \.\.\. 0\.75"):
+        sd.generate_latents(PROMPT, token_merging=ratio, **SMALL)
