@@ -2,7 +2,11 @@
 
 import sys
 
-from stable_diffusion.cli import image2image
+try:
+    from stable_diffusion.cli import image2image
+except KeyboardInterrupt:  # it takes a moment
+    print("image2image.py: error: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(image2image())

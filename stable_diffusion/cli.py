@@ -68,7 +68,7 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
                 unet_peak = unet_peak or mx.get_peak_memory()
                 results.add(runs.sd, made)
                 if not made.partial:
-                    results.add_animation(runs.watch.finish(runs.sd, made.work.batch, made.latents))
+                    results.add_animation(partial(runs.watch.finish, runs.sd, made.work.batch, made.latents))
             if results.error is not None:
                 raise results.error
             if interrupts.code is not None:

@@ -31,9 +31,9 @@ class Interrupts:
 
     def expect(self) -> None:
         """From now on the first signal is noted and raises no more. KeyboardInterrupt if it has come already."""
-        self._expected = True
         if self.code is not None:  # what was raised in a finalizer, say, has gone no further
             raise KeyboardInterrupt
+        self._expected = True
 
     def __enter__(self) -> "Interrupts":
         self._before = {}

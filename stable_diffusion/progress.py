@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from statistics import fmean
 from time import perf_counter
 
@@ -52,4 +53,5 @@ class Remarks(logging.StreamHandler):
         line = self.format(record)
         if line not in self._said:
             self._said.add(line)
-            tqdm.write(line, file=self.stream)
+            with suppress(OSError):  # nothing is given up because nobody reads it any more
+                tqdm.write(line, file=self.stream)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Results:
     """
 
     model: StableDiffusion
-    error: NotWrittenError | None = None  # the first of them
+    error: OSError | None = None  # the first of them
 
     def __init__(self, args: argparse.Namespace, batches: Sequence[Batch]):
         self._args = args
@@ -71,8 +71,13 @@ class Results:
             if path is not None:
                 self._tell(f"{path} seed {values['seed']}{ending}", self._written[-1])
 
-    def add_animation(self, path: Path | None) -> None:
-        """Name the animation of a batch, if there is one."""
+    def add_animation(self, finish: Callable[[], Path | None]) -> None:
+        """Name the animation of a batch, if ``finish`` writes one; where it raises OSError, that is the ``error``."""
+        try:
+            path = finish()
+        except OSError as error:
+            self.error = self.error or error
+            return
         if path is not None:
             self._tell(str(path), {"kind": "animation", "path": str(path)})
 
