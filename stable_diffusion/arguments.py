@@ -216,13 +216,8 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
         metavar="START,END",
         help="shares of the steps between which there is guidance; the others take half the time (0,1)",
     )
-    add(
-        "--deep_cache",
-        type=values.count,
-        default=1,
-        metavar="N",
-        help="run all of the UNet in every N-th step and its last layer in the others: faster, not exact (1)",
-    )
+    add("--deep_cache", type=values.count, default=1, metavar="N", help="faster, inexact: all layers every N steps (1)")
+    add("--token_merging", type=values.merging, default=0.0, metavar="RATIO", help="faster, inexact: 0.25 to 0.75 (0)")
     add("--sampler", metavar="NAME", help="how to denoise, see --list_samplers", **listed(values.sampler))
     add("--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
     add(

@@ -160,6 +160,7 @@ def prepare_work(
         "cfg_weight": job.cfg,
         "guidance_interval": job.guidance_interval,
         "deep_cache": job.deep_cache,
+        "token_merging": job.token_merging,
         "seed": batch.seeds,
         "sampler": job.sampler,
         "schedule": job.schedule,

@@ -24,14 +24,20 @@ def denoiser(
     controls: Sequence[Control] = (),
     rows_at_once: int | None = None,
     deep_cache: int = 1,
+    token_merging: float = 0.0,
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 
     Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``. With ``rows_at_once`` they are asked so many
     questions at a time, one part after the other, which takes less memory; None asks all of them together.
-    All of the UNet runs in every ``deep_cache``-th step only.
+    All of the UNet runs in every ``deep_cache``-th step only; ``token_merging`` is the share of positions that its
+    largest self-attentions merge.
     """
-    parts = [(stage, [(part, _context(part)) for part in in_parts(stage, rows_at_once)]) for stage in stages]
+
+    def context_of(part: Stage) -> Context:
+        return Context(part.conditioning.context, part.conditioning.values, token_merging)
+
+    parts = [(stage, [(part, context_of(part)) for part in in_parts(stage, rows_at_once)]) for stage in stages]
     timestep = _timesteps(schedule, steps)
     steer = Steering(controls, len(steps), dtype)
     cache = DeepCache(deep_cache)
@@ -62,10 +68,6 @@ def denoiser(
         return to_x0(out, x, sigma, schedule.config.prediction_type)
 
     return denoise
-
-
-def _context(stage: Stage) -> Context:
-    return Context(stage.conditioning.context, stage.conditioning.values)
 
 
 @dataclass(frozen=True)

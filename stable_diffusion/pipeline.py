@@ -90,6 +90,7 @@ class StableDiffusion(DiffusionModel):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         deep_cache: int = 1,
         micro: MicroConditioning | None = None,
+        token_merging: float = 0.0,
         controls: Sequence[Control] = (),
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
@@ -123,6 +124,8 @@ class StableDiffusion(DiffusionModel):
             deep_cache: an approximation that saves time: all of the UNet runs in every so many steps only, and its last
                 layer in the others (Ma et al. 2023); 1 is exact. See ``deep_cache.py``.
             micro: SDXL's size conditioning.
+            token_merging: another one: the share of positions, 0 ... 0.75, that the UNet's largest self-attentions
+                merge with others like them (Bolya & Hoffman 2023); 0 is exact. See ``models/token_merging.py``.
             controls: ControlNets with what they are shown.
             denoising_end: stop when this share of the noise is gone: another model goes on from there.
             denoising_start: go on there, from the ``latents`` that the run before yielded last.
@@ -156,6 +159,7 @@ class StableDiffusion(DiffusionModel):
             guidance_interval=guidance_interval,
             deep_cache=deep_cache,
             latents=latents,
+            token_merging=token_merging,
             noise=noise,
         )
         size = self.default_latent_size if latent_size is None else tuple(latent_size)
@@ -199,6 +203,7 @@ class StableDiffusion(DiffusionModel):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         deep_cache: int = 1,
         micro: MicroConditioning | None = None,
+        token_merging: float = 0.0,
         controls: Sequence[Control] = (),
         denoising_end: float = 1.0,
         latents: mx.array | None = None,
@@ -254,6 +259,7 @@ class StableDiffusion(DiffusionModel):
             guidance_interval=guidance_interval,
             deep_cache=deep_cache,
             latents=latents,
+            token_merging=token_merging,
             noise=noise,
         )
         self._check(latents, total, size, controls)

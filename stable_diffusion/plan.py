@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .denoise import given
+from .models.token_merging import HIGHEST
 from .samplers import Noise, Sampler, States, find_sampler, options
 from .schedule import Schedule, Steps
 
@@ -31,6 +32,7 @@ class Run:
     guidance: float
     guidance_interval: tuple[float, float]
     deep_cache: int
+    token_merging: float
     seeds: tuple[int, ...]
     latents: mx.array | None
     noise: Noise | None
@@ -72,6 +74,7 @@ def plan(
     n_images: int,
     seed: int | Sequence[int] | None,
     deep_cache: int = 1,
+    token_merging: float = 0.0,
     strength: float = 1.0,
     denoising_start: float = 0.0,
     denoising_end: float = 1.0,
@@ -94,6 +97,8 @@ def plan(
         raise ValueError(f"guidance_interval {guidance_interval} must be shares of the steps, 0 <= start <= end <= 1")
     if deep_cache < 1:
         raise ValueError(f"deep_cache {deep_cache} must be at least 1: in every step all of the UNet runs")
+    if not 0 <= token_merging <= HIGHEST:
+        raise ValueError(f"token_merging {token_merging} must be a share of the positions, 0 ... {HIGHEST}")
     chosen = find_sampler(sampler)
     named = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas}
     asked = [name for name, value in named.items() if value is not None]
@@ -123,6 +128,7 @@ def plan(
         guidance=guidance,
         guidance_interval=tuple(guidance_interval),
         deep_cache=deep_cache,
+        token_merging=token_merging,
         seeds=_seeds(seed, n_images),
         latents=latents,
         noise=noise,

@@ -75,7 +75,8 @@ def sample(
         image_guidance=image_guidance,
         interval=run.guidance_interval,
     )
-    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, rows_at_once, run.deep_cache)
+    saving = rows_at_once, run.deep_cache, run.token_merging
+    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, *saving)
     if run.sampler.consistency:
         denoise = consistency(denoise, schedule, run.steps)
     if start.kept is not None:

@@ -40,6 +40,7 @@ side = bounded(
 number = bounded(float, math.isfinite, "a number")
 share = bounded(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 strength = bounded(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+merging = bounded(float, lambda x: 0 <= x <= 0.75, "a number from 0 to 0.75")
 factor = bounded(float, lambda x: 1 <= x <= 8, "a number from 1 to 8")
 gigabytes = bounded(lambda text: float(text) * 1e9, lambda x: 1e6 <= x < 1e15, "a number of GB above 0, such as 6")
 quality = bounded(int, lambda n: 1 <= n <= 100, "a whole number from 1 to 100")

@@ -139,10 +139,11 @@ def _cubic(distance: float) -> float:
 class Context:
     """An encoded prompt [B, M, D] as cross-attention takes it; where ``values`` are given, the values come from these.
 
-    It is the same in all steps of a run, so what each layer makes of it is computed once and kept.
+    It is the same in all steps of a run, so what each layer makes of it is computed once and kept. ``merging`` is the
+    share of positions that self-attention merges, see ``token_merging.py``.
     """
 
-    def __init__(self, encoded: mx.array, values: mx.array | None = None):
+    def __init__(self, encoded: mx.array, values: mx.array | None = None, merging: float = 0.0):
         self.encoded, self.values = encoded, encoded if values is None else values
         self._known: dict[int, tuple[mx.array, mx.array]] = {}
 
@@ -151,6 +152,7 @@ class Context:
         if id(layer) not in self._known:
             self._known[id(layer)] = layer.keys_and_values(self.encoded, self.values)
         return self._known[id(layer)]
+        self.merging = merging
 
 
 class Attention(nn.Module):

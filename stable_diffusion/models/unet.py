@@ -13,6 +13,7 @@ import mlx.nn as nn
 from ..config import EncoderConfig, UNetConfig
 from .kernels import gelu, silu
 from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
+from .token_merging import attend_merged
 
 Residuals = tuple[Sequence[mx.array], mx.array]
 
@@ -68,14 +69,21 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def __call__(self, x: mx.array, context: Context) -> mx.array:
-        x = x + self.attn1(self.norm1(x))
+    def __call__(self, x: mx.array, context: Context, merged: tuple[int, int] | None = None) -> mx.array:
+        """``x`` [B, N, C] -> [B, N, C]; ``merged`` is the size of the map if some of its positions are to be merged."""
+        y = self.norm1(x)
+        x = x + (self.attn1(y) if merged is None else attend_merged(self.attn1, y, merged, context.merging))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nn.Module):
-    """Transformer over the positions of a feature map; its 1×1 convolutions (SD 1.x) are Linears here."""
+    """Transformer over the positions of a feature map; its 1×1 convolutions (SD 1.x) are Linears here.
+
+    The ``outermost`` ones of a UNet have the largest maps, the only ones in which positions are merged.
+    """
+
+    outermost = False
 
     def __init__(self, config: EncoderConfig, dim: int, heads: int, context_dim: int, layers: int):
         super().__init__()
@@ -91,7 +99,7 @@ class Transformer2DModel(nn.Module):
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, context, merged)
         return x + self.proj_out(y).reshape(b, h, w, c)
 
 
@@ -99,6 +107,7 @@ class UNetBlock(nn.Module):
     """Resnets, each followed by a transformer if the block has ``attentions``: the part that all blocks share.
 
     ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
+        merged = (h, w) if self.outermost and context.merging else None
     """
 
     def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None):
@@ -296,6 +305,10 @@ class UNet2DConditionModel(Encoder):
         blocks, width = [], config.block_out_channels[-1]
         reverse = config.block_out_channels[::-1]
         for i, (kind, out) in enumerate(zip(config.up_block_types, reverse, strict=True)):
+        outermost = next(i for i, block in enumerate(self.down_blocks) if "attentions" in block)
+        for block in (self.down_blocks[outermost], self.up_blocks[-1 - outermost]):
+            for transformer in block.get("attentions", ()):
+                transformer.outermost = True
             count = config.layers_per_block[-1 - i] + 1
             finer = reverse[min(i + 1, len(reverse) - 1)]
             skips = [out] * (count - 1) + [finer]
