@@ -145,6 +145,7 @@ class Context:
 
     def __init__(self, encoded: mx.array, values: mx.array | None = None, merging: float = 0.0):
         self.encoded, self.values = encoded, encoded if values is None else values
+        self.merging = merging
         self._known: dict[int, tuple[mx.array, mx.array]] = {}
 
     def of(self, layer: "Attention") -> tuple[mx.array, mx.array]:
@@ -152,7 +153,6 @@ class Context:
         if id(layer) not in self._known:
             self._known[id(layer)] = layer.keys_and_values(self.encoded, self.values)
         return self._known[id(layer)]
-        self.merging = merging
 
 
 class Attention(nn.Module):

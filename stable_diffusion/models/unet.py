@@ -98,6 +98,7 @@ class Transformer2DModel(nn.Module):
         """``x`` [B, H, W, C] -> [B, H, W, C]."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))
+        merged = (h, w) if self.outermost and context.merging else None
         for block in self.transformer_blocks:
             y = block(y, context, merged)
         return x + self.proj_out(y).reshape(b, h, w, c)
@@ -107,7 +108,6 @@ class UNetBlock(nn.Module):
     """Resnets, each followed by a transformer if the block has ``attentions``: the part that all blocks share.
 
     ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
-        merged = (h, w) if self.outermost and context.merging else None
     """
 
     def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None):
@@ -296,6 +296,10 @@ class UNet2DConditionModel(Encoder):
         super().__init__(config, config.time_cond_proj_dim)
         channels = config.block_out_channels
         self.up_blocks = self._build_up(config)
+        outermost = next(i for i, block in enumerate(self.down_blocks) if "attentions" in block)
+        for block in (self.down_blocks[outermost], self.up_blocks[-1 - outermost]):
+            for transformer in block.get("attentions", ()):
+                transformer.outermost = True
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
@@ -305,10 +309,6 @@ class UNet2DConditionModel(Encoder):
         blocks, width = [], config.block_out_channels[-1]
         reverse = config.block_out_channels[::-1]
         for i, (kind, out) in enumerate(zip(config.up_block_types, reverse, strict=True)):
-        outermost = next(i for i, block in enumerate(self.down_blocks) if "attentions" in block)
-        for block in (self.down_blocks[outermost], self.up_blocks[-1 - outermost]):
-            for transformer in block.get("attentions", ()):
-                transformer.outermost = True
             count = config.layers_per_block[-1 - i] + 1
             finer = reverse[min(i + 1, len(reverse) - 1)]
             skips = [out] * (count - 1) + [finer]
