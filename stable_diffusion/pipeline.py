@@ -89,8 +89,8 @@ class StableDiffusion(DiffusionModel):
         clip_skip: int = 0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         deep_cache: int = 1,
-        micro: MicroConditioning | None = None,
         token_merging: float = 0.0,
+        micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
@@ -123,9 +123,9 @@ class StableDiffusion(DiffusionModel):
                 al. 2024); before and after them the UNet is asked half as much, for the prompt alone.
             deep_cache: an approximation that saves time: all of the UNet runs in every so many steps only, and its last
                 layer in the others (Ma et al. 2023); 1 is exact. See ``deep_cache.py``.
-            micro: SDXL's size conditioning.
             token_merging: another one: the share of positions, 0 ... 0.75, that the UNet's largest self-attentions
                 merge with others like them (Bolya & Hoffman 2023); 0 is exact. See ``models/token_merging.py``.
+            micro: SDXL's size conditioning.
             controls: ControlNets with what they are shown.
             denoising_end: stop when this share of the noise is gone: another model goes on from there.
             denoising_start: go on there, from the ``latents`` that the run before yielded last.
@@ -158,8 +158,8 @@ class StableDiffusion(DiffusionModel):
             s_noise=s_noise,
             guidance_interval=guidance_interval,
             deep_cache=deep_cache,
-            latents=latents,
             token_merging=token_merging,
+            latents=latents,
             noise=noise,
         )
         size = self.default_latent_size if latent_size is None else tuple(latent_size)
@@ -202,8 +202,8 @@ class StableDiffusion(DiffusionModel):
         clip_skip: int = 0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         deep_cache: int = 1,
-        micro: MicroConditioning | None = None,
         token_merging: float = 0.0,
+        micro: MicroConditioning | None = None,
         controls: Sequence[Control] = (),
         denoising_end: float = 1.0,
         latents: mx.array | None = None,
@@ -258,8 +258,8 @@ class StableDiffusion(DiffusionModel):
             s_noise=s_noise,
             guidance_interval=guidance_interval,
             deep_cache=deep_cache,
-            latents=latents,
             token_merging=token_merging,
+            latents=latents,
             noise=noise,
         )
         self._check(latents, total, size, controls)
