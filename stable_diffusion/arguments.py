@@ -129,11 +129,15 @@ def _repeated(parser: Parser, path: str, from_image: bool, argv: Sequence[str] |
 
 @cache
 def recorded_flags(from_image: bool) -> tuple[str, ...]:
-    """The names of the flags that have a say in a picture, and are recorded in it: all but the few named here."""
-    output = Parser(add_help=False)
-    _add_output(output)
+    """The names of the flags that have a say in a picture: they are recorded in it, and read from it again.
+
+    These are all but the few named here and those that write files, which no picture may decide.
+    """
+    writing = Parser(add_help=False)
+    _add_output(writing)
+    _add_preview(writing)
     without = {"prompt_file", "from_image", "wildcards", "alternatives", "list_samplers", *_ONLY_RESOURCES}
-    without |= vars(output.parse_args([])).keys()
+    without |= vars(writing.parse_args([])).keys()
     return tuple(name for name in vars(script_parser(from_image).parse_args([])) if name not in without)
 
 
