@@ -198,7 +198,9 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
     add("--negative_prompt", type=values.text, default="", metavar="TEXT", help="what to steer away from")
     add("--width", type=values.side, metavar="PIXELS", help="a multiple of 8")
     add("--height", type=values.side, metavar="PIXELS", help="a multiple of 8")
-    add("--n_images", type=values.count, metavar="N", help="how many images to make of each (4; 1 of lists)")
+    add(
+        "--n_images", type=values.count, metavar="N", help="images of each prompt (4), and of each setting of lists (1)"
+    )
     add(
         "--seed",
         metavar="N",
@@ -401,7 +403,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=values.count,
         metavar="N",
-        help="images to make at once, of several prompts too (--n_images)",
+        help="images to make at once, of several prompts too (as many as memory allows)",
     )
     add("--decoding_batch_size", type=values.count, default=1, metavar="N", help="images to decode at once (1)")
     add("--no_float16", dest="float16", action="store_false", help="compute in float32")
