@@ -380,7 +380,7 @@ FLAGS = [
     ),
     *("--embedding", "word.safetensors=word", "--emphasis", "values"),
     *("--weight_blocks", "--truncate", "--alternatives", "one"),
-    *("--resize", "pad", "--batch_size", "1", "--overwrite"),
+    *("--resize", "pad", "--batch_size", "1", "--overwrite", "--no_metadata"),
 ]
 # What needs files of its own, or goes with few others; and what is said in every test or in a process of its own.
 ELSEWHERE = {
@@ -398,7 +398,7 @@ ELSEWHERE = {
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
     *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory", "--memory_limit"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
-    *("--preview", "--preview_every", "--preview_vae", "--stepwise"),
+    *("--preview", "--preview_every", "--preview_vae", "--stepwise", "--from_image", "--quality"),
 }
 ONLY = {
     "txt2image": {"--hires", "--hires_strength", "--hires_steps", "--hires_upscaler"},

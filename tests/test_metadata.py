@@ -319,6 +319,7 @@ ALL = (
         "mask_blur": 0.3,
         "mask_padding": 3,
         "deep_cache": 2,
+        "token_merging": 0.5,
     }
     | {"prediction": "epsilon", "unet_bits": 4, "text_bits": 8, "float16": False, "emphasis": "none", "resize": "pad"}
     | {"hires_upscaler": "pixels", "hires": 1.25, "hires_steps": 3, "hires_strength": 0.25, "refiner_start": 0.5}
