@@ -222,8 +222,14 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
         metavar="START,END",
         help="shares of the steps between which there is guidance; the others take half the time (0,1)",
     )
-    add("--deep_cache", type=values.count, default=1, metavar="N", help="faster, inexact: all layers every N steps (1)")
-    add("--token_merging", type=values.merging, default=0.0, metavar="RATIO", help="faster, inexact: 0.25 to 0.75 (0)")
+    add("--deep_cache", type=values.count, default=1, metavar="N", help="faster, not exact: whole UNet every N steps (1)")
+    add(
+        "--token_merging",
+        type=values.merging,
+        default=0.0,
+        metavar="SHARE",
+        help="of positions, up to 0.75, that the largest self-attentions merge: faster, not exact (0)",
+    )
     add("--sampler", metavar="NAME", help="how to denoise, see --list_samplers", **listed(values.sampler))
     add("--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
     add(
