@@ -222,7 +222,7 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
         metavar="START,END",
         help="shares of the steps between which there is guidance; the others take half the time (0,1)",
     )
-    add("--deep_cache", type=values.count, default=1, metavar="N", help="faster, not exact: whole UNet every N steps (1)")
+    add("--deep_cache", type=values.count, default=1, metavar="N", help="faster, inexact: whole UNet every N steps (1)")
     add(
         "--token_merging",
         type=values.merging,
