@@ -9,14 +9,16 @@ square over that of the latents, a mean over the captions; and how many of the p
 each respect, and in all of them (the judge is ``tools.tiny.score``). Fewer steps are an approximation too, so they
 stand beside the others. There is no TAESD and no LoRA for the bundled model, so they are not here.
 
-The second measures one step at full size, with guidance, random weights and float32, whole and with what DeepCache
-keeps: of the time of a run, every N-th step takes the first and the others the second.
+The second measures one step at full size, with guidance, random weights and float32: whole, with what DeepCache keeps
+(every N-th step of a run is of the first kind and the others of the second), and whole with merged positions. Behind
+each stands its share of the exact time.
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, where there is one
@@ -36,8 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "--deep_cache 2": {"deep_cache": 2},
     "--deep_cache 3": {"deep_cache": 3},
     "--deep_cache 5": {"deep_cache": 5},
+    "--token_merging 0.25": {"token_merging": 0.25},
+    "--token_merging 0.5": {"token_merging": 0.5},
     "--guidance_interval 0.2,0.8": {"guidance_interval": (0.2, 0.8)},
-    "--deep_cache 2 --guidance_interval 0.2,0.8": {"deep_cache": 2, "guidance_interval": (0.2, 0.8)},
+    "--deep_cache 3 --token_merging 0.5": {"deep_cache": 3, "token_merging": 0.5},
     "--sampler dpmpp_2m --steps 15": {"sampler": "dpmpp_2m", "num_steps": 15},
     "--sampler dpmpp_2m --steps 10": {"sampler": "dpmpp_2m", "num_steps": 10},
 }
@@ -84,34 +88,36 @@ def quality(captions: int) -> None:
 
 
 def steps_of(shape: str, side: int) -> None:
-    """A whole step and one with kept maps, in turns."""
+    """A whole step, one with kept maps, and whole ones with merged positions, in turns."""
     config = UNETS[shape]
     unet = build("unet", config)
     x, t = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0)), mx.array([500.0, 500.0])
-    context = Context(mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1)))
+    prompts = mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1))
     told: dict[str, Any] = {}
     if "projection_class_embeddings_input_dim" in config:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         told["text_time"] = mx.ones((2, pooled)), mx.ones((2, 6))
+    contexts = {ratio: Context(prompts, merging=ratio) for ratio in (0.0, 0.25, 0.5)}
     deep: list[mx.array] = []
-    mx.eval(unet.parameters(), x, unet(x, t, context, deep=deep, **told), deep)  # what a run computes once is there
+    mx.eval(unet.parameters(), x, [unet(x[:, :8, :8], t, context, **told) for context in contexts.values()])
+    mx.eval(unet(x, t, contexts[0.0], deep=deep, **told), deep)  # what a run computes once is there
 
     def seconds(compute: Callable[[], mx.array]) -> float:
         start = time.perf_counter()
         mx.eval(compute())
         return time.perf_counter() - start
 
-    turns = [
-        (seconds(lambda: unet(x, t, context, **told)), seconds(lambda: unet(x, t, context, deep=deep, **told)))
-        for _ in range(2)
-    ]
-    whole, outer = (min(times) for times in zip(*turns, strict=True))
-    shares = ", ".join(f"N = {n}: {(whole + (n - 1) * outer) / (n * whole):.2f}" for n in (2, 3, 5))
-    print(
-        f"{shape}, latents {side} x {side}: a whole step {whole:.2f} s, with kept maps {outer:.2f} s "
-        f"({outer / whole:.1%}); time of a run in shares of the exact one, {shares}",
-        flush=True,
-    )
+    ways = {"whole": partial(unet, x, t, contexts[0.0], **told)}
+    ways["with kept maps"] = partial(unet, x, t, contexts[0.0], deep=deep, **told)
+    ways |= {f"merging {ratio}": partial(unet, x, t, contexts[ratio], **told) for ratio in (0.25, 0.5)}
+    turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(2)]
+    least = {name: min(turn[name] for turn in turns) for name in ways}
+    whole, outer = least["whole"], least["with kept maps"]
+    print(f"{shape}, latents {side} x {side}")
+    for name, value in least.items():
+        print(f"  a step, {name:16} {value:7.2f} s  {value / whole:6.3f}")
+    for n in (2, 3, 5):
+        print(f"  a run, --deep_cache {n}       {(whole + (n - 1) * outer) / (n * whole):14.3f}", flush=True)
 
 
 def main() -> None:
