@@ -38,14 +38,14 @@ from test_architecture import FLOOR
 from tools import flags
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {document.relative_to(ROOT).as_posix(): document.read_text(encoding="utf-8") for document in DOCUMENTS}
 README = TEXTS["README.md"]
 
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKS = {"", "download", "minutes", "install", "file"}
 _SHOWN = [path.name for path in (ROOT / "docs" / "pictures").iterdir()]
-_NOT_RUN = {".venv/bin/pip", "pip", "apt-get", "ruff", "."}
+_NOT_RUN = {".venv/bin/pip", "pip", "apt-get", "ruff", ".", "source"}
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,16 @@ def anchors(text: str, level: int | None = None) -> list[str]:
 
 
 def test_all_pages_are_to_be_found_from_the_readme():
-    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", README)}
-    assert set(TEXTS) - {"README.md"} <= linked
+    found, left = {"README.md"}, ["README.md"]
+    while left:
+        document = left.pop()
+        for target in re.findall(r"\]\(([\w./-]+)", TEXTS[document]):
+            page = (ROOT / document).parent.joinpath(target).resolve()
+            name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else ""
+            if name in TEXTS and name not in found:
+                found.add(name)
+                left.append(name)
+    assert set(TEXTS) == found
     shown = {name for text in TEXTS.values() for name in re.findall(r"pictures/(\w+\.\w+)", text)}
     assert shown == {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
 

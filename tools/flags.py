@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stable_diffusion import arguments, convert, inspect
+from stable_diffusion import arguments, completion, convert, inspect
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "command-line.md"
 _PLACE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- end of flags -->)", re.DOTALL)
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Parsers] = {
     },
     "convert": {"convert": convert.make_parser()},
     "inspect": {"inspect": inspect.make_parser()},
+    "completion": {"completion": completion.make_parser()},
 }
 _UNTITLED = ("positional arguments", "options", "optional arguments")  # what argparse calls groups without a name
 
