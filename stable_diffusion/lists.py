@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Flags with which there need not be a prompt.
-_PROMPTS = {"prompt_file", "from_image"}
+# How many of image and prompt need not be given where these flags are.
+_REPLACED = {"prompt_file": 1, "from_image": 2}
 
 
 class Listed(argparse.Action):
@@ -68,7 +68,7 @@ def gather(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
         return list(argv)
     words: list[str | _Run] = []
     loose: list[int] = []  # where in ``words`` the prompt and its like stand
-    needed = sum(not action.option_strings for action in parser._actions)
+    needed = most = sum(not action.option_strings for action in parser._actions)
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -82,12 +82,12 @@ def gather(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
         elif isinstance(action, Listed) and "=" not in word:
             words.append(_Run(word, _values(action, rest)))
         else:
-            needed -= action.dest in _PROMPTS
+            needed -= _REPLACED.get(action.dest, 0)
             takes = action.nargs != 0 and "=" not in word and rest and not _looks_like_a_flag(rest[0])
             words += [word, rest.pop(0)] if takes else [word]
     one = sum(len(word.values[1:]) for word in words if isinstance(word, _Run)) <= needed - len(loose)
-    for i in loose[max(needed, 0) :]:
-        # More than is needed: what stands behind a list was meant for it, and its type says what is wrong with it.
+    for i in loose[most:]:
+        # More than there can be: what stands behind a list was meant for it, and its type says what is wrong with it.
         if i and isinstance(run := words[i - 1], _Run):
             run.values.append(words[i])
     return _sorted(words, loose, one)

@@ -97,6 +97,22 @@ def test_a_file_of_prompts_needs_no_prompt():
     assert read("--steps", "10", "20", "--prompt-file=x.txt").steps == (10, 20)
 
 
+@pytest.mark.parametrize("script", ["txt2image", "image2image"])
+@pytest.mark.parametrize(
+    "words, prompt, steps",
+    [
+        ("--from_image x.png --steps 10 20", None, (10, 20)),
+        ("--steps 10 20 --from_image x.png", None, (10, 20)),
+        ("--from_image x.png --steps 10 cat", "cat", (10,)),
+        ("--from_image x.png --steps 10 20 cat", "cat", (10, 20)),
+        ("cat --steps 10 20 --from_image=x.png", "cat", (10, 20)),
+    ],
+)
+def test_a_picture_that_is_made_again_needs_no_prompt(script, words, prompt, steps):
+    args = arguments.script_parser(script == "image2image").parse_args(words.split())
+    assert (args.image if "image" in args else args.prompt, args.steps) == (prompt, steps)
+
+
 def test_values_with_blanks_behind_an_equals_sign():
     args = read("--negative_prompt=a, --b c", "--seed=1,2", "a cat", "--output=my cat.png")
     assert (args.negative_prompt, args.seed, args.prompt, args.output) == ("a, --b c", (1, 2), "a cat", "my cat.png")
