@@ -263,7 +263,7 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
 
 def add_prompt(parser: argparse.ArgumentParser) -> Any:
     """The options of how prompts are read, which may also stand in a line of a file of prompts."""
-    about = "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, __list__."
+    about = "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, ..."
     prompt = parser.add_argument_group("prompt", about)
     add = prompt.add_argument
     add("--clip_skip", type=values.whole, default=0, metavar="N", help="layers to leave out at the encoder's end (0)")

@@ -158,7 +158,7 @@ def _zsh_lines(flags: Iterable[_Flag]) -> Iterator[str]:
 def _zsh_values(flag: _Flag) -> str:
     known = f"({' '.join(flag.values)})"
     if flag.files:
-        return f'_alternative "known\\:known\\:{known}" "files\\:file\\:_files"' if flag.values else "_files"
+        return f' _alternative "known\\:known\\:{known}" "files\\:file\\:_files"' if flag.values else "_files"
     return known if flag.values else " "
 
 
