@@ -77,14 +77,10 @@ class Work:
 def batches(jobs: Sequence[argparse.Namespace], size: int | None) -> list[Batch]:
     """All images of the jobs in order, filled into batches of ``size`` (None: of all that have the same settings)."""
     found: list[Batch] = []
-    for job in jobs:
-        for seed in job.seeds:
-            last = found[-1] if found else None
-            room = last and (size is None or len(last.seeds) < size)
-            if room and _settings(last.job) == _settings(job):
-                found[-1] = Batch((*last.jobs, job), (*last.seeds, seed))
-            else:
-                found.append(Batch((job,), (seed,)))
+    for _, alike_jobs in groupby(jobs, _settings):
+        images = [(job, seed) for job in alike_jobs for seed in job.seeds]
+        step = len(images) if size is None else size
+        found += [Batch(*zip(*images[i : i + step], strict=True)) for i in range(0, len(images), step)]
     return found
 
 

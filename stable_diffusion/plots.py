@@ -51,11 +51,11 @@ def compare(images: Sequence[tuple[argparse.Namespace, int]]) -> list[Plot]:
     if not axes:
         return []
     columns, rows = dict(axes[0]), dict(axes[1]) if len(axes) > 1 else {}
+    column_of, row_of = ({value: i for i, value in enumerate(values)} for values in (columns, rows))
     found: dict[tuple, dict[tuple[int, int], int]] = {}
     for i in range(len(images)):
-        row = list(rows).index(axes[1][i][0]) if rows else 0
-        column = list(columns).index(axes[0][i][0])
-        found.setdefault(tuple(axis[i] for axis in axes[2:]), {})[row, column] = i
+        row = row_of[axes[1][i][0]] if rows else 0
+        found.setdefault(tuple(axis[i] for axis in axes[2:]), {})[row, column_of[axes[0][i][0]]] = i
     return [
         Plot(", ".join(label for _, label in shared), tuple(columns.values()), tuple(rows.values()), cells)
         for shared, cells in found.items()
