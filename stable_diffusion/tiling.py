@@ -6,7 +6,7 @@ There are these ways to run an autoencoder, of falling appetite:
 2. Layer by layer over bands of rows. A convolution needs of its neighbours one row only, and a group norm the mean and
    the variance of all bands together, so the result is that of the whole. Between two layers that read a map twice it
    is kept as a list of bands, each of which is let go of when it was used last.
-3. The same with thinner bands, then with maps that are kept in half precision: all values within a tenth of a level.
+3. The same with thinner bands, then with maps that are kept in half precision: within half a level of 255 of the whole.
 4. In overlapping tiles, each of them as in 3, with their overlaps blended. Norms and attention see a tile instead of
    the picture, so this is an approximation, for what is left: pictures that are too large as a whole.
 """
