@@ -36,7 +36,6 @@ Report = dict[str, Any]  # what JSON can hold
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of encoded prompts
 _REFINER = "Stable Diffusion XL refiner"
 _READS = {5: "depth maps", 8: "images to edit", 9: "masked images"}  # beside the latent, by a UNet's channels
-_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _UNSEEN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal would follow, or cannot show
 _RECORD = "stable_diffusion"  # the text of a picture that is one
 _XL_SCALE = 0.13025  # of XL's VAE; all others have 0.18215
@@ -161,8 +160,8 @@ def _type(value: mx.array) -> str:
 def _of_file(path: Path) -> Report:
     if path.suffix.lower() in IMAGES:
         return _of_image(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path} is no file of weights: these end in {', '.join(_SUFFIXES)}")
+    if path.suffix not in layout.SUFFIXES:
+        raise ValueError(f"{path} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
     try:
         return _of_checkpoint(open_checkpoint(path, tokenizer=path.parent))
     except ValueError as error:
@@ -307,7 +306,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(":".join(map(str, v)) if isinstance(v, list) else str(v) for v in value) or "none"
     if key == "parameters" and isinstance(value, int):
         return f"{value:,}"
     return _UNSEEN.sub("\ufffd", str(value))

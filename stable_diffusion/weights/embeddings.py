@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from .files import Component, read_tensors
+from .layout import PICKLES
 from .pickles import load_pickle
 
 _XL_KEYS = ("clip_l", "clip_g")
-_PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 
 
 def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
@@ -43,8 +43,8 @@ def _contents(path: Path) -> tuple[str, dict[str, mx.array]]:
     """(the word, "" where the file does not name it beside the vectors; the tensors by name)"""
     if path.suffix == ".safetensors":
         return "", read_tensors(Component("embedding", {}, (path,)))
-    if path.suffix not in _PICKLES:
-        raise ValueError(f"the embedding {path} is neither .safetensors nor one of {', '.join(_PICKLES)}")
+    if path.suffix not in PICKLES:
+        raise ValueError(f"the embedding {path} is neither .safetensors nor one of {', '.join(PICKLES)}")
     saved: Any = load_pickle(path)
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is not an embedding: it holds no tensors with names")

@@ -30,8 +30,6 @@ _log = logging.getLogger("stable_diffusion")
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_SUFFIXES = (".safetensors", *_PICKLES)
 
 KINDS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "depth_estimator")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -163,12 +161,12 @@ def _locate(source: str | os.PathLike, revision: str | None) -> Path | None:
         if not is_alias or os.path.isfile(os.path.join(path, layout.INDEX)):
             return _unless_revised(Path(path), revision)
     elif os.path.isfile(path):
-        if not path.endswith(_SUFFIXES):
-            raise ValueError(f"{source} is no file of weights: these end in {', '.join(_SUFFIXES)}")
+        if not path.endswith(layout.SUFFIXES):
+            raise ValueError(f"{source} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
         return _unless_revised(Path(path), revision)
     elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")):
         raise FileNotFoundError(f"{source}: no such folder or file; give one that is there, or a model's name")
-    elif source.endswith(_SUFFIXES):
+    elif source.endswith(layout.SUFFIXES):
         owner, _, rest = source.partition("/")
         repo, _, file = rest.partition("/")
         if not file:
@@ -329,7 +327,7 @@ def read_tensors(component: Component) -> dict[str, mx.array]:
 
 def _read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors of a file under its own names, lazily, and the metadata of a safetensors file."""
-    if path.suffix in _PICKLES:
+    if path.suffix in layout.PICKLES:
         return read_pickle(path), {}
     _check_safetensors(path)
     try:

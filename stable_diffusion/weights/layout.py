@@ -16,6 +16,8 @@ from pathlib import Path
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SUFFIXES = (".safetensors", *PICKLES)  # of files of weights
 
 # Pipelines with just the networks below. ControlNet and others have more, upscalers and SD 3 have different ones.
 _PIPELINES = {

@@ -28,13 +28,13 @@ import mlx.nn as nn
 
 from . import hub
 from .files import Component, read_tensors
+from .layout import SUFFIXES
 from .lora_keys import read_key
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 _PEFT_CONFIG = "adapter_config.json"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>.+))?")
 
 
@@ -115,7 +115,7 @@ def locate(source: str | os.PathLike) -> Path:
             return found
         raise ValueError(f"{name} holds no LoRA: it has no {' or '.join(_FILES)}; give the path of a file")
     named = _HUB_FILE.fullmatch(name)
-    if named is None or (named["file"] is None and path.suffix in _SUFFIXES):
+    if named is None or (named["file"] is None and path.suffix in SUFFIXES):
         raise FileNotFoundError(f"there is no LoRA at {name}; give a file, a folder, or a Hub id as owner/name:file")
     files = _FILES if named["file"] is None else (named["file"],)
     want = hub.Want("a LoRA", files, _lacking, "connect once, or give a local file")
