@@ -12,10 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs import REAL_UNETS, UNETS
 from models.test_taesd import PUBLISHED as TAESD
 from stable_diffusion.convert import convert
+from stable_diffusion.image import save as save_image
 from stable_diffusion.inspect import inspect, main
 from stable_diffusion.weights.files import open_checkpoint, read_tensors
 from stable_diffusion.weights.load import build
@@ -242,6 +244,57 @@ def test_an_embedding_that_is_a_pickle(tmp_path):
     torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, path)
     report = inspect(path)
     assert (report["kind"], report["word"], report["vectors"]) == ("embedding", "kitten", 3)
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+RECORD = {
+    "script": "txt2image",
+    "arguments": {"prompt": "a\ncat \udcff", "seed": 7, "cfg": 2.5, "lora": [["x", 0.5]], "canny": False, "mask": None},
+    "files": {"tiny unet/a.safetensors": {"sha256": "abc", "hub": "some/one@123"}},
+    "software": {"mlx": "0.1"},
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "WEBP"])
+def test_a_picture(tmp_path, capsys, offline, suffix):
+    path = tmp_path / f"a.{suffix}"
+    said = "a\ncat\x1b[2J\nSteps: 1"
+    save_image(Image.new("RGB", (8, 8)), path, {"parameters": said, "stable_diffusion": json.dumps(RECORD)})
+    assert inspect(path) == {"kind": "image", "parameters": said, "stable_diffusion": RECORD}
+    assert main([str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(path)} | inspect(path)
+    assert main([str(path)]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    at = max(len(name) for name in RECORD["files"]) + 2
+    assert [(line[:at].strip(), line[at:]) for line in lines] == [
+        ("path", str(path)),
+        ("kind", "image"),
+        ("parameters", "a"),
+        ("", "cat\ufffd[2J"),  # a terminal is not told what to do
+        ("", "Steps: 1"),
+        ("script", "txt2image"),
+        ("prompt", "a"),
+        ("", "cat \ufffd"),
+        ("seed", "7"),
+        ("cfg", "2.5"),
+        ("lora", "x:0.5"),
+        ("tiny unet/a.safetensors", "sha256 abc, hub some/one@123"),
+        ("mlx", "0.1"),
+    ]
+
+
+def test_a_picture_that_says_nothing_or_nonsense(tmp_path, capsys, offline):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert inspect(tmp_path / "a.png") == {"kind": "image", "note": "it does not say how it was made"}
+    for text in ("{", "[" * 100_000, "3", '["x"]'):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"stable_diffusion": text})
+        assert main([str(tmp_path / "a.png")]) == 0
+        assert "stable_diffusion" in capsys.readouterr().out
+    (tmp_path / "b.jpg").write_text("x")
+    with pytest.raises(ValueError, match=r"b\.jpg is not an image"):
+        inspect(tmp_path / "b.jpg")
 
 
 # --- command line ------------------------------------------------------------------------------------------------
