@@ -205,7 +205,7 @@ def add_picture(parser: argparse.ArgumentParser, from_image: bool) -> None:
         "--seed",
         metavar="N",
         help="of the first image, the others count on from it (random); or of each image, as a list: 1 2 3, 1-20. "
-        "--steps, --cfg, --sampler and --strength take lists too: see each combination, in a grid with labels",
+        "--steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
         **with_ranges(values.seed, values.MANY),
     )
     add("--steps", metavar="N", help="sampler steps", **listed(values.count))
