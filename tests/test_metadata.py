@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from command_line import PROMPT, pixels
-from stable_diffusion import fingerprints
+from stable_diffusion import fingerprints, results
 from stable_diffusion.arguments import read, recorded_flags, script_parser
 from stable_diffusion.fingerprints import fingerprint, lora_hash, model_hash
 from stable_diffusion.image import read_text, save
+from stable_diffusion.metadata import _elsewhere, describe
 from stable_diffusion.records import recorded, repeat
 from test_cli_images import noise, rectangle, write_lora
 from test_infotext import as_others_read
@@ -425,6 +426,29 @@ def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path,
     (line,) = draw.done.remarks
     assert line.startswith(f"{prog}: old.png was made with mlx 0.1 (now ") and line.endswith("the picture may differ")
     assert "device gpu (now " in line
+
+
+def test_an_unfinished_image_and_files_that_are_gone(draw, sd1_folder, files, tmp_path, monkeypatch):
+    """What was made is written, whatever became of the files that it was made from."""
+    shutil.copytree(files / "loras", tmp_path / "loras")
+    shutil.copy(files / "more.safetensors", tmp_path)
+    shutil.copytree(files / "net", tmp_path / "net")
+    _elsewhere.cache_clear()
+
+    def late(*given, **options):
+        for path in ("loras/paint.safetensors", "more.safetensors", "net/config.json"):
+            (tmp_path / path).unlink(missing_ok=True)
+        return describe(*given, **options | {"partial": "1 of 2 steps"})
+
+    monkeypatch.setattr(results, "describe", late)
+    options = ["--lora_dir", "loras", "--lora", "more.safetensors", "--controlnet", "net", "--control_image"]
+    (path,) = draw(
+        "txt2image", "red <lora:paint:1>", "--model", sd1_folder, *QUICK, "--n_images", 1, *options, files / "hint.png"
+    )
+    record = recorded(path)
+    assert record["partial"] == as_others_read(read_text(path)["parameters"])[2]["Partial"] == "1 of 2 steps"
+    assert record["arguments"]["lora"] == [["more.safetensors", 1.0]]
+    assert [name for name in record["files"] if not name.startswith(str(sd1_folder))] == [str(files / "hint.png")]
 
 
 # --- what others read ------------------------------------------------------------------------------------------------
