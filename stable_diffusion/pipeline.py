@@ -53,7 +53,8 @@ class StableDiffusion(DiffusionModel):
 
     The parts are attributes that may be used, quantized or deleted on their own: ``unet``, ``autoencoder``,
     ``sampler`` (a name) and ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and
-    ``..._2``. Weights are read when they are first needed.
+    ``..._2``. Weights are read when they are first needed. ``memory_limit`` is None or the bytes that decoding and
+    encoding may leave in use, weights and all: where it is short they work on smaller parts of a picture.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
