@@ -54,6 +54,21 @@ def gelu(x: mx.array) -> mx.array:
     return _gelu(x, _erf_polynomial(x), _exp(_minus_half_square(x)))
 
 
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Layer normalization (Ba et al. 2016) over the last axis.
+
+    On the CPU products with ones sum it: ten times closer to float64 than MLX's kernel where the mean is not zero.
+    """
+    if not _on_cpu(x):
+        return mx.fast.layer_norm(x, weight, bias, eps)
+    width = x.shape[-1]
+    ones, share = mx.ones((width, 1)), mx.array(1 / width)
+    y = x.reshape(-1, width)
+    y = _minus_mean(y, y @ ones, share)
+    scale = _over_deviation(mx.square(y) @ ones, share, mx.array(eps))
+    return _scaled_rows(y, scale, weight, bias).reshape(x.shape)
+
+
 def sum_positions(x: mx.array) -> mx.array:
     """[B, H, W, C] -> [B, 1, 1, C].
 
@@ -168,3 +183,18 @@ def _gelu(x: mx.array, p: mx.array, e: mx.array) -> mx.array:
 def _scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     y = x.astype(mx.float32) * scale + shift
     return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+@mx.compile
+def _minus_mean(x: mx.array, total: mx.array, share: mx.array) -> mx.array:
+    return x - total * share
+
+
+@mx.compile
+def _over_deviation(squares: mx.array, share: mx.array, eps: mx.array) -> mx.array:
+    return mx.rsqrt(squares * share + eps)
+
+
+@mx.compile
+def _scaled_rows(x: mx.array, scale: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return x * scale * weight + bias

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import attention, keeps_scores, scaled, scaled_silu, sum_positions
+from .kernels import attention, keeps_scores, layer_norm, scaled, scaled_silu, sum_positions
 
 
 class GroupNorm(nn.Module):
@@ -71,6 +71,13 @@ def _scale_and_shift(
 ) -> tuple[mx.array, mx.array]:
     scale = weight * mx.rsqrt(squares * share + eps)
     return scale, bias - total * share * scale
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization over the last axis, with MLX's kernel on a GPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:

@@ -12,7 +12,16 @@ import mlx.nn as nn
 
 from ..config import EncoderConfig, UNetConfig
 from .kernels import gelu, silu
-from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, timestep_embedding
+from .layers import (
+    Attention,
+    Context,
+    Downsample2D,
+    GroupNorm,
+    LayerNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    timestep_embedding,
+)
 from .token_merging import attend_merged
 
 Residuals = tuple[Sequence[mx.array], mx.array]
@@ -62,11 +71,11 @@ class BasicTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads, upcast=upcast)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context_dim, upcast=upcast)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def __call__(self, x: mx.array, context: Context, merged: tuple[int, int] | None = None) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.kernels import silu
-from ..models.layers import GroupNorm
+from ..models.layers import GroupNorm, LayerNorm
 from .lora import Change, Lora, bias_delta, delta, gain, laid_out, shape_of, whole_delta
 from .lora_keys import layer_names
 
@@ -330,17 +330,17 @@ class _AdaptedGroupNorm(_Adapted, GroupNorm):
         return silu(self(x))
 
 
-class _AdaptedLayerNorm(_Adapted, nn.LayerNorm):
+class _AdaptedLayerNorm(_Adapted, LayerNorm):
     pass
 
 
-_NORMS = (GroupNorm, nn.LayerNorm)
+_NORMS = (GroupNorm, LayerNorm)
 _ADAPTED = {
     nn.Linear: _AdaptedLinear,
     nn.QuantizedLinear: _AdaptedQuantizedLinear,
     nn.Conv2d: _AdaptedConv2d,
     GroupNorm: _AdaptedGroupNorm,
-    nn.LayerNorm: _AdaptedLayerNorm,
+    LayerNorm: _AdaptedLayerNorm,
 }
 _PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
 
