@@ -87,7 +87,7 @@ def quality(captions: int) -> None:
         print(setting.ljust(44), f"{draw.seconds:9.2f} s {draw.distance():11.3f}", *figures, flush=True)
 
 
-def steps_of(shape: str, side: int) -> None:
+def steps_of(shape: str, side: int, clock: Callable[[], float]) -> None:
     """A whole step, one with kept maps, and whole ones with merged positions, in turns."""
     config = UNETS[shape]
     unet = build("unet", config)
@@ -103,9 +103,9 @@ def steps_of(shape: str, side: int) -> None:
     mx.eval(unet(x, t, contexts[0.0], deep=deep, **told), deep)  # what a run computes once is there
 
     def seconds(compute: Callable[[], mx.array]) -> float:
-        start = time.perf_counter()
+        start = clock()
         mx.eval(compute())
-        return time.perf_counter() - start
+        return clock() - start
 
     ways = {"whole": partial(unet, x, t, contexts[0.0], **told)}
     ways["with kept maps"] = partial(unet, x, t, contexts[0.0], deep=deep, **told)
@@ -125,11 +125,12 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=60, help="a quarter of them with two objects (60)")
     parser.add_argument("--steps-of", nargs="+", choices=UNETS, help="measure steps of these shapes instead")
     parser.add_argument("--latents", type=int, default=64, help="side of these steps' latents (64)")
+    parser.add_argument("--cpu", action="store_true", help="count the time of this process, where others are at work")
     args = parser.parse_args()
     if args.steps_of is None:
         quality(args.captions)
     for shape in args.steps_of or ():
-        steps_of(shape, args.latents)
+        steps_of(shape, args.latents, time.process_time if args.cpu else time.perf_counter)
 
 
 if __name__ == "__main__":

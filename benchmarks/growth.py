@@ -10,6 +10,7 @@ size, where all should grow as the batch does.
 
 import argparse
 import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it brings OpenBLAS, where there is one
@@ -24,7 +25,7 @@ from .long_prompts import Cost, cost, random_module
 from .shapes import UNETS
 
 
-def step(unet: nn.Module, rows: int, size: int, repeats: int) -> Cost:
+def step(unet: nn.Module, rows: int, size: int, repeats: int, clock: Callable[[], float]) -> Cost:
     """Seconds and bytes that the UNet takes for ``rows`` pictures of ``size`` x ``size`` pixels, once it is warm."""
     config = unet.config
     x = mx.random.normal((rows, size // 8, size // 8, config.in_channels), key=mx.random.key(0))
@@ -35,15 +36,18 @@ def step(unet: nn.Module, rows: int, size: int, repeats: int) -> Cost:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text_time = mx.ones((rows, pooled)), mx.ones((rows, 6))
     mx.eval(x, t, unet(x[:, :8, :8], t, context, text_time=text_time))
-    return cost(partial(unet, x, t, context, text_time=text_time), time.perf_counter, repeats)
+    return cost(partial(unet, x, t, context, text_time=text_time), clock, repeats)
 
 
-def table(title: str, names: list[str], units: list[float], costs: list[Cost]) -> None:
-    """Each row's cost, and how much it is for a unit of work in shares of the first's."""
+def table(title: str, names: Iterable[str], units: Sequence[float], costs: Iterable[Cost]) -> None:
+    """Each row's cost, as it comes, and how much it is for a unit of work in shares of the first's."""
     print(f"{title:16}{'time':>10}{'for the same':>14}{'memory':>12}{'for the same':>14}")
-    for name, unit, (seconds, memory) in zip(names, units, costs, strict=True):
-        shares = [value / unit / (first / units[0]) for value, first in zip((seconds, memory), costs[0], strict=True)]
-        print(f"{name:16}{seconds:8.2f} s{shares[0]:14.2f}{memory / 1e9:9.2f} GB{shares[1]:14.2f}", flush=True)
+    first: Cost | None = None
+    for name, unit, cost_of in zip(names, units, costs, strict=True):
+        first = first or cost_of
+        time_share, memory_share = (value / unit / (of / units[0]) for value, of in zip(cost_of, first, strict=True))
+        seconds, memory = cost_of
+        print(f"{name:16}{seconds:8.2f} s{time_share:14.2f}{memory / 1e9:9.2f} GB{memory_share:14.2f}", flush=True)
 
 
 def main() -> None:
@@ -52,12 +56,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 768, 1024, 1536], help="sides in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true", help="count the time of this process, where others are at work")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu else time.perf_counter
     unet = random_module("unet", UNETS[args.shape])
-    sizes = [step(unet, 1, size, args.repeats) for size in args.sizes]
+    sizes = (step(unet, 1, size, args.repeats, clock) for size in args.sizes)
     table("size", [f"{size} x {size}" for size in args.sizes], [size**2 for size in args.sizes], sizes)
-    batches = [step(unet, rows, args.sizes[0], args.repeats) for rows in args.batches]
-    table("pictures", [str(rows) for rows in args.batches], list(args.batches), batches)
+    batches = (step(unet, rows, args.sizes[0], args.repeats, clock) for rows in args.batches)
+    table("pictures", [str(rows) for rows in args.batches], args.batches, batches)
 
 
 if __name__ == "__main__":
