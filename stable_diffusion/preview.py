@@ -146,31 +146,36 @@ class Watch:
         if os.path.isdir(path):
             path = path / f"{self._run:02}_{step:03}.jpg"
         try:
-            save(self._picture(self._paint(latents), latents.shape[1:3]), path)
+            images = to_images(self._paint(latents))
+            sides = zip(images[0].size, latents.shape[2:0:-1], strict=True)
+            save(self._grid(images, [max(shown, _ENLARGED * side) for shown, side in sides]), path)
         except (OSError, ValueError) as error:  # a run is worth more than its previews
             _log.warning("%s; there will be no more previews", error)
             self._preview = None
 
-    def _picture(self, pixels: mx.array, size: Sequence[int]) -> Image:
-        """A grid of pictures [n, H, W, 3] of latents of a ``size``, enlarged where they are small."""
-        height, width = (max(shown, _ENLARGED * side) for shown, side in zip(pixels.shape[1:3], size, strict=True))
-        return grid([fit(image, width, height, "stretch") for image in to_images(pixels)], self._args.n_rows)
+    def _grid(self, images: Sequence[Image], size: Sequence[int]) -> Image:
+        """A grid of images, brought to a ``size`` (width, height)."""
+        return grid([fit(image, *size, "stretch") for image in images], self._args.n_rows)
 
     def finish(self, sd: StableDiffusion, batch: object, latents: mx.array) -> Path | None:
         """Write the animation of a batch that ended in these latents, if one is wanted; returns its path.
 
         It is decoded like the images themselves, or with ``--preview_vae`` by that. The sizes of all passes become the
-        last one's. Raises OSError, one line.
+        last one's, or less where a frame is above 1024 pixels. Raises OSError, one line.
         """
         seen = [frame for frames in self._passes.pop(id(batch), []) for frame in frames]
         if not seen:
             return None
         seen[-1] = latents  # multistep samplers end beside what they took for the image
         decode = self._paint if self._args.preview_vae is not None else sd.decode
-        frames = []
-        for x in progress.steps(seen, len(seen), name="animation"):
-            frames.append(self._picture(mx.concatenate([decode(one[None]) for one in x]), x.shape[1:3]))
+        size = [sd.pixels_per_latent * side for side in latents.shape[2:0:-1]]
         path = next(path for path in _numbered(self._animation) if not self._is_taken(path))
+        frames = []
+        try:
+            for x in progress.steps(seen, len(seen), name="animation"):
+                frames.append(_at_most(self._grid([i for one in x for i in to_images(decode(one[None]))], size)))
+        except ValueError as error:  # pixels that are not finite
+            raise OSError(f"the animation {path} could not be made ({error})") from error
         write_animation(frames, path)
         self._written.append(path)
         return path
@@ -179,15 +184,17 @@ class Watch:
         return path in self._written if self._args.overwrite else os.path.lexists(path)
 
 
-def write_animation(frames: Sequence[Image], path: Path) -> None:
-    """Write frames as a GIF or WebP, by the suffix, that is played again and again and rests on the last frame.
+def _at_most(image: Image, longest: int = _LONGEST_SIDE) -> Image:
+    shrink = min(1, longest / max(image.size))
+    return fit(image, *(round(side * shrink) for side in image.size), mode="stretch")
 
-    They get the last one's size, but at most 1024 pixels on a side. Like ``image.save``, it writes all or nothing.
+
+def write_animation(frames: Sequence[Image], path: Path) -> None:
+    """Write frames of one size as a GIF or WebP, by the suffix, that goes on and on and rests on the last frame.
+
+    Like ``image.save``, it writes all or nothing.
     """
-    width, height = frames[-1].size
-    shrink = min(1, _LONGEST_SIDE / max(width, height))
-    size = round(width * shrink), round(height * shrink)
-    first, *rest = [frame if frame.size == size else fit(frame, *size, "stretch") for frame in frames]
+    first, *rest = frames
     each = min(max(_PLAYED // len(frames), _SHORTEST), _LONGEST)
     options = _ANIMATIONS[path.suffix.lower()] | {"duration": [each] * len(rest) + [_LAST], "loop": 0}
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
