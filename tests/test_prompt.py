@@ -216,7 +216,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
     letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
     letters += ["__", "__a__", "__b/c__", "\\_"]
     lines = {"a": ["x", "{y|(z:2)}", "__b/c__ w"], "b/c": ["(q", "[s:t:0.5]", r"\__a__"]}
-    generator, refused, start = random.Random(0), 0, time.monotonic()
+    generator, refused, start = random.Random(0), 0, time.process_time()
     for number in range(10_000):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
 
@@ -240,7 +240,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
                 assert (part.weight, part.start, part.end) == (same.weight, same.start, same.end)
                 assert pieces(part.text) == pieces(same.text)
     assert refused < 2000
-    assert time.monotonic() - start < 120
+    assert time.process_time() - start < 120
 
 
 @pytest.mark.parametrize(
