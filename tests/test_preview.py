@@ -230,9 +230,11 @@ def reader(path: Path):
 
     thread = threading.Thread(target=read)
     thread.start()
-    yield seen
-    over.set()
-    thread.join()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_preview_is_whole_at_all_times(made, tmp_path):
