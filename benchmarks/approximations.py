@@ -31,6 +31,7 @@ from stable_diffusion.models.layers import Context
 from stable_diffusion.weights.load import build
 from tools.tiny.evaluate import evaluate
 
+from .growth import text_time
 from .shapes import UNETS
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -93,23 +94,20 @@ def steps_of(shape: str, side: int, clock: Callable[[], float]) -> None:
     unet = build("unet", config)
     x, t = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0)), mx.array([500.0, 500.0])
     prompts = mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1))
-    told: dict[str, Any] = {}
-    if "projection_class_embeddings_input_dim" in config:
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        told["text_time"] = mx.ones((2, pooled)), mx.ones((2, 6))
+    ask = partial(unet, text_time=text_time(unet, 2))
     contexts = {ratio: Context(prompts, merging=ratio) for ratio in (0.0, 0.25, 0.5)}
     deep: list[mx.array] = []
-    mx.eval(unet.parameters(), x, [unet(x[:, :8, :8], t, context, **told) for context in contexts.values()])
-    mx.eval(unet(x, t, contexts[0.0], deep=deep, **told), deep)  # what a run computes once is there
+    mx.eval(unet.parameters(), x, [ask(x[:, :8, :8], t, context) for context in contexts.values()])
+    mx.eval(ask(x, t, contexts[0.0], deep=deep), deep)  # what a run computes once is there
 
     def seconds(compute: Callable[[], mx.array]) -> float:
         start = clock()
         mx.eval(compute())
         return clock() - start
 
-    ways = {"whole": partial(unet, x, t, contexts[0.0], **told)}
-    ways["with kept maps"] = partial(unet, x, t, contexts[0.0], deep=deep, **told)
-    ways |= {f"merging {ratio}": partial(unet, x, t, contexts[ratio], **told) for ratio in (0.25, 0.5)}
+    ways = {"whole": partial(ask, x, t, contexts[0.0])}
+    ways["with kept maps"] = partial(ask, x, t, contexts[0.0], deep=deep)
+    ways |= {f"merging {ratio}": partial(ask, x, t, contexts[ratio]) for ratio in (0.25, 0.5)}
     turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(2)]
     least = {name: min(turn[name] for turn in turns) for name in ways}
     whole, outer = least["whole"], least["with kept maps"]

@@ -31,12 +31,18 @@ def step(unet: nn.Module, rows: int, size: int, repeats: int, clock: Callable[[]
     x = mx.random.normal((rows, size // 8, size // 8, config.in_channels), key=mx.random.key(0))
     context = Context(mx.random.normal((rows, 77, config.cross_attention_dim[0]), key=mx.random.key(1)))
     t = mx.full((rows,), 500.0)
-    text_time = None
-    if config.addition_embed_type:
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        text_time = mx.ones((rows, pooled)), mx.ones((rows, 6))
-    mx.eval(x, t, unet(x[:, :8, :8], t, context, text_time=text_time))
-    return cost(partial(unet, x, t, context, text_time=text_time), clock, repeats)
+    ask = partial(unet, text_time=text_time(unet, rows))
+    mx.eval(x, t, ask(x[:, :8, :8], t, context))
+    return cost(partial(ask, x, t, context), clock, repeats)
+
+
+def text_time(unet: nn.Module, rows: int) -> tuple[mx.array, mx.array] | None:
+    """What an XL UNet is told besides the prompt."""
+    config = unet.config
+    if not config.addition_embed_type:
+        return None
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return mx.ones((rows, pooled)), mx.ones((rows, 6))
 
 
 def table(title: str, names: Iterable[str], units: Sequence[float], costs: Iterable[Cost]) -> None:

@@ -1,4 +1,4 @@
-"""The comparison runs, with the bundled model's shapes: every part of it, and one beside diffusers."""
+"""The benchmarks run, with the bundled model's shapes: of the comparison every part, and one beside diffusers."""
 
 import json
 import re
@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import approximations, growth
 from benchmarks.compare import workers
 from benchmarks.compare.__main__ import main
 from benchmarks.compare.cases import PARTS, Case, cases
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, UNETS
 
 ROOT = Path(__file__).parents[1]
 ONE = {"shape": ["sd21"], "size": [512], "dtype": ["float32"], "rows": [2], "weights": ["plain"]}
@@ -111,3 +112,24 @@ def test_what_makes_no_sense_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit) as leaving:
         main([str(argument) for argument in arguments])
     assert leaving.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_approximations_beside_the_exact_pictures(monkeypatch, capsys):
+    settings = {"exact": {}, "twice": {"deep_cache": 2}, "fewer": {"num_steps": 1}}
+    monkeypatch.setattr(approximations, "SETTINGS", {name: {"num_steps": 3} | told for name, told in settings.items()})
+    approximations.quality(4)
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["4 captions", *settings]
+    exact, cached, fewer = (float(line[2]) for line in lines[1:])
+    assert exact == 0 < cached < fewer
+    assert all(len(line) == len(lines[0]) == 8 for line in lines)
+
+
+@pytest.mark.parametrize("module, options", [(approximations, ["--steps-of", "tiny"]), (growth, ["--shape", "tiny"])])
+def test_steps_of_a_shape(module, options, monkeypatch, capsys):
+    sizes = ["--latents", "16"] if module is approximations else ["--sizes", "64", "128"]
+    monkeypatch.setitem(UNETS, "tiny", SHAPES["tiny"]["unet"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options, *sizes])
+    module.main()
+    shares = [float(share) for share in re.findall(r"(\d\.\d+)$", capsys.readouterr().out, re.MULTILINE)]
+    assert len(shares) == (7 if module is approximations else 5) and shares[0] == 1 and all(s > 0 for s in shares)
