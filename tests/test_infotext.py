@@ -74,11 +74,10 @@ Model: v1-5, Clip skip: 2, Lora hashes: "a: 7c6bad76eb54, b: 1234", TI hashes: "
 
 def test_a_text_as_it_is_written():
     text = write("a cat", "a dog", SETTINGS | {"Model": "a, b", "VAE": None, "Hires upscale": 2.0})
-    settings = (
-        'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Model: "a, b", Hires upscale: 2'
-    )
+    settings = 'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Model: "a, b", Hires upscale: 2'
     assert text == f"a cat\nNegative prompt: a dog\n{settings}"
     assert write("a cat", "", SETTINGS).startswith("a cat\nSteps: 20, ")
+    assert write("", "", {"A": "b: c", "D": "e\nf", "G": 'h "i"'}) == '\nA: "b: c", D: "e\\nf", G: h "i"'
 
 
 def test_a_text_of_another_program():
