@@ -24,11 +24,12 @@ _log = logging.getLogger("stable_diffusion")
 class Made:
     """A batch and its latents [n, h, w, 4] so far, None before its first step.
 
-    ``seconds`` is how long its steps took. ``partial`` says how far a batch has come that was stopped, and is empty
-    where all of it is done.
+    ``name`` is its number among several. ``seconds`` is how long its steps took. ``partial`` says how far a batch has
+    come that was stopped, and is empty where all of it is done.
     """
 
     work: Work
+    name: str = ""
     latents: mx.array | None = None
     seconds: float = 0.0
     partial: str = ""
@@ -70,7 +71,9 @@ class Runs:
             yield from self._by_refiner([replace(one, work=one.work.without_controls()) for one in done])
 
     def _by_base(self, one_by_one: bool) -> Iterator[Made]:
-        for group in _groups([Made(work) for work in self.works], one_by_one):
+        count = len(self.works)
+        begun = [Made(work, f"{i}/{count}" if count > 1 else "") for i, work in enumerate(self.works, start=1)]
+        for group in _groups(begun, one_by_one):
             done = self._pass(group, self._first, self.prepared)
             if getattr(self.args, "hires", None):
                 done = self._pass(done, self._hires)
@@ -115,14 +118,15 @@ class Runs:
             set_scales(self.loras, one.work.batch)
             self.watch.begin(one.work.batch)
             start = perf_counter()
-            latents, until = self._guarded(runs, partial(begin, one))
-            done.append(Made(one.work, latents, one.seconds + perf_counter() - start, until))
+            latents, until = self._guarded(runs, partial(begin, one), one.name)
+            seconds = one.seconds + perf_counter() - start
+            done.append(replace(one, latents=latents, seconds=seconds, partial=until))
         return done
 
-    def _guarded(self, runs: list[Pass], again: Callable[[], Pass]) -> tuple[mx.array, str]:
+    def _guarded(self, runs: list[Pass], again: Callable[[], Pass], name: str) -> tuple[mx.array, str]:
         """The last latents of the first run, and how far it came if it was stopped; in float32 where it overflows."""
         try:
-            return self._steps(runs.pop(0), runs)  # nothing holds a run that is over, and its networks
+            return self._steps(runs.pop(0), runs, name)  # nothing holds a run that is over, and its networks
         except FloatingPointError as error:
             if self.sd.dtype == mx.float32:
                 raise FloatingPointError(f"{error}; check the weights, or take a lower --cfg") from error
@@ -131,14 +135,15 @@ class Runs:
         for net in self.nets:
             net.set_dtype(mx.float32)
         try:
-            return self._steps(again(), runs)
+            return self._steps(again(), runs, name)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} in float32 either; try --no-float16, or check the weights") from error
 
-    def _steps(self, run: Pass, later: Sequence[Pass]) -> tuple[mx.array, str]:
+    def _steps(self, run: Pass, later: Sequence[Pass], name: str) -> tuple[mx.array, str]:
         """Compute the steps one by one; FloatingPointError names the first whose latents are not finite."""
         latents, total = run
-        for step, x_t in enumerate(progress.steps(latents, total, later=sum(more for _, more in later)), start=1):
+        bar = progress.steps(latents, total, name=name, later=sum(more for _, more in later))
+        for step, x_t in enumerate(bar, start=1):
             mx.eval(x_t)
             if not mx.isfinite(x_t).all():
                 raise FloatingPointError(f"the latents of step {step} are not finite")
