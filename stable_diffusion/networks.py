@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -84,7 +85,11 @@ class Recipe:
         return network
 
     def size(self) -> int:
-        """Bytes of the weights in memory. Nothing is read but the headers of the files."""
+        """Bytes of the weights in memory. Nothing is read but the headers of the files, and those once."""
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         return size_in_bytes(self.lazy())
 
 
