@@ -41,7 +41,8 @@ HOMES = {
     "PIL": {"image", "plots", "inpaint", "depth", "batches", "preview", "outputs", "results"},
     "tqdm": {"progress"},
 }
-# batches, preview, outputs and results name PIL's Image in their type hints. Of the ground floor only the samplers know arrays.
+# batches, preview, outputs and results name PIL's Image in their type hints. Of the ground floor only the samplers know
+# arrays.
 WITHOUT_MLX = {
     "version",
     "config",
