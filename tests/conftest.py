@@ -1,6 +1,7 @@
 """What many tests share: checkpoints, made once and read only, and the scripts, called in this process."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import pytest
 import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
 from command_line import SCRIPTS, Finished
 from stable_diffusion import cli
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A temporary folder for each process: MLX keeps the code that it compiles there, and may read it half-written."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = Path(tempfile.gettempdir(), f"stable-diffusion-tests-{worker}")
+        folder.mkdir(exist_ok=True)
+        os.environ["TMPDIR"] = str(folder)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
