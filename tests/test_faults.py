@@ -1,8 +1,8 @@
 """What can go wrong from outside, in one table: how the scripts end, what they say, and that finished images stay.
 
 Each row is a process of its own, which meets the fault where the row says. A code below zero is the signal that killed
-it. In every case all files under a final name are whole, and but for kills no temporary file is left. An image that cannot
-be written where it should is kept elsewhere, and no further batch is begun.
+it. In every case all files under a final name are whole, and but for kills no temporary file is left. An image that
+cannot be written where it should is kept elsewhere, and no further batch is begun.
 """
 
 import json
