@@ -409,7 +409,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         type=values.count,
         metavar="N",
-        help="images to make at once, of several prompts too (as many as memory allows)",
+        help="images to make at once, of several prompts too (as many as memory allows, up to 8)",
     )
     add("--decoding_batch_size", type=values.count, default=1, metavar="N", help="images to decode at once (1)")
     add("--no_float16", dest="float16", action="store_false", help="compute in float32")

@@ -22,6 +22,7 @@ from .weights.quantize import size_in_bytes
 
 _log = logging.getLogger("stable_diffusion")
 
+_MOST_AT_ONCE = 8  # images; more of them save little time
 _SHARE = 0.75  # of the machine's memory that a run may take: the system and other programs need some too
 
 
@@ -157,21 +158,21 @@ def at_once(sd: StableDiffusion, found: Sequence[Need], nets: Nets = ()) -> int:
 def images_at_once(
     sd: StableDiffusion, allowed: int, n_images: int, size: tuple[int, int], chunks: int = 1, **more: Any
 ) -> int:
-    """How many of ``n_images`` to make at once: as many as fit into ``allowed`` bytes, in batches of about one size.
+    """How many of ``n_images`` to make at once: those that fit into ``allowed`` bytes, in batches of about one size.
 
     What a step takes grows evenly with the images, so that two looks at graphs tell. Where the UNet is asked one
-    question at a time, a batch saves no time, and each image is there sooner by itself. ``more`` are other fields of
-    :class:`Asked`.
+    question at a time, a batch saves no time, and each image is there sooner by itself; of more than eight images the
+    first would come late. ``more`` are other fields of :class:`Asked`.
     """
-    asked = Asked(n_images, size, chunks, **more)
+    most = min(n_images, _MOST_AT_ONCE)
+    asked = Asked(most, size, chunks, **more)
     if n_images == 1 or sd.rows_at_once:
         return 1
     sizes, largest = _sizes(sd), asked.largest
     room = allowed - sizes["unet"] - sizes["autoencoder"] - sum(size_in_bytes(net) for net in asked.nets)
-    if _at_most(sd, asked, n_images * asked.questions, largest) <= room:
-        return n_images
-    one, two = (_of_unet(sd, asked, n * asked.questions, largest) for n in (1, 2))
-    most = max(min(1 + (room - one) // max(two - one, 1), n_images), 1)
+    if _at_most(sd, asked, most * asked.questions, largest) > room:
+        one, two = (_of_unet(sd, asked, n * asked.questions, largest) for n in (1, 2))
+        most = max(min(1 + (room - one) // max(two - one, 1), most), 1)
     return math.ceil(n_images / math.ceil(n_images / most))  # so that the last batch is not a small one
 
 
