@@ -1,6 +1,7 @@
 """What many tests share: checkpoints, made once and read only, and the scripts, called in this process."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,13 @@ from stable_diffusion import cli
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A temporary folder for each process: MLX keeps the code that it compiles there, and may read it half-written."""
+    """What each of the processes needs that run the tests.
+
+    That is Ctrl-C, which a shell lets its background jobs ignore, and a temporary folder of its own: MLX keeps the code
+    that it compiles there, and another process may read it half-written.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         folder = Path(tempfile.gettempdir(), f"stable-diffusion-tests-{worker}")
         folder.mkdir(exist_ok=True)
