@@ -1,5 +1,6 @@
 """What many tests share: checkpoints, made once and read only, and the scripts, called in this process."""
 
+import logging
 import os
 import signal
 import tempfile
@@ -9,8 +10,22 @@ from pathlib import Path
 import pytest
 
 import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
+
+# isort: split
+import mlx.core as mx
+
 from command_line import SCRIPTS, Finished
 from stable_diffusion import cli
+
+_LIMITS = {set_limit: set_limit(0) for set_limit in (mx.set_memory_limit, mx.set_cache_limit)}  # what they were before
+
+
+def _reset_limits() -> None:
+    for set_limit, limit in _LIMITS.items():
+        set_limit(limit)
+
+
+_reset_limits()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,8 +71,18 @@ def xl_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """What scripts set for their process is given back to the other tests: the library's log, and MLX's limits."""
+    log = logging.getLogger("stable_diffusion")
+    before = log.handlers, log.level
+    yield
+    log.handlers, log.level = before
+    _reset_limits()
+
+
 @pytest.fixture
-def run(capsys) -> Iterator[Callable[..., Finished]]:
+def run(capsys) -> Callable[..., Finished]:
     """Call a script in this process."""
 
     def call(script: str, *argv) -> Finished:
@@ -68,11 +93,7 @@ def run(capsys) -> Iterator[Callable[..., Finished]]:
         out, err = capsys.readouterr()
         return Finished(code, out.splitlines(), err)
 
-    # The scripts own the library's log in their process; give it back to the other tests.
-    log = cli.logging.getLogger("stable_diffusion")
-    before = log.handlers, log.level
-    yield call
-    log.handlers, log.level = before
+    return call
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from stable_diffusion import StableDiffusion, StableDiffusionXL
-from stable_diffusion.convert import _bytes, convert, main
+from stable_diffusion.convert import convert, main
+from stable_diffusion.values import file_size
 from stable_diffusion.weights import save
 from stable_diffusion.weights.adapters import fuse
 from stable_diffusion.weights.files import open_checkpoint, read_tensors
@@ -320,4 +321,4 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, named):
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5g", 1_500_000_000), ("300MB", 3 * 10**8), ("7", 7)])
 def test_sizes(text, size):
-    assert _bytes(text) == size
+    assert file_size(text) == size

@@ -193,7 +193,8 @@ def _open_clip(tensors: Mapping[str, mx.array], layers: int | None) -> dict[str,
                 named[f"{here}.{_OPEN_CLIP_PARTS.get(part, part)}.{parameter}"] = value
         elif name in ("text_projection", "text_projection.weight"):
             if layers is None:  # the original multiplies by it from the right
-                named["text_projection.weight"] = value.T if name == "text_projection" else value
+                # Copied, since products with a matrix that is only seen as transposed are rounded otherwise.
+                named["text_projection.weight"] = mx.contiguous(value.T) if name == "text_projection" else value
         else:
             named[_OPEN_CLIP.get(name, name)] = value
     return named

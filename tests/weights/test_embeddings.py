@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read(tmp_path, sd, xl):
     with pytest.raises(ValueError, match=r"x\.pt is damaged \(it does not begin as torch's files do\)"):
         read_embedding(tmp_path / "x.pt")
     (tmp_path / "x.png").write_bytes(b"image")
-    with pytest.raises(ValueError, match=r"x\.png is neither \.safetensors nor one of \.pt, \.bin"):
+    with pytest.raises(ValueError, match=r"x\.png is neither \.safetensors nor one of \.bin, \.ckpt, \.pt, \.pth"):
         read_embedding(tmp_path / "x.png")
     wide = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48)))
     with pytest.raises(
