@@ -145,9 +145,9 @@ def peak_in_bands(network: nn.Module, x: mx.array, band: int, halved: bool = Fal
         rows = min(max(band, 2 * 9 * 4 * w_out * max(c, c_out)), 9 * 4 * h * w * max(c, c_out))
         if isinstance(layer, SpatialAttention):
             scores = min(max(band, 2 * 4 * w * h * w), 4 * (h * w) ** 2)
-            most = max(most, (5 * x.itemsize + kept) * before + 7 * scores)
+            most = max(most, (5 * x.itemsize + kept) * before + 2.25 * scores)
         elif isinstance(layer, ResnetBlock2D):
-            most = max(most, kept * (before + after) + 2.5 * rows)
+            most = max(most, kept * (before + after) + 2.25 * rows)
         elif isinstance(layer, TinyBlock):  # MLX runs ahead where there are no norms
             most = max(most, x.itemsize * (before + after) + 3.5 * rows)
         else:

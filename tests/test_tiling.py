@@ -146,7 +146,7 @@ def test_the_expected_peak_is_that_of_mlx(name, height, width):
     for network, given in ((vae.decoder, z), (vae.encoder, x)):
         for how in (Way(0, 2**23), Way(0, 2**21, halved=True))[: 1 if name == "tiny" else 2]:
             expected = peak_in_bands(network, given, how.band, how.halved)
-            assert peak(in_bands, network.layers, given, how) == pytest.approx(expected, rel=0.1)
+            assert peak(in_bands, network.layers, given, how) == pytest.approx(expected, rel=0.15)
         if height == 256:
             part = given[:, : given.shape[1] // 2, : given.shape[2] // 2]
             assert peak(network, part) == pytest.approx(peak_as_a_whole(network, part), rel=0.3)
