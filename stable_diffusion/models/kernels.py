@@ -1,8 +1,8 @@
-"""Attention, GELU and SiLU in the way that is fast on each backend. The numbers are the same, to float32's rounding.
+"""Attention, activations and norms in the way that is fast on each backend. The numbers are the same, to rounding.
 
-On a GPU these are MLX's own kernels. On the CPU MLX computes exp and erf one value at a time, which is most of the time
-of a softmax over 4096 positions; there, a polynomial takes their place that a compiler turns into one loop of products
-and sums. All that is special to the CPU is in this file.
+On a GPU these are MLX's own kernels, and what it compiles from a line of arithmetic. On the CPU MLX computes exp and
+erf one value at a time, which is most of the time of a softmax over 4096 positions; there, polynomials take their place
+that a compiler turns into loops of products and sums. All that is special to the CPU is in this file.
 """
 
 import math
