@@ -22,6 +22,7 @@ def sd() -> StableDiffusion:
 
 def peak(compute) -> int:
     """Bytes that ``compute()`` takes at its peak, beside what is there before."""
+    mx.set_memory_limit(0)  # how far MLX works ahead otherwise depends on what else the machine does
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
