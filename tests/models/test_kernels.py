@@ -7,7 +7,7 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.models import kernels
-from stable_diffusion.models.kernels import attention, gelu, silu
+from stable_diffusion.models.kernels import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
 from stable_diffusion.models.layers import Attention
 
 # From far below what the polynomial covers to far above, with 0, -0 and the smallest numbers.
@@ -55,6 +55,21 @@ def test_what_is_not_finite_stays_so(way):
 def test_half_precision_takes_the_kernels_of_mlx():
     x = mx.array([-1.0, 2.0], dtype=mx.float16)
     assert silu(x).dtype == gelu(x).dtype == mx.float16
+
+
+@pytest.mark.parametrize("size", [1, 1e-2, 1e-3])
+def test_norms(way, size):
+    """The pieces of GroupNorm, and LayerNorm, of values whose mean is not zero."""
+    x, (scale, shift) = size * (normal(2, 6, 5, 24) + 2), normal(2, 2, 1, 1, 24)
+    line = torch.from_numpy(x).double() * torch.from_numpy(scale) + torch.from_numpy(shift)
+    given = [mx.array(value) for value in (x, scale, shift)]
+    assert relative_error(scaled(*given), line.numpy()) <= 1e-6
+    assert relative_error(scaled_silu(*given), torch.nn.functional.silu(line).numpy()) <= 1e-6
+    assert relative_error(sum_positions(given[0]), x.astype(float).sum(axis=(1, 2), keepdims=True)) <= 1e-6
+    weight, bias = scale[0, 0, 0], shift[0, 0, 0]
+    told = (torch.from_numpy(value).double() for value in (weight, bias))
+    want = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (24,), *told, 1e-5)
+    assert relative_error(layer_norm(given[0], mx.array(weight), mx.array(bias), 1e-5), want.numpy()) <= 1e-6
 
 
 def test_queries_in_pieces(monkeypatch):
