@@ -1,0 +1,33 @@
+"""What a computation takes in memory at its peak, as MLX reports it.
+
+The thread that walks through a graph takes buffers, the one that computes lets go of them, and how far the first is
+ahead depends on what else the machine does. So one computation has many peaks: from that in which every operation is
+done before the next one begins, to that in which the first thread waits only where it has to. A test asks for one that
+holds for all of them, or takes the least of several runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from stable_diffusion.memory import CPU
+
+IN_ORDER = replace(CPU, name="CPU, one operation after the other", calls=1)  # of the plan, with a limit of 0
+
+
+def peaks(compute: Callable[..., Any], *args: Any, runs: int = 5, limit: int = 0) -> list[int]:
+    """Bytes that ``compute(*args)`` takes beside what is there before, in each of several runs.
+
+    ``limit`` is MLX's memory limit; at 0 the first thread is ahead by at most ten kernels.
+    """
+    mx.set_memory_limit(limit)
+    found = []
+    for _ in range(runs):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(compute(*args))
+        found.append(mx.get_peak_memory() - before)
+    return found
