@@ -23,9 +23,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .arguments import chosen_bits, chosen_parts, read
+from .arguments import read
 from .batches import Batch, Work, alike, batches, first_pass, parts, prepare_work, read_inputs
 from .budget import Asked, at_once, choose, images_at_once, set_limits
+from .flags import chosen_bits, chosen_parts
 from .interrupts import Interrupts
 from .jobs import jobs
 from .metadata import changes
@@ -90,7 +91,8 @@ def _prepare(parser: Parser, args: argparse.Namespace, interrupts: Interrupts) -
     """All that comes before the first step. ValueError or OSError for what is wrong with the arguments."""
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
     wanted = batches(jobs(parser, args), args.batch_size)
-    results, watch = Results(args, wanted), Watch(args)
+    results = Results(args, wanted)
+    watch = Watch(args, results.add_preview)
     inputs = read_inputs(args)
     if args.refiner:  # it is loaded when the base is gone, but what is wrong with it shows now
         open_checkpoint(args.refiner, float16=_float16(args))

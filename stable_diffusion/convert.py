@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import catalog, values
-from .arguments import add_weights, chosen_bits, chosen_parts
+from .flags import add_weights, chosen_bits, chosen_parts
 from .parser import Parser
 from .weights import layout
 from .weights.adapters import fuse

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_picture, add_prompt
+from .flags import add_picture, add_prompt
 from .parser import Parser
 from .prompt import expand
 from .samplers import find_sampler, options

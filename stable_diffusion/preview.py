@@ -109,11 +109,12 @@ def project(latents: mx.array, factors: Factors) -> mx.array:
 class Watch:
     """Writes what is asked for with ``--preview`` and ``--stepwise``, of the arguments ``args``.
 
-    Where it goes is checked here: raises ValueError or OSError, one line, before any work.
+    Where it goes is checked here: raises ValueError or OSError, one line, before any work. ``tell`` is called with each
+    preview that is written: its path, the step, and how many there are.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    def __init__(self, args: argparse.Namespace, tell: Callable[[Path, int, int], object] = lambda *_: None):
+        self._args, self._tell = args, tell
         self._every = _EVERY if args.preview_every is None else args.preview_every
         self._preview = None if args.preview is None else _check_preview(args.preview, args.output)
         self._animation = None if args.stepwise is None else _check_animation(args.stepwise)
@@ -152,6 +153,8 @@ class Watch:
         except (OSError, ValueError) as error:  # a run is worth more than its previews
             _log.warning("%s; there will be no more previews", error)
             self._preview = None
+        else:
+            self._tell(path, step, total)
 
     def _grid(self, images: Sequence[Image], size: Sequence[int]) -> Image:
         """A grid of images, brought to a ``size`` (width, height)."""

@@ -45,7 +45,8 @@ def repeat(
     Raises ValueError, one line, for a picture without a record, or with one that is damaged.
     """
     record, defaults = recorded(path), vars(parse([]))
-    said, given = record["arguments"], _given(parse, argv, defaults)
+    given = _given(parse, argv, defaults)
+    said = _without(record["arguments"], parse(argv).without, recorded_flags)
     words = [
         word
         for name in recorded_flags
@@ -68,6 +69,16 @@ def _given(parse: Callable[..., argparse.Namespace], argv: Sequence[str], defaul
     blank = {name: [] if isinstance(value, list) else _UNSET for name, value in defaults.items()}
     said = vars(parse(argv, argparse.Namespace(**blank)))
     return {name for name, value in said.items() if value is not _UNSET and value != [] and value is not None}
+
+
+def _without(said: Mapping[str, Any], names: Iterable[str], recorded_flags: Collection[str]) -> dict[str, Any]:
+    """What a picture says, but for these flags, which may be written as on the command line."""
+    left_out = {name.lstrip("-").replace("-", "_"): name for name in names}
+    for flag, name in left_out.items():
+        if flag not in recorded_flags or flag in ("image", "prompt"):
+            known = ", ".join(sorted((said.keys() & recorded_flags) - {"image", "prompt"}))
+            raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
+    return {name: value for name, value in said.items() if name not in left_out}
 
 
 def _plain(value: Any) -> Any:

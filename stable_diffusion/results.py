@@ -71,6 +71,11 @@ class Results:
             if path is not None:
                 self._tell(f"{path} seed {values['seed']}{ending}", self._written[-1])
 
+    def add_preview(self, path: Path, step: int, steps: int) -> None:
+        """Name a preview for a program that reads ``--json``; a person sees the file."""
+        if self._args.json:
+            self._tell("", {"kind": "preview", "path": str(path), "step": step, "steps": steps})
+
     def add_animation(self, finish: Callable[[], Path | None]) -> None:
         """Name the animation of a batch, if ``finish`` writes one; where it raises OSError, that is the ``error``."""
         try:

@@ -18,7 +18,7 @@ _FLOORS = [
     "weights.pickles",
     "weights.files",
     "weights.load weights.embeddings weights.lora conditioning",
-    "weights.adapters weights.save depth guidance tiling deep_cache",
+    "weights.adapters weights.save depth guidance tiling deep_cache flags",
     "control",
     "denoise",
     "plan",

@@ -164,6 +164,7 @@ def picture(tmp_path) -> Path:
         "float16": False,
         "steps": 4,
         "negative_prompt": "x",
+        "quantize": True,
     }
     return with_record(tmp_path / "picture.png", {"prompt": PROMPT, "n_images": 1} | said)
 
@@ -176,6 +177,9 @@ def picture(tmp_path) -> Path:
         (["--cfg=2", "--negative-prompt", ""], {"cfg": (2.0,), "negative_prompt": ""}),
         (["--steps", "1", "2", "--sampler", "euler"], {"steps": (1, 2), "sampler": ("euler",)}),
         (["--lora", "c"], {"lora": [("c", 1.0)]}),
+        (["--without", "lora", "--without=--quantize"], {"lora": [], "quantize": False}),
+        (["--without", "negative-prompt", "--without", "vae"], {"negative_prompt": ""}),
+        (["--without", "cfg", "--cfg", "2"], {"cfg": (2.0,)}),
         (["--lora", "b", "--lora", "a:.5"], {"lora": [("b", 1.0), ("a", 0.5)]}),
         (["a dog"], {"prompt": "a dog"}),
         (["--n_images", "3"], {"n_images": 3}),
@@ -190,8 +194,20 @@ def picture(tmp_path) -> Path:
 def test_flags_and_prompts_take_the_place_of_what_is_recorded(picture, words, said):
     common = {"prompt": PROMPT, "n_images": 1, "seed": (7,), "cfg": (3.0,), "steps": (4,), "negative_prompt": "x"}
     common |= {"lora": [("a", 0.5), ("b", 1.0)], "float16": False, "from_image": str(picture)}
+    common |= {"quantize": True}
     found = parsed("txt2image", "--from_image", picture, *words)
-    assert found | {"lists": ()} == parsed("txt2image", "x") | common | said | {"lists": ()}
+    assert bool(found.pop("without")) == ("--without" in words)
+    plain = parsed("txt2image", "x")
+    del plain["without"]
+    assert found | {"lists": ()} == plain | common | said | {"lists": ()}
+
+
+@pytest.mark.parametrize("name", ["prompt", "output", "best", "strength", ""])
+def test_what_cannot_be_left_out(picture, run, no_model, name):
+    run("txt2image", "--from_image", picture, "--without", name).refused(
+        f"--without {name} is none of the flags", "the picture has cfg, float16, lora, n_images, negative_prompt, quant"
+    )
+    run("txt2image", PROMPT, "--without", name).refused("--without needs --from_image FILE")
 
 
 def test_the_other_script(picture, tmp_path, capsys):

@@ -244,6 +244,20 @@ def test_a_preview_is_whole_at_all_times(made, tmp_path):
     assert len(seen) > 10 and set(seen) == {(36, 32, 3)}
 
 
+def test_programs_are_told_of_previews(made, tmp_path):
+    options = ["--preview", tmp_path / "seen", "--preview_every", 2, "--batch_size", 1]
+    (tmp_path / "seen").mkdir()
+    records = [json.loads(line) for line in made(*options, "--json").succeeded().out]
+    assert [(record["kind"], record.get("step")) for record in records] == [
+        *[("preview", 2), ("preview", 3), ("image", None)] * 2,
+        ("grid", None),
+    ]
+    told = [record for record in records if record["kind"] == "preview"]
+    assert [Path(record["path"]).name for record in told] == names(tmp_path / "seen")
+    assert all(record["steps"] == 3 for record in told)
+    assert len(made(*options, "--overwrite").succeeded().out) == 3
+
+
 def test_a_run_goes_on_where_previews_cannot_be_written(made, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("the disk is full")

@@ -7,10 +7,10 @@ from stable_diffusion import StableDiffusion
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.arguments import TEXT_BITS, UNET_BITS
 from stable_diffusion.conditioning import Conditioning
 from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.denoise import denoiser
+from stable_diffusion.flags import TEXT_BITS, UNET_BITS
 from stable_diffusion.guidance import stages
 from stable_diffusion.schedule import Schedule
 from stable_diffusion.tiling import decode, encode, way
