@@ -67,6 +67,11 @@ def script_parser(from_image: bool, prog: str | None = None) -> Parser:
         metavar="FLAG",
         help="leave out this flag of --from_image's picture, such as lora or quantize; may be given again",
     )
+    prompt.add_argument(
+        "--whole_batch",
+        action="store_true",
+        help="make all images again that --from_image's was made at once with: then it is the same to the bit",
+    )
     prompt.add_argument("--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
     if from_image:
         flags.add_mask(parser)
@@ -123,9 +128,9 @@ def recorded_flags(from_image: bool) -> tuple[str, ...]:
     writing = Parser(add_help=False)
     flags.add_output(writing)
     flags.add_preview(writing)
-    without = {"prompt_file", "from_image", "without", "wildcards", "alternatives", "list_samplers", *_ONLY_RESOURCES}
-    without |= vars(writing.parse_args([])).keys()
-    return tuple(name for name in vars(script_parser(from_image).parse_args([])) if name not in without)
+    others = {"prompt_file", "from_image", "without", "whole_batch", "wildcards", "alternatives", "list_samplers"}
+    others |= _ONLY_RESOURCES | vars(writing.parse_args([])).keys()
+    return tuple(name for name in vars(script_parser(from_image).parse_args([])) if name not in others)
 
 
 # What makes no sense together, and what to do about it. Flags of the other script are absent.
@@ -170,7 +175,10 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
         lambda a: a["preview_vae"] is not None and a["preview"] is None and a["stepwise"] is None,
         "--preview_vae needs --preview: a file or a folder; or --stepwise FILE",
     ),
-    (lambda a: a["without"] and a["from_image"] is None, "--without needs --from_image FILE"),
+    (
+        lambda a: (a["without"] or a["whole_batch"]) and a["from_image"] is None,
+        "--without and --whole_batch need --from_image FILE",
+    ),
     (lambda a: a["refiner"] and a.get("hires"), "--hires and --refiner do not go together: run one after the other"),
     (
         lambda a: a["refiner"] and (a.get("mask") or a.get("expand")),

@@ -100,6 +100,7 @@ def _record(sd: StableDiffusion, args: argparse.Namespace, work: Work, image_ind
             "sampler": read_name(sampler)[0],
             "schedule": job.schedule or read_name(sampler)[1] or sd.schedule.config.sigma_schedule,
             "bits": _bits(sd),
+            "batch": work.batch.seeds,
         },
         "files": dict(_files(sd, args, job, arguments)),
         "software": {

@@ -46,8 +46,14 @@ def repeat(
     """
     record, defaults = recorded(path), vars(parse([]))
     given = _given(parse, argv, defaults)
-    said = _without(record["arguments"], parse(argv).without, recorded_flags)
-    words = [
+    asked = parse(argv)
+    said = _without(record["arguments"], asked.without, recorded_flags)
+    words = []
+    if asked.whole_batch:
+        seeds = _batch(record, path)
+        said |= {"seed": seeds}
+        words += [] if "batch_size" in given else [f"--batch_size={len(seeds)}"]
+    words += [
         word
         for name in recorded_flags
         if name not in given | {"image", "prompt", "n_images"} and name in said and said[name] != _plain(defaults[name])
@@ -69,6 +75,15 @@ def _given(parse: Callable[..., argparse.Namespace], argv: Sequence[str], defaul
     blank = {name: [] if isinstance(value, list) else _UNSET for name, value in defaults.items()}
     said = vars(parse(argv, argparse.Namespace(**blank)))
     return {name for name, value in said.items() if value is not _UNSET and value != [] and value is not None}
+
+
+def _batch(record: Mapping[str, Any], path: str) -> list[int]:
+    """The seeds of all images that were made at once with a picture, of which it is one."""
+    made = record.get("made")
+    seeds = made.get("batch") if isinstance(made, dict) else None
+    if not isinstance(seeds, list) or not seeds:
+        raise ValueError(f"{path} does not say what it was made together with; leave out --whole_batch")
+    return seeds
 
 
 def _without(said: Mapping[str, Any], names: Iterable[str], recorded_flags: Collection[str]) -> dict[str, Any]:

@@ -398,7 +398,7 @@ ELSEWHERE = {
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
     *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory", "--memory_limit"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
-    *("--preview", "--preview_every", "--preview_vae", "--stepwise", "--from_image", "--without"),
+    *("--preview", "--preview_every", "--preview_vae", "--stepwise", "--from_image", "--without", "--whole_batch"),
     "--quality",
 }
 ONLY = {

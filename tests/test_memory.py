@@ -68,7 +68,7 @@ def test_a_step_of_the_unet(family, rows, size):
     found = measured(unet, call, shapes, 0)
     # Where the scores of attention decide, MLX computes on them in place or not, as the machine is busy.
     assert 0.9 * (least if family == "sd2" else most) <= min(found) and max(found) <= 1.1 * most
-    assert max(found) <= max(measured(unet, call, shapes, 10**12)) <= 1.2 * peak(unet, call, *shapes)
+    assert max(measured(unet, call, shapes, 10**12)) == pytest.approx(peak(unet, call, *shapes), rel=0.1)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 4])
@@ -79,8 +79,11 @@ def test_a_text_encoder(prompts):
         return encoder(ids).last_hidden_state
 
     shapes = [((prompts, 77), mx.int32)]
-    # Of buffers as small as these MLX holds sometimes one more and sometimes one less, from run to run.
-    assert measured(encoder, call, shapes, 0) == pytest.approx([peak(encoder, call, *shapes, limit=0)] * RUNS, rel=0.2)
+    least, most = (peak(encoder, call, *shapes, limit=0, backend=backend) for backend in (IN_ORDER, CPU))
+    found = measured(encoder, call, shapes, 0)
+    # Which buffers as small as these are taken over depends on what the thread that computes is done with.
+    assert 0.9 * least <= min(found) and 0.8 * most <= max(found) <= 1.1 * most
+    assert max(measured(encoder, call, shapes, 10**12)) == pytest.approx(peak(encoder, call, *shapes), rel=0.2)
 
 
 def test_nothing_is_evaluated_or_changed():

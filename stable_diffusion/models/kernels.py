@@ -7,7 +7,7 @@ that a compiler turns into loops of products and sums. All that is special to th
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,29 +16,20 @@ import mlx.nn as nn
 _FUSED = (64, 72, 80, 96, 128)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, rows: int | None = None) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf) -> mx.array:
     """Scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
 
-    Where scores are kept in memory (see ``keeps_scores``), ``rows`` is for how many queries at a time; None for all.
+    ``largest`` is in bytes: where the scores of all pairs are in memory and take more, they are worked off in pieces.
     """
     scale = q.shape[-1] ** -0.5
     if not _on_cpu(q):
-        return _in_pieces(lambda piece: _fused_attention(piece, k, v, scale), q, rows)
-    keys = k.swapaxes(-1, -2)
+        in_memory = mx.default_device() == mx.cpu or q.shape[-1] > _FUSED[-1]
+        look = partial(_fused_attention, scale=scale)
+        return _in_pieces(look, q, k, v, largest) if in_memory else look(q, k, v)
     # A column of ones sums the weights in the same product.
-    values = mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1)
-
-    def look(piece: mx.array) -> mx.array:
-        scores = piece @ keys
-        return _exp(_difference(scores, scores.max(axis=-1, keepdims=True))) @ values
-
-    sums = _in_pieces(look, q * scale, rows)
+    values = mx.pad(v, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=1)
+    sums = _in_pieces(_weighted_sums, q * scale, k.swapaxes(-1, -2), values, largest)
     return sums[..., :-1] / sums[..., -1:]
-
-
-def keeps_scores(q: mx.array) -> bool:
-    """Whether ``attention`` has a score for every pair of positions in memory: no fused kernel takes these heads."""
-    return mx.default_device() == mx.cpu or q.shape[-1] > _FUSED[-1]
 
 
 def silu(x: mx.array) -> mx.array:
@@ -62,11 +53,19 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     if not _on_cpu(x):
         return mx.fast.layer_norm(x, weight, bias, eps)
     width = x.shape[-1]
-    ones, share = mx.ones((width, 1)), mx.array(1 / width)
+    ones, share = _ones(width), mx.array(1 / width)
     y = x.reshape(-1, width)
     y = _minus_mean(y, y @ ones, share)
     scale = _over_deviation(mx.square(y) @ ones, share, mx.array(eps))
     return _scaled_rows(y, scale, weight, bias).reshape(x.shape)
+
+
+@cache
+def _ones(width: int) -> mx.array:
+    """A column of them, made once."""
+    ones = mx.ones((width, 1))
+    mx.eval(ones)
+    return ones
 
 
 def sum_positions(x: mx.array) -> mx.array:
@@ -95,17 +94,33 @@ def _on_cpu(x: mx.array) -> bool:
     return mx.default_device() == mx.cpu and x.dtype == mx.float32
 
 
-def _in_pieces(look: Callable[[mx.array], mx.array], q: mx.array, rows: int | None) -> mx.array:
-    """``look`` for ``rows`` of the queries q [B, heads, N, D] at a time."""
-    n = q.shape[2]
-    if rows is None or rows >= n:
-        return look(q)
+def _in_pieces(
+    look: Callable[..., mx.array], q: mx.array, k: mx.array, v: mx.array, largest: float, axis: int = 0
+) -> mx.array:
+    """``look(q, k, v)`` for as many images, heads or queries at a time as have scores of at most ``largest`` bytes.
+
+    Images and heads are parted first: products with few rows are slow.
+    """
+    scores = math.prod(q.shape[:3]) * v.shape[2] * q.itemsize
+    if axis > 2 or scores <= largest:
+        return look(q, k, v)
+    length = q.shape[axis]
+    step = max(int(length * largest // scores), 1)
+    cuts = list(range(step, length, step))
+    queries = mx.split(q, cuts, axis)
+    keys, values = (mx.split(x, cuts, axis) if axis < 2 else [x] * len(queries) for x in (k, v))
     done: list[mx.array] = []
-    for start in range(0, n, rows):
-        piece = q[:, :, start : start + rows]
-        # One after the other, or all their scores would be in memory at once.
-        done.append(look(mx.depends(piece, done[-1]) if done else piece))
-    return mx.concatenate(done, axis=2)
+    for piece, its_keys, its_values in zip(queries, keys, values, strict=True):
+        # One after the other, or the scores of all would be in memory at once.
+        piece = mx.depends(piece, done[-1]) if done else piece
+        done.append(_in_pieces(look, piece, its_keys, its_values, largest, axis + 1))
+    return mx.concatenate(done, axis=axis)
+
+
+def _weighted_sums(q: mx.array, keys: mx.array, v: mx.array) -> mx.array:
+    """``keys`` are [B, heads, D, M], and ``v`` has a column of ones."""
+    scores = q @ keys
+    return _exp(_difference(scores, scores.max(axis=-1, keepdims=True))) @ v
 
 
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:

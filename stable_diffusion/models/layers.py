@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import attention, keeps_scores, layer_norm, scaled, scaled_silu, sum_positions
+from .kernels import attention, layer_norm, scaled, scaled_silu, sum_positions
 
 
 class GroupNorm(nn.Module):
@@ -166,8 +166,7 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
 
     ``upcast`` computes scores and softmax in float32 whatever the weights' type: SD 2.1 overflows float16 there.
-    ``largest_scores`` is in bytes: where the scores of all queries would take more in memory, the queries are worked
-    off in pieces.
+    ``largest_scores`` is in bytes, see :func:`attention`.
     """
 
     def __init__(
@@ -191,16 +190,12 @@ class Attention(nn.Module):
         self._upcast = upcast
         self._largest_scores = largest_scores
 
-    def __call__(self, x: mx.array, context: Context | None = None) -> mx.array:
-        """``x`` [B, N, C] -> [B, N, C]."""
-        b, n, c = x.shape
-        y = x.reshape(b * n, c)
-        q = self._split(self.to_q(y), b)
-        k, v = (self._split(p(y), b) for p in (self.to_k, self.to_v)) if context is None else context.of(self)
-        rows = max(self._largest_scores // (b * self._heads * k.shape[2] * q.itemsize), 1) if keeps_scores(q) else None
-        out = attention(q, k, v, rows)
-        out = self.to_out[0](out.transpose(0, 2, 1, 3).reshape(b * n, c).astype(x.dtype))
-        return out.reshape(b, n, c)
+    def __call__(self, x: mx.array, b: int, context: Context | None = None) -> mx.array:
+        """``x`` [B * N, C], the positions of ``b`` maps one after the other -> the same."""
+        q = self._split(self.to_q(x), b)
+        k, v = (self._split(p(x), b) for p in (self.to_k, self.to_v)) if context is None else context.of(self)
+        out = attention(q, k, v, self._largest_scores)
+        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
 
     def keys_and_values(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """[B, M, D] each -> [B, heads, M, C / heads] each."""

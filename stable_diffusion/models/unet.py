@@ -67,7 +67,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each pre-normed and residual."""
+    """Self-attention, cross-attention to the prompt, feed-forward; each pre-normed and residual.
+
+    The positions of all maps are rows of one matrix, which is what MLX's products take without rearranging anything.
+    """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
         super().__init__()
@@ -78,12 +81,18 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def __call__(self, x: mx.array, context: Context, merged: tuple[int, int] | None = None) -> mx.array:
-        """``x`` [B, N, C] -> [B, N, C]; ``merged`` is the size of the map if some of its positions are to be merged."""
+    def __call__(self, x: mx.array, b: int, context: Context, merged: tuple[int, int] | None = None) -> mx.array:
+        """``x`` [B * N, C], of ``b`` maps -> the same; ``merged`` is a map's size if it is to have fewer positions."""
         y = self.norm1(x)
-        x = x + (self.attn1(y) if merged is None else attend_merged(self.attn1, y, merged, context.merging))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + (self.attn1(y, b) if merged is None else self._attend_merged(y, b, merged, context.merging))
+        x = x + self.attn2(self.norm2(x), b, context)
         return x + self.ff(self.norm3(x))
+
+    def _attend_merged(self, x: mx.array, b: int, size: tuple[int, int], ratio: float) -> mx.array:
+        def attend(y: mx.array) -> mx.array:
+            return self.attn1(y.reshape(-1, y.shape[-1]), b).reshape(y.shape)
+
+        return attend_merged(attend, x.reshape(b, -1, x.shape[-1]), size, ratio).reshape(x.shape)
 
 
 class Transformer2DModel(nn.Module):
@@ -106,10 +115,10 @@ class Transformer2DModel(nn.Module):
     def __call__(self, x: mx.array, context: Context) -> mx.array:
         """``x`` [B, H, W, C] -> [B, H, W, C]."""
         b, h, w, c = x.shape
-        y = self.proj_in(self.norm(x).reshape(b, h * w, c))
+        y = self.proj_in(self.norm(x).reshape(b * h * w, c))
         merged = (h, w) if self.outermost and context.merging else None
         for block in self.transformer_blocks:
-            y = block(y, context, merged)
+            y = block(y, b, context, merged)
         return x + self.proj_out(y).reshape(b, h, w, c)
 
 

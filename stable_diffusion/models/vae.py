@@ -29,7 +29,7 @@ class SpatialAttention(Attention):
 
     def look(self, x: mx.array, context: Context | None = None) -> mx.array:
         """From the positions of a normed map [B, H, W, C] at each other, or at those of ``context``."""
-        return super().__call__(x.reshape(x.shape[0], -1, x.shape[-1]), context).reshape(x.shape)
+        return super().__call__(x.reshape(-1, x.shape[-1]), len(x), context).reshape(x.shape)
 
 
 class AutoencoderBlock(nn.Module):

@@ -8,7 +8,6 @@ import torch
 from oracle import normal, relative_error
 from stable_diffusion.models import kernels
 from stable_diffusion.models.kernels import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
-from stable_diffusion.models.layers import Attention
 
 # From far below what the polynomial covers to far above, with 0, -0 and the smallest numbers.
 RANGE = np.concatenate([np.linspace(-200, 200, 40001), np.linspace(-1e-3, 1e-3, 101), [-0.0, 1e-38]]).astype(np.float32)
@@ -17,7 +16,9 @@ RANGE = np.concatenate([np.linspace(-200, 200, 40001), np.linspace(-1e-3, 1e-3, 
 @pytest.fixture(params=["cpu", "gpu"])
 def way(request, monkeypatch):
     """The CPU's way, and what a GPU would be given."""
-    monkeypatch.setattr(kernels, "_on_cpu", lambda x: request.param == "cpu")
+    if request.param == "gpu":
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    return request.param
 
 
 @pytest.mark.parametrize("ours, theirs", [(silu, torch.nn.functional.silu), (gelu, torch.nn.functional.gelu)])
@@ -72,16 +73,27 @@ def test_norms(way, size):
     assert relative_error(layer_norm(given[0], mx.array(weight), mx.array(bias), 1e-5), want.numpy()) <= 1e-6
 
 
-def test_queries_in_pieces(monkeypatch):
+@pytest.mark.parametrize(
+    "rows, sizes",  # of queries, whose scores may be in memory at once
+    [
+        (300, [(3, 2, 50)]),
+        (299, [(2, 2, 50), (1, 2, 50)]),
+        (199, [(1, 2, 50)] * 3),
+        (99, [(1, 1, 50)] * 6),
+        (49, [(1, 1, 49), (1, 1, 1)] * 6),
+        (0.5, [(1, 1, 1)] * 300),
+    ],
+)
+def test_scores_in_pieces(way, rows, sizes, monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
-    asked, in_pieces = [], kernels._in_pieces
-    monkeypatch.setattr(
-        kernels, "_in_pieces", lambda look, q, rows: in_pieces(lambda p: asked.append(p) or look(p), q, rows)
-    )
-    whole, pieces = Attention(32, 2), Attention(32, 2, largest_scores=4 * 2 * 50 * 8)
-    pieces.update(whole.parameters())
-    x = mx.array(normal(1, 50, 32))
-    assert relative_error(pieces(x), whole(x)) <= 1e-6
-    assert [q.shape[2] for q in asked] == [8, 8, 8, 8, 8, 8, 2, 50]
-    monkeypatch.setattr("stable_diffusion.models.layers.keeps_scores", lambda q: False)
-    assert relative_error(pieces(x), whole(x)) <= 1e-6 and asked[-2].shape[2] == 50
+    asked = []
+    for name in ("_weighted_sums", "_fused_attention"):
+        look = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda q, *kv, look=look, **scale: asked.append(q.shape[:3]) or look(q, *kv, **scale)
+        )
+    for width, seen in ((160, sizes), (32, sizes if way == "cpu" else [(3, 2, 50)])):
+        q, k, v = (mx.array(normal(3, 2, n, width, seed=n)) for n in (50, 77, 77))
+        assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6
+        assert asked == [*seen, (3, 2, 50)]
+        asked.clear()

@@ -86,9 +86,9 @@ def test_activations(name, oracle):
 def test_the_keys_and_values_of_a_prompt_are_computed_once():
     layer, other = Attention(16, 2, 32), Attention(16, 2, 32)
     prompt = Context(mx.array(normal(1, 7, 32)))
-    x = mx.array(normal(1, 5, 16, seed=1))
-    first = layer(x, prompt)
-    assert relative_error(first, layer(x, Context(prompt.encoded))) <= 1e-6
-    assert relative_error(other(x, prompt), first) > 1e-2  # each layer has its own
+    x = mx.array(normal(5, 16, seed=1))
+    first = layer(x, 1, prompt)
+    assert relative_error(first, layer(x, 1, Context(prompt.encoded))) <= 1e-6
+    assert relative_error(other(x, 1, prompt), first) > 1e-2  # each layer has its own
     layer.to_k.weight = mx.zeros_like(layer.to_k.weight)
-    assert np.array_equal(layer(x, prompt), first)
+    assert np.array_equal(layer(x, 1, prompt), first)
