@@ -7,7 +7,7 @@ take beside their results, and how far it works ahead of the device. What a buff
 memory. The CPU's rules are tested against that: UNets come within 10 %, and take up to a third less where the scores
 of attention decide, which are computed in place or not as the machine is busy. With the nodes in another order, or
 without buffers taken over, they would be 30 to 60 % off. Text encoders, whose buffers are small beside their weights,
-take up to a fifth less. Metal's rules are read from MLX's sources and not measured on a Mac.
+take up to three tenths less. Metal's rules are read from MLX's sources and not measured on a Mac.
 """
 
 import math

@@ -79,11 +79,11 @@ def test_a_text_encoder(prompts):
         return encoder(ids).last_hidden_state
 
     shapes = [((prompts, 77), mx.int32)]
-    least, most = (peak(encoder, call, *shapes, limit=0, backend=backend) for backend in (IN_ORDER, CPU))
-    found = measured(encoder, call, shapes, 0)
-    # Which buffers as small as these are taken over depends on what the thread that computes is done with.
-    assert 0.9 * least <= min(found) and 0.8 * most <= max(found) <= 1.1 * most
-    assert max(measured(encoder, call, shapes, 10**12)) == pytest.approx(peak(encoder, call, *shapes), rel=0.2)
+    # Which buffers are taken over depends on what the thread that computes is done with.
+    for limit in (0, 10**12):
+        most = peak(encoder, call, *shapes, limit=limit)
+        found = measured(encoder, call, shapes, limit)
+        assert 0.7 * most <= min(found) and max(found) <= 1.1 * most
 
 
 def test_nothing_is_evaluated_or_changed():
