@@ -98,6 +98,14 @@ def test_an_image_of_several_with_all_that_were_made_at_once(draw, sd1_folder):
     assert [recorded(path)["made"]["batch"] for path in parts] == [[7, 3], [7, 3], [11]]
 
 
+def test_a_batch_stays_one(tmp_path):
+    path = with_record(tmp_path / "a.png", {"prompt": PROMPT, "seed": 3}, made={"batch": [7, 3, 11]})
+    args = parsed("txt2image", "--from_image", path, "--whole_batch")
+    assert (args["seed"], args["n_images"], args["batch_size"]) == ((7, 3, 11), None, 3)
+    args = parsed("txt2image", "--from_image", path, "--whole_batch", "--batch_size", 1, "--seed", 5)
+    assert (args["seed"], args["batch_size"]) == ((5,), 1)
+
+
 @pytest.mark.parametrize("made", [{}, {"made": 3}, {"made": {"batch": 2}}, {"made": {"batch": []}}])
 def test_a_batch_that_is_not_recorded(run, no_model, tmp_path, made):
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT}, **made)

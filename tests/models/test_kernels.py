@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracle import normal, relative_error
+from peaks import peaks
 from stable_diffusion.models import kernels
 from stable_diffusion.models.kernels import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
 
@@ -97,3 +98,10 @@ def test_scores_in_pieces(way, rows, sizes, monkeypatch):
         assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6
         assert asked == [*seen, (3, 2, 50)]
         asked.clear()
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 256, 8), (4, 4, 256, 8), (1, 1, 1024, 8)])
+def test_pieces_of_scores_are_not_in_memory_together(shape):
+    q = mx.array(normal(*shape))
+    mx.eval(q)
+    assert max(peaks(attention, q, q, q, 2**18)) < 8 * 2**18  # of 16 pieces, of which each has more than one array
