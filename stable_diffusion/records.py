@@ -52,7 +52,7 @@ def repeat(
     if asked.whole_batch:
         seeds = _batch(record, path)
         said |= {"seed": seeds}
-        words += [] if "batch_size" in given else [f"--batch_size={len(seeds)}"]
+        words.append(f"--batch_size={len(seeds)}")
     words += [
         word
         for name in recorded_flags
