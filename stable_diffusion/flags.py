@@ -122,6 +122,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_mask(parser: argparse.ArgumentParser) -> None:
+    """The options of what is made anew of a given image, and what is painted around it."""
     add = parser.add_argument_group("a part of the image", "Make only that anew, or more around it.").add_argument
     add("--mask", metavar="FILE", help="make anew what is white in this image, keep what is black, blend grey")
     add("--invert_mask", action="store_true", help="make anew what is black")
@@ -138,6 +139,7 @@ def add_mask(parser: argparse.ArgumentParser) -> None:
 
 
 def add_control(parser: argparse.ArgumentParser) -> None:
+    """The options of what steers a run beside its prompt."""
     add = parser.add_argument_group("ControlNet", "Steer by another image: its edges, its depth, a pose.").add_argument
     add(
         "--controlnet",
@@ -154,6 +156,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
 
 
 def add_second_pass(parser: argparse.ArgumentParser, from_image: bool) -> None:
+    """The options of working again on a result."""
     about = "Work again on the result." if from_image else "Work again on the result: larger, or with another model."
     add = parser.add_argument_group("second pass", about).add_argument
     if not from_image:
@@ -188,6 +191,7 @@ def add_second_pass(parser: argparse.ArgumentParser, from_image: bool) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of what makes the picture."""
     group = parser.add_argument_group("model", "What makes the picture, and from which files.")
     add = group.add_argument
     add(
@@ -238,6 +242,7 @@ def chosen_parts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
+    """The options of how it is run: they change no picture."""
     add = parser.add_argument_group("memory and time", "How to run it where there is little of either.").add_argument
     add("--low_memory", action="store_true", help="keep only the networks in memory that are being used")
     add("--memory_limit", type=values.gigabytes, metavar="GB", help="memory to make do with (three quarters of all)")
@@ -253,6 +258,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
+    """The options of the files that are written, and of what is said."""
     add = parser.add_argument_group("output", "Where the images go, and what is said of them.").add_argument
     add(
         "--output",
@@ -272,6 +278,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preview(parser: argparse.ArgumentParser) -> None:
+    """The options of what is shown while a run goes on."""
     about = "What a run has come to, while it goes on and from step to step."
     add = parser.add_argument_group("preview", about).add_argument
     add("--preview", metavar="PATH", help="a file to rewrite after some steps, or a folder for a file each time")
