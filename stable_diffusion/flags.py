@@ -242,7 +242,7 @@ def chosen_parts(args: argparse.Namespace) -> dict[str, str]:
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
-    """The options of how it is run: they change no picture."""
+    """The options of how it is run, which are not recorded in the picture, but for the type."""
     add = parser.add_argument_group("memory and time", "How to run it where there is little of either.").add_argument
     add("--low_memory", action="store_true", help="keep only the networks in memory that are being used")
     add("--memory_limit", type=values.gigabytes, metavar="GB", help="memory to make do with (three quarters of all)")
