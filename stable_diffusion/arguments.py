@@ -70,7 +70,7 @@ def script_parser(from_image: bool, prog: str | None = None) -> Parser:
     prompt.add_argument(
         "--whole_batch",
         action="store_true",
-        help="make all images again that --from_image's was made at once with: then it is the same to the bit",
+        help="make as many images at once as when --from_image's was made: then it is the same to the bit",
     )
     prompt.add_argument("--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
     if from_image:

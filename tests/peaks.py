@@ -2,19 +2,14 @@
 
 The thread that walks through a graph takes buffers, the one that computes lets go of them, and how far the first is
 ahead depends on what else the machine does. So one computation has many peaks: from that in which every operation is
-done before the next one begins, to that in which the first thread waits only where it has to. A test asks for one that
-holds for all of them, or takes the least of several runs.
+done before the next one begins, to that in which the first thread waits only where it has to. A test asks for what
+holds for all of them, or takes the least or the most of several runs.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-
-from stable_diffusion.memory import CPU
-
-IN_ORDER = replace(CPU, name="CPU, one operation after the other", calls=1)  # of the plan, with a limit of 0
 
 
 def peaks(compute: Callable[..., Any], *args: Any, runs: int = 5, limit: int = 0) -> list[int]:

@@ -9,7 +9,7 @@ from configs import UNETS
 from models.test_controlnet import CONTROLNETS
 from models.test_vae import SD as VAE
 from oracle import normal
-from peaks import IN_ORDER, peaks
+from peaks import peaks
 from stable_diffusion import StableDiffusionXL, budget
 from stable_diffusion.budget import Asked, at_once, choose, images_at_once, needs, set_limits
 from stable_diffusion.control import Control
@@ -64,10 +64,9 @@ def unet_case(family: str, rows: int, size: tuple[int, int]):
 )
 def test_a_step_of_the_unet(family, rows, size):
     unet, call, shapes = unet_case(family, rows, size)
-    least, most = (peak(unet, call, *shapes, limit=0, backend=backend) for backend in (IN_ORDER, CPU))
-    found = measured(unet, call, shapes, 0)
+    most, found = peak(unet, call, *shapes, limit=0), measured(unet, call, shapes, 0)
     # Where the scores of attention decide, MLX computes on them in place or not, as the machine is busy.
-    assert 0.9 * (least if family == "sd2" else most) <= min(found) and max(found) <= 1.1 * most
+    assert most / (1.6 if family == "sd2" else 1.1) <= min(found) and max(found) <= 1.1 * most
     assert max(measured(unet, call, shapes, 10**12)) == pytest.approx(peak(unet, call, *shapes), rel=0.1)
 
 
@@ -83,7 +82,7 @@ def test_a_text_encoder(prompts):
     for limit in (0, 10**12):
         most = peak(encoder, call, *shapes, limit=limit)
         found = measured(encoder, call, shapes, limit)
-        assert 0.7 * most <= min(found) and max(found) <= 1.1 * most
+        assert 0.7 * most <= min(found) and max(found) <= most
 
 
 def test_nothing_is_evaluated_or_changed():
