@@ -13,11 +13,23 @@ import sys
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_openblas = None
 
 if sys.platform == "linux":
     with suppress(OSError):
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        _openblas = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def threads() -> int:
+    """How many threads compute a product; 1 without OpenBLAS."""
+    return 1 if _openblas is None else _openblas.openblas_get_num_threads()
+
+
+def set_threads(count: int) -> None:
+    """Let so many threads compute a product."""
+    if _openblas is not None:
+        _openblas.openblas_set_num_threads(count)

@@ -63,7 +63,7 @@ class Steering:
         self,
         step: int,
         x: mx.array,
-        t: mx.array,
+        t: float | mx.array,
         context: Context,
         stage: Stage,
         text_time: tuple[mx.array, mx.array] | None,

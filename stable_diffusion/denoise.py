@@ -10,6 +10,7 @@ import mlx.core as mx
 from .control import Control, Steering
 from .deep_cache import DeepCache
 from .guidance import Stage, in_parts
+from .lanes import Lanes
 from .models.layers import Context
 from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
@@ -25,19 +26,24 @@ def denoiser(
     rows_at_once: int | None = None,
     deep_cache: int = 1,
     token_merging: float = 0.0,
+    lanes: Lanes = Lanes(1),  # noqa: B008  (it holds nothing)
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 
     Latents are float32 [n, h, w, 4]; the networks compute in ``dtype``. With ``rows_at_once`` they are asked so many
     questions at a time, one part after the other, which takes less memory; None asks all of them together.
     All of the UNet runs in every ``deep_cache``-th step only; ``token_merging`` is the share of positions that its
-    largest self-attentions merge.
+    largest self-attentions merge. Shares of the questions are asked side by side in ``lanes``.
     """
 
     def context_of(part: Stage) -> Context:
-        return Context(part.conditioning.context, part.conditioning.values, token_merging)
+        return Context(part.conditioning.context, part.conditioning.values, token_merging, steps.timesteps)
 
-    parts = [(stage, [(part, context_of(part)) for part in in_parts(stage, rows_at_once)]) for stage in stages]
+    def parts_of(stage: Stage) -> list[tuple[Stage, Context]]:
+        count = len(stage.images)
+        return [(part, context_of(part)) for part in in_parts(stage, rows_at_once or count // lanes.shares(count))]
+
+    parts = [(stage, parts_of(stage)) for stage in stages]
     timestep = _timesteps(schedule, steps)
     steer = Steering(controls, len(steps), dtype)
     cache = DeepCache(deep_cache)
@@ -47,7 +53,7 @@ def denoiser(
         told = stage.conditioning
         text_time = None if told.pooled is None else (told.pooled, told.time_ids)
         batch = scaled[stage.images]
-        t = mx.full((len(batch),), timestep(sigma))
+        t = timestep(sigma)
         steered = steer(step, batch, t, context, stage, text_time) | cache(step - stage.first_step, context)
         if told.channels is not None:
             batch = mx.concatenate([batch, told.channels.astype(dtype)], axis=-1)
@@ -58,10 +64,12 @@ def denoiser(
         stage, asked = [entry for entry in parts if entry[0].first_step <= step][-1]
         scaled = (x / math.sqrt(sigma**2 + 1)).astype(dtype)
         answers: list[mx.array] = []
-        for part in asked:
-            # Each waits for the one before, or MLX would compute them side by side, in the memory of all.
-            seen = mx.depends(scaled, answers[-1]) if answers else scaled
-            answers.append(ask(seen, sigma, step, *part))
+        for i, part in enumerate(asked):
+            if rows_at_once is not None and answers:
+                # Each waits for the one before, or MLX would compute them together, in the memory of all.
+                scaled = mx.depends(scaled, answers[-1])
+            with lanes.enter(i, len(asked)):
+                answers.append(ask(scaled, sigma, step, *part))
         out = mx.concatenate(answers).astype(mx.float32)
         if stage.mix is not None:
             out = (stage.mix @ out.reshape(len(out), -1)).reshape(x.shape)

@@ -10,7 +10,9 @@ from .conditioning import Conditioning
 from .control import Control
 from .denoise import consistency, denoiser, inpainting
 from .guidance import stages
+from .lanes import Lanes
 from .plan import Run
+from .samplers import Denoiser
 from .schedule import Schedule
 from .start import Start
 
@@ -76,11 +78,16 @@ def sample(
         interval=run.guidance_interval,
     )
     saving = rows_at_once, run.deep_cache, run.token_merging
-    denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, *saving)
-    if run.sampler.consistency:
-        denoise = consistency(denoise, schedule, run.steps)
-    if start.kept is not None:
-        denoise = inpainting(denoise, start.kept, run.steps)
+    with Lanes(1) if rows_at_once else Lanes() as lanes:
+        denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, *saving, lanes)
+        if run.sampler.consistency:
+            denoise = consistency(denoise, schedule, run.steps)
+        if start.kept is not None:
+            denoise = inpainting(denoise, start.kept, run.steps)
+        yield from _states(denoise, run, start)
+
+
+def _states(denoise: Denoiser, run: Run, start: Start) -> Pairs:
     predicted = start.x
 
     def noted(x: mx.array, sigma: float) -> mx.array:

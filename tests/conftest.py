@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there are several processes, and lanes are tested by themselves
+
 import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
 
 # isort: split

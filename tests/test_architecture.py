@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "stable_diffusion"
 # From the ground up; what stands in one line knows nothing of each other.
 _FLOORS = [
     "version blas config catalog curves samplers prompt wildcards tokenizer image edges lists plots fingerprints",
-    "schedule parser values infotext inpaint models.kernels models.token_merging",
+    "schedule parser values infotext inpaint lanes models.kernels models.token_merging",
     "records weights.layout weights.keys weights.original weights.shapes weights.quantize",
     "models.layers",
     "models.clip models.unet models.vae models.taesd models.bit weights.lora_keys weights.archive weights.torch_names",

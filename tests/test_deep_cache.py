@@ -211,7 +211,7 @@ class Net:
         return hint
 
     def __call__(self, x, t, context, seen, text_time=None):
-        temb = self._unet.embed_time(t, mx.float32)
+        temb = self._unet.embed_time(t, mx.float32, context)
         (first, *rest), middle = self._unet.encode(self._unet.conv_in(x), temb, context)
         deeper = 0.1 if self._asked == 0 else float("nan")
         self._asked += 1

@@ -10,6 +10,7 @@ from PIL import Image
 
 from oracle import normal, relative_error
 from stable_diffusion import SAMPLERS, MicroConditioning, StableDiffusion, StableDiffusionXL
+from stable_diffusion.models.unet import TimestepEmbedding
 
 PROMPT = "the red cat"
 SMALL = {"num_steps": 3, "latent_size": (6, 8)}
@@ -48,6 +49,16 @@ def test_the_generator_costs_nothing_until_it_is_evaluated(sd):
         assert mx.random.state[0].tolist() == before
     finally:
         sd.unet = unet
+
+
+@pytest.mark.parametrize("which, cfg_weight", [("sd", 7.5), ("xl", 0.0)])
+def test_a_run_embeds_its_timesteps_once(which, cfg_weight, request, monkeypatch):
+    pipeline, embedded = request.getfixturevalue(which), []
+    embed = TimestepEmbedding.__call__
+    monkeypatch.setattr(TimestepEmbedding, "__call__", lambda *a: embedded.append(a[0]) or embed(*a))
+    last(pipeline.generate_latents(PROMPT, 2, 4, cfg_weight, seed=7, latent_size=(6, 8)))
+    unet = pipeline.unet
+    assert embedded == [unet.time_embedding] + ([unet.add_embedding] if which == "xl" else [])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -82,8 +82,8 @@ def model(xp, z, t: float):
     )
 
 
-def unet(z: mx.array, t: mx.array, context: mx.array, **_) -> mx.array:
-    return model(mx, z, t[0].item())
+def unet(z: mx.array, t: float, context: mx.array, **_) -> mx.array:
+    return model(mx, z, t)
 
 
 def ours(name: str, config: dict, count: int, start: int = 0, custom: dict | None = None, **chosen) -> list[np.ndarray]:

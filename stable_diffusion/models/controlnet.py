@@ -72,7 +72,7 @@ class ControlNetModel(Encoder):
     def __call__(
         self,
         x: mx.array,
-        t: mx.array,
+        t: float | mx.array,
         context: mx.array | Context,
         hint_embedding: mx.array,
         *,
@@ -84,7 +84,7 @@ class ControlNetModel(Encoder):
             raise ValueError(f"the hint's size is {given}, the picture's {needed} (height, width): resize the hint")
         x = self.conv_in(x) + hint_embedding
         context = context if isinstance(context, Context) else Context(context)
-        skips, middle = self.encode(x, self.embed_time(t, x.dtype, text_time), context)
+        skips, middle = self.encode(x, self.embed_time(t, x.dtype, context, text_time), context)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         middle = self.controlnet_mid_block(middle)
         if self.config.global_pool_conditions:

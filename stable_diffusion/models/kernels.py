@@ -28,8 +28,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf) 
         return _in_pieces(look, q, k, v, largest) if in_memory else look(q, k, v)
     # A column of ones sums the weights in the same product.
     values = mx.pad(v, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=1)
-    sums = _in_pieces(_weighted_sums, q * scale, k.swapaxes(-1, -2), values, largest)
-    return sums[..., :-1] / sums[..., -1:]
+    look = partial(_weighted_sums, scale=mx.array(scale))
+    sums = _in_pieces(look, q, k.swapaxes(-1, -2), values, largest)
+    weighted, weights = mx.split(sums, [q.shape[-1]], axis=-1)
+    return weighted / weights
 
 
 def silu(x: mx.array) -> mx.array:
@@ -55,8 +57,8 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     width = x.shape[-1]
     ones, share = _ones(width), mx.array(1 / width)
     y = x.reshape(-1, width)
-    y = _minus_mean(y, y @ ones, share)
-    scale = _over_deviation(mx.square(y) @ ones, share, mx.array(eps))
+    y, squares = _centred(y, y @ ones, share)
+    scale = _over_deviation(squares @ ones, share, mx.array(eps))
     return _scaled_rows(y, scale, weight, bias).reshape(x.shape)
 
 
@@ -87,7 +89,10 @@ def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     """SiLU of x * scale + shift."""
-    return silu(scaled(x, scale, shift)) if _on_cpu(x) else _scaled_silu(x, scale, shift)
+    if not _on_cpu(x):
+        return _scaled_silu(x, scale, shift)
+    y, exponent = _scaled_and_minus_size(x, scale, shift)
+    return _silu(y, _exp(exponent))
 
 
 def _on_cpu(x: mx.array) -> bool:
@@ -117,10 +122,10 @@ def _in_pieces(
     return mx.concatenate(done, axis=axis)
 
 
-def _weighted_sums(q: mx.array, keys: mx.array, v: mx.array) -> mx.array:
+def _weighted_sums(q: mx.array, keys: mx.array, v: mx.array, scale: mx.array) -> mx.array:
     """``keys`` are [B, heads, D, M], and ``v`` has a column of ones."""
     scores = q @ keys
-    return _exp(_difference(scores, scores.max(axis=-1, keepdims=True))) @ v
+    return _exp(_difference(scores, scores.max(axis=-1, keepdims=True), scale)) @ v
 
 
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -161,13 +166,19 @@ def _sixteenth_power(y: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def _difference(x: mx.array, largest: mx.array) -> mx.array:
-    return mx.maximum(x - largest, -32.0)
+def _difference(x: mx.array, largest: mx.array, scale: mx.array) -> mx.array:
+    return mx.maximum((x - largest) * scale, -32.0)
 
 
 @partial(mx.compile, shapeless=True)
 def _minus_size(x: mx.array) -> mx.array:
     return mx.maximum(-mx.abs(x), -32.0)
+
+
+@mx.compile
+def _scaled_and_minus_size(x: mx.array, scale: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
+    y = x * scale + shift
+    return y, mx.maximum(-mx.abs(y), -32.0)
 
 
 @partial(mx.compile, shapeless=True)
@@ -201,8 +212,10 @@ def _scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 
 @mx.compile
-def _minus_mean(x: mx.array, total: mx.array, share: mx.array) -> mx.array:
-    return x - total * share
+def _centred(x: mx.array, total: mx.array, share: mx.array) -> tuple[mx.array, mx.array]:
+    """The distances from the mean, and their squares."""
+    y = x - total * share
+    return y, y * y
 
 
 @mx.compile

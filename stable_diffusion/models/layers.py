@@ -2,12 +2,16 @@
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .kernels import attention, layer_norm, scaled, scaled_silu, sum_positions
+
+T = TypeVar("T")
+Time = Callable[[nn.Module], mx.array]  # of a resnet's projection: what it adds to its map, [B or 1, 1, 1, C]
 
 
 class GroupNorm(nn.Module):
@@ -146,20 +150,49 @@ def _cubic(distance: float) -> float:
 class Context:
     """An encoded prompt [B, M, D] as cross-attention takes it; where ``values`` are given, the values come from these.
 
-    It is the same in all steps of a run, so what each layer makes of it is computed once and kept. ``merging`` is the
-    share of positions that self-attention merges, see ``token_merging.py``.
+    It is the same in all steps of a run, so what each layer makes of it is computed once and kept; so is what networks
+    make of ``timesteps``, those of the run that are known from its start. ``merging`` is the share of positions that
+    self-attention merges, see ``token_merging.py``.
     """
 
-    def __init__(self, encoded: mx.array, values: mx.array | None = None, merging: float = 0.0):
+    def __init__(
+        self,
+        encoded: mx.array,
+        values: mx.array | None = None,
+        merging: float = 0.0,
+        timesteps: Sequence[float] = (),
+    ):
         self.encoded, self.values = encoded, encoded if values is None else values
         self.merging = merging
-        self._known: dict[int, tuple[mx.array, mx.array]] = {}
+        self.timesteps = tuple(timesteps)
+        self._known: dict[int, Any] = {}
 
     def of(self, layer: "Attention") -> tuple[mx.array, mx.array]:
         """A layer's keys and values, both [B, heads, M, C / heads]."""
-        if id(layer) not in self._known:
-            self._known[id(layer)] = layer.keys_and_values(self.encoded, self.values)
-        return self._known[id(layer)]
+        return self.once(layer, lambda: layer.keys_and_values(self.encoded, self.values))
+
+    def once(self, module: nn.Module, make: Callable[[], T]) -> T:
+        """What ``make`` gives for a module, of the first call."""
+        if id(module) not in self._known:
+            self._known[id(module)] = make()
+        return self._known[id(module)]
+
+
+class Times:
+    """Embedded timesteps of S steps, [S, B, T] after their SiLU.
+
+    What a resnet adds for a timestep is computed for all of them at once.
+    """
+
+    def __init__(self, embedded: mx.array):
+        self._steps, self._rows = len(embedded), embedded.reshape(-1, embedded.shape[-1])
+        self._added: dict[int, list[mx.array]] = {}
+
+    def added(self, step: int, projection: nn.Module) -> mx.array:
+        """What the resnet of a ``projection`` adds to its map in a step, [B, 1, 1, C]."""
+        if id(projection) not in self._added:
+            self._added[id(projection)] = mx.split(projection(self._rows)[:, None, None], self._steps)
+        return self._added[id(projection)][step]
 
 
 class Attention(nn.Module):
@@ -225,11 +258,11 @@ class ResnetBlock2D(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Linear(in_channels, out_channels)
 
-    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
-        """``x`` [B, H, W, C_in], ``temb`` [B, T] after its SiLU -> [B, H, W, C_out]."""
+    def __call__(self, x: mx.array, temb: Time | None = None) -> mx.array:
+        """``x`` [B, H, W, C_in] -> [B, H, W, C_out]; ``temb`` says what the timestep adds."""
         y = self.conv1(self.norm1.activated(x))
         if temb is not None:
-            y = y + self.time_emb_proj(temb)[:, None, None, :]
+            y = y + temb(self.time_emb_proj)
         y = self.conv2(self.norm2.activated(y))
         return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 

@@ -5,6 +5,7 @@ attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -19,6 +20,8 @@ from .layers import (
     GroupNorm,
     LayerNorm,
     ResnetBlock2D,
+    Time,
+    Times,
     Upsample2D,
     timestep_embedding,
 )
@@ -152,7 +155,7 @@ class DownBlock(UNetBlock):
             self.downsamplers = [Downsample2D(channels[-1][1])]
 
     def __call__(
-        self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array], feature: mx.array | None = None
+        self, x: mx.array, temb: Time, context: Context, skips: list[mx.array], feature: mx.array | None = None
     ) -> mx.array:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
@@ -172,7 +175,7 @@ class DownBlock(UNetBlock):
 class MidBlock(UNetBlock):
     """``UNetMidBlock2DCrossAttn``, or the single resnet that pruned models keep of it (``UNetMidBlock2D``)."""
 
-    def __call__(self, x: mx.array, temb: mx.array, context: Context) -> mx.array:
+    def __call__(self, x: mx.array, temb: Time, context: Context) -> mx.array:
         x = self.resnets[0](x, temb)
         if "attentions" in self:
             x = self.resnets[1](self.attentions[0](x, context), temb)
@@ -191,7 +194,7 @@ class UpBlock(UNetBlock):
             self.upsamplers = [Upsample2D(channels[-1][1])]
 
     def __call__(
-        self, x: mx.array, temb: mx.array, context: Context, skips: list[mx.array], deep: list[mx.array] | None = None
+        self, x: mx.array, temb: Time, context: Context, skips: list[mx.array], deep: list[mx.array] | None = None
     ) -> mx.array:
         for i, resnet in enumerate(self.resnets):
             if deep is not None and i == len(self.resnets) - 1:
@@ -251,12 +254,11 @@ class Encoder(nn.Module):
         return MidBlock(config, [(width, width)] * 2, attention)
 
     def encode(
-        self, x: mx.array, temb: mx.array, context: Context, features: Sequence[mx.array] = ()
+        self, x: mx.array, temb: Time, context: Context, features: Sequence[mx.array] = ()
     ) -> tuple[list[mx.array], mx.array]:
         """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's.
 
         ``temb`` is what ``embed_time`` gives.
-
         ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
         """
         count = len(self.down_blocks)
@@ -272,16 +274,31 @@ class Encoder(nn.Module):
         return skips, x
 
     def embed_time(
-        self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None = None, cond: mx.array | None = None
-    ) -> mx.array:
-        """Timestep, guidance (LCM) and XL's pooled prompt and sizes, as one vector [B, 4 * block_out_channels[0]].
+        self,
+        t: float | mx.array,
+        dtype: mx.Dtype,
+        context: Context,
+        text_time: tuple | None = None,
+        cond: mx.array | None = None,
+    ) -> Time:
+        """What each resnet is told of a timestep; those that ``context`` knows are embedded all together, once."""
+        if isinstance(t, mx.array):
+            return partial(Times(self._embed(t[None], dtype, text_time, cond)).added, 0)
+        if t not in context.timesteps:
+            return self.embed_time(mx.array([t]), dtype, context, text_time, cond)
+        every = mx.array(context.timesteps)[:, None]
+        times = context.once(self, lambda: Times(self._embed(every, dtype, text_time, cond)))
+        return partial(times.added, context.timesteps.index(t))
 
-        It has its SiLU, which all resnets would compute.
+    def _embed(self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None, cond: mx.array | None) -> mx.array:
+        """Timesteps [S, B or 1], guidance (LCM) and XL's pooled prompt and sizes -> [S, B, 4 * block_out_channels[0]].
+
+        With the SiLU that all resnets would compute.
         """
         config = self.config
         waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        temb = timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype)
-        temb = self.time_embedding(temb, cond)
+        temb = timestep_embedding(t.reshape(-1), config.block_out_channels[0], **waves).astype(dtype)
+        temb = self.time_embedding(temb.reshape(*t.shape, -1), cond)
         if "add_embedding" in self:
             if text_time is None:
                 raise ValueError("this network needs text_time = (pooled prompt, time ids)")
@@ -297,7 +314,7 @@ class UNet2DConditionModel(Encoder):
 
     Args of the call:
         x: the latent and its extra channels [B, h, w, in_channels], any h and w.
-        t: timesteps [B].
+        t: timesteps [B], or one for all.
         context: encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
         text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
         timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
@@ -341,7 +358,7 @@ class UNet2DConditionModel(Encoder):
     def __call__(
         self,
         x: mx.array,
-        t: mx.array,
+        t: float | mx.array,
         context: mx.array | Context,
         *,
         text_time: tuple[mx.array, mx.array] | None = None,
@@ -351,7 +368,7 @@ class UNet2DConditionModel(Encoder):
         deep: list[mx.array] | None = None,
     ) -> mx.array:
         context = context if isinstance(context, Context) else Context(context)
-        temb = self.embed_time(t, x.dtype, text_time, timestep_cond)
+        temb = self.embed_time(t, x.dtype, context, text_time, timestep_cond)
         skips, x = self.encode(self.conv_in(x), temb, context, features)
         if residuals is not None:
             down, middle = residuals

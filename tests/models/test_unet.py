@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel as Oracle
 from configs import UNETS
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion.config import UNetConfig
+from stable_diffusion.models.layers import Context
 from stable_diffusion.models.unet import UNet2DConditionModel
 
 
@@ -44,10 +45,11 @@ def run_oracle(oracle: Oracle, given: dict, t: list[float]):
     return nhwc(out.sample)
 
 
-def run_ours(unet: UNet2DConditionModel, given: dict, t: list[float]):
+def run_ours(unet: UNet2DConditionModel, given: dict, t: list[float] | float, context: Context | None = None):
     a = {k: mx.array(v) for k, v in given.items()}
     text_time = (a["pooled"], a["time_ids"]) if "pooled" in a else None
-    return unet(a["x"], mx.array(t), a["context"], text_time=text_time, timestep_cond=a.get("cond"))
+    t = mx.array(t) if isinstance(t, list) else t
+    return unet(a["x"], t, context or a["context"], text_time=text_time, timestep_cond=a.get("cond"))
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -75,6 +77,21 @@ def test_half_precision_stays_half_and_close():
     out = run_ours(ours, half, [999.0, 3.0])
     assert out.dtype == mx.float16
     assert relative_error(out.astype(mx.float32), run_oracle(oracle, given, [999.0, 3.0])) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["sd1", "lcm", "refiner"])
+def test_the_timesteps_of_a_run_are_embedded_together(name, monkeypatch):
+    unet, _ = pair(UNETS[name])
+    given = inputs(UNETS[name], 2, 8, 16, scale=1.0)
+    embedded = []
+    embed = unet._embed
+    monkeypatch.setattr(unet, "_embed", lambda t, *told: embedded.append(t.shape) or embed(t, *told))
+    context = Context(mx.array(given["context"]), timesteps=[999.0, 500.25, 1.0])
+    for t in (500.25, 1.0, 999.0, 1.0, 7.0):  # of which the last is not known
+        together = run_ours(unet, given, t, context)
+        assert relative_error(together, run_ours(unet, given, [t, t])) <= 1e-6
+    known, alone, unknown = (3, 1), (1, 2), (1, 1)
+    assert embedded == [known, *[alone] * 4, unknown, alone]
 
 
 def test_xl_without_sizes_is_refused():
