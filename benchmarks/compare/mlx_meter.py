@@ -17,20 +17,25 @@ from mlx.utils import tree_flatten
 class Work:
     """What is measured: ``run()`` gives arrays that are not yet computed, or computes and gives nothing.
 
-    ``weights`` are the bytes of weights that it reads; it ``has_graph`` where all of it is one graph of primitives.
+    ``weights`` are the bytes of weights that it reads; it ``has_graph`` where all of it is one graph of primitives,
+    which ``graph()`` gives where ``run()`` does not.
     """
 
     run: Callable[[], Any]
     weights: int
     has_graph: bool = True
+    graph: Callable[[], Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """What it reads, and how large its graph is."""
         if not self.has_graph:
             return {"weights": self.weights, "primitives": None, "fused": None}
-        primitives = _primitives(self.run())
+        build = self.graph or self.run
+        if self.graph is not None:
+            mx.eval(build())  # so that what a run keeps is there
+        primitives = _primitives(build())
         with _as_on_a_gpu():
-            return {"weights": self.weights, "primitives": primitives, "fused": _primitives(self.run())}
+            return {"weights": self.weights, "primitives": primitives, "fused": _primitives(build())}
 
     def measure(self) -> dict[str, float]:
         """Seconds on the clock and of the processor, and the peak of the arrays in bytes, weights among them."""

@@ -12,6 +12,7 @@ from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.denoise import denoiser
 from stable_diffusion.flags import TEXT_BITS, UNET_BITS
 from stable_diffusion.guidance import stages
+from stable_diffusion.lanes import Lanes
 from stable_diffusion.schedule import Schedule
 from stable_diffusion.tiling import decode, encode, way
 from stable_diffusion.weights.load import build
@@ -32,7 +33,10 @@ def _network(case: Case, part: str, dtype: str | None = None):
 
 
 def _unet(case: Case, folder: Path) -> Work:
-    """D(x, sigma), the model's estimate of the clean latent, as a run asks for it; the prompts are encoded."""
+    """D(x, sigma), the model's estimate of the clean latent, as a run asks for it; the prompts are encoded.
+
+    Its primitives are counted as those of one batch, which it is on a GPU.
+    """
     unet = _network(case, "unet")
     width, pooled, ids = unet.config.cross_attention_dim[0], None, None
     if case.is_xl:
@@ -42,9 +46,17 @@ def _unet(case: Case, folder: Path) -> Work:
     schedule = Schedule(ScheduleConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     steps = schedule.steps(STEPS)
     asked = stages(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
-    denoise = denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked)
+    lanes = Lanes()
+    batch, aside = (
+        denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked, lanes=one) for one in (Lanes(1), lanes)
+    )
     x = random(1, case.latent, case.latent, unet.config.in_channels)
-    return Work(lambda: denoise(x, steps.sigmas[0]), size(unet))
+
+    def run() -> None:
+        with lanes:
+            mx.eval(aside(x, steps.sigmas[0]))
+
+    return Work(run, size(unet), graph=lambda: batch(x, steps.sigmas[0]))
 
 
 def _text(case: Case, folder: Path) -> Work:
