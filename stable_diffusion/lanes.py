@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from . import blas
 
-CORES = blas.threads()  # that compute a product, unless the environment says less
+CORES = blas.threads()  # all, unless the environment says less
 
 
 class Lanes:

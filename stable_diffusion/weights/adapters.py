@@ -193,7 +193,10 @@ def fuse(
 
 
 class Attachment:
-    """A LoRA that runs beside the weights. ``scale`` may be set at any time; a run takes the value of each call."""
+    """A LoRA that runs beside the weights. ``scale`` may be set at any time; a call takes the value that it has then.
+
+    So set it between runs: in the middle of one, what its first step computed for all steps is as it was.
+    """
 
     def __init__(self, networks: Networks, scale: float, places: Sequence[_Place], unmatched: Iterable[str]):
         self.scale = scale
