@@ -10,7 +10,7 @@ import mlx.core as mx
 from .control import Control, Steering
 from .deep_cache import DeepCache
 from .guidance import Stage, in_parts
-from .lanes import Lanes
+from .lanes import ONE, Lanes
 from .models.layers import Context
 from .samplers import Denoiser, Sampler, keywords
 from .schedule import Schedule, Steps
@@ -26,7 +26,7 @@ def denoiser(
     rows_at_once: int | None = None,
     deep_cache: int = 1,
     token_merging: float = 0.0,
-    lanes: Lanes = Lanes(1),  # noqa: B008  (it holds nothing)
+    lanes: Lanes = ONE,
 ) -> Denoiser:
     """D(x, sigma) of a run: scale the input, ask the UNet, mix its answers, and read the mixture as x0.
 

@@ -46,6 +46,8 @@ class Lanes:
             blas.set_threads(cores)
 
 
+ONE = Lanes(1)
+
 _known = threading.local()  # MLX has streams for each thread
 
 

@@ -10,7 +10,7 @@ from .conditioning import Conditioning
 from .control import Control
 from .denoise import consistency, denoiser, inpainting
 from .guidance import stages
-from .lanes import Lanes
+from .lanes import ONE, Lanes
 from .plan import Run
 from .samplers import Denoiser
 from .schedule import Schedule
@@ -78,7 +78,7 @@ def sample(
         interval=run.guidance_interval,
     )
     saving = rows_at_once, run.deep_cache, run.token_merging
-    with Lanes(1) if rows_at_once else Lanes() as lanes:
+    with ONE if rows_at_once else Lanes() as lanes:
         denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, *saving, lanes)
         if run.sampler.consistency:
             denoise = consistency(denoise, schedule, run.steps)

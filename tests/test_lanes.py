@@ -37,7 +37,7 @@ def threads(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def two_cores(monkeypatch, threads) -> list[int]:
-    monkeypatch.setattr(sampling, "Lanes", lambda cores=2: Lanes(cores))
+    monkeypatch.setattr(sampling, "Lanes", lambda: Lanes(2))
     return threads
 
 
@@ -123,6 +123,6 @@ def test_a_run_in_another_thread(sd, two_cores):
 
 
 def test_without_cores_to_share_nothing_is_touched(sd, threads, asked, monkeypatch):
-    monkeypatch.setattr(sampling, "Lanes", lambda cores=1: Lanes(1))
+    monkeypatch.setattr(sampling, "Lanes", lambda: lanes.ONE)
     last(sd.generate_latents(PROMPT, **SMALL))
     assert [rows for rows, _ in asked] == [2] * 3 and not threads

@@ -12,7 +12,7 @@ from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.denoise import denoiser
 from stable_diffusion.flags import TEXT_BITS, UNET_BITS
 from stable_diffusion.guidance import stages
-from stable_diffusion.lanes import Lanes
+from stable_diffusion.lanes import ONE, Lanes
 from stable_diffusion.schedule import Schedule
 from stable_diffusion.tiling import decode, encode, way
 from stable_diffusion.weights.load import build
@@ -47,9 +47,7 @@ def _unet(case: Case, folder: Path) -> Work:
     steps = schedule.steps(STEPS)
     asked = stages(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
     lanes = Lanes()
-    batch, aside = (
-        denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked, lanes=one) for one in (Lanes(1), lanes)
-    )
+    batch, aside = (denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked, lanes=one) for one in (ONE, lanes))
     x = random(1, case.latent, case.latent, unet.config.in_channels)
 
     def run() -> None:
