@@ -114,6 +114,6 @@ def test_parts_are_computed_one_after_the_other(sd):
 
     def peak(rows: int | None) -> int:
         predict = denoiser(sd.unet, sd.schedule, steps, mx.float32, asked, rows_at_once=rows)
-        return min(peaks(predict, x, steps.sigmas[0], runs=3))
+        return max(peaks(predict, x, steps.sigmas[0], runs=10))
 
     assert peak(1) < 0.4 * peak(None)

@@ -142,7 +142,7 @@ def test_the_expected_peak_is_that_of_mlx(name, height, width):
             assert 0.85 <= max(peaks(in_bands, network.layers, given, how, runs=2, limit=AHEAD)) / expected <= 1.15
         if height == 256:
             part = given[:, : given.shape[1] // 2, : given.shape[2] // 2]
-            assert 0.75 <= max(peaks(network, part, runs=3, limit=AHEAD)) / peak_as_a_whole(network, part) <= 1.1
+            assert 0.75 <= max(peaks(network, part, runs=5, limit=AHEAD)) / peak_as_a_whole(network, part) <= 1.1
 
 
 def test_maps_in_half_precision_change_no_level():
