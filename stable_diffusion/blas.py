@@ -26,7 +26,8 @@ if sys.platform == "linux":
 
 def threads() -> int:
     """How many threads compute a product; 1 without OpenBLAS."""
-    return 1 if _openblas is None else _openblas.openblas_get_num_threads()
+    ask = getattr(_openblas, "openblas_get_num_threads", None)  # which some builds call otherwise
+    return 1 if ask is None else ask()
 
 
 def set_threads(count: int) -> None:

@@ -88,6 +88,7 @@ def sample(
 
 
 def _states(denoise: Denoiser, run: Run, start: Start) -> Pairs:
+    """The states of the run's sampler as latents, each with what ``denoise`` answered last."""
     predicted = start.x
 
     def noted(x: mx.array, sigma: float) -> mx.array:
