@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from stable_diffusion.cli import image2image
+    from stable_diffusion.cli.main import image2image
 except KeyboardInterrupt:  # it takes a moment
     print("image2image.py: error: interrupted", file=sys.stderr)
     sys.exit(130)

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from stable_diffusion.cli import txt2image
+    from stable_diffusion.cli.main import txt2image
 except KeyboardInterrupt:  # it takes a moment
     print("txt2image.py: error: interrupted", file=sys.stderr)
     sys.exit(130)

@@ -22,7 +22,7 @@ from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, 
 import mlx.core as mx
 from mlx import nn
 
-from stable_diffusion.conditioning import encode
+from stable_diffusion.text.encode import encode
 from stable_diffusion.weights.load import build
 
 from .shapes import TEXT_ENCODERS, UNETS

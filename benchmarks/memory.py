@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import stable_diffusion.blas  # noqa: F401  (before MLX)
+import stable_diffusion.models.blas  # noqa: F401  (before MLX)
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
 from benchmarks.shapes import SHAPES
-from stable_diffusion.memory import CPU, METAL, Backend, peak
+from stable_diffusion.app.memory import CPU, METAL, Backend, peak
 from stable_diffusion.models import kernels
-from stable_diffusion.tiling import _BANDS, peak_in_bands
+from stable_diffusion.models.tiling import _BANDS, peak_in_bands
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.quantize import GROUP_SIZES, quantize_lazily, size_in_bytes
 

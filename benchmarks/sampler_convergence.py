@@ -17,10 +17,10 @@ from stable_diffusion import StableDiffusion  # first: it brings OpenBLAS before
 import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
 
-from stable_diffusion.denoise import denoiser
-from stable_diffusion.guidance import stages
-from stable_diffusion.samplers import SAMPLERS
-from stable_diffusion.schedule import SCHEDULES
+from stable_diffusion.diffusion.denoiser import denoiser
+from stable_diffusion.diffusion.guidance import stages
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.schedule import SCHEDULES
 
 STEPS = (5, 7, 10, 15, 20, 30, 50, 100)
 REFERENCE = ("dpmpp_2m", 1000)

@@ -23,9 +23,9 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.config import AutoencoderConfig
+from stable_diffusion.models.config import AutoencoderConfig
+from stable_diffusion.models.tiling import Way, _spans, decode, encode, in_bands, in_tiles, way
 from stable_diffusion.models.vae import AutoencoderKL
-from stable_diffusion.tiling import Way, _spans, decode, encode, in_bands, in_tiles, way
 
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
 _BAND = 2**23  # bytes of a band as the input of a convolution, where tiles are compared with the whole

@@ -12,7 +12,7 @@ import mlx.core as mx
 from PIL import Image
 
 from stable_diffusion import StableDiffusion, to_images
-from stable_diffusion.preview import painter
+from stable_diffusion.app.preview import painter
 
 
 def characters(image: Image.Image, columns: int) -> list[str]:

@@ -1,11 +1,11 @@
 """Stable Diffusion for Apple Silicon in pure MLX."""
 
-from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
-from .conditioning import Conditioning, MicroConditioning
-from .control import Control
-from .image import to_images
+from .diffusion.controls import Control
+from .diffusion.samplers import SAMPLERS
+from .images.image import to_images
+from .models import blas  # noqa: F401  (first: it must run before MLX is loaded)
 from .pipeline import StableDiffusion, StableDiffusionXL
-from .samplers import SAMPLERS
+from .text.encode import Conditioning, MicroConditioning
 from .version import __version__
 
 __all__ = [

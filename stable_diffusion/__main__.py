@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import cli, completion, convert, inspect
-from .parser import Parser
+from .cli import completion, convert, inspect
+from .cli import main as cli
+from .cli.parser import Parser
 
 # What each command does, and the function that it is: (arguments, name of the program) -> exit code.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {

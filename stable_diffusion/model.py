@@ -9,25 +9,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import tiling
-from .conditioning import Conditioning, concatenate, encode, same_length
-from .config import ScheduleConfig, readable
-from .depth import estimate_depth, load_depth_estimator
-from .image import fit, from_array, to_array
+from .diffusion.initial import MODES
+from .diffusion.samplers import sampler_for
+from .diffusion.schedule import Schedule
+from .images.depth import estimate_depth
+from .images.image import fit, from_array, to_array
+from .lora.files import Lora, read_lora
+from .lora.layers import Attachment, attach, fuse
+from .lora.names import few_step_defaults
+from .models import tiling
 from .models.clip import CLIPTextModel
+from .models.config import ScheduleConfig, readable
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .models.layers import resample
 from .networks import Recipe
-from .samplers import sampler_for
-from .schedule import Schedule
-from .start import MODES
-from .tokenizer import Tokenizer
-from .weights.adapters import Attachment, attach, fuse
+from .text.encode import Conditioning, concatenate, encode, same_length
+from .text.tokenizer import Tokenizer
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, open_checkpoint, open_part
 from .weights.load import load_component
-from .weights.lora import Lora, read_lora
-from .weights.lora_keys import few_step_defaults
 from .weights.quantize import GROUP_SIZES, quantize, still_to_do
 
 _log = logging.getLogger("stable_diffusion")
@@ -247,7 +247,8 @@ class DiffusionModel:
         """
         half = self.dtype == mx.float16
         self._begin()
-        return estimate_depth(load_depth_estimator(self._source, float16=half, revision=self._revision), image)
+        estimator = open_part(self._source, "depth_estimator", float16=half, revision=self._revision)
+        return estimate_depth(load_component(estimator), image)
 
     def encode_prompt(
         self,

@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .weights.adapters import Attachment, attachments, fuse
+from .lora.files import read_lora
+from .lora.layers import Attachment, attachments, fuse
 from .weights.files import Component
 from .weights.load import load_component
-from .weights.lora import read_lora
 from .weights.quantize import quantize, quantize_lazily, size_in_bytes
 
 

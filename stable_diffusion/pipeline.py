@@ -8,14 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from .conditioning import Conditioning, MicroConditioning, with_sizes
-from .control import Control
-from .guidance import guidance_embedding
+from .diffusion.controls import Control
+from .diffusion.guidance import guidance_embedding
+from .diffusion.initial import Start, from_image
+from .diffusion.run import Run, plan
+from .diffusion.sample import Latents, Pairs, sample
+from .diffusion.samplers import Noise, States, read_name
+from .images.image import mask_of, pixels_of
 from .model import DiffusionModel, Prompt
-from .plan import Run, plan
-from .samplers import Noise, States, read_name
-from .sampling import Latents, Pairs, sample
-from .start import Start, from_image, mask_of, pixels_of
+from .text.encode import Conditioning, MicroConditioning, with_sizes
 
 
 @dataclass(frozen=True)

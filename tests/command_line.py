@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stable_diffusion import cli
+from stable_diffusion.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"txt2image": cli.txt2image, "image2image": cli.image2image}

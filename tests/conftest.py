@@ -17,7 +17,7 @@ import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anythin
 import mlx.core as mx
 
 from command_line import SCRIPTS, Finished
-from stable_diffusion import cli
+from stable_diffusion.cli import main as cli
 
 _LIMITS = {set_limit: set_limit(0) for set_limit in (mx.set_memory_limit, mx.set_cache_limit)}  # what they were before
 
@@ -28,6 +28,16 @@ def _reset_limits() -> None:
 
 
 _reset_limits()
+
+
+@pytest.fixture(autouse=True)
+def device(request) -> Iterator[None]:
+    """Compute on the CPU, where numbers are compared; tests marked ``gpu`` keep the default device."""
+    before = mx.default_device()
+    if request.node.get_closest_marker("gpu") is None:
+        mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,10 +28,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stable_diffusion import StableDiffusion, StableDiffusionXL
-from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.denoise import consistency, given, to_x0
-from stable_diffusion.samplers import SAMPLERS
-from stable_diffusion.schedule import Schedule
+from stable_diffusion.diffusion.denoiser import consistency, given, to_x0
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.schedule import Schedule
+from stable_diffusion.models.config import ScheduleConfig
 
 STEPS = 10
 TOLERANCE = 5e-4  # theirs is 1e-2, or 1e-3; their numbers are rounded to 1e-4

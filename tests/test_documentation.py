@@ -31,9 +31,9 @@ import pytest
 from PIL import Image
 
 from command_line import ROOT, SCRIPTS
-from stable_diffusion import SAMPLERS, catalog
-from stable_diffusion.schedule import SCHEDULES
-from stable_diffusion.weights import hub
+from stable_diffusion import SAMPLERS
+from stable_diffusion.diffusion.schedule import SCHEDULES
+from stable_diffusion.weights import catalog, hub
 from test_architecture import FLOOR
 from tools import flags
 

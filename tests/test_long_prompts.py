@@ -7,7 +7,7 @@ import pytest
 
 from peaks import peaks
 from stable_diffusion import StableDiffusion
-from stable_diffusion.conditioning import encode
+from stable_diffusion.text.encode import encode
 from stable_diffusion.weights.load import build
 
 ENCODER = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 4}

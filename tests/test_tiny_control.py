@@ -11,7 +11,7 @@ import torch
 import stable_diffusion
 from oracle import nchw, nhwc, normal, relative_error
 from stable_diffusion import StableDiffusion
-from stable_diffusion.control import Control
+from stable_diffusion.diffusion.controls import Control
 from stable_diffusion.models.controlnet import ControlNetModel
 from tools.tiny import data, score
 from tools.tiny.evaluate_control import overlap

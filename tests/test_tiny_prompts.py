@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stable_diffusion import StableDiffusion
-from stable_diffusion.prompt import expand
+from stable_diffusion.text.prompt import expand
 
 RED, GREEN, BLUE = (0.86, 0.12, 0.16), (0.12, 0.59, 0.24), (0.14, 0.27, 0.86)  # of its data set
 

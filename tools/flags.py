@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stable_diffusion import arguments, completion, convert, inspect
+from stable_diffusion.cli import arguments, completion, convert, inspect
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "command-line.md"
 _PLACE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- end of flags -->)", re.DOTALL)

@@ -7,14 +7,14 @@ from stable_diffusion import StableDiffusion
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.conditioning import Conditioning
-from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.denoise import denoiser
-from stable_diffusion.flags import TEXT_BITS, UNET_BITS
-from stable_diffusion.guidance import stages
-from stable_diffusion.lanes import ONE, Lanes
-from stable_diffusion.schedule import Schedule
-from stable_diffusion.tiling import decode, encode, way
+from stable_diffusion.cli.flags import TEXT_BITS, UNET_BITS
+from stable_diffusion.diffusion.denoiser import denoiser
+from stable_diffusion.diffusion.guidance import stages
+from stable_diffusion.diffusion.schedule import Schedule
+from stable_diffusion.models.config import ScheduleConfig
+from stable_diffusion.models.lanes import ONE, Lanes
+from stable_diffusion.models.tiling import decode, encode, way
+from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.quantize import GROUP_SIZES, quantize
 

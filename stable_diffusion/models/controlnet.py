@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import ControlNetConfig, UNetConfig, misfit
+from .config import ControlNetConfig, UNetConfig, misfit
 from .layers import Context
 from .unet import Encoder, Residuals
 

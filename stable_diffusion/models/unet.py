@@ -11,7 +11,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import EncoderConfig, UNetConfig
+from .config import EncoderConfig, UNetConfig
 from .kernels import gelu, silu
 from .layers import (
     Attention,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import AutoencoderConfig
+from .config import AutoencoderConfig
 from .kernels import silu
 from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from .files import Component, read_tensors
+from .formats.pickles import load_pickle
 from .layout import PICKLES
-from .pickles import load_pickle
 
 _XL_KEYS = ("clip_l", "clip_g")
 

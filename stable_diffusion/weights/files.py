@@ -16,13 +16,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import catalog
-from ..config import readable
-from . import hub, layout
-from .keys import canonical
-from .original import to_diffusers
-from .pickles import read_pickle
-from .single_file import find, read_config, read_contents, scaling_factor
+from ..models.config import readable
+from . import catalog, hub, layout
+from .formats.original import to_diffusers
+from .formats.pickles import read_pickle
+from .formats.single_file import find, read_config, read_contents, scaling_factor
+from .names import canonical
 
 _log = logging.getLogger("stable_diffusion")
 

@@ -7,15 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.clip import CLIPTextModel
+from ..models.config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, readable
 from ..models.controlnet import ControlNetModel, T2IAdapter, T2IAdapterConfig
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from .files import Component, read_tensors
-from .keys import canonical
+from .names import canonical
 from .quantize import prepare_quantized, quantize, read_quantization, still_to_do
 
 _ARCHITECTURES: dict[str, tuple[type, type]] = {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import REAL_UNETS, UNETS
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion.config import UNetConfig
+from stable_diffusion.models.config import UNetConfig
 from stable_diffusion.models.controlnet import T2IAdapter, T2IAdapterConfig
 from stable_diffusion.models.unet import UNet2DConditionModel
 from test_full_size import check, oracle_shapes

@@ -10,8 +10,8 @@ from transformers import CLIPTextModel as Oracle
 from transformers import CLIPTextModelWithProjection as OracleWithProjection
 
 from oracle import perturb, relative_error, twin
-from stable_diffusion.config import CLIPTextConfig
 from stable_diffusion.models.clip import CLIPTextModel
+from stable_diffusion.models.config import CLIPTextConfig
 
 SMALL = {
     "hidden_size": 64,

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel as OracleUNet
 
 from configs import REAL_UNETS, UNETS
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion.config import ControlNetConfig, UNetConfig
+from stable_diffusion.models.config import ControlNetConfig, UNetConfig
 from stable_diffusion.models.controlnet import ControlNetModel, scaled
 from stable_diffusion.models.unet import UNet2DConditionModel
 from test_full_size import check, oracle_shapes

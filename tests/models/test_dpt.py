@@ -19,11 +19,13 @@ from transformers import DPTImageProcessorPil
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d as OracleConv2d
 
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion.depth import depth_latents, estimate_depth, load_depth_estimator, read_depth
+from stable_diffusion.diffusion.initial import depth_latents
+from stable_diffusion.images.depth import estimate_depth, read_depth
 from stable_diffusion.models.bit import WeightStandardizedConv2d
 from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
 from stable_diffusion.models.layers import resample
-from stable_diffusion.weights.load import build
+from stable_diffusion.weights.files import open_part
+from stable_diffusion.weights.load import build, load_component
 
 _BACKBONE = {
     "model_type": "bit",
@@ -276,6 +278,10 @@ def test_resampling_to_the_same_size_changes_nothing():
 
 
 # --- from a picture to the UNet's channel ------------------------------------------------------------------------
+
+
+def load_depth_estimator(source: Path, float16: bool = False) -> DPTForDepthEstimation:
+    return load_component(open_part(source, "depth_estimator", float16=float16))
 
 
 @pytest.mark.parametrize("size", [(100, 72), (40, 168), (64, 64)])

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel as Oracle
 
 from configs import UNETS
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion.config import UNetConfig
+from stable_diffusion.models.config import UNetConfig
 from stable_diffusion.models.layers import Context
 from stable_diffusion.models.unet import UNet2DConditionModel
 

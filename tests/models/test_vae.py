@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL as Oracle
 
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, tensors, twin
-from stable_diffusion.config import AutoencoderConfig
+from stable_diffusion.models.config import AutoencoderConfig
 from stable_diffusion.models.vae import AutoencoderKL
 from stable_diffusion.weights.load import fill
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from stable_diffusion import catalog
+from stable_diffusion.weights import catalog
 from stable_diffusion.weights.files import Component, _check_safetensors, open_checkpoint, read_tensors
 from tests.hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
 

@@ -2,7 +2,7 @@
 
 A latent position stands for 4 x 4 pixels. Their mean colour, in [-1, 1], is predicted from its four channels by least
 squares, over training pictures that the model's own autoencoder encodes. What is printed goes into
-`stable_diffusion/preview.py`; the residuals are measured on held-out pictures.
+`stable_diffusion/app/preview.py`; the residuals are measured on held-out pictures.
 """
 
 import argparse

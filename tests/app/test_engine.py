@@ -1,0 +1,236 @@
+"""The loop of a script: in which order batches are made and written, what half precision may overflow, --json."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from command_line import PROMPT, ROOT, names, pixels
+from stable_diffusion import StableDiffusion
+from stable_diffusion.cli import main as cli
+from stable_diffusion.models.unet import UNet2DConditionModel
+from stable_diffusion.models.vae import AutoencoderKL
+
+SMALL = ["--width", 64, "--height", 64, "--cfg", 1, "--seed", 1]
+
+
+@pytest.fixture
+def make(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
+    """Run txt2image into a folder of its own, with memory for all networks at once."""
+    monkeypatch.setattr(cli, "_plan_memory", lambda *args: True)
+    (tmp_path / "out").mkdir()
+
+    def call(*options, model: Path = sd1_folder, name: str = "a.png"):
+        return run("txt2image", PROMPT, "--model", model, *SMALL, *options, "--output", tmp_path / "out" / name)
+
+    return call
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def events(tmp_path, monkeypatch) -> list:
+    """The calls of the UNet, and for each decoding the files that were there."""
+    seen = []
+    unet, decode = UNet2DConditionModel.__call__, StableDiffusion.decode
+    monkeypatch.setattr(
+        UNet2DConditionModel, "__call__", lambda self, *a, **k: seen.append("step") or unet(self, *a, **k)
+    )
+    monkeypatch.setattr(
+        StableDiffusion, "decode", lambda self, x: seen.append(len(names(tmp_path / "out"))) or decode(self, x)
+    )
+    return seen
+
+
+def test_each_batch_is_written_before_the_next_begins(make, events):
+    make("--n_images", 5, "--batch_size", 2, "--steps", 2, "--no_grid").succeeded()
+    assert events == ["step", "step", 0, 1, "step", "step", 2, 3, "step", "step", 4]
+
+
+def test_with_a_second_pass_too(make, events):
+    make("--n_images", 2, "--batch_size", 1, "--steps", 2, "--hires", 1.5, "--no_grid").succeeded()
+    assert events == ["step"] * 3 + [0] + ["step"] * 3 + [1]
+
+
+def test_a_refiner_finishes_one_batch_after_the_other(make, events, sd1_folder):
+    refiner = ["--refiner", sd1_folder, "--refiner_start", 0.5]
+    make("--n_images", 2, "--batch_size", 1, "--steps", 4, "--no_grid", *refiner).succeeded()
+    refined = [event for event in events if event != "step"]
+    assert refined == [0, 1] and events.index(0) > 4 and events[events.index(0) + 1] == "step" and events[-1] == 1
+
+
+@pytest.mark.parametrize("options, fits", [(["--low_memory"], True), ([], False)])
+def test_where_memory_is_short_all_steps_come_first(make, events, monkeypatch, options, fits):
+    monkeypatch.setattr(cli, "_plan_memory", lambda *args: fits)
+    make("--n_images", 3, "--batch_size", 1, "--steps", 2, "--no_grid", *options).succeeded()
+    assert events == ["step"] * 6 + [0, 1, 2]
+
+
+def test_the_unet_is_let_go_of_before_a_single_batch_is_decoded(make, monkeypatch):
+    held, decode = [], StableDiffusion.decode
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, x: held.append("unet" in vars(self)) or decode(self, x))
+    make("--n_images", 2, "--steps", 1).succeeded()
+    make("--n_images", 2, "--steps", 1, "--batch_size", 1).succeeded()
+    assert held == [False, False, True, True]
+
+
+def test_the_order_changes_no_image(make, tmp_path, monkeypatch):
+    options = ["--n_images", 3, "--batch_size", 1, "--steps", 2, "--sampler", "euler_a", "--no_grid"]
+    make(*options).succeeded()
+    monkeypatch.setattr(cli, "_plan_memory", lambda *args: False)
+    make(*options, name="b.png").succeeded()
+    for i in (1, 2, 3):
+        assert np.array_equal(pixels(tmp_path / "out" / f"a_{i}.png"), pixels(tmp_path / "out" / f"b_{i}.png"))
+
+
+def test_what_breaks_in_the_third_batch_leaves_two(make, tmp_path, monkeypatch):
+    unet, calls = UNet2DConditionModel.__call__, []
+
+    def breaks(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("[metal::malloc] too large")
+        return unet(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", breaks)
+    done = make("--n_images", 4, "--batch_size", 1, "--steps", 2)
+    done.failed(1, "too large")
+    assert names(tmp_path / "out") == ["a_1.png", "a_2.png"] and len(done.out) == 2
+
+
+# --- half precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(sd1_folder, tmp_path, monkeypatch) -> Path:
+    """A checkpoint whose autoencoder may run in half precision, which the scripts here use on the CPU too."""
+    monkeypatch.setattr(cli, "_float16", lambda args: args.float16)
+    folder = shutil.copytree(sd1_folder, tmp_path / "half")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    return folder
+
+
+@pytest.fixture
+def unets(monkeypatch) -> list[mx.Dtype]:
+    """The types in which the UNet is called; its answers overflow in half precision from the second one on."""
+    seen, unet = [], UNet2DConditionModel.__call__
+
+    def overflows(self, x, *args, **kwargs):
+        seen.append(x.dtype)
+        layers = [m for _, m in self.named_modules() if isinstance(m, nn.QuantizedLinear)]
+        assert all((m.weight.dtype, m.scales.dtype) == (mx.uint32, x.dtype) for m in layers)
+        out = unet(self, x, *args, **kwargs)
+        assert out.dtype == x.dtype
+        return out * float("inf") if x.dtype == mx.float16 and len(seen) >= 2 else out
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", overflows)
+    return seen
+
+
+@pytest.mark.parametrize("options", [[], ["--quantize"], ["--low_memory"], ["--low_memory", "--quantize"]])
+def test_a_batch_that_overflows_is_made_again_in_float32(make, half, unets, tmp_path, options):
+    options = [*options, "--n_images", 2, "--batch_size", 1, "--steps", 3, "--no_grid"]
+    done = make(*options, model=half).succeeded()
+    assert unets == [mx.float16] * 2 + [mx.float32] * 6
+    assert len(done.remarks) == 1 and "step 2 are not finite" in done.remarks[0] and "float32" in done.remarks[0]
+    make(*options, "--no_float16", model=half, name="b.png").succeeded()
+    for i in (1, 2):  # the prompts were encoded in half precision
+        ours, theirs = (pixels(tmp_path / "out" / f"{name}_{i}.png") for name in "ab")
+        assert np.abs(ours - theirs).max() <= 4 and ours.std() > 1
+
+
+def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", lambda self, x, *a, **k: x * float("nan"))
+    done = make("--n_images", 1, "--steps", 3, model=half)
+    assert done.code == 1 and len(done.remarks) == 2 and done.out == [] and names(tmp_path / "out") == []
+    assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no-float16" in done.remarks[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [[], ["--low_memory"]])
+def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_path, monkeypatch, value, options):
+    seen, decode = [], AutoencoderKL.decode
+
+    def overflows(self, z, *args):
+        seen.append(z.dtype)
+        image = decode(self, z, *args)
+        assert image.dtype == z.dtype
+        return mx.where(mx.arange(image.shape[1])[:, None, None] == 3, value, image) if z.dtype == mx.float16 else image
+
+    monkeypatch.setattr(AutoencoderKL, "decode", overflows)
+    options = ["--n_images", 2, "--steps", 1, "--no_grid", *options]
+    done = make(*options, model=half).succeeded()
+    assert seen == [mx.float16, mx.float32, mx.float32] and len(done.remarks) == 1 and "float32" in done.remarks[0]
+    make(*options, "--no_float16", model=half, name="b.png").succeeded()
+    for i in (1, 2):
+        ours, theirs = (pixels(tmp_path / "out" / f"{name}_{i}.png") for name in "ab")
+        assert np.abs(ours - theirs).max() <= 4 and ours.std() > 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_float32_image_that_is_not_finite_is_not_written(make, tmp_path, monkeypatch, value):
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, *args: decode(self, z, *args) * value)
+    done = make("--n_images", 1, "--steps", 1)
+    done.failed(1, "not finite", "--vae")
+    assert names(tmp_path / "out") == []
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_json(make, tmp_path):
+    done = make("--n_images", 2, "--steps", 2, "--json", "--negative_prompt", "blue", "--cfg", 3).succeeded()
+    *images, grid = map(json.loads, done.out)
+    for i, image in enumerate(images, start=1):
+        assert image.pop("seconds") > 0
+        assert image == {
+            "kind": "image",
+            "path": f"{tmp_path}/out/a_{i}.png",
+            "i": i,
+            "seed": i,
+            "prompt": PROMPT,
+            "negative_prompt": "blue",
+            "model": "sd",
+            "sampler": "ddim",
+            "steps": 2,
+            "cfg": 3.0,
+            "width": 64,
+            "height": 64,
+        }
+    paths = [image["path"] for image in images]
+    assert grid == {"kind": "grid", "path": f"{tmp_path}/out/a.png", "width": 136, "height": 64, "images": paths}
+
+
+def test_a_name_of_what_the_model_decides(make):
+    name = "{sampler}-{steps}-{cfg}-{width}x{height}-{model}.png"
+    done = make("--n_images", 1, "--steps", 1, "--json", name=name).succeeded()
+    assert Path(json.loads(done.out[0])["path"]).name == "ddim-1-1-64x64-sd.png"
+
+
+def test_nobody_reads_stdout(sd1_folder, tmp_path):
+    options = ["--model", str(sd1_folder), "--steps", "1", "--n_images", "2", "--output", f"{tmp_path}/a.png"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "txt2image.py", PROMPT, *options],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == 0 and names(tmp_path) == ["a.png", "a_1.png", "a_2.png"]
+    assert done.stderr.count("\n") == 1 and "stdout cannot be written to (Broken pipe)" in done.stderr

@@ -1,0 +1,193 @@
+"""The text that other programs read: by a reader of its own, which knows nothing of the one in the package."""
+
+import json
+import random
+
+import pytest
+
+from stable_diffusion import SAMPLERS
+from stable_diffusion.app.infotext import as_arguments, number, read, sampler_name, schedule_name, write
+from stable_diffusion.diffusion.samplers import read_name
+from stable_diffusion.diffusion.schedule import SCHEDULES
+
+
+def as_others_read(text: str) -> tuple[str, str, dict[str, str]]:
+    """What the web UI's own grammar makes of a text, written down character by character.
+
+    The last line is one of settings if it holds three or more. A setting is a name (a letter, digit or underscore, then
+    such, blanks, hyphens and slashes), a colon, and a string of JSON or all up to the next comma.
+    """
+    lines = text.strip().split("\n")
+    settings = settings_of(lines[-1])
+    if len(settings) >= 3:
+        lines.pop()
+    else:
+        settings = {}
+    sides: tuple[list[str], list[str]] = ([], [])
+    side = 0
+    for line in lines:
+        line = line.strip()
+        if line.startswith("Negative prompt:"):
+            side, line = 1, line[len("Negative prompt:") :].strip()
+        sides[side].append(line)
+    return "\n".join(sides[0]), "\n".join(sides[1]), settings
+
+
+def settings_of(line: str) -> dict[str, str]:
+    found, position = {}, 0
+    while position < len(line):
+        start = position
+        while start < len(line) and line[start].isspace():
+            start += 1
+        end = start
+        while end < len(line) and (line[end].isalnum() or line[end] == "_" or (end > start and line[end] in " -/")):
+            end += 1
+        if end == start or end == len(line) or line[end] != ":":
+            position += 1
+            continue
+        value = end + 1
+        while value < len(line) and line[value].isspace():
+            value += 1
+        close = value
+        if line[value : value + 1] == '"':
+            close += 1
+            while close < len(line) and line[close] != '"':
+                close += 2 if line[close] == "\\" else 1
+            close += 1
+        if close == value or line[close : close + 1] not in ("", ","):
+            close = line.find(",", value)
+            close = len(line) if close < 0 else close
+        text = line[value:close]
+        found[line[start:end]] = json.loads(text) if text.startswith('"') and text.endswith('"') else text
+        position = close + 1
+    return found
+
+
+SETTINGS = {"Steps": 20, "Sampler": "DPM++ 2M", "CFG scale": 7.5, "Seed": 1, "Size": "512x768"}
+TEXT = """a cat, (red:1.2) "quoted"
+Steps: 3, on the stairs
+Negative prompt: blurry,
+hands: six
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689, \
+Model: v1-5, Clip skip: 2, Lora hashes: "a: 7c6bad76eb54, b: 1234", TI hashes: "x: y", Version: v1.9.4"""
+
+
+def test_a_text_as_it_is_written():
+    text = write("a cat", "a dog", SETTINGS | {"Model": "a, b", "VAE": None, "Hires upscale": 2.0})
+    settings = 'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Model: "a, b", Hires upscale: 2'
+    assert text == f"a cat\nNegative prompt: a dog\n{settings}"
+    assert write("a cat", "", SETTINGS).startswith("a cat\nSteps: 20, ")
+    assert write("", "", {"A": "b: c", "D": "e\nf", "G": 'h "i"'}) == '\nA: "b: c", D: "e\\nf", G: h "i"'
+
+
+def test_a_text_of_another_program():
+    prompt, negative, settings = read(TEXT)
+    assert prompt == 'a cat, (red:1.2) "quoted"\nSteps: 3, on the stairs' and negative == "blurry,\nhands: six"
+    assert settings["Lora hashes"] == "a: 7c6bad76eb54, b: 1234" and settings["Sampler"] == "DPM++ 2M Karras"
+    assert (prompt, negative, settings) == as_others_read(TEXT)
+    arguments, other = as_arguments(TEXT)
+    assert arguments == {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "n_images": 1,
+        "steps": 20,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "cfg": 7.0,
+        "seed": 965400086,
+        "width": 512,
+        "height": 768,
+        "clip_skip": 1,
+    }
+    assert list(other) == ["Model hash", "Model", "Lora hashes", "TI hashes", "Version"]
+
+
+@pytest.mark.parametrize(
+    "settings, flags",
+    [
+        ("Denoising strength: 0.4", {"strength": 0.4}),
+        ("Denoising strength: 0.4, Hires upscale: 1.5", {"hires": 1.5, "hires_strength": 0.4}),
+        ("Hires steps: 0, Hires upscaler: Latent (nearest)", {"hires_upscaler": "latents"}),
+        ("Hires steps: 12, Hires upscaler: 4x-UltraSharp", {"hires_steps": 12, "hires_upscaler": "pixels"}),
+        ("Clip skip: 1", {"clip_skip": 0}),
+        ("Schedule type: SGM Uniform", {"schedule": "sgm_uniform"}),
+        ("Schedule type: Automatic", {}),
+        ("Sampler: Euler a", {"sampler": "euler_a"}),
+        ("Image CFG scale: 1.5, Mask blur: 4", {"image_cfg": 1.5, "mask_blur": 4.0}),
+    ],
+)
+def test_settings_as_flags(settings, flags):
+    found, other = as_arguments(f"a cat\nSteps: 20, Seed: 1, {settings}, Size: 64x64")
+    assert found == {"prompt": "a cat", "negative_prompt": "", "n_images": 1, "steps": 20, "seed": 1} | flags | {
+        "width": 64,
+        "height": 64,
+    }
+    assert other == {}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["Steps: many", "Size: 512", "Sampler: DPM fast", "Schedule type: Simple", "Seed: 1.5", "ENSD: 31337"],
+)
+def test_settings_that_cannot_be_read_are_named(setting):
+    found, other = as_arguments(f"a cat\nA: 1, B: 2, C: 3, {setting}")
+    assert found == {"prompt": "a cat", "negative_prompt": "", "n_images": 1}
+    assert [f"{name}: {value}" for name, value in other.items()] == ["A: 1", "B: 2", "C: 3", setting]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a cat", "a cat\nSteps: 20, Seed: 1", "Negative prompt:", ":::,,,"])
+def test_texts_without_settings(text):
+    prompt, negative, settings = read(text)
+    assert settings == {} and prompt + negative == text.strip().removeprefix("Negative prompt:")
+
+
+def test_names_of_samplers_and_schedules_come_back():
+    for name in SAMPLERS:
+        assert as_arguments(f"\nSteps: 1, Seed: 1, Sampler: {sampler_name(name)}")[0]["sampler"] == name
+    assert sampler_name("k_euler_a") == "Euler a" and sampler_name("DPM++ 2M Karras") == "DPM++ 2M"
+    for name in SCHEDULES:
+        found = as_arguments(f"\nSteps: 1, Seed: 1, Schedule type: {schedule_name(name)}")[0]["schedule"]
+        assert found == name.removesuffix("_xl")
+    assert schedule_name(None) == schedule_name("default") == "Uniform"
+    assert all(read_name(f"euler {schedule_name(name)}")[0] == "euler" for name in SCHEDULES if name != "default")
+
+
+def test_numbers_have_all_their_digits_and_no_exponent():
+    assert [number(x) for x in (7.0, 7.5, 0.1, 1e-7, 1e22, 3, "x")] == [
+        *("7", "7.5", "0.1", "0.0000001", "10000000000000000000000", "3", "x")
+    ]
+    generator = random.Random(0)
+    for _ in range(500):
+        value = generator.random() * 10.0 ** generator.randint(-12, 12)
+        assert float(number(value)) == value and "e" not in number(value)
+
+
+ALPHABET = 'ab 01.,:;"\\/()[]{}<>|_-#=é富\U0001f600\u202e\t\r\u0301'
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_texts_are_read_as_others_read_them(seed):
+    generator = random.Random(seed)
+
+    def any_text(more: str = "") -> str:
+        return "".join(generator.choices(ALPHABET + more, k=generator.randint(0, 40)))
+
+    for _ in range(300):
+        prompt, negative = any_text("\n").strip(), any_text("\n").strip()
+        values = {name: any_text("\n").strip() or "x" for name in ("Model", "VAE", "Lora hashes", "TI hashes")}
+        values = {name: value.replace('"', "'") if value[0] == '"' else value for name, value in values.items()}
+        text = write(prompt, negative, SETTINGS | values)
+        found = read(text)
+        assert found == (prompt, negative, {name: number(value) for name, value in (SETTINGS | values).items()})
+        others = as_others_read(text)
+        assert others[2] == found[2]
+        assert [side.split() for side in others[:2]] == [side.split() for side in found[:2]]
+
+
+def test_a_very_long_prompt_takes_no_time():
+    prompt = "Steps: 3, a " * 9000
+    text = write(prompt, prompt, SETTINGS)
+    assert read(text)[:2] == (prompt.strip(), prompt.strip())
+    for unusual in ("a", " ", "a ", '"', "\\", 'a:"', "a:", ",", "-/", '": "'):
+        assert read(f"a\nSteps: 1, Seed: 2, Size: {unusual * 100_000}")[2]["Steps"] == "1"
+        read(unusual * 100_000)

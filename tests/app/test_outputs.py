@@ -1,0 +1,279 @@
+"""Where images go: names of every kind, what is refused, what two processes do to each other, and what is kept."""
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import names
+from stable_diffusion.app.outputs import FIELDS, NotWrittenError, Outputs
+
+VALUES = {
+    "i": 1,
+    "seed": 7,
+    "prompt": "the red cat",
+    "steps": 20,
+    "cfg": 7.5,
+    "sampler": "dpmpp_2m",
+    "width": 64,
+    "height": 72,
+    "model": "tiny",
+}
+
+
+def picture(level: int = 0) -> Image.Image:
+    return Image.new("RGB", (8, 8), (level, level, level))
+
+
+def level(path: Path) -> int:
+    with Image.open(path) as image:
+        assert image.size == (8, 8)
+        return int(np.asarray(image).mean())
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """Write ``count`` images, and their grid, as one run does; the names, seen from the folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(output: str, count: int = 1, grid: bool = False, overwrite: bool = False, **values) -> list[str]:
+        outputs = Outputs(output, count > 1, overwrite)
+        images = [VALUES | {"i": i + 1, "seed": 7 + i} | values for i in range(count)]
+        outputs.check([{name: v for name, v in image.items() if name not in ("steps", "cfg")} for image in images])
+        paths = [outputs.write(picture(i), image) for i, image in enumerate(images)]
+        if grid:
+            paths.append(outputs.write(picture(99), images[0], mark="grid"))
+        assert [level(path) for path in paths] == [*range(count), *([99] if grid else [])]
+        return [str(path) for path in paths]
+
+    return call
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_one_image_or_the_grid_of_several(write):
+    assert write("cat.png") == ["cat.png"]
+    assert write("dog.webp", 2, grid=True) == ["dog_1.webp", "dog_2.webp", "dog.webp"]
+
+
+def test_the_next_run_has_the_next_number(write):
+    assert write("a.png", 2, grid=True) == ["a_1.png", "a_2.png", "a.png"]
+    assert write("a.png", 2, grid=True) == ["a-2_1.png", "a-2_2.png", "a-2.png"]
+    assert write("a.png", 3)[-1] == "a-3_3.png"
+    assert write("a.png") == ["a-3.png"]  # the run before had no grid
+    Path("b_1.png").mkdir()
+    assert write("b.png", 2)[0] == "b-2_1.png"
+    Path("c_2.png").symlink_to("nowhere")
+    assert write("c.png", 2) == ["c-2_1.png", "c-2_2.png"]
+
+
+def test_overwriting(write, tmp_path):
+    assert write("a.png", 2, grid=True) == write("a.png", 2, grid=True, overwrite=True)
+    assert names(tmp_path) == ["a.png", "a_1.png", "a_2.png"]
+    # A run does not write over its own images.
+    for _ in range(2):
+        assert write("{prompt}.png", 3, overwrite=True) == [f"the_red_cat{n}.png" for n in ("", "-2", "-3")]
+    assert len(names(tmp_path)) == 6
+
+
+def test_other_words_follow_the_name(write):
+    plain, pattern = Outputs("a.png", True), Outputs("{seed}.png", True)
+    assert str(plain.write(picture(), VALUES | {"i": 3}, mark="partial")) == "a_3_partial.png"
+    assert str(Outputs("a.png", False).write(picture(), VALUES, mark="partial")) == "a_partial.png"
+    assert [str(pattern.write(picture(), VALUES, mark="grid")) for _ in range(2)] == ["7_grid.png", "7_grid-2.png"]
+
+
+def test_every_field(write):
+    pattern = "_".join(f"{{{name}}}" for name in FIELDS) + ".png"
+    (name,) = write(pattern)
+    assert re.fullmatch(r"1_7_the_red_cat_20_7\.5_dpmpp_2m_64_72_tiny_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.png", name), name
+    assert write("{i:03}-{cfg:.2f}-{{x}}.jpg", 2) == ["001-7.50-{x}.jpg", "002-7.50-{x}.jpg"]
+    assert write("{cfg}.png", cfg=0) == ["0.png"] and write("{cfg}.png", cfg=5.0) == ["5.png"]
+
+
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("a/b\\c:d", "a_b_c_d"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("..", "_"),
+        ("", "_"),
+        (" . a . ", "a"),
+        ("a\nb\tc\0d\x1b[31m", "a_b_c_d_[31m"),
+        ("a\u202egnp.exe", "a_gnp.exe"),
+        ("ein Kätzchen, 猫 🐈\u200d⬛", "ein_Kätzchen,_猫_🐈\u200d⬛"),
+        ('<>:"|?*', "_"),
+        ("-rf", "rf"),
+        ("{seed}", "{seed}"),
+        ("\udcff", "_"),
+    ],
+)
+def test_prompts_as_names(write, tmp_path, prompt, name):
+    assert write("{prompt}.png", prompt=prompt) == [f"{name}.png"]
+    assert names(tmp_path) == [f"{name}.png"]
+
+
+@pytest.mark.parametrize("prompt", ["x" * 5000, "猫" * 3000, "🐈\u200d⬛" * 999])
+def test_long_prompts_are_cut_between_letters(write, tmp_path, prompt):
+    (name,) = write("{prompt}.png", prompt=prompt)
+    assert 100 < len(name.encode()) <= 124 and prompt.startswith(name.removesuffix(".png"))
+    longest = [write("{prompt}{prompt}{prompt}.png", prompt=prompt)[0] for _ in range(12)][-1]
+    assert len(longest.encode()) < 255 and longest.endswith("-12.png")
+
+
+def test_folders(write, tmp_path):
+    (tmp_path / "is{here}").mkdir()
+    for output, folder in (("is{here}", "is{here}"), ("is{here}/", "is{here}"), ("new/er/", "new/er")):
+        (name,) = write(output)
+        assert re.fullmatch(rf"{re.escape(folder)}/\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_1_7(-2)?\.png", name), name
+    assert re.search(r"_1_7_grid(-2)?\.png$", write("new/er", 2, grid=True)[-1])
+
+
+def test_folders_in_patterns(write, tmp_path):
+    assert write("{model}/{prompt}/{seed}.png", prompt="..") == ["tiny/_/7.png"]
+    assert write(f"{tmp_path}/deep/{{i}}.png", 2) == [f"{tmp_path}/deep/{i}.png" for i in (1, 2)]
+
+
+# --- refused, and nothing made ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ("{sead}.png", ["{sead}", *FIELDS]),
+        ("{}.png", ["no field {}", "{{"]),
+        ("{seed.real}.png", ["{seed.real}"]),
+        ("{i:q}.png", ["{i:q}.png", "'q'"]),
+        ("{i.png", ["{i.png is no pattern"]),
+        ("i}.png", ["i}.png is no pattern"]),
+        ("", ["empty"]),
+        ("none/a.png", ["folder none does not exist", "create it"]),
+        ("a.tga", ["'.tga'", ".png"]),
+        ("{seed}", ["''", ".png"]),
+        ("file/{seed}.png", ["file is a file"]),
+        ("file/", ["file is a file"]),
+        ("file/more/{seed}.png", ["file is a file"]),
+        ("a" * 300 + ".png", ["could not be written", "another name"]),
+    ],
+)
+def test_refused(write, tmp_path, output, words):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((ValueError, OSError)) as caught:
+        write(output)
+    text = str(caught.value)
+    assert not [word for word in words if word not in text], text
+    assert "\n" not in text and names(tmp_path) == ["file"]
+
+
+def test_checking_makes_nothing(tmp_path):
+    for output in (f"{tmp_path}/new/", f"{tmp_path}/{{seed}}/{{i}}.png", f"{tmp_path}/a.png"):
+        Outputs(output, True).check([VALUES])
+    assert names(tmp_path) == []
+
+
+# --- others who write ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("output", ["a.png", "{prompt}.png", "new/{i}.png"])
+def test_runs_at_the_same_time_lose_nothing(write, tmp_path, monkeypatch, output, links):
+    """Eight runs of five images each, all of which have seen an empty folder."""
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    runs = [Outputs(output, True) for _ in range(8)]
+    for run in runs:
+        run.check([VALUES | {"i": i} for i in range(1, 6)])
+    written: list[tuple[Path, int]] = []
+
+    def work(number: int) -> None:
+        for i in range(1, 6):
+            written.append((runs[number].write(picture(10 * number + i), VALUES | {"i": i}), 10 * number + i))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({path for path, _ in written}) == 40
+    assert all(level(path) == shown for path, shown in written)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 40
+
+
+def _no_links(source, target):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_all_files_of_a_run_have_one_number(write):
+    first, second = Outputs("a.png", True), Outputs("a.png", True)
+    for run in (first, second):
+        run.check([VALUES | {"i": i} for i in (1, 2)])
+    assert str(second.write(picture(), VALUES)) == "a_1.png"
+    images = [str(first.write(picture(), VALUES | {"i": i})) for i in (1, 2)]
+    assert images == ["a-2_1.png", "a-2_2.png"]
+    assert str(first.write(picture(), VALUES, mark="grid")) == "a-2.png"
+    assert str(second.write(picture(), VALUES, mark="grid")) == "a.png"
+
+
+# --- what cannot be written ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """The folder for temporary files is a new one; the current folder too."""
+    (tmp_path / "current").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def test_an_image_whose_folder_is_gone_is_kept_in_the_current_one(elsewhere):
+    (elsewhere / "out").mkdir()
+    outputs = Outputs(f"{elsewhere}/out/a.png", True)
+    outputs.check([VALUES])
+    (elsewhere / "out").rmdir()
+    kept = []
+    for _ in range(2):
+        with pytest.raises(
+            NotWrittenError, match=r"out does not exist.*; it is kept as .*current/a_1(-2)?\.png"
+        ) as caught:
+            outputs.write(picture(5), VALUES)
+        kept.append(caught.value.kept)
+    assert [path.name for path in kept] == ["a_1.png", "a_1-2.png"] and [level(path) for path in kept] == [5, 5]
+    assert names(elsewhere) == ["current", "temporary"]
+
+
+def test_an_image_without_a_current_folder_is_kept_in_the_temporary_one(elsewhere):
+    outputs = Outputs("a.png", False)
+    outputs.check([VALUES])
+    (elsewhere / "current").rmdir()
+    with pytest.raises(NotWrittenError, match=r"kept as .*temporary/a\.png") as caught:
+        outputs.write(picture(5), VALUES)
+    assert level(caught.value.kept) == 5
+
+
+def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monkeypatch):
+    def full(self, file, **options):
+        file.write(b"half of a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(NotWrittenError, match=r"No space left on device.*; it is lost") as caught:
+        Outputs("a.png", False).write(picture(5), VALUES)
+    assert caught.value.kept is None
+    assert [names(folder) for folder in elsewhere.iterdir()] == [[], []]
+
+
+def test_a_folder_that_a_file_took_the_place_of(elsewhere):
+    outputs = Outputs("new/{seed}.png", False)
+    outputs.check([VALUES])
+    Path("new").write_text("")
+    with pytest.raises(NotWrittenError, match=r"folder new could not be made.*kept as .*current/7\.png"):
+        outputs.write(picture(5), VALUES)

@@ -1,0 +1,263 @@
+"""Comparison grids: where each image stands, what is written there, and what cannot be drawn."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from command_line import PROMPT, pixels
+from stable_diffusion.app import plots
+from stable_diffusion.app.plots import Plot, compare, draw
+
+WHITE = 255
+
+
+def images(
+    lists: dict[str, Sequence],
+    prompts: Sequence[str] = ("a",),
+    seeds: Sequence[Sequence[int]] = ((1,),),
+    **other: object,
+) -> list[tuple[argparse.Namespace, int]]:
+    """The images of a run over lists: settings, then prompts, then seeds, which are those of all prompts or of each."""
+    settings = {name: values for name, values in lists.items() if name != "seed"}
+    found = []
+    for values in product(*settings.values()):
+        for number, prompt in enumerate(prompts):
+            own = tuple(seeds[number % len(seeds)])
+            job = argparse.Namespace(prompt=prompt, number=number, seeds=own, n_images=len(own), lists=tuple(lists))
+            vars(job).update(other, **dict(zip(settings, values, strict=True)))
+            found += [(job, seed) for seed in own]
+    return found
+
+
+def pictures(count: int, size: tuple[int, int] = (64, 48)) -> list[Image.Image]:
+    """So many different pictures, none of them with white or black in it."""
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(40, 200, (*size[::-1], 3), np.uint8)) for _ in range(count)]
+
+
+def found_in(canvas: Image.Image, image: Image.Image) -> tuple[int, int]:
+    """(x, y) of the only place where an image stands, pixel for pixel, on white."""
+    whole, part = np.asarray(canvas), np.asarray(image)
+    corners = np.argwhere((whole == part[0, 0]).all(axis=-1))
+    places = [(x, y) for y, x in corners if np.array_equal(whole[y : y + image.height, x : x + image.width], part)]
+    assert len(places) == 1
+    return places[0]
+
+
+def ink(canvas: Image.Image, box: tuple[int, int, int, int]) -> int:
+    """How many pixels of a box are not white."""
+    return int((np.asarray(canvas.crop(box)).min(axis=-1) < WHITE).sum())
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_list_makes_columns_and_the_second_rows():
+    run = images({"sampler": ("euler", "DPM++ 2M Karras"), "steps": (10, 20, 30)})
+    (plot,) = compare(run)
+    assert plot.columns == ("sampler euler", "sampler DPM++ 2M Karras")
+    assert plot.rows == ("steps 10", "steps 20", "steps 30") and plot.title == ""
+    assert plot.cells == {(row, column): 3 * column + row for row in range(3) for column in range(2)}
+    (plot,) = compare(images({"cfg": (3.0, 7.5, -0.25)}, seeds=[(4,)]))
+    assert (plot.columns, plot.rows) == (("cfg 3", "cfg 7.5", "cfg -0.25"), ())
+    assert plot.cells == {(0, i): i for i in range(3)}
+
+
+def test_seeds_as_a_list_and_as_several_images():
+    (plot,) = compare(images({"seed": (), "strength": (0.3, 0.6)}, seeds=[(9, 2)]))
+    assert (plot.columns, plot.rows) == (("seed 9", "seed 2"), ("strength 0.3", "strength 0.6"))
+    assert plot.cells == {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}
+    (plot,) = compare(images({"steps": (1, 2)}, seeds=[(5, 6)]))
+    assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("seed 5", "seed 6"))
+    (plot,) = compare(images({"seed": ()}, seeds=[(5, 6, 9)]))
+    assert (plot.columns, plot.rows) == (("seed 5", "seed 6", "seed 9"), ())
+
+
+def test_prompts_are_a_list_too():
+    (plot,) = compare(images({"cfg": (1.0, 2.0)}, ["red", "blue"], [(5,), (6,)]))
+    assert (plot.columns, plot.rows) == (("cfg 1", "cfg 2"), ("red", "blue"))
+    assert plot.cells == {(0, 0): 0, (1, 0): 1, (0, 1): 2, (1, 1): 3}
+    by_prompt = compare(images({"cfg": (1.0, 2.0)}, ["red", "blue"], [(5, 6), (7, 8)]))
+    assert [plot.title for plot in by_prompt] == ["image 1", "image 2"]  # of each prompt, whose seeds differ
+    assert [plot.rows for plot in by_prompt] == [("red", "blue")] * 2
+    assert by_prompt[1].cells == {(0, 0): 1, (1, 0): 3, (0, 1): 5, (1, 1): 7}
+
+
+def test_further_lists_make_a_grid_for_each_of_their_values():
+    run = images({"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}, ["red", "blue"])
+    found = compare(run)
+    assert [plot.title for plot in found] == [
+        "sampler euler, red",
+        "sampler euler, blue",
+        "sampler lms, red",
+        "sampler lms, blue",
+    ]
+    for plot in found:
+        assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("cfg 3", "cfg 4"))
+        for (row, column), i in plot.cells.items():
+            job = run[i][0]
+            assert (job.steps, job.cfg) == ((1, 2)[column], (3.0, 4.0)[row])
+            assert plot.title == f"sampler {job.sampler}, {job.prompt}"
+    assert sorted(i for plot in found for i in plot.cells.values()) == list(range(len(run)))
+
+
+def test_lines_that_differ_in_their_lists_leave_cells_empty():
+    first, second = images({"steps": (1, 2)}), images({}, steps=None)
+    second[0][0].number, second[0][0].prompt = 1, "b"
+    (plot,) = compare([*first, *second])
+    assert (plot.columns, plot.rows) == (("steps 1", "steps 2", "steps default"), ("a", "b"))
+    assert plot.cells == {(0, 0): 0, (0, 1): 1, (1, 2): 2}
+    canvas = draw(plot, pictures(3))
+    assert ink(canvas, (0, 0, *canvas.size)) > 3 * 64 * 48
+
+
+def test_nothing_is_compared_without_lists():
+    assert compare(images({}, ["red", "blue"], [(1, 2), (3, 4)])) == []
+
+
+# --- where it stands -------------------------------------------------------------------------------------------------
+
+
+def test_images_stand_under_their_columns_and_beside_their_rows():
+    (plot,) = compare(images({"steps": (1, 2, 3), "cfg": (1.0, 2.0)}))
+    made = pictures(6)
+    canvas = draw(plot, made)
+    places = {cell: found_in(canvas, made[i]) for cell, i in plot.cells.items()}
+    assert len({x for x, _ in places.values()}) == 3 and len({y for _, y in places.values()}) == 2
+    for (row, column), (x, y) in places.items():
+        assert (x, y) == (places[0, column][0], places[row, 0][1])
+    # Margins and gaps are white, and written on above and at the left only.
+    (x0, y0), (x1, y1) = places[0, 0], places[1, 2]
+    assert places[0, 1][0] - x0 >= 64 + 8 and y1 - y0 == 48 + 8
+    assert canvas.width >= x1 + 64 + 8 and canvas.height == y1 + 48 + 8
+    assert ink(canvas, (x0, y0, *canvas.size)) == 6 * 64 * 48
+    assert ink(canvas, (0, 0, x0, y0)) == 0
+    for column in range(3):
+        assert ink(canvas, (places[0, column][0], 0, places[0, column][0] + 64, y0)) > 20
+    for row in range(2):
+        assert ink(canvas, (0, places[row, 0][1], x0, places[row, 0][1] + 48)) > 20
+
+
+def test_images_of_several_sizes_stand_in_the_middle_of_cells_of_the_largest():
+    (plot,) = compare(images({"steps": (1, 2), "cfg": (1.0, 2.0)}))
+    sizes = [(320, 120), (160, 200), (200, 200), (64, 64)]
+    made = [pictures(i + 1, size)[i] for i, size in enumerate(sizes)]
+    canvas = draw(plot, made)
+    middles = {}
+    for cell, i in plot.cells.items():
+        x, y = found_in(canvas, made[i])
+        middles[cell] = x + sizes[i][0] / 2, y + sizes[i][1] / 2
+    assert middles[0, 1][0] - middles[0, 0][0] == middles[1, 1][0] - middles[1, 0][0] == 320 + 8
+    assert middles[1, 0][1] - middles[0, 0][1] == middles[1, 1][1] - middles[0, 1][1] == 200 + 8
+
+
+@pytest.mark.parametrize("n_rows, across", [(1, 5), (2, 3), (3, 2), (5, 1), (9, 1)])
+def test_one_list_is_laid_in_rows(n_rows, across):
+    (plot,) = compare(images({"seed": ()}, seeds=[(1, 2, 3, 4, 5)]))
+    made = pictures(5, (160, 48))
+    canvas = draw(plot, made, n_rows)
+    places = [found_in(canvas, image) for image in made]
+    columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
+    assert places == [(columns[i % across], rows[i // across]) for i in range(5)]
+    assert canvas.width == columns[-1] + 160 + 8 and columns[0] == 8
+    for x, y in places:
+        assert ink(canvas, (x, y - 20, x + 160, y)) > 20
+
+
+def test_large_images_have_large_letters():
+    (plot,) = compare(images({"steps": (1, 2)}))
+    small, large = (draw(plot, pictures(2, (side, 64))) for side in (256, 1024))
+    assert ink(large, (0, 0, large.width, large.height - 72)) > 4 * ink(small, (0, 0, small.width, small.height - 72))
+
+
+def test_a_grid_that_is_too_large_is_left_out(caplog, monkeypatch):
+    (plot,) = compare(images({"steps": (1, 2)}))
+    made = pictures(2)
+    whole = draw(plot, made)
+    monkeypatch.setattr(plots, "_LARGEST_SIDE", max(whole.size))
+    assert draw(plot, made) is not None and caplog.messages == []
+    monkeypatch.setattr(plots, "_LARGEST_SIDE", max(whole.size) - 1)
+    assert draw(plot, made) is None
+    assert caplog.messages[0].startswith(f"a grid of {whole.width} x {whole.height} pixels is too large")
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, label",
+    [
+        ("a red cat", "a red cat"),
+        ("  two\n lines\tand a tab ", "two lines and a tab"),
+        ("Éire — “ça va” naïve", "Eire - “ca va” naive"),
+        ("ein Straßenbild", "ein Stra?enbild"),
+        ("a cat 🐈", "a cat ?"),
+        ("日本の猫", "prompt 2"),
+        ("кот", "prompt 2"),
+        ("", "prompt 2"),
+        ("\x00\x07", "prompt 2"),
+        ("a" * 10**5, "a" * 400),
+    ],
+)
+def test_prompts_of_any_letters(prompt, label):
+    (plot,) = compare(images({"steps": (1, 2)}, ["first", prompt]))
+    assert plot.rows == ("first", label)
+    assert draw(plot, pictures(4)) is not None
+
+
+def test_the_font_has_the_letters_that_are_written():
+    font = ImageFont.load_default(20)
+
+    def drawn(letter: str) -> bytes:
+        return bytes(font.getmask(letter))
+
+    letters = [chr(c) for c in range(33, 127)] + list(plots._MORE_LETTERS)
+    assert [c for c in letters if drawn(c) == drawn("\uffff")] == []
+
+
+def test_whatever_is_written_stays_inside():
+    texts = ["x" * 300, "word " * 80, "\ud800 🐈 \u202e\u0301", "W", ""]
+    made = pictures(25)
+    labels = Plot("title " * 40, tuple(texts), tuple(texts), {divmod(i, 5): i for i in range(25)})
+    canvas = draw(labels, made)
+    places = [found_in(canvas, made[i]) for i in range(25)]
+    assert ink(canvas, (places[0][0], places[0][1], *canvas.size)) == 25 * 64 * 48
+    assert ink(canvas, (0, 0, 6, canvas.height)) == 0 and ink(canvas, (0, 0, canvas.width, 6)) == 0
+    # Dots at the end of what is cut.
+    text = plots._Text(12)
+    for cut in text.wrap(texts[0], 100, 4) + text.wrap(texts[1], 100, 4):
+        assert text.width(cut) <= 100
+    assert text.wrap(texts[0], 100, 4)[-1].endswith("…") and len(text.wrap(texts[1], 100, 4)) == 4
+    assert text.wrap(texts[1], 100, 4)[-1].endswith("…") and text.wrap("a b", 100, 4) == ["a b"]
+
+
+# --- as a script writes it -------------------------------------------------------------------------------------------
+
+
+def test_a_script_writes_the_grid(run, sd1_folder, tmp_path):
+    common = ["--model", sd1_folder, "--width", 64, "--height", 72, "--output", tmp_path / "out.png"]
+    done = run("txt2image", PROMPT, *common, "--cfg", 1, 5, 9, "--steps", 1, 2, "--seed", 3).succeeded()
+    assert [line.rpartition(" ")[2] for line in done.out[:6]] == ["3"] * 6
+    assert done.out[6:] == [str(tmp_path / "out.png")] and done.remarks == []
+    canvas = Image.open(tmp_path / "out.png")
+    places = [found_in(canvas, Image.open(tmp_path / f"out_{i}.png")) for i in range(1, 7)]
+    columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
+    assert places == [(x, y) for x in columns for y in rows] and (len(columns), len(rows)) == (3, 2)
+    assert ink(canvas, (0, 0, canvas.width, rows[0])) > 50 < ink(canvas, (0, 0, columns[0], canvas.height))
+
+
+def test_a_script_writes_a_grid_for_each_further_value(run, sd1_folder, tmp_path):
+    lists = ["--cfg", 1, 5, "--steps", 1, 2, "--seed", 1, 2]
+    done = run("txt2image", PROMPT, "--model", sd1_folder, *lists, "--output", tmp_path / "out.png").succeeded()
+    images, grids = done.out[:8], done.out[8:]
+    assert all(" seed " in line for line in images) and len(set(grids)) == 2
+    made = [Image.open(line.split(" seed ")[0]) for line in images]
+    for which, path in enumerate(grids):
+        for i, image in enumerate(made):
+            if i % 2 == which:
+                found_in(Image.open(path), image)
+    assert pixels(grids[0]).shape == pixels(grids[1]).shape

@@ -1,0 +1,585 @@
+"""The command lines with masks, borders, depth, ControlNets, second passes, LoRAs, parts and wildcards."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from checkpoints import SCALED, make
+from command_line import PROMPT, SCRIPTS, pixels
+from oracle import perturb
+from stable_diffusion import StableDiffusion
+from stable_diffusion.cli.arguments import read
+from stable_diffusion.images.inpaint import prepare
+from test_parity_images import control_nets
+
+SIZE = (64, 64)
+
+
+def noise(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> Image.Image:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def ramp(dtype: type, turned: bool = False) -> Image.Image:
+    """A depth map of as many levels as the type has."""
+    levels = np.linspace(0, np.iinfo(dtype).max, 64).astype(dtype)
+    values = np.repeat(levels[None], 64, axis=0)
+    return Image.fromarray(np.ascontiguousarray(values.T if turned else values))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
+    """A folder with everything that options name: pictures, checkpoints, ControlNets, LoRAs, lists of words."""
+    folder = tmp_path_factory.mktemp("files")
+    noise().save(folder / "in.png")
+    noise(seed=1).save(folder / "hint.png")
+    rectangle((32, 0, 64, 32)).save(folder / "mask.png")
+    for dtype in (np.uint8, np.uint16):
+        ramp(dtype).save(folder / f"depth{8 * np.dtype(dtype).itemsize}.png")
+    ramp(np.uint8, turned=True).save(folder / "turned.png")
+    (folder / "sd").symlink_to(sd1_folder)
+    (folder / "xl").symlink_to(xl_folder)
+    euler = diffusers.EulerDiscreteScheduler(**SCALED)
+    for family in ("depth", "pix2pix", "inpaint", "refiner"):
+        make(folder / family, family, euler)
+    shutil.copytree(xl_folder / "vae", folder / "refiner" / "vae", dirs_exist_ok=True)  # as the published ones have it
+    _other_parts(folder, sd1_folder, xl_folder)
+    for name, net in zip(("net", "net2"), control_nets("sd1", 2)[0], strict=True):
+        net.save_pretrained(folder / name)
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras" / "paint.safetensors")
+    write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
+    write_lora(folder / "more.safetensors", "lora_unet_nowhere_in_this_model")
+    (folder / "words").mkdir()
+    (folder / "words" / "colour.txt").write_text("red\nblue\n")
+    return folder
+
+
+def _other_parts(folder: Path, sd1_folder: Path, xl_folder: Path) -> None:
+    """Parts with other weights, and a tokenizer that splits words otherwise."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def change(cls: type, source: Path, target: str) -> None:
+        perturb(cls.from_pretrained(source), seed=9).save_pretrained(folder / target)
+
+    change(diffusers.AutoencoderKL, sd1_folder / "vae", "other/vae")
+    change(diffusers.UNet2DConditionModel, sd1_folder / "unet", "other/unet")
+    change(CLIPTextModel, sd1_folder / "text_encoder", "other/text_encoder")
+    change(CLIPTextModelWithProjection, xl_folder / "text_encoder_2", "other/text_encoder_2")
+    shutil.copytree(sd1_folder / "tokenizer", folder / "spelling")
+    merges = folder / "spelling" / "merges.txt"
+    merges.write_text(merges.read_text().replace("re d</w>\n", ""))
+
+
+def write_lora(path: Path, *more: str, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn"
+    layers = {f"{attention}1_to_q": (64, 64), f"{attention}2_to_k": (64, 32)}
+    layers |= {"lora_unet_time_embedding_linear_2": (128, 128)}  # which changes much
+    layers |= {"lora_te_text_model_encoder_layers_1_mlp_fc1": (64, 32)} | dict.fromkeys(more, (64, 64))
+    tensors = {}
+    for layer, (out, into) in layers.items():
+        tensors[f"{layer}.lora_down.weight"] = torch.randn((4, into), generator=generator)
+        tensors[f"{layer}.lora_up.weight"] = torch.randn((out, 4), generator=generator)
+    save_file(tensors, path)
+
+
+Draw = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def draw(run, files, tmp_path) -> Draw:
+    """Run a script for one image in two steps without guidance, or as the ``options`` say; {} in them is ``files``."""
+
+    def call(script: str, *options, model: str = "sd", prompt: str = PROMPT, image: str = "in.png") -> np.ndarray:
+        given = [files / image] if script == "image2image" else []
+        given += [prompt, "--model", files / model, "--steps", 2, "--n_images", 1, "--seed", 3, "--cfg", 1]
+        given += ["--output", tmp_path / "made.png", "--overwrite"]
+        given += ["--strength", 0.5] if script == "image2image" else ["--width", 64, "--height", 64]
+        run(script, *given, *(str(option).replace("{}", str(files)) for option in options)).succeeded()
+        return pixels(tmp_path / "made.png")
+
+    return call
+
+
+# --- every flag: it changes the picture, with underscores and with hyphens --------------------------------------------
+
+MASK = "--mask {}/mask.png"
+NET = "--controlnet {}/net --control_image {}/hint.png"
+# flag and its value: (script, checkpoint, the options beside it)
+FLAGS = {
+    "--mask {}/mask.png": ("image2image", "sd", ""),
+    "--invert_mask": ("image2image", "sd", MASK),
+    "--mask_blur 3": ("image2image", "sd", MASK),
+    "--mask_padding 4": ("image2image", "sd", MASK),
+    "--no_composite": ("image2image", "sd", MASK),
+    "--expand 8,0,16,0": ("image2image", "sd", ""),
+    "--depth {}/depth8.png": ("image2image", "depth", "--depth {}/turned.png"),
+    "--image_cfg 3": ("image2image", "pix2pix", "--cfg 4"),
+    NET: ("txt2image", "sd", ""),
+    "--canny": ("txt2image", "sd", NET),
+    "--control_start 0.5": ("txt2image", "sd", NET),
+    "--control_end 0.5": ("txt2image", "sd", NET + " --steps 4"),
+    "--guess_mode": ("txt2image", "sd", NET + " --cfg 4"),
+    "--hires 1.5": ("txt2image", "sd", ""),
+    "--hires_strength 1": ("txt2image", "sd", "--hires 1.25"),
+    "--hires_steps 4": ("txt2image", "sd", "--hires 1.25"),
+    "--hires_upscaler pixels": ("txt2image", "sd", "--hires 1.25"),
+    "--refiner {}/refiner": ("txt2image", "xl", "--steps 5"),
+    "--refiner_start 0.4": ("txt2image", "xl", "--steps 5 --refiner {}/refiner"),
+    "--lora {}/loras/paint.safetensors": ("txt2image", "sd", ""),
+    "--vae {}/other": ("txt2image", "sd", ""),
+    "--unet {}/other": ("txt2image", "sd", ""),
+    "--text_encoder {}/other": ("txt2image", "sd", ""),
+    "--text_encoder_2 {}/other": ("txt2image", "xl", ""),
+    "--tokenizer {}/spelling": ("txt2image", "sd", ""),
+    "--prediction v_prediction": ("txt2image", "sd", ""),
+}
+
+
+def spelled(options: list[str], sign: str) -> list[str]:
+    return [option.replace("_", sign) if option.startswith("--") else option for option in options]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[tuple[str, str, str], np.ndarray]:
+    """The pictures without the flags, by what they are made with: several flags are held against one of them."""
+    return {}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_flag_changes_the_picture(draw, plain, flags):
+    script, model, beside = FLAGS[flags]
+    if FLAGS[flags] not in plain:
+        plain[FLAGS[flags]] = draw(script, *beside.split(), model=model)
+    before, made = plain[FLAGS[flags]], draw(script, *beside.split(), *flags.split(), model=model)
+    assert before.shape != made.shape or np.abs(before - made).max() > 1
+
+
+@pytest.mark.parametrize("flags", [flags for flags in FLAGS if "_" in flags.partition(" ")[0]])
+def test_every_flag_with_hyphens(flags):
+    script, _, beside = FLAGS[flags]
+    given = ["in.png", PROMPT] if script == "image2image" else [PROMPT]
+    words = [*beside.split(), *flags.split()]
+    assert spelled(words, "-") != words
+    args, same = (read(script == "image2image", [*given, *spelled(words, sign)])[1] for sign in "_-")
+    assert vars(args) == vars(same) != vars(read(script == "image2image", [*given, *beside.split()])[1])
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["sd", "inpaint"])
+@pytest.mark.parametrize("options", ["", "--mask_padding 4", "--mask_blur 2", "--invert_mask"])
+@pytest.mark.parametrize("size", [SIZE, (75, 61)])
+def test_kept_pixels_are_those_of_the_file(draw, files, model, options, size):
+    picture, mask = noise(size, seed=4), rectangle((20, 10, 50, 40), size)
+    picture.save(files / "odd.png")
+    mask.save(files / "odd_mask.png")
+    made = draw("image2image", "--mask", "{}/odd_mask.png", *options.split(), model=model, image="odd.png")
+    values = np.asarray(prepare(mask, invert="invert" in options, blur=2 if "blur" in options else 0))
+    same = (made == np.asarray(picture)).all(-1)
+    assert same[values == 0].all() and (values == 0).any()
+    assert same[values == 255].mean() < 0.1
+
+
+def test_a_black_mask_returns_the_file_and_says_so(run, files, tmp_path):
+    noise((75, 61), seed=4).save(files / "odd.png")
+    Image.new("1", (75, 61)).save(tmp_path / "black.png")
+    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--output", tmp_path / "out.png", "--overwrite"]
+    done = run("image2image", files / "odd.png", PROMPT, *options, "--mask", tmp_path / "black.png").succeeded()
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(files / "odd.png"))
+    assert len(done.remarks) == 1 and "black everywhere" in done.remarks[0]
+    # what is not composited went through the autoencoder
+    options += ["--mask", tmp_path / "black.png", "--no_composite"]
+    raw = []
+    for seed in (1, 2):
+        run("image2image", files / "odd.png", PROMPT, *options, "--seed", seed).succeeded()
+        raw.append(pixels(tmp_path / "out.png"))
+    assert raw[0].shape == (64, 80, 3) and np.array_equal(*raw)
+
+
+def test_a_white_mask_is_image_to_image(draw, files):
+    Image.new("L", SIZE, 255).save(files / "white.png")
+    plain = draw("image2image")
+    assert np.array_equal(draw("image2image", "--mask", "{}/white.png"), plain)
+    Image.new("L", SIZE).save(files / "black.png")
+    assert np.array_equal(draw("image2image", "--mask", "{}/black.png", "--invert_mask"), plain)
+
+
+def test_masks_in_every_file_format(draw, files):
+    """What means the same gives the same picture; one of another size is resized."""
+    white = np.asarray(rectangle((32, 0, 64, 32)))
+    want = draw("image2image", "--mask", "{}/mask.png")
+    kinds = {
+        "bits.png": Image.fromarray(white > 0),
+        "deep.png": Image.fromarray(white.astype(np.uint16) * 257),
+        "colours.png": Image.fromarray(np.dstack([white] * 3)),
+        "alpha.png": Image.fromarray(np.dstack([white * 0 + 255] * 3 + [white])),
+        "palette.gif": Image.fromarray(white).convert("P"),
+    }
+    for name, image in kinds.items():
+        image.save(files / name)
+        assert np.array_equal(draw("image2image", "--mask", files / name), want), name
+    rectangle((16, 0, 32, 16), (32, 32)).save(files / "half.png")
+    resized = draw("image2image", "--mask", "{}/half.png")
+    assert np.array_equal(resized[36:], want[36:]) and np.array_equal(resized[:, :28], want[:, :28])
+
+
+@pytest.mark.parametrize("borders, size", [("8,0,0,0", (72, 64)), ("0,16,8,24", (72, 104)), ("3,2,1,5", (68, 71))])
+def test_borders_are_painted_around_the_very_picture(draw, files, borders, size):
+    left, top, _, _ = map(int, borders.split(","))
+    made = draw("image2image", "--expand", borders)
+    assert made.shape == (size[1], size[0], 3)
+    inner = made[top : top + 64, left : left + 64]
+    assert np.array_equal(inner, pixels(files / "in.png"))
+    assert not np.array_equal(
+        made, np.pad(inner, ((top, size[1] - top - 64), (left, size[0] - left - 64), (0, 0)), "edge")
+    )
+
+
+def test_several_masked_images_are_the_single_ones(run, draw, files, tmp_path):
+    options = ["--mask", files / "mask.png", "--mask_padding", 4, "--sampler", "euler_a", "--cfg", 3]
+    common = ["--model", files / "sd", "--steps", 2, "--strength", 0.5, "--output", tmp_path / "out.png", "--overwrite"]
+    run("image2image", files / "in.png", PROMPT, *common, *options, "--n_images", 3, "--seed", 3).succeeded()
+    for i in range(3):
+        single = draw("image2image", *options, "--seed", 3 + i)
+        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
+
+
+# --- depth, instructions ---------------------------------------------------------------------------------------------
+
+
+def test_depth_of_8_and_of_16_bits(draw):
+    made = [draw("image2image", "--depth", f"{{}}/depth{bits}.png", model="depth") for bits in (8, 16)]
+    assert np.abs(made[0] - made[1]).max() <= 2
+
+
+def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch):
+    """What the model is told beside each part of the picture is the depth there."""
+    seen, generate = [], StableDiffusion.generate_latents_from_image
+
+    def spied(self, image, *args, depth, **kwargs):
+        seen.append((np.asarray(image).astype(int)[..., 0], np.asarray(depth).astype(int)))
+        return generate(self, image, *args, depth=depth, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion, "generate_latents_from_image", spied)
+    x, y = np.meshgrid(np.arange(128), np.arange(64))
+    levels = Image.fromarray((x + 2 * y).astype(np.uint8))  # the picture is its own depth map
+    levels.save(files / "own.png")
+    levels.resize((64, 32), Image.Resampling.BOX).save(files / "small.png")
+    rectangle((80, 10, 100, 20), (128, 64)).save(files / "own_mask.png")
+    for options in (
+        [],
+        ["--width", 64, "--height", 64],
+        ["--width", 64, "--height", 128, "--resize", "stretch"],
+        ["--width", 128, "--height", 128, "--resize", "pad"],
+        ["--mask", files / "own_mask.png", "--mask_padding", 8],
+        ["--mask", files / "own_mask.png", "--width", 64, "--height", 64],
+    ):
+        for name in ("own.png", "small.png"):
+            draw("image2image", "--steps", 1, "--depth", files / name, *options, model="depth", image="own.png")
+            image, depth = seen[-1]
+            depth = np.asarray(Image.fromarray(depth.astype(np.float32)).resize(image.shape[::-1]))
+            if "pad" in options:
+                image, depth = image[36:92], depth[36:92]
+            assert np.abs(image - depth)[4:-4, 4:-4].max() <= 8, options
+
+
+def test_estimated_depth(draw, files, monkeypatch):
+    """Without a map the estimator is asked about what is worked on, before the first step."""
+    asked = []
+
+    def estimate(self, image):
+        asked.append(image.size)
+        return np.asarray(ramp(np.uint8), dtype=np.float32)
+
+    monkeypatch.setattr(StableDiffusion, "estimate_depth", estimate)
+    made = draw("image2image", model="depth")
+    assert asked == [SIZE] and np.array_equal(made, draw("image2image", "--depth", "{}/depth8.png", model="depth"))
+    assert draw("image2image", "--expand", "0,0,64,0", model="depth").shape == (64, 128, 3) and asked[1:] == [(128, 64)]
+
+
+# --- ControlNets -----------------------------------------------------------------------------------------------------
+
+
+def test_controlnets_with_scales(draw):
+    plain, image = draw("txt2image"), ["--control_image", "{}/hint.png"]
+    assert np.array_equal(draw("txt2image", "--controlnet", "{}/net:0", *image), plain)
+    one, half = (draw("txt2image", "--controlnet", f"{{}}/net{scale}", *image) for scale in ("", ":0.5"))
+    assert np.abs(one - plain).max() > 1 and np.abs(one - half).max() > 1
+    twice = ["--controlnet", "{}/net:0.5"] * 2
+    assert np.abs(draw("txt2image", *twice, *image) - one).max() <= 1
+    assert np.abs(draw("txt2image", *twice, *image, *image) - one).max() <= 1
+    # each has its own picture, its own beginning and its own end
+    two = ["--controlnet", "{}/net", "--controlnet", "{}/net2", *image, "--control_image", "{}/in.png"]
+    both = draw("txt2image", *two)
+    assert np.abs(both - one).max() > 1
+    ended = draw("txt2image", *two, "--control_end", 1, "--control_end", 0.01)
+    assert np.array_equal(ended, one)
+    started = draw("txt2image", *two, "--control_start", 0, "--control_start", 0.99)
+    assert np.array_equal(started, one)
+    assert np.array_equal(draw("txt2image", *two, "--control_start", 0.99), plain)  # once for all
+
+
+def test_controlnets_with_masks_and_with_a_second_pass(draw, files):
+    net = ["--controlnet", "{}/net", "--control_image", "{}/hint.png"]
+    masked = draw("image2image", "--mask", "{}/mask.png", "--mask_padding", 4, *net)
+    black = np.asarray(Image.open(files / "mask.png")) == 0
+    assert np.array_equal(masked[black], pixels(files / "in.png")[black])
+    assert np.abs(masked - draw("image2image", "--mask", "{}/mask.png", "--mask_padding", 4)).max() > 1
+    larger = draw("txt2image", "--hires", 1.5, *net)
+    assert larger.shape == (96, 96, 3) and np.abs(larger - draw("txt2image", "--hires", 1.5)).max() > 1
+
+
+# --- second passes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_of_the_same_size(draw):
+    """As the strength goes to zero, one last small step is left, and that changes little."""
+    plain = draw("txt2image", "--steps", 4)
+    near, far = (
+        np.abs(draw("txt2image", "--steps", 4, "--hires", 1, "--hires_strength", s, "--hires_steps", n) - plain).mean()
+        for s, n in ((0.001, 1000), (1, 4))
+    )
+    assert near < far / 4
+
+
+def test_a_refiner_that_begins_at_the_end(draw):
+    plain = draw("txt2image", "--steps", 3, model="xl")
+    assert np.array_equal(
+        draw("txt2image", "--steps", 3, "--refiner", "{}/refiner", "--refiner_start", 1, model="xl"), plain
+    )
+
+
+def test_another_autoencoder_decodes_what_a_refiner_made(draw):
+    given = ["--steps", 5, "--refiner", "{}/refiner"]
+    plain, other = (draw("txt2image", *given, *more, model="xl") for more in ((), ("--vae", "{}/other")))
+    assert np.abs(plain - other).max() > 1
+
+
+def test_the_same_model_as_refiner_changes_nothing(draw):
+    """It reads the prompt again and goes on: the result is that of one run."""
+    given = ["--steps", 4, "--sampler", "euler"]
+    plain = draw("txt2image", *given, model="xl")
+    refined = draw("txt2image", *given, "--refiner", "{}/xl", "--refiner_start", 0.5, model="xl")
+    assert np.abs(refined - plain).max() <= 1
+
+
+# --- LoRAs and parts -------------------------------------------------------------------------------------------------
+
+
+def test_loras(draw, run, files, tmp_path):
+    plain, file = draw("txt2image"), "{}/loras/paint.safetensors"
+    assert np.array_equal(draw("txt2image", "--lora", f"{file}:0"), plain)
+    half, minus = (draw("txt2image", "--lora", f"{file}:{scale}") for scale in ("0.5", "-1"))
+    assert np.abs(half - minus).max() > 1
+    assert np.abs(draw("txt2image", "--lora", f"{file}:0.25", "--lora", f"{file}:0.25") - half).max() <= 1
+    for spelling in ("--lora_dir", "--lora-dir"):
+        for prompt in (
+            f"{PROMPT}<lora:paint:0.5>",
+            "the <lora:paint.safetensors:.5> red cat",
+            f"({PROMPT}:1.0) <lora:paint:0.5>",
+        ):
+            assert np.abs(draw("txt2image", spelling, "{}/loras", prompt=prompt) - half).max() <= 1
+    assert np.array_equal(draw("txt2image", "--lora_dir", "{}/loras", prompt=f"{PROMPT} <lora:paint:0>"), plain)
+    under = draw("txt2image", "--lora_dir", "{}/loras", prompt=f"{PROMPT} <lora:__paint__>")
+    assert np.abs(under - plain).max() > 1 and np.abs(under - half).max() > 1
+
+
+def test_loras_of_prompts_in_one_file(run, draw, files, tmp_path):
+    """Each prompt has its own, in whatever batches they are made."""
+    lines = [PROMPT, f"{PROMPT} <lora:paint:0.5>", f"{PROMPT} <lora:paint>", PROMPT]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
+    common += ["--lora_dir", files / "loras", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
+    run("txt2image", "--prompt_file", tmp_path / "prompts.txt", *common, "--batch_size", 4).succeeded()
+    for i, line in enumerate(lines):
+        single = draw("txt2image", "--lora_dir", "{}/loras", "--seed", 3 + i, prompt=line)
+        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
+
+
+def test_a_lora_that_fits_in_part(run, draw, files):
+    more, whole = files / "more.safetensors", draw("txt2image", "--lora", "{}/loras/paint.safetensors")
+    run("txt2image", PROMPT, "--model", files / "sd", "--lora", more).refused("nowhere_in_this_model", "--lora_partial")
+    for spelling in ("--lora_partial", "--lora-partial"):
+        assert np.array_equal(draw("txt2image", "--lora", more, spelling), whole)
+
+
+def test_parts_of_the_checkpoint_itself(draw, files):
+    plain = draw("txt2image")
+    own = "--vae {}/sd --unet {}/sd/unet --text_encoder {}/sd --tokenizer {}/sd/tokenizer --prediction epsilon"
+    assert np.array_equal(draw("txt2image", *own.split()), plain)
+
+
+# --- wildcards and batches -------------------------------------------------------------------------------------------
+
+
+def test_wildcards_are_the_lines_of_their_files(run, draw, files, tmp_path):
+    common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
+    options = ["--wildcards", files / "words", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
+    done = run("txt2image", "the __colour__ cat", *common, *options).succeeded()
+    assert len(done.out) == 3
+    for i, colour in enumerate(("red", "blue")):
+        single = draw("txt2image", "--seed", 3 + i, prompt=f"the {colour} cat")
+        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_do_not_depend_on_the_size_of_batches(run, files, tmp_path, script):
+    """Across prompts too, of several lengths, with a change of size between them, or of the negative prompt alone."""
+    negatives = [f'blue --negative_prompt "{text}"' for text in ("the cat", "the red")]
+    lines = [PROMPT, "the {red|blue} cat", "the cat " * 40, "cat --width 72", *negatives]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    image = [files / "in.png"] if script == "image2image" else []
+    more = ["--mask", files / "mask.png", "--resize", "stretch"] if image else ["--height", 64]
+    common = [*image, "--prompt_file", tmp_path / "prompts.txt", "--model", files / "sd", "--steps", 2, *more]
+    results = []
+    for size in (1, 3, 20):
+        output = tmp_path / f"of{size}.png"
+        options = ["--batch-size" if size == 3 else "--batch_size", size, "--seed", 3, "--cfg", 3, "--n_images", 2]
+        done = run(script, *common, *options, "--output", output).succeeded()
+        results.append([pixels(tmp_path / f"of{size}_{i}.png") for i in range(1, 15)])
+        assert [int(line.split()[-1]) for line in done.out[:14]] == list(range(3, 17))
+    worst = [max(int(np.abs(other - one).max()) for other in others) for one, *others in zip(*results, strict=True)]
+    assert max(worst) <= 1, worst
+    assert np.abs(results[0][0] - results[0][1]).max() > 1
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+TEXT_REFUSED = [
+    ("--control_image {}/hint.png", "--control_image needs --controlnet"),
+    ("--controlnet {}/net", "--control_image is needed once for each"),
+    ("--controlnet {}/net --control_image {}/in.png --control_image {}/in.png", "--control_image is needed once"),
+    (NET + " --control_end 1 --control_end 1", "--control_start and --control_end are given once for each"),
+    (NET + " --control_start 1.5", "'1.5'", "a number from 0 to 1"),
+    ("--controlnet {}/net --control_image {}/none.png", "no image at", "none.png"),
+    ("--controlnet {}/net --control_image {}/words", "is a folder"),
+    ("--hires 0.5", "'0.5'", "a number from 1 to 8"),
+    ("--hires 9", "'9'", "a number from 1 to 8"),
+    ("--hires 2 --hires_strength 0", "'0'", "above 0 and at most 1"),
+    ("--hires 2 --hires_steps 0", "'0'", "a whole number from 1"),
+    ("--hires 2 --hires_upscaler both", "'both'", "latents", "pixels"),
+    ("--hires 2 --refiner {}/refiner", "--hires and --refiner do not go together"),
+    ("--refiner {}/refiner --refiner_start 0", "'0'", "above 0 and at most 1"),
+    ("--refiner {}/none", "none", "no such folder"),
+    ("--wildcards {}/none", "no folder of wildcards"),
+    ("--prediction magic", "'magic'", "v_prediction"),
+    ("--batch_size 0", "'0'", "a whole number from 1"),
+]
+IMAGE_REFUSED = [
+    ("--invert_mask", "need --mask FILE or --expand"),
+    ("--mask_blur 2", "need --mask FILE or --expand"),
+    ("--mask_padding 0", "need --mask FILE or --expand"),
+    ("--invert_mask --expand 8,8,8,8", "--invert_mask needs --mask FILE"),
+    (MASK + " --mask_blur -1", "'-1'", "a number from 0"),
+    (MASK + " --mask_padding -1", "'-1'", "a whole number from 0"),
+    (MASK + " --refiner {}/refiner", "--refiner does not go together with --mask"),
+    ("--expand 8,8,8,8 --refiner {}/refiner", "--refiner does not go together with --mask and --expand"),
+    ("--expand 0,0,0,0", "'0,0,0,0'", "left,top,right,bottom"),
+    ("--expand 8,8,8", "'8,8,8'", "left,top,right,bottom"),
+    ("--expand=-8,0,0,0", "'-8,0,0,0'", "left,top,right,bottom"),
+    ("--expand 99999,0,0,0", "'99999,0,0,0'", "left,top,right,bottom"),
+    ("--mask {}/none.png", "no image at", "none.png"),
+    ("--mask {}/words", "is a folder"),
+    ("--mask {}/words/colour.txt", "not an image"),
+    ("--mask {}/wide.png", "wide.png of 128x64 does not fit an image of 64x64", "same aspect ratio"),
+    ("--mask {}/nothing.png --mask_padding 8", "black everywhere", "leave out the padding"),
+    ("--depth {}/none.png", "no image at", "none.png"),
+    ("--depth {}/in.png", "a picture in colour"),
+    ("--depth {}/nothing.png", "everywhere"),
+    ("--depth {}/depth8.png --expand 8,8,8,8", "--depth and --expand do not go together"),
+    ("--image_cfg nan", "'nan'", "a number"),
+    ("--hires 2", "--hires"),
+]
+CASES = [("txt2image", *row) for row in TEXT_REFUSED] + [("image2image", *row) for row in IMAGE_REFUSED]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
+def test_refused_before_a_model_is_read(run, no_model, files, tmp_path, case):
+    script, options, *words = case
+    rectangle((0, 0, 9, 9), (128, 64)).save(files / "wide.png")
+    Image.new("L", SIZE).save(files / "nothing.png")
+    image = [files / "in.png"] if script == "image2image" else []
+    given = [option.replace("{}", str(files)) for option in options.split()]
+    done = run(script, *image, PROMPT, "--model", files / "sd", "--output", tmp_path / "out.png", *given)
+    done.refused(*words)
+
+
+MODEL_REFUSED = [
+    ("txt2image", "sd", "--controlnet {}/none --control_image {}/in.png", "none"),
+    ("txt2image", "sd", "--controlnet {}/sd --control_image {}/in.png", "controlnet"),
+    ("txt2image", "xl", NET, "ControlNet"),
+    ("txt2image", "sd", "--lora {}/none.safetensors", "none.safetensors"),
+    ("txt2image", "sd", "--lora {}/in.png", "in.png"),
+    ("txt2image", "xl", "--lora {}/loras/paint.safetensors", "paint.safetensors is a LoRA for"),
+    ("txt2image", "sd", "--vae {}/none", "none"),
+    ("txt2image", "sd", "--unet {}/xl", "64 wide", "32 wide", "one family of models"),
+    ("image2image", "xl", "--steps 20 --strength 0.1 --refiner {}/refiner", "--strength 0.1", "--refiner_start 0.8"),
+    ("txt2image", "sd", "--tokenizer {}/words", "vocab.json"),
+    ("txt2image", "inpaint", "", "image"),
+    ("txt2image", "depth", "", "image"),
+    ("txt2image", "pix2pix", "", "image"),
+    ("image2image", "sd", "--depth {}/depth8.png", "--depth has no effect"),
+    ("image2image", "sd", "--image_cfg 2", "--image_cfg has no effect"),
+    ("image2image", "depth", "", "no depth_estimator", "--depth FILE"),
+]
+
+
+@pytest.mark.parametrize("case", MODEL_REFUSED, ids=lambda case: " ".join(case[:3]))
+def test_refused_before_a_step_is_done(run, files, tmp_path, case):
+    script, model, options, *words = case
+    image = [files / "in.png"] if script == "image2image" else []
+    given = [option.replace("{}", str(files)) for option in options.split()]
+    done = run(script, *image, PROMPT, "--model", files / model, "--output", tmp_path / "out.png", *given)
+    done.refused(*words)
+
+
+def test_loras_and_wildcards_that_are_not_there(run, files):
+    common = ["--model", files / "sd"]
+    run("txt2image", "a <lora:paint:1>", *common).refused("paint", "--lora_dir DIR")
+    done = run("txt2image", "a <lora:pain:1>", *common, "--lora_dir", files / "loras")
+    done.refused("no LoRA pain", "write the name of a file")
+    run("txt2image", "a __colour__", *common, "--wildcards", files / "loras").refused("__colour__")
+    run("txt2image", "a __color__", *common, "--wildcards", files / "words").refused("__colour__")
+
+
+# --- by pixels, with the model that comes with the package -----------------------------------------------------------
+
+
+def test_a_star_is_painted_into_a_corner(run, tmp_path):
+    """What is not masked stays the very picture, and in the mask it is green on white, not red."""
+    given = ["--model", "tiny", "--n_images", 1]
+    base, star = tmp_path / "base.png", tmp_path / "star.png"
+    run(
+        "txt2image", "a red circle at the left on a white background", *given, "--seed", 3, "--output", base
+    ).succeeded()
+    rectangle((40, 0, 64, 24)).save(tmp_path / "corner.png")
+    mask = ["--mask", tmp_path / "corner.png", "--mask_padding", 4, "--seed", 5, "--output", star]
+    run("image2image", base, "a green star on a white background", *given, *mask).succeeded()
+    before, after = pixels(base), pixels(star)
+    inside = np.zeros(SIZE, dtype=bool)
+    inside[:24, 40:] = True
+    assert np.array_equal(before[~inside], after[~inside])
+
+    def share(image: np.ndarray, channel: int) -> float:
+        """Of the masked pixels, how many have a colour far above the two others."""
+        rest = np.delete(image, channel, axis=-1).max(-1)
+        return float((image[..., channel] > rest + 60)[inside].mean())
+
+    assert share(before, 1) == 0
+    assert 0.1 < share(after, 1) < 0.6 and share(after, 0) < 0.02
+    assert (after[inside].min(-1) > 200).mean() > 0.25  # around it, white

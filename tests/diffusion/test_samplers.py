@@ -1,0 +1,278 @@
+"""Samplers on data whose solution is known in closed form."""
+
+import inspect
+import math
+import re
+from functools import partial
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from stable_diffusion.diffusion.samplers import (
+    SAMPLERS,
+    find_sampler,
+    keywords,
+    lms,
+    options,
+    read_name,
+    sampler_for,
+    table,
+)
+from stable_diffusion.diffusion.schedule import GRIDS, Schedule
+from stable_diffusion.models.config import ScheduleConfig
+
+DATA = 0.5  # standard deviation of the data; then D(x, sigma) = x * DATA^2 / (DATA^2 + sigma^2)
+TOP = 10.0
+
+
+def denoise(x: mx.array, sigma: float) -> mx.array:
+    return x * (DATA**2 / (DATA**2 + sigma**2))
+
+
+def zeros(draw: int, shape: tuple[int, ...]) -> mx.array:
+    return mx.zeros(shape)
+
+
+def no_noise(step: int, shape: tuple[int, ...]) -> mx.array:
+    raise AssertionError("a deterministic sampler asked for noise")
+
+
+def log_sigmas(count: int, bottom: float) -> list[float]:
+    return [TOP * (bottom / TOP) ** (i / count) for i in range(count + 1)]
+
+
+def last(states) -> mx.array:
+    return list(states)[-1]
+
+
+def error(name: str, count: int, **given) -> float:
+    """Distance to the exact solution of the ODE, x(s) = x(S) * sqrt((DATA^2 + s^2) / (DATA^2 + S^2)), relative."""
+    sigmas = log_sigmas(count, 0.5)
+    x = last(SAMPLERS[name].run(denoise, mx.array([TOP], dtype=mx.float64), sigmas, zeros, **given))
+    exact = TOP * math.sqrt((DATA**2 + sigmas[-1] ** 2) / (DATA**2 + TOP**2))
+    return abs(x.item() - exact) / exact
+
+
+ODE = {"eta": 0.0}
+ORDERS = [
+    ("euler", {}, 1),
+    ("euler_a", ODE, 1),
+    ("ddim", {}, 1),
+    ("tcd", ODE, 1),
+    ("heun", {}, 2),
+    ("dpm2", {}, 2),
+    ("dpm2_a", ODE, 2),
+    ("dpmpp_2m", {}, 2),
+    ("dpmpp_2m_sde", ODE, 2),
+    ("dpmpp_2s_a", ODE, 2),
+    ("dpmpp_sde", ODE, 2),
+    ("unipc", {}, 2),
+    ("unipc", {"order": 1}, 2),  # a corrected step of first order
+    ("unipc", {"order": 3}, 2),  # for its last step is of first order, and is not corrected
+    ("dpmpp_3m_sde", ODE, 2),  # so it is defined: the second difference of D has half of its weight
+    ("pndm", {}, 2),  # its weights take all steps for equally long
+    ("deis", {"order": 1}, 1),
+    ("deis", {}, 2),
+    ("lms", {"order": 1}, 1),
+    ("lms", {"order": 2}, 2),
+]
+
+
+@pytest.mark.parametrize("name, given, order", ORDERS)
+def test_order_of_convergence(name, given, order):
+    measured = [math.log2(error(name, n, **given) / error(name, 2 * n, **given)) for n in (80, 160)]
+    assert measured == pytest.approx([order] * 2, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "name, given, order", [("lms", {}, 3.4), ("lms", {"order": 3}, 2.8), ("deis", {"order": 3}, 2.9)]
+)
+def test_order_of_the_high_orders(name, given, order):
+    """Their first steps are of lower order, which shows in the rate."""
+    assert math.log2(error(name, 20, **given) / error(name, 40, **given)) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        ("euler_a", {}),
+        ("euler_a", {"eta": 0.5}),
+        ("ddim", {"eta": 1.0}),
+        ("ddpm", {}),
+        ("dpm2_a", {}),
+        ("dpmpp_2s_a", {}),
+        ("dpmpp_sde", {}),
+        ("dpmpp_sde", {"eta": 0.5}),
+        ("dpmpp_2m_sde", {}),
+        ("dpmpp_2m_sde", {"eta": 0.5}),
+        ("dpmpp_3m_sde", {}),
+    ],
+)
+def test_stochastic_samplers_reach_the_variance_of_the_data(name, given):
+    shape, keys = (20_000,), mx.random.split(mx.random.key(0), 401)
+    x = math.sqrt(DATA**2 + TOP**2) * mx.random.normal(shape, key=keys[400])
+    sigmas = [*log_sigmas(199, 0.01), 0.0]
+    x = last(SAMPLERS[name].run(denoise, x, sigmas, lambda i, s: mx.random.normal(s, key=keys[i]), **given))
+    assert float(mx.std(x)) == pytest.approx(DATA, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if "s_noise" in keywords(sampler.run)])
+def test_s_noise_is_a_factor_on_the_noise(name):
+    given = {"eta": 0.7} if "eta" in keywords(SAMPLERS[name].run) else {}
+    x, sigmas = mx.array([TOP]), [5.0, 2.0, 1.0]
+    states = [
+        list(SAMPLERS[name].run(denoise, x, sigmas, lambda i, s, c=c: c * mx.ones(s), s_noise=f, **given))
+        for c, f in ((1.0, 0.5), (0.5, 1.0), (0.5, 0.5))
+    ]
+    np.testing.assert_allclose(states[0], states[1], rtol=1e-6)
+    assert not np.allclose(states[0], states[2])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_yield_a_step_and_the_last_is_the_estimate(name):
+    sigmas = [*log_sigmas(4, 0.1), 0.0]
+    asked = []
+
+    def remember(x: mx.array, sigma: float) -> mx.array:
+        asked.append((sigma, denoise(x, sigma)))
+        return asked[-1][1]
+
+    states = list(SAMPLERS[name].run(remember, mx.array([TOP]), sigmas, zeros))
+    assert len(states) == 5
+    levels = [sigma for sigma, _ in asked]
+    evaluations = SAMPLERS[name].evaluations
+    assert len(levels) == (6 if name == "pndm" else evaluations * 5 - (evaluations - 1))
+    assert [sigma for sigma in levels if sigma in sigmas[:-1]][:1] == sigmas[:1] and set(sigmas[:-1]) <= set(levels)
+    if name not in ("lms", "pndm"):  # which extrapolate
+        assert np.array_equal(states[-1], asked[-1][1])  # at sigma 0 nothing but D is left
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_single_step_leads_to_the_estimate(name):
+    (x,) = SAMPLERS[name].run(denoise, mx.array([TOP]), [TOP, 0.0], zeros)
+    assert x.item() == pytest.approx(denoise(mx.array([TOP]), TOP).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_that_stands_still(name):
+    """Some checkpoints end where their last step starts."""
+    states = list(SAMPLERS[name].run(denoise, mx.array([TOP]), [2.0, 1.0, 0.5, 0.5], zeros))
+    if name not in ("lcm", "tcd", "unipc"):  # they leap, and UniPC corrects the step before
+        assert states[2].item() == pytest.approx(states[1].item(), rel=1e-6)
+    assert all(math.isfinite(x.item()) for x in states)
+
+
+def test_no_cancellation_where_the_first_sigma_is_infinite():
+    """With zero terminal SNR, DDIM's first step is D plus s times the noise, to the last bit of float32."""
+    config = ScheduleConfig(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+    sigmas = Schedule(config).steps(4, "ddim").sigmas
+    noise, x0 = mx.random.normal((1000,), key=mx.random.key(0)), mx.random.normal((1000,), key=mx.random.key(1))
+    first = next(SAMPLERS["ddim"].run(lambda x, sigma: x0, sigmas[0] * noise, sigmas, no_noise))
+    np.testing.assert_allclose(first, x0 + sigmas[1] * noise, rtol=1e-5, atol=1e-5)
+
+
+def test_eta_zero_is_the_deterministic_sampler():
+    sigmas = [*log_sigmas(6, 0.1), 0.0]
+    plain = list(SAMPLERS["euler"].run(denoise, mx.array([TOP]), sigmas, no_noise))
+    for name in ("euler_a", "ddim"):
+        assert np.array_equal(list(SAMPLERS[name].run(denoise, mx.array([TOP]), sigmas, no_noise, eta=0.0)), plain)
+
+
+def test_ancestral_noise_restores_the_level():
+    from stable_diffusion.diffusion.samplers import _ancestral
+
+    for sigma, target in pairwise([14.6, 5.0, 1.0, 0.03, 0.0]):
+        for eta in (0.0, 0.3, 1.0, 3.0):
+            down, up = _ancestral(sigma, target, eta)
+            assert down**2 + up**2 == pytest.approx(target**2) and 0 <= up <= target
+
+
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.stochastic])
+def test_deterministic_samplers_draw_nothing(name):
+    list(SAMPLERS[name].run(denoise, mx.array([TOP]), log_sigmas(4, 0.1), no_noise))
+
+
+@pytest.mark.parametrize(
+    "written, name, schedule",
+    [
+        ("euler_a", "euler_a", None),
+        ("Euler a", "euler_a", None),
+        ("Euler", "euler", None),
+        ("LMS Karras", "lms", "karras"),
+        ("DPM2 a Karras", "dpm2_a", "karras"),
+        ("DPM++ 2M", "dpmpp_2m", None),
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("dpm++ 2m sde karras", "dpmpp_2m_sde", "karras"),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
+        ("DPM++ 3M SDE Polyexponential", "dpmpp_3m_sde", "polyexponential"),
+        ("DPM++ 2S a", "dpmpp_2s_a", None),
+        ("DPM++ SDE SGM Uniform", "dpmpp_sde", "sgm_uniform"),
+        ("UniPC", "unipc", None),
+        ("PLMS", "pndm", None),
+        ("k_lms", "lms", None),
+        ("LCM", "lcm", None),
+        ("Euler Align Your Steps", "euler", "align_your_steps"),
+        ("Heun Beta", "heun", "beta"),
+    ],
+)
+def test_names_as_people_write_them(written, name, schedule):
+    assert read_name(written) == (name, schedule)
+    assert find_sampler(written) is SAMPLERS[name]
+
+
+@pytest.mark.parametrize("name", ["best", "", "karras", "DPM++ 2M Fast", "kk_lms"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match=f"sampler '{re.escape(name)}' is unknown; choose one of euler, euler_a"):
+        find_sampler(name)
+
+
+@pytest.mark.parametrize(
+    "scheduler, algorithm, wanted",
+    [
+        ("EulerAncestralDiscreteScheduler", None, ("euler_a", True)),
+        ("PNDMScheduler", None, ("pndm", True)),
+        ("DPMSolverMultistepScheduler", "dpmsolver++", ("dpmpp_2m", True)),
+        ("DPMSolverMultistepScheduler", "sde-dpmsolver++", ("dpmpp_2m_sde", True)),
+        ("DPMSolverMultistepScheduler", "sde-dpmsolver", ("dpmpp_2m_sde", False)),
+        ("DPMSolverSinglestepScheduler", "dpmsolver++", ("dpmpp_2m", False)),
+        ("SomethingNew", None, ("euler", False)),
+    ],
+)
+def test_the_sampler_of_a_checkpoint(scheduler, algorithm, wanted):
+    assert sampler_for(scheduler, algorithm) == wanted
+
+
+def test_options():
+    with pytest.raises(ValueError, match="euler takes no eta"):
+        options(SAMPLERS["euler"], eta=0.5)
+    assert options(SAMPLERS["ddim"], eta=0.0) == {"eta": 0.0} and options(SAMPLERS["euler"], eta=None) == {}
+
+
+def test_functions_are_samplers_too():
+    def mine(denoise, x, sigmas, noise, *, eta=0.5):
+        yield x
+
+    assert find_sampler(mine).run is mine
+    assert options(find_sampler(mine), eta=0.1) == {"eta": 0.1}
+    second_order = find_sampler(partial(lms, order=2))
+    states = second_order.run(denoise, mx.array([TOP]), log_sigmas(3, 0.1), no_noise)
+    assert np.array_equal(list(states), list(lms(denoise, mx.array([TOP]), log_sigmas(3, 0.1), no_noise, order=2)))
+    with pytest.raises(ValueError, match="takes no eta"):
+        options(second_order, eta=0.5)
+
+
+def test_the_table_for_people():
+    lines = table().splitlines()
+    assert lines[0].split() == ["sampler", "order", "evaluations", "stochastic", "reference"]
+    assert [line.split()[0] for line in lines[1:]] == list(SAMPLERS)
+    assert lines[3].split() == ["heun", "2", "2", "no", "Karras", "et", "al.", "2022,", "arXiv:2206.00364"]
+
+
+def test_every_sampler_says_what_it_is():
+    for name, sampler in SAMPLERS.items():
+        assert sampler.run.__doc__ and sampler.reference, name
+        assert sampler.grid in GRIDS
+        body = inspect.getsource(sampler.run)
+        assert len(body.splitlines()) <= 50, name

@@ -1,0 +1,297 @@
+"""Timesteps and noise levels against diffusers, for every spacing and number of steps."""
+
+import diffusers
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from stable_diffusion.diffusion.curves import _beta_quantile
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.schedule import GRIDS, SCHEDULES, SPACINGS, Schedule
+from stable_diffusion.models.config import ScheduleConfig, readable
+
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+BETAS = {
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled_linear": SCALED,
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": [0.001 * (i + 1) for i in range(50)], "num_train_timesteps": 50},
+    "short": SCALED | {"num_train_timesteps": 7},
+}
+FAMILIES = {
+    "euler": diffusers.EulerDiscreteScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "multistep": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+def schedule(**options) -> Schedule:
+    return Schedule(ScheduleConfig.from_dict(options))
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_training_table(name):
+    oracle = diffusers.DDIMScheduler(**BETAS[name]).alphas_cumprod.double().numpy()
+    ours = schedule(**BETAS[name])
+    np.testing.assert_allclose(ours.alphas_cumprod, oracle, rtol=1e-6)
+    np.testing.assert_allclose(ours.sigmas, np.sqrt((1 - oracle) / oracle), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+def test_zero_terminal_snr(name):
+    """The product is compared, not sigma: it ends in 0, where the last bit of a root is worth 1e-4 of sigma."""
+    oracle = diffusers.DDIMScheduler(**BETAS[name], rescale_betas_zero_snr=True).alphas_cumprod.double().numpy()
+    ours = schedule(**BETAS[name], rescale_betas_zero_snr=True)
+    assert ours.alphas_cumprod[-1] == oracle[-1] == 0
+    np.testing.assert_allclose(ours.alphas_cumprod, oracle, rtol=0, atol=1e-6)
+    assert ours.steps(3, "ddim", "trailing").sigmas[0] == 2.0**32
+    euler = diffusers.EulerDiscreteScheduler(**BETAS[name], rescale_betas_zero_snr=True)
+    assert ours.steps(3, "euler", "trailing").sigmas[0] == pytest.approx(float(euler.sigmas[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_timesteps_and_sigmas_of_every_number_of_steps(family, spacing, offset):
+    options = SCALED | {"timestep_spacing": spacing, "steps_offset": offset}
+    oracle, ours = FAMILIES[family](**options), schedule(**options)
+    compared = 0
+    for count in range(1, 1001):
+        oracle.set_timesteps(count)
+        want = oracle.timesteps.double().numpy()
+        steps = ours.steps(count, family)
+        if count == 1000 and len(set(want)) < 1000:  # diffusers repeats timesteps here; a repeated sigma has no step
+            assert family == "multistep" and spacing != "trailing"
+            continue
+        if len(want) == count + 1:  # a rounding error gives diffusers one step more here, at timestep -1
+            assert want[-1] == -1
+            want = want[:-1]
+        assert np.array_equal(steps.timesteps, want), count
+        if hasattr(oracle, "sigmas") and len(oracle.sigmas) == count + 1:
+            np.testing.assert_allclose(steps.sigmas, oracle.sigmas.double().numpy(), rtol=1e-6)
+            compared += 1
+            scale = ours.initial_scale(steps, family)
+            if family == "euler":
+                assert scale == pytest.approx(float(oracle.init_noise_sigma), rel=1e-6)
+            else:  # its latents start with variance 1 in variance-preserving scale
+                assert scale / np.sqrt(steps.sigmas[0] ** 2 + 1) == pytest.approx(1.0)
+    assert compared > 900 or family == "ddim"
+
+
+def count_range(name: str, family: str):
+    """Every number of steps; of those that cost too much to try all, or do not exist, a part."""
+    if family in ("lcm", "tcd"):
+        return range(1, 51)
+    return range(1, 1001) if name == "default" else (*range(1, 30), 50, 100, 333, 500, 999, 1000)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("family", GRIDS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sigmas_descend_to_the_end(name, family, spacing):
+    """Strictly, to 0. DEIS and TCD end at the first training sigma; where their grid has it they stand still."""
+    ours = schedule(**SCALED)
+    given = None if family in ("lcm", "tcd") else spacing
+    for count in count_range(name, family):
+        steps = ours.steps(count, family, given, name)
+        assert len(steps) == count and len(steps.sigmas) == count + 1 and steps.total == count
+        assert all(a > b for a, b in zip(steps.sigmas[:-1], steps.sigmas[1:-1], strict=False)), count
+        assert all(0 <= t <= 999 for t in steps.timesteps)
+        assert all(a >= b for a, b in zip(steps.timesteps, steps.timesteps[1:], strict=False))
+        if GRIDS[family].end == "first":
+            assert steps.sigmas[-1] == ours.sigmas[0] <= steps.sigmas[-2] * (1 + 1e-6) or name.startswith("align")
+        else:
+            assert 0 == steps.sigmas[-1] < steps.sigmas[-2]
+
+
+CURVED = {"euler": diffusers.EulerDiscreteScheduler, "multistep": diffusers.UniPCMultistepScheduler}
+
+
+@pytest.mark.parametrize("curve", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("family", CURVED)
+def test_curves(family, curve):
+    options = SCALED | {f"use_{curve}_sigmas": True}
+    oracle, ours = CURVED[family](**options), schedule(**options)
+    for count in (*range(1, 60), 100, 400):
+        oracle.set_timesteps(count)
+        steps = ours.steps(count, family)
+        np.testing.assert_allclose(steps.sigmas, oracle.sigmas.double().numpy(), rtol=1e-6)
+        np.testing.assert_allclose(steps.timesteps, oracle.timesteps.double().numpy(), rtol=0, atol=2e-3)
+        assert (
+            steps == ours.steps(count, family, schedule=curve) == schedule(**SCALED).steps(count, family, None, curve)
+        )
+
+
+def test_karras_curve_of_another_power():
+    steps = schedule(**SCALED).steps(3, schedule="karras", rho=1.0)
+    assert steps.sigmas[1] == pytest.approx((steps.sigmas[0] + steps.sigmas[2]) / 2)
+    with pytest.raises(TypeError):
+        schedule(**SCALED).steps(3, schedule="exponential", rho=1.0)
+
+
+def test_polyexponential_curve():
+    ours = schedule(**SCALED)
+    assert ours.steps(9, schedule="polyexponential") == ours.steps(9, schedule="exponential")
+    logs = np.log(ours.steps(5, schedule="polyexponential", rho=2.0).sigmas[:-1])
+    np.testing.assert_allclose((logs - logs[-1]) / (logs[0] - logs[-1]), [1, 9 / 16, 4 / 16, 1 / 16, 0], atol=1e-6)
+
+
+def test_sgm_uniform_is_even_in_time_and_stops_one_short():
+    ours = schedule(**SCALED)
+    steps = ours.steps(4, schedule="sgm_uniform")
+    assert steps.timesteps == pytest.approx([999, 749.25, 499.5, 249.75])
+    logs = np.log(ours.sigmas)
+    np.testing.assert_allclose(steps.sigmas[:-1], np.exp(np.interp(steps.timesteps, range(1000), logs)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, key", [("", "StableDiffusion"), ("_xl", "StableDiffusionXL")])
+def test_align_your_steps(name, key):
+    tables = diffusers.schedulers.AysSchedules
+    ours = schedule(**SCALED)
+    steps = ours.steps(10, schedule=f"align_your_steps{name}")
+    assert steps.sigmas == pytest.approx(tables[f"{key}Sigmas"])
+    assert steps.timesteps == pytest.approx(tables[f"{key}Timesteps"], abs=1.5)
+    double = ours.steps(20, schedule=f"align_your_steps{name}").sigmas
+    assert double[:-1:2] == pytest.approx(steps.sigmas[:-1])
+    assert double[1] == pytest.approx((steps.sigmas[0] * steps.sigmas[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("a", [0.3, 0.6, 0.9])
+def test_beta_quantile(a):
+    ps = np.linspace(0, 1, 101)
+    ours = [_beta_quantile(float(p), a) for p in ps]
+    np.testing.assert_allclose(ours, scipy.stats.beta.ppf(ps, a, a), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("original", [50, 100, 20])
+def test_distilled_timesteps(original):
+    oracle = diffusers.LCMScheduler(original_inference_steps=original)
+    ours = schedule(**SCALED, original_inference_steps=original)
+    for count in range(1, original + 1):
+        oracle.set_timesteps(count)
+        assert np.array_equal(ours.steps(count, "lcm").timesteps, oracle.timesteps.numpy())
+    with pytest.raises(ValueError, match=f"the model was distilled for {original}; choose 1 to {original}"):
+        ours.steps(original + 1, "lcm")
+    assert ours.steps(original + 1, "lcm", "trailing").timesteps[0] == 999
+
+
+def test_stops_of_tcd():
+    """The product with 1 - gamma is rounded down; in float32 at diffusers, where 0.7 * 500 is 350 and not below."""
+    ours = schedule(**SCALED)
+    for gamma in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+        t = torch.arange(999, -1, -1)
+        want = torch.floor((1 - gamma) * t).long().tolist()[1:]
+        steps = ours.at_timesteps(t.tolist())
+        assert ours.stops(steps, gamma)[:-1] == [ours.sigmas[t] for t in want], gamma
+
+
+def test_targets():
+    """A step goes down by the timesteps' number divided by that of the steps, and not to where the next one starts."""
+    ours = schedule(**SCALED)
+    steps = ours.steps(3, "ddim", "linspace")
+    assert steps.timesteps == (999, 500, 0) and steps.stride == 333
+    assert ours.targets(steps) == [ours.sigmas[666], ours.sigmas[167], 0]
+    assert ours.targets(steps.last(2)) == [ours.sigmas[167], 0]
+    assert ours.start_of_repeat(steps) == ours.sigmas[833] and ours.start_of_repeat(steps.last(1)) == ours.sigmas[0]
+    leading = ours.steps(3, "ddim", "leading")
+    assert ours.targets(leading) == list(leading.sigmas[1:])
+    for other in (ours.steps(3, "euler", "linspace"), ours.steps(3, "ddim", "linspace", "karras")):
+        assert ours.targets(other) == list(other.sigmas[1:]) and ours.start_of_repeat(other) == other.sigmas[0]
+
+
+def test_runs_through_given_levels():
+    ours = schedule(**SCALED)
+    steps = ours.at_timesteps([999, 500, 1], "ddim")
+    assert steps.sigmas == (ours.sigmas[999], ours.sigmas[500], ours.sigmas[1], 0.0)
+    assert ours.at_sigmas([ours.sigmas[999], ours.sigmas[10], 0.0]).timesteps == pytest.approx((999, 10))
+    for bad in ([], [1000, 1], [5, 5], [1, 5], [5, -1]):
+        with pytest.raises(ValueError, match="must descend and lie in 0"):
+            ours.at_timesteps(bad)
+    for bad in ([], [1.0], [1.0, 1.0], [1.0, -0.1], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="must descend and be at least two"):
+            ours.at_sigmas(bad)
+
+
+def test_what_a_checkpoint_says_of_its_scheduler():
+    read = ScheduleConfig.from_dict
+    assert read({"use_karras_sigmas": True}).sigma_schedule == "karras"
+    assert read({"use_beta_sigmas": True, "use_karras_sigmas": False}).sigma_schedule == "beta"
+    with pytest.raises(ValueError, match="only one of use_karras_sigmas, use_beta_sigmas can hold"):
+        read({"use_karras_sigmas": True, "use_beta_sigmas": True})
+    for key, value in {
+        "use_flow_sigmas": True,
+        "timestep_type": "continuous",
+        "interpolation_type": "log_linear",
+    }.items():
+        with pytest.raises(ValueError, match=f"{key}={value!r} is not supported"):
+            read({key: value})
+    with pytest.raises(ValueError, match="final_sigmas_type='one' is not supported"):
+        read({"final_sigmas_type": "one"})
+    dpm = {"_class_name": "DPMSolverMultistepScheduler"}
+    assert read(dpm | {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}).not_followed == ()
+    assert read(dpm | {"solver_order": 3, "solver_type": "heun"}).not_followed == (
+        "solver_order=3",
+        "solver_type='heun'",
+    )
+    assert read({"_class_name": "EulerDiscreteScheduler", "solver_order": 3}).not_followed == ()
+    assert read({"_class_name": "PNDMScheduler", "skip_prk_steps": False}).not_followed == ("skip_prk_steps=False",)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        c
+        for name, c in vars(diffusers).items()
+        if name.endswith("Scheduler") and any(name in s.schedulers for s in SAMPLERS.values())
+    ],
+)
+def test_the_defaults_of_every_scheduler_are_followed(scheduler):
+    saved = dict(scheduler().config) | {"_class_name": scheduler.__name__, "clip_sample": False}
+    config = ScheduleConfig.from_dict(saved)
+    assert config.sigma_schedule == "default"
+    assert config.not_followed == (("skip_prk_steps=False",) if scheduler is diffusers.PNDMScheduler else ())
+
+
+def test_ddim_ends_where_the_checkpoint_says():
+    last = schedule(**SCALED, set_alpha_to_one=False)
+    assert last.steps(10, "ddim").sigmas[-1] == last.sigmas[0]
+    assert last.steps(10, "euler").sigmas[-1] == 0
+
+
+def test_sigma_and_timestep_are_inverse():
+    ours = schedule(**SCALED)
+    for t in (0.0, 0.5, 1.0, 333.3, 998.9, 999.0):
+        low, high = int(t), min(int(t) + 1, 999)
+        sigma = ours.sigmas[low] ** (1 - t % 1) * ours.sigmas[high] ** (t % 1)
+        assert ours.timestep(sigma) == pytest.approx(t, abs=1e-5)
+    assert ours.timestep(0.0) == 0 and ours.timestep(1e9) == 999
+
+
+def test_the_last_steps_of_a_run():
+    steps = schedule(**SCALED).steps(10, "ddim")
+    assert steps.last(3).timesteps == steps.timesteps[7:] and steps.last(3).sigmas == steps.sigmas[7:]
+    assert len(steps.last(0)) == 0
+
+
+@pytest.mark.parametrize("count", [0, -1, 1001])
+def test_impossible_numbers_of_steps(count):
+    with pytest.raises(ValueError, match=rf"{count} steps: the model was trained on 1000 timesteps; choose 1 to 1000"):
+        schedule(**SCALED).steps(count)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="schedule 'sideways' is unknown; choose one of default, karras"):
+        schedule(**SCALED).steps(3, "euler", schedule="sideways")
+    with pytest.raises(ValueError, match="'sideways' is unknown"):
+        schedule(**SCALED).steps(3, "euler", "sideways")
+    for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
+        with pytest.raises(ValueError, match=f"{key}='nonsense' is not supported"):
+            schedule(**{key: "nonsense"})
+
+
+@pytest.mark.parametrize("change", [{"beta_start": "x"}, {"trained_betas": []}, {"num_train_timesteps": "many"}])
+def test_values_of_the_wrong_kind_are_one_line(change):
+    with pytest.raises(ValueError) as error, readable("scheduler config"):
+        schedule(**change).steps(1)
+    assert "\n" not in str(error.value)

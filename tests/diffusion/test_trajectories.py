@@ -1,0 +1,417 @@
+"""Every step of every sampler against diffusers, for one model function and the same injected noise.
+
+The model is a smooth function of its input and the timestep, so that hundreds of whole runs take seconds. It is asked
+through the library's own denoiser, which scales its input and reads its answer, as diffusers' schedulers do theirs.
+"""
+
+import math
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from unittest import mock
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from oracle import normal, relative_error
+from stable_diffusion.diffusion.denoiser import consistency, denoiser, given
+from stable_diffusion.diffusion.guidance import stages
+from stable_diffusion.diffusion.samplers import SAMPLERS, options
+from stable_diffusion.diffusion.schedule import GRIDS, SPACINGS, Schedule
+from stable_diffusion.models.config import ScheduleConfig
+from stable_diffusion.text.encode import Conditioning
+
+SHAPE, MOST = (2, 4, 4, 4), 25
+START, NOISE = normal(*SHAPE, seed=1), normal(2 * MOST, *SHAPE, seed=2)
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COUNTS = (1, 2, 4, 10, 25)
+BOUND = 1e-5
+
+
+class ForNumPy2:
+    """These two classes hand tensors to NumPy functions, which NumPy 2 does not take."""
+
+    def _sigma_to_t(self, sigma, log_sigmas):
+        return super()._sigma_to_t(np.asarray(sigma), np.asarray(log_sigmas))
+
+
+class KDPM2(ForNumPy2, diffusers.KDPM2DiscreteScheduler):
+    pass
+
+
+class KDPM2Ancestral(ForNumPy2, diffusers.KDPM2AncestralDiscreteScheduler):
+    pass
+
+
+CLASSES = {
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpm2": KDPM2,
+    "dpm2_a": KDPM2Ancestral,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_sde": diffusers.DPMSolverSDEScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+    "tcd": diffusers.TCDScheduler,
+}
+OF_CLASS = {
+    "ddim": {"clip_sample": False},
+    "ddpm": {"clip_sample": False},
+    "pndm": {"skip_prk_steps": True},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+def make(name: str, **config) -> diffusers.SchedulerMixin:
+    return CLASSES[name](**SCALED | OF_CLASS.get(name, {}) | config)
+
+
+def model(xp, z, t: float):
+    """The network: bounded, smooth, and different at every place and time."""
+    return xp.tanh(1.2 * z - 0.3 * z[..., ::-1].copy() if xp is np else 1.2 * z - 0.3 * z[..., ::-1]) + 0.3 * math.sin(
+        t / 150
+    )
+
+
+def unet(z: mx.array, t: float, context: mx.array, **_) -> mx.array:
+    return model(mx, z, t)
+
+
+def ours(name: str, config: dict, count: int, start: int = 0, custom: dict | None = None, **chosen) -> list[np.ndarray]:
+    """The states after every step, in variance-preserving scale, the initial one first."""
+    schedule, sampler = Schedule(ScheduleConfig.from_dict(config)), SAMPLERS[name]
+    steps = schedule.steps(count, sampler.grid)
+    if custom:
+        by_time = "timesteps" in custom
+        steps = (
+            schedule.at_timesteps(custom["timesteps"], sampler.grid)
+            if by_time
+            else schedule.at_sigmas(custom["sigmas"])
+        )
+    scale = schedule.initial_scale(steps, sampler.grid)
+    steps = steps.last(count - start)
+    x = scale * mx.array(START) if not start else mx.array(IMAGE) + steps.sigmas[0] * mx.array(START)
+    asked = stages(len(steps), SHAPE[0], Conditioning(mx.zeros((1, 1, 1))), None, 1.0)
+    denoise = denoiser(unet, schedule, steps, mx.float32, asked)
+    if sampler.consistency:
+        denoise = consistency(denoise, schedule, steps)
+    chosen = options(sampler, **chosen)
+    told = given(sampler, schedule, steps, chosen) | chosen
+    states = [x, *sampler.run(denoise, x, steps.sigmas, lambda i, shape: mx.array(NOISE[i]), **told)]
+    return [np.array(x) / math.sqrt(s**2 + 1) for x, s in zip(states, steps.sigmas, strict=True)]
+
+
+IMAGE = normal(*SHAPE, seed=3)
+
+
+class Float64:
+    """NumPy or torch, but who asks it for float32 gets float64."""
+
+    def __init__(self, library):
+        self.library, self.float32 = library, library.float64
+
+    def __getattr__(self, name: str):
+        return getattr(self.library, name)
+
+
+class Brownian:
+    """In place of DPMSolverSDE's noise: increments of one motion, to the middle of a step and then over all of it."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.draws = (torch.from_numpy(noise).to(dtype) for noise in NOISE)
+        self.halves: list[torch.Tensor] = []
+
+    def __call__(self, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if not self.halves:
+            self.halves = [next(self.draws), next(self.draws)]
+            return self.halves[0]
+        (first, second), self.halves = self.halves, []
+        middle = (sigma * target) ** 0.5
+        return ((sigma - middle) ** 0.5 * first + (middle - target) ** 0.5 * second) / (sigma - target) ** 0.5
+
+
+@contextmanager
+def patched(scheduler, float64: bool):
+    """A scheduler's module with our noise for its own, and if asked, with float64 for float32."""
+    module = next(c.__module__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers."))
+    draws = (torch.from_numpy(noise) for noise in NOISE)
+    with ExitStack() as stack:
+        new = {"randn_tensor": lambda *_, **__: next(draws)}
+        if float64:
+            new |= {"np": Float64(np), "torch": Float64(torch)}
+        for name, value in new.items():
+            stack.enter_context(mock.patch(f"{module}.{name}", value, create=True))
+        yield
+
+
+def begin(name: str, scheduler, start: int) -> torch.Tensor:
+    """Let the scheduler begin at its step ``start``; returns the timesteps from there."""
+    if name == "lms":  # see test_from_the_middle
+        scheduler.sigmas, timesteps, start = scheduler.sigmas[start:], scheduler.timesteps[start:], 0
+    elif name == "pndm" and start:
+        left = scheduler.timesteps[1 + start :]
+        timesteps = torch.cat([left[:2], left[1:]])
+    else:
+        timesteps = scheduler.timesteps[start * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * scheduler.order)
+    return timesteps
+
+
+def theirs(name, scheduler, count, start=0, custom=None, float64=False, **at_step) -> list[np.ndarray]:
+    """The same from a scheduler of diffusers."""
+    float64 = float64 or name in IN_FLOAT64
+    dtype = torch.float64 if float64 else torch.float32
+    noise, states = torch.from_numpy(START).to(dtype), []
+
+    def keep(x: torch.Tensor, index: int) -> None:
+        level = float(scheduler.sigmas[index]) if name in EXPLODING else 0.0
+        states.append((x / math.sqrt(level**2 + 1)).numpy())
+
+    with patched(scheduler, float64):
+        scheduler.set_timesteps(**custom or {"num_inference_steps": count})
+        timesteps = begin(name, scheduler, start)
+        scheduler.noise_sampler = Brownian(dtype)
+        x = noise * scheduler.init_noise_sigma
+        if start:
+            x = scheduler.add_noise(torch.from_numpy(IMAGE).to(dtype), noise, timesteps[:1].repeat(len(x)))
+        keep(x, getattr(scheduler, "begin_index", 0))
+        for i, t in enumerate(timesteps):
+            z = scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.from_numpy(model(np, z.numpy(), float(t))), t, x, **at_step).prev_sample
+            half = not getattr(scheduler, "state_in_first_order", True) and i < len(timesteps) - 1
+            if not half and not (name == "pndm" and i == 0 and len(timesteps) > 1):
+                keep(x, getattr(scheduler, "step_index", 0))
+    return states
+
+
+# Their state is x0 + sigma * noise; that of the others is divided by sqrt(sigma^2 + 1).
+EXPLODING = ("euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_sde")
+
+# In float32 these lose digits in their coefficients, which are differences of nearly equal numbers: dpm2_a takes
+# sqrt(s^2 - up^2) where up is nearly s (7e-5 of the result of two steps), deis t (log t - log c - 1) at both ends of a
+# step (2e-5). So diffusers computes them in float64 here; ours are float32 latents with float64 coefficients always.
+IN_FLOAT64 = ("dpm2_a", "deis")
+
+
+def compare(name, counts=COUNTS, start=0, custom=None, float64=False, at_step=None, chosen=None, **config) -> None:
+    errors = {}
+    for count in counts:
+        scheduler = make(name, **config)
+        want = theirs(name, scheduler, count, start, custom, float64, **at_step or {})
+        have = ours(name, dict(scheduler.config), count, start, custom, **chosen or {})
+        assert len(have) == len(want) == count - start + 1
+        errors[count] = max(relative_error(a, b) for a, b in zip(have, want, strict=True))
+    assert max(errors.values()) <= BOUND, errors
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_step(name, prediction, spacing):
+    compare(name, prediction_type=prediction, timestep_spacing=spacing)
+
+
+# (sampler, spacing) where diffusers has curves; those of the multistep family do not depend on the spacing
+CURVE_CASES = [
+    (name, spacing)
+    for name in CLASSES
+    if "use_karras_sigmas" in make(name).config
+    for spacing in (SPACINGS[:1] if GRIDS[SAMPLERS[name].grid].full_range else SPACINGS)
+]
+
+
+@pytest.mark.parametrize("curve", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name, spacing", CURVE_CASES)
+def test_every_step_along_a_curve(name, spacing, prediction, curve):
+    # In a single step along a curve, DEIS stands still in diffusers: its end is the curve's last level, which is the
+    # first one too. Here it goes to the first training sigma, as without a curve.
+    counts = COUNTS[1:] if name == "deis" else COUNTS
+    compare(name, counts, prediction_type=prediction, timestep_spacing=spacing, **{f"use_{curve}_sigmas": True})
+
+
+@pytest.mark.parametrize("start", [1, 4, 9])
+@pytest.mark.parametrize("name", CLASSES)
+def test_from_the_middle(name, start):
+    """Image to image, as its pipelines in diffusers start it, with two exceptions.
+
+    There LMS takes the weights of its full order with a history that is still empty, and PNDM comes one step too late
+    to the timesteps that its history stands for. Here both start as they do at the beginning, so here their schedulers
+    are handed the rest of the run as a whole one.
+    """
+    compare(name, [10], start, timestep_spacing="leading", steps_offset=1)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    "name", ["euler", "heun", "lms", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis", "lcm", "tcd"]
+)
+def test_models_that_predict_the_sample(name, spacing):
+    compare(name, prediction_type="sample", timestep_spacing=spacing, float64=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["euler", "euler_a", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
+)
+def test_zero_terminal_snr(name):
+    """The first sigma is infinite, or 4096 where diffusers caps it; a model of such noise predicts v."""
+    compare(
+        name, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, float64=True
+    )
+
+
+@pytest.mark.parametrize("curve", ["karras", "exponential"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc"])
+def test_zero_terminal_snr_along_a_curve(name, curve):
+    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    compare(name, **config, float64=True, **{f"use_{curve}_sigmas": True})
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", ["ddim", "tcd"])
+def test_eta(name, spacing, eta):
+    compare(name, at_step={"eta": eta}, chosen={"eta": eta}, timestep_spacing=spacing)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_run_that_ends_at_the_first_sigma(name, spacing):
+    compare(name, timestep_spacing=spacing, final_sigmas_type="sigma_min")
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_the_end_that_stable_diffusion_asks_for(name):
+    compare(name, set_alpha_to_one=False, steps_offset=1)
+
+
+@pytest.mark.parametrize("name, order", [("unipc", 1), ("unipc", 3), ("deis", 1), ("deis", 3)])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_other_orders(name, order, prediction):
+    compare(name, chosen={"order": order}, solver_order=order, prediction_type=prediction)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_other_orders_of_lms(order):
+    compare("lms", at_step={"order": order}, chosen={"order": order})
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "lcm", "tcd"])
+def test_custom_timesteps(name):
+    compare(name, [5], custom={"timesteps": [999, 799, 459, 19, 1]})
+
+
+def test_custom_sigmas():
+    compare("euler", [5], custom={"sigmas": [14.615, 6.3, 2.2, 0.55, 0.1, 0.0]})
+
+
+def test_the_squared_cosine():
+    for name in ("euler", "ddim", "unipc"):
+        compare(name, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", float64=True)
+
+
+# k-diffusion's samplers that diffusers does not have, in its own variables: t = -log(sigma), in float64.
+
+
+def k_dpmpp_2s_ancestral(denoise, x, sigmas, noise, eta):
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        up = min(target, eta * math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2))
+        down = math.sqrt(target**2 - up**2)
+        if down == 0:
+            x = x + (x - x0) / sigma * (down - sigma)
+        else:
+            t, t_next = -math.log(sigma), -math.log(down)
+            h, middle = t_next - t, math.exp(-(t + t_next) / 2)
+            x0 = denoise(middle / sigma * x - math.expm1(-h / 2) * x0, middle)
+            x = down / sigma * x - math.expm1(-h) * x0
+        yield (x := x + noise[i] * up)
+
+
+def k_dpmpp_2m_sde(denoise, x, sigmas, noise, eta):
+    old, h_last = None, None
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        if target == 0:
+            x = x0
+        else:
+            h = math.log(sigma / target)
+            gain = -math.expm1(-h - eta * h)
+            x = target / sigma * math.exp(-eta * h) * x + gain * x0
+            if old is not None:
+                x = x + 0.5 * gain * (h / h_last) * (x0 - old)
+            x = x + noise[i] * target * math.sqrt(-math.expm1(-2 * eta * h))
+            h_last = h
+        old = x0
+        yield x
+
+
+def k_dpmpp_3m_sde(denoise, x, sigmas, noise, eta):
+    old, older, h_1, h_2 = None, None, None, None
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        if target == 0:
+            yield x0
+            return
+        h = math.log(sigma / target)
+        h_eta = h * (eta + 1)
+        x = math.exp(-h_eta) * x - math.expm1(-h_eta) * x0
+        phi_2 = math.expm1(-h_eta) / h_eta + 1
+        if h_2 is not None:
+            r_0, r_1 = h_1 / h, h_2 / h
+            d_0, d_1 = (x0 - old) / r_0, (old - older) / r_1
+            d = d_0 + (d_0 - d_1) * r_0 / (r_0 + r_1)
+            x = x + phi_2 * d - (phi_2 / h_eta - 0.5) * (d_0 - d_1) / (r_0 + r_1)
+        elif h_1 is not None:
+            x = x + phi_2 * (x0 - old) / (h_1 / h)
+        yield (x := x + noise[i] * target * math.sqrt(-math.expm1(-2 * h * eta)))
+        old, older, h_1, h_2 = x0, old, h, h_1
+
+
+REFERENCES = {
+    "dpmpp_2s_a": k_dpmpp_2s_ancestral,
+    "dpmpp_2m_sde": k_dpmpp_2m_sde,
+    "dpmpp_3m_sde": k_dpmpp_3m_sde,
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("curve", ["default", "karras", "exponential"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_k_diffusion(name, curve, eta):
+    schedule = Schedule(ScheduleConfig(**SCALED))
+    for count in COUNTS:
+        sigmas = schedule.steps(count, SAMPLERS[name].grid, schedule=curve).sigmas
+        x = sigmas[0] * START
+
+        def denoise(x, sigma):
+            z = x / math.sqrt(sigma**2 + 1)
+            return x - sigma * model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
+
+        draw = lambda i, shape: mx.array(NOISE[i])  # noqa: E731
+        have = list(SAMPLERS[name].run(denoise, mx.array(x), sigmas, draw, eta=eta))
+        want = list(REFERENCES[name](denoise, x.astype(np.float64), sigmas, NOISE, eta))
+        assert len(have) == len(want) == count
+        assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND
+
+
+@pytest.mark.parametrize("count", [15, 25])
+def test_third_order_multistep(count):
+    """Without noise dpmpp_3m_sde is DPM-Solver++(3M), as diffusers has it for 15 steps and more.
+
+    Its "heun" is about the second step, which is of second order.
+    """
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SCALED, solver_order=3, solver_type="heun")
+    want = theirs("dpmpp_3m_sde", scheduler, count)
+    have = ours("dpmpp_3m_sde", dict(scheduler.config), count, eta=0.0)
+    assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND

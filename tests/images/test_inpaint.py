@@ -1,0 +1,339 @@
+"""Masks, crops and borders: what is read, what is worked on, and which pixels come back untouched."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stable_diffusion.images.image import fit
+from stable_diffusion.images.inpaint import Canvas, canvas, expand, prepare, read_mask
+
+SIZE = (96, 64)
+NATIVE = 64
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> Image.Image:
+    """White in a box (left, top, right, bottom), black elsewhere."""
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+HALF = np.zeros((SIZE[1], SIZE[0]), dtype=np.uint8)
+HALF[:, 48:] = 1  # the right half
+
+
+def _palette() -> Image.Image:
+    image = Image.fromarray(HALF)
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    return image
+
+
+def _rgba(colour: int, alpha: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack([np.full_like(HALF, colour)] * 3 + [alpha]))
+
+
+MASKS = {
+    "grey.png": (Image.fromarray(HALF * 255), 0, 255),
+    "between.png": (Image.fromarray(HALF * 80 + 20), 20, 100),
+    "bits.png": (Image.fromarray(HALF.astype(bool)), 0, 255),
+    "palette.png": (_palette(), 0, 255),
+    "deep.png": (Image.fromarray(HALF.astype(np.uint16) * 65535), 0, 255),
+    "faint.png": (Image.fromarray(HALF.astype(np.uint16) * 0x4000), 0, 64),  # never stretched to the whole range
+    "rgb.png": (Image.fromarray(np.dstack([HALF * 255] * 3)), 0, 255),
+    "red.png": (Image.fromarray(np.dstack([HALF * 255, HALF * 0, HALF * 0])), 0, 76),  # its brightness, ITU-R 601
+    "alpha.png": (_rgba(255, HALF * 255), 0, 255),
+    "transparent_white.png": (_rgba(255, HALF * 0), 0, 0),
+    "half_transparent.png": (_rgba(255, HALF * 128), 0, 128),
+    "opaque_black.png": (_rgba(0, HALF * 0 + 255), 0, 0),
+    "grey_alpha.png": (Image.fromarray(np.dstack([HALF * 0 + 200, HALF * 255])).convert("LA"), 0, 200),
+    "lossy.jpg": (Image.fromarray(HALF * 255), 0, 255),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_every_kind(tmp_path, name):
+    image, left, right = MASKS[name]
+    image.save(tmp_path / name)
+    mask = read_mask(tmp_path / name, SIZE)
+    assert (mask.mode, mask.size) == ("L", SIZE)
+    values = array(mask)
+    assert set(values[:, :40].flat) == {left} and set(values[:, 56:].flat) == {right}
+
+
+def test_a_mask_that_lies_on_its_side(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: what is stored on the left is the top
+    Image.fromarray(HALF * 255).save(tmp_path / "photo.png", exif=exif)
+    values = array(read_mask(tmp_path / "photo.png", (64, 96)))
+    assert (values[:48] == 0).all() and (values[48:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(48, 32), (192, 128), (97, 64), (30, 20), (900, 600)])
+def test_a_mask_of_another_size_is_resized(tmp_path, size):
+    rectangle((size[0] // 2, 0, *size), size).save(tmp_path / "mask.png")
+    values = array(read_mask(tmp_path / "mask.png", SIZE))
+    assert values.shape == (64, 96)
+    assert (values[:, :44] == 0).all() and (values[:, 52:] == 255).all()
+    assert (np.diff(values, axis=1) >= 0).all()  # no ringing: black stays black up to the edge
+
+
+@pytest.mark.parametrize("size", [(64, 96), (64, 64), (100, 64), (1, 1)])
+def test_a_mask_of_another_aspect_ratio(tmp_path, size):
+    rectangle((0, 0, 1, 1), size).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=rf"mask .*mask.png of {size[0]}x{size[1]} does not fit an image of 96x64"):
+        read_mask(tmp_path / "mask.png", SIZE)
+
+
+def test_files_that_are_no_masks(tmp_path):
+    (tmp_path / "text.png").write_text("white")
+    with pytest.raises(ValueError, match=r"text\.png is not an image"):
+        read_mask(tmp_path / "text.png", SIZE)
+    with pytest.raises(ValueError, match=r"no image at .*none\.png"):
+        read_mask(tmp_path / "none.png", SIZE)
+    with pytest.raises(ValueError, match="is a folder"):
+        read_mask(tmp_path, SIZE)
+
+
+# --- black and white changed, soft edges -----------------------------------------------------------------------------
+
+
+def test_inverted():
+    values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0]) % 256
+    mask = Image.fromarray(values.astype(np.uint8))
+    assert np.array_equal(array(prepare(mask, invert=True)), 255 - values)
+    assert np.array_equal(array(prepare(prepare(mask, invert=True), invert=True)), values)
+    assert np.array_equal(array(prepare(mask)), values)
+
+
+@pytest.mark.parametrize("blur", [0.5, 2, 5])
+def test_soft_edges_end_within_three_deviations(blur):
+    values = array(prepare(rectangle((48, 0, 96, 64)), blur=blur))
+    reach = math.ceil(3 * blur) + 1
+    assert (values[:, : 48 - reach] == 0).all() and (values[:, 48 + reach :] == 255).all()
+    assert (np.diff(values, axis=1) >= 0).all()
+    middle = values[:, 48 - reach : 48 + reach].astype(float)
+    assert len(set(middle[0])) >= 3 and 100 <= middle.mean() <= 155
+    # the deviation of the step's slope
+    slope = np.diff(values[0].astype(float)) / 255
+    where = np.arange(1, 96) - 0.5 - 47.5
+    assert math.sqrt((slope * where**2).sum()) == pytest.approx(blur, rel=0.2)
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_blur_leaves_what_is_the_same_everywhere(level):
+    assert set(array(prepare(Image.new("L", SIZE, level), blur=9)).flat) == {level}
+
+
+def test_inverted_before_it_is_blurred():
+    mask = rectangle((0, 0, 48, 64))
+    together, apart = prepare(mask, invert=True, blur=3), prepare(prepare(mask, invert=True), blur=3)
+    assert np.array_equal(array(together), array(apart))
+
+
+# --- what is worked on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, width, height, worked_on",
+    [
+        ((96, 64), None, None, (96, 64)),
+        ((97, 65), None, None, (96, 64)),
+        ((30, 20), None, None, (96, 64)),
+        ((512, 256), None, None, (184, 88)),  # at most twice as large as what the model was trained on
+        ((96, 64), 128, None, (128, 88)),
+        ((96, 64), None, 128, (192, 128)),
+        ((96, 64), 64, 64, (64, 64)),
+    ],
+)
+def test_sizes_without_a_mask(size, width, height, worked_on):
+    place = canvas(noise(*size), None, width, height, NATIVE)
+    assert place.size == place.picture.size == worked_on
+    assert place.box == (0, 0, *worked_on) and place.mask is None
+    assert place.part(place.picture) is place.picture
+
+
+@pytest.mark.parametrize("size", [(96, 64), (97, 65), (101, 67), (30, 20), (300, 200)])
+def test_a_masked_picture_keeps_its_size(size):
+    picture, mask = noise(*size), rectangle((3, 3, 10, 10), size)
+    place = canvas(picture, mask, None, None, NATIVE)
+    assert place.picture is picture and place.mask is mask and place.box == (0, 0, *size)
+    assert not any(side % 8 for side in place.size) and min(place.size) >= 64
+    assert place.part(picture).size == place.part(mask).size == place.size
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+def test_a_masked_picture_that_is_given_a_size(resize):
+    """Mask and picture stay together, and around a fitted picture nothing is made anew."""
+    picture, mask = Image.new("RGB", SIZE, (0, 0, 0)), rectangle((24, 16, 72, 48))
+    picture.paste((255, 255, 255), (24, 16, 72, 48))
+    place = canvas(picture, mask, 128, 128, NATIVE, resize=resize)
+    assert place.size == place.picture.size == place.mask.size == (128, 128)
+    values = array(place.mask)
+    inside = np.asarray(place.picture)[..., 0] > 128
+    if resize == "pad":
+        inside[:22] = inside[-22:] = False  # the white around it
+    assert ((values > 128) != inside).mean() < 0.02
+    assert (values[:3] == 0).all() and values[64, 64] == 255
+    assert (np.diff(values[64, :64]) >= 0).all() and (np.diff(values[:64, 64]) >= 0).all()  # no ringing
+
+
+@pytest.mark.parametrize(
+    "box, padding, cropped",
+    [
+        ((40, 24, 56, 40), 0, (40, 24, 56, 40)),
+        ((40, 24, 56, 40), 8, (32, 16, 64, 48)),
+        ((40, 24, 56, 40), 500, (0, 0, 96, 64)),  # more than there is
+        ((0, 0, 16, 16), 4, (0, 0, 24, 24)),  # at a corner it moves inwards and keeps its size
+        ((80, 48, 96, 64), 4, (72, 40, 96, 64)),
+        ((0, 20, 10, 30), 7, (0, 13, 24, 37)),
+        ((86, 20, 96, 30), 7, (72, 13, 96, 37)),
+        ((40, 30, 41, 31), 0, (40, 30, 41, 31)),  # one pixel
+        ((40, 30, 41, 31), 16, (24, 14, 57, 47)),
+        ((20, 30, 60, 31), 0, (20, 10, 60, 50)),  # a line is widened to the aspect ratio of the model
+        ((30, 10, 31, 50), 2, (8, 8, 52, 52)),
+        ((0, 0, 96, 64), 0, (0, 0, 96, 64)),
+        ((0, 30, 96, 31), 0, (0, 0, 96, 64)),
+    ],
+)
+def test_the_part_around_a_mask(box, padding, cropped):
+    picture, mask = noise(*SIZE), rectangle(box)
+    place = canvas(picture, mask, None, None, NATIVE, padding=padding)
+    assert place.box == cropped and place.picture is picture and place.mask is mask
+    width, height = cropped[2] - cropped[0], cropped[3] - cropped[1]
+    assert place.size == ((64, 64) if width == height else (80, 64))
+    part = place.part(picture)
+    assert part.size == place.size
+    assert np.array_equal(array(part), array(fit(picture.crop(cropped), *place.size, mode="stretch")))
+
+
+@pytest.mark.parametrize("width, height", [(256, 128), (128, 256), (192, None), (None, 192), (256, 256)])
+def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
+    """The aspect ratio of the box is that of what is worked on, and the area is the one asked for."""
+    place = canvas(noise(400, 300), rectangle((200, 150, 220, 170), (400, 300)), width, height, 128, padding=5)
+    wanted = (width or 128, height or 128)
+    box = (place.box[2] - place.box[0], place.box[3] - place.box[1])
+    assert min(box) == 30 and box[0] / box[1] == pytest.approx(wanted[0] / wanted[1], rel=0.05)
+    assert place.size == wanted
+
+
+def test_grey_counts_as_masked():
+    mask = Image.new("L", SIZE)
+    mask.paste(1, (40, 20, 50, 30))
+    assert canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0).box == (40, 20, 50, 30)
+
+
+@pytest.mark.parametrize("padding", [0, 10, 1000])
+def test_nothing_to_crop_to(padding):
+    with pytest.raises(ValueError, match="mask is black everywhere"):
+        canvas(noise(*SIZE), Image.new("L", SIZE), None, None, NATIVE, padding=padding)
+
+
+def test_hints_go_with_the_picture():
+    """A hint of the picture's own size, or twice as large, is cut where the picture is cut."""
+    picture = noise(*SIZE)
+    place = canvas(picture, rectangle((64, 32, 96, 64)), None, None, NATIVE, padding=0)
+    assert place.box == (64, 32, 96, 64)
+    assert np.array_equal(array(place.part(picture)), array(picture.crop(place.box).resize((64, 64), 1)))
+    large = Image.new("RGB", (192, 128))
+    large.paste((200, 100, 0), (128, 64, 192, 128))
+    assert (array(place.part(large))[10:, 10:] == (200, 100, 0)).all()
+    # of another aspect ratio it comes to the picture's as the picture itself would
+    square = Image.new("RGB", (64, 64), (0, 0, 255))
+    padded = Canvas(picture, None, (0, 0, *SIZE), SIZE).part(square, "pad")
+    assert (array(padded)[:, :15] == 255).all() and (array(padded)[:, 17:79] == (0, 0, 255)).all()
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(96, 64), (97, 65), (131, 77), (50, 40)])
+@pytest.mark.parametrize("padding", [None, 0, 7])
+@pytest.mark.parametrize("blur", [0, 1.5])
+def test_kept_pixels_are_the_very_same(size, padding, blur):
+    picture = noise(*size)
+    mask = prepare(rectangle((20, 10, 40, 31), size), blur=blur)
+    place = canvas(picture, mask, None, None, NATIVE, padding=padding)
+    made = Image.new("RGB", place.size, (10, 200, 30))
+    result, values = place.finish(made), array(mask)
+    assert result.size == size
+    assert np.array_equal(array(result)[values == 0], array(picture)[values == 0])
+    assert (array(result)[values == 255] == (10, 200, 30)).all() and (values == 255).any()
+    assert not np.array_equal(array(picture)[values == 255], array(result)[values == 255])
+
+
+def test_grey_blends():
+    picture, mask = Image.new("RGB", SIZE, (200, 0, 100)), Image.new("L", SIZE, 64)
+    result = canvas(picture, mask, None, None, NATIVE).finish(Image.new("RGB", SIZE, (0, 200, 100)))
+    assert np.abs(array(result) - (200 - 50.2, 50.2, 100)).max() <= 1
+
+
+@pytest.mark.parametrize("padding", [None, 4])
+def test_without_compositing_it_is_what_was_made(padding):
+    place = canvas(noise(97, 65), rectangle((20, 10, 33, 31), (97, 65)), None, None, NATIVE, padding=padding)
+    made = noise(*place.size, seed=1)
+    assert place.finish(made, composite=False) is made
+    assert canvas(noise(96, 64), None, None, None, NATIVE).finish(made) is made
+
+
+def test_black_keeps_everything_and_white_nothing():
+    picture = noise(97, 65)
+    made = noise(96, 64, seed=1)
+    for level, want in ((0, picture), (255, fit(made, 97, 65, mode="stretch"))):
+        place = canvas(picture, Image.new("L", picture.size, level), None, None, NATIVE)
+        assert place.size == (96, 64) and np.array_equal(array(place.finish(made)), array(want))
+
+
+def test_what_was_made_comes_back_where_it_belongs():
+    """A picture that is worked on and not changed is itself again, but for the resizing."""
+    x, y = np.meshgrid(np.linspace(0, 255, 120), np.linspace(0, 255, 90))
+    picture = Image.fromarray(np.rint(np.dstack([x, y, 255 - x])).astype(np.uint8))
+    place = canvas(picture, rectangle((70, 50, 110, 80), (120, 90)), None, None, NATIVE, padding=3)
+    result = place.finish(place.part(picture))
+    assert np.abs(array(result) - array(picture)).max() <= 6
+
+
+# --- borders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("borders", [(8, 0, 0, 0), (0, 5, 0, 0), (0, 0, 3, 0), (0, 0, 0, 9), (1, 2, 3, 4), (64,) * 4])
+def test_borders(borders):
+    left, top, right, bottom = borders
+    picture = noise(*SIZE)
+    wider, mask = expand(picture, None, borders)
+    assert wider.size == mask.size == (96 + left + right, 64 + top + bottom)
+    assert (wider.mode, mask.mode) == ("RGB", "L")
+    inner = (left, top, left + 96, top + 64)
+    assert np.array_equal(array(wider.crop(inner)), array(picture))
+    assert array(mask.crop(inner)).max() == 0
+    assert (array(mask) == 255).sum() == mask.width * mask.height - 96 * 64
+    rows, columns = np.clip(np.arange(wider.height) - top, 0, 63), np.clip(np.arange(wider.width) - left, 0, 95)
+    assert np.array_equal(array(wider), array(picture)[rows][:, columns])  # the last pixels, again and again
+
+
+def test_borders_around_a_mask():
+    _, mask = expand(noise(*SIZE), rectangle((10, 10, 20, 20)), (8, 0, 0, 0))
+    values = array(mask)
+    assert (values[:, :8] == 255).all() and (values[10:20, 18:28] == 255).all()
+    assert (values == 255).sum() == 8 * 64 + 100
+
+
+def test_borders_come_back_around_the_very_picture():
+    picture = noise(61, 43)
+    wider, mask = expand(picture, None, (5, 0, 30, 7))
+    place = canvas(wider, mask, None, None, NATIVE)
+    result = place.finish(Image.new("RGB", place.size, (1, 2, 3)))
+    assert result.size == (96, 50)
+    assert np.array_equal(array(result.crop((5, 0, 66, 43))), array(picture))
+    assert (array(result)[43:] == (1, 2, 3)).all() and (array(result)[:, 66:] == (1, 2, 3)).all()

@@ -1,0 +1,140 @@
+"""Every way in which trainers name and factor their changes gives the outputs of diffusers with peft, or of LyCORIS."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+import loras
+from loras import KINDS, make, write
+from oracle import relative_error
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import attach, fuse
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def sd1(sd1_folder):
+    return loras.load(sd1_folder, "sd1")
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder):
+    return loras.load(xl_folder, "xl")
+
+
+@pytest.fixture(params=["sd1", "xl"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def check(model, path, wanted, scale=1.0, unchanged=()):
+    """Both ways of applying the file give ``wanted``, and the model is then as it was."""
+    before, lora = model.ours(), read_lora(path)
+    for way in ("attach", "fuse"):
+        networks = model.networks
+        undo = attach(networks, lora, scale).detach if way == "attach" else fuse(networks, [(lora, scale)]).unfuse
+        for name, value in model.ours().items():
+            assert relative_error(value, wanted[name]) <= TOLERANCE, name
+        undo()
+    after = model.ours()
+    for name, value in before.items():
+        assert (value == after[name]).all()
+        assert name in unchanged or relative_error(value, wanted[name]) > 100 * TOLERANCE, (
+            f"{name} hardly changes: nothing is tested"
+        )
+
+
+def through_diffusers(model, path, scale=1.0):
+    model.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="it")
+    model.pipe.set_adapters("it", scale)
+    try:
+        return model.theirs()
+    finally:
+        model.pipe.unload_lora_weights()
+
+
+# What its converters get wrong is left to test_kinds; and where names are plain, a part of the layers says enough.
+def few(network, path):
+    return any(part in path for part in ("attentions.1", "text_model.encoder.layers.1", "resnets.1.conv"))
+
+
+READ_BY_DIFFUSERS = dict.fromkeys(loras.NAMES, few)
+READ_BY_DIFFUSERS["kohya-original"] = lambda network, path: not path.startswith("add_embedding")
+
+
+@pytest.mark.parametrize("names", ["kohya", "kohya-sd1", "kohya-original", "peft", "processor", "linear-layer"])
+def test_names(model, names, tmp_path):
+    if names == "kohya-original" and model.family != "xl":
+        names = "kohya-sd1"
+    alpha = None if names in ("processor", "linear-layer", "peft") else loras.ALPHA
+    tensors, _ = make(model, names, alpha=alpha, only=READ_BY_DIFFUSERS[names])
+    path = write(tmp_path, tensors)
+    check(model, path, through_diffusers(model, path, 0.7), 0.7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(model, kind, tmp_path):
+    tensors, deltas = make(model, "kohya", kind, only=few if model.family == "xl" else lambda network, path: True)
+    with loras.changed(model, deltas, -0.6):
+        wanted = model.theirs()
+    check(model, write(tmp_path, tensors), wanted, -0.6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("lengths_of", ["rows", "columns"])
+def test_dora(sd1, kind, lengths_of, tmp_path):
+    tensors, deltas = make(sd1, "kohya", kind, dora=lengths_of, only=few)
+    with loras.changed(sd1, deltas, 0.4):
+        wanted = sd1.theirs()
+    check(sd1, write(tmp_path, tensors), wanted, 0.4)
+
+
+# As diffusers' training scripts do it: peft in the networks, saved by the pipeline with its settings.
+TRAINED = {
+    "alpha": {"lora_alpha": 6},
+    "rslora": {"lora_alpha": 6, "use_rslora": True},
+    "patterns": {"lora_alpha": 6},
+    "dora": {"lora_alpha": 6, "use_dora": True},
+}
+PATTERNS = {
+    "unet": {"alpha_pattern": {"attn1.to_q": 2}, "rank_pattern": {"attn2.to_k": 2}},
+    "text_encoder": {"alpha_pattern": {"fc1": 1}},
+    "text_encoder_2": {"alpha_pattern": {"layers.0.mlp.fc1": 1}},
+}
+TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "q_proj", "fc1"]
+
+
+@pytest.mark.parametrize("settings", TRAINED)
+def test_trained_with_diffusers(model, settings, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    saved = {}
+    try:
+        for network, module in model.modules.items():
+            patterns = PATTERNS[network] if settings == "patterns" else {}
+            config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **TRAINED[settings], **patterns)
+            module.add_adapter(config, "it")
+            for name, parameter in module.named_parameters():
+                if "lora_magnitude_vector" in name:
+                    parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+                elif "lora_" in name:
+                    parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            saved[f"{network}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="it")
+            saved[f"{network}_lora_adapter_metadata"] = module.peft_config["it"].to_dict()
+        wanted = model.theirs()
+        type(model.pipe).save_lora_weights(tmp_path, **saved)
+    finally:
+        model.pipe.unload_lora_weights()
+    check(model, tmp_path, wanted)
+
+
+def test_trained_with_peft_alone(sd1, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv2"], init_lora_weights=False)
+    peft = get_peft_model(sd1.pipe.unet, config)
+    try:
+        wanted = sd1.theirs() | {"text_encoder": sd1.ours()["text_encoder"]}
+        peft.save_pretrained(tmp_path)
+    finally:
+        peft.unload()
+    check(sd1, tmp_path, wanted, unchanged=("text_encoder",))

@@ -1,0 +1,263 @@
+"""The names in LoRA files lead to the layers of the published models; where LoRAs may lie; which are few-step."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from configs import REAL_TEXT_ENCODERS, REAL_UNETS
+from stable_diffusion.lora.files import locate, read_lora, shape_of
+from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key
+from stable_diffusion.models.layers import GroupNorm
+from stable_diffusion.weights.load import build
+from tests.hub_server import Hub, safetensors
+
+ROOT = Path(__file__).parents[2]
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, GroupNorm)
+
+
+def layers(network: str, config: dict) -> dict[str, nn.Module]:
+    return {path: layer for path, layer in build(network, config).named_modules() if isinstance(layer, _LAYERS)}
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, dict[str, list[int]]]:
+    return json.loads(gzip.decompress((ROOT / "tests/data/published_names.json.gz").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "listed, model",
+    {
+        "UNET-v1-SD": "sd15",
+        "UNET-v1-Inpainting": "sd15-inpainting",
+        "UNET-v2-SD": "sd21",
+        "UNET-XL-SD": "sdxl-base",
+        "UNET-XL-Refiner": "sdxl-refiner",
+    }.items(),
+)
+def test_original_names_of_published_unets(listed, model, published):
+    """Every weight of the published file is found under the name that kohya's trainer makes of it, one to one."""
+    ours = layers("unet", REAL_UNETS[model])
+    names = layer_names("unet", ours)
+    found = {}
+    for name, shape in published[listed].items():
+        if name.endswith(".weight"):
+            key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.lora_down.weight"
+            network, layer, role = read_key(key)
+            assert (network, role) == ("unet", "down")
+            path = names[layer]
+            assert list(shape_of(ours[path])) == shape[: max(2, ours[path].weight.ndim)], name
+            found[path] = name
+    assert found.keys() == ours.keys()
+
+
+@pytest.mark.parametrize("model", REAL_UNETS)
+def test_no_name_is_that_of_two_layers(model):
+    ours = layers("unet", REAL_UNETS[model])
+    names = layer_names("unet", ours)
+    assert all(names[path.replace(".", "_")] == path for path in ours)
+    assert set(names.values()) == ours.keys()
+    attentions = sum(path.endswith("to_out.0") for path in ours)
+    assert len(names) == 2 * len(ours) + 2 * attentions  # theirs and the original's, and to_out without its slot
+
+
+def test_published_few_step_loras_of_xl_change_788_layers():
+    """LCM, Lightning and Hyper-SD: everything but the first and last convolution and the embeddings."""
+    ours = layers("unet", REAL_UNETS["sdxl-base"])
+    matrices = [path for path, layer in ours.items() if layer.weight.ndim > 1]
+    assert len([path for path in matrices if "_embedding" not in path and path not in ("conv_in", "conv_out")]) == 788
+
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+KOHYA = BLOCK.replace(".", "_")
+TEXT = "text_model.encoder.layers.3"
+SPELLINGS = {
+    # kohya's sd-scripts: SD 1 with diffusers' blocks, XL with the original ones
+    f"lora_unet_{KOHYA}_attn1_to_out_0.lora_down.weight": f"{BLOCK}.attn1.to_out.0",
+    "lora_unet_down_blocks_1_attentions_0_proj_in.alpha": "down_blocks.1.attentions.0.proj_in",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_ff_net_0_proj.lora_up.weight": f"{BLOCK}.ff.net.0.proj",
+    "lora_unet_output_blocks_2_2_conv.hada_w1_a": "up_blocks.0.upsamplers.0.conv",
+    "lora_unet_input_blocks_1_0_in_layers_2.hada_w2_b": "down_blocks.0.resnets.0.conv1",
+    "lora_unet_middle_block_1_proj_out.lokr_w1": "mid_block.attentions.0.proj_out",
+    "lora_unet_input_blocks_3_0_op.lora_mid.weight": "down_blocks.0.downsamplers.0.conv",
+    "lora_te1_text_model_encoder_layers_3_mlp_fc1.lora_down.weight": f"{TEXT}.mlp.fc1",
+    "lora_te2_text_model_encoder_layers_3_self_attn_q_proj.dora_scale": f"{TEXT}.self_attn.q_proj",
+    "lora_te2_text_projection.lora_down.weight": "text_projection",
+    "lora_te_text_model_encoder_layers_3_self_attn_out_proj.lora_up.weight": f"{TEXT}.self_attn.out_proj",
+    # diffusers and PEFT, through the years
+    f"unet.{BLOCK}.attn1.to_q.lora_A.weight": f"{BLOCK}.attn1.to_q",
+    f"unet.{BLOCK}.attn1.to_q.lora_B.default.weight": f"{BLOCK}.attn1.to_q",
+    f"unet.{BLOCK}.attn2.to_out.0.lora.down.weight": f"{BLOCK}.attn2.to_out.0",
+    f"{BLOCK}.attn1.processor.to_q_lora.down.weight": f"{BLOCK}.attn1.to_q",
+    f"unet.{BLOCK}.attn2.processor.to_out_lora.up.weight": f"{BLOCK}.attn2.to_out.0",
+    f"base_model.model.{BLOCK}.attn1.to_k.lora_A.weight": f"{BLOCK}.attn1.to_k",
+    "base_model.model.text_model.encoder.layers.3.self_attn.q_proj.lora_A.weight": f"{TEXT}.self_attn.q_proj",
+    "text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora.up.weight": f"{TEXT}.self_attn.out_proj",
+    "text_encoder.text_model.encoder.layers.3.mlp.fc2.lora_linear_layer.down.weight": f"{TEXT}.mlp.fc2",
+    "text_encoder_2.encoder.layers.3.mlp.fc2.lora_A.weight": f"{TEXT}.mlp.fc2",
+    "unet.down_blocks.1.attentions.0.proj_in.lora_magnitude_vector": "down_blocks.1.attentions.0.proj_in",
+    # others
+    "diffusion_model.input_blocks.1.0.in_layers.0.diff": "down_blocks.0.resnets.0.norm1",
+    "lora_unet_down_blocks_1_attentions_0_norm.b_norm": "down_blocks.1.attentions.0.norm",
+    "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight": f"{BLOCK}.attn1.to_q",
+    "lycoris_down_blocks_1_attentions_0_proj_in.lokr_w2_a": "down_blocks.1.attentions.0.proj_in",
+}
+
+
+def test_spellings():
+    unet = layers("unet", REAL_UNETS["sdxl-base"])
+    text = layers("text_encoder_2", REAL_TEXT_ENCODERS["sdxl-2"])
+    names = {
+        "unet": layer_names("unet", unet),
+        "text_encoder": layer_names("text_encoder", text),
+        "text_encoder_2": layer_names("text_encoder_2", text),
+    }
+    for name, path in SPELLINGS.items():
+        network, layer, _ = read_key(name)
+        assert names[network].get(layer) == path, name
+        second = "te2" in name or "encoder_2" in name
+        assert network == ("unet" if "blocks" in path or "block." in path else f"text_encoder{'_2' if second else ''}")
+
+
+@pytest.mark.parametrize(
+    "name", ["unet.conv_in.weight", "emb_params", "lora_unet_conv_in.oft_blocks", "a.lora_C.weight"]
+)
+def test_other_names_are_none_of_a_lora(name):
+    assert read_key(name) is None
+
+
+EULER = {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0}
+DDIM = {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0}
+LCM = {"sampler": "lcm", "num_steps": 4, "cfg_weight": 1.0}
+CACHE = "/home/me/.cache/huggingface/hub"
+
+
+@pytest.mark.parametrize(
+    "path, wanted",
+    {
+        "loras/sdxl_lightning_4step_lora.safetensors": EULER | {"num_steps": 4},
+        "sdxl_lightning_8step_lora.safetensors": EULER | {"num_steps": 8},
+        "Hyper-SD15-8steps-lora.safetensors": DDIM | {"num_steps": 8},
+        "hyper_sdxl_2step.safetensors": DDIM | {"num_steps": 2},
+        "Hyper-SDXL-12steps-CFG-lora.safetensors": DDIM | {"num_steps": 12, "cfg_weight": 5.0},
+        "Hyper-SDXL-1step-lora.safetensors": {"sampler": "tcd", "eta": 1.0, "num_steps": 1, "cfg_weight": 0.0},
+        f"{CACHE}/models--latent-consistency--lcm-lora-sdv1-5/snapshots/1f/pytorch_lora_weights.safetensors": LCM,
+        "loras/lcm-lora-sdxl/pytorch_lora_weights.safetensors": LCM,
+        "LCM_LoRA_SDXL.safetensors": LCM,
+        "lcm-lora-sdxl/lightning_bolts.safetensors": None,
+        "hyperrealism_sd15.safetensors": None,
+        "pytorch_lora_weights.safetensors": None,
+        "calm-lora.safetensors": None,
+        f"{CACHE}/models--someone--style/snapshots/1f/pytorch_lora_weights.safetensors": None,
+    }.items(),
+)
+def test_few_step_loras(path, wanted):
+    assert few_step_defaults(path, {}) == wanted
+
+
+def test_few_step_loras_are_known_by_what_is_written_in_them():
+    assert few_step_defaults("renamed.safetensors", {"ss_output_name": "lcm_lora_sd15"}) == LCM
+    assert few_step_defaults("renamed.safetensors", {"modelspec.title": "SDXL Lightning 2-step"})["num_steps"] == 2
+    assert few_step_defaults("renamed.safetensors", {"ss_output_name": "watercolour"}) is None
+
+
+# --- where it may lie ------------------------------------------------------------------------------------------------
+
+
+def small(**extra) -> bytes:
+    key = "unet.conv_in.lora_{}.weight"
+    return safetensors(**{key.format("A"): mx.ones((1, 4, 3, 3)), key.format("B"): mx.ones((8, 1, 1, 1))}, **extra)
+
+
+def test_files_and_folders(tmp_path):
+    file, folder, peft = tmp_path / "style.safetensors", tmp_path / "saved", tmp_path / "peft"
+    for path in (file, folder / "pytorch_lora_weights.safetensors", peft / "adapter_model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(small())
+    (peft / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "r": 1}))
+    assert locate(file) == locate(str(file)) == file
+    assert locate(folder) == folder / "pytorch_lora_weights.safetensors"
+    assert read_lora(folder).changes[0].multiplier == 1
+    assert read_lora(peft).changes[0].multiplier == 3
+    (peft / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_lora(peft)
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such.safetensors", "./no/such", "/no/such", "~/no/such", "such.safetensors", "such"]
+)
+def test_missing_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no LoRA at") as error:
+        locate(name)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_lora(tmp_path):
+    (tmp_path / "vae.safetensors").write_bytes(safetensors(**{"decoder.conv_in.weight": mx.ones(3)}))
+    (tmp_path / "nan.safetensors").write_bytes(small(**{"unet.conv_in.alpha": mx.array(float("nan"))}))
+    (tmp_path / "two.safetensors").write_bytes(small(**{"unet.conv_in.alpha": mx.ones(2)}))
+    (tmp_path / "cut.safetensors").write_bytes(small()[:-1])
+    for name, match in {
+        "vae.safetensors": "is not a LoRA: it holds decoder.conv_in.weight",
+        "nan.safetensors": "has alpha nan for unet.conv_in",
+        "two.safetensors": "has alpha nan for unet.conv_in",
+        "cut.safetensors": "is damaged",
+        "": "holds no LoRA: it has no pytorch_lora_weights.safetensors",
+    }.items():
+        with pytest.raises(ValueError, match=match) as error:
+            read_lora(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+CLIENT = """
+import sys
+from stable_diffusion.lora.files import read_lora
+for source in sys.argv[1:]:
+    try:
+        lora = read_lora(source)
+        print(lora.path.name, lora.changes[0].multiplier)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_hub(tmp_path):
+    def run(*sources: str) -> list[str]:
+        settings = {
+            "HF_HOME": str(tmp_path),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        settings |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+        command = [sys.executable, "-c", CLIENT, *sources]
+        done = subprocess.run(command, env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    with Hub() as hub:
+        hub.add("me/saved", {"pytorch_lora_weights.safetensors": small()})
+        hub.add("me/many", {"a.safetensors": small(), "sub/b.safetensors": small(), "c.safetensors": small()})
+        settings = json.dumps({"lora_alpha": 3}).encode()
+        hub.add("me/peft", {"adapter_model.safetensors": small(), "adapter_config.json": settings})
+        sources = ["me/saved", "me/many:sub/b.safetensors", "me/peft"]
+        found = run(*sources, "me/many", "me/none")
+        assert found[:3] == [
+            "pytorch_lora_weights.safetensors 1.0",
+            "b.safetensors 1.0",
+            "adapter_model.safetensors 3.0",
+        ]
+        assert "me/many is not a LoRA: it has no pytorch_lora_weights.safetensors" in found[3]
+        assert "me/none" in found[4] and len(found) == 5
+        assert "c.safetensors" not in hub.fetched()
+        hub.requests.clear()
+        assert run(*sources) == found[:3]
+        assert hub.requests == []

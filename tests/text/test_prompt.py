@@ -1,0 +1,306 @@
+"""The prompt language: weights, alternatives, blocks, and text that only looks like them."""
+
+import random
+import re
+import time
+
+import pytest
+
+from stable_diffusion.text.prompt import Part, Piece, blocks, expand, parts, pieces
+from stable_diffusion.text.wildcards import read_wildcards
+
+BREAK = (None, 1.0)
+TEXTS = {
+    "a red cat": [("a red cat", 1)],
+    "": [("", 1)],
+    "a (cat:1.3) b": [("a ", 1), ("cat", 1.3), (" b", 1)],
+    "a (cat):1.3 b": [("a ", 1), ("cat", 1.3), (" b", 1)],
+    "a (cat): b": [("a ", 1), ("cat", 1.1), (": b", 1)],
+    "a (cat):1.5x": [("a ", 1), ("cat", 1.1), (":1.5x", 1)],
+    "(cat)": [("cat", 1.1)],
+    "((cat))": [("cat", 1.1 * 1.1)],
+    "[cat]": [("cat", 1 / 1.1)],
+    "(a [b] (c:2) d:0.5)": [("a ", 0.5), ("b", 0.5 / 1.1), ("c", 1.0), (" d", 0.5)],
+    "(cat:0) (dog:-1.5)": [("cat", 0), ("dog", -1.5)],
+    "(cat:1)s": [("cats", 1)],
+    "a sign saying: open :)": [("a sign saying: open :)", 1)],
+    "cat:1.3, 3:2": [("cat:1.3, 3:2", 1)],
+    r"a \(cat\) \[b\] \{c\} \\": [("a (cat) [b] {c} \\", 1)],
+    r"(smile \:\):1.2)": [("smile :)", 1.2)],
+    "((cat": [("((cat", 1)],
+    "cat)]}": [("cat)]}", 1)],
+    "([cat)]": [("[cat", 1.1), ("]", 1)],
+    "a BREAK b": [("a ", 1), BREAK, (" b", 1)],
+    "(a BREAK b:2)": [("a ", 2), BREAK, (" b", 2)],
+    "BREAKFAST": [("BREAKFAST", 1)],
+    r"\BREAK": [("BREAK", 1)],
+    "(cat:abc)": [("cat:abc", 1.1)],
+    "(cat:1.2.3)": [("cat:1.2.3", 1.1)],
+    "(cat:0.00001)": [("cat", 1e-5)],
+    "(cat:123456789012)": [("cat", 123456789012)],
+    "(cat:1234567890123)": [("cat:1234567890123", 1.1)],
+    "a __colour__ cat": [("a __colour__ cat", 1)],
+    r"\__colour__": [("__colour__", 1)],
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces(text):
+    found = pieces(text)
+    assert [p.text for p in found] == [t for t, _ in TEXTS[text]]
+    assert [p.weight for p in found] == pytest.approx([w for _, w in TEXTS[text]])
+
+
+def test_alternatives_give_every_prompt_in_order():
+    assert expand("a {red|blue} {cat|dog}") == ["a red cat", "a red dog", "a blue cat", "a blue dog"]
+    assert expand("[cat | dog] x") == ["cat  x", " dog x"]
+    assert expand("a {red|{light|dark} blue} cat") == ["a red cat", "a light blue cat", "a dark blue cat"]
+    assert expand("({a|b}:1.5)") == ["(a:1.5)", "(b:1.5)"]
+    assert expand("a cat | a dog") == [r"a cat \| a dog"] and pieces(r"a cat \| a dog") == [Piece("a cat | a dog")]
+    assert expand("plain") == ["plain"]
+
+
+def test_alternatives_by_chance_are_repeated_by_their_seed():
+    text = "{a|b|c|d} {e|f|g|h}"
+    chosen = {expand(text, seed)[0] for seed in range(200)}
+    assert chosen == set(expand(text))
+    assert all(len(expand(text, seed)) == 1 and expand(text, seed) == expand(text, seed) for seed in range(5))
+
+
+@pytest.mark.parametrize("text", ["(a:0.00001)", "(a:123456789012.5)", "[a:b:0.0000001]", "(a:-0.00000000000000001)"])
+def test_numbers_are_written_as_they_are_read(text):
+    (again,) = expand(text)
+    assert "e" not in again and parts(again) == parts(text)
+    assert [pieces(part.text) for part in parts(again)] == [pieces(part.text) for part in parts(text)]
+
+
+LISTS = {
+    "colour": ["red", "{light|dark} blue"],
+    "animal": ["cat", "(dog:1.5)", "__colour__ bird"],
+    "odd/one": ["a | b: c)"],
+    "two": ["__one-way__ x"],
+    "one-way": ["__two__"],
+    "self": ["__self__"],
+    "nested": ["__absent__"],
+    "none": [],
+}
+
+
+def lists(name: str) -> list[str]:
+    if name not in LISTS:
+        raise ValueError(f"there is no {name}")
+    return LISTS[name]
+
+
+def wild(text: str, seed: int | None = None) -> list[str]:
+    return expand(text, seed, lists)
+
+
+def test_a_wildcard_stands_for_the_lines_of_its_list():
+    assert wild("a __colour__ cat") == ["a red cat", "a light blue cat", "a dark blue cat"]
+    animals = ["cat", "(dog:1.5)", "red bird", "light blue bird", "dark blue bird"]
+    assert wild("__animal__") == animals
+    assert wild("__colour__ __animal__") == [f"{c} {a}" for c in ("red", "light blue", "dark blue") for a in animals]
+    assert wild("(__colour__:0.5)") == ["(red:0.5)", "(light blue:0.5)", "(dark blue:0.5)"]
+    assert wild("(a):0.5__colour__")[0] == "(a:0.5)red"
+    assert wild("{a|__colour__}") == ["a", "red", "light blue", "dark blue"]
+    assert wild("[__colour__:x:0.5]")[0] == "[red:x:0.5]"
+    assert wild("__colour____colour__")[0] == "redred" and wild("_a__colour___")[0] == "_ared_"
+    assert wild("__odd/one__") == [r"a \| b: c\)"] and pieces(r"a \| b: c\)") == [Piece("a | b: c)")]
+
+
+@pytest.mark.parametrize("text", ["__ colour__", "____", "_colour_", "__col our__", "__colour_", "___", "__(colour)__"])
+def test_what_only_looks_like_a_wildcard_is_text(text):
+    assert wild(text) == expand(text)
+
+
+def test_without_lists_a_wildcard_is_text():
+    assert expand("a __colour__ {x|y}") == ["a __colour__ x", "a __colour__ y"]
+    assert wild(r"a \__colour__") == [r"a \__colour__"] and pieces(r"\__colour__") == [Piece("__colour__")]
+
+
+def test_wildcards_by_chance_are_repeated_by_their_seed():
+    text = "a __colour__ __animal__ or {a|b}"
+    chosen = {wild(text, seed)[0] for seed in range(500)}
+    assert chosen == set(wild(text))
+    assert all(wild(text, seed) == wild(text, seed) for seed in range(5))
+    # A list chooses as its lines do where they are written out.
+    for seed in range(20):
+        assert wild("__colour__ {a|b}", seed) == expand("{red|{light|dark} blue} {a|b}", seed)
+
+
+def test_wildcards_that_cannot_be_read_are_named():
+    with pytest.raises(ValueError, match=r"__two__ leads back to itself \(two -> one-way -> two\)"):
+        wild("a __two__")
+    with pytest.raises(ValueError, match=r"__self__ leads back to itself \(self -> self\)"):
+        wild("__self__", seed=0)
+    with pytest.raises(ValueError, match=r"^there is no absent$"):
+        wild("__absent__")
+    with pytest.raises(ValueError, match=r"^there is no absent; __nested__ asks for it$"):
+        wild("__nested__")
+    with pytest.raises(ValueError, match="__none__ has no lines"):
+        wild("__none__")
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_wildcards_within_wildcards_have_limits(seed):
+    def chain(line: str, last: str, length: int):
+        return lambda name: [line.format(int(name) + 1)] if int(name) < length else [last]
+
+    assert expand("__0__", seed, chain("__{}__", "end", 63)) == ["end"]
+    with pytest.raises(ValueError, match="brackets at __64__ nested more than 64 deep"):
+        expand("__0__", seed, chain("__{}__", "end", 64))
+    with pytest.raises(ValueError, match="nested more than 64 deep"):  # also where it was read nearer to the surface
+        expand("__0__ " + "(" * 10 + "__0__" + ")" * 10, seed, chain("__{}__", "end", 60))
+    with pytest.raises(ValueError, match="__47__ grows beyond 100000 characters"):
+        expand("__0__", seed, chain("__{0}__ __{0}__", "end", 62))
+    with pytest.raises(ValueError, match="__45__ grows beyond 100000 characters"):
+        expand("__0__", seed, chain("__{0}__ __{0}__", "{|}", 60))
+
+
+def test_the_number_of_prompts_counts_wildcards():
+    table = {"a": [str(i) for i in range(100)], "b": ["__a__ __a__", "x"], "c": ["__b__"] * 10}.__getitem__
+    assert len(expand("__a__ __a__", None, table)) == 10_000
+    with pytest.raises(ValueError, match="stand for 10001 prompts; at most 10000"):
+        expand("__b__", None, table)
+    with pytest.raises(ValueError, match="stand for 10003000300010 prompts"):
+        expand("__b__ __c____b__", None, table)
+    assert len(expand("__c__ __c__ __c__ __c__", 0, table)) == 1
+
+
+def test_too_much_is_refused():
+    with pytest.raises(ValueError, match="nested more than 64 deep"):
+        pieces("(" * 100 + "a" + ")" * 100)
+    with pytest.raises(ValueError, match="1000000000000 prompts; at most 10000"):
+        expand("{a|b|c|d|e|f|g|h|i|j}" * 12)
+    with pytest.raises(ValueError, match="1000000000000000 prompts; at most 10000"):
+        expand("{a|b}" * 100_000)
+    for text in ("{a|b}", "[a:b:0.5]"):
+        with pytest.raises(ValueError, match="expand it and take its parts first"):
+            pieces(text)
+
+
+def test_parts_that_guide_together():
+    assert parts("a cat") == [Part("a cat")]
+    assert parts("a cat AND a (dog:2) :0.5 AND x:-1") == [Part("a cat "), Part(" a (dog:2.0) ", 0.5), Part(" x", -1.0)]
+    assert parts("a cat:5") == [Part("a cat:5")]
+    assert parts(r"SAND ANDY \AND (a AND b)") == [Part(r"SAND ANDY \AND (a AND b:1.1)")]
+    assert pieces(r"\AND") == [Piece("AND")]
+
+
+def test_parts_that_change_on_the_way():
+    assert parts("a [red:blue:0.4] cat") == [Part("a red cat", 1, 0, 0.4), Part("a blue cat", 1, 0.4, 1)]
+    assert parts("[cat:.3]") == [Part("", 1, 0, 0.3), Part("cat", 1, 0.3, 1)]
+    assert parts("[cat::0.3]") == [Part("cat", 1, 0, 0.3), Part("", 1, 0.3, 1)]
+    assert parts("[[a:b:0.2]:c:0.6]") == [Part("a", 1, 0, 0.2), Part("b", 1, 0.2, 0.6), Part("c", 1, 0.6, 1)]
+    assert parts("[a:b:0]") == [Part("b")] and parts("[a:b:1]") == [Part("a")]
+    assert parts("[a:b:0.5] AND c") == [Part("a ", 1, 0, 0.5), Part("b ", 1, 0.5, 1), Part(" c")]
+    for text in ("[a:b]", "[a:b:2]", "[a:b:c:0.5]", "[a:b:x]"):
+        assert len(parts(text)) == 1 and pieces(parts(text)[0].text)[0].weight == pytest.approx(1 / 1.1)
+
+
+def test_blocks():
+    found = blocks("picture of:1 small:0.5 cat sitting on:1 big:2 dog")
+    wanted = [("picture of", 1), ("small", 0.5), ("cat sitting on", 1), ("big", 2), ("dog", 1)]
+    assert [(b.text, b.weight) for b in found] == wanted
+    assert blocks("a sign saying: open") == [Piece("a sign saying: open")]
+    assert blocks("") == [Piece("")]
+    assert blocks("cat:-.5") == [Piece("cat", -0.5)]
+
+
+def test_random_text_is_read_or_refused_and_written_stably():
+    """10,000 strings: the documented error or none, no hang, and what is written reads back as the same pieces.
+
+    Each is read with wildcards and without. What comes of a wildcard may hold underscores that are text.
+    """
+    letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
+    letters += ["__", "__a__", "__b/c__", "\\_"]
+    lines = {"a": ["x", "{y|(z:2)}", "__b/c__ w"], "b/c": ["(q", "[s:t:0.5]", r"\__a__"]}
+    generator, refused, start = random.Random(0), 0, time.process_time()
+    for number in range(10_000):
+        text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
+
+        def ask(name: str) -> list[str]:
+            if name not in lines:
+                raise ValueError(f"no wildcard {name}")
+            return lines[name]
+
+        wildcards = ask if number % 2 else None
+        assert all(piece.text is not None for piece in blocks(text))
+        try:
+            prompts = expand(text, wildcards=wildcards)
+        except ValueError as error:
+            assert any(known in str(error) for known in ("nested more than", "at most 10000", "no wildcard"))
+            refused += 1
+            continue
+        for prompt in {prompts[0], prompts[-1], *expand(text, 1, wildcards)}:
+            (again,) = expand(prompt)
+            assert again == prompt or expand(again) == [again]
+            for part, same in zip(parts(prompt), parts(again), strict=True):
+                assert (part.weight, part.start, part.end) == (same.weight, same.start, same.end)
+                assert pieces(part.text) == pieces(same.text)
+    assert refused < 2000
+    assert time.process_time() - start < 120
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 200_000,
+        ")" * 200_000,
+        "(a)" * 50_000,
+        "([" * 60 + "x" * 100_000,
+        "a|" * 50_000,
+        "[a:" + "1" * 100_000 + "x]",
+        "__a" * 50_000,
+        "_" * 200_000,
+    ],
+)
+def test_long_text_takes_linear_time(text):
+    start = time.monotonic()
+    pieces(expand(text, None, lambda name: [name])[0])
+    blocks(text)
+    assert time.monotonic() - start < 20
+
+
+def write(folder, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / f"{name.replace('_in_', '/')}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+
+
+def test_a_folder_of_wildcards(tmp_path):
+    write(tmp_path, hair="\ufeff# of people\nblond\r\n\n  braun, größer \n#red\n", clothes_in_hat="(fez:1.2)\n")
+    lines = read_wildcards(tmp_path)
+    assert lines("hair") == ("blond", "braun, größer") and lines("clothes/hat") == ("(fez:1.2)",)
+    assert expand("__hair__, __clothes/hat__", wildcards=lines) == ["blond, (fez:1.2)", "braun, größer, (fez:1.2)"]
+    assert expand("a cat", wildcards=read_wildcards(str(tmp_path))) == ["a cat"]
+
+
+def test_a_folder_of_wildcards_says_what_is_wrong(tmp_path):
+    write(tmp_path, hair="a", hairs_in_hat="b", coat="c", empty="# only this\n")
+    write(tmp_path.parent, outside="x")
+    lines = read_wildcards(tmp_path)
+    there = re.escape(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"no wildcard __hat__ in {there}; similar there: .*__hair__"):
+        lines("hat")
+    with pytest.raises(ValueError, match=rf"no wildcard __xyz__ in {there}; some there: __coat__, __empty__, __hair__"):
+        lines("xyz")
+    with pytest.raises(ValueError, match="no wildcard __hair/x__"):
+        lines("hair/x")
+    for name in ("../outside", "/etc/hosts", "a/../../outside", ".", "a//b"):
+        with pytest.raises(ValueError, match=f"__{name}__ leaves the folder {there}"):
+            expand(f"__{name}__", wildcards=lines)
+    with pytest.raises(ValueError, match="__empty__ has no lines"):
+        expand("__empty__", wildcards=lines)
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    (tmp_path / "folder.txt").mkdir()
+    for name in ("latin", "folder", "x" * 1000):
+        with pytest.raises(ValueError, match=rf"the wildcard file .*{name}.txt cannot be read .*; give a text file in"):
+            lines(name)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"bare; it holds no .txt files"):
+        read_wildcards(tmp_path / "bare")("a")
+    with pytest.raises(ValueError, match=r"there is no folder of wildcards at .*absent; check the path"):
+        read_wildcards(tmp_path / "absent")

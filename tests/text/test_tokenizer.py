@@ -1,0 +1,397 @@
+"""The tokenizer against the reference (transformers' fast CLIPTokenizer) on a vocabulary trained here."""
+
+import json
+import os
+import random
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import CLIPTokenizer
+
+from stable_diffusion.text.tokenizer import Tokenizer
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+SAMPLE = """
+A photo of an astronaut riding a horse on mars, highly detailed, 8k, trending on artstation; isn't it? We'll see,
+they've said I'm 100% sure he'd do what you're told. The café's naïve crème brûlée — “quoted”, ‘single’ … Ångström.
+Señor, ¿qué tal? Быстрая коричневая лиса прыгает через ленивую собаку. Η γρήγορη καφέ αλεπού. הכלב הקפיץ. مرحبا بالعالم.
+नमस्ते दुनिया 富士山と桜の写真、高解像度。春天的花园里有一只猫。 안녕하세요 세계. สวัสดีชาวโลก. 😀😃🚀🌍👩‍🚀👍🏽 ❤️
+İstanbul'da ÇAY. Straße. 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟘𝟙𝟚 ①②③
+"""
+PICKED = [
+    "",
+    " ",
+    "\n\t  \r\n",
+    "a photo of a cat",
+    "A Photo OF a CAT!!!  ",
+    "don't I'm we'll they've he'd you're it's 'S 'Re 'LL o'clock 'x' ''s '''t",
+    "word'ſ K Å ſ",  # letters whose case folding is an ASCII letter
+    "café cafe\u0301 naïve Ångström Å \u212b",
+    "\u0301", "\u0301\u0316a\u0316\u0301", "x\u0345\u0334", "\u1100\u1161\u11a8", "\u0958", "\ufb01 \u2126",
+    "1234 3.14 ½ ٣ ² Ⅷ ① 𝟘",
+    "İstanbul IĞDIR ΟΔΥΣΣΕΥΣ Σ ΣΑΣ ΌΣΟΣ. ẞ ǅ",
+    "👩‍🚀👍🏽 ❤️ 🇩🇪🏴󠁧󠁢󠁥󠁮󠁧󠁿 \u200d\ufe0f",
+    "富士山と桜の写真。안녕하세요",
+    "zero\u200bwidth\u200cjoin\u200d \ufeffbom \u2060 soft\u00adhyphen",
+    "\x00 a\x00b \x01\x02\x1b[31mred\x7f\x80\x85\x9f",
+    "no\u00a0break\u2003em\u3000wide\u2028line\u2029par\u180emongol\x1cfs\x1fus\x0bvt",
+    "\ufffd\ufffe\uffff\U0010ffff\ue000\U000f0000",
+    BOS, EOS, f"a {BOS} b {EOS}c", f"{EOS}{EOS}", f"!!{BOS}!!", "<|STARTOFTEXT|>", "a<|EndOfText|>b", "!<|ENDOFTEXT|>!",
+    "<|startoftext|", "<|startoftext|><|", "< |startoftext|>", "<|start\u200boftext|>", "'s<|endoftext|>'s",
+    "</w>", "hello</w>", "Ġhello ĠĊ", "cat! dog!! !", "!a!b!",
+]  # fmt: skip
+
+# The special_tokens_map.json and tokenizer_config.json that are found in checkpoints.
+CONFIGS = {
+    "nothing": ({}, {}),
+    "sd1": (
+        {
+            name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
+        }
+        | {"pad_token": EOS},
+        {"pad_token": EOS, "model_max_length": 77, "do_lower_case": True},
+    ),
+    "sd2": (
+        {
+            name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
+        }
+        | {"pad_token": "!"},
+        {
+            name: {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": True, "rstrip": False,
+                   "single_word": False}
+            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
+        }
+        | {"pad_token": EOS, "model_max_length": 77},
+    ),
+    "config only": ({}, {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "model_max_length": 77}),
+    "xl2": (
+        {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "unk_token": EOS},
+        {
+            "added_tokens_decoder": {
+                "0": {"content": "!", "normalized": False, "special": True},
+                "BOS": {"content": BOS, "normalized": True, "special": False},
+                "EOS": {"content": EOS, "normalized": False, "special": False},
+            },
+            "additional_special_tokens": [],
+            "bos_token": BOS, "eos_token": EOS, "pad_token": "!", "unk_token": EOS, "model_max_length": 77,
+        },
+    ),
+    "additional": (
+        {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "additional_special_tokens": ["<cat-toy>", "<Cat"]},
+        {"model_max_length": 1000000000000000019884624838656},
+    ),
+    "textual inversion": (
+        {},
+        {
+            "added_tokens_decoder": {
+                "BOS": {"content": BOS, "normalized": True, "special": True},
+                "EOS": {"content": EOS, "normalized": True, "special": True},
+                "NEW": {"content": "<Cat-Toy>", "normalized": True, "special": False},
+                "NEW2": {"content": "<Cat", "normalized": True, "special": False},
+            },
+            "bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS, "model_max_length": 20,
+        },
+    ),
+}  # fmt: skip
+
+
+def train_bpe(n_merges: int = 3000) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary in CLIP's layout: 256 bytes, 256 final bytes, the merges, start, end."""
+    split = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=n_merges + 512, end_of_word_suffix="</w>", show_progress=False)
+    texts = [SAMPLE] * 3 + [
+        Path(unittest_file).read_text() for unittest_file in (random.__file__, json.__file__, __file__)
+    ]
+    backend.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [char + "</w>" for char in alphabet] + [left + right for left, right in merges] + [BOS, EOS]
+    assert alphabet[0] == "!" and len(alphabet) == 256
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return train_bpe()
+
+
+def write_folder(folder: Path, bpe, special_map: dict | None = None, config: dict | None = None) -> Path:
+    vocab, merges = bpe
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if special_map:
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
+    if config:
+        config = dict(config)
+        ids = {"BOS": vocab[BOS], "EOS": vocab[EOS], "NEW": len(vocab), "NEW2": len(vocab) + 1}
+        if table := config.get("added_tokens_decoder"):
+            config["added_tokens_decoder"] = {str(ids.get(key, key)): token for key, token in table.items()}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def pair(request, bpe, tmp_path_factory):
+    """Ours and the reference, from the same folder."""
+    folder = write_folder(tmp_path_factory.mktemp("clip"), bpe, *CONFIGS[request.param])
+    return Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def plain(bpe, tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("plain"), bpe, *CONFIGS["sd1"])
+    return Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    """Strings whose pieces come from all planes, and more often from where a tokenizer goes wrong."""
+    rng = random.Random(seed)
+    valid = [c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    assigned = [c for c in valid if unicodedata.category(chr(c)) not in ("Cn", "Co")]
+    marks = [c for c in assigned if unicodedata.combining(chr(c))]
+    cased = [c for c in assigned if chr(c).lower() != chr(c)]
+    composed = [c for c in assigned if unicodedata.decomposition(chr(c))]
+    blanks = [c for c in valid if chr(c).isspace()]
+    numbers = [c for c in assigned if unicodedata.category(chr(c)).startswith("N")]
+    pools = [
+        valid,
+        assigned,
+        marks,
+        cased,
+        composed,
+        blanks,
+        numbers,
+        range(0x20, 0x7F),
+        range(0x180),
+        range(0x3130, 0xA000),
+    ]
+    words = [*SAMPLE.split(), BOS, EOS, BOS.upper(), "<|", "|>", "'s", "'LL", "!", "<Cat-Toy>", "<cat-toy>", " "]
+
+    def piece() -> str:
+        if rng.random() < 0.3:
+            return rng.choice(words)
+        pool = rng.choice(pools)
+        return "".join(chr(rng.choice(pool)) for _ in range(rng.randint(1, 6)))
+
+    return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(count)]
+
+
+def assert_equal_ids(ours: Tokenizer, theirs: CLIPTokenizer, texts: list[str]) -> None:
+    expected = theirs(texts, add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, expected, strict=True):
+        assert ours.encode(text) == ids, ascii(text)
+
+
+def test_the_vocabulary_is_worth_testing(bpe):
+    vocab, merges = bpe
+    assert len(merges) > 2000 and len(vocab) == 512 + len(merges) + 2
+
+
+def test_picked_strings(pair):
+    assert_equal_ids(*pair, PICKED)
+
+
+def test_random_strings(pair):
+    assert_equal_ids(*pair, random_texts(1500, seed=1))
+
+
+def test_many_random_strings(plain):
+    assert_equal_ids(*plain, random_texts(6000, seed=2))
+
+
+def test_every_code_point_in_a_word(plain):
+    """Between a letter and a symbol: how that splits tells the class, and the bytes tell case and composition.
+
+    Everything below U+20000; above it is ideographs, private use and nothing: the ends of the blocks and a sample.
+    """
+    ends = [
+        c for end in (0x2A6E0, 0x2B73A, 0x2B81E, 0x2CEA2, 0x2EBE1, 0x3134B, 0x323B0) for c in range(end - 9, end + 20)
+    ]
+    codes = [*range(0x20000), *range(0x20000, sys.maxunicode + 1, 37), *ends]
+    chars = [chr(c) for c in codes if not 0xD800 <= c < 0xE000]
+    assert_equal_ids(*plain, [" ".join(f"a{c}." for c in chars[i : i + 64]) for i in range(0, len(chars), 64)])
+
+
+def test_order_of_combining_marks(plain):
+    marks = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.combining(chr(c))]
+    probes = "\u0301\u0316\u0334\u0345\u093c\u3099\u094d\u302a"
+    assert_equal_ids(*plain, [" ".join(f"e{m}{p} e{p}{m}" for m in marks) for p in probes])
+
+
+@pytest.mark.parametrize("length", [0, 1, 74, 75, 76, 77, 200])
+def test_window(pair, length):
+    ours, theirs = pair
+    text = " ".join(["cat"] * length)
+    expected = theirs(text, padding="max_length", max_length=ours.max_length, truncation=True)["input_ids"]
+    window, cut = ours.window(text)
+    assert window == expected and len(window) == ours.max_length
+    assert cut == " ".join(["cat"] * max(0, length - (ours.max_length - 2)))
+
+
+def test_window_of_random_strings(pair):
+    ours, theirs = pair
+    texts = random_texts(200, seed=3)
+    expected = theirs(texts, padding="max_length", max_length=ours.max_length, truncation=True)["input_ids"]
+    assert [ours.window(text)[0] for text in texts] == expected
+
+
+def test_pad_token_of_each_config(bpe, tmp_path):
+    pads = {}
+    for i, (name, files) in enumerate(CONFIGS.items()):
+        ours = Tokenizer.from_folder(write_folder(tmp_path / str(i), bpe, *files))
+        assert (ours.bos_id, ours.eos_id) == (bpe[0][BOS], bpe[0][EOS])
+        pads[name] = {0: "!", ours.eos_id: EOS}[ours.pad_id]
+    assert pads == {
+        "nothing": EOS,
+        "sd1": EOS,
+        "sd2": "!",
+        "config only": "!",
+        "xl2": "!",
+        "additional": "!",
+        "textual inversion": EOS,
+    }
+    padded = Tokenizer(*bpe, pad_token="!")
+    assert padded.window("")[0] == [padded.bos_id, padded.eos_id] + [0] * 75
+
+
+def test_decode(plain):
+    ours, theirs = plain
+    assert ours.decode([]) == ""
+    for text in ["A photo of  a CAT, isn't it?", "café — 富士山 😀", "1234"]:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.decode(ours.encode("Two words")) == "two words"
+    assert ours.decode(ours.encode("</w>")).replace(" ", "") == "</w>"
+    assert ours.decode([ours.vocab["Ã"]]) == "\ufffd"  # the first byte of é: shown, not refused
+    with pytest.raises(ValueError, match="123456"):
+        ours.decode([123456])
+
+
+def test_tokenize_as_in_mlx_examples(plain):
+    ours, _ = plain
+    ids = ours.encode("a cat")
+    assert ours.tokenize("a cat") == [ours.bos_id, *ids, ours.eos_id]
+    assert ours.tokenize("a cat", prepend_bos=False) == [*ids, ours.eos_id]
+    assert ours.tokenize("a cat", append_eos=False) == [ours.bos_id, *ids]
+    assert ours.tokenize(["a cat", ""]) == [[ours.bos_id, *ids, ours.eos_id], [ours.bos_id, ours.eos_id]]
+    assert len(ours.tokenize("cat " * 100)) == 102
+    assert (ours.bos_token, ours.eos_token) == (ours.bos_id, ours.eos_id)
+
+
+@pytest.mark.parametrize("unit", ["a", "the", "xq", "é", "漢字", "!", "e\u0301"])
+def test_long_words(plain, unit):
+    ours, theirs = plain
+    text = unit * (100_000 // len(unit.encode()))
+    start = time.perf_counter()
+    ids = ours.encode(text)
+    assert time.perf_counter() - start < 20
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_cache_is_bounded_and_harmless(bpe, monkeypatch):
+    monkeypatch.setattr("stable_diffusion.text.tokenizer._CACHED_WORDS", 10)
+    ours = Tokenizer(*bpe)
+    first = ours.encode(SAMPLE)
+    assert ours.encode(SAMPLE) == first == ours.encode(SAMPLE)
+    ours.encode("a" * 5000)
+    assert len(ours._cache) <= 10 and max(map(len, ours._cache)) <= 100
+
+
+def test_bytes_that_the_vocabulary_lacks(bpe, tmp_path):
+    """A vocabulary without some bytes has the end token in their place."""
+    vocab, merges = bpe
+    vocab = {token: i for i, token in enumerate(t for t in vocab if t not in ("z", "z</w>", "q</w>"))}
+    merges = [(a, b) for a, b in merges if {a, b, a + b} <= vocab.keys()]
+    folder = write_folder(tmp_path / "lacking", (vocab, merges), *CONFIGS["sd1"])
+    assert_equal_ids(
+        Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder), ["zz jazz q", "zebra quiz", "z"]
+    )
+
+
+def test_merges_that_reach_a_token_in_two_ways():
+    """The order of the merges decides, not the length of the pieces."""
+    chars = ["a", "b", "c", "a</w>", "b</w>", "c</w>"]
+    merges = [("b", "c</w>"), ("a", "b"), ("ab", "c</w>"), ("a", "bc</w>"), ("a", "a"), ("aa", "a"), ("aa", "aa")]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys([*chars, *(a + b for a, b in merges), BOS, EOS]))}
+    ours, theirs = Tokenizer(vocab, merges), CLIPTokenizer(vocab, merges)
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("abc") for _ in range(rng.randint(1, 12))) for _ in range(500)]
+    assert_equal_ids(ours, theirs, texts + ["a" * n for n in range(1, 20)])
+
+
+def test_what_transformers_5_saves(bpe, tmp_path):
+    """Only tokenizer.json and tokenizer_config.json."""
+    for i, (special_map, config) in enumerate(CONFIGS.values()):
+        theirs = CLIPTokenizer.from_pretrained(write_folder(tmp_path / f"old{i}", bpe, special_map, config))
+        theirs.save_pretrained(tmp_path / f"new{i}")
+        assert not (tmp_path / f"new{i}" / "vocab.json").exists()
+        ours = Tokenizer.from_folder(tmp_path / f"new{i}")
+        theirs = CLIPTokenizer.from_pretrained(tmp_path / f"new{i}")
+        assert_equal_ids(ours, theirs, PICKED + random_texts(100, seed=4))
+        assert ours.pad_id == theirs.pad_token_id
+
+
+def test_lone_surrogates_are_refused(plain):
+    with pytest.raises(ValueError, match="not valid Unicode at character 2") as error:
+        plain[0].encode("ab\udcffc")
+    assert "\n" not in str(error.value)
+
+
+def damage(folder: Path, name: str, content: str | None) -> None:
+    (folder / name).unlink() if content is None else (folder / name).write_text(content, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", None, "vocab.json is missing"),
+        ("merges.txt", None, "merges.txt is missing"),
+        ("vocab.json", "{not json", "vocab.json is not readable as JSON"),
+        ("vocab.json", "[]", "vocab.json holds a list"),
+        ("vocab.json", '{"a": 0}', "special token '<|startoftext|>' is not in the vocabulary"),
+        ("tokenizer_config.json", "", "tokenizer_config.json is not readable"),
+        ("special_tokens_map.json", "\x00", "special_tokens_map.json is not readable"),
+        ("special_tokens_map.json", '{"pad_token": "[PAD]"}', "[PAD]"),
+        ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "has no text"),
+        ("special_tokens_map.json", '{"bos_token": "<s>"}', "CLIP's own"),
+        ("vocab.json", '{"a": "b"}', "vocab.json is not a table"),
+        ("merges.txt", "#version: 0.2\na b c\n", "merges.txt, line 2"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "cannot be used"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "cannot be used"),
+        ("merges.txt", "#version: 0.2\nab\n", "merges.txt, line 2"),
+        ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
+    ],
+)
+def test_broken_folders(bpe, tmp_path, name, content, message):
+    folder = write_folder(tmp_path / "broken", bpe, *CONFIGS["sd1"])
+    damage(folder, name, content)
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_folder(folder)
+    assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_and_bad_arguments(bpe, tmp_path):
+    with pytest.raises(ValueError, match="is missing"):
+        Tokenizer.from_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="max_length 1"):
+        Tokenizer(*bpe, max_length=1)
+    with pytest.raises(ValueError, match=r"\[PAD\]"):
+        Tokenizer(*bpe, pad_token="[PAD]")

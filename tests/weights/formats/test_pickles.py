@@ -1,0 +1,226 @@
+"""torch's files without torch: equal to what torch reads, and nothing in them runs, whatever they hold."""
+
+import gc
+import os
+import sys
+import threading
+import time
+import types
+from collections import OrderedDict
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from stable_diffusion.weights.files import Component, read_tensors
+from stable_diffusion.weights.formats.pickles import load_pickle, read_pickle
+
+ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["archive", "older"])
+DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+LATER = ["uint16", "uint32", "uint64"]  # torch does not read these back from the older format
+
+
+def save(path: Path, value: object, zipped: bool = True) -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def assert_same(ours: mx.array, theirs: torch.Tensor) -> None:
+    """Equal shapes, types (but float64, which becomes float32) and bits."""
+    theirs = theirs.detach()
+    theirs = theirs.float() if theirs.dtype == torch.float64 else theirs
+    assert tuple(ours.shape) == tuple(theirs.shape)
+    assert str(ours.dtype).removeprefix("mlx.core.").rstrip("_") == str(theirs.dtype).removeprefix("torch.")
+    bits = mx.contiguous(ours).reshape(-1).view(mx.uint8)
+    assert np.array(bits).tobytes() == theirs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_as_torch_reads(path: Path) -> None:
+    theirs = torch.load(path, weights_only=True)
+    ours = read_pickle(path)
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert_same(ours[name], tensor)
+
+
+def varied(dtypes: list[str] = DTYPES) -> dict[str, torch.Tensor]:
+    """Tensors of every type, and every way in which one can lie in its storage."""
+    values = torch.randn(60, generator=torch.Generator().manual_seed(1)) * 50
+    grid = values.reshape(4, 15)
+    tensors = {f"type {name}": values.abs().to(getattr(torch, name)) for name in dtypes}
+    tensors |= {"transposed": grid.T, "columns": grid[:, 3:9:2], "row": grid[2], "whole": values, "rows": grid[1:3]}
+    tensors |= {"permuted": values.reshape(3, 4, 5).permute(2, 0, 1), "channels last": torch.randn(2, 3, 4, 5)}
+    tensors["channels last"] = tensors["channels last"].to(memory_format=torch.channels_last)
+    tensors |= {"repeated": torch.ones(1).expand(3, 4), "number": torch.tensor(3.5), "none": torch.empty(0, 3)}
+    tensors |= {"narrow double": torch.arange(10.0, dtype=torch.float64)[2:9:3], "one": values[7:8, None]}
+    tensors["parameter"] = torch.nn.Parameter(torch.ones(2, 3))
+    return tensors
+
+
+@ZIPPED
+def test_every_type_and_every_view(tmp_path, zipped):
+    assert_as_torch_reads(save(tmp_path / "x.ckpt", varied(DTYPES + LATER if zipped else DTYPES), zipped))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_that_torch_can_be_told_to_use(tmp_path, protocol):
+    tensors = {"a": torch.ones(2), "b": torch.arange(6).reshape(2, 3).T}
+    for zipped in (True, False):
+        torch.save(tensors, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        for name, value in read_pickle(tmp_path / "x.pt").items():
+            assert_same(value, tensors[name])
+
+
+@ZIPPED
+def test_the_weights_of_a_module(tmp_path, zipped):
+    """An OrderedDict with the versions of the modules as an attribute; two names for one tensor; buffers."""
+    linear = torch.nn.Linear(4, 4)
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), linear, linear)
+    assert_as_torch_reads(save(tmp_path / "x.bin", module.state_dict(), zipped))
+    assert_as_torch_reads(save(tmp_path / "x.bin", OrderedDict(module.named_parameters()), zipped))
+
+
+def test_shards(tmp_path):
+    tensors = varied()
+    names = list(tensors)
+    files = tuple(
+        save(tmp_path / f"x-{i}.bin", {name: tensors[name] for name in names[i::2]}, zipped=i == 0) for i in (0, 1)
+    )
+    ours = read_tensors(Component("unet", {}, files))
+    assert set(ours) == set(tensors)
+    for name, tensor in tensors.items():
+        assert_same(ours[name], tensor)
+
+
+@ZIPPED
+def test_the_checkpoint_of_a_trainer(tmp_path, monkeypatch, zipped):
+    """As PyTorch Lightning writes it: weights beside callbacks (whose class is a key), optimizer and counters."""
+    path = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(path)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
+    with monkeypatch.context() as patched:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", path):
+            patched.setitem(sys.modules, name, module)
+        weight = torch.nn.Parameter(torch.randn(3, 4))
+        optimizer = torch.optim.AdamW([weight])
+        weight.sum().backward()
+        optimizer.step()
+        score = {"best_model_score": np.float64(0.25), "kept": np.int64(7), "seen": np.bool_(True), "last": None}
+        checkpoint = {
+            "epoch": 3,
+            "global_step": 470000,
+            "callbacks": {module.ModelCheckpoint: {"monitor": "val/loss", "scale": np.float32(1.5), **score}},
+            "optimizer_states": [optimizer.state_dict()],
+            "lr_schedulers": [{"last": [1e-4], "big": 2**40}],
+            "state_dict": OrderedDict({"model.weight": weight, "model.half": torch.ones(3).half()}),
+        }
+        save(tmp_path / "x.ckpt", checkpoint, zipped)
+    ours = read_pickle(tmp_path / "x.ckpt")
+    assert list(ours) == ["model.weight", "model.half"]
+    assert_same(ours["model.weight"], weight)
+    everything = load_pickle(tmp_path / "x.ckpt")
+    assert everything["callbacks"] == {f"{path}.ModelCheckpoint": {"monitor": "val/loss", "scale": 1.5, **score}}
+    assert everything["global_step"] == 470000 and everything["lr_schedulers"] == [{"last": [1e-4], "big": 2**40}]
+    assert_same(everything["optimizer_states"][0]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+@pytest.mark.parametrize("outer", [("state_dict",), ("model",), ("model", "state_dict"), ()])
+def test_wrappers(tmp_path, outer):
+    value = {"weight": torch.ones(2), "step": 7, "more": {"x": torch.ones(1)}, 3: torch.ones(1)}
+    for name in reversed(outer):
+        value = {"epoch": 1, name: value, "other": torch.zeros(3)}
+    ours = read_pickle(save(tmp_path / "x.ckpt", value))
+    assert list(ours) == ["weight"] and ours["weight"].tolist() == [1, 1]
+
+
+def test_plain_values(tmp_path):
+    value = {"list": [1, -2, 2**40, -(2**70), 1.5, True, None, "ü", b"xyz"]}
+    value |= {"tuple": (1, (2,)), "size": torch.Size([2, 3]), "dtype": torch.float16}
+    for zipped in (True, False):
+        ours = load_pickle(save(tmp_path / "x.pt", value, zipped))
+        assert ours == value | {"size": (2, 3), "dtype": "torch.float16"}
+
+
+def test_parameter_dict(tmp_path):
+    """The object in which the first textual inversions keep their vectors: a dict of the parameters."""
+    vectors = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(2))})
+    ours = load_pickle(save(tmp_path / "x.pt", {"string_to_param": vectors, "step": 1}))["string_to_param"]
+    assert type(ours) is dict and list(ours) == ["*"] and ours["*"].tolist() == [1, 1]
+
+
+def test_without_checksums(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert_as_torch_reads(save(tmp_path / "x.ckpt", varied()))
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+# --- laziness --------------------------------------------------------------------------------------------------------
+
+
+def large(path: Path, zipped: bool) -> dict[str, torch.Tensor]:
+    tensors = {f"t{i}": torch.arange(i, i + 500_000, dtype=torch.float32).reshape(500, 1000) for i in range(10)}
+    tensors["transposed"] = tensors["t3"].T
+    save(path, tensors, zipped)
+    return tensors
+
+
+@ZIPPED
+def test_nothing_is_read_before_it_is_needed(tmp_path, zipped):
+    tensors = large(tmp_path / "x.ckpt", zipped)
+    gc.collect()
+    before, descriptors = mx.get_active_memory(), len(os.listdir("/dev/fd"))
+    ours = read_pickle(tmp_path / "x.ckpt")
+    assert mx.get_active_memory() - before < 10_000
+    assert len(os.listdir("/dev/fd")) == descriptors + 1  # one file is open, whatever the number of tensors
+    os.unlink(tmp_path / "x.ckpt")  # what is open can still be read
+    mx.eval(ours["t5"])
+    assert 2_000_000 <= mx.get_active_memory() - before < 2_100_000
+    assert_same(ours["t5"], tensors["t5"])
+    assert_same(ours["transposed"], tensors["transposed"])
+    del ours
+    gc.collect()
+    for _ in range(100):  # MLX's thread may not have let go of what it has just read
+        if len(os.listdir("/dev/fd")) > descriptors:
+            time.sleep(0.02)
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_several_threads_and_files_at_once(tmp_path):
+    tensors = [large(tmp_path / f"{i}.ckpt", zipped=i < 2) for i in range(3)]
+    wrong = []
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            ours = read_pickle(tmp_path / f"{index}.ckpt")
+            mx.eval(ours)
+            wrong.extend(n for n, t in tensors[index].items() if not np.array_equal(np.array(ours[n]), t.numpy()))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("obstacle", ["no temporary files", "no list", "another reader"])
+def test_where_lazy_reading_does_not_work_the_values_are_the_same(tmp_path, monkeypatch, obstacle):
+    tensors = large(tmp_path / "x.ckpt", zipped=True)
+
+    def refuse(*args, **kwargs):
+        raise OSError(obstacle)
+
+    if obstacle == "no temporary files":
+        monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    elif obstacle == "no list":
+        monkeypatch.setattr("os.listdir", lambda path: [])
+    else:  # a version of MLX that does not read from the descriptor it opened
+        monkeypatch.setattr("os.dup2", lambda *args, **kwargs: None)
+    for name, value in read_pickle(tmp_path / "x.ckpt").items():
+        assert_same(value, tensors[name])
