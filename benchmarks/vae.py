@@ -24,11 +24,11 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 import mlx.core as mx
 
 from stable_diffusion.models.config import AutoencoderConfig
-from stable_diffusion.models.tiling import Way, _spans, decode, encode, in_bands, in_tiles, way
+from stable_diffusion.models.tiling import VAEPlan, decode, encode, in_slices, in_tiles, plan, spans
 from stable_diffusion.models.vae import AutoencoderKL
 
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
-_BAND = 2**23  # bytes of a band as the input of a convolution, where tiles are compared with the whole
+_ROWS = 16  # height of a slice, where tiles are compared with the whole
 
 
 def theirs(folder: Path) -> Any:
@@ -56,10 +56,10 @@ def cost(compute: Callable[[], Any]) -> tuple[float, float]:
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
     """Levels of 255 between tiles and the whole, and the largest mean steps between rows at seams and elsewhere."""
-    whole = vae.decode(z, lambda z: in_bands(vae.decoder.layers, z, Way(0, _BAND)))
-    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder, z, Way(0, _BAND, side=side), 1, 8))
+    whole = vae.decode(z, lambda z: in_slices(vae.decoder.layers, z, _ROWS))
+    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, _ROWS, side), 1, 8))
     steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()
-    edges = {8 * e - 1 for start, end, _ in _spans(z.shape[1], side, 8) for e in (start, end)} & set(range(len(steps)))
+    edges = {8 * e - 1 for start, end in spans(z.shape[1], side) for e in (start, end)} & set(range(len(steps)))
     at, elsewhere = max(steps[e] for e in edges), max(s for i, s in enumerate(steps) if i not in edges)
     levels = mx.abs(tiled - whole) * 127.5
     return (
@@ -98,7 +98,8 @@ def main() -> None:
                 f"  {max(peaks) / 1e9:6.3f} GB",
                 flush=True,
             )
-        expected = (way(ours.encoder, x, 8) if args.encode else way(ours.decoder, z, 1)).peak
+        half, shape = ("encoder", x.shape) if args.encode else ("decoder", z.shape)
+        expected = plan(ours.config, half, shape).peak
         print(f"{size} x {size}  this library expected {expected / 1e9:.3f} GB")
         if args.seam:
             print(f"{size} x {size}  {seam(ours, z, size // 16)}", flush=True)

@@ -1,6 +1,6 @@
 """BiT, the ResNet below hybrid vision transformers (Kolesnikov et al. 2020), named as transformers' ``BitBackbone``.
 
-Its convolutions standardise their weights (Qiao et al. 2019) and are padded as TensorFlow pads them ("SAME"): the last
+Its convolutions standardise their weights (Qiao et al. 2019) and are padded as TensorFlow pads them ("SAME"). The last
 stage comes out at a sixteenth of the image's size, rounded up.
 """
 
@@ -11,29 +11,32 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import Supported, check, fields_of
 from .layers import GroupNorm
 
 _NORM_EPS = 1e-5
 _WEIGHT_EPS = 1e-8
 _STAGES = ("stage1", "stage2", "stage3")
 
-# What transformers writes where a file is silent, and the values that are computed here.
-_FIXED: Mapping[str, tuple[Any, tuple]] = {
-    "model_type": ("bit", ("bit",)),
-    "layer_type": ("preactivation", ("bottleneck",)),
-    "global_padding": (None, ("SAME", "same")),
-    "embedding_dynamic_padding": (False, (True,)),
-    "hidden_act": ("relu", ("relu",)),
-    "num_channels": (3, (3,)),
-    "output_stride": (32, (16, 32)),  # below 16 the last stages are dilated
-    "width_factor": (1, (1,)),
-    "out_features": (None, (_STAGES,)),
+_SUPPORTED: Supported = {
+    "model_type": ("bit",),
+    "layer_type": ("bottleneck",),
+    "global_padding": ("SAME", "same"),
+    "embedding_dynamic_padding": (True,),
+    "hidden_act": ("relu",),
+    "num_channels": (3,),
+    "output_stride": (16, 32),  # below 16 the last stages are dilated
+    "width_factor": (1,),
+    "out_features": (_STAGES,),
 }
+# transformers' defaults that are not computed here
+_DEFAULTS = {"layer_type": "preactivation", "global_padding": None, "embedding_dynamic_padding": False}
+_DEFAULTS |= {"out_features": None}
 
 
 @dataclass(frozen=True)
 class BitConfig:
-    """The backbone's part of a depth estimator's ``config.json``; the defaults are those of the hybrid DPT."""
+    """Hold the backbone's part of a depth estimator's config; the defaults are the hybrid DPT's."""
 
     embedding_size: int = 64
     hidden_sizes: tuple[int, ...] = (256, 512, 1024)
@@ -43,7 +46,7 @@ class BitConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "BitConfig":
         """Read ``backbone_config``; ValueError names every key whose value this library cannot compute."""
-        check("depth estimator backbone", raw, _FIXED)
+        check("depth estimator backbone", _DEFAULTS | raw, _SUPPORTED)
         depths = tuple(raw.get("depths") or (3, 4, 6, 3))
         if len(depths) != len(_STAGES):
             raise ValueError(f"depth estimator backbone config: depths={depths!r} (supported: {len(_STAGES)} stages)")
@@ -54,26 +57,14 @@ class BitConfig:
                 f"depth estimator backbone config: hidden_sizes={hidden_sizes!r} (supported: {len(depths)} or more "
                 "multiples of 32)"
             )
-        fields = {key: raw[key] for key in ("embedding_size", "num_groups") if raw.get(key) is not None}
-        return cls(hidden_sizes=hidden_sizes, depths=depths, **fields)
-
-
-def check(kind: str, raw: Mapping[str, Any], fixed: Mapping[str, tuple[Any, tuple]]) -> None:
-    """Raise ValueError for values that are not supported; a key that is absent has its default, the first entry."""
-    problems = []
-    for key, (default, supported) in fixed.items():
-        value = raw.get(key, default)
-        if (tuple(value) if isinstance(value, list) else value) not in supported:
-            problems.append(f"{key}={value!r} (supported: {' or '.join(map(repr, supported))})")
-    if problems:
-        raise ValueError(f"{kind} config: this library cannot compute {'; '.join(problems)}")
+        return cls(**fields_of(cls, raw) | {"hidden_sizes": hidden_sizes, "depths": depths})
 
 
 class WeightStandardizedConv2d(nn.Module):
-    """Convolution without bias whose filters have mean 0 and variance 1 (Qiao et al. 2019), with "SAME" padding.
+    """Convolve with filters of mean 0 and variance 1 (Qiao et al. 2019), without bias and with "SAME" padding.
 
-    The filters are standardised at every call and not at loading: an estimator runs once for a picture, and so the
-    module holds exactly what its file holds. In float32, because half precision has no 1e-8.
+    The filters are standardised at every call and not at loading, so that the module holds exactly what its file holds:
+    an estimator runs once for a picture. It is done in float32, because half precision has no 1e-8.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1):
@@ -96,7 +87,7 @@ def pad_same(x: mx.array, kernel: int, stride: int) -> mx.array:
 
 
 class BitDownsample(nn.Module):
-    """The shortcut of a stage's first block, which changes width and size."""
+    """Project the input of a stage's first block to the width and size of its output."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int):
         super().__init__()
@@ -108,7 +99,7 @@ class BitDownsample(nn.Module):
 
 
 class BitBottleneck(nn.Module):
-    """Bottleneck block (He et al. 2016) with the stride in its 3×3 convolution; the narrow part is a quarter wide."""
+    """Run a bottleneck block (He et al. 2016) with the stride in its 3×3 convolution; its middle is a quarter wide."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, first: bool):
         super().__init__()
@@ -130,7 +121,7 @@ class BitBottleneck(nn.Module):
 
 
 class BitStage(nn.Module):
-    """A run of bottlenecks; every stage but the first halves height and width."""
+    """Run several bottlenecks; every stage except the first halves height and width."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int, groups: int):
         super().__init__()
@@ -147,7 +138,7 @@ class BitStage(nn.Module):
 
 
 class BitEmbeddings(nn.Module):
-    """The stem: pixels [B, H, W, 3] -> [B, H / 4, W / 4, C]."""
+    """Embed pixels in the stem: [B, H, W, 3] -> [B, H / 4, W / 4, C]."""
 
     def __init__(self, config: BitConfig):
         super().__init__()
@@ -161,7 +152,7 @@ class BitEmbeddings(nn.Module):
 
 
 class BitBackbone(nn.Module):
-    """Pixels [B, H, W, 3] -> the maps of the three stages, at a 4th, an 8th and a 16th of the size."""
+    """Compute the maps of the three stages from pixels [B, H, W, 3], at a 4th, an 8th and a 16th of the size."""
 
     def __init__(self, config: BitConfig):
         super().__init__()

@@ -13,7 +13,7 @@ _ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
 
 @dataclass
 class CLIPOutput:
-    """What an encoder says of a prompt.
+    """Hold the outputs of a text encoder.
 
     ``last_hidden_state`` [B, N, C] is normalised; ``hidden_states`` holds the embeddings and every layer's output,
     none of them normalised; ``pooled_output`` [B, C or projection_dim] is the state at the end-of-text token,
@@ -26,7 +26,7 @@ class CLIPOutput:
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Compute causal multi-head self-attention."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -48,7 +48,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    """The two-layer perceptron of an encoder layer."""
+    """Run the two-layer perceptron of an encoder layer."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -61,7 +61,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Run a pre-norm transformer layer."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -76,9 +76,9 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Token plus position. Both are looked up by call, so that either table may be quantized.
+    """Embed tokens and add their positions. Both tables are called, so that either may be quantized.
 
-    Ids from the vocabulary's size on are words that were added later, whose vectors stand in a table of their own.
+    Ids from the vocabulary's size on are words that were added later, whose vectors stand in a separate table.
     """
 
     def __init__(self, config: CLIPTextConfig):
@@ -90,7 +90,7 @@ class CLIPEmbeddings(nn.Module):
         self._added = mx.zeros((0, config.hidden_size))
 
     def add(self, vectors: mx.array) -> list[int]:
-        """Add the vectors [n, C] of a new word; returns their ids."""
+        """Add the vectors [n, C] of a new word and return their ids."""
         if vectors.shape[1] != self._added.shape[1]:
             raise ValueError(f"vectors of width {vectors.shape[1]} do not fit a text encoder of {self._added.shape[1]}")
         first = self._vocabulary + len(self._added)
@@ -111,7 +111,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The stack of layers; returns every state on the way."""
+    """Run the stack of layers and return the state after each."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -125,7 +125,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
-    """Embeddings, layers and the final norm, without the projection."""
+    """Hold embeddings, layers and the final norm, without the projection."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -138,7 +138,7 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Text encoder of every Stable Diffusion: token ids [B, N] -> :class:`CLIPOutput`."""
+    """Encode token ids [B, N] to a :class:`CLIPOutput`: the text encoder of every Stable Diffusion."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -152,13 +152,13 @@ class CLIPTextModel(nn.Module):
         states = self.text_model(ids)
         last = self.normalise(states[-1])
         # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the vocabulary's last.
-        known = mx.where(ids < self._vocabulary, ids, 0)
-        end = mx.argmax(known if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
+        vocabulary_ids = mx.where(ids < self._vocabulary, ids, 0)
+        end = mx.argmax(vocabulary_ids if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
         pooled = last[mx.arange(ids.shape[0]), end]
         if "text_projection" in self:
             pooled = self.text_projection(pooled)
         return CLIPOutput(last, states, pooled)
 
     def normalise(self, state: mx.array) -> mx.array:
-        """Apply the final layer norm to a hidden state: what SD 1 and 2 do to a state below the last ("clip skip")."""
+        """Apply the final layer norm to a hidden state, as SD 1 and 2 do to one below the last ("clip skip")."""
         return self.text_model.final_layer_norm(state)

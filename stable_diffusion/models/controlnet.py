@@ -1,8 +1,8 @@
-"""Networks that are shown a picture, the hint, and steer the UNet by what they add to the maps of its first half.
+"""Networks that see a control image, such as edges or a pose, and add to the maps of the UNet's first half.
 
-A ControlNet (Zhang et al. 2023) is a copy of that half, and is asked at every step; what it says passes through
-convolutions that training starts at zero. A T2I-Adapter (Mou et al. 2023) is small, and is asked once a run.
-Module names are those of diffusers' ``ControlNetModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
+A ControlNet (Zhang et al. 2023) is a copy of that half and runs at every step; its results pass through convolutions
+that training starts at zero. A T2I-Adapter (Mou et al. 2023) is small and runs once. Module names are those of
+diffusers' ``ControlNetModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import ControlNetConfig, UNetConfig, misfit
+from .config import ControlNetConfig, Supported, UNetConfig, check, fields_of, misfit
 from .layers import Context
 from .unet import Encoder, Residuals
 
 
 class ControlNetConditioningEmbedding(nn.Module):
-    """From a hint [B, H, W, 3] to the UNet's first width at the size of the latents; every second block halves it."""
+    """Embed a control image [B, H, W, 3] at the size and first width of the UNet; every second block halves it."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__()
@@ -37,12 +37,13 @@ class ControlNetConditioningEmbedding(nn.Module):
 
 
 class ControlNetModel(Encoder):
-    """Says what to add to the UNet's maps, so that its picture follows a hint.
+    """Compute what to add to the UNet's maps, so that its image follows a control image.
 
     Args of the call:
-        x: the latent [B, h, w, in_channels], without the extra channels that some UNets take.
-        t, context, text_time: as the UNet takes them.
-        hint_embedding: from ``embed``, [B, h, w, C], or [1, h, w, C] for all.
+        x: the latents [B, h, w, in_channels], without the extra channels that some UNets take.
+        temb: the embedded timestep, from this network's ``embed_time``.
+        context: the encoded prompt, as for the UNet.
+        image_embedding: from ``embed``, [B, h, w, C], or [1, h, w, C] for all.
 
     Returns:
         (one residual for each map that the UNet's second half takes back, the middle's residual), at full strength.
@@ -54,37 +55,33 @@ class ControlNetModel(Encoder):
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config)
         self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
         self.controlnet_mid_block = nn.Linear(config.block_out_channels[-1], config.block_out_channels[-1])
+        self.eval()
 
-    def embed(self, hint: mx.array) -> mx.array:
-        """What the network sees in a hint [B, H, W, 3] in [0, 1], red first: [B, h, w, C]; it does not change in a run.
+    def embed(self, image: mx.array) -> mx.array:
+        """Embed a control image [B, H, W, 3] in [0, 1], red first: -> [B, h, w, C], the same at all steps.
 
-        H and W are ``config.scale`` (8) times the latent's. Raises ValueError for another number of channels.
+        H and W are ``config.scale`` (8) times the latents'. Raises ValueError for another number of channels.
         """
         channels = self.config.conditioning_channels
-        if hint.ndim != 4 or hint.shape[-1] != channels:
+        if image.ndim != 4 or image.shape[-1] != channels:
             raise ValueError(
-                f"a hint of shape {hint.shape} is not the [B, H, W, {channels}] that this ControlNet takes"
+                f"a control image of shape {image.shape} is not the [B, H, W, {channels}] that this ControlNet takes"
             )
         if self.config.controlnet_conditioning_channel_order == "bgr":
-            hint = hint[..., ::-1]
-        return self.controlnet_cond_embedding(hint.astype(self.conv_in.weight.dtype))
+            image = image[..., ::-1]
+        return self.controlnet_cond_embedding(image.astype(self.conv_in.weight.dtype))
 
     def __call__(
-        self,
-        x: mx.array,
-        t: float | mx.array,
-        context: mx.array | Context,
-        hint_embedding: mx.array,
-        *,
-        text_time: tuple[mx.array, mx.array] | None = None,
+        self, x: mx.array, temb: mx.array, context: mx.array | Context, image_embedding: mx.array
     ) -> tuple[list[mx.array], mx.array]:
-        if hint_embedding.shape[1:3] != x.shape[1:3]:
+        if image_embedding.shape[1:3] != x.shape[1:3]:
             scale = self.config.scale
-            given, needed = ((scale * h, scale * w) for _, h, w, _ in (hint_embedding.shape, x.shape))
-            raise ValueError(f"the hint's size is {given}, the picture's {needed} (height, width): resize the hint")
-        x = self.conv_in(x) + hint_embedding
+            actual, needed = ((scale * h, scale * w) for _, h, w, _ in (image_embedding.shape, x.shape))
+            raise ValueError(
+                f"the control image's size is {actual}, the output's {needed} (height, width): resize the control image"
+            )
         context = context if isinstance(context, Context) else Context(context)
-        skips, middle = self.encode(x, self.embed_time(t, x.dtype, context, text_time), context)
+        skips, middle = self.encode(self.conv_in(x) + image_embedding, temb, context)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         middle = self.controlnet_mid_block(middle)
         if self.config.global_pool_conditions:
@@ -93,11 +90,11 @@ class ControlNetModel(Encoder):
 
 
 def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
-    """Residuals times ``scale``; in guess mode the finest also times 0.1 and each coarser one more, up to 1.
+    """Multiply residuals by ``scale``, and in guess mode the finest by 0.1 and each coarser one by more, up to 1.
 
-    Guess mode lets a hint steer without a prompt (Zhang et al. 2023): the coarse maps, which say what there is, are
-    heard more than the fine ones, which say where. The factors are evenly spaced in their logarithm; residuals of one
-    pixel, which say nothing of places, are not weighted.
+    Guess mode lets a control image act without a prompt (Zhang et al. 2023): the coarse maps, which hold the content,
+    count more than the fine ones, which hold the positions. The factors are evenly spaced in their logarithm. Residuals
+    of one pixel have no positions and are not weighted.
     """
     down, middle = residuals
     count = len(down)
@@ -108,7 +105,7 @@ def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[lis
 
 @dataclass(frozen=True)
 class T2IAdapterConfig:
-    """Names and defaults of diffusers' ``T2IAdapter``; ``channels`` are the widths of its stages, the finest first."""
+    """Hold the config of diffusers' ``T2IAdapter``; ``channels`` are the widths of its stages, the finest first."""
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     in_channels: int = 3
@@ -119,30 +116,25 @@ class T2IAdapterConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "T2IAdapterConfig":
         """Read an adapter's ``config.json``; ValueError names every key whose value this library cannot compute."""
-        given = {key: value for key, value in raw.items() if value is not None and not key.startswith("_")}
-        problems = [f"{key}={value!r}" for key, value in given.items() if key not in cls.__dataclass_fields__]
-        if (kind := given.get("adapter_type", cls.adapter_type)) not in _ADAPTER_TYPES:
-            problems.append(f"adapter_type={kind!r} (supported: {' or '.join(map(repr, _ADAPTER_TYPES))})")
-        if problems:
-            raise ValueError(f"adapter config: this library cannot compute {'; '.join(problems)}")
-        return cls(**given | {"channels": tuple(given.get("channels", cls.channels))})
+        check("adapter", raw, _ADAPTER_SUPPORTED, cls.__dataclass_fields__)
+        return cls(**fields_of(cls, raw))
 
     def check_fits(self, unet: UNetConfig) -> None:
         """Raise ValueError unless each of the features has its down block in ``unet``, and XL's last one the middle."""
         widths = self.channels + self.channels[-1:] * (self.adapter_type == "light_adapter")
         xl = unet.down_block_types[0] == "DownBlock2D"
-        places = unet.block_out_channels + unet.block_out_channels[-1:] * xl
-        if widths != places or (self.adapter_type == "full_adapter_xl") != xl:
+        needed = unet.block_out_channels + unet.block_out_channels[-1:] * xl
+        if widths != needed or (self.adapter_type == "full_adapter_xl") != xl:
             raise misfit(
-                "T2I-Adapter", f"its features ({self.adapter_type}) have widths {widths}, the model's {places}"
+                "T2I-Adapter", f"its features ({self.adapter_type}) have widths {widths}, the model's {needed}"
             )
 
 
-_ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
+_ADAPTER_SUPPORTED: Supported = {"adapter_type": ("full_adapter", "full_adapter_xl", "light_adapter", None)}
 
 
 class AdapterResnetBlock(nn.Module):
-    """Two convolutions with a ReLU between, residual; the second is 1×1 except in light adapters."""
+    """Run two convolutions with a ReLU between, residual; the second is 1×1 except in light adapters."""
 
     def __init__(self, channels: int, light: bool):
         super().__init__()
@@ -154,7 +146,7 @@ class AdapterResnetBlock(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """Halves its map if ``down``, changes its width, refines it; light adapters refine a quarter of the width."""
+    """Halve a map if ``down``, change its width and refine it; light adapters refine a quarter of the width."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int, *, down: bool, light: bool):
         super().__init__()
@@ -179,7 +171,7 @@ class AdapterBlock(nn.Module):
 
 
 class Adapter(nn.Module):
-    """The three shapes of adapters: which of their blocks there are, and which of them halve the map."""
+    """Run the blocks of an adapter; its type decides which blocks there are, and which of them halve the map."""
 
     def __init__(self, config: T2IAdapterConfig):
         super().__init__()
@@ -208,25 +200,25 @@ class Adapter(nn.Module):
 
 
 class T2IAdapter(nn.Module):
-    """Says what to add to the UNet's down blocks, and in XL to its middle, the same at every step."""
+    """Compute what to add to the UNet's down blocks, and in XL to its middle, the same at every step."""
 
     def __init__(self, config: T2IAdapterConfig):
         super().__init__()
         self.config = config
         self.adapter = Adapter(config)
 
-    def embed(self, hint: mx.array) -> list[mx.array]:
-        """The UNet's ``features`` for a hint [B, H, W, 3] in [0, 1], at full strength; it does not change in a run.
+    def embed(self, image: mx.array) -> list[mx.array]:
+        """Compute the UNet's ``features`` for a control image [B, H, W, 3] in [0, 1], at full strength.
 
-        An adapter with ``config.in_channels`` 1 sees the hint in grey, which may also be given as [B, H, W, 1].
+        An adapter with ``config.in_channels`` 1 sees the image in grey, which may also come as [B, H, W, 1].
         Raises ValueError for other shapes, and sides that are no multiples of ``config.downscale_factor`` (8, XL 16).
         """
         factor, channels = self.config.downscale_factor, self.config.in_channels
-        if channels == 1 and hint.shape[-1] == 3:
-            hint = (hint * mx.array([0.299, 0.587, 0.114], hint.dtype)).sum(axis=-1, keepdims=True)  # as PIL does
-        if hint.ndim != 4 or hint.shape[-1] != channels or hint.shape[1] % factor or hint.shape[2] % factor:
+        if channels == 1 and image.shape[-1] == 3:
+            image = (image * mx.array([0.299, 0.587, 0.114], image.dtype)).sum(axis=-1, keepdims=True)  # as PIL does
+        if image.ndim != 4 or image.shape[-1] != channels or image.shape[1] % factor or image.shape[2] % factor:
             raise ValueError(
-                f"a hint of shape {hint.shape} is not the [B, H, W, {channels}] that this adapter takes, "
+                f"a control image of shape {image.shape} is not the [B, H, W, {channels}] that this adapter takes, "
                 f"with sides that are multiples of {factor}"
             )
-        return self.adapter(hint.astype(self.adapter.body[0].resnets[0].block1.weight.dtype))
+        return self.adapter(image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype))

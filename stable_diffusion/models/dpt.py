@@ -1,8 +1,8 @@
-"""Dense prediction transformer (Ranftl et al. 2021): a picture -> its inverse depth, larger where it is nearer.
+"""The dense prediction transformer (Ranftl et al. 2021), which estimates the inverse depth of a picture.
 
-The hybrid that MiDaS 3 calls DPT-Hybrid and that Stable Diffusion 2 was trained with, named as transformers'
-``DPTForDepthEstimation``. A ResNet gives maps of three sizes; a vision transformer reads the smallest of them; the two
-larger maps and two of the transformer's states are fused from the coarsest to the finest.
+Inverse depth is larger where a picture is nearer. This is the hybrid that MiDaS 3 calls DPT-Hybrid and that Stable
+Diffusion 2 was trained with, named as transformers' ``DPTForDepthEstimation``. A ResNet gives maps of three sizes; a
+vision transformer reads the smallest; the two larger ones and two of its states are fused, the coarsest first.
 """
 
 from collections.abc import Mapping
@@ -12,29 +12,29 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .bit import BitBackbone, BitConfig, check
+from .bit import BitBackbone, BitConfig
+from .config import Supported, check, fields_of
 from .layers import resample
 
 _PATCH = 16  # pixels per token: what the backbone reduces
 
-# What transformers writes where a file is silent, and the values that are computed here.
-_FIXED: Mapping[str, tuple[Any, tuple]] = {
-    "is_hybrid": (False, (True,)),
-    "patch_size": (_PATCH, (_PATCH,)),
-    "num_channels": (3, (3,)),
-    "hidden_act": ("gelu", ("gelu",)),
-    "readout_type": ("project", ("project",)),
-    "neck_ignore_stages": ((0, 1), ((0, 1),)),
-    "head_in_index": (-1, (-1,)),
-    "add_projection": (False, (False, None)),
-    "use_batch_norm_in_fusion_residual": (False, (False, None)),
-    "use_bias_in_fusion_residual": (None, (True, None)),
+_SUPPORTED: Supported = {
+    "is_hybrid": (True,),
+    "patch_size": (_PATCH,),
+    "num_channels": (3,),
+    "hidden_act": ("gelu",),
+    "readout_type": ("project",),
+    "neck_ignore_stages": ((0, 1),),
+    "head_in_index": (-1,),
+    "add_projection": (False, None),
+    "use_batch_norm_in_fusion_residual": (False, None),
+    "use_bias_in_fusion_residual": (True, None),
 }
 
 
 @dataclass(frozen=True)
 class DPTConfig:
-    """Hybrid depth estimator; key names and defaults of transformers' ``DPTConfig``.
+    """Hold the config of a hybrid depth estimator; names and defaults of transformers' ``DPTConfig``.
 
     ``backbone_out_indices`` are the two layers of the transformer whose states are read; files name four, of which the
     first two stand for the backbone's maps.
@@ -55,10 +55,9 @@ class DPTConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "DPTConfig":
         """Read ``depth_estimator/config.json``; ValueError names every key whose value this library cannot compute."""
-        check("depth estimator", raw, _FIXED)
-        fields = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        check("depth estimator", {"is_hybrid": False} | raw, _SUPPORTED)
+        fields = fields_of(cls, raw)
         fields["backbone_out_indices"] = tuple(raw.get("backbone_out_indices") or (2, 5, 8, 11))[2:]
-        fields["neck_hidden_sizes"] = tuple(raw.get("neck_hidden_sizes") or cls.neck_hidden_sizes)
         backbone = raw.get("backbone_config")
         fields["backbone_config"] = BitConfig() if backbone is None else BitConfig.from_dict(backbone)
         factors = tuple(raw.get("reassemble_factors") or (4, 2, 1, 0.5))[2:]
@@ -67,20 +66,20 @@ class DPTConfig:
         return cls(**fields)
 
     def __post_init__(self) -> None:
-        kind, sizes, taken = "depth estimator config", self.neck_hidden_sizes, self.backbone_out_indices
+        kind, sizes, layers = "depth estimator config", self.neck_hidden_sizes, self.backbone_out_indices
         if self.image_size % (2 * _PATCH):
             raise ValueError(f"{kind}: image_size={self.image_size!r} (supported: multiples of {2 * _PATCH})")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{kind}: width {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-        if len(taken) != 2 or not 0 <= taken[0] < taken[1] < self.num_hidden_layers:
-            raise ValueError(f"{kind}: of {self.num_hidden_layers} layers, backbone_out_indices end in {taken!r}")
+        if len(layers) != 2 or not 0 <= layers[0] < layers[1] < self.num_hidden_layers:
+            raise ValueError(f"{kind}: of {self.num_hidden_layers} layers, backbone_out_indices end in {layers!r}")
         if len(sizes) != 4 or sizes[:2] != self.backbone_config.hidden_sizes[:2]:
             widths = self.backbone_config.hidden_sizes[:2]
             raise ValueError(f"{kind}: neck_hidden_sizes={sizes!r} (supported: four, of which the first are {widths})")
 
 
 class ViTLayer(nn.Module):
-    """Pre-norm transformer layer (Dosovitskiy et al. 2021) on tokens [B, N, C]."""
+    """Run a pre-norm transformer layer (Dosovitskiy et al. 2021) on tokens [B, N, C]."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()
@@ -110,7 +109,7 @@ class ViTLayer(nn.Module):
 
 
 class HybridEmbeddings(nn.Module):
-    """Pixels -> the tokens of the backbone's last map, behind a token for the whole picture; and its first two maps."""
+    """Embed pixels: tokens of the backbone's last map, behind one for the picture, and the first two maps."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()
@@ -127,27 +126,27 @@ class HybridEmbeddings(nn.Module):
 
 
 class HybridTransformer(nn.Module):
-    """Pixels [B, S, S, 3] -> the backbone's first two maps and the states [B, N + 1, C] of the two layers read."""
+    """Compute the backbone's first two maps and two layers' states [B, N + 1, C] from pixels [B, S, S, 3]."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()
         self.embeddings = HybridEmbeddings(config)
         self.encoder = {"layer": [ViTLayer(config) for _ in range(config.num_hidden_layers)]}
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # stored, not used for depth
-        self._taken = config.backbone_out_indices
+        self._layers = config.backbone_out_indices
 
     def __call__(self, x: mx.array) -> tuple[list[mx.array], list[mx.array]]:
         x, maps = self.embeddings(x)
         states = []
-        for i, layer in enumerate(self.encoder["layer"][: self._taken[-1] + 1]):
+        for i, layer in enumerate(self.encoder["layer"][: self._layers[-1] + 1]):
             x = layer(x)
-            if i in self._taken:
+            if i in self._layers:
                 states.append(x)
         return maps, states
 
 
 class ReassembleStage(nn.Module):
-    """Transformer states [B, N + 1, C] -> maps [B, h, w, C_i], the second halved. The backbone's are maps already."""
+    """Turn transformer states [B, N + 1, C] into maps [B, h, w, C_i], the second halved; the backbone's are maps."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()
@@ -161,8 +160,8 @@ class ReassembleStage(nn.Module):
         maps = []
         for x, readout, layer in zip(states, self.readout_projects[2:], self.layers[2:], strict=True):
             tokens = x[:, 1:]
-            whole = mx.broadcast_to(x[:, :1], tokens.shape)
-            tokens = layer["projection"](nn.gelu(readout[0](mx.concatenate([tokens, whole], axis=-1))))
+            picture = mx.broadcast_to(x[:, :1], tokens.shape)
+            tokens = layer["projection"](nn.gelu(readout[0](mx.concatenate([tokens, picture], axis=-1))))
             side = round(tokens.shape[1] ** 0.5)
             y = tokens.reshape(len(x), side, side, -1)
             maps.append(layer["resize"](y) if "resize" in layer else y)
@@ -170,7 +169,7 @@ class ReassembleStage(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Pre-activation residual unit of two convolutions."""
+    """Run two convolutions, each after its activation, and add the input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -198,7 +197,7 @@ class FusionLayer(nn.Module):
 
 
 class Neck(nn.Module):
-    """Maps of four sizes, finest first -> one map [B, 2H, 2W, C], twice as large as the finest."""
+    """Fuse maps of four sizes, finest first, into one map [B, 2H, 2W, C], twice as large as the finest."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()
@@ -217,7 +216,7 @@ class Neck(nn.Module):
 
 
 class DPTForDepthEstimation(nn.Module):
-    """Pixels [B, S, S, 3] in [-1, 1], S being ``config.image_size`` -> inverse depth [B, S, S], from 0 up."""
+    """Estimate inverse depth [B, S, S], from 0 up, of pixels [B, S, S, 3] in [-1, 1]; S is ``config.image_size``."""
 
     def __init__(self, config: DPTConfig):
         super().__init__()

@@ -2,23 +2,19 @@
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from itertools import count
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .kernels import attention, layer_norm, scaled, scaled_silu, sum_positions
 
-T = TypeVar("T")
-Time = Callable[[nn.Module], mx.array]  # of a resnet's projection: what it adds to its map, [B or 1, 1, 1, C]
-
 
 class GroupNorm(nn.Module):
-    """Group normalization (Wu & He 2018) of NHWC maps, computed in float32.
+    """Normalize groups of channels of NHWC maps (Wu & He 2018), in float32 and without transposes.
 
-    There are no transposes. The epsilon matters: it is 1e-5 in the UNet's resnets and 1e-6 in its transformers and in
-    the autoencoder.
+    The epsilon matters: it is 1e-5 in the UNet's resnets, and 1e-6 in its transformers and in the autoencoder.
     """
 
     def __init__(self, groups: int, channels: int, eps: float):
@@ -29,32 +25,32 @@ class GroupNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._pass(x, *self._sums_of(x), scaled)
+        return self._apply(scaled, x, *self._sums(x))
 
     def activated(self, x: mx.array) -> mx.array:
-        """SiLU of what a call gives, in the same pass over the map where that can be."""
-        return self._pass(x, *self._sums_of(x), scaled_silu)
+        """Normalize ``x`` and compute SiLU of it, in one pass over the map where that can be."""
+        return self._apply(scaled_silu, x, *self._sums(x))
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Mean and variance of the groups of ``x`` [B, H, W, C], each [B, 1, 1, C] float32, the same along a group."""
-        total, squares, share = self._sums_of(x)
-        return total * share, squares * share
+        """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and the same along a group."""
+        total, squares, fraction = self._sums(x)
+        return total * fraction, squares * fraction
 
     def normalize(self, x: mx.array, mean: mx.array, variance: mx.array) -> mx.array:
-        """``x`` [B, H, W, C] shifted and scaled by the moments of a map that it may be only a part of."""
-        return self._pass(x, mean, variance, mx.array(1.0), scaled)
+        """Normalize ``x`` [B, H, W, C] by the moments of a map, of which it may be a part."""
+        return self._apply(scaled, x, mean, variance, mx.array(1.0))
 
-    def _pass(
-        self, x: mx.array, total: mx.array, squares: mx.array, share: mx.array, apply: Callable[..., mx.array]
+    def _apply(
+        self, kernel: Callable[..., mx.array], x: mx.array, total: mx.array, squares: mx.array, fraction: mx.array
     ) -> mx.array:
-        scale, shift = _scale_and_shift(total, squares, share, mx.array(self._eps), self.weight, self.bias)
-        return apply(x, scale, shift)
+        scale, shift = _scale_and_shift(total, squares, fraction, mx.array(self._eps), self.weight, self.bias)
+        return kernel(x, scale, shift)
 
-    def _sums_of(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Sums over each group of ``x`` and of its squared distances from the mean, and a value's share of them."""
-        x, share = x.astype(mx.float32), mx.array(self._groups * len(x) / x.size)
+    def _sums(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Sum each group of ``x``, and its squared distances from the mean; one value is a ``fraction`` of a group."""
+        x, fraction = x.astype(mx.float32), mx.array(self._groups * len(x) / x.size)
         total = self._sum(x)
-        return total, self._sum(_squared_distance(x, total, share)), share
+        return total, self._sum(_squared_distance(x, total, fraction)), fraction
 
     def _sum(self, x: mx.array) -> mx.array:
         """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""
@@ -65,27 +61,27 @@ class GroupNorm(nn.Module):
 
 
 @mx.compile
-def _squared_distance(x: mx.array, total: mx.array, share: mx.array) -> mx.array:
-    return mx.square(x - total * share)
+def _squared_distance(x: mx.array, total: mx.array, fraction: mx.array) -> mx.array:
+    return mx.square(x - total * fraction)
 
 
 @mx.compile
 def _scale_and_shift(
-    total: mx.array, squares: mx.array, share: mx.array, eps: mx.array, weight: mx.array, bias: mx.array
+    total: mx.array, squares: mx.array, fraction: mx.array, eps: mx.array, weight: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    scale = weight * mx.rsqrt(squares * share + eps)
-    return scale, bias - total * share * scale
+    scale = weight * mx.rsqrt(squares * fraction + eps)
+    return scale, bias - total * fraction * scale
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization over the last axis, with MLX's kernel on a GPU."""
+    """Normalize the last axis, by the kernel of the backend."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
-    """Sinusoidal embedding of ``t`` [N] -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
+    """Embed timesteps ``t`` [N] in waves -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
 
     The frequencies are rounded to float32 where the training code rounds them: at t = 999 the last bit of a
     frequency is worth 6e-5 in the embedding.
@@ -148,58 +144,34 @@ def _cubic(distance: float) -> float:
 
 
 class Context:
-    """An encoded prompt [B, M, D] as cross-attention takes it; where ``values`` are given, the values come from these.
+    """Hold an encoded prompt [B, M, D], and the cross-attention keys and values that each layer makes of it.
 
-    It is the same in all steps of a run, so what each layer makes of it is computed once and kept; so is what networks
-    make of ``timesteps``, those of the run that are known from its start. ``merging`` is the share of positions that
-    self-attention merges, see ``token_merging.py``.
+    A prompt is the same in all steps of a run, so each layer projects it once. Layers in training mode project it at
+    every call. Where ``v_encoded`` is given, the values come from that and only the keys from ``encoded``.
     """
 
-    def __init__(
-        self,
-        encoded: mx.array,
-        values: mx.array | None = None,
-        merging: float = 0.0,
-        timesteps: Sequence[float] = (),
-    ):
-        self.encoded, self.values = encoded, encoded if values is None else values
-        self.merging = merging
-        self.timesteps = tuple(timesteps)
-        self._known: dict[int, Any] = {}
+    def __init__(self, encoded: mx.array, v_encoded: mx.array | None = None):
+        self.encoded = encoded
+        self.v_encoded = encoded if v_encoded is None else v_encoded
+        self._cache: dict[int, tuple[mx.array, mx.array]] = {}
 
-    def of(self, layer: "Attention") -> tuple[mx.array, mx.array]:
-        """A layer's keys and values, both [B, heads, M, C / heads]."""
-        return self.once(layer, lambda: layer.keys_and_values(self.encoded, self.values))
-
-    def once(self, module: nn.Module, make: Callable[[], T]) -> T:
-        """What ``make`` gives for a module, of the first call."""
-        if id(module) not in self._known:
-            self._known[id(module)] = make()
-        return self._known[id(module)]
+    def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
+        """Return a layer's keys and values, both [B, heads, M, C / heads]."""
+        if layer.training:
+            return layer.keys_and_values(self.encoded, self.v_encoded, len(self.encoded))
+        if layer.number not in self._cache:
+            self._cache[layer.number] = layer.keys_and_values(self.encoded, self.v_encoded, len(self.encoded))
+        return self._cache[layer.number]
 
 
-class Times:
-    """Embedded timesteps of S steps, [S, B, T] after their SiLU.
-
-    What a resnet adds for a timestep is computed for all of them at once.
-    """
-
-    def __init__(self, embedded: mx.array):
-        self._steps, self._rows = len(embedded), embedded.reshape(-1, embedded.shape[-1])
-        self._added: dict[int, list[mx.array]] = {}
-
-    def added(self, step: int, projection: nn.Module) -> mx.array:
-        """What the resnet of a ``projection`` adds to its map in a step, [B, 1, 1, C]."""
-        if id(projection) not in self._added:
-            self._added[id(projection)] = mx.split(projection(self._rows)[:, None, None], self._steps)
-        return self._added[id(projection)][step]
+_layer_numbers = count()
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
+    """Compute multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
 
     ``upcast`` computes scores and softmax in float32 whatever the weights' type: SD 2.1 overflows float16 there.
-    ``largest_scores`` is in bytes, see :func:`attention`.
+    ``largest_scores`` is in bytes, see :func:`attention`. Each layer has a ``number``, unique in the process.
     """
 
     def __init__(
@@ -219,21 +191,20 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = [nn.Linear(dim, dim)]
+        self.number = next(_layer_numbers)
         self._heads = heads
         self._upcast = upcast
         self._largest_scores = largest_scores
 
     def __call__(self, x: mx.array, b: int, context: Context | None = None) -> mx.array:
-        """``x`` [B * N, C], the positions of ``b`` maps one after the other -> the same."""
-        q = self._split(self.to_q(x), b)
-        k, v = (self._split(p(x), b) for p in (self.to_k, self.to_v)) if context is None else context.of(self)
-        out = attention(q, k, v, self._largest_scores)
+        """Attend from ``x`` [B * N, C], the positions of ``b`` maps one after the other, to itself or ``context``."""
+        k, v = self.keys_and_values(x, x, b) if context is None else context.keys_and_values(self)
+        out = attention(self._split(self.to_q(x), b), k, v, self._largest_scores)
         return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
 
-    def keys_and_values(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """[B, M, D] each -> [B, heads, M, C / heads] each."""
-        b = len(keys)
-        return self._split(self.to_k(keys), b), self._split(self.to_v(values), b)
+    def keys_and_values(self, k: mx.array, v: mx.array, b: int) -> tuple[mx.array, mx.array]:
+        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads] each."""
+        return self._split(self.to_k(k), b), self._split(self.to_v(v), b)
 
     def _split(self, x: mx.array, b: int) -> mx.array:
         """[B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
@@ -242,9 +213,9 @@ class Attention(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Residual block (He et al. 2016, pre-activation) with the timestep added between its convolutions.
+    """Compute a residual block (He et al. 2016, pre-activation) with the timestep added between its convolutions.
 
-    ``temb_dim`` is None in the autoencoder, which knows no time. ``conv_shortcut`` is a 1×1 convolution in checkpoints.
+    ``temb_dim`` is None in the autoencoder, which has no timesteps. ``conv_shortcut`` is a 1×1 convolution in files.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb_dim: int | None = None):
@@ -258,11 +229,11 @@ class ResnetBlock2D(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Linear(in_channels, out_channels)
 
-    def __call__(self, x: mx.array, temb: Time | None = None) -> mx.array:
-        """``x`` [B, H, W, C_in] -> [B, H, W, C_out]; ``temb`` says what the timestep adds."""
+    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
+        """[B, H, W, C_in] -> [B, H, W, C_out], at the embedded timesteps ``temb`` [B or 1, T], after their SiLU."""
         y = self.conv1(self.norm1.activated(x))
         if temb is not None:
-            y = y + temb(self.time_emb_proj)
+            y = y + self.time_emb_proj(temb)[:, None, None]
         y = self.conv2(self.norm2.activated(y))
         return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 

@@ -1,7 +1,7 @@
 """The tiny autoencoder TAESD (Ollin Boer Bohan 2023), named as diffusers' ``AutoencoderTiny``.
 
-A distilled stand-in for the large autoencoder, for the same latents: 3×3 convolutions of one width and nothing else.
-It costs a fraction of the time and the memory, for previews and wherever these are short.
+It was distilled from the large autoencoder for the same latents: 3×3 convolutions of one width and nothing else. It
+costs a fraction of the time and the memory, for previews and wherever these are short.
 """
 
 import math
@@ -12,18 +12,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import Supported, check, fields_of
 from .layers import upsample_nearest
 
 Network = Callable[[mx.array], mx.array]
 
-# The values that this network is built on, and the keys that change nothing in what is computed.
-_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": 0}
-_SILENT = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}
+_SUPPORTED: Supported = {
+    "act_fn": ("relu", None),
+    "upsample_fn": ("nearest", None),
+    "upsampling_scaling_factor": (2, None),
+    "shift_factor": (0, None),
+}
+_WITHOUT_EFFECT = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}
 
 
 @dataclass(frozen=True)
 class AutoencoderTinyConfig:
-    """Names and defaults of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's own.
+    """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
 
     The widths are those of the stages, finest first in the encoder and last in the decoder; all of a side are equal.
     The numbers of blocks count each stage's residual blocks.
@@ -41,13 +46,8 @@ class AutoencoderTinyConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "AutoencoderTinyConfig":
         """Read a ``config.json``; ValueError names every key whose value this library cannot compute."""
-        given = {key: value for key, value in raw.items() if value is not None and not key.startswith("_")}
-        fields = cls.__dataclass_fields__
-        problems = [f"{key}={given[key]!r}" for key, only in _FIXED.items() if given.get(key, only) != only]
-        problems += [f"{key}={given[key]!r}" for key in given if key not in {*fields, *_FIXED, *_SILENT} and given[key]]
-        if problems:
-            raise ValueError(f"tiny vae config: this library cannot compute {'; '.join(problems)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in fields})
+        check("tiny vae", raw, _SUPPORTED, cls.__dataclass_fields__.keys() | _WITHOUT_EFFECT)
+        return cls(**fields_of(cls, raw))
 
     def __post_init__(self) -> None:
         for side in ("encoder", "decoder"):
@@ -61,12 +61,16 @@ class AutoencoderTinyConfig:
 
     @property
     def scale(self) -> int:
-        """Pixels per latent, in each direction: 8 for the published ones."""
+        """Return the pixels per latent, in each direction: 8 for the published ones."""
         return 2 ** (len(self.num_encoder_blocks) - 1)
+
+    def widest(self, half: str) -> float:
+        """Return the channels of a block's three maps in a half ("encoder" or "decoder"), per pixel."""
+        return 3 * (self.encoder_block_out_channels if half == "encoder" else self.decoder_block_out_channels)[0]
 
 
 class TinyBlock(nn.Module):
-    """Three convolutions and a residual, with a rectifier after each."""
+    """Run three convolutions and add the input, with a rectifier after each."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -114,7 +118,7 @@ def _decoder(config: AutoencoderTinyConfig) -> nn.Sequential:
 
 
 class AutoencoderTiny(nn.Module):
-    """Pixels in [-1, 1] <-> latents in the UNet's scale; the interface is that of ``AutoencoderKL``."""
+    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them, as ``AutoencoderKL`` does."""
 
     def __init__(self, config: AutoencoderTinyConfig):
         super().__init__()
@@ -124,22 +128,22 @@ class AutoencoderTiny(nn.Module):
         self.decoder = _decoder(config)
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
-        """Pixels [B, H, W, 3] -> (latent, log variance), each [B, H / 8, W / 8, 4].
+        """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4].
 
         There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
-        ``encoder`` is another way to run this one's encoder.
+        ``encoder`` runs in the place of this network's encoder, such as the same one in slices.
         """
         z = (encoder or self.encoder)((x + 1) / 2) * self.config.scaling_factor
         return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
-        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
+        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
 
-        ``decoder`` is another way to run this one's decoder.
+        ``decoder`` runs in the place of this network's decoder, such as the same one in slices.
         """
         z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # outliers are held within what it was trained on
         return (decoder or self.decoder)(z) * 2 - 1
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Round trip of pixels through their latent."""
+        """Encode and decode pixels."""
         return self.decode(self.encode(x)[0])

@@ -1,14 +1,10 @@
-"""Decode and encode pictures of any size within a budget of memory.
+"""Decode and encode pictures of any size within a budget of memory, in one of three ways.
 
-There are these ways to run an autoencoder, of falling appetite:
-
-1. As one graph, which MLX evaluates as it likes. A decoded picture of 512 × 512 takes gigabytes.
-2. Layer by layer over bands of rows. A convolution needs of its neighbours one row only, and a group norm the mean and
-   the variance of all bands together, so the result is that of the whole. Between two layers that read a map twice it
-   is kept as a list of bands, each of which is let go of when it was used last.
-3. The same with thinner bands, then with maps that are kept in half precision: within half a level of 255 of the whole.
-4. In overlapping tiles, each of them as in 3, with their overlaps blended. Norms and attention see a tile instead of
-   the picture, so this is an approximation, for what is left: pictures that are too large as a whole.
+1. As one graph, which MLX evaluates as it likes: a decoded picture of 512 × 512 takes gigabytes.
+2. In slices of a few rows, evaluated one after the other and freed when they were used last. A convolution needs one
+   row of its neighbours, and a group norm the mean and variance of all slices: the result is exact.
+3. In overlapping tiles, each of them in slices. Norms and attention see a tile instead of the picture: this is an
+   approximation, for pictures whose maps do not fit.
 """
 
 import logging
@@ -18,366 +14,214 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, tee
+from itertools import chain, product, tee
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .config import AutoencoderConfig
 from .kernels import silu
-from .layers import Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, upsample_nearest
-from .taesd import AutoencoderTiny, TinyBlock, Upsample
-from .vae import AutoencoderKL, Network, SpatialAttention
+from .layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, upsample_nearest
+from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
+from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
-Bands = Iterable[mx.array]  # the rows of one map, [1, r, W, C] each, from the top down
+Config = AutoencoderConfig | AutoencoderTinyConfig
+Slices = Iterable[mx.array]  # of one map [1, H, W, C], from the top down
 
 _log = logging.getLogger("stable_diffusion")
 
-# What a band takes as the input of a 3×3 convolution, unfolded to 9 values for each, as MLX's CPU kernels do: in the
-# caches of a CPU products run twice as fast. A GPU unfolds nothing, but wants more work at a time.
-_BANDS = {mx.cpu: (2**23, 2**21), mx.gpu: (2**28, 2**25)}
-_WHOLE = {mx.cpu: 2**28, mx.gpu: 2**30}  # bytes at most of what is left to one graph: beyond, bands are as fast
-_MARGIN = 1.1  # of what may be taken over what is expected
+# Measured (benchmarks/vae.py); a GPU's figures are estimates.
+_GRAPH = {mx.cpu: 100, mx.gpu: 11}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
+_LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 2**30}  # bytes: beyond, slices are as fast
+_SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they stay in a CPU's caches; a GPU wants more at a time
+_WORK = {mx.cpu: 75, mx.gpu: 40}  # bytes per pixel and channel of a slice
+_MARGIN = 1.1  # of the budget over the expected peak
 _SMALLEST_TILE = 16  # latents: less would show nothing of what is around
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a network is run on a picture, and the bytes that this is expected to take at most beside the weights.
+class VAEPlan:
+    """Describe how an encoder or decoder runs, and the bytes that it takes at most beside the weights.
 
-    Without ``band`` it is one graph. ``halved`` maps are kept in half precision, ``side`` is that of tiles in latents.
+    ``rows`` is the height of a slice, None for one graph; ``tile`` is the side of tiles in latents, None for none.
     """
 
     peak: float
-    band: int | None = None
-    halved: bool = False
-    side: int | None = None
+    rows: int | None = None
+    tile: int | None = None
+
+
+def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None = None, itemsize: int = 4) -> VAEPlan:
+    """Choose how the ``half`` ("encoder" or "decoder") of an autoencoder runs on an input of ``shape`` [n, h, w, C].
+
+    ``budget`` is in bytes beside the weights, by default a quarter of the machine's memory; ``itemsize`` of a number.
+    """
+    device, scale = mx.default_device().type, config.scale
+    if budget is None:
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    n, *sides = shape[:3]
+    height, width = (side * scale for side in sides) if half == "decoder" else sides
+    channels = config.widest(half)
+    graph = _GRAPH[device] * channels * n * height * width
+    if _MARGIN * graph <= min(_LARGEST_GRAPH[device], budget):
+        return VAEPlan(graph)
+    rows = max(_SLICE[device] // width, 1)
+    slices = _WORK[device] * channels * max(_SLICE[device], width)
+    peak = max(itemsize * channels * height * width + slices, _scores(height * width / scale**2))
+    if _MARGIN * peak <= budget:
+        return VAEPlan(peak, rows)
+    blended = 32 * height * width  # the result
+    area = max(budget / _MARGIN - slices - blended, 0) / (itemsize * channels * scale**2)
+    if _scores(area) > budget / _MARGIN - blended:
+        area = math.sqrt(max(budget / _MARGIN - blended, 0) / 8)
+    side = max(int(math.sqrt(area)) // 8 * 8, _SMALLEST_TILE)
+    return VAEPlan(max(itemsize * channels * (side * scale) ** 2 + slices, _scores(side**2)) + blended, rows, side)
+
+
+def _scores(positions: float) -> float:
+    """Return the bytes of the attention scores between latents, twice for the softmax, in float32 and in pieces."""
+    return min(8 * positions**2, 2 * LARGEST_SCORES)
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:
-    """Latents [n, h, w, 4] -> pixels [n, 8h, 8w, 3], about [-1, 1] and not clipped.
+    """Decode latents [n, h, w, 4] to pixels [n, 8h, 8w, 3], about [-1, 1] and not clipped.
 
-    Small pictures are one lazy graph. Otherwise they are computed at once, one after the other.
-
-    Args:
-        budget: bytes of memory that this may take beside the weights; None is a quarter of the machine's. Where not
-            even the smallest tiles fit, the log says so.
+    Small pictures are one lazy graph, others are computed at once, one after the other. ``budget`` is as in ``plan``.
     """
-    if way(vae.decoder, z, 1, budget).band is None:
-        return vae.decode(z)
-    run = partial(_run, vae.decoder, down=1, up=vae.config.scale, budget=budget)
-    return mx.concatenate([vae.decode(one[None], run) for one in z])
+    return vae.decode(z, partial(_run, vae, "decoder", budget))
 
 
 def encode(vae: Autoencoder, pixels: mx.array, budget: float | None = None) -> tuple[mx.array, mx.array]:
-    """Pixels [n, H, W, 3] in [-1, 1] -> (mean, log variance) of the latents, each [n, H / 8, W / 8, 4].
-
-    ``budget`` is that of :func:`decode`.
-    """
-    if way(vae.encoder, pixels, vae.config.scale, budget).band is None:
-        return vae.encode(pixels)
-    run = partial(_run, vae.encoder, down=vae.config.scale, up=1, budget=budget)
-    means, logvars = zip(*(vae.encode(one[None], run) for one in pixels), strict=True)
-    return mx.concatenate(means), mx.concatenate(logvars)
+    """Encode pixels [n, H, W, 3] in [-1, 1] to mean and log variance of latents, each [n, H / 8, W / 8, 4]."""
+    return vae.encode(pixels, partial(_run, vae, "encoder", budget))
 
 
-def way(network: nn.Module, x: mx.array, down: int, budget: float | None = None) -> Way:
-    """How pictures [n, H, W, C] are decoded or encoded within ``budget``: exactly if possible, or in the largest tiles.
-
-    ``down`` are the positions of x for one of the latents, in each direction. Nothing is computed.
-    """
-    kind = mx.default_device().type
-    if budget is None:
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    whole = len(x) * peak_as_a_whole(network, x[:1])
-    if _MARGIN * whole <= min(_WHOLE[kind], budget):
-        return Way(whole)
-    thin = _BANDS[kind][-1]
-    sides = range(max(x.shape[1:3]) // down // 8 * 8, _SMALLEST_TILE - 1, -8)
-    ways = [(band, False, None) for band in _BANDS[kind]] + [(thin, True, side) for side in (None, *sides)]
-    for band, halved, side in ways:
-        part = x[:1] if side is None else x[:1, : side * down, : side * down]
-        blended = 0 if side is None else 2 * 4 * math.prod(list(_shapes(network, x))[-1][-1])
-        found = Way(peak_in_bands(network, part, band, halved) + blended, band, halved, side)
-        if _MARGIN * found.peak <= budget:
-            break
-    return found
-
-
-def _run(network: nn.Module, x: mx.array, *, down: int, up: int, budget: float | None) -> mx.array:
-    """``network`` on one picture; its output has ``up`` / ``down`` times the height of ``x``."""
-    chosen = way(network, x, down, budget)
-    if budget is not None and chosen.peak > budget:
-        _log.warning(
-            "memory is short: the autoencoder may take %.2f GB and needs %.2f GB for the smallest tile of a picture",
-            budget / 1e9,
-            chosen.peak / 1e9,
-        )
-    if chosen.band is None:  # several pictures would have been too much
+def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.array:
+    """Run a half of ``vae`` as its plan says. Where not even the smallest tiles fit, the log says so."""
+    network, chosen = vae[half], plan(vae.config, half, x.shape, budget, x.itemsize)
+    if chosen.rows is None:
         return network(x)
-    return in_bands(network.layers, x, chosen) if chosen.side is None else in_tiles(network, x, chosen, down, up)
+    if len(x) > 1:
+        return mx.concatenate([_now(_run(vae, half, budget, picture[None])) for picture in x])
+    if budget is not None and chosen.peak > budget:
+        _log.warning("memory is short: the autoencoder needs %.2f of %.2f GB", chosen.peak / 1e9, budget / 1e9)
+    if chosen.tile is None:
+        return in_slices(network.layers, x, chosen.rows)
+    down, up = (vae.config.scale, 1) if half == "encoder" else (1, vae.config.scale)
+    return in_tiles(network.layers, x, chosen, down, up)
 
 
-def peak_as_a_whole(network: nn.Module, x: mx.array) -> float:
-    """Bytes that MLX is expected to take at most for ``network(x)`` beside the weights, x [1, H, W, C].
+def in_tiles(layers: list[Network], x: mx.array, chosen: VAEPlan, down: int, up: int) -> mx.array:
+    """Run ``layers`` on tiles of x [1, H, W, C] that overlap by a quarter or more, blended linearly.
 
-    On the CPU the inputs of several convolutions are in memory at a time, unfolded, as MLX runs ahead of what is
-    computed: more of them where little else is between two convolutions. The figure for a GPU, where some maps are held
-    but nothing is unfolded, is an estimate.
+    A latent has ``down`` positions of x each way and ``up`` of the result. What is left over at the end is cut off.
     """
-    largest = max(h * w * c for layer, (h, w, c), _ in _shapes(network, x) if not isinstance(layer, GroupNorm))
-    if mx.default_device() == mx.gpu:
-        return 4 * largest * x.itemsize
-    if isinstance(network, nn.Sequential):
-        inputs = 8.0
-    else:  # an encoder has its largest maps first: there is nothing before them that MLX would wait for
-        inputs = 5.25 if any(isinstance(layer, Downsample2D) for layer in network.layers) else 4
-    return inputs * 9 * 4 * largest
+    h, w = (length // down for length in x.shape[1:3])
+    blended, total = mx.zeros((1, h * up, w * up, layers[-1].weight.shape[0])), mx.zeros((1, h * up, w * up, 1))
+    for (top, bottom), (left, right) in product(spans(h, chosen.tile), spans(w, chosen.tile)):
+        tile = in_slices(layers, x[:, top * down : bottom * down, left * down : right * down], chosen.rows)
+        here = slice(None), slice(top * up, bottom * up), slice(left * up, right * up)
+        weights = _ramps(tile.shape[1])[:, None, None] * _ramps(tile.shape[2])[:, None]
+        blended[here] += tile * weights
+        total[here] += weights
+        mx.eval(blended, total)  # or all tiles would be computed together
+    return (blended / total).astype(x.dtype)
 
 
-def peak_in_bands(network: nn.Module, x: mx.array, band: int, halved: bool = False) -> float:
-    """Bytes that :func:`in_bands` is expected to take at most beside the weights, x [1, H, W, C].
-
-    That is two maps of a residual block, its input and what is between its convolutions, and a few bands; or
-    the attention's scores in a few shapes.
-    """
-    most = 0.0
-    kept = min(x.itemsize, 2) if halved else x.itemsize
-    for layer, (h, w, c), (h_out, w_out, c_out) in _shapes(network, x):
-        before, after = h * w * c, h_out * w_out * c_out
-        # The fewest rows of a band are two.
-        rows = min(max(band, 2 * 9 * 4 * w_out * max(c, c_out)), 9 * 4 * h * w * max(c, c_out))
-        if isinstance(layer, SpatialAttention):
-            scores = min(max(band, 2 * 4 * w * h * w), 4 * (h * w) ** 2)
-            most = max(most, (5 * x.itemsize + kept) * before + 2.25 * scores)
-        elif isinstance(layer, ResnetBlock2D):
-            most = max(most, kept * (before + after) + 2.25 * rows)
-        elif isinstance(layer, TinyBlock):  # MLX runs ahead where there are no norms
-            most = max(most, x.itemsize * (before + after) + 3.5 * rows)
-        else:
-            most = max(most, kept * before, kept * after)
-    return most
-
-
-def _shapes(network: nn.Module, x: mx.array) -> Iterator[tuple[Network, tuple[int, int, int], tuple[int, int, int]]]:
-    """The layers of ``network`` with the shapes (height, width, channels) of their inputs and outputs."""
-    h, w, c = x.shape[1:]
-    for layer in network.layers:
-        before = h, w, c
-        if isinstance(layer, Upsample2D | Upsample):
-            h, w = 2 * h, 2 * w
-        elif isinstance(layer, Downsample2D):
-            h, w = h // 2, w // 2
-        elif isinstance(layer, nn.Conv2d):
-            h, w, c = (h - 1) // layer.stride[0] + 1, (w - 1) // layer.stride[1] + 1, layer.weight.shape[0]
-        elif isinstance(layer, ResnetBlock2D):
-            c = layer.conv1.weight.shape[0]
-        yield layer, before, (h, w, c)
-
-
-def in_tiles(network: nn.Module, x: mx.array, how: Way, down: int, up: int) -> mx.array:
-    """Run ``network`` on tiles of x [1, H, W, C] that overlap by a quarter or more, blended linearly.
-
-    ``how.side`` is that of a tile in latents, for each of which the input has ``down`` positions in each direction and
-    the output ``up``.
-    """
-    *_, (_, _, (height, width, _)) = _shapes(network, x)
-    h, w = height // up, width // up
-    blended = None
-    for top, bottom, rows in _spans(h, how.side, up):
-        for left, right, columns in _spans(w, how.side, up):
-            # The last ones take what is left of a picture that is no multiple of latents.
-            below, beyond = (None if end == all_ else end * down for end, all_ in ((bottom, h), (right, w)))
-            tile = in_bands(network.layers, x[:, top * down : below, left * down : beyond], how)
-            tile = tile * rows[:, None, None] * columns[:, None]
-            if blended is None:
-                blended = mx.zeros((1, h * up, w * up, tile.shape[-1]))
-            blended[:, top * up : bottom * up, left * up : right * up] += tile
-            mx.eval(blended)  # or all tiles would be computed together
-    return blended.astype(x.dtype)
-
-
-def _spans(length: int, side: int, up: int) -> list[tuple[int, int, mx.array]]:
-    """(start, end, weights) of the tiles along an axis, evenly spread; the weights of all add up to 1 everywhere."""
+def spans(length: int, side: int) -> list[tuple[int, int]]:
+    """Spread tiles evenly along an axis of latents: the start and the end of each."""
     side = min(side, length)
-    count = -(-(length - side) // (side * 3 // 4)) + 1
-    starts = [i * (length - side) // max(count - 1, 1) for i in range(count)]
-    ramps, total = [], mx.zeros(length * up)
-    for i, start in enumerate(starts):
-        ramp = mx.ones(side * up)
-        places = mx.arange(side * up) + 0.5
-        if i > 0:
-            ramp = mx.minimum(ramp, places / ((starts[i - 1] + side - start) * up))
-        if i < count - 1:
-            ramp = mx.minimum(ramp, (side * up - places) / ((start + side - starts[i + 1]) * up))
-        ramps.append(ramp)
-        total[start * up : (start + side) * up] += ramp
-    return [
-        (start, start + side, ramp / total[start * up : (start + side) * up])
-        for start, ramp in zip(starts, ramps, strict=True)
-    ]
+    gaps = math.ceil((length - side) / max(side * 3 // 4, 1))
+    starts = [i * (length - side) // max(gaps, 1) for i in range(gaps + 1)]
+    return [(start, start + side) for start in starts]
 
 
-def in_bands(layers: Iterable[Network], x: mx.array, how: Way) -> mx.array:
-    """Run ``layers`` one after the other on a map [1, H, W, C], band by band; evaluates them all.
+def _ramps(length: int) -> mx.array:
+    """Return weights that rise from both ends to the middle."""
+    return mx.minimum(mx.arange(length) + 0.5, mx.arange(length, 0, -1) - 0.5)
 
-    ``how`` has the bytes of a band as the unfolded input of a convolution; it has two rows at least.
+
+def in_slices(layers: Iterable[Network], x: mx.array, rows: int) -> mx.array:
+    """Run ``layers`` one after the other on a map [1, H, W, C] and evaluate the result.
+
+    Slices have ``rows`` rows at every level of a network: its maps are the narrower the more channels they have.
     """
-    bands: Bands = [x]
+    slices: Slices = [x]
     for layer in layers:
-        bands = _RUN.get(type(layer), _each)(layer, bands, how)
-    return mx.concatenate(list(bands), axis=1)
-
-
-class _Map:
-    """A map that is read more than once, as a list of bands, evaluated.
-
-    In half the memory they are float16 values and a factor each, which brings the largest value far below float16's
-    limit: what is lost is a 4096th of every value.
-    """
-
-    def __init__(self, bands: Bands, how: Way):
-        self._bands = deque(self._keep(band, how.halved) for band in bands)
-
-    @staticmethod
-    def _keep(band: mx.array, halved: bool) -> tuple[mx.array, mx.array | None]:
-        if not halved or band.itemsize == 2:
-            return _now(band), None
-        factor = mx.maximum(mx.abs(band).max(), 1e-30) / 2**14
-        return _now((band / factor).astype(mx.float16)), factor
-
-    def __iter__(self) -> Iterator[mx.array]:
-        return (self._whole(*kept) for kept in self._bands)
-
-    def used_up(self) -> Iterator[mx.array]:
-        """Each band once, then nothing holds it any more."""
-        while self._bands:
-            yield self._whole(*self._bands.popleft())
-
-    @staticmethod
-    def _whole(band: mx.array, factor: mx.array | None) -> mx.array:
-        return band if factor is None else band.astype(mx.float32) * factor
-
-
-def _cut(bands: Bands, channels: int, how: Way) -> Iterator[mx.array]:
-    """The same rows in bands of a size that suits a convolution, an even number of rows in all but the last."""
-    held = None
-    for band in bands:
-        held = band if held is None else mx.concatenate([held, band], axis=1)
-        rows = max(how.band // (9 * 4 * channels * band.shape[2]) // 2 * 2, 2)
-        while held is not None and held.shape[1] >= rows:
-            yield held[:, :rows]
-            held = held[:, rows:] if held.shape[1] > rows else None
-    if held is not None:
-        yield held
-
-
-def _widest(conv: nn.Conv2d) -> int:
-    """Its channels, of the input or the output."""
-    return max(conv.weight.shape)
-
-
-def _with_neighbours(bands: Bands) -> Iterator[mx.array]:
-    """Each band between the last row above it and the first below; beyond the edges are zeros."""
-    bands = iter(bands)
-    band = next(bands)
-    above = mx.zeros_like(band[:, :1])
-    for below in chain(bands, [None]):
-        edge = mx.zeros_like(above) if below is None else below[:, :1]
-        yield mx.concatenate([above, band, edge], axis=1)
-        above, band = band[:, -1:], below
-
-
-def _convolve(conv: nn.Conv2d, bands: Bands, pad_end: bool = False) -> Iterator[mx.array]:
-    """A 3×3 convolution. ``pad_end`` pads below and to the right only, as ``Downsample2D`` does with it."""
-    first, sides = (1, (0, 1)) if pad_end else (0, (1, 1))
-    for band in _with_neighbours(bands):
-        band = mx.pad(band[:, first:], [(0, 0), (0, 0), sides, (0, 0)])
-        if band.shape[1] < 3:  # the last row of an odd number, with ``pad_end``
-            continue
-        y = mx.conv2d(band, conv.weight, conv.stride)
-        yield _now(y + conv.bias if "bias" in conv else y)
+        run = _RUN.get(type(layer))
+        slices = map(layer, slices) if run is None else run(layer, slices, rows)
+    return mx.concatenate(list(slices), axis=1)
 
 
 def _now(x: mx.array) -> mx.array:
-    """Evaluated, so that what it was made of can be let go of: that is what bands are for."""
+    """Evaluate a slice, so that what it was made of can be freed: that is what slices are for."""
     mx.eval(x)
     return x
 
 
-def _each(layer: Callable[[mx.array], mx.array], bands: Bands, how: Way | None = None) -> Iterator[mx.array]:
-    """What looks at single positions."""
-    return (layer(band) for band in bands)
+def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
+    """Yield the rows of a map ``height`` at a time, with the row above and the row below; outside are zeros."""
+    slices = iter(slices)
+    first = next(slices)
+    edge = window = mx.zeros_like(first[:, :1])
+    for rows in chain([first], slices, [edge]):
+        window = mx.concatenate([window, rows], axis=1)
+        while window.shape[1] > height + 2:
+            yield window[:, : height + 2]
+            window = window[:, height:]
+    yield window
 
 
-def _normalize(norm: GroupNorm, bands: Iterable[mx.array], moments: tuple[mx.array, mx.array]) -> Iterator[mx.array]:
-    return (norm.normalize(band, *moments) for band in bands)
+def _convolve(conv: nn.Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
+    """Run a 3×3 convolution; one without padding is a ``Downsample2D``'s, which pads below and to the right only."""
+    first, sides = (0, (1, 1)) if conv.padding[0] else (1, (0, 1))
+    for window in _windows(slices, rows * conv.stride[0]):
+        window = mx.pad(window[:, first:], [(0, 0), (0, 0), sides, (0, 0)])
+        if window.shape[1] >= 3:  # less is a last row that a ``Downsample2D`` leaves out
+            y = mx.conv2d(window, conv.weight, conv.stride)
+            yield _now(y + conv.bias if "bias" in conv else y)
 
 
-def _moments(norm: GroupNorm, bands: Iterable[mx.array]) -> tuple[mx.array, mx.array]:
-    """Mean and variance of the groups over all bands (Chan et al. 1979), each [1, 1, 1, C]."""
-    rows, means, variances = [], [], []
-    for band in bands:
-        mean, variance = norm.moments(band)
-        mx.eval(mean, variance)
-        rows.append(band.shape[1])
-        means.append(mean)
-        variances.append(variance)
-    share = (mx.array(rows) / sum(rows))[:, None]
-    means, variances = mx.concatenate(means, axis=2), mx.concatenate(variances, axis=2)
-    mean = (share * means).sum(axis=2, keepdims=True)
-    return mean, (share * (variances + mx.square(means - mean))).sum(axis=2, keepdims=True)
+def _normalized(norm: GroupNorm, slices: deque[mx.array]) -> Iterator[mx.array]:
+    """Normalize by mean and variance of the groups over all slices (Chan et al. 1979), and take each from the queue."""
+    heights, means, variances = zip(*((x.shape[1], *_now(norm.moments(x))) for x in slices), strict=True)
+    fractions = mx.array(heights)[:, None, None, None] / sum(heights)
+    means, variances = mx.concatenate(means), mx.concatenate(variances)
+    mean = (fractions * means).sum(axis=0, keepdims=True)
+    variance = (fractions * (variances + mx.square(means - mean))).sum(axis=0, keepdims=True)
+    while slices:
+        yield norm.normalize(slices.popleft(), mean, variance)
 
 
-def _group_norm(norm: GroupNorm, bands: Bands, how: Way) -> Iterator[mx.array]:
-    x = _Map(bands, how)
-    yield from _normalize(norm, x.used_up(), _moments(norm, x))
+def _resnet(block: ResnetBlock2D, slices: Slices, rows: int) -> Iterator[mx.array]:
+    x = deque(map(_now, slices))
+    y = deque(_convolve(block.conv1, map(silu, _normalized(block.norm1, x.copy())), rows))
+    for change in _convolve(block.conv2, map(silu, _normalized(block.norm2, y)), rows):
+        residual = x.popleft()
+        yield _now(change + (block.conv_shortcut(residual) if "conv_shortcut" in block else residual))
 
 
-def _resnet(block: ResnetBlock2D, bands: Bands, how: Way) -> Iterator[mx.array]:
-    x = _Map(_cut(bands, _widest(block.conv1), how), how)
-    y = _each(silu, _normalize(block.norm1, x, _moments(block.norm1, x)))
-    y = _Map(_convolve(block.conv1, y), how)
-    y = _each(silu, _normalize(block.norm2, y.used_up(), _moments(block.norm2, y)))
-    for change, band in zip(_convolve(block.conv2, y), x.used_up(), strict=True):
-        yield _now(change + (block.conv_shortcut(band) if "conv_shortcut" in block else band))
+def _attention(block: SpatialAttention, slices: Slices, rows: int) -> Iterator[mx.array]:
+    """Attend on all rows together: they are at the smallest size, where maps take little."""
+    x = _now(block(mx.concatenate(list(slices), axis=1)))
+    return iter(mx.split(x, list(range(rows, x.shape[1], rows)), axis=1))
 
 
-def _attention(block: SpatialAttention, bands: Bands, how: Way) -> Iterator[mx.array]:
-    """Each band looks at all others, of which the keys and values are kept."""
-    x = [_now(band) for band in bands]
-    positions = sum(band.shape[1] * band.shape[2] for band in x)
-    # A position has a score for each of all others, where a convolution unfolds 9 values of a channel.
-    x = _Map(_cut(x, max(x[0].shape[-1], positions // 9), how), how)
-    moments = _moments(block.group_norm, x)
-    normed = mx.concatenate(list(_normalize(block.group_norm, x, moments)), axis=1)
-    context = Context(normed.reshape(1, -1, normed.shape[-1]))
-    for band in x.used_up():
-        yield _now(band + block.look(block.group_norm.normalize(band, *moments), context))
-
-
-def _upsample(layer: Upsample2D, bands: Bands, how: Way) -> Iterator[mx.array]:
-    return _convolve(layer.conv, _cut(_each(upsample_nearest, bands), _widest(layer.conv), how))
-
-
-def _downsample(layer: Downsample2D, bands: Bands, how: Way) -> Iterator[mx.array]:
-    return _convolve(layer.conv, _cut(bands, _widest(layer.conv), how), pad_end=True)
-
-
-def _tiny_block(block: TinyBlock, bands: Bands, how: Way) -> Iterator[mx.array]:
+def _tiny_block(block: TinyBlock, slices: Slices, rows: int) -> Iterator[mx.array]:
     *convs, last = block.conv[::2]
-    x, y = tee(_cut(bands, _widest(last), how))
+    x, y = tee(slices)
     for conv in convs:
-        y = _each(nn.relu, _convolve(conv, y))
-    return (nn.relu(change + band) for change, band in zip(_convolve(last, y), x, strict=True))
+        y = map(nn.relu, _convolve(conv, y, rows))
+    return (nn.relu(change + residual) for change, residual in zip(_convolve(last, y, rows), x, strict=True))
 
 
 _RUN: dict[type, Callable[..., Iterator[mx.array]]] = {
-    nn.Conv2d: lambda conv, bands, how: _convolve(conv, _cut(bands, _widest(conv), how)),
-    GroupNorm: _group_norm,
+    nn.Conv2d: _convolve,
+    GroupNorm: lambda norm, slices, rows: _normalized(norm, deque(map(_now, slices))),
     ResnetBlock2D: _resnet,
     SpatialAttention: _attention,
-    Upsample2D: _upsample,
-    Downsample2D: _downsample,
+    Upsample2D: lambda layer, slices, rows: _convolve(layer.conv, map(upsample_nearest, slices), rows),
+    Downsample2D: lambda layer, slices, rows: _convolve(layer.conv, slices, rows),
     TinyBlock: _tiny_block,
 }

@@ -1,4 +1,4 @@
-"""Token merging: positions of a map that look alike share one place in self-attention.
+"""Token merging (ToMe): similar positions of a map become one position of self-attention.
 
 After Bolya & Hoffman 2023, "Token Merging for Fast Stable Diffusion", with the upper left position of every 2 × 2 in
 the place of a random one. Attention to N positions costs N², of which at a ratio of 0.5 a quarter is left.
@@ -14,15 +14,16 @@ HIGHEST = 0.75  # three of every four positions can be merged into the fourth
 
 @cache
 def _indices(height: int, width: int) -> tuple[mx.array, mx.array]:
-    """The positions that others are merged into, and those others."""
-    kept = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
-    return mx.array(kept), mx.array(sorted(set(range(height * width)) - set(kept)))
+    """Return the positions that others are merged into, and those others."""
+    into = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
+    return mx.array(into), mx.array(sorted(set(range(height * width)) - set(into)))
 
 
 def attend_merged(attend: Callable[[mx.array], mx.array], x: mx.array, size: tuple[int, int], ratio: float) -> mx.array:
-    """``attend(x)`` [B, N, C] of a map of ``size``, approximately: ``ratio`` of its N positions merged into others.
+    """Compute ``attend(x)`` [B, N, C] approximately, with ``ratio`` of a map's N positions merged into others.
 
-    Those are merged that are most like one of the others (in the cosine between them), into their mean.
+    Those are merged that are most like one of the others (by the cosine between them), into their mean. ``size`` is the
+    map's (height, width).
     """
     into, rest = _indices(*size)
     count = min(int(ratio * x.shape[1]), rest.size)

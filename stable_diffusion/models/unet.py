@@ -1,18 +1,17 @@
-"""The denoising UNet of SD 1.x, 2.x, XL and their pruned relatives (Rombach et al. 2022; Podell et al. 2023).
+"""The denoising UNet of SD 1, SD 2, XL and their pruned relatives (Rombach et al. 2022; Podell et al. 2023).
 
 Module names are those of diffusers' ``UNet2DConditionModel``. In every block, presence is the switch: a block without
 attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import EncoderConfig, UNetConfig
-from .kernels import gelu, silu
+from .kernels import gelu
 from .layers import (
     Attention,
     Context,
@@ -20,8 +19,6 @@ from .layers import (
     GroupNorm,
     LayerNorm,
     ResnetBlock2D,
-    Time,
-    Times,
     Upsample2D,
     timestep_embedding,
 )
@@ -31,7 +28,7 @@ Residuals = tuple[Sequence[mx.array], mx.array]
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron on an embedding; ``cond_dim`` adds LCM's guidance embedding (Luo et al. 2023)."""
+    """Transform an embedding by a two-layer perceptron; ``cond_dim`` adds LCM's guidance (Luo et al. 2023)."""
 
     def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None):
         super().__init__()
@@ -43,11 +40,11 @@ class TimestepEmbedding(nn.Module):
     def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
         if cond is not None:
             x = x + self.cond_proj(cond)
-        return self.linear_2(silu(self.linear_1(x)))
+        return self.linear_2(nn.silu(self.linear_1(x)))
 
 
 class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020)."""
+    """Gate one half of a projection by GELU of the other (Shazeer 2020)."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -59,7 +56,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and projection; slot 1 is where training has its dropout."""
+    """Transform positions one by one; slot 1 is where diffusers has its dropout."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -70,7 +67,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each pre-normed and residual.
+    """Compute self-attention, cross-attention to the prompt and feed-forward, each pre-normed and residual.
 
     The positions of all maps are rows of one matrix, which is what MLX's products take without rearranging anything.
     """
@@ -84,27 +81,24 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def __call__(self, x: mx.array, b: int, context: Context, merged: tuple[int, int] | None = None) -> mx.array:
-        """``x`` [B * N, C], of ``b`` maps -> the same; ``merged`` is a map's size if it is to have fewer positions."""
+    def __call__(self, x: mx.array, size: tuple[int, int, int], context: Context, tome_ratio: float = 0.0) -> mx.array:
+        """``x`` [B * H * W, C], the positions of maps of ``size`` (B, H, W) -> the same."""
         y = self.norm1(x)
-        x = x + (self.attn1(y, b) if merged is None else self._attend_merged(y, b, merged, context.merging))
-        x = x + self.attn2(self.norm2(x), b, context)
+        x = x + (self._attend_merged(y, size, tome_ratio) if tome_ratio else self.attn1(y, size[0]))
+        x = x + self.attn2(self.norm2(x), size[0], context)
         return x + self.ff(self.norm3(x))
 
-    def _attend_merged(self, x: mx.array, b: int, size: tuple[int, int], ratio: float) -> mx.array:
+    def _attend_merged(self, x: mx.array, size: tuple[int, int, int], ratio: float) -> mx.array:
+        b, *map_size = size
+
         def attend(y: mx.array) -> mx.array:
             return self.attn1(y.reshape(-1, y.shape[-1]), b).reshape(y.shape)
 
-        return attend_merged(attend, x.reshape(b, -1, x.shape[-1]), size, ratio).reshape(x.shape)
+        return attend_merged(attend, x.reshape(b, -1, x.shape[-1]), tuple(map_size), ratio).reshape(x.shape)
 
 
 class Transformer2DModel(nn.Module):
-    """Transformer over the positions of a feature map; its 1×1 convolutions (SD 1.x) are Linears here.
-
-    The ``outermost`` ones of a UNet have the largest maps, the only ones in which positions are merged.
-    """
-
-    outermost = False
+    """Run transformer blocks over the positions of a map; its 1×1 convolutions (SD 1) are Linears here."""
 
     def __init__(self, config: EncoderConfig, dim: int, heads: int, context_dim: int, layers: int):
         super().__init__()
@@ -115,18 +109,17 @@ class Transformer2DModel(nn.Module):
         ]
         self.proj_out = nn.Linear(dim, dim)
 
-    def __call__(self, x: mx.array, context: Context) -> mx.array:
-        """``x`` [B, H, W, C] -> [B, H, W, C]."""
-        b, h, w, c = x.shape
-        y = self.proj_in(self.norm(x).reshape(b * h * w, c))
-        merged = (h, w) if self.outermost and context.merging else None
+    def __call__(self, x: mx.array, context: Context, tome_ratio: float = 0.0) -> mx.array:
+        """[B, H, W, C] -> the same."""
+        *size, c = x.shape
+        y = self.proj_in(self.norm(x).reshape(-1, c))
         for block in self.transformer_blocks:
-            y = block(y, b, context, merged)
-        return x + self.proj_out(y).reshape(b, h, w, c)
+            y = block(y, tuple(size), context, tome_ratio)
+        return x + self.proj_out(y).reshape(x.shape)
 
 
 class UNetBlock(nn.Module):
-    """Resnets, each followed by a transformer if the block has ``attentions``: the part that all blocks share.
+    """Hold the resnets of a block, and a transformer after each of them where the block has ``attentions``.
 
     ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
     """
@@ -141,9 +134,14 @@ class UNetBlock(nn.Module):
             dim = channels[-1][1]
             self.attentions = [Transformer2DModel(config, dim, heads, context_dim, depth) for depth in depths]
 
+    def layer(self, i: int, x: mx.array, temb: mx.array, context: Context, tome_ratio: float) -> mx.array:
+        """Run resnet ``i``, with its transformer if there is one."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context, tome_ratio) if "attentions" in self else x
+
 
 class DownBlock(UNetBlock):
-    """``DownBlock2D`` and ``CrossAttnDownBlock2D``: appends each of its maps to ``skips``.
+    """Run ``DownBlock2D`` or ``CrossAttnDownBlock2D`` and append each of its maps to ``skips``.
 
     A T2I-Adapter's ``feature`` is added where adapters are trained: to the last map before downsampling in a block with
     attention, and to the map after it in a block without.
@@ -155,12 +153,17 @@ class DownBlock(UNetBlock):
             self.downsamplers = [Downsample2D(channels[-1][1])]
 
     def __call__(
-        self, x: mx.array, temb: Time, context: Context, skips: list[mx.array], feature: mx.array | None = None
+        self,
+        x: mx.array,
+        temb: mx.array,
+        context: Context,
+        skips: list[mx.array],
+        *,
+        feature: mx.array | None = None,
+        tome_ratio: float = 0.0,
     ) -> mx.array:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            if "attentions" in self:
-                x = self.attentions[i](x, context)
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context, tome_ratio)
             skips.append(x)
         if feature is not None and "attentions" in self:
             x = skips[-1] = x + feature
@@ -173,9 +176,9 @@ class DownBlock(UNetBlock):
 
 
 class MidBlock(UNetBlock):
-    """``UNetMidBlock2DCrossAttn``, or the single resnet that pruned models keep of it (``UNetMidBlock2D``)."""
+    """Run ``UNetMidBlock2DCrossAttn``, or the one resnet that pruned models keep of it (``UNetMidBlock2D``)."""
 
-    def __call__(self, x: mx.array, temb: Time, context: Context) -> mx.array:
+    def __call__(self, x: mx.array, temb: mx.array, context: Context) -> mx.array:
         x = self.resnets[0](x, temb)
         if "attentions" in self:
             x = self.resnets[1](self.attentions[0](x, context), temb)
@@ -183,9 +186,9 @@ class MidBlock(UNetBlock):
 
 
 class UpBlock(UNetBlock):
-    """``UpBlock2D`` and ``CrossAttnUpBlock2D``: takes one of ``skips`` for each resnet.
+    """Run ``UpBlock2D`` or ``CrossAttnUpBlock2D``, which takes one of ``skips`` for each resnet.
 
-    What comes into its last resnet is put into ``deep`` if that is empty; otherwise its map takes that place.
+    ``cache`` is DeepCache's: an empty list receives the input of the last resnet, any other list replaces it.
     """
 
     def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
@@ -194,16 +197,21 @@ class UpBlock(UNetBlock):
             self.upsamplers = [Upsample2D(channels[-1][1])]
 
     def __call__(
-        self, x: mx.array, temb: Time, context: Context, skips: list[mx.array], deep: list[mx.array] | None = None
+        self,
+        x: mx.array,
+        temb: mx.array,
+        context: Context,
+        skips: list[mx.array],
+        *,
+        cache: list[mx.array] | None = None,
+        tome_ratio: float = 0.0,
     ) -> mx.array:
-        for i, resnet in enumerate(self.resnets):
-            if deep is not None and i == len(self.resnets) - 1:
-                if not deep:
-                    deep.append(x)
-                x = deep[0]
-            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
-            if "attentions" in self:
-                x = self.attentions[i](x, context)
+        for i in range(len(self.resnets)):
+            if cache is not None and i == len(self.resnets) - 1:
+                if not cache:
+                    cache.append(x)
+                x = cache[0]
+            x = self.layer(i, mx.concatenate([x, skips.pop()], axis=-1), temb, context, tome_ratio)
         if "upsamplers" in self:
             _, h, w, _ = skips[-1].shape
             x = self.upsamplers[0](x, (h, w))
@@ -211,12 +219,15 @@ class UpBlock(UNetBlock):
 
 
 def _depths(layers: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Transformer layers of each of a block's ``count`` attentions."""
+    """Return the transformer layers of each of a block's ``count`` attentions."""
     return layers if isinstance(layers, tuple) else (layers,) * count
 
 
 class Encoder(nn.Module):
-    """The first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle."""
+    """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle.
+
+    It starts in inference mode, in which a prompt's keys and values are kept between calls; ``train()`` changes that.
+    """
 
     def __init__(self, config: EncoderConfig, time_cond_dim: int | None = None):
         super().__init__()
@@ -230,6 +241,8 @@ class Encoder(nn.Module):
         self.down_blocks = self._build_down(config)
         if config.mid_block_type is not None:
             self.mid_block = self._build_mid(config)
+        # The first block with attention has the largest maps, the only ones in which positions are merged.
+        self._outermost = next((i for i, block in enumerate(self.down_blocks) if "attentions" in block), None)
 
     @staticmethod
     def _build_down(config: EncoderConfig) -> list[DownBlock]:
@@ -253,52 +266,24 @@ class Encoder(nn.Module):
         attention = (config.num_attention_heads[-1], config.cross_attention_dim[-1], depths)
         return MidBlock(config, [(width, width)] * 2, attention)
 
-    def encode(
-        self, x: mx.array, temb: Time, context: Context, features: Sequence[mx.array] = ()
-    ) -> tuple[list[mx.array], mx.array]:
-        """``x`` [B, h, w, C], after ``conv_in`` -> all maps that the second half takes back, and the middle's.
-
-        ``temb`` is what ``embed_time`` gives.
-        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
-        """
-        count = len(self.down_blocks)
-        if len(features) > count + ("mid_block" in self):
-            raise ValueError(f"{len(features)} features for a UNet of {count} down blocks: the adapter does not fit it")
-        skips = [x]
-        for block, feature in zip_longest(self.down_blocks, features[:count]):
-            x = block(x, temb, context, skips, feature)
-        if "mid_block" in self:
-            x = self.mid_block(x, temb, context)
-            for feature in features[count:]:
-                x = x + feature
-        return skips, x
-
     def embed_time(
         self,
         t: float | mx.array,
         dtype: mx.Dtype,
-        context: Context,
-        text_time: tuple | None = None,
-        cond: mx.array | None = None,
-    ) -> Time:
-        """What each resnet is told of a timestep; those that ``context`` knows are embedded all together, once."""
-        if isinstance(t, mx.array):
-            return partial(Times(self._embed(t[None], dtype, text_time, cond)).added, 0)
-        if t not in context.timesteps:
-            return self.embed_time(mx.array([t]), dtype, context, text_time, cond)
-        every = mx.array(context.timesteps)[:, None]
-        times = context.once(self, lambda: Times(self._embed(every, dtype, text_time, cond)))
-        return partial(times.added, context.timesteps.index(t))
+        text_time: tuple[mx.array, mx.array] | None = None,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
+        """Embed a timestep for the resnets: -> [B or 1, 4 * block_out_channels[0]], with the SiLU that they share.
 
-    def _embed(self, t: mx.array, dtype: mx.Dtype, text_time: tuple | None, cond: mx.array | None) -> mx.array:
-        """Timesteps [S, B or 1], guidance (LCM) and XL's pooled prompt and sizes -> [S, B, 4 * block_out_channels[0]].
-
-        With the SiLU that all resnets would compute.
+        Args:
+            t: the timestep of all rows, or timesteps [B].
+            text_time: (pooled prompt [B, P], time ids [B, 6 or 5]), which XL needs.
+            guidance: LCM's guidance embedding [B, time_cond_proj_dim].
         """
         config = self.config
         waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        temb = timestep_embedding(t.reshape(-1), config.block_out_channels[0], **waves).astype(dtype)
-        temb = self.time_embedding(temb.reshape(*t.shape, -1), cond)
+        t = t if isinstance(t, mx.array) else mx.array([t])
+        temb = self.time_embedding(timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype), guidance)
         if "add_embedding" in self:
             if text_time is None:
                 raise ValueError("this network needs text_time = (pooled prompt, time ids)")
@@ -306,22 +291,46 @@ class Encoder(nn.Module):
             sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
             sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
             temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
-        return silu(temb)
+        return nn.silu(temb)
+
+    def encode(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        context: Context,
+        features: Sequence[mx.array] = (),
+        tome_ratio: float = 0.0,
+    ) -> tuple[list[mx.array], mx.array]:
+        """Run the first half: ``x`` [B, h, w, C], after ``conv_in`` -> (skips for the second half, the middle's map).
+
+        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
+        """
+        count = len(self.down_blocks)
+        if len(features) > count + ("mid_block" in self):
+            raise ValueError(f"{len(features)} features for a UNet of {count} down blocks: the adapter does not fit it")
+        skips = [x]
+        for i, (block, feature) in enumerate(zip_longest(self.down_blocks, features[:count])):
+            ratio = tome_ratio if i == self._outermost else 0.0
+            x = block(x, temb, context, skips, feature=feature, tome_ratio=ratio)
+        if "mid_block" in self:
+            x = self.mid_block(x, temb, context)
+            for feature in features[count:]:
+                x = x + feature
+        return skips, x
 
 
 class UNet2DConditionModel(Encoder):
-    """Predicts the noise (or the velocity, or the image) in a noisy latent.
+    """Predict the noise (or the velocity, or the image) in noisy latents.
 
     Args of the call:
-        x: the latent and its extra channels [B, h, w, in_channels], any h and w.
-        t: timesteps [B], or one for all.
-        context: encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
-        text_time: XL's (pooled prompt [B, P], time ids [B, 6 or 5]).
-        timestep_cond: LCM's guidance embedding [B, time_cond_proj_dim].
+        x: the latents and their extra channels [B, h, w, in_channels], any h and w.
+        temb: the embedded timestep, from ``embed_time``.
+        context: the encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
         residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
         features: what T2I-Adapters add to each down block and, in XL, to the middle.
-        deep: an empty list keeps the map that comes into the last resnet with its transformer. That list, given to
-            another call, saves it all that comes before: nothing is computed that no result depends on.
+        cache: DeepCache's list. An empty one receives the map that comes into the last resnet. Given to another call,
+            it saves all that comes before: nothing is computed that no result depends on.
+        tome_ratio: the share of positions that the largest self-attentions merge, see ``token_merging``.
 
     Returns:
         [B, h, w, out_channels] in the type of ``x``.
@@ -331,16 +340,13 @@ class UNet2DConditionModel(Encoder):
         super().__init__(config, config.time_cond_proj_dim)
         channels = config.block_out_channels
         self.up_blocks = self._build_up(config)
-        outermost = next(i for i, block in enumerate(self.down_blocks) if "attentions" in block)
-        for block in (self.down_blocks[outermost], self.up_blocks[-1 - outermost]):
-            for transformer in block.get("attentions", ()):
-                transformer.outermost = True
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.eval()
 
     @staticmethod
     def _build_up(config: UNetConfig) -> list[UpBlock]:
-        """Skips come back in reverse: those of a block's own level first, the last from the next finer level."""
+        """Build the up blocks. Skips come back in reverse, the last of a block from the next finer level."""
         blocks, width = [], config.block_out_channels[-1]
         reverse = config.block_out_channels[::-1]
         for i, (kind, out) in enumerate(zip(config.up_block_types, reverse, strict=True)):
@@ -358,18 +364,16 @@ class UNet2DConditionModel(Encoder):
     def __call__(
         self,
         x: mx.array,
-        t: float | mx.array,
+        temb: mx.array,
         context: mx.array | Context,
         *,
-        text_time: tuple[mx.array, mx.array] | None = None,
-        timestep_cond: mx.array | None = None,
         residuals: Residuals | None = None,
         features: Sequence[mx.array] = (),
-        deep: list[mx.array] | None = None,
+        cache: list[mx.array] | None = None,
+        tome_ratio: float = 0.0,
     ) -> mx.array:
         context = context if isinstance(context, Context) else Context(context)
-        temb = self.embed_time(t, x.dtype, context, text_time, timestep_cond)
-        skips, x = self.encode(self.conv_in(x), temb, context, features)
+        skips, x = self.encode(self.conv_in(x), temb, context, features, tome_ratio)
         if residuals is not None:
             down, middle = residuals
             if len(down) != len(skips):
@@ -378,7 +382,8 @@ class UNet2DConditionModel(Encoder):
                 )
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
             x = x + middle
-        for block in self.up_blocks[:-1]:
-            x = block(x, temb, context, skips)
-        x = self.up_blocks[-1](x, temb, context, skips, deep)
+        last = len(self.up_blocks) - 1
+        for i, block in enumerate(self.up_blocks):
+            ratio = tome_ratio if last - i == self._outermost else 0.0
+            x = block(x, temb, context, skips, cache=cache if i == last else None, tome_ratio=ratio)
         return self.conv_out(self.conv_norm_out.activated(x))

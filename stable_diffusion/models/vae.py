@@ -10,30 +10,29 @@ import mlx.nn as nn
 
 from .config import AutoencoderConfig
 from .kernels import silu
-from .layers import Attention, Context, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 
 Network = Callable[[mx.array], mx.array]
 
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
 
 
+LARGEST_SCORES = 2**25  # bytes of attention that are computed at once
+
+
 class SpatialAttention(Attention):
-    """Single-head self-attention over the positions of a feature map, normed and residual."""
+    """Compute single-head self-attention over the positions of a map, normed and residual."""
 
     def __init__(self, channels: int, groups: int):
-        super().__init__(channels, heads=1, bias=True, largest_scores=2**25)
+        super().__init__(channels, heads=1, bias=True, largest_scores=LARGEST_SCORES)
         self.group_norm = GroupNorm(groups, channels, _EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.look(self.group_norm(x))
-
-    def look(self, x: mx.array, context: Context | None = None) -> mx.array:
-        """From the positions of a normed map [B, H, W, C] at each other, or at those of ``context``."""
-        return super().__call__(x.reshape(-1, x.shape[-1]), len(x), context).reshape(x.shape)
+        return x + super().__call__(self.group_norm(x).flatten(0, 2), len(x)).reshape(x.shape)
 
 
 class AutoencoderBlock(nn.Module):
-    """A run of resnets, with an optional halving or doubling at its end."""
+    """Hold several resnets, and a halving or doubling at their end if there is one."""
 
     def __init__(self, channels: list[tuple[int, int]], groups: int, resample: str | None = None):
         super().__init__()
@@ -50,7 +49,7 @@ class AutoencoderBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two resnets around an attention at the smallest size."""
+    """Hold two resnets around an attention, at the smallest size."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -65,7 +64,7 @@ class MidBlock(nn.Module):
 
 
 class _Layered(nn.Module):
-    """A network that runs its ``layers`` one after the other."""
+    """Run ``layers`` one after the other."""
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:
@@ -74,7 +73,7 @@ class _Layered(nn.Module):
 
 
 class Encoder(_Layered):
-    """Pixels [B, H, W, 3] -> mean and log variance of the latent [B, h, w, 2 * latent_channels]."""
+    """Encode pixels [B, H, W, 3] to mean and log variance of the latents [B, h, w, 2 * latent_channels]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -95,7 +94,7 @@ class Encoder(_Layered):
 
 
 class Decoder(_Layered):
-    """Latents [B, h, w, latent_channels] -> pixels [B, H, W, 3]."""
+    """Decode latents [B, h, w, latent_channels] to pixels [B, H, W, 3]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -116,7 +115,7 @@ class Decoder(_Layered):
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels in [-1, 1] <-> latents in the UNet's scale (multiplied by ``scaling_factor``)."""
+    """Encode pixels in [-1, 1] to latents in the UNet's scale (times ``scaling_factor``), and decode them."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -130,10 +129,10 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
-        """Pixels [B, H, W, 3] -> (mean, log variance) of the latent, each [B, H / 8, W / 8, 4].
+        """Encode pixels [B, H, W, 3] to (mean, log variance) of the latents, each [B, H / 8, W / 8, 4].
 
         Both are in the UNet's scale, so ``mean + exp(logvar / 2) * noise`` is a sample of the posterior.
-        ``encoder`` is another way to run this one's encoder.
+        ``encoder`` runs in the place of this network's encoder, such as the same one in slices.
         """
         moments = (encoder or self.encoder)(x)
         if "quant_conv" in self:
@@ -144,9 +143,9 @@ class AutoencoderKL(nn.Module):
         return mean * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(mx.array(scale, dtype=mean.dtype))
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
-        """Latents [B, h, w, 4] -> pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
+        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
 
-        ``decoder`` is another way to run this one's decoder.
+        ``decoder`` runs in the place of this network's decoder, such as the same one in slices.
         """
         z = z / self.config.scaling_factor
         if "post_quant_conv" in self:
@@ -154,5 +153,5 @@ class AutoencoderKL(nn.Module):
         return (decoder or self.decoder)(z)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Round trip of pixels through the mean of their latent."""
+        """Encode pixels and decode the mean of their latents."""
         return self.decode(self.encode(x)[0])

@@ -36,8 +36,8 @@ def test_equals_diffusers(name):
     config = ADAPTERS[name]
     ours, oracle = pair(config)
     for i, scale in enumerate(SCALES):
-        hint = normal(i + 1, 40, 72, config.get("in_channels", 3), seed=1, scale=scale)
-        features, expected = ours.embed(mx.array(hint)), oracle(nchw(hint))
+        image = normal(i + 1, 40, 72, config.get("in_channels", 3), seed=1, scale=scale)
+        features, expected = ours.embed(mx.array(image)), oracle(nchw(image))
         assert [f.shape for f in features] == [nhwc(e).shape for e in expected]
         for mine, theirs in zip(features, expected, strict=True):
             assert relative_error(mine, nhwc(theirs)) <= 1e-4
@@ -45,33 +45,33 @@ def test_equals_diffusers(name):
 
 @pytest.mark.parametrize("name, adapter, factor", [("sd1", "full", 8), ("sd1", "light", 8), ("xl", "xl", 2)])
 def test_unet_with_features_equals_diffusers(name, adapter, factor):
-    """From hint to prediction, on both sides: three features for three blocks, and XL's fourth for the middle."""
+    """From image to prediction, on both sides: three features for three blocks, and XL's fourth for the middle."""
     network, oracle = pair(ADAPTERS[adapter])
     torch.manual_seed(1)
     oracle_unet = perturb(OracleUNet(**UNETS[name]), seed=1)
     unet = twin(UNet2DConditionModel(UNetConfig.from_dict(UNETS[name])), oracle_unet)
-    hint = normal(2, 8 * factor, 12 * factor, 3, seed=5)
+    image = normal(2, 8 * factor, 12 * factor, 3, seed=5)
     x, context = normal(2, 8, 12, 4, seed=1), normal(2, 5, UNETS[name]["cross_attention_dim"], seed=2)
     added = {"text_embeds": normal(2, 32, seed=3), "time_ids": 500 * abs(normal(2, 6, seed=4))}
 
     def ours(features):
-        text_time = tuple(map(mx.array, added.values()))
-        return unet(mx.array(x), mx.array([800.0, 3.0]), mx.array(context), text_time=text_time, features=features)
+        temb = unet.embed_time(mx.array([800.0, 3.0]), mx.float32, tuple(map(mx.array, added.values())))
+        return unet(mx.array(x), temb, mx.array(context), features=features)
 
     theirs = oracle_unet(
         nchw(x),
         torch.tensor([800.0, 3.0]),
         torch.from_numpy(context),
-        down_intrablock_additional_residuals=[0.7 * feature for feature in oracle(nchw(hint))],
+        down_intrablock_additional_residuals=[0.7 * feature for feature in oracle(nchw(image))],
         added_cond_kwargs={key: torch.from_numpy(value) for key, value in added.items()},
     )
-    heard = ours([0.7 * feature for feature in network.embed(mx.array(hint))])
+    heard = ours([0.7 * feature for feature in network.embed(mx.array(image))])
     assert relative_error(heard, nhwc(theirs.sample)) <= 1e-4
     assert relative_error(ours(()), heard) > 1e-2
 
 
 def test_grey_adapters_see_colours_in_grey():
-    """By the weights of PIL, whose conversion is how the oracle's pipeline is given such hints."""
+    """By the weights of PIL, whose conversion is how the oracle's pipeline is given such images."""
     network, _ = pair(ADAPTERS["grey"])
     colours = np.random.default_rng(0).integers(0, 256, (40, 72, 3), np.uint8)
     grey = np.asarray(Image.fromarray(colours).convert("L"))[None, ..., None]
@@ -87,7 +87,8 @@ def test_what_does_not_fit_is_refused():
             network.embed(mx.zeros(shape))
     unet = UNet2DConditionModel(UNetConfig.from_dict(UNETS["sd1"]))
     with pytest.raises(ValueError, match="5 features for a UNet of 3 down blocks"):
-        unet(mx.zeros((1, 8, 8, 4)), mx.array([1.0]), mx.zeros((1, 5, 32)), features=[mx.zeros((1, 1, 1, 1))] * 5)
+        temb = unet.embed_time(1.0, mx.float32)
+        unet(mx.zeros((1, 8, 8, 4)), temb, mx.zeros((1, 5, 32)), features=[mx.zeros((1, 1, 1, 1))] * 5)
 
 
 @pytest.mark.parametrize("changes", [{"adapter_type": "heavy"}, {"extra": 1}])

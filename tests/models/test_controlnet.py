@@ -22,7 +22,7 @@ _ABSENT = ("sample_size", "out_channels", "up_block_types")
 
 
 def of_unet(name: str, **changes) -> dict:
-    """The config of a ControlNet for a small UNet, with a small network for hints of 8 times the latent's size."""
+    """The config of a ControlNet for a small UNet, whose control images are 8 times as large as latents."""
     shared = {key: value for key, value in UNETS[name].items() if key not in _ABSENT}
     return shared | {"conditioning_embedding_out_channels": [4, 8, 12, 16]} | changes
 
@@ -37,7 +37,7 @@ CONTROLNETS = {
     "bgr": of_unet("sd1", controlnet_conditioning_channel_order="bgr"),
     "shuffle": of_unet("sd1", global_pool_conditions=True),
     "plain middle": of_unet("sd1", mid_block_type="UNetMidBlock2D"),
-    "other hints": of_unet("sd1", conditioning_channels=5, conditioning_embedding_out_channels=[6, 10]),
+    "other images": of_unet("sd1", conditioning_channels=5, conditioning_embedding_out_channels=[6, 10]),
     "heads and waves": of_unet("sd1", num_attention_heads=[2, 4, 8], flip_sin_to_cos=False, freq_shift=1),
 }
 
@@ -47,18 +47,18 @@ def pair(name: str) -> tuple[ControlNetModel, Oracle]:
     torch.manual_seed(0)
     oracle = perturb(Oracle(**CONTROLNETS[name]))
     for parameter in oracle.controlnet_cond_embedding.parameters():
-        parameter.mul_(3)  # or the hint would hardly be heard: its last convolution starts at zero
+        parameter.mul_(3)  # or the control image would hardly count: its last convolution starts at zero
     return twin(ControlNetModel(ControlNetConfig.from_dict(CONTROLNETS[name])), oracle), oracle
 
 
 def inputs(config: dict, batch: int, height: int, width: int, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """NumPy inputs of one call; latent and hint at ``scale``, the conditioning at scale 1, as encoders produce it."""
+    """NumPy inputs of one call; the conditioning is at scale 1, as encoders produce it."""
     factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     size = (batch, factor * height, factor * width, config.get("conditioning_channels", 3))
     given = {
         "x": normal(batch, height, width, 4, seed=1, scale=scale),
         "context": normal(batch, 5, config["cross_attention_dim"], seed=2),
-        "hint": np.random.default_rng(5).uniform(0, scale, size).astype(np.float32),
+        "image": np.random.default_rng(5).uniform(0, scale, size).astype(np.float32),
     }
     if "addition_embed_type" in config:
         given |= {"text_embeds": normal(batch, 32, seed=3), "time_ids": 500 * abs(normal(batch, 6, seed=4))}
@@ -73,7 +73,7 @@ def run_oracle(
         nchw(given["x"]),
         torch.tensor(t),
         torch.from_numpy(given["context"]),
-        nchw(given["hint"]),
+        nchw(given["image"]),
         conditioning_scale=scale,
         guess_mode=guess,
         added_cond_kwargs=added or None,
@@ -85,7 +85,7 @@ def run_oracle(
 def run_ours(net: ControlNetModel, given: dict, t: list[float]) -> tuple[list[mx.array], mx.array]:
     a = {key: mx.array(value) for key, value in given.items()}
     text_time = (a["text_embeds"], a["time_ids"]) if "time_ids" in a else None
-    return net(a["x"], mx.array(t), a["context"], net.embed(a["hint"]), text_time=text_time)
+    return net(a["x"], net.embed_time(mx.array(t), a["x"].dtype, text_time), a["context"], net.embed(a["image"]))
 
 
 def worst(ours: tuple[list[mx.array], mx.array], theirs: list[np.ndarray]) -> float:
@@ -101,21 +101,21 @@ def test_equals_diffusers(name):
         assert worst(run_ours(ours, given, t), run_oracle(oracle, given, t)) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["sd1", "bgr", "other hints"])
-def test_what_is_seen_in_a_hint_equals_diffusers(name):
+@pytest.mark.parametrize("name", ["sd1", "bgr", "other images"])
+def test_embedded_control_images_equal_diffusers(name):
     ours, oracle = pair(name)
     for i, scale in enumerate(SCALES):
-        hint = inputs(CONTROLNETS[name], i + 1, 3, 5, scale)["hint"]
-        theirs = oracle.controlnet_cond_embedding(nchw(hint[..., ::-1] if name == "bgr" else hint))
-        assert relative_error(ours.embed(mx.array(hint)), nhwc(theirs)) <= 1e-5
+        image = inputs(CONTROLNETS[name], i + 1, 3, 5, scale)["image"]
+        theirs = oracle.controlnet_cond_embedding(nchw(image[..., ::-1] if name == "bgr" else image))
+        assert relative_error(ours.embed(mx.array(image)), nhwc(theirs)) <= 1e-5
 
 
-def test_the_hint_counts():
-    """Also that the order of its colours does: what the comparisons above could not see if it were hardly heard."""
+def test_the_control_image_counts():
+    """Also that the order of its colours does: which the comparisons above could not see otherwise."""
     net, _ = pair("sd1")
     given = inputs(CONTROLNETS["sd1"], 1, 8, 6)
     before = [np.array(r) for r in flat(run_ours(net, given, [9.0]))]
-    assert worst(run_ours(net, given | {"hint": given["hint"][..., ::-1].copy()}, [9.0]), before) > 1e-2
+    assert worst(run_ours(net, given | {"image": given["image"][..., ::-1].copy()}, [9.0]), before) > 1e-2
 
 
 @pytest.mark.parametrize("size", [(7, 9), (5, 8), (10, 13)])
@@ -135,11 +135,11 @@ def test_scales_and_guess_mode_equal_diffusers(name, scale, guess):
     assert worst(scaled(run_ours(ours, given, t), scale, guess), run_oracle(oracle, given, t, scale, guess)) <= 1e-4
 
 
-def test_one_hint_serves_the_whole_batch():
+def test_one_control_image_serves_a_batch():
     net, _ = pair("sd1")
     given = inputs(CONTROLNETS["sd1"], 2, 8, 6)
-    one = given | {"hint": given["hint"][:1]}
-    both = given | {"hint": np.concatenate([one["hint"]] * 2)}
+    one = given | {"image": given["image"][:1]}
+    both = given | {"image": np.concatenate([one["image"]] * 2)}
     assert worst(run_ours(net, one, [9.0, 5.0]), [np.array(r) for r in flat(run_ours(net, both, [9.0, 5.0]))]) <= 1e-5
 
 
@@ -152,7 +152,7 @@ def test_half_precision_stays_half_and_close(name):
     ours, oracle = pair.__wrapped__(name)  # not the one that other tests use
     ours.set_dtype(mx.float16)
     given = inputs(CONTROLNETS[name], 2, 8, 8)
-    half = {key: value.astype("float16") for key, value in given.items()} | {"hint": given["hint"]}
+    half = {key: value.astype("float16") for key, value in given.items()} | {"image": given["image"]}
     residuals = run_ours(ours, half, [999.0, 3.0])
     assert {r.dtype for r in flat(residuals)} == {mx.float16}
     as_float = [r.astype(mx.float32) for r in residuals[0]], residuals[1].astype(mx.float32)
@@ -192,8 +192,8 @@ def test_unet_with_residuals_equals_diffusers(name, batch, rows):
     )
 
     def ours(residuals):
-        text_time = tuple(map(mx.array, added.values()))
-        return unet(mx.array(x), mx.array(t), mx.array(context), text_time=text_time, residuals=residuals)
+        temb = unet.embed_time(mx.array(t), mx.float32, tuple(map(mx.array, added.values())))
+        return unet(mx.array(x), temb, mx.array(context), residuals=residuals)
 
     residuals = [mx.array(r) for r in down], mx.array(middle)
     assert relative_error(ours(residuals), nhwc(theirs.sample)) <= 1e-4
@@ -227,18 +227,19 @@ def test_pooled_residuals_reach_every_position():
         mid_block_additional_residual=nchw(middle),
     )
     residuals = scaled(run_ours(net, given, t), 1.0)
-    ours = unet(mx.array(given["x"]), mx.array(t), mx.array(given["context"]), residuals=residuals)
+    temb = unet.embed_time(mx.array(t), mx.float32)
+    ours = unet(mx.array(given["x"]), temb, mx.array(given["context"]), residuals=residuals)
     assert relative_error(ours, nhwc(theirs.sample)) <= 1e-4
 
 
 # ---- what does not fit
 
 
-def test_a_hint_of_another_size_or_depth_is_refused():
+def test_a_control_image_of_another_size_or_depth_is_refused():
     net, _ = pair("sd1")
-    x, t, context = mx.zeros((1, 8, 6, 4)), mx.array([1.0]), mx.zeros((1, 5, 32))
-    with pytest.raises(ValueError, match=r"hint's size is \(64, 56\), the picture's \(64, 48\)"):
-        net(x, t, context, net.embed(mx.zeros((1, 64, 56, 3))))
+    x, temb, context = mx.zeros((1, 8, 6, 4)), net.embed_time(1.0, mx.float32), mx.zeros((1, 5, 32))
+    with pytest.raises(ValueError, match=r"control image's size is \(64, 56\), the output's \(64, 48\)"):
+        net(x, temb, context, net.embed(mx.zeros((1, 64, 56, 3))))
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\]"):
         net.embed(mx.zeros((1, 64, 48, 1)))
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\]"):
@@ -249,20 +250,20 @@ def test_residuals_of_another_unet_are_refused():
     unet, _ = unets("sd1")
     residuals = [mx.zeros((1, 1, 1, 1))] * 5, mx.zeros((1, 1, 1, 1))
     with pytest.raises(ValueError, match="5 residuals for a UNet of 9 maps"):
-        unet(mx.zeros((1, 8, 8, 4)), mx.array([1.0]), mx.zeros((1, 5, 32)), residuals=residuals)
+        unet(mx.zeros((1, 8, 8, 4)), unet.embed_time(1.0, mx.float32), mx.zeros((1, 5, 32)), residuals=residuals)
 
 
 def test_xl_without_sizes_is_refused():
     net, _ = pair("xl")
     with pytest.raises(ValueError, match="text_time"):
-        net(mx.zeros((1, 8, 8, 4)), mx.array([1.0]), mx.zeros((1, 5, 64)), net.embed(mx.zeros((1, 64, 64, 3))))
+        net.embed_time(1.0, mx.float32)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"_class_name": "ControlNetUnionModel", "num_control_type": 6}, "this is a ControlNetUnionModel"),
-        ({"_class_name": "ControlNetModel", "num_control_type": 8}, "several kinds of hints"),
+        ({"_class_name": "ControlNetModel", "num_control_type": 8}, "several kinds of images"),
         ({"_class_name": "T2IAdapter"}, "this is a T2IAdapter"),
         ({"_class_name": "UNet2DConditionModel"}, "this is a UNet2DConditionModel"),
         ({"controlnet_conditioning_channel_order": "gbr"}, "controlnet_conditioning_channel_order='gbr'"),

@@ -7,7 +7,7 @@ import torch
 
 from oracle import normal, relative_error
 from peaks import peaks
-from stable_diffusion.models import kernels
+from stable_diffusion.models import cpu, kernels
 from stable_diffusion.models.kernels import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
 
 # From far below what the polynomial covers to far above, with 0, -0 and the smallest numbers.
@@ -15,15 +15,15 @@ RANGE = np.concatenate([np.linspace(-200, 200, 40001), np.linspace(-1e-3, 1e-3, 
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def way(request, monkeypatch):
-    """The CPU's way, and what a GPU would be given."""
+def backend(request, monkeypatch):
+    """The kernels of the CPU, and a GPU's."""
     if request.param == "gpu":
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     return request.param
 
 
 @pytest.mark.parametrize("ours, theirs", [(silu, torch.nn.functional.silu), (gelu, torch.nn.functional.gelu)])
-def test_activations(way, ours, theirs):
+def test_activations(backend, ours, theirs):
     for x in (RANGE, RANGE * 1e-2, RANGE * 1e-4):
         want = theirs(torch.from_numpy(x).double()).numpy()
         assert relative_error(ours(mx.array(x)), want) <= 1e-6
@@ -31,7 +31,7 @@ def test_activations(way, ours, theirs):
 
 @pytest.mark.parametrize("width", [8, 40, 64, 80, 160, 512])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_attention(way, width, scale):
+def test_attention(backend, width, scale):
     """Up to scores in the thousands, where the last bit of a score counts: it moves a weight by so much."""
     q, k, v = (normal(2, 3, n, width, seed=i, scale=s) for i, (n, s) in enumerate([(50, scale), (77, scale), (77, 1)]))
     scores = np.abs(q.astype(np.float64) @ k.swapaxes(-1, -2)).max() / np.sqrt(width)
@@ -40,7 +40,7 @@ def test_attention(way, width, scale):
     assert relative_error(ours, want) <= 1e-6 + 4 * scores * 2.0**-24
 
 
-def test_attention_to_many_positions(way):
+def test_attention_to_many_positions(backend):
     """Where each weighs little, the floor of the exponential must not add up."""
     q = mx.array([[[[40.0] * 8]]])
     k = mx.concatenate([mx.ones((1, 1, 1, 8)), -mx.ones((1, 1, 100_000, 8))], axis=2)
@@ -48,7 +48,7 @@ def test_attention_to_many_positions(way):
     assert float(attention(q, k, v).max()) < 1e-8
 
 
-def test_what_is_not_finite_stays_so(way):
+def test_what_is_not_finite_stays_so(backend):
     bad = mx.array([[[[float("nan"), 0.0]]]])
     good = mx.ones((1, 1, 1, 2))
     assert mx.isnan(attention(bad, good, good)).all() and mx.isnan(silu(bad)).any() and mx.isnan(gelu(bad)).any()
@@ -60,7 +60,7 @@ def test_half_precision_takes_the_kernels_of_mlx():
 
 
 @pytest.mark.parametrize("size", [1, 1e-2, 1e-3])
-def test_norms(way, size):
+def test_norms(backend, size):
     """The pieces of GroupNorm, and LayerNorm, of values whose mean is not zero."""
     x, (scale, shift) = size * (normal(2, 6, 5, 24) + 2), normal(2, 2, 1, 1, 24)
     line = torch.from_numpy(x).double() * torch.from_numpy(scale) + torch.from_numpy(shift)
@@ -85,15 +85,13 @@ def test_norms(way, size):
         (0.5, [(1, 1, 1)] * 300),
     ],
 )
-def test_scores_in_pieces(way, rows, sizes, monkeypatch):
+def test_scores_in_pieces(backend, rows, sizes, monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
     asked = []
-    for name in ("_weighted_sums", "_fused_attention"):
-        look = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda q, *kv, look=look, **scale: asked.append(q.shape[:3]) or look(q, *kv, **scale)
-        )
-    for width, seen in ((160, sizes), (32, sizes if way == "cpu" else [(3, 2, 50)])):
+    for module, name in ((cpu, "attention"), (kernels, "_fused_attention")):
+        attend = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda q, *kv, attend=attend: asked.append(q.shape[:3]) or attend(q, *kv))
+    for width, seen in ((160, sizes), (32, sizes if backend == "cpu" else [(3, 2, 50)])):
         q, k, v = (mx.array(normal(3, 2, n, width, seed=n)) for n in (50, 77, 77))
         assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6
         assert asked == [*seen, (3, 2, 50)]

@@ -83,8 +83,8 @@ def test_activations(name, oracle):
     assert relative_error(_ACTIVATIONS[name](mx.array(x)), oracle(torch.from_numpy(x))) <= 1e-6
 
 
-def test_the_keys_and_values_of_a_prompt_are_computed_once():
-    layer, other = Attention(16, 2, 32), Attention(16, 2, 32)
+def test_the_keys_and_values_of_a_prompt_are_computed_once_but_not_in_training():
+    layer, other = Attention(16, 2, 32).eval(), Attention(16, 2, 32).eval()
     prompt = Context(mx.array(normal(1, 7, 32)))
     x = mx.array(normal(5, 16, seed=1))
     first = layer(x, 1, prompt)
@@ -92,3 +92,5 @@ def test_the_keys_and_values_of_a_prompt_are_computed_once():
     assert relative_error(other(x, 1, prompt), first) > 1e-2  # each layer has its own
     layer.to_k.weight = mx.zeros_like(layer.to_k.weight)
     assert np.array_equal(layer(x, 1, prompt), first)
+    layer.train()
+    assert relative_error(layer(x, 1, prompt), first) > 1e-2

@@ -1,11 +1,13 @@
-"""Decoding and encoding by bands and by tiles, against the whole."""
+"""Decoding and encoding in slices and in tiles, against one graph."""
 
-from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import stable_diffusion
 from models.test_taesd import SMALL as TINY
 from models.test_vae import SD
 from oracle import normal, relative_error
@@ -13,66 +15,68 @@ from peaks import peaks
 from stable_diffusion.models import tiling
 from stable_diffusion.models.config import AutoencoderConfig
 from stable_diffusion.models.taesd import AutoencoderTiny, AutoencoderTinyConfig
-from stable_diffusion.models.tiling import Way, decode, encode, in_bands, in_tiles, peak_as_a_whole, peak_in_bands, way
+from stable_diffusion.models.tiling import VAEPlan, decode, encode, in_slices, in_tiles, plan, spans
 from stable_diffusion.models.vae import AutoencoderKL
 from stable_diffusion.weights.files import open_part
 from stable_diffusion.weights.load import load_component
 
 AHEAD = 10**12  # bytes: with this limit MLX need not wait for what it computes
-BUNDLED = tiling.__file__.replace("tiling.py", "tiny")
 
 
-def make(name: str) -> AutoencoderKL | AutoencoderTiny:
+def build(name: str) -> AutoencoderKL | AutoencoderTiny:
     mx.random.seed(0)
     if name == "tiny":
         return AutoencoderTiny(AutoencoderTinyConfig.from_dict(TINY))
     if name == "bundled":
-        return load_component(open_part(BUNDLED, "vae"), mx.float32)
+        return load_component(open_part(Path(stable_diffusion.__file__).parent / "tiny", "vae"), mx.float32)
     return AutoencoderKL(AutoencoderConfig.from_dict(SD if name == "sd" else SD | {"mid_block_add_attention": False}))
 
 
 @pytest.fixture
-def bands(monkeypatch):
-    """Nothing is left to one graph, and bands have the fewest rows that they can have."""
-    monkeypatch.setattr(tiling, "_WHOLE", dict.fromkeys(tiling._WHOLE, 0))
-    monkeypatch.setattr(tiling, "_BANDS", dict.fromkeys(tiling._BANDS, (1,)))
+def no_graphs(monkeypatch):
+    """Nothing is left to one graph."""
+    monkeypatch.setattr(tiling, "_LARGEST_GRAPH", dict.fromkeys(tiling._LARGEST_GRAPH, 0))
 
 
-# Latents of one row, fewer rows than a band has, odd sides, and a batch.
+@pytest.fixture
+def sliced(no_graphs, monkeypatch):
+    """Slices have one row."""
+    monkeypatch.setattr(tiling, "_SLICE", dict.fromkeys(tiling._SLICE, 1))
+
+
+# Latents of one row, odd sides, and a batch.
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 5), (2, 6, 11)])
 @pytest.mark.parametrize("name", ["sd", "no-attention", "bundled", "tiny"])
-def test_bands_give_the_whole(name, shape, bands):
-    vae = make(name)
+def test_slices_are_exact(name, shape, sliced):
+    vae = build(name)
     z = mx.array(normal(*shape, vae.latent_channels))
     assert relative_error(decode(vae, z), vae.decode(z)) <= 3e-6
     # Pixels need not be a multiple of latents.
     x = mx.array(normal(shape[0], shape[1] * 8 + 3, shape[2] * 8 + 6, 3))
-    for ours, whole in zip(encode(vae, x), vae.encode(x), strict=True):
-        assert relative_error(1 + mx.exp(ours), 1 + mx.exp(whole)) <= 3e-6  # the variance of the tiny one is 0
+    for ours, exact in zip(encode(vae, x), vae.encode(x), strict=True):
+        assert relative_error(1 + mx.exp(ours), 1 + mx.exp(exact)) <= 3e-6  # the variance of the tiny one is 0
 
 
-def test_bands_of_any_height_give_the_whole():
-    vae, z = make("sd"), mx.array(normal(1, 12, 10, 4))
-    whole = vae.decode(z)
-    heights = set()
-    for size in (2**14, 2**18, 2**20):
-        how = Way(0, size)
-        heights.add(next(tiling._cut([mx.zeros((1, 96, 80, 16))], 16, how)).shape[1])
-        assert relative_error(vae.decode(z, partial(in_bands, vae.decoder.layers, how=how)), whole) <= 3e-6
-    assert len(heights) == 3
+@pytest.mark.parametrize("rows", [2, 3, 5, 64])
+def test_slices_of_any_height_are_exact(rows):
+    for name in ("sd", "tiny"):
+        vae = build(name)
+        z, x = mx.array(normal(1, 12, 10, vae.latent_channels)), mx.array(normal(1, 43, 70, 3))
+        assert relative_error(in_slices(vae.decoder.layers, z, rows), vae.decoder(z)) <= 3e-6
+        assert relative_error(in_slices(vae.encoder.layers, x, rows), vae.encoder(x)) <= 3e-6
 
 
-def test_half_precision_by_bands(bands):
-    vae = make("sd")
-    whole, z = vae.decode(mx.array(normal(1, 9, 7, 4))), mx.array(normal(1, 9, 7, 4))
+def test_half_precision_in_slices(sliced):
+    vae = build("sd")
+    exact, z = vae.decode(mx.array(normal(1, 9, 7, 4))), mx.array(normal(1, 9, 7, 4))
     vae.set_dtype(mx.float16)
     pixels = decode(vae, z.astype(mx.float16))
     assert pixels.dtype == mx.float16
-    assert relative_error(pixels, whole) <= 1e-2
+    assert relative_error(pixels, exact) <= 1e-2
 
 
 def test_small_pictures_stay_lazy():
-    vae, z = make("sd"), mx.array(normal(2, 4, 6, 4))
+    vae, z = build("sd"), mx.array(normal(2, 4, 6, 4))
     mx.eval(vae.parameters(), z)
     before = mx.get_active_memory()
     pixels = decode(vae, z)
@@ -83,79 +87,79 @@ def test_small_pictures_stay_lazy():
 
 
 @pytest.mark.parametrize("name", ["sd", "tiny"])
-def test_one_tile_is_the_whole(name):
-    vae = make(name)
+def test_one_tile_is_exact(name):
+    vae = build(name)
     z = mx.array(normal(1, 5, 9, vae.latent_channels))
-    how, scale = Way(0, 2**21, side=20), vae.config.scale
-    assert relative_error(in_tiles(vae.decoder, z, how, 1, scale), vae.decoder(z)) <= 1e-6
-    x = mx.array(normal(1, 43, 70, 3))
-    assert relative_error(in_tiles(vae.encoder, x, how, scale, 1), vae.encoder(x)) <= 1e-6
+    one, scale = VAEPlan(0, rows=80, tile=20), vae.config.scale
+    assert relative_error(in_tiles(vae.decoder.layers, z, one, 1, scale), vae.decoder(z)) <= 1e-6
+    x = mx.array(normal(1, 40, 72, 3))
+    assert relative_error(in_tiles(vae.encoder.layers, x, one, scale, 1), vae.encoder(x)) <= 1e-6
 
 
-@pytest.mark.parametrize("length, side", [(10, 10), (10, 16), (11, 10), (64, 16), (100, 24), (35, 16)])
-def test_weights_of_tiles_add_up_to_one(length, side):
-    total, ends = np.zeros(length * 8), []
-    for start, end, weights in tiling._spans(length, side, 8):
-        assert end - start == min(side, length) and (np.array(weights) > 0).all()
-        assert not ends or ends[-1] - start >= side // 4
-        total[start * 8 : end * 8] += np.array(weights)
-        ends.append(end)
-    assert ends[-1] == length
-    assert np.abs(total - 1).max() <= 1e-6
+@pytest.mark.parametrize("length, side", [(10, 10), (10, 16), (1, 16), (11, 10), (64, 16), (100, 24), (35, 16)])
+def test_tiles_overlap_by_a_quarter_and_cover_all(length, side):
+    tiles = spans(length, side)
+    assert tiles[0][0] == 0 and tiles[-1][1] == length
+    assert {end - start for start, end in tiles} == {min(side, length)}
+    assert all(before[1] - after[0] >= side // 4 for before, after in pairwise(tiles))
+
+
+def test_tiles_of_what_looks_at_single_positions_are_exact():
+    """Their weights add up to 1 everywhere, whatever the overlaps."""
+    layer = build("sd").decoder.conv_in
+    layer.weight = layer.weight * mx.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])[..., None]
+    x = mx.array(normal(1, 35, 23, 4))
+    tiled = in_tiles([layer], x, VAEPlan(0, rows=4, tile=16), 1, 1)
+    assert relative_error(tiled, layer(x)) <= 1e-6
 
 
 def test_tiles_show_no_seam():
-    """With the bundled model's pictures: close to the whole, and no step where one tile ends."""
-    vae = make("bundled")
+    """With the bundled model's pictures: close to the exact ones, and no step where one tile ends."""
+    vae = build("bundled")
     x = mx.cos(mx.arange(256)[:, None] / 40) * mx.sin(mx.arange(384)[None] / 60)
     x = mx.broadcast_to((0.7 * x)[None, :, :, None], (1, 256, 384, 3))
     z = vae.encode(x)[0]
-    whole = np.array(vae.decode(z))
+    exact = np.array(vae.decode(z))
     scale = vae.config.scale
     side = 32
-    tiles = np.array(vae.decode(z, lambda z: in_tiles(vae.decoder, z, Way(0, 2**23, True, side), 1, scale)))
-    assert np.abs(tiles - whole).mean() < 4 / 127.5
+    tiles = np.array(vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, 8, side), 1, scale)))
+    assert np.abs(tiles - exact).mean() < 4 / 127.5
     for axis, length in ((1, 256), (2, 384)):
         jumps = np.abs(np.diff(tiles, axis=axis)).mean(axis=(0, 3 - axis, 3))
-        spans = tiling._spans(length // scale, side, scale)
-        assert len(spans) > 1
-        seams = {edge * scale - 1 for start, end, _ in spans for edge in (start, end)} & set(range(length - 1))
+        ends = spans(length // scale, side)
+        assert len(ends) > 1
+        seams = {edge * scale - 1 for start, end in ends for edge in (start, end)} & set(range(length - 1))
         assert max(jumps[i] for i in seams) <= max(jumps[i] for i in range(length - 1) if i not in seams)
 
 
-SIZES = [(256, 256), (200, 344), (384, 256)]
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("name", ["sd", "wide", "tiny"])
-def test_the_expected_peak_is_that_of_mlx(name, height, width):
+def autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
     if name == "tiny":
         vae = AutoencoderTiny(AutoencoderTinyConfig())
     else:
-        widths = [16, 32, 32, 32] if name == "sd" else [32, 64, 128, 128]
+        widths = [16, 32, 32, 32] if name == "small" else [32, 64, 128, 128]
         vae = AutoencoderKL(AutoencoderConfig.from_dict(SD | {"block_out_channels": widths}))
     mx.eval(vae.parameters())
+    return vae
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (200, 344)])
+@pytest.mark.parametrize("name", ["small", "wide", "tiny"])
+def test_the_expected_peak_of_slices_is_that_of_mlx(name, height, width, no_graphs):
+    vae = autoencoder(name)
     z, x = mx.zeros((1, height // 8, width // 8, 4)), mx.zeros((1, height, width, 3))
-    for network, given in ((vae.decoder, z), (vae.encoder, x)):
-        for how in (Way(0, 2**23), Way(0, 2**21, halved=True))[: 1 if name == "tiny" else 2]:
-            expected = peak_in_bands(network, given, how.band, how.halved)
-            assert 0.85 <= max(peaks(in_bands, network.layers, given, how, runs=2, limit=AHEAD)) / expected <= 1.15
-        if height == 256:
-            part = given[:, : given.shape[1] // 2, : given.shape[2] // 2]
-            assert 0.75 <= max(peaks(network, part, runs=5, limit=AHEAD)) / peak_as_a_whole(network, part) <= 1.1
+    for half, data in (("decoder", z), ("encoder", x)):
+        network, expected = vae[half], plan(vae.config, half, data.shape)
+        peak = max(peaks(in_slices, network.layers, data, expected.rows, runs=2, limit=AHEAD))
+        assert (0.6 if name == "tiny" else 0.75) <= peak / expected.peak <= 1.1
 
 
-def test_maps_in_half_precision_change_no_level():
-    vae = make("bundled")
-    z = vae.encode(mx.array(np.clip(normal(1, 96, 128, 3, scale=0.4), -1, 1)))[0]
-    whole = np.array(vae.decode(z))
-    halved = np.array(vae.decode(z, partial(in_bands, vae.decoder.layers, how=Way(0, 2**18, halved=True))))
-    assert 0 < 127.5 * np.abs(halved - whole).max() < 0.5
-    # Nor do values that float16 has no numbers for.
-    band = mx.array(normal(1, 4, 5, 6, scale=1e6))
-    (kept,) = tiling._Map([band], Way(0, 1, halved=True))
-    assert relative_error(kept, band) < 3e-4 and kept.dtype == mx.float32
-    assert not np.any(np.array(next(tiling._Map([0 * band], Way(0, 1, halved=True)).used_up())))
+@pytest.mark.parametrize("name", ["small", "wide", "tiny"])
+def test_the_expected_peak_of_a_graph_is_that_of_mlx(name):
+    vae = autoencoder(name)
+    for half, data in (("decoder", mx.zeros((1, 12, 14, 4))), ("encoder", mx.zeros((1, 96, 112, 3)))):
+        expected = plan(vae.config, half, data.shape)
+        assert expected.rows is None
+        assert 0.75 <= max(peaks(vae[half], data, runs=5, limit=AHEAD)) / expected.peak <= 1.1
 
 
 def test_memory_stays_below_the_budget():
@@ -163,18 +167,17 @@ def test_memory_stays_below_the_budget():
     vae = AutoencoderKL(AutoencoderConfig.from_dict(SD | widths))
     z, x = mx.array(normal(1, 40, 24, 4)), mx.array(normal(1, 320, 192, 3))
     mx.eval(vae.parameters(), z, x)
-    bands, thin, halved = (peak_in_bands(vae.decoder, z, *how) for how in ((2**23,), (2**21,), (2**21, True)))
-    ways = []
-    for budget in (1.11 * bands, 1.11 * thin, 1.11 * halved, 0.9 * halved):
-        ways.append(way(vae.decoder, z, 1, budget))
+    exact = plan(vae.config, "decoder", z.shape).peak
+    plans = []
+    for budget in (1.11 * exact, 0.9 * exact, 0.7 * exact):
+        plans.append(plan(vae.config, "decoder", z.shape, budget))
         assert max(peaks(decode, vae, z, budget, runs=1, limit=AHEAD)) <= budget
         assert max(peaks(encode, vae, x, budget, runs=1, limit=AHEAD)) <= budget
-    assert [(how.band, how.halved) for how in ways] == [(2**23, False), (2**21, False), (2**21, True), (2**21, True)]
-    assert ways[2].side is None and 16 <= ways[3].side < 40
+    assert [chosen.tile for chosen in plans[:1]] == [None] and 16 <= plans[2].tile <= plans[1].tile < 40
 
 
 def test_where_no_tile_fits_the_smallest_are_taken(caplog):
-    vae = make("sd")
+    vae = build("sd")
     pixels = decode(vae, mx.zeros((1, 32, 32, 4)), 1e6)
     assert pixels.shape == (1, 256, 256, 3)
-    assert "memory is short: the autoencoder may take 0.00 GB" in caplog.text
+    assert "memory is short: the autoencoder needs 0.0" in caplog.text

@@ -1,0 +1,155 @@
+"""Parts of a batch side by side, as on a CPU of two cores, whatever this one has; and what switches them on."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from models.test_controlnet import CONTROLNETS
+from oracle import normal, relative_error
+from stable_diffusion import StableDiffusion, StableDiffusionXL
+from stable_diffusion.diffusion.controls import Control
+from stable_diffusion.models import cpu
+from stable_diffusion.models.unet import UNet2DConditionModel
+from stable_diffusion.weights.load import build
+
+PROMPT = "the red cat"
+SMALL = {"num_steps": 3, "latent_size": (6, 8), "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder) -> StableDiffusionXL:
+    return StableDiffusionXL(xl_folder)
+
+
+@pytest.fixture
+def threads(monkeypatch) -> list[int]:
+    """The threads that products are set to, one after the other."""
+    counts: list[int] = []
+    monkeypatch.setattr(cpu, "_set_threads", counts.append)
+    return counts
+
+
+@pytest.fixture
+def two_cores(monkeypatch, threads) -> list[int]:
+    monkeypatch.setattr(cpu, "_cores", 2)
+    return threads
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, str]]:
+    """The rows of each call of the UNet, and the stream of its graph."""
+    recorded: list[tuple[int, str]] = []
+    call = UNet2DConditionModel.__call__
+
+    def watched(unet, x, *args, **kwargs):
+        recorded.append((len(x), str(mx.default_stream(mx.cpu))))
+        return call(unet, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", watched)
+    return recorded
+
+
+def last(latents) -> np.ndarray:
+    return np.array(list(latents)[-1])
+
+
+@pytest.mark.parametrize(
+    "which, options",
+    [
+        ("sd", {}),
+        ("sd", {"n_images": 3, "sampler": "heun"}),
+        ("sd", {"deep_cache": 2, "sampler": "euler_a"}),
+        ("sd", {"guidance_interval": (0.3, 1.0), "n_images": 2}),
+        ("sd", {"controlled": True}),
+        ("xl", {"cfg_weight": 5.0, "token_merging": 0.5}),
+    ],
+)
+def test_images_are_those_of_one_batch(which, options, request):
+    pipeline = request.getfixturevalue(which)
+    options = dict(options)
+    if options.pop("controlled", False):
+        image = mx.array(np.abs(normal(48, 64, 3)).clip(0, 1))
+        options["controls"] = [Control(build("controlnet", CONTROLNETS["sd1"]), image, guess=True)]
+    together = last(pipeline.generate_latents(PROMPT, **SMALL, **options))
+    request.getfixturevalue("two_cores")
+    aside = last(pipeline.generate_latents(PROMPT, **SMALL, **options))
+    assert relative_error(aside, together) <= 1e-5
+
+
+def test_each_part_has_its_stream_and_products_one_core(sd, two_cores, calls):
+    last(sd.generate_latents(PROMPT, n_images=2, **SMALL))
+    first, second = calls[:2]
+    assert [rows for rows, _ in calls] == [2] * 6 and calls == [first, second] * 3
+    assert first[1] == str(mx.default_stream(mx.cpu)) != second[1]
+    assert two_cores == [1] * 6 + [2]
+
+
+@pytest.mark.parametrize("limit, options, rows", [(None, {"cfg_weight": 1.0}, 1), (0, {}, 2)])
+def test_one_row_and_low_memory_have_all_cores(sd, two_cores, calls, limit, options, rows):
+    if limit is not None:
+        mx.set_memory_limit(limit)
+    last(sd.generate_latents(PROMPT, **SMALL, **options))
+    assert calls == [(rows, str(mx.default_stream(mx.cpu)))] * 3
+    assert set(two_cores) == {2}
+
+
+def test_rows_one_by_one_stay_so(sd, two_cores, calls, monkeypatch):
+    monkeypatch.setattr(sd, "rows_at_once", 1)
+    last(sd.generate_latents(PROMPT, **SMALL))
+    assert calls == [(1, str(mx.default_stream(mx.cpu)))] * 6 and not two_cores
+
+
+def test_products_get_their_cores_back(sd, two_cores):
+    latents = sd.generate_latents(PROMPT, **SMALL)
+    mx.eval(next(latents))
+    assert two_cores[-1] == 1
+    del latents
+    assert two_cores[-1] == 2
+
+
+def test_a_run_in_another_thread(sd, two_cores):
+    results = []
+    here = last(sd.generate_latents(PROMPT, **SMALL))
+    thread = threading.Thread(target=lambda: results.append(last(sd.generate_latents(PROMPT, **SMALL))))
+    thread.start()
+    thread.join()
+    assert relative_error(results[0], here) <= 1e-6
+
+
+def test_before_tuning_nothing_is_touched(sd, threads, calls):
+    last(sd.generate_latents(PROMPT, **SMALL))
+    cpu.all_cores()
+    assert [rows for rows, _ in calls] == [2] * 3 and not threads
+
+
+def test_after_tuning_products_can_have_all_cores(two_cores):
+    cpu.CPUStreams().enter(0, 2)
+    cpu.all_cores()
+    assert two_cores == [1, 2]
+
+
+@pytest.mark.skipif(cpu._openblas is None, reason="there is no OpenBLAS")
+def test_importing_the_package_switches_nothing_on():
+    code = """
+import stable_diffusion
+from stable_diffusion.models import cpu
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+print(cpu._openblas.openblas_get_num_threads(), cpu.CPUStreams().parts(4))
+cpu.tune()
+print(cpu._openblas.openblas_get_num_threads(), cpu.CPUStreams().parts(4))
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["2", "1", "2", "2"]
