@@ -1,13 +1,14 @@
-"""From prompts to what the UNet is told: chunks of tokens, emphasis, several prompts, SDXL's sizes."""
+"""Encode prompts with CLIP: chunks of tokens, emphasis, several prompts, SDXL's sizes."""
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import mlx.core as mx
 
 from ..models.clip import CLIPTextModel
-from .prompt import Piece, blocks, parts, pieces
+from .prompt import Part, Piece, blocks, parts
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("stable_diffusion")
@@ -15,11 +16,12 @@ _log = logging.getLogger("stable_diffusion")
 EMPHASES = ("mean", "values", "none")
 
 Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
+_Chunk = list[tuple[int, float]]  # (token id, weight)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Which prompt a row of a conditioning belongs to, with what weight, and from where to where in a run (0 ... 1)."""
+class PromptRow:
+    """Describe a row of a conditioning: its prompt, its weight, and the part of a run (0 ... 1) in which it counts."""
 
     prompt: int = 0
     weight: float = 1.0
@@ -29,39 +31,58 @@ class Row:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told besides the latent: a table with a row for each prompt, or several where it has parts.
+    """Hold encoded prompts: tables with a row for each prompt, or several rows where a prompt has parts.
 
-    ``context`` [r, M, C] is the encoded prompt, M = 77 for each chunk of it; ``values`` [r, M, C] takes its place as
-    the values of cross-attention where emphasis asks for that. XL adds ``pooled`` [r, P], the prompt as one vector, and
-    ``time_ids`` [r, 6 or 5], the sizes that the picture pretends to have. LCM adds ``guidance`` [r, G], the embedded
-    guidance scale. Checkpoints that work from images take more ``channels`` [r, h, w, C] beside those of the latent.
-    ``rows`` says what each row is for; its length is the number of prompts.
+    Attributes:
+        context: [r, M, C] the encoded prompt, M = 77 for each chunk of it.
+        pooled: [r, P] the prompt as one vector; XL only.
+        time_ids: [r, 6 or 5] the size conditioning; XL only.
+        guidance: [r, G] the embedded guidance scale; LCM only.
+        v_context: [r, M, C] takes the place of ``context`` for the values of cross-attention.
+        channels: [r, h, w, C] beside those of the latent, for checkpoints that work from images.
+        rows: describes each row.
     """
 
     context: mx.array
     pooled: mx.array | None = None
     time_ids: mx.array | None = None
     guidance: mx.array | None = None
-    values: mx.array | None = None
+    v_context: mx.array | None = None
     channels: mx.array | None = None
-    rows: tuple[Row, ...] = (Row(),)
+    rows: tuple[PromptRow, ...] = (PromptRow(),)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the arrays that are present, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, mx.array)}
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
         """Apply ``function`` to every array that is present."""
-        arrays = {name: value for name, value in vars(self).items() if isinstance(value, mx.array)}
-        return replace(self, **{name: function(value) for name, value in arrays.items()})
+        return replace(self, **{name: function(array) for name, array in self.arrays().items()})
+
+    def select(self, prompts: slice) -> "Conditioning":
+        """Return a conditioning of some of the prompts."""
+        numbers = range(len(self))[prompts]
+        places = [i for i, row in enumerate(self.rows) if row.prompt in numbers]
+        rows = tuple(replace(self.rows[i], prompt=numbers.index(self.rows[i].prompt)) for i in places)
+        return replace(self.map(lambda array: array[mx.array(places)]), rows=rows)
+
+    def with_channels(self, channels: mx.array) -> "Conditioning":
+        """Return the conditioning with ``channels`` [1, h, w, C] for every row."""
+        return replace(self, channels=mx.repeat(channels, len(self.rows), axis=0))
 
     def __len__(self) -> int:
         return 1 + self.rows[-1].prompt
 
 
 @dataclass(frozen=True)
-class MicroConditioning:
-    """What SDXL is told about the picture beside the prompt (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
+class SizeConditioning:
+    """Describe the picture that SDXL pretends to draw (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
 
-    ``original_size`` is the size that the training picture would have had before resizing, ``crop`` (top, left) where
-    it would have been cut, ``target_size`` what it was resized to; None stands for the size of the result. The refiner
-    takes aesthetic scores in place of the target size.
+    Attributes:
+        original_size: of the training picture before resizing. None stands for the size of the result.
+        crop: (top, left) of the cut.
+        target_size: that it was resized to. None stands for the size of the result.
+        aesthetic_score, negative_aesthetic_score: of the refiner, in place of the target size.
     """
 
     original_size: tuple[int, int] | None = None
@@ -72,43 +93,54 @@ class MicroConditioning:
 
 
 def with_sizes(
-    conditioning: Conditioning, pixels: tuple[int, int], micro: MicroConditioning, score: float | None
+    conditioning: Conditioning, pixels: tuple[int, int], sizes: SizeConditioning, score: float | None
 ) -> Conditioning:
     """Add XL's time ids for a picture of ``pixels`` (height, width); with an aesthetic ``score``, the refiner's."""
-    last = (micro.target_size or pixels) if score is None else (score,)
-    ids = [[*(micro.original_size or pixels), *micro.crop, *last]] * len(conditioning.rows)
+    last = (sizes.target_size or pixels) if score is None else (score,)
+    ids = [[*(sizes.original_size or pixels), *sizes.crop, *last]] * len(conditioning.rows)
     return replace(conditioning, time_ids=mx.array(ids, dtype=mx.float32))
 
 
 def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """The prompts of all conditionings, which have the same number of chunks, in order."""
-    if any(c.values is not None for c in conditionings):  # where one has values of its own, all need some
-        conditionings = [c if c.values is not None else replace(c, values=c.context) for c in conditionings]
-    first, before, rows = conditionings[0], 0, []
+    """Join the prompts of conditionings that have the same number of chunks, in order."""
+    if any(c.v_context is not None for c in conditionings):  # where one has it, all need it
+        conditionings = [replace(c, v_context=c.context) if c.v_context is None else c for c in conditionings]
+    rows: list[PromptRow] = []
+    prompts = 0
     for c in conditionings:
-        rows += [replace(row, prompt=row.prompt + before) for row in c.rows]
-        before += len(c)
-    names = [name for name, value in vars(first).items() if isinstance(value, mx.array)]
-    arrays = {name: mx.concatenate([getattr(c, name) for c in conditionings]) for name in names}
-    return replace(first, rows=tuple(rows), **arrays)
+        rows += [replace(row, prompt=row.prompt + prompts) for row in c.rows]
+        prompts += len(c)
+    arrays = {name: mx.concatenate([getattr(c, name) for c in conditionings]) for name in conditionings[0].arrays()}
+    return replace(conditionings[0], rows=tuple(rows), **arrays)
 
 
-def _pad(conditioning: Conditioning, length: int, empty: mx.array) -> Conditioning:
-    """Lengthen the context to ``length`` positions with chunks that say nothing, ``empty`` [1, 77, C]."""
-    missing = length - conditioning.context.shape[1]
-    if missing <= 0:
-        return conditioning
-    filling = mx.tile(empty, (len(conditioning.rows), missing // empty.shape[1], 1))
+def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.array]) -> list[Conditioning]:
+    """Lengthen all to the chunks of the longest with ``empty()``, an encoded empty prompt [1, 77, C]."""
+    length = max(c.context.shape[1] for c in conditionings)
+    if all(c.context.shape[1] == length for c in conditionings):
+        return list(conditionings)
+    filling = empty()
 
-    def lengthen(a: mx.array) -> mx.array:
-        return mx.concatenate([a, filling.astype(a.dtype)], axis=1)
+    def lengthen(a: mx.array | None) -> mx.array | None:
+        if a is None:
+            return None
+        chunks = (length - a.shape[1]) // filling.shape[1]
+        return mx.concatenate([a, mx.tile(filling.astype(a.dtype), (len(a), chunks, 1))], axis=1)
 
-    values = None if conditioning.values is None else lengthen(conditioning.values)
-    return replace(conditioning, context=lengthen(conditioning.context), values=values)
+    return [replace(c, context=lengthen(c.context), v_context=lengthen(c.v_context)) for c in conditionings]
+
+
+class ReadingKeywords(TypedDict, total=False):
+    """Describe the keywords of :func:`encode` that say how prompts are read."""
+
+    clip_skip: int
+    emphasis: str
+    truncate: bool
+    weight_blocks: bool
 
 
 def encode(
-    text: str,
+    texts: str | Sequence[str],
     encoders: Encoders,
     *,
     xl: bool,
@@ -117,90 +149,75 @@ def encode(
     truncate: bool = False,
     weight_blocks: bool = False,
 ) -> Conditioning:
-    """Encode one prompt with every encoder: a row for each of its parts, with context [r, 77 * chunks, C].
+    """Encode prompts with every text encoder: a row for each part of each prompt, with context [r, 77 * chunks, C].
 
+    Each encoder runs once, on the different chunks of all prompts. The empty prompt pads those with fewer chunks.
     For XL each row also has the pooled vector of its first chunk.
 
     Args:
-        text: in the language of ``prompt.py``.
+        texts: a prompt or several, in the language of ``prompt.py``.
         xl: take the states below the last one, not normalised, as XL was trained on.
         clip_skip: how many of the encoders' last layers to leave out.
         emphasis: how weights act. "mean" multiplies the encoded tokens and restores their mean; "values" multiplies
             what cross-attention takes from the tokens, so that negative weights take it away; "none" reads all signs of
             the prompt language as text.
-        truncate: keep the first chunk only; the log says what is left out.
-        weight_blocks: read the text as blocks, each with a weight behind a colon, that are encoded on their own and
-            averaged.
+        truncate: keep the first chunk only; the log shows what is left out.
+        weight_blocks: read each text as blocks with a weight behind a colon, encoded by themselves and averaged.
 
-    Raises ValueError for options out of range, and for blocks whose weights sum to zero.
+    Raises ValueError for no texts, for options out of range, and for blocks whose weights sum to zero.
     """
+    texts = [texts] if isinstance(texts, str) else texts
+    numbered = [(n, part) for n, text in enumerate(texts) for part in _parts(text, emphasis, weight_blocks)]
+    pieces = [part.pieces for _, part in numbered]
+    contexts, v_contexts, pooled = [], [], None
+    for tokenizer, encoder in encoders:
+        chunked = _chunk_rows(tokenizer, pieces, truncate, log=not contexts)  # the second reads the same tokens
+        state, pooled = _run(tokenizer, encoder, chunked, xl, clip_skip)
+        weighted = _emphasise(state, chunked, restore_mean=emphasis == "mean")
+        contexts.append(state if emphasis == "values" else weighted)
+        v_contexts.append(weighted)
+    separate = emphasis == "values" and any(piece.weight != 1 for row in pieces for piece in row)
+    table = Conditioning(
+        mx.concatenate(contexts, axis=-1).flatten(1, 2),
+        pooled,
+        v_context=mx.concatenate(v_contexts, axis=-1).flatten(1, 2) if separate else None,
+        rows=tuple(PromptRow(n, part.weight, part.start, part.end) for n, part in numbered),
+    )
+    return _average(table) if weight_blocks else table
+
+
+def count_chunks(
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    clip_skip: int = 0,
+    emphasis: str = "mean",
+    truncate: bool = False,
+    weight_blocks: bool = False,
+) -> int:
+    """Return the number of chunks of 75 tokens that a prompt is encoded in; the keywords are those of ``encode``."""
+    lengths = [len(_chunks(tokenizer, part.pieces)) for part in _parts(text, emphasis, weight_blocks)]
+    return 1 if truncate else max(lengths)
+
+
+def _parts(text: str, emphasis: str, weight_blocks: bool) -> list[Part]:
+    """Read a prompt; the weights of blocks are shares of their sum."""
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
-    if not weight_blocks:
-        if emphasis == "none":
-            return _encode([Piece(text)], encoders, xl, clip_skip, emphasis, truncate)
-        together = parts(text)
-        encoded = [_encode(pieces(part.text), encoders, xl, clip_skip, emphasis, truncate) for part in together]
-        table = concatenate(_same_length(encoded, encoders, xl, clip_skip))
-        return replace(table, rows=tuple(Row(0, part.weight, part.start, part.end) for part in together))
-    found = blocks(text)
-    total = sum(block.weight for block in found)
-    if abs(total) < 1e-6:
-        raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
-    encoded = [_encode([Piece(block.text)], encoders, xl, clip_skip, "none", truncate) for block in found]
-    weights = mx.array([block.weight / total for block in found])
-    table = concatenate(_same_length(encoded, encoders, xl, clip_skip))
-    mean = table.map(lambda a: mx.einsum("b,b...->...", weights.astype(a.dtype), a)[None])
-    return replace(mean, rows=(Row(),))
+    if weight_blocks:
+        pieces = blocks(text)
+        total = sum(piece.weight for piece in pieces)
+        if abs(total) < 1e-6:
+            raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
+        return [Part((Piece(piece.text),), piece.weight / total) for piece in pieces]
+    return [Part((Piece(text),))] if emphasis == "none" else parts(text)
 
 
-def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.array]) -> list[Conditioning]:
-    """The same with as many chunks as the longest of them has; ``empty()`` is one that says nothing, [1, 77, C]."""
-    lengths = {c.context.shape[1] for c in conditionings}
-    if len(lengths) == 1:
-        return list(conditionings)
-    filling = empty()
-    return [_pad(c, max(lengths), filling) for c in conditionings]
-
-
-def _same_length(encoded: Sequence[Conditioning], encoders: Encoders, xl: bool, clip_skip: int) -> list[Conditioning]:
-    return same_length(encoded, lambda: _encode([Piece("")], encoders, xl, clip_skip, "none", True).context)
-
-
-def _encode(
-    text: Sequence[Piece], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
-) -> Conditioning:
-    contexts: list[mx.array] = []
-    values: list[mx.array] = []
-    pooled = None
-    for tokenizer, encoder in encoders:
-        chunks = _chunks(tokenizer, text)
-        kept = chunks[:1] if truncate else chunks
-        if not contexts:  # the encoders read the same tokens: it is enough to say it of the first
-            _tell(tokenizer, kept, chunks[len(kept) :])
-        chunks = kept
-        output = encoder(mx.array([_window(tokenizer, [id_ for id_, _ in chunk]) for chunk in chunks]))
-        if not 0 <= clip_skip <= len(output.hidden_states) - 2:
-            raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
-        if xl:
-            state, pooled = output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
-        elif clip_skip:
-            state = encoder.normalise(output.hidden_states[-1 - clip_skip])
-        else:
-            state = output.last_hidden_state
-        weighted = _emphasise(state, [[w for _, w in chunk] for chunk in chunks], restore_mean=emphasis == "mean")
-        contexts.append((state if emphasis == "values" else weighted).reshape(1, -1, state.shape[-1]))
-        values.append(weighted.reshape(1, -1, state.shape[-1]))
-    context = mx.concatenate(contexts, axis=-1)
-    plain = emphasis != "values" or all(piece.weight == 1 for piece in text)
-    return Conditioning(context, pooled, values=None if plain else mx.concatenate(values, axis=-1))
-
-
-def _chunks(tokenizer: Tokenizer, text: Sequence[Piece]) -> list[list[tuple[int, float]]]:
-    """(token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
+def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[_Chunk]:
+    """Return (token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
     room = tokenizer.max_length - 2
-    chunks: list[list[tuple[int, float]]] = [[]]
-    for piece in text:
+    chunks: list[_Chunk] = [[]]
+    for piece in pieces:
         if piece.text is None:
             chunks.append([])
             continue
@@ -211,34 +228,71 @@ def _chunks(tokenizer: Tokenizer, text: Sequence[Piece]) -> list[list[tuple[int,
     return chunks
 
 
-def _tell(tokenizer: Tokenizer, chunks: list[list[tuple[int, float]]], cut: list[list[tuple[int, float]]]) -> None:
+def _chunk_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[Piece]], truncate: bool, log: bool) -> list[list[_Chunk]]:
+    """Split each row into the same number of chunks, the last of them empty where it is shorter than others."""
+    if not rows:
+        raise ValueError("there is no prompt; give one, which may be empty")
+    chunked = [_chunks(tokenizer, pieces) for pieces in rows]
+    for chunks in chunked if log else ():
+        _log_chunks(tokenizer, chunks, truncate)
+    length = 1 if truncate else max(map(len, chunked))
+    return [(chunks + [[]] * length)[:length] for chunks in chunked]
+
+
+def _log_chunks(tokenizer: Tokenizer, chunks: list[_Chunk], truncate: bool) -> None:
     """Log how a prompt was read, its chunks and tokens with the weights that are not 1, and what was cut off."""
+    cut = chunks[1:] if truncate else []
     if cut:
         text = tokenizer.decode(id_ for chunk in cut for id_, _ in chunk)
         _log.warning("the prompt is too long; this part of it is ignored: %r", text)
     if not _log.isEnabledFor(logging.INFO):
         return
-    for number, chunk in enumerate(chunks, start=1):
+    count = len(chunks) - len(cut)
+    for number, chunk in enumerate(chunks[:count], start=1):
         words = (tokenizer.decode([id_]) + ("" if weight == 1 else f":{weight:.3g}") for id_, weight in chunk)
-        _log.info("prompt, chunk %d of %d, %d tokens: %s", number, len(chunks), len(chunk), " | ".join(words))
+        _log.info("prompt, chunk %d of %d, %d tokens: %s", number, count, len(chunk), " | ".join(words))
 
 
-def _window(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    window = [tokenizer.bos_id, *ids, tokenizer.eos_id]
-    return window + [tokenizer.pad_id] * (tokenizer.max_length - len(window))
+def _run(
+    tokenizer: Tokenizer, encoder: CLIPTextModel, chunked: list[list[_Chunk]], xl: bool, clip_skip: int
+) -> tuple[mx.array, mx.array | None]:
+    """Run a text encoder once on every different chunk: states [r, n, 77, C] and XL's pooled vectors [r, P]."""
+    batch: dict[tuple[int, ...], int] = {}  # the ids of a chunk -> its place in the encoder's batch
+    index = mx.array([[batch.setdefault(_window(tokenizer, chunk), len(batch)) for chunk in row] for row in chunked])
+    output = encoder(mx.array(list(batch)))
+    if not 0 <= clip_skip <= len(output.hidden_states) - 2:
+        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
+    if xl:
+        return output.hidden_states[-2 - clip_skip][index], output.pooled_output[index[:, 0]]
+    if clip_skip:
+        return encoder.normalise(output.hidden_states[-1 - clip_skip])[index], None
+    return output.last_hidden_state[index], None
 
 
-def _emphasise(states: mx.array, weights: list[list[float]], restore_mean: bool) -> mx.array:
-    """Multiply each token's state by its weight; start, end and padding weigh 1.
+def _window(tokenizer: Tokenizer, chunk: _Chunk) -> tuple[int, ...]:
+    ids = (tokenizer.bos_id, *(id_ for id_, _ in chunk), tokenizer.eos_id)
+    return ids + (tokenizer.pad_id,) * (tokenizer.max_length - len(ids))
+
+
+def _emphasise(states: mx.array, chunked: list[list[_Chunk]], restore_mean: bool) -> mx.array:
+    """Multiply each token's state [r, n, 77, C] by its weight; start, end and padding weigh 1.
 
     ``restore_mean`` then scales each chunk back to the mean it had, as AUTOMATIC1111's web UI does.
     """
-    if all(w == 1 for chunk in weights for w in chunk):
+    if all(weight == 1 for chunks in chunked for chunk in chunks for _, weight in chunk):
         return states
-    length = states.shape[1]
-    factors = mx.array([[1.0, *chunk, *[1.0] * (length - 1 - len(chunk))] for chunk in weights])[:, :, None]
+    weights = [[[1.0, *(w for _, w in chunk)] for chunk in chunks] for chunks in chunked]
+    factors = mx.array([[w + [1.0] * (states.shape[2] - len(w)) for w in row] for row in weights])[..., None]
     weighted = states * factors.astype(states.dtype)
     if not restore_mean:
         return weighted
-    before, after = (s.astype(mx.float32).mean(axis=(1, 2), keepdims=True) for s in (states, weighted))
+    before, after = (s.astype(mx.float32).mean(axis=(2, 3), keepdims=True) for s in (states, weighted))
     return weighted * (before / after).astype(states.dtype)
+
+
+def _average(table: Conditioning) -> Conditioning:
+    """Sum up the rows of each prompt, each times its weight."""
+    prompts = range(len(table))
+    weights = mx.array([[row.weight if row.prompt == prompt else 0.0 for row in table.rows] for prompt in prompts])
+    means = table.map(lambda a: mx.tensordot(weights.astype(a.dtype), a, axes=1))
+    return replace(means, rows=tuple(map(PromptRow, prompts)))

@@ -1,4 +1,4 @@
-"""Folders of wildcards: text files whose lines a word like ``__name__`` in a prompt stands for."""
+"""Read folders of wildcards: text files whose lines a word like ``__name__`` in a prompt stands for."""
 
 import os
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]]:
-    """What ``prompt.expand`` takes for its wildcards: a name -> the lines of ``folder/name.txt``.
+    """Return a function for ``prompt.expand`` that reads wildcards: a name -> the lines of ``folder/name.txt``.
 
-    The files are UTF-8, each read when it is first asked for. Blanks around a line are left out, and so are empty lines
+    The files are UTF-8, each read when it is first needed. Blanks around a line are left out, and so are empty lines
     and those that begin with #. A name may hold folders ("clothes/hats").
 
     Raises ValueError where there is no folder, and on a call for a name that leaves it, that no file in it has, or
@@ -37,7 +37,7 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
 
 
 def _similar(name: str, root: Path) -> str:
-    """What to ask for instead of ``name``."""
+    """Describe the wildcards there are, those with names like ``name`` first."""
     names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.txt"))
     close = get_close_matches(name, names, cutoff=0.5)
     shown = ", ".join(f"__{other}__" for other in close or names[:5])

@@ -156,24 +156,25 @@ def pair(request, bpe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def plain(bpe, tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp("plain"), bpe, *CONFIGS["sd1"])
+def sd1(bpe, tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("sd1"), bpe, *CONFIGS["sd1"])
     return Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
 
 
+# By Python 3.13 at most: Unicode 15. The libraries of the reference, 9 to 17, and ours differ in what came later.
+ASSIGNED = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
+
+
 def random_texts(count: int, seed: int) -> list[str]:
-    """Strings whose pieces come from all planes, and more often from where a tokenizer goes wrong."""
+    """Make strings whose pieces come from all planes, and more often from where a tokenizer goes wrong."""
     rng = random.Random(seed)
-    valid = [c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
-    assigned = [c for c in valid if unicodedata.category(chr(c)) not in ("Cn", "Co")]
-    marks = [c for c in assigned if unicodedata.combining(chr(c))]
-    cased = [c for c in assigned if chr(c).lower() != chr(c)]
-    composed = [c for c in assigned if unicodedata.decomposition(chr(c))]
-    blanks = [c for c in valid if chr(c).isspace()]
-    numbers = [c for c in assigned if unicodedata.category(chr(c)).startswith("N")]
+    marks = [c for c in ASSIGNED if unicodedata.combining(chr(c))]
+    cased = [c for c in ASSIGNED if chr(c).lower() != chr(c)]
+    composed = [c for c in ASSIGNED if unicodedata.decomposition(chr(c))]
+    blanks = [c for c in ASSIGNED if chr(c).isspace()]
+    numbers = [c for c in ASSIGNED if unicodedata.category(chr(c)).startswith("N")]
     pools = [
-        valid,
-        assigned,
+        ASSIGNED,
         marks,
         cased,
         composed,
@@ -213,44 +214,23 @@ def test_random_strings(pair):
     assert_equal_ids(*pair, random_texts(1500, seed=1))
 
 
-def test_many_random_strings(plain):
-    assert_equal_ids(*plain, random_texts(6000, seed=2))
+def test_many_random_strings(sd1):
+    assert_equal_ids(*sd1, random_texts(6000, seed=2))
 
 
-def test_every_code_point_in_a_word(plain):
+def test_every_assigned_character_in_a_word(sd1):
     """Between a letter and a symbol: how that splits tells the class, and the bytes tell case and composition.
 
-    Everything below U+20000; above it is ideographs, private use and nothing: the ends of the blocks and a sample.
+    Of the ideographs above U+20000 a sample.
     """
-    ends = [
-        c for end in (0x2A6E0, 0x2B73A, 0x2B81E, 0x2CEA2, 0x2EBE1, 0x3134B, 0x323B0) for c in range(end - 9, end + 20)
-    ]
-    codes = [*range(0x20000), *range(0x20000, sys.maxunicode + 1, 37), *ends]
-    chars = [chr(c) for c in codes if not 0xD800 <= c < 0xE000]
-    assert_equal_ids(*plain, [" ".join(f"a{c}." for c in chars[i : i + 64]) for i in range(0, len(chars), 64)])
+    chars = [chr(c) for c in ASSIGNED if c < 0x20000 or c % 37 == 0]
+    assert_equal_ids(*sd1, [" ".join(f"a{c}." for c in chars[i : i + 64]) for i in range(0, len(chars), 64)])
 
 
-def test_order_of_combining_marks(plain):
-    marks = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.combining(chr(c))]
+def test_order_of_combining_marks(sd1):
+    marks = [chr(c) for c in ASSIGNED if unicodedata.combining(chr(c))]
     probes = "\u0301\u0316\u0334\u0345\u093c\u3099\u094d\u302a"
-    assert_equal_ids(*plain, [" ".join(f"e{m}{p} e{p}{m}" for m in marks) for p in probes])
-
-
-@pytest.mark.parametrize("length", [0, 1, 74, 75, 76, 77, 200])
-def test_window(pair, length):
-    ours, theirs = pair
-    text = " ".join(["cat"] * length)
-    expected = theirs(text, padding="max_length", max_length=ours.max_length, truncation=True)["input_ids"]
-    window, cut = ours.window(text)
-    assert window == expected and len(window) == ours.max_length
-    assert cut == " ".join(["cat"] * max(0, length - (ours.max_length - 2)))
-
-
-def test_window_of_random_strings(pair):
-    ours, theirs = pair
-    texts = random_texts(200, seed=3)
-    expected = theirs(texts, padding="max_length", max_length=ours.max_length, truncation=True)["input_ids"]
-    assert [ours.window(text)[0] for text in texts] == expected
+    assert_equal_ids(*sd1, [" ".join(f"e{m}{p} e{p}{m}" for m in marks) for p in probes])
 
 
 def test_pad_token_of_each_config(bpe, tmp_path):
@@ -268,12 +248,11 @@ def test_pad_token_of_each_config(bpe, tmp_path):
         "additional": "!",
         "textual inversion": EOS,
     }
-    padded = Tokenizer(*bpe, pad_token="!")
-    assert padded.window("")[0] == [padded.bos_id, padded.eos_id] + [0] * 75
+    assert Tokenizer(*bpe, pad_token="!").pad_id == 0
 
 
-def test_decode(plain):
-    ours, theirs = plain
+def test_decode(sd1):
+    ours, theirs = sd1
     assert ours.decode([]) == ""
     for text in ["A photo of  a CAT, isn't it?", "café — 富士山 😀", "1234"]:
         ids = ours.encode(text)
@@ -285,8 +264,8 @@ def test_decode(plain):
         ours.decode([123456])
 
 
-def test_tokenize_as_in_mlx_examples(plain):
-    ours, _ = plain
+def test_tokenize_as_in_mlx_examples(sd1):
+    ours, _ = sd1
     ids = ours.encode("a cat")
     assert ours.tokenize("a cat") == [ours.bos_id, *ids, ours.eos_id]
     assert ours.tokenize("a cat", prepend_bos=False) == [*ids, ours.eos_id]
@@ -297,22 +276,15 @@ def test_tokenize_as_in_mlx_examples(plain):
 
 
 @pytest.mark.parametrize("unit", ["a", "the", "xq", "é", "漢字", "!", "e\u0301"])
-def test_long_words(plain, unit):
-    ours, theirs = plain
+def test_long_words(sd1, unit):
+    """They are merged as in the reference up to 512 bytes, and in runs of these beyond, so that they end fast."""
+    ours, theirs = sd1
+    assert_equal_ids(ours, theirs, [unit * (length // len(unit.encode())) for length in (100, 512)])
     text = unit * (100_000 // len(unit.encode()))
-    start = time.perf_counter()
+    start = time.process_time()
     ids = ours.encode(text)
-    assert time.perf_counter() - start < 20
-    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
-
-
-def test_the_cache_is_bounded_and_harmless(bpe, monkeypatch):
-    monkeypatch.setattr("stable_diffusion.text.tokenizer._CACHED_WORDS", 10)
-    ours = Tokenizer(*bpe)
-    first = ours.encode(SAMPLE)
-    assert ours.encode(SAMPLE) == first == ours.encode(SAMPLE)
-    ours.encode("a" * 5000)
-    assert len(ours._cache) <= 10 and max(map(len, ours._cache)) <= 100
+    assert time.process_time() - start < 5
+    assert ours.decode(ids) == unicodedata.normalize("NFC", text)
 
 
 def test_bytes_that_the_vocabulary_lacks(bpe, tmp_path):
@@ -349,9 +321,9 @@ def test_what_transformers_5_saves(bpe, tmp_path):
         assert ours.pad_id == theirs.pad_token_id
 
 
-def test_lone_surrogates_are_refused(plain):
+def test_lone_surrogates_are_refused(sd1):
     with pytest.raises(ValueError, match="not valid Unicode at character 2") as error:
-        plain[0].encode("ab\udcffc")
+        sd1[0].encode("ab\udcffc")
     assert "\n" not in str(error.value)
 
 
@@ -370,22 +342,56 @@ def damage(folder: Path, name: str, content: str | None) -> None:
         ("tokenizer_config.json", "", "tokenizer_config.json is not readable"),
         ("special_tokens_map.json", "\x00", "special_tokens_map.json is not readable"),
         ("special_tokens_map.json", '{"pad_token": "[PAD]"}', "[PAD]"),
-        ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "has no text"),
-        ("special_tokens_map.json", '{"bos_token": "<s>"}', "CLIP's own"),
-        ("vocab.json", '{"a": "b"}', "vocab.json is not a table"),
-        ("merges.txt", "#version: 0.2\na b c\n", "merges.txt, line 2"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "cannot be used"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "cannot be used"),
-        ("merges.txt", "#version: 0.2\nab\n", "merges.txt, line 2"),
+        ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "special_tokens_map.json: 'pad_token'"),
+        ("special_tokens_map.json", '{"pad_token": {"content": 5}}', "special_tokens_map.json: 'pad_token'"),
+        ("special_tokens_map.json", '{"bos_token": "<s>"}', "<s>"),
+        ("special_tokens_map.json", '{"pad_token": [[]]}', "special_tokens_map.json: 'pad_token'"),
+        ("special_tokens_map.json", '{"additional_special_tokens": "ab"}', "special_tokens_map.json: 'additional_sp"),
+        ("special_tokens_map.json", '{"additional_special_tokens": [[]]}', "special_tokens_map.json: 'additional_sp"),
+        ("special_tokens_map.json", '{"additional_special_tokens": 5}', "special_tokens_map.json: 'additional_sp"),
+        ("vocab.json", '{"a": "b"}', "vocab.json: 'a' has an unknown shape, 'b'; download it again"),
+        ("added_tokens.json", '{"a": "b"}', "added_tokens.json: 'a'"),
+        ("merges.txt", "#version: 0.2\na b c\n", "merge 1, ['a', 'b', 'c'], is not two tokens"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "tokenizer_config.json: 'added_tokens_decoder'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "a"}}', "tokenizer_config.json: 'added_tokens_dec"),
+        ("tokenizer_config.json", '{"model_max_length": {}, "pad_token": [[1]]}', "tokenizer_config.json: 'pad_token'"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json: 'model_max_length'"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not readable as JSON"),
+        ("merges.txt", "#version: 0.2\nab\n", "merge 1, ['ab']"),
         ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
+        ("tokenizer.json", "[]", "tokenizer.json holds a list"),
+        ("tokenizer.json", '{"model": "BPE"}', "tokenizer.json: 'model'"),
+        ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "tokenizer.json is not a BPE tokenizer"),
+        ("tokenizer.json", '{"model": {"vocab": [1], "merges": [1]}}', "tokenizer.json: 'vocab'"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "b"}, "merges": ["a b"]}}', "tokenizer.json: 'vocab'"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": 7}}', "tokenizer.json: 'merges'"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": [7]}, "added_tokens": [7]}', "'added_tokens'"),
     ],
 )
 def test_broken_folders(bpe, tmp_path, name, content, message):
     folder = write_folder(tmp_path / "broken", bpe, *CONFIGS["sd1"])
     damage(folder, name, content)
+    if name == "tokenizer.json":  # it counts only where there is no vocab.json
+        damage(folder, "vocab.json", None)
     with pytest.raises(ValueError) as error:
         Tokenizer.from_folder(folder)
     assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pair", ["a b</w>", ["a", "b</w>"]])
+def test_merges_are_strings_or_pairs(tmp_path, pair):
+    """tokenizer.json has held both."""
+    vocab = {token: i for i, token in enumerate(["a", "b</w>", "ab</w>", BOS, EOS])}
+    model = {"type": "BPE", "vocab": vocab, "merges": [pair]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    assert Tokenizer.from_folder(tmp_path).encode("ab") == [2]
+
+
+def test_words_added_after_training_in_the_old_file(bpe, tmp_path):
+    folder = write_folder(tmp_path / "added", bpe, *CONFIGS["sd1"])
+    count = len(bpe[0])
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": count + 1, "<dog>": count}))
+    assert Tokenizer.from_folder(folder).encode("<Cat-Toy><dog>") == [count + 1, count]
 
 
 def test_missing_folder_and_bad_arguments(bpe, tmp_path):
