@@ -1,36 +1,35 @@
-"""ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023) in a run: what each is shown, and when it acts."""
+"""ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023) in a run: their images, strengths and steps."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from ..models.controlnet import ControlNetModel, T2IAdapter, scaled
 from ..models.layers import Context
 from ..models.unet import Residuals
-from .guidance import Stage
+from .guidance import GuidanceBatch
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet or T2I-Adapter and what it does in a run.
+    """Describe how a ControlNet or T2I-Adapter steers a run.
 
     Args:
         network: see ``StableDiffusion.load_controlnet``.
-        hint: what it is shown, [H, W, 3] in [0, 1], of the picture's size.
-        scale: factor on what it says; at 0 it has no effect.
-        start: from which share of the steps on it acts, 0 ... 1.
-        end: up to which share.
-        guess: let it steer without the prompt's help: it is asked for the prompt only, not for the negative one, and
-            deeper layers are heard more ("guess mode"). Adapters have no such mode.
+        image: the control image [H, W, 3] in [0, 1], of the output's size.
+        scale: factor on what the network adds to the UNet's maps; at 0 it has no effect.
+        start: share of the steps, 0 ... 1, after which it acts.
+        end: share of the steps up to which it acts.
+        guess: steer the rows of the prompt only, and the UNet's deeper layers more than the others, so that the image
+            matters more than the prompt ("guess mode"). Adapters have no such mode.
 
     Raises ValueError for numbers out of range.
     """
 
     network: ControlNetModel | T2IAdapter
-    hint: mx.array
+    image: mx.array
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -43,51 +42,58 @@ class Control:
             raise ValueError(
                 f"a ControlNet cannot act from {self.start} to {self.end}; give shares, 0 <= start < end <= 1"
             )
-
         if self.guess and isinstance(self.network, T2IAdapter):
-            raise ValueError("a T2I-Adapter has no guess mode: it does not hear the prompt; leave it out")
+            raise ValueError("a T2I-Adapter has no guess mode, since it does not read the prompt; leave it out")
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether it acts in a step, which has to lie between its start and its end as a whole."""
+        """Return True where all of a step lies between start and end."""
         return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
 
 
-class Steering:
-    """The controls of a run of ``steps`` steps; each looks at its hint once."""
+class Controls:
+    """Compute what the controls of a run of ``steps`` steps add to the UNet; each embeds its image once."""
 
     def __init__(self, controls: Sequence[Control], steps: int, dtype: mx.Dtype):
         self._steps = steps
-        self._seen = [(c, c.network.embed(c.hint[None].astype(dtype))) for c in controls if c.scale != 0]
+        self._controls = [control for control in controls if control.scale != 0]
+        self._embedded = [c.network.embed(c.image[None].astype(dtype)) for c in self._controls]
 
-    def __call__(
-        self,
-        step: int,
-        x: mx.array,
-        t: float | mx.array,
-        context: Context,
-        stage: Stage,
-        text_time: tuple[mx.array, mx.array] | None,
-    ) -> dict[str, Any]:
-        """What the UNet is told in a step by all that act: the sums of ControlNets' residuals and adapters' features.
+    def contexts(self, rows: GuidanceBatch) -> list[Context]:
+        """Make the encoded prompts of some rows for each control, to be used at every step."""
+        return [rows.context() for _ in self._controls]
 
-        ``x`` [B, h, w, 4] are the latents, as the UNet sees them.
+    def added(
+        self, step: int, x: mx.array, t: float, rows: GuidanceBatch, contexts: Sequence[Context]
+    ) -> tuple[Residuals | None, list[mx.array]]:
+        """Return the sums of the ControlNets' residuals and of the adapters' features for some rows at a step.
+
+        ``x`` [B, h, w, 4] is the UNet's input, without the extra channels of some checkpoints.
         """
         residuals: Residuals | None = None
         features: list[mx.array] = []
-        for control, seen in self._seen:
+        for control, embedded, context in zip(self._controls, self._embedded, contexts, strict=True):
             if not control.acts(step, self._steps):
                 continue
-            if isinstance(control.network, T2IAdapter):  # what it has seen is all it says
-                added = [control.scale * feature for feature in seen]
-                features = [a + b for a, b in zip(features, added, strict=True)] if features else added
+            if isinstance(control.network, T2IAdapter):
+                scaled_features = [control.scale * feature for feature in embedded]
+                features = _sums(features, scaled_features) if features else scaled_features
                 continue
-            down, middle = scaled(
-                control.network(x, t, context, seen, text_time=text_time), control.scale, control.guess
-            )
-            if control.guess or control.network.config.global_pool_conditions:
-                heard = stage.wanted.astype(x.dtype)[:, None, None, None]
-                down, middle = [heard * residual for residual in down], heard * middle
-            if residuals is not None:
-                down, middle = [a + b for a, b in zip(residuals[0], down, strict=True)], residuals[1] + middle
-            residuals = down, middle
-        return {"residuals": residuals, "features": features}
+            down, middle = self._residuals(control, x, t, embedded, rows, context)
+            residuals = (_sums(residuals[0], down), residuals[1] + middle) if residuals else (down, middle)
+        return residuals, features
+
+    @staticmethod
+    def _residuals(
+        control: Control, x: mx.array, t: float, embedded: mx.array, rows: GuidanceBatch, context: Context
+    ) -> Residuals:
+        network = control.network
+        temb = network.embed_time(t, x.dtype, rows.text_time)
+        down, middle = scaled(network(x, temb, context, embedded), control.scale, control.guess)
+        if control.guess or network.config.global_pool_conditions:
+            is_cond = rows.is_cond.astype(x.dtype)[:, None, None, None]
+            down, middle = [is_cond * residual for residual in down], is_cond * middle
+        return down, middle
+
+
+def _sums(first: Sequence[mx.array], second: Sequence[mx.array]) -> list[mx.array]:
+    return [a + b for a, b in zip(first, second, strict=True)]

@@ -1,4 +1,4 @@
-"""Curves of noise levels: where the sigmas of a run lie between its highest and its lowest. Python floats, no arrays.
+"""Curves of noise levels between the highest and the lowest of a run. Python floats, no arrays.
 
 Each returns ``count`` descending levels from ``high`` to ``low``; the end of a run, usually 0, comes after them.
 """
@@ -8,29 +8,29 @@ from collections.abc import Callable, Sequence
 
 
 def karras(count: int, high: float, low: float, rho: float = 7.0) -> list[float]:
-    """Even in the ``rho``-th root of sigma (Karras et al. 2022, eq. 5): dense where the image is nearly done."""
+    """Space levels evenly in the ``rho``-th root of sigma (Karras et al. 2022, eq. 5): dense at the low end."""
     first, last = high ** (1 / rho), low ** (1 / rho)
     return [(first + r * (last - first)) ** rho for r in _ramp(count)]
 
 
 def exponential(count: int, high: float, low: float) -> list[float]:
-    """Even in log sigma."""
+    """Space levels evenly in log sigma."""
     return polyexponential(count, high, low)
 
 
 def polyexponential(count: int, high: float, low: float, rho: float = 1.0) -> list[float]:
-    """A power of even steps in log sigma (k-diffusion); with ``rho`` 1 they stay even, above 1 they lean to ``low``."""
+    """Space levels by a power of even steps in log sigma (k-diffusion); above 1, ``rho`` draws them to ``low``."""
     first, last = math.log(high), math.log(low)
     return [math.exp(last + (1 - r) ** rho * (first - last)) for r in _ramp(count)]
 
 
 def beta(count: int, high: float, low: float, shape: float = 0.6) -> list[float]:
-    """Quantiles of the distribution Beta(shape, shape) (Lee et al. 2024): dense at both ends."""
+    """Space levels as quantiles of the distribution Beta(shape, shape) (Lee et al. 2024): dense at both ends."""
     return [low + _beta_quantile(1 - r, shape) * (high - low) for r in _ramp(count)]
 
 
 def log_linear(table: Sequence[float], count: int) -> list[float]:
-    """``count`` levels along ``table``, linear in log sigma between its entries (Sabour et al. 2024, for any count)."""
+    """Interpolate ``count`` levels along ``table``, linear in log sigma (Sabour et al. 2024, for any count)."""
     logs, levels = [math.log(sigma) for sigma in table], []
     for r in _ramp(count):
         position = r * (len(table) - 1)
@@ -46,8 +46,8 @@ CURVES: dict[str, Callable[..., list[float]]] = {
     "beta": beta,
 }
 
-# Align Your Steps (Sabour et al. 2024): levels found by optimisation, for ten steps; the last is where they end, which
-# is replaced by 0 as in the authors' own use.
+# Align Your Steps (Sabour et al. 2024): optimised levels for ten steps; the last is where they end, which is replaced
+# by 0 as in the authors' code.
 TABLES: dict[str, tuple[float, ...]] = {
     "align_your_steps": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "align_your_steps_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
@@ -55,12 +55,12 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 
 def _ramp(count: int) -> list[float]:
-    """0 ... 1 in ``count`` even steps; a single one is 0."""
+    """Return ``count`` even numbers from 0 to 1; a single one is 0."""
     return [i / (count - 1) for i in range(count)] if count > 1 else [0.0]
 
 
 def _beta_quantile(p: float, a: float) -> float:
-    """x with I_x(a, a) = p, the inverse of the regularised incomplete beta function, for 0 < a < 1.
+    """Return x with I_x(a, a) = p, the inverse of the regularised incomplete beta function, for 0 < a < 1.
 
     Newton's method in y = x^a, where I is nearly a straight line and convex: from the right it cannot overshoot. I is
     summed as its power series, x^a / B sum_n (1 - a)_n x^n / (n! (a + n)), which converges for the lower half;

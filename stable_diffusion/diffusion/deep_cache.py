@@ -1,33 +1,27 @@
-"""DeepCache: what the UNet sees in the large changes little from step to step, so it is kept for some steps.
+"""DeepCache (Ma, Fang & Wang 2023, CVPR 2024): deep feature maps change little from step to step and are reused.
 
-After Ma, Fang & Wang 2023, "DeepCache: Accelerating Diffusion Models for Free" (CVPR 2024), with steps of equal
-distance and the outermost of their branches: between two steps in which all of the UNet runs, its last resnet, with
-its transformer, takes what came into it in the first of them. It sees the latents of its own step through the first
-convolution alone, whose output it has always taken back.
+The steps of a cycle have equal distance, and the branch is the outermost of the paper's. In the first step of a cycle
+all of the UNet runs. In the others only its last resnet does, with its transformer: on the map that came into it in the
+first step, and on the output of the first convolution at the step's own latents.
 
-What those steps cost is in ``python -m benchmarks.approximations``, as is what the images lose.
+``python -m benchmarks.approximations`` measures the time that this saves and the change of the images.
 """
 
 import mlx.core as mx
 
-from ..models.layers import Context
-
 
 class DeepCache:
-    """The deep maps of one run, each kept for ``every`` steps; at 1 there are none, and all is exact."""
+    """Hold the deep feature map of some rows of a run for ``every`` steps; at 1 nothing is cached."""
 
     def __init__(self, every: int):
         self._every = every
-        self._kept: dict[Context, tuple[int, list[mx.array]]] = {}
+        self._cycle: int | None = None
+        self._maps: list[mx.array] = []
 
-    def __call__(self, step: int, context: Context) -> dict[str, list[mx.array]]:
-        """What the UNet is told of it in a step, counted from the first in which these questions are asked.
-
-        The questions are known by their ``context``. Where they change, all of the UNet runs.
-        """
+    def at(self, step: int) -> list[mx.array] | None:
+        """Return the UNet's ``cache`` for a step, counted from the first with these rows; a cycle begins empty."""
         if self._every == 1:
-            return {}
-        number = step // self._every
-        if self._kept.get(context, (None,))[0] != number:
-            self._kept[context] = number, []
-        return {"deep": self._kept[context][1]}
+            return None
+        if step // self._every != self._cycle:
+            self._cycle, self._maps = step // self._every, []
+        return self._maps

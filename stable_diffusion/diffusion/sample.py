@@ -1,110 +1,128 @@
-"""A run carried out: the conditioning, the start and the steps, put together into a stream of latents."""
+"""The loop of a run: from the first latents through a sampler to the latents after each step."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from ..models.lanes import ONE, Lanes
-from ..text.encode import Conditioning
-from .controls import Control
-from .denoiser import consistency, denoiser, inpainting
-from .guidance import stages
-from .initial import Start
-from .run import Run
-from .samplers import Denoiser
-from .schedule import Schedule
+from ..models.threads import clear_streams_at_thread_end
+from .denoiser import InpaintMask
+from .samplers import Denoise, Noise, Sampler
+from .schedule import Steps
 
-Pairs = Iterator[tuple[mx.array, mx.array]]  # latents after a step, and what the step took for the image in them
+# The arrays that come before the first step, then (latents, estimate of x0) after each step.
+Pairs = Iterator[list[mx.array] | tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold the decisions of a run: steps, sampler and random numbers.
+
+    Of the ``steps`` the first ``length`` are made. ``initial_scale`` is the deviation of the noise that text to image
+    starts from. Image i has two random streams from ``seeds[i]``: one for its first noise and one for the noise that
+    samplers add. So neither the batch nor the order of calls matters. ``latents`` and ``noise`` replace them.
+    """
+
+    steps: Steps
+    length: int
+    sampler: Sampler
+    sampler_options: dict[str, Any]
+    initial_scale: float
+    seeds: tuple[int, ...]
+    latents: mx.array | None
+    noise: Noise | None
+
+    @property
+    def n_images(self) -> int:
+        """Return the number of images that are generated together."""
+        return len(self.seeds)
+
+    def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
+        """Draw unit-normal noise [n, *shape], float32."""
+        if self.latents is not None:
+            return self.latents.astype(mx.float32)
+        return mx.stack([mx.random.normal(shape, key=_streams(seed)[0]) for seed in self.seeds])
+
+    def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
+        """Draw the noise that a stochastic sampler adds at a step, unit normal, in the ``shape`` of the latents."""
+        if self.noise is not None:
+            return self.noise(step, shape)
+        counter = mx.array([0, step], dtype=mx.uint32)
+        return mx.stack([mx.random.normal(shape[1:], key=_streams(seed)[1] + counter) for seed in self.seeds])
+
+
+def _streams(seed: int) -> tuple[mx.array, mx.array]:
+    initial, added = mx.random.split(mx.random.key(seed))
+    return initial, added
 
 
 class Latents(Iterator[mx.array]):
-    """The latents of a run, each computed when it is evaluated.
+    """Iterate over the latents of a run, each computed when it is evaluated.
 
-    ``prepare()`` is called when the first is asked for; or earlier, so that the text encoders may be let go of. It
-    encodes the prompts and the image, if it works from one.
-
-    ``predicted`` is what the last step took for the image: the model's estimate of the clean latents, computed with the
-    step. Early in a run it shows far more than the latents themselves, which are mostly noise then.
+    ``predicted`` is the last step's estimate of the clean latents. Early in a run it shows far more than the latents,
+    which are mostly noise then.
     """
 
-    def __init__(self, begin: Callable[[], Pairs]):
-        self._begin = begin
-        self._steps: Pairs | None = None
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
+        self._is_prepared = False
+        self._step = 0
         self.predicted: mx.array | None = None
 
     def prepare(self) -> None:
-        """Make ready for the steps all that comes before them."""
-        if self._steps is None:
-            self._steps = self._begin()
+        """Encode the prompts and the image now, so that the text encoders can be freed before the first step."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            clear_streams_at_thread_end()
+            mx.eval(next(self._pairs))  # the first step may be made in another thread
 
     def __next__(self) -> mx.array:
-        self.prepare()
-        x_t, self.predicted = next(self._steps)
+        if not self._is_prepared:
+            self._is_prepared = True
+            next(self._pairs)
+        clear_streams_at_thread_end()  # this may be another thread than the one before
+        x_t, self.predicted = next(self._pairs)
+        self._step += 1
+        _steps[id(x_t)] = self._step
+        weakref.finalize(x_t, _steps.pop, id(x_t), None)
         return x_t
 
 
-def sample(
-    unet: Callable[..., mx.array],
-    schedule: Schedule,
-    dtype: mx.Dtype,
-    run: Run,
-    start: Start,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    controls: Sequence[Control] = (),
-    image_guidance: float = 1.0,
-    rows_at_once: int | None = None,
-) -> Pairs:
-    """The latents [n, h, w, 4] after each step of a run, float32 in the scale of training, not yet computed.
+_steps: dict[int, int] = {}  # of the latents that are alive, by their id
 
-    With each comes the estimate of x0 that the sampler asked for last.
+
+def step_of(x_t: mx.array) -> int | None:
+    """Return the step that has yielded these latents, counted from 1; None for another array."""
+    return _steps.get(id(x_t))
+
+
+class _RememberEstimate:
+    """Call a denoiser and remember its last estimate of the clean latents."""
+
+    def __init__(self, denoise: Denoise, predicted: mx.array):
+        self._denoise, self.predicted = denoise, predicted
+
+    def __call__(self, x: mx.array, sigma: float) -> mx.array:
+        self.predicted = self._denoise(x, sigma)
+        return self.predicted
+
+
+def sample(denoise: Denoise, run: Run, x: mx.array, mask: InpaintMask | None) -> Pairs:
+    """Yield the latents [n, h, w, 4] after each step and the estimate of x0, float32, not yet computed.
+
+    ``x`` are the first latents, at the first sigma. The latents are in the variance-preserving scale of training. What
+    the ``mask`` keeps ends without noise, also with samplers that stop just above zero.
     """
-    blank = None
-    if start.channels is not None:
-        if start.blind is not None and negative is not None:
-            blank = _with_channels(negative, start.blind)
-        positive = _with_channels(positive, start.channels)
-        negative = None if negative is None else _with_channels(negative, start.channels)
-    asked = stages(
-        len(run.steps),
-        run.n_images,
-        positive,
-        negative,
-        run.guidance,
-        blank=blank,
-        image_guidance=image_guidance,
-        interval=run.guidance_interval,
-    )
-    saving = rows_at_once, run.deep_cache, run.token_merging
-    with ONE if rows_at_once else Lanes() as lanes:
-        denoise = denoiser(unet, schedule, run.steps, dtype, asked, controls, *saving, lanes)
-        if run.sampler.consistency:
-            denoise = consistency(denoise, schedule, run.steps)
-        if start.kept is not None:
-            denoise = inpainting(denoise, start.kept, run.steps)
-        yield from _states(denoise, run, start)
-
-
-def _states(denoise: Denoiser, run: Run, start: Start) -> Pairs:
-    """The states of the run's sampler as latents, each with what ``denoise`` answered last."""
-    predicted = start.x
-
-    def noted(x: mx.array, sigma: float) -> mx.array:
-        nonlocal predicted
-        predicted = denoise(x, sigma)
-        return predicted
-
-    states = run.sampler.run(noted, start.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
-    # There are fewer targets than states where another model goes on.
+    denoise = _RememberEstimate(denoise, x)
+    states = run.sampler.run(denoise, x, run.steps.sigmas, run.step_noise, **run.sampler_options)
+    # There are fewer sigmas than states where another model continues.
     for done, (sigma, x) in enumerate(zip(run.steps.sigmas[1 : run.length + 1], states, strict=False), start=1):
-        latents, kept = x / math.sqrt(sigma**2 + 1), start.kept
-        if kept is not None:  # in the end without noise, also by samplers that stop just above none
-            ended = done == len(run.steps)
-            latents = kept.at(latents, 0.0) if ended else kept.at(x, sigma) / math.sqrt(sigma**2 + 1)
-        yield latents, predicted
-
-
-def _with_channels(table: Conditioning, channels: mx.array) -> Conditioning:
-    return replace(table, channels=mx.repeat(channels, len(table.rows), axis=0))
+        latents = x / math.sqrt(sigma**2 + 1)
+        if mask is not None and done == len(run.steps):
+            latents = mask.blend(latents, 0.0)
+        elif mask is not None:
+            latents = mask.blend(x, sigma) / math.sqrt(sigma**2 + 1)
+        yield latents, denoise.predicted

@@ -1,12 +1,15 @@
 """Samplers: each a generator that integrates dx/dsigma = (x - D(x, sigma)) / sigma from noise to an image.
 
 ``denoise(x, sigma)`` is D, the model's estimate of the clean latent x0. ``x`` is the noisy latent
-``x0 + sigma * noise``; ``sigmas`` descend to where the run ends. ``noise(draw, shape)`` is what a stochastic sampler
-injects, unit normal. Each step yields the next ``x``; history lives in local variables.
+``x0 + sigma * noise``; ``sigmas`` descend to where the run ends. ``noise(draw, shape)`` gives the unit normal noise
+that a stochastic sampler injects. Each step yields the next ``x``; history lives in local variables.
 
 Three ideas recur. A step from sigma to s along the ODE with D held fixed is ``D + (s / sigma) * (x - D)``. A
-stochastic step goes to a level below its target and returns to it with fresh noise. And a multistep method weighs its
-last few values as the polynomial through them is integrated, exactly, against the method's own measure.
+stochastic step goes to a level below its target and returns to it with fresh noise. A multistep method lays a
+polynomial through its last few evaluations and integrates it exactly.
+
+The ``sigmas`` of a run carry their timesteps (``schedule.Sigma``). Levels that a sampler computes between them are
+plain floats, for which the denoiser computes the timestep.
 """
 
 import inspect
@@ -18,30 +21,29 @@ from typing import Any
 
 import mlx.core as mx
 
-Denoiser = Callable[[mx.array, float], mx.array]
+from .schedule import SCHEDULES, Schedule, Steps
+
+Denoise = Callable[[mx.array, float], mx.array]
 Noise = Callable[[int, tuple[int, ...]], mx.array]
 States = Iterator[mx.array]
 
 
-def euler(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
-    """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn)."""
+def euler(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
+    """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn)."""
     for sigma, target in pairwise(sigmas):
         x = _toward(x, denoise(x, sigma), sigma, target)
         yield x
 
 
 def euler_ancestral(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """Euler's method to a lower sigma, then fresh noise up to the next one (k-diffusion's ancestral sampling).
-
-    That is DDIM with ``eta`` 1, which both spell out below.
-    """
+    """Run Euler's method to a lower sigma and add noise up to the next one (k-diffusion): DDIM with ``eta`` 1."""
     yield from ddim(denoise, x, sigmas, noise, eta=eta, s_noise=s_noise)
 
 
-def heun(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
-    """Heun's method (Karras et al. 2022, algorithm 1): mean slope of both ends; the step to 0 is Euler's."""
+def heun(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
+    """Run Heun's method (Karras et al. 2022, algorithm 1): mean slope of both ends; the step to 0 is Euler's."""
     for sigma, target in pairwise(sigmas):
         x0 = denoise(x, sigma)
         ahead = _toward(x, x0, sigma, target)
@@ -52,22 +54,20 @@ def heun(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise) 
         yield x
 
 
-def dpm2(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
-    """DPM-Solver-2 (Lu et al. 2022a) in Karras's form: the slope half-way in log sigma; the step to 0 is Euler's."""
+def dpm2(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
+    """Run DPM-Solver-2 (Lu et al. 2022a) with the slope half-way in log sigma; the step to 0 is Euler's."""
     yield from dpm2_ancestral(denoise, x, sigmas, noise, eta=0.0)
 
 
 def dpm2_ancestral(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """DPM-Solver-2 to a lower sigma, then fresh noise up to the next one (k-diffusion)."""
+    """Run DPM-Solver-2 to a lower sigma and add noise up to the next one (k-diffusion)."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = _ancestral(sigma, target, eta)
         x0 = denoise(x, sigma)
         if down > 0:
-            # With eta 1 the middle is the target itself. The network is told the timestep of its sigma, and not the
-            # run's own, which may be rounded: so it is kept apart by a hair.
-            middle = math.sqrt(sigma * down) * (1 + 1e-12)
+            middle = math.sqrt(sigma * down)
             halfway = _toward(x, x0, sigma, middle)
             x = x + (down - sigma) * ((halfway - denoise(halfway, middle)) / middle)
         else:
@@ -77,10 +77,10 @@ def dpm2_ancestral(
         yield x
 
 
-def lms(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 4) -> States:
-    """Linear multistep method (Adams-Bashforth with uneven steps, as in k-diffusion).
+def lms(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 4) -> States:
+    """Run a linear multistep method (Adams-Bashforth with uneven steps, as in k-diffusion).
 
-    The slope is extrapolated by the polynomial in sigma through its last ``order`` values.
+    A polynomial in sigma through the last ``order`` slopes extrapolates the slope.
     """
     history: list[tuple[float, mx.array]] = []
     for sigma, target in pairwise(sigmas):
@@ -91,22 +91,22 @@ def lms(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *
 
 
 def ddim(
-    denoise: Denoiser,
+    denoise: Denoise,
     x: mx.array,
     sigmas: Sequence[float],
     noise: Noise,
     *,
     eta: float = 0.0,
     s_noise: float = 1.0,
-    targets: Sequence[float] | None = None,
+    target_sigmas: Sequence[float] | None = None,
 ) -> States:
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method here, with eta of its noise fresh.
+    """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
 
-    Their standard deviation, eq. 16, is ``eta`` times that of ancestral sampling. ``targets`` are the levels that the
-    steps lead to, where these are not those at which the next steps start.
+    The standard deviation of that noise, eq. 16, is ``eta`` times the one of ancestral sampling. ``target_sigmas`` are
+    the levels that the steps lead to, where the next steps start at other ones.
     """
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        target = after if targets is None else targets[i]
+        target = after if target_sigmas is None else target_sigmas[i]
         down, up = _ancestral(sigma, target, eta)
         x = _toward(x, denoise(x, sigma), sigma, down)
         if up > 0:
@@ -115,28 +115,27 @@ def ddim(
         yield x
 
 
-def ddpm(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
-    """Denoising diffusion probabilistic models (Ho et al. 2020, algorithm 2, with the posterior's variance)."""
+def ddpm(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
+    """Run denoising diffusion probabilistic models (Ho et al. 2020, algorithm 2, with the posterior's variance)."""
     yield from ddim(denoise, x, sigmas, noise, eta=1.0, s_noise=s_noise)
 
 
 def pndm(
-    denoise: Denoiser,
+    denoise: Denoise,
     x: mx.array,
     sigmas: Sequence[float],
     noise: Noise,
     *,
     velocity: bool = False,
-    targets: Sequence[float] | None = None,
-    again: float | None = None,
+    target_sigmas: Sequence[float] | None = None,
+    repeat_sigma: float | None = None,
 ) -> States:
-    """Pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the predicted noise.
+    """Run the pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the noise.
 
-    The first step is repeated with the mean of the noise at both its ends. ``velocity`` says that the model predicts
-    v, which is then what is extrapolated. ``targets`` as for :func:`ddim`; ``again`` is the level that the repeated
-    step starts from.
+    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both its ends. With ``velocity``
+    the model predicts v, which is extrapolated in place of the noise. ``target_sigmas`` as for :func:`ddim`.
     """
-    targets = sigmas[1:] if targets is None else targets
+    target_sigmas = sigmas[1:] if target_sigmas is None else target_sigmas
     history: list[tuple[float, mx.array]] = []
 
     def prediction(x: mx.array, sigma: float) -> mx.array:
@@ -151,33 +150,28 @@ def pndm(
 
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         history = [(sigma, prediction(x, sigma)), *history][:4]
-        mixed = _blend(history, _ADAMS_BASHFORTH[len(history)])
-        ahead = _relabel(transfer(x, mixed, sigma, targets[i]), targets[i], after)
+        e = _blend(history, _ADAMS_BASHFORTH[len(history) - 1])
+        ahead = _relabel(transfer(x, e, sigma, target_sigmas[i]), target_sigmas[i], after)
         if i == 0 and len(sigmas) > 2:
-            start = sigma if again is None else again
-            mixed = (mixed + prediction(ahead, after)) / 2
-            ahead = transfer(_relabel(x, sigma, start), mixed, start, after)
+            start = sigma if repeat_sigma is None else repeat_sigma
+            e = (e + prediction(ahead, after)) / 2
+            ahead = transfer(_relabel(x, sigma, start), e, start, after)
         x = ahead
         yield x
 
 
-_ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+_ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def dpmpp_2m(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, lower_order_final: bool = False
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, lower_order_final: bool = False
 ) -> States:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): exponential integrator that extrapolates D from two steps."""
+    """Run DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): an exponential integrator with D from two steps."""
     yield from dpmpp_2m_sde(denoise, x, sigmas, noise, eta=0.0, lower_order_final=lower_order_final)
 
 
 def dpmpp_2m_sde(
-    denoise: Denoiser,
+    denoise: Denoise,
     x: mx.array,
     sigmas: Sequence[float],
     noise: Noise,
@@ -186,10 +180,10 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     lower_order_final: bool = False,
 ) -> States:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4; midpoint): the same, of the reverse SDE.
+    """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4; midpoint): the same on the reverse SDE.
 
-    With ``lambda = -log(sigma)`` the step length is ``h``. The first step is of first order, so is one to 0, and with
-    ``lower_order_final`` the last in any case.
+    The step length ``h`` is in ``lambda = -log(sigma)``. The first step is of first order, and so is one to 0. With
+    ``lower_order_final`` the last step always is.
     """
     previous, h_previous = None, math.inf
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -207,9 +201,9 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1), D from half-way in log sigma; ancestral noise (k-diffusion)."""
+    """Run DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): D from half-way in log sigma, with ancestral noise."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = _ancestral(sigma, target, eta)
         x0 = denoise(x, sigma)
@@ -223,35 +217,35 @@ def dpmpp_2s_ancestral(
 
 
 def dpmpp_sde(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """DPM-Solver++ of the SDE (k-diffusion; Lu et al. 2022b): D from half-way in log sigma, with noise on both halves.
+    """Run DPM-Solver++ on the SDE (k-diffusion; Lu et al. 2022b): D from half-way in log sigma, noise on both halves.
 
-    The noise is that of one Brownian motion in sigma: its increments over the two halves are drawn, and the whole
-    step's is their sum. Step i draws number 2 i and 2 i + 1.
+    The noise is a Brownian motion in sigma. Its increments over the two halves are drawn, numbers 2 i and 2 i + 1 in
+    step i; their sum is the increment over the step.
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         if 0 < target < sigma:
             middle = math.sqrt(sigma * target)
             first, second = noise(2 * i, x.shape), noise(2 * i + 1, x.shape)
-            whole = math.sqrt((sigma - middle) / (sigma - target)) * first
-            whole = whole + math.sqrt((middle - target) / (sigma - target)) * second
+            both = math.sqrt((sigma - middle) / (sigma - target)) * first
+            both = both + math.sqrt((middle - target) / (sigma - target)) * second
             down, up = _ancestral(sigma, middle, eta)
             halfway = _toward(x, x0, sigma, down) + (up * s_noise) * first
             down, up = _ancestral(sigma, target, eta)
-            x = _toward(x, denoise(halfway, middle), sigma, down) + (up * s_noise) * whole
+            x = _toward(x, denoise(halfway, middle), sigma, down) + (up * s_noise) * both
         else:
             x = _toward(x, x0, sigma, target)
         yield x
 
 
 def dpmpp_3m_sde(
-    denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """SDE-DPM-Solver++(3M) (k-diffusion; Lu et al. 2022b): D extrapolated from three steps.
+    """Run SDE-DPM-Solver++(3M) (k-diffusion; Lu et al. 2022b): D extrapolated from three steps.
 
-    ``slope`` and ``bend`` are the first and second divided differences of D in units of this step.
+    ``slopes`` and ``bend`` are the first and second divided differences of D in units of this step.
     """
     history: list[tuple[float, mx.array]] = []  # (lambda, D), newest first
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -273,11 +267,11 @@ def dpmpp_3m_sde(
         yield x
 
 
-def unipc(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 2) -> States:
-    """UniPC (Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1): a predictor that the next D corrects.
+def unipc(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 2) -> States:
+    """Run UniPC (Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1): a predictor that the next D corrects.
 
-    Both are steps towards a blend of D's; the corrector repeats the last step with the D found at its end. The order
-    falls to 1 towards the end.
+    Both are steps towards a blend of D's; the corrector repeats the last step with the D at its end. The order falls
+    to 1 in the last steps.
     """
     history: list[tuple[float, mx.array]] = []
     start, used = x, 0
@@ -294,7 +288,7 @@ def unipc(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise,
 
 
 def deis(
-    denoise: Denoiser,
+    denoise: Denoise,
     x: mx.array,
     sigmas: Sequence[float],
     noise: Noise,
@@ -302,10 +296,10 @@ def deis(
     order: int = 2,
     lower_order_final: bool = False,
 ) -> States:
-    """Diffusion exponential integrator sampler (Zhang & Chen 2023, rho-AB in log rho).
+    """Run the diffusion exponential integrator sampler (Zhang & Chen 2023, rho-AB in log rho).
 
-    The predicted noise is extrapolated by the polynomial in log sigma through its last ``order`` values. A step to 0
-    is of first order; with ``lower_order_final`` the order falls to 1 towards the end.
+    A polynomial in log sigma through the last ``order`` predictions extrapolates the noise. A step to 0 is of first
+    order; with ``lower_order_final`` the order falls to 1 in the last steps.
     """
     history: list[tuple[float, mx.array]] = []
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -320,8 +314,8 @@ def deis(
         yield x
 
 
-def lcm(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
-    """Latent consistency models (Luo et al. 2023, algorithm 3): to x0 in one leap, and back to the next level."""
+def lcm(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
+    """Run latent consistency models (Luo et al. 2023, algorithm 3): leap to x0, and add noise up to the next level."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         x = denoise(x, sigma)
         if target > 0:
@@ -330,30 +324,30 @@ def lcm(denoise: Denoiser, x: mx.array, sigmas: Sequence[float], noise: Noise, *
 
 
 def tcd(
-    denoise: Denoiser,
+    denoise: Denoise,
     x: mx.array,
     sigmas: Sequence[float],
     noise: Noise,
     *,
     eta: float = 0.3,
     s_noise: float = 1.0,
-    stops: Sequence[float] | None = None,
+    tcd_sigmas: Sequence[float] | None = None,
 ) -> States:
-    """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4; ``eta`` is their gamma).
+    """Run trajectory consistency distillation (Zheng et al. 2024, algorithm 4; ``eta`` is their gamma).
 
-    A leap goes beyond its target, to (1 - eta) of its time, and noise leads back. ``stops`` are the levels that it
-    goes to; without them sigma is taken for the time.
+    A step leaps beyond its target, to (1 - eta) of the target's time, and noise leads back. ``tcd_sigmas`` are the
+    levels of the leaps; without them sigma is taken for the time.
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
-        stop = (1 - eta) * target if stops is None else stops[i]
-        x = _toward(x, denoise(x, sigma), sigma, stop)
-        if stop < target:
-            x = x + (math.sqrt(target**2 - stop**2) * s_noise) * noise(i, x.shape)
+        down = (1 - eta) * target if tcd_sigmas is None else tcd_sigmas[i]
+        x = _toward(x, denoise(x, sigma), sigma, down)
+        if down < target:
+            x = x + (math.sqrt(target**2 - down**2) * s_noise) * noise(i, x.shape)
         yield x
 
 
 def _toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
-    """From ``sigma`` to ``target`` along the ODE while D stays ``x0``; nothing cancels in it at large sigma."""
+    """Step from ``sigma`` to ``target`` along the ODE while D stays ``x0``; nothing cancels at large sigma."""
     return x0 + (target / sigma) * (x - x0)
 
 
@@ -364,21 +358,21 @@ def _ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
 
 
 def _reverse_sde(sigma: float, target: float, eta: float) -> tuple[float, float]:
-    """The same split for an exact step of the reverse SDE, whose noise decays as it is injected; eta 0 is the ODE."""
-    ratio = (target / sigma) ** eta
+    """Split an exact step of the reverse SDE likewise, whose noise decays as it is injected; eta 0 is the ODE."""
+    ratio = min(target / sigma, 1.0) ** eta  # a curve may end an ulp below the end of the run
     return target * ratio, target * math.sqrt(1 - ratio**2)
 
 
 def _relabel(x: mx.array, sigma: float, level: float) -> mx.array:
-    """Take a latent at ``sigma`` for one at ``level``, as it is in variance-preserving scale."""
+    """Rescale a latent at ``sigma`` to ``level`` so that it stays the same in variance-preserving scale."""
     return x if sigma == level else x * math.sqrt((1 + level**2) / (1 + sigma**2))
 
 
 def _blend(history: Sequence[tuple[float, mx.array]], weights: Sequence[float]) -> mx.array:
-    """The weighted sum of the arrays in a history of (level, array)."""
+    """Return the weighted sum of the arrays in a history of (level, array)."""
     total = weights[0] * history[0][1]
-    for weight, (_, value) in zip(weights[1:], history[1:], strict=True):
-        total = total + weight * value
+    for weight, (_, evaluation) in zip(weights[1:], history[1:], strict=True):
+        total = total + weight * evaluation
     return total
 
 
@@ -401,9 +395,9 @@ def _exponential_blend(points: Sequence[tuple[float, mx.array]], target: float) 
 
 
 def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """Weights w with sum_j w_j nodes_j^k = moments_k: the rule that is exact for polynomials through the nodes.
+    """Return weights w with sum_j w_j nodes_j^k = moments_k, exact for polynomials through the nodes.
 
-    The weights are the moments of the Lagrange polynomials, each multiplied out from its roots.
+    They are the moments of the Lagrange polynomials, each multiplied out from its roots.
     """
     weights = []
     for j, node in enumerate(nodes):
@@ -418,80 +412,106 @@ def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of ``SAMPLERS``: the generator, and what people and the pipeline want to know of it.
+    """Describe a sampler: a row of ``SAMPLERS``.
 
-    ``grid`` names how its steps are placed (``schedule.GRIDS``); ``order`` is that of the error in the step length,
-    without noise; ``evaluations`` of D are made in a step (of the first one, PNDM makes two);
-    ``schedulers`` are the diffusers classes that it is; ``consistency`` says that D is wrapped for a model that leaps
-    (``denoise.consistency``).
+    Attributes:
+        run: the generator function.
+        spacing_rule: key of ``SPACING_RULES``, which places its steps.
+        order: of the error in the step length, without noise.
+        evaluations: of D in a step. PNDM makes two in its first step.
+        stochastic: injects noise by default.
+        scheduler: the diffusers class that computes the same, without "Scheduler"; with ":" and its ``algorithm_type``
+            where that decides.
+        reference: the paper or program that defines it.
+        consistency: wrap D for consistency models, see ``denoiser.consistency``.
     """
 
     run: Callable[..., States]
-    grid: str = "euler"
+    spacing_rule: str = "euler"
     order: int = 1
     evaluations: int = 1
     stochastic: bool = False
+    scheduler: str = ""
     reference: str = ""
-    schedulers: tuple[str, ...] = ()
     consistency: bool = False
 
+    @property
+    def option_names(self) -> set[str]:
+        """Return the names of the keyword arguments that this sampler takes beyond the four that all have."""
+        parameters = inspect.signature(self.run).parameters.values()
+        return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
-_DPM = "DPMSolverMultistepScheduler"
+    def check_options(self, **chosen: Any) -> dict[str, Any]:
+        """Return the ``chosen`` options that are not None; ValueError for one that this sampler does not take."""
+        options = {name: option for name, option in chosen.items() if option is not None}
+        if unknown := options.keys() - self.option_names:
+            name = getattr(self.run, "__name__", repr(self.run))
+            raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
+        return options
+
+
+_K = "k-diffusion"
+_KARRAS = "Karras et al. 2022, arXiv:2206.00364"
 _LU = "Lu et al. 2022, arXiv:2211.01095"
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, reference="Karras et al. 2022, arXiv:2206.00364", schedulers=("EulerDiscreteScheduler",)),
-    "euler_a": Sampler(
-        euler_ancestral, stochastic=True, reference="k-diffusion", schedulers=("EulerAncestralDiscreteScheduler",)
+    "euler": Sampler(euler, scheduler="EulerDiscrete", reference=_KARRAS),
+    "euler_a": Sampler(euler_ancestral, stochastic=True, scheduler="EulerAncestralDiscrete", reference=_K),
+    "heun": Sampler(heun, order=2, evaluations=2, scheduler="HeunDiscrete", reference=_KARRAS),
+    "dpm2": Sampler(
+        dpm2, "dpm2", order=2, evaluations=2, scheduler="KDPM2Discrete", reference="Lu et al. 2022, arXiv:2206.00927"
     ),
-    "heun": Sampler(heun, "euler", 2, 2, False, "Karras et al. 2022, arXiv:2206.00364", ("HeunDiscreteScheduler",)),
-    "dpm2": Sampler(dpm2, "dpm2", 2, 2, False, "Lu et al. 2022, arXiv:2206.00927", ("KDPM2DiscreteScheduler",)),
-    "dpm2_a": Sampler(dpm2_ancestral, "dpm2", 2, 2, True, "k-diffusion", ("KDPM2AncestralDiscreteScheduler",)),
-    "lms": Sampler(lms, "euler", 4, 1, False, "k-diffusion", ("LMSDiscreteScheduler",)),
-    "ddim": Sampler(ddim, "ddim", 1, 1, False, "Song et al. 2021, arXiv:2010.02502", ("DDIMScheduler",)),
-    "ddpm": Sampler(ddpm, "ddpm", 1, 1, True, "Ho et al. 2020, arXiv:2006.11239", ("DDPMScheduler",)),
-    "pndm": Sampler(pndm, "pndm", 2, 1, False, "Liu et al. 2022, arXiv:2202.09778", ("PNDMScheduler",)),
-    "dpmpp_2m": Sampler(dpmpp_2m, "multistep", 2, 1, False, _LU, (_DPM,)),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "multistep", 2, 1, True, _LU, (f"{_DPM}:sde-dpmsolver++",)),
-    "dpmpp_2s_a": Sampler(dpmpp_2s_ancestral, "euler", 2, 2, True, "k-diffusion"),
-    "dpmpp_sde": Sampler(dpmpp_sde, "euler", 2, 2, True, "k-diffusion", ("DPMSolverSDEScheduler",)),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", 2, 1, True, "k-diffusion"),
+    "dpm2_a": Sampler(
+        dpm2_ancestral,
+        "dpm2",
+        order=2,
+        evaluations=2,
+        stochastic=True,
+        scheduler="KDPM2AncestralDiscrete",
+        reference=_K,
+    ),
+    "lms": Sampler(lms, order=4, scheduler="LMSDiscrete", reference=_K),
+    "ddim": Sampler(ddim, "ddim", scheduler="DDIM", reference="Song et al. 2021, arXiv:2010.02502"),
+    "ddpm": Sampler(ddpm, "ddpm", stochastic=True, scheduler="DDPM", reference="Ho et al. 2020, arXiv:2006.11239"),
+    "pndm": Sampler(pndm, "pndm", order=2, scheduler="PNDM", reference="Liu et al. 2022, arXiv:2202.09778"),
+    "dpmpp_2m": Sampler(dpmpp_2m, "multistep", order=2, scheduler="DPMSolverMultistep", reference=_LU),
+    "dpmpp_2m_sde": Sampler(
+        dpmpp_2m_sde,
+        "multistep",
+        order=2,
+        stochastic=True,
+        scheduler="DPMSolverMultistep:sde-dpmsolver++",
+        reference=_LU,
+    ),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_ancestral, order=2, evaluations=2, stochastic=True, reference=_K),
+    "dpmpp_sde": Sampler(dpmpp_sde, order=2, evaluations=2, stochastic=True, scheduler="DPMSolverSDE", reference=_K),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", order=2, stochastic=True, reference=_K),
     "unipc": Sampler(
-        unipc, "multistep", 2, 1, False, "Zhao et al. 2023, arXiv:2302.04867", ("UniPCMultistepScheduler",)
+        unipc, "multistep", order=2, scheduler="UniPCMultistep", reference="Zhao et al. 2023, arXiv:2302.04867"
     ),
-    "deis": Sampler(deis, "deis", 2, 1, False, "Zhang & Chen 2023, arXiv:2204.13902", ("DEISMultistepScheduler",)),
-    "lcm": Sampler(lcm, "lcm", 1, 1, True, "Luo et al. 2023, arXiv:2310.04378", ("LCMScheduler",), consistency=True),
-    "tcd": Sampler(tcd, "tcd", 1, 1, True, "Zheng et al. 2024, arXiv:2402.19159", ("TCDScheduler",)),
+    "deis": Sampler(deis, "deis", order=2, scheduler="DEISMultistep", reference="Zhang & Chen 2023, arXiv:2204.13902"),
+    "lcm": Sampler(
+        lcm, "lcm", stochastic=True, scheduler="LCM", reference="Luo et al. 2023, arXiv:2310.04378", consistency=True
+    ),
+    "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference="Zheng et al. 2024, arXiv:2402.19159"),
 }
 
-# Classes without a sampler of their own here, and the nearest; names in use elsewhere, as `_key` writes them.
-_NEAREST = {"DPMSolverSinglestepScheduler": "dpmpp_2m", f"{_DPM}:sde-dpmsolver": "dpmpp_2m_sde"}
-_ALIASES = {
-    "plms": "pndm",
-    "eulerancestral": "euler_a",
-    "dpm2ancestral": "dpm2_a",
-    "dpmpp2sancestral": "dpmpp_2s_a",
-}
-_SCHEDULE_WORDS = {
-    "karras": "karras",
-    "polyexponential": "polyexponential",
-    "exponential": "exponential",
-    "sgmuniform": "sgm_uniform",
-    "alignyoursteps": "align_your_steps",
-    "beta": "beta",
-}
+# The nearest samplers to scheduler classes that none here computes.
+_NEAREST = {"DPMSolverSinglestep": "dpmpp_2m", "DPMSolverMultistep:sde-dpmsolver": "dpmpp_2m_sde"}
+
+# Names of samplers in other programs, as `_key` writes them.
+_ALIASES = {"plms": "pndm", "eulerancestral": "euler_a", "dpm2ancestral": "dpm2_a", "dpmpp2sancestral": "dpmpp_2s_a"}
 
 
 def read_name(name: str) -> tuple[str, str | None]:
-    """(sampler, schedule) of a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "Euler a", "k_lms".
+    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "Euler a", "k_lms".
 
     The schedule is None where the name has none. ValueError lists the samplers.
     """
-    key, schedule = _key(name), None
-    for word, value in _SCHEDULE_WORDS.items():
-        if key.endswith(word):
-            key, schedule = key.removesuffix(word), value
-            break
+    key = _key(name)
+    endings = [curve for curve in SCHEDULES if curve != "default" and key.endswith(_key(curve))]
+    schedule = max(endings, key=len, default=None)  # "polyexponential" ends in "exponential" too
+    key = key.removesuffix(_key(schedule or ""))
     known = {_key(sampler): sampler for sampler in SAMPLERS} | _ALIASES
     for candidate in (key, key.removeprefix("k")):
         if candidate in known:
@@ -504,41 +524,43 @@ def _key(name: str) -> str:
 
 
 def find_sampler(name: str | Callable[..., States]) -> Sampler:
-    """The row of a sampler's name, or one for a function with a sampler's signature; ValueError lists the names."""
+    """Return the row of a sampler's name, or a row for a sampler function; ValueError lists the names."""
     return Sampler(name) if callable(name) else SAMPLERS[read_name(name)[0]]
 
 
 def sampler_for(scheduler: str, algorithm: str | None = None) -> tuple[str, bool]:
-    """The sampler for a checkpoint's scheduler class, and whether it is that very method or the nearest there is.
+    """Return the sampler for a checkpoint's scheduler class, and True unless it is only the nearest one.
 
     ``algorithm`` is the scheduler's ``algorithm_type``, where it has one.
     """
-    for wanted in (f"{scheduler}:{algorithm}", scheduler):
-        for name, sampler in SAMPLERS.items():
-            if wanted in sampler.schedulers:
-                return name, True
-        if wanted in _NEAREST:
-            return _NEAREST[wanted], False
+    exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
+    scheduler = scheduler.removesuffix("Scheduler")
+    for key in (f"{scheduler}:{algorithm}", scheduler):
+        if key in exact or key in _NEAREST:
+            return (exact | _NEAREST)[key], key in exact
     return "euler", False
 
 
-def keywords(run: Callable[..., States]) -> set[str]:
-    """The names of the keyword arguments that a sampler takes beyond the four that all have."""
-    parameters = inspect.signature(run).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a sampler for one run: the ``chosen`` ones, and those that the run decides.
 
-
-def options(sampler: Sampler, **given: Any) -> dict[str, Any]:
-    """Those of the ``given`` options that are not None; ValueError for one that the sampler has no use for."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if unknown := chosen.keys() - keywords(sampler.run):
-        name = getattr(sampler.run, "__name__", "of your own")
-        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
-    return chosen
+    Raises ValueError for a chosen one that the sampler does not take.
+    """
+    options = sampler.check_options(**chosen)
+    if not len(steps):
+        return options
+    of_run = {
+        "velocity": lambda: schedule.config.prediction_type == "v_prediction",
+        "target_sigmas": lambda: schedule.target_sigmas(steps),
+        "repeat_sigma": lambda: schedule.repeat_sigma(steps),
+        "tcd_sigmas": lambda: schedule.tcd_sigmas(steps, options.get("eta", 0.3)),
+        "lower_order_final": lambda: schedule.config.lower_order_final and steps.total < 15,  # as in diffusers
+    }
+    return {name: of_run[name]() for name in sampler.option_names & of_run.keys()} | options
 
 
 def table() -> str:
-    """All samplers, one a line: name, order, evaluations of the model in a step, stochastic or not, reference."""
+    """Format all samplers as text, one a line: name, order, evaluations in a step, stochastic or not, reference."""
     rows = [("sampler", "order", "evaluations", "stochastic", "reference")]
     for name, s in SAMPLERS.items():
         rows.append((name, str(s.order), str(s.evaluations), "yes" if s.stochastic else "no", s.reference))

@@ -1,4 +1,4 @@
-"""DeepCache: all of the UNet in every N-th step, its last layer in the others, told what came into it before."""
+"""DeepCache: all of the UNet in every N-th step, and in the others its last layer, on the map of the step before."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ import pytest
 from oracle import normal, relative_error
 from stable_diffusion import Control, StableDiffusion
 from stable_diffusion.diffusion.deep_cache import DeepCache
-from stable_diffusion.diffusion.denoiser import denoiser
-from stable_diffusion.diffusion.guidance import stages
+from stable_diffusion.diffusion.denoiser import Denoiser
+from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.models.layers import Context
 from stable_diffusion.text.encode import Conditioning
 
@@ -19,54 +19,39 @@ SMALL = {"latent_size": (6, 8), "seed": 3, "cfg_weight": 5.0}
 
 
 @pytest.fixture(scope="module")
-def sd(sd1_folder) -> StableDiffusion:
-    return StableDiffusion(sd1_folder)
-
-
-@pytest.fixture(scope="module")
 def xl(xl_folder) -> StableDiffusion:
     return StableDiffusion(xl_folder)
-
-
-@pytest.fixture
-def calls(sd):
-    """What the UNet is asked, call by call: (its arguments, whether all of it runs)."""
-    made = []
-    unet = sd.unet
-
-    def watched(x, t, context, *, deep=None, **told):
-        made.append(((x, t, context, told), not deep))
-        return unet(x, t, context, deep=deep, **told)
-
-    watched.network = unet
-    sd.unet = watched
-    yield made
-    sd.unet = unet
 
 
 def last(latents) -> np.ndarray:
     return np.array(list(latents)[-1])
 
 
-def asked_of(unet, rows: int, seed: int) -> dict:
-    """What to ask a UNet: ``rows`` questions about latents of a size that is no multiple of 8."""
-    config = unet.config
-    asked = {"x": normal(rows, 10, 14, config.in_channels, seed=seed), "t": np.array([500.0 + seed] * rows)}
-    asked |= {"context": normal(rows, 77, config.cross_attention_dim[0], seed=7)}
-    asked = {name: mx.array(value, mx.float32) for name, value in asked.items()}
+def full(unet) -> list[bool]:
+    """True for each call in which all of the UNet ran."""
+    return [call.full for call in unet.calls]
+
+
+def inputs(unet, rows: int, seed: int) -> dict:
+    """Arguments of a UNet for ``rows`` latents of a size that is no multiple of 8."""
+    config, text_time = unet.config, None
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        asked["text_time"] = mx.array(normal(rows, pooled, seed=8)), mx.ones((rows, 6)) * 64
-    return asked
+        text_time = mx.array(normal(rows, pooled, seed=8)), mx.ones((rows, 6)) * 64
+    return {
+        "x": mx.array(normal(rows, 10, 14, config.in_channels, seed=seed)),
+        "temb": unet.embed_time(500.0 + seed, mx.float32, text_time),
+        "context": Context(mx.array(normal(rows, 77, config.cross_attention_dim[0], seed=7))),
+    }
 
 
-def by_hand(unet, asked: dict, other: dict) -> mx.array:
-    """The definition: the last layer, at this call's latents and time, takes what came into it in the ``other``."""
+def by_hand(unet, second: dict, first: dict) -> mx.array:
+    """The definition: the last layer, at the second latents and time, takes what came into it at the first."""
     *_, last_block = unet.up_blocks
     resnet, seen = last_block.resnets[-1], []
 
     class Recorded:
-        """Stands in the place of the last resnet and keeps what it is given."""
+        """Stands in the place of the last resnet and notes its input."""
 
         def __call__(self, x, *more):
             seen.append((x, more))
@@ -74,8 +59,8 @@ def by_hand(unet, asked: dict, other: dict) -> mx.array:
 
     last_block.resnets[-1] = Recorded()
     try:
-        unet(**other)
-        unet(**asked)
+        unet(**first)
+        unet(**second)
     finally:
         last_block.resnets[-1] = resnet
     width = last_block.resnets[-1].conv1.weight.shape[0]
@@ -84,41 +69,41 @@ def by_hand(unet, asked: dict, other: dict) -> mx.array:
     deep = before.shape[-1] - unet.conv_in.weight.shape[0]
     x = resnet(mx.concatenate([before[..., :deep], now[..., deep:]], axis=-1), *more)
     if "attentions" in last_block:
-        x = last_block.attentions[-1](x, Context(asked["context"]))
+        x = last_block.attentions[-1](x, second["context"])
     norm = unet.conv_norm_out(x)
     return unet.conv_out(norm * mx.sigmoid(norm))
 
 
 @pytest.mark.parametrize("model", ["sd", "xl"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_last_layer_takes_what_was_kept(request, model, rows):
+def test_the_last_layer_takes_the_cached_map(request, model, rows):
     unet = request.getfixturevalue(model).unet
-    first, second = asked_of(unet, rows, seed=0), asked_of(unet, rows, seed=1)
-    deep: list[mx.array] = []
-    assert mx.array_equal(unet(**first, deep=deep), unet(**first)) and len(deep) == 1
-    out = unet(**second, deep=deep)
+    first, second = inputs(unet, rows, seed=0), inputs(unet, rows, seed=1)
+    cache: list[mx.array] = []
+    assert mx.array_equal(unet(**first, cache=cache), unet(**first)) and len(cache) == 1
+    out = unet(**second, cache=cache)
     assert relative_error(out, by_hand(unet, second, first)) <= 1e-5
     assert relative_error(out, unet(**second)) > 1e-3  # it is an approximation
-    assert relative_error(out, unet(**first)) > 1e-3  # that hears its own question
-    assert mx.array_equal(unet(**first, deep=deep), unet(**first))  # what is kept is what the call itself would take
-    assert len(deep) == 1
+    assert relative_error(out, unet(**first)) > 1e-3  # that sees its own latents
+    assert mx.array_equal(unet(**first, cache=cache), unet(**first))  # the cached map is the call's own
+    assert len(cache) == 1
 
 
 def test_nothing_else_is_computed(sd, tmp_path):
-    """With what was kept, an answer depends on no weight of the middle, and its graph is a part of the whole."""
-    asked, deep = asked_of(sd.unet, 2, seed=0), []
-    mx.eval(sd.unet.parameters(), asked, sd.unet(**asked, deep=deep), deep)
+    """With a cached map, the output depends on no weight of the middle, and its graph is a part of the whole."""
+    arguments, cache = inputs(sd.unet, 2, seed=0), []
+    mx.eval(sd.unet.parameters(), arguments["x"], arguments["temb"], sd.unet(**arguments, cache=cache), cache)
 
     def operations(**more) -> int:
-        mx.export_to_dot(str(tmp_path / "graph.dot"), sd.unet(**asked, **more))
+        mx.export_to_dot(str(tmp_path / "graph.dot"), sd.unet(**arguments, **more))
         return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
 
-    assert operations(deep=deep) < 0.5 * operations()
+    assert operations(cache=cache) < 0.5 * operations()
     convolution = sd.unet.mid_block.resnets[0].conv1
     before = convolution.weight
     convolution.weight = before * float("nan")
     try:
-        assert mx.isnan(sd.unet(**asked)).any() and not mx.isnan(sd.unet(**asked, deep=deep)).any()
+        assert mx.isnan(sd.unet(**arguments)).any() and not mx.isnan(sd.unet(**arguments, cache=cache)).any()
     finally:
         convolution.weight = before
 
@@ -135,53 +120,51 @@ def test_every_step_is_exact_at_1(sd, sampler):
 
 
 @pytest.mark.parametrize("every", [2, 3, 9])
-def test_all_of_the_unet_runs_in_every_nth_step(sd, calls, every):
-    made = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=7, deep_cache=every, **SMALL)]
-    whole = [whole for _, whole in calls]
-    assert whole == [step % every == 0 for step in range(7)]
+def test_all_of_the_unet_runs_in_every_nth_step(sd, unet, every):
+    cached = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=7, deep_cache=every, **SMALL)]
+    assert full(unet) == [step % every == 0 for step in range(7)]
     exact = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=7, **SMALL)]
-    assert np.array_equal(made[0], exact[0]) and relative_error(made[1], exact[1]) > 1e-5
+    assert np.array_equal(cached[0], exact[0]) and relative_error(cached[1], exact[1]) > 1e-5
 
 
-def test_whole_steps_answer_as_the_unet_does(sd):
-    """What the run takes for the image in steps 0, N, 2N is what the UNet makes of that step's latents."""
+def test_full_steps_are_exact(sd):
+    """The estimate in steps 0, N, 2N is what the UNet makes of that step's latents."""
     steps = sd.schedule.steps(5)
-    told = Conditioning(mx.array(normal(1, 77, 32, seed=0)))
-    asked = stages(5, 1, told, Conditioning(mx.array(normal(1, 77, 32, seed=1))), 4.0)
-    cached = denoiser(sd.unet, sd.schedule, steps, mx.float32, asked, deep_cache=2)
-    exact = denoiser(sd.unet, sd.schedule, steps, mx.float32, asked)
+    tables = (Conditioning(mx.array(normal(1, 77, 32, seed=seed))) for seed in range(2))
+    batches = guidance_batches(5, 1, *tables, 4.0)
+    cached, exact = (Denoiser(sd.unet, sd.schedule, steps, mx.float32, batches, deep_cache=n) for n in (2, 1))
     for step, sigma in enumerate(steps.sigmas[:-1]):
         x = mx.array(normal(1, 6, 8, 4, seed=step)) * (sigma**2 + 1) ** 0.5
-        same = mx.array_equal(cached(x, sigma), exact(x, sigma))
-        assert same == (step % 2 == 0)
+        assert mx.array_equal(cached(x, sigma), exact(x, sigma)) == (step % 2 == 0)
 
 
-def test_where_the_questions_change_all_of_the_unet_runs(sd, calls):
+def test_where_the_rows_change_all_of_the_unet_runs(sd, unet):
     options = {"num_steps": 8, "deep_cache": 3, "guidance_interval": (0.25, 0.75)}
     last(sd.generate_latents(PROMPT, **options, **SMALL))
-    assert [whole for _, whole in calls] == [True, False, True, False, False, True, True, False]
-    assert [len(asked[0]) for asked, _ in calls] == [1, 1, 2, 2, 2, 2, 1, 1]
+    assert full(unet) == [True, False, True, False, False, True, True, False]
+    assert [call.rows for call in unet.calls] == [1, 1, 2, 2, 2, 2, 1, 1]
 
 
-def test_questions_in_parts_keep_a_map_each(sd, calls):
+def test_each_part_of_a_batch_has_its_map(sd, unet):
     together = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL))
-    assert [whole for _, whole in calls] == [True, False] * 2
+    assert full(unet) == [True, False] * 2
     sd.rows_at_once = 1
     try:
         parts = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL))
     finally:
         sd.rows_at_once = None
-    assert [whole for _, whole in calls[4:]] == [True, True, False, False] * 2
+    assert full(unet)[4:] == [True, True, False, False] * 2
     assert relative_error(parts, together) <= 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpmpp_sde"])
-def test_samplers_with_two_evaluations(sd, calls, sampler):
-    """Each level is asked about twice or more; of every cycle of levels the first answer is whole."""
-    made = last(sd.generate_latents(PROMPT, num_steps=6, deep_cache=3, sampler=sampler, **SMALL))
-    exact = last(sd.generate_latents(PROMPT, num_steps=6, sampler=sampler, **SMALL))
-    assert np.isfinite(made).all() and relative_error(made, exact) < 1
-    assert sum(whole for _, whole in calls[: len(calls) // 2]) == 2
+@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm2_a", "dpmpp_sde"])
+def test_samplers_with_two_evaluations(sd, unet, sampler):
+    """A cycle has two evaluations for each of its steps, of which the first is full."""
+    run = SMALL | {"num_steps": 6, "sampler": sampler}
+    cached = last(sd.generate_latents(PROMPT, deep_cache=3, **run))
+    assert sum(full(unet)) == 2 and len(unet.calls) == 11
+    exact = last(sd.generate_latents(PROMPT, **run))
+    assert np.isfinite(cached).all() and relative_error(cached, exact) < 1
 
 
 def test_a_batch_is_its_images(sd):
@@ -200,48 +183,46 @@ def test_from_an_image_in_xl(xl):
 
 
 class Net:
-    """Stands in for a ControlNet. From its second answer on, what it says of the deeper maps is not a number."""
+    """Stands in for a ControlNet. From its second call on, its residuals of the deeper maps are not a number."""
 
     config = SimpleNamespace(global_pool_conditions=False)
 
     def __init__(self, unet, outermost: float):
-        self._unet, self._outermost, self._asked = unet, outermost, 0
+        self._unet, self._outermost, self._calls = unet, outermost, 0
+        self.embed_time = unet.embed_time
 
-    def embed(self, hint: mx.array) -> mx.array:
-        return hint
+    def embed(self, image: mx.array) -> mx.array:
+        return image
 
-    def __call__(self, x, t, context, seen, text_time=None):
-        temb = self._unet.embed_time(t, mx.float32, context)
+    def __call__(self, x, temb, context, embedded):
         (first, *rest), middle = self._unet.encode(self._unet.conv_in(x), temb, context)
-        deeper = 0.1 if self._asked == 0 else float("nan")
-        self._asked += 1
+        deeper = 0.1 if self._calls == 0 else float("nan")
+        self._calls += 1
         return [mx.full(first.shape, self._outermost), *(mx.full(r.shape, deeper) for r in rest)], middle * deeper
 
 
-def test_controlnets_are_heard_where_something_is_computed(sd, calls):
+def test_controlnets_act_where_something_is_computed(sd, unet):
     def latents(outermost: float) -> list[np.ndarray]:
-        control = Control(Net(sd.unet.network, outermost), mx.ones((48, 64, 3)))
+        control = Control(Net(unet.network, outermost), mx.ones((48, 64, 3)))
         run = sd.generate_latents(PROMPT, num_steps=2, deep_cache=2, controls=[control], **SMALL)
         return [np.array(x) for x in run]
 
     quiet, loud = latents(0.0), latents(1.0)
-    assert [whole for _, whole in calls] == [True, False] * 2
+    assert full(unet) == [True, False] * 2
     assert all(relative_error(a, b) > 1e-4 for a, b in zip(loud, quiet, strict=True))
 
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_numbers_that_make_no_sense(sd, every):
-    with pytest.raises(ValueError, match=rf"deep_cache {every} must be at least 1"):
+    with pytest.raises(ValueError, match=rf"deep_cache {every} is not a whole number of at least 1"):
         sd.generate_latents(PROMPT, deep_cache=every, **SMALL)
 
 
-def test_runs_keep_nothing_of_each_other():
+def test_a_cycle_begins_empty():
     first, second = DeepCache(2), DeepCache(2)
-    context = Context(mx.zeros((1, 1, 1)))
-    kept = first(0, context)["deep"]
-    kept.append(mx.zeros(1))
-    assert first(1, context)["deep"] is kept and not first(2, context)["deep"]
-    assert not second(1, context)["deep"] and DeepCache(1)(0, context) == {}
+    maps = first.at(0)
+    maps.append(mx.zeros(1))
+    assert first.at(1) is maps and first.at(2) == [] and second.at(1) == [] and DeepCache(1).at(0) is None
 
 
 def test_on_the_command_line(run, sd1_folder, tmp_path):

@@ -13,16 +13,16 @@ import pytest
 from stable_diffusion.diffusion.samplers import (
     SAMPLERS,
     find_sampler,
-    keywords,
     lms,
-    options,
     read_name,
+    run_options,
     sampler_for,
     table,
 )
-from stable_diffusion.diffusion.schedule import GRIDS, Schedule
-from stable_diffusion.models.config import ScheduleConfig
+from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig
+from stable_diffusion.diffusion.spacing import SPACING_RULES
 
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DATA = 0.5  # standard deviation of the data; then D(x, sigma) = x * DATA^2 / (DATA^2 + sigma^2)
 TOP = 10.0
 
@@ -118,9 +118,9 @@ def test_stochastic_samplers_reach_the_variance_of_the_data(name, given):
     assert float(mx.std(x)) == pytest.approx(DATA, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if "s_noise" in keywords(sampler.run)])
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if "s_noise" in sampler.option_names])
 def test_s_noise_is_a_factor_on_the_noise(name):
-    given = {"eta": 0.7} if "eta" in keywords(SAMPLERS[name].run) else {}
+    given = {"eta": 0.7} if "eta" in SAMPLERS[name].option_names else {}
     x, sigmas = mx.array([TOP]), [5.0, 2.0, 1.0]
     states = [
         list(SAMPLERS[name].run(denoise, x, sigmas, lambda i, s, c=c: c * mx.ones(s), s_noise=f, **given))
@@ -162,6 +162,18 @@ def test_a_step_that_stands_still(name):
     if name not in ("lcm", "tcd", "unipc"):  # they leap, and UniPC corrects the step before
         assert states[2].item() == pytest.approx(states[1].item(), rel=1e-6)
     assert all(math.isfinite(x.item()) for x in states)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("curve", SCHEDULES)
+def test_a_run_that_ends_at_the_first_training_sigma(name, curve):
+    """There the last level of a curve is an ulp off the end, and the last of a table just below it."""
+    schedule, sampler = Schedule(ScheduleConfig.from_dict(SCALED | {"final_sigmas_type": "sigma_min"})), SAMPLERS[name]
+    for count in (1, 2, 20):
+        steps = schedule.steps(count, sampler.spacing_rule, schedule=curve)
+        options = run_options(sampler, schedule, steps)
+        states = list(sampler.run(denoise, mx.array([TOP]), steps.sigmas, zeros, **options))
+        assert len(states) == count and all(math.isfinite(x.item()) for x in states)
 
 
 def test_no_cancellation_where_the_first_sigma_is_infinite():
@@ -246,8 +258,26 @@ def test_the_sampler_of_a_checkpoint(scheduler, algorithm, wanted):
 
 def test_options():
     with pytest.raises(ValueError, match="euler takes no eta"):
-        options(SAMPLERS["euler"], eta=0.5)
-    assert options(SAMPLERS["ddim"], eta=0.0) == {"eta": 0.0} and options(SAMPLERS["euler"], eta=None) == {}
+        SAMPLERS["euler"].check_options(eta=0.5)
+    assert SAMPLERS["ddim"].check_options(eta=0.0) == {"eta": 0.0}
+    assert SAMPLERS["euler"].check_options(eta=None) == {}
+
+
+def test_options_of_a_run():
+    schedule = Schedule(ScheduleConfig(prediction_type="v_prediction"))
+    steps = schedule.steps(4, "pndm")
+    options = run_options(SAMPLERS["pndm"], schedule, steps, eta=None)
+    targets, repeat = schedule.target_sigmas(steps), schedule.repeat_sigma(steps)
+    assert options == {"velocity": True, "target_sigmas": targets, "repeat_sigma": repeat}
+    tcd = run_options(SAMPLERS["tcd"], schedule, steps, eta=0.5)
+    assert tcd == {"eta": 0.5, "tcd_sigmas": schedule.tcd_sigmas(steps, 0.5)}
+    assert run_options(SAMPLERS["tcd"], schedule, steps)["tcd_sigmas"] == schedule.tcd_sigmas(steps, 0.3)
+    long = schedule.steps(15, "multistep")  # its last ten steps are of a long run still
+    assert run_options(SAMPLERS["deis"], schedule, long.last(10)) == {"lower_order_final": False}
+    assert run_options(SAMPLERS["deis"], schedule, steps) == {"lower_order_final": True}
+    assert run_options(SAMPLERS["pndm"], schedule, steps.last(0)) == {}
+    with pytest.raises(ValueError, match="euler takes no eta"):
+        run_options(SAMPLERS["euler"], schedule, steps, eta=0.5)
 
 
 def test_functions_are_samplers_too():
@@ -255,12 +285,12 @@ def test_functions_are_samplers_too():
         yield x
 
     assert find_sampler(mine).run is mine
-    assert options(find_sampler(mine), eta=0.1) == {"eta": 0.1}
+    assert find_sampler(mine).check_options(eta=0.1) == {"eta": 0.1}
     second_order = find_sampler(partial(lms, order=2))
     states = second_order.run(denoise, mx.array([TOP]), log_sigmas(3, 0.1), no_noise)
     assert np.array_equal(list(states), list(lms(denoise, mx.array([TOP]), log_sigmas(3, 0.1), no_noise, order=2)))
     with pytest.raises(ValueError, match="takes no eta"):
-        options(second_order, eta=0.5)
+        second_order.check_options(eta=0.5)
 
 
 def test_the_table_for_people():
@@ -273,6 +303,6 @@ def test_the_table_for_people():
 def test_every_sampler_says_what_it_is():
     for name, sampler in SAMPLERS.items():
         assert sampler.run.__doc__ and sampler.reference, name
-        assert sampler.grid in GRIDS
+        assert sampler.spacing_rule in SPACING_RULES
         body = inspect.getsource(sampler.run)
-        assert len(body.splitlines()) <= 50, name
+        assert len(body.splitlines()) <= 45, name

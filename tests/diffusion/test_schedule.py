@@ -1,15 +1,22 @@
 """Timesteps and noise levels against diffusers, for every spacing and number of steps."""
 
+import copy
+import inspect
+import math
+import pickle
+
 import diffusers
+import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from stable_diffusion.diffusion.curves import _beta_quantile
+from stable_diffusion.diffusion import curves
 from stable_diffusion.diffusion.samplers import SAMPLERS
-from stable_diffusion.diffusion.schedule import GRIDS, SCHEDULES, SPACINGS, Schedule
-from stable_diffusion.models.config import ScheduleConfig, readable
+from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig, Sigma
+from stable_diffusion.diffusion.spacing import SPACING_RULES, SPACINGS
+from stable_diffusion.models.config import readable
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 BETAS = {
@@ -87,7 +94,7 @@ def count_range(name: str, family: str):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("family", GRIDS)
+@pytest.mark.parametrize("family", SPACING_RULES)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_sigmas_descend_to_the_end(name, family, spacing):
     """Strictly, to 0. DEIS and TCD end at the first training sigma; where their grid has it they stand still."""
@@ -99,7 +106,7 @@ def test_sigmas_descend_to_the_end(name, family, spacing):
         assert all(a > b for a, b in zip(steps.sigmas[:-1], steps.sigmas[1:-1], strict=False)), count
         assert all(0 <= t <= 999 for t in steps.timesteps)
         assert all(a >= b for a, b in zip(steps.timesteps, steps.timesteps[1:], strict=False))
-        if GRIDS[family].end == "first":
+        if SPACING_RULES[family].final_sigma == "first":
             assert steps.sigmas[-1] == ours.sigmas[0] <= steps.sigmas[-2] * (1 + 1e-6) or name.startswith("align")
         else:
             assert 0 == steps.sigmas[-1] < steps.sigmas[-2]
@@ -118,22 +125,15 @@ def test_curves(family, curve):
         steps = ours.steps(count, family)
         np.testing.assert_allclose(steps.sigmas, oracle.sigmas.double().numpy(), rtol=1e-6)
         np.testing.assert_allclose(steps.timesteps, oracle.timesteps.double().numpy(), rtol=0, atol=2e-3)
-        assert (
-            steps == ours.steps(count, family, schedule=curve) == schedule(**SCALED).steps(count, family, None, curve)
-        )
+        for same in (ours.steps(count, family, schedule=curve), schedule(**SCALED).steps(count, family, None, curve)):
+            assert steps == same and steps.timesteps == same.timesteps
 
 
-def test_karras_curve_of_another_power():
-    steps = schedule(**SCALED).steps(3, schedule="karras", rho=1.0)
-    assert steps.sigmas[1] == pytest.approx((steps.sigmas[0] + steps.sigmas[2]) / 2)
-    with pytest.raises(TypeError):
-        schedule(**SCALED).steps(3, schedule="exponential", rho=1.0)
-
-
-def test_polyexponential_curve():
+def test_powers_of_curves():
+    assert curves.karras(3, 4.0, 1.0, rho=1.0) == pytest.approx([4.0, 2.5, 1.0])
     ours = schedule(**SCALED)
     assert ours.steps(9, schedule="polyexponential") == ours.steps(9, schedule="exponential")
-    logs = np.log(ours.steps(5, schedule="polyexponential", rho=2.0).sigmas[:-1])
+    logs = np.log(curves.polyexponential(5, 9.0, 0.1, rho=2.0))
     np.testing.assert_allclose((logs - logs[-1]) / (logs[0] - logs[-1]), [1, 9 / 16, 4 / 16, 1 / 16, 0], atol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_align_your_steps(name, key):
 @pytest.mark.parametrize("a", [0.3, 0.6, 0.9])
 def test_beta_quantile(a):
     ps = np.linspace(0, 1, 101)
-    ours = [_beta_quantile(float(p), a) for p in ps]
+    ours = [curves._beta_quantile(float(p), a) for p in ps]
     np.testing.assert_allclose(ours, scipy.stats.beta.ppf(ps, a, a), rtol=1e-9, atol=1e-12)
 
 
@@ -176,14 +176,14 @@ def test_distilled_timesteps(original):
     assert ours.steps(original + 1, "lcm", "trailing").timesteps[0] == 999
 
 
-def test_stops_of_tcd():
+def test_leaps_of_tcd():
     """The product with 1 - gamma is rounded down; in float32 at diffusers, where 0.7 * 500 is 350 and not below."""
     ours = schedule(**SCALED)
     for gamma in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         t = torch.arange(999, -1, -1)
         want = torch.floor((1 - gamma) * t).long().tolist()[1:]
         steps = ours.at_timesteps(t.tolist())
-        assert ours.stops(steps, gamma)[:-1] == [ours.sigmas[t] for t in want], gamma
+        assert ours.tcd_sigmas(steps, gamma)[:-1] == [ours.sigmas[t] for t in want], gamma
 
 
 def test_targets():
@@ -191,13 +191,13 @@ def test_targets():
     ours = schedule(**SCALED)
     steps = ours.steps(3, "ddim", "linspace")
     assert steps.timesteps == (999, 500, 0) and steps.stride == 333
-    assert ours.targets(steps) == [ours.sigmas[666], ours.sigmas[167], 0]
-    assert ours.targets(steps.last(2)) == [ours.sigmas[167], 0]
-    assert ours.start_of_repeat(steps) == ours.sigmas[833] and ours.start_of_repeat(steps.last(1)) == ours.sigmas[0]
+    assert ours.target_sigmas(steps) == [ours.sigmas[666], ours.sigmas[167], 0]
+    assert ours.target_sigmas(steps.last(2)) == [ours.sigmas[167], 0]
+    assert ours.repeat_sigma(steps) == ours.sigmas[833] and ours.repeat_sigma(steps.last(1)) == ours.sigmas[0]
     leading = ours.steps(3, "ddim", "leading")
-    assert ours.targets(leading) == list(leading.sigmas[1:])
+    assert ours.target_sigmas(leading) == list(leading.sigmas[1:])
     for other in (ours.steps(3, "euler", "linspace"), ours.steps(3, "ddim", "linspace", "karras")):
-        assert ours.targets(other) == list(other.sigmas[1:]) and ours.start_of_repeat(other) == other.sigmas[0]
+        assert ours.target_sigmas(other) == list(other.sigmas[1:]) and ours.repeat_sigma(other) == other.sigmas[0]
 
 
 def test_runs_through_given_levels():
@@ -241,13 +241,14 @@ def test_what_a_checkpoint_says_of_its_scheduler():
 @pytest.mark.parametrize(
     "scheduler",
     [
-        c
-        for name, c in vars(diffusers).items()
-        if name.endswith("Scheduler") and any(name in s.schedulers for s in SAMPLERS.values())
+        getattr(diffusers, f"{name}Scheduler")
+        for name in sorted({sampler.scheduler.partition(":")[0] for sampler in SAMPLERS.values()} - {""})
     ],
 )
 def test_the_defaults_of_every_scheduler_are_followed(scheduler):
-    saved = dict(scheduler().config) | {"_class_name": scheduler.__name__, "clip_sample": False}
+    parameters = inspect.signature(scheduler.__init__).parameters.values()
+    saved = {p.name: p.default for p in parameters if p.default is not p.empty}
+    saved |= {"_class_name": scheduler.__name__, "clip_sample": False}
     config = ScheduleConfig.from_dict(saved)
     assert config.sigma_schedule == "default"
     assert config.not_followed == (("skip_prk_steps=False",) if scheduler is diffusers.PNDMScheduler else ())
@@ -270,8 +271,51 @@ def test_sigma_and_timestep_are_inverse():
 
 def test_the_last_steps_of_a_run():
     steps = schedule(**SCALED).steps(10, "ddim")
-    assert steps.last(3).timesteps == steps.timesteps[7:] and steps.last(3).sigmas == steps.sigmas[7:]
+    last = steps.last(3)
+    assert last.timesteps == steps.timesteps[7:] and last.sigmas == steps.sigmas[7:] and last.total == 10
+    assert [sigma.step for sigma in last.sigmas[:-1]] == [0, 1, 2]
     assert len(steps.last(0)) == 0
+
+
+def test_a_sigma_knows_its_step_and_timestep():
+    ours = schedule(**SCALED)
+    steps = ours.steps(4, "multistep", schedule="karras")  # its timesteps are rounded
+    for number, (sigma, t) in enumerate(zip(steps.sigmas[:-1], steps.timesteps, strict=True)):
+        assert isinstance(sigma, Sigma) and sigma.step == steps.step_at(sigma) == number
+        assert sigma.timestep == ours.timestep(sigma) == t == round(ours.timestep(float(sigma)))
+    assert any(ours.timestep(float(sigma)) != sigma.timestep for sigma in steps.sigmas[:-1])
+    assert type(steps.sigmas[-1]) is float
+    for same in (copy.deepcopy(steps.sigmas[2]), pickle.loads(pickle.dumps(steps.sigmas[2]))):
+        assert (same, same.step, same.timestep) == (steps.sigmas[2], 2, steps.timesteps[2])
+
+
+def test_arithmetic_forgets_step_and_timestep():
+    """A computed level has no timestep of a run, even where it equals one of its levels."""
+    ours = schedule(**SCALED)
+    first, second = ours.steps(4, "multistep", schedule="karras").sigmas[:2]
+    for level in (first * 1, first + 0, first / second * second, math.sqrt(first * first), abs(first), float(first)):
+        assert type(level) is float and ours.timestep(level) == pytest.approx(999, abs=0.01)
+    x = mx.array([1.0, 2.0])
+    assert (x * first).dtype == (first - x).dtype == mx.float32
+    assert mx.array_equal(x * first, x * float(first)) and (x.astype(mx.float16) / first).dtype == mx.float16
+
+
+def test_the_step_of_a_computed_level():
+    """It is the last step that starts there or above, also where the level went through float32."""
+    steps = schedule(**SCALED).steps(4)
+    a, b, c, d, _ = steps.sigmas
+    assert [steps.step_at(float(sigma)) for sigma in steps.sigmas] == [0, 1, 2, 3, 3]
+    curve = schedule(**SCALED).steps(20, schedule="karras")
+    assert [curve.step_at(float(np.float32(sigma))) for sigma in curve.sigmas[:-1]] == list(range(20))
+    assert [steps.step_at(math.sqrt(s * t)) for s, t in ((a, b), (b, c), (c, d))] == [0, 1, 2]
+    assert steps.step_at(2 * a) == 0 and steps.step_at(d / 2) == 3
+
+
+def test_runs_through_the_levels_of_a_run():
+    ours = schedule(**SCALED)
+    steps = ours.steps(4, "multistep", schedule="karras")
+    again = ours.at_sigmas(steps.sigmas)
+    assert again.sigmas == steps.sigmas and again.timesteps == steps.timesteps
 
 
 @pytest.mark.parametrize("count", [0, -1, 1001])

@@ -1,0 +1,200 @@
+"""Classifier-free guidance: the rows of the UNet's batch, their combination, its interval and its rescaling."""
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from checkpoints import SCALED, Recorder, make
+from oracle import nchw, nhwc, normal, relative_error
+from stable_diffusion import StableDiffusion
+from stable_diffusion.diffusion.denoiser import Denoiser
+from stable_diffusion.diffusion.guidance import guidance_batches
+from stable_diffusion.diffusion.samplers import SAMPLERS, run_options
+from stable_diffusion.text.encode import Conditioning, PromptRow, SizeConditioning, with_sizes
+
+PROMPT, NEGATIVE = "the red cat", "blue"
+SMALL = {"num_steps": 4, "latent_size": (6, 8), "seed": 3}
+GUIDED = {"cfg_weight": 7.0, "negative_text": "blue"}
+
+
+def last(latents) -> np.ndarray:
+    return np.array(list(latents)[-1])
+
+
+def table(*rows: PromptRow, seed: int = 0) -> Conditioning:
+    return Conditioning(mx.array(normal(len(rows), 77, 32, seed=seed)), rows=rows)
+
+
+def outputs(count: int) -> mx.array:
+    return mx.array(normal(count, 3, 2, 4, seed=9))
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_images_of_one_prompt():
+    positive, negative = table(PromptRow()), table(PromptRow(), seed=1)
+    (batch,) = guidance_batches(5, 2, positive, negative, 7.5)
+    assert batch.first_step == 0 and batch.images.tolist() == [0, 0, 1, 1] and batch.is_cond.tolist() == [1, 0, 1, 0]
+    pair = mx.concatenate([positive.context, negative.context])
+    assert mx.array_equal(batch.conditioning.context, mx.concatenate([pair, pair]))
+    cond_a, uncond_a, cond_b, uncond_b = out = outputs(4)
+    want = mx.stack([uncond_a + 7.5 * (cond_a - uncond_a), uncond_b + 7.5 * (cond_b - uncond_b)])
+    assert relative_error(batch.combine(out), want) <= 1e-6
+
+
+def test_without_guidance_the_rows_are_the_images():
+    (batch,) = guidance_batches(5, 2, table(PromptRow(0), PromptRow(1)), None, 1.0)
+    out = outputs(2)
+    assert batch.images.tolist() == [0, 1] and batch.weights is None and batch.combine(out) is out
+
+
+def test_prompts_of_parts():
+    """Each part guides times its weight; without guidance the output is their weighted mean."""
+    positive, negative = table(PromptRow(0, 1.0), PromptRow(0, 0.5)), table(PromptRow(), seed=1)
+    (guided,) = guidance_batches(5, 1, positive, negative, 4.0)
+    first, second, uncond = out = outputs(3)
+    want = uncond + 4.0 * (first - uncond) + 2.0 * (second - uncond)
+    assert relative_error(guided.combine(out), want[None]) <= 1e-5
+    (mean,) = guidance_batches(5, 1, positive, None, 1.0)
+    assert relative_error(mean.combine(out[:2]), (first + 0.5 * second)[None] / 1.5) <= 1e-6
+    opposed = table(PromptRow(0, 1.0), PromptRow(0, -1.0))
+    guidance_batches(5, 1, opposed, negative, 4.0)
+    for needed in ({"negative": None}, {"negative": negative, "rescale": 0.7}):
+        with pytest.raises(ValueError, match="weights of the prompt's parts sum to 0"):
+            guidance_batches(5, 1, opposed, guidance=4.0, **needed)
+
+
+def test_two_scales():
+    """Brooks et al. 2023, eq. 3."""
+    tables = [table(PromptRow(), seed=seed) for seed in range(3)]
+    (batch,) = guidance_batches(5, 1, *tables[:2], 7.0, uncond_image=tables[2], image_guidance=1.5)
+    cond, uncond, uncond_image = out = outputs(3)
+    want = uncond_image + 1.5 * (uncond - uncond_image) + 7.0 * (cond - uncond)
+    assert relative_error(batch.combine(out), want[None]) <= 1e-5 and batch.is_cond.tolist() == [1, 0, 0]
+
+
+def test_a_batch_for_each_range_of_steps():
+    positive = table(PromptRow(0, start=0.0, end=0.5), PromptRow(0, start=0.5, end=1.0))
+    batches = guidance_batches(10, 1, positive, table(PromptRow(), seed=1), 5.0, interval=(0.3, 0.8), rescale=0.7)
+    assert [batch.first_step for batch in batches] == [0, 3, 5, 8]
+    assert [batch.is_cond.tolist() for batch in batches] == [[1], [1, 0], [1, 0], [1]]
+    assert [batch.rescale for batch in batches] == [0, 0.7, 0.7, 0]
+    first = [batch.conditioning.context[0] for batch in batches]
+    want = [positive.context[i] for i in (0, 0, 1, 1)]
+    assert all(mx.array_equal(a, b) for a, b in zip(first, want, strict=True))
+
+
+@pytest.mark.parametrize("max_rows, sizes", [(None, [6]), (6, [6]), (4, [4, 2]), (1, [1] * 6)])
+def test_parts_of_a_batch(max_rows, sizes):
+    positive = table(PromptRow(0, 1.0), PromptRow(0, 0.5), PromptRow(1, 1.0), PromptRow(1, 0.5))
+    (batch,) = guidance_batches(3, 2, positive, table(PromptRow(), seed=1), 5.0, rescale=0.7)
+    parts = batch.split(max_rows)
+    assert [len(part.images) for part in parts] == sizes
+    for name in ("images", "is_cond"):
+        assert mx.array_equal(mx.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
+    contexts = mx.concatenate([part.conditioning.context for part in parts])
+    assert mx.array_equal(contexts, batch.conditioning.context)
+    assert parts == [batch] or all(part.weights is None and part.first_step == 0 for part in parts)
+
+
+# --- rescaling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+def test_rescaling_is_that_of_diffusers(rescale):
+    (batch,) = guidance_batches(
+        5, 2, table(PromptRow(0), PromptRow(1)), table(PromptRow(), seed=1), 7.5, rescale=rescale
+    )
+    out = outputs(4) * mx.array([1.0, 0.5, 2.0, 3.0])[:, None, None, None]  # images of different deviations
+    cond, uncond = (nchw(np.array(out[first::2])) for first in (0, 1))
+    guided = uncond + 7.5 * (cond - uncond)
+    want = guided if rescale == 0 else rescale_noise_cfg(guided, cond, guidance_rescale=rescale)
+    assert relative_error(batch.combine(out), nhwc(want)) <= 1e-6
+
+
+def test_rescaling_by_the_mean_of_a_prompts_parts():
+    (batch,) = guidance_batches(
+        5, 1, table(PromptRow(0, 1.0), PromptRow(0, 0.5)), table(PromptRow(), seed=1), 7.5, rescale=1.0
+    )
+    out = outputs(3)
+    mean = (out[0] + 0.5 * out[1]) / 1.5
+    assert mx.std(batch.combine(out)).item() == pytest.approx(mx.std(mean).item(), rel=1e-5)
+
+
+def test_no_rescaling_is_guidance_to_the_bit():
+    tables = table(PromptRow()), table(PromptRow(), seed=1)
+    (off,), (on,) = (guidance_batches(5, 1, *tables, 7.5, rescale=rescale) for rescale in (0.0, 1e-9))
+    out = outputs(2)
+    guided = (off.weights @ out.reshape(2, -1)).reshape(1, 3, 2, 4)
+    assert mx.array_equal(off.combine(out), guided) and off.cond_weights is None
+    assert relative_error(on.combine(out), guided) <= 1e-6
+
+
+@pytest.mark.parametrize("family, prediction", [("sd1", "epsilon"), ("sd1", "v_prediction"), ("xl", "epsilon")])
+def test_rescaling_in_a_pipeline(tmp_path, family, prediction):
+    xl = family == "xl"
+    kind = diffusers.EulerDiscreteScheduler if xl else diffusers.DDIMScheduler
+    scheduler = kind(**SCALED, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
+    pipe = make(tmp_path / "sd", family, scheduler)
+    noise, recorder = normal(1, 8, 12, 4, seed=1), Recorder(pipe)
+    run = {"height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 7.5, "guidance_rescale": 0.7}
+    recorder(prompt=PROMPT, negative_prompt=NEGATIVE, latents=nchw(noise), **run)
+    sd = StableDiffusion(tmp_path / "sd")
+    tables = sd.encode_prompts(PROMPT, NEGATIVE)
+    if xl:
+        tables = [with_sizes(each, (64, 96), SizeConditioning(), None) for each in tables]
+    sampler = SAMPLERS[sd.sampler]
+    steps = sd.schedule.steps(4, sampler.spacing_rule)
+    denoise = Denoiser(sd.unet, sd.schedule, steps, sd.dtype, guidance_batches(4, 1, *tables, 7.5, rescale=0.7))
+    x = sd.schedule.initial_scale(steps, sampler.spacing_rule) * mx.array(noise)
+    options = run_options(sampler, sd.schedule, steps)
+    states = sampler.run(denoise, x, steps.sigmas, lambda draw, shape: mx.zeros(shape), **options)
+    for state, sigma, want in zip(states, steps.sigmas[1:], recorder.steps, strict=True):
+        assert relative_error(state / (sigma**2 + 1) ** 0.5, want) <= 1e-3
+
+
+# --- the interval ----------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_of_all_steps_is_ordinary_guidance(sd, unet):
+    without = last(sd.generate_latents(PROMPT, **GUIDED, **SMALL))
+    interval = last(sd.generate_latents(PROMPT, guidance_interval=(0, 1), **GUIDED, **SMALL))
+    assert np.array_equal(without, interval) and [call.rows for call in unet.calls] == [2] * 8
+
+
+@pytest.mark.parametrize("interval", [(0, 0), (0.5, 0.5), (1, 1)])
+def test_an_empty_interval_is_no_guidance(sd, unet, interval):
+    empty = last(sd.generate_latents(PROMPT, guidance_interval=interval, **GUIDED, **SMALL))
+    without = last(sd.generate_latents(PROMPT, cfg_weight=1.0, **SMALL))
+    assert np.array_equal(empty, without) and [call.rows for call in unet.calls] == [1] * 8
+
+
+@pytest.mark.parametrize(
+    "interval, rows",
+    [((0.25, 0.75), [1, 2, 2, 1]), ((0, 0.5), [2, 2, 1, 1]), ((0.3, 1), [1, 1, 2, 2]), ((0.2, 0.3), [1, 2, 1, 1])],
+)
+def test_steps_outside_the_interval_have_the_rows_of_the_prompt(sd, unet, interval, rows):
+    ours = [np.array(x) for x in sd.generate_latents(PROMPT, guidance_interval=interval, **GUIDED, **SMALL)]
+    assert [call.rows for call in unet.calls] == rows
+    # Up to the first step that differs from a run's, the latents are that run's.
+    other = {"cfg_weight": 1.0} if rows[0] == 1 else GUIDED
+    want = [np.array(x) for x in sd.generate_latents(PROMPT, **other, **SMALL)]
+    same = next(i for i, count in enumerate(rows) if count != rows[0])
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(ours[:same], want[:same], strict=True))
+    assert relative_error(ours[same], want[same]) > 1e-2
+
+
+def test_the_interval_is_of_the_steps_that_an_image_takes(sd, unet):
+    image = mx.array(np.clip(normal(48, 64, 3, seed=0, scale=0.3), -1, 1))
+    run = {"strength": 0.5, "num_steps": 8, "seed": 1, "guidance_interval": (0.5, 1)}
+    last(sd.generate_latents_from_image(image, PROMPT, **GUIDED, **run))
+    assert [call.rows for call in unet.calls] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("interval", [(-0.1, 1), (0, 1.1), (0.6, 0.5), (0.5,), (float("nan"), 1)])
+def test_intervals_that_make_no_sense(sd, interval):
+    with pytest.raises(ValueError, match=r"guidance_interval .* 0 <= start <= end <= 1"):
+        sd.generate_latents(PROMPT, guidance_interval=interval, **SMALL)
