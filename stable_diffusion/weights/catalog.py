@@ -1,4 +1,4 @@
-"""The models this library knows by name: aliases, their Hub repositories with mirrors, and their defaults.
+"""Know models by name: aliases, their Hub repositories with mirrors, and their defaults.
 
 Repositories vanish: Stability AI removed every Stable Diffusion 2 repository in November 2025, and runwayml its own
 in 2024. So an alias lists its repository first and then the mirrors, and an id that was removed leads to its mirrors.
@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from .parts import family_of_pipeline
+
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a model lives and how its authors run it; `None` leaves a default to `defaults_for`."""
+    """Say where a model is and how its authors run it; None leaves steps and guidance to ``defaults_for``."""
 
     repos: tuple[str, ...] = ()  # Hub ids: the first choice, then its mirrors
     steps: int | None = None
     guidance: float | None = None
     folder: Path | None = None  # a model that comes with the package
-    removed: str | None = None  # the id that was asked for, when it was removed from the Hub
+    removed: str | None = None  # the id that was removed from the Hub and is looked for
     half_vae: str | None = None  # the same VAE, changed so that half precision does not overflow in it
-
-    def __post_init__(self) -> None:
-        assert bool(self.repos) != bool(self.folder), "a model is either on the Hub or in the package"
 
 
 _SD15 = Entry(("stable-diffusion-v1-5/stable-diffusion-v1-5",), steps=50, guidance=7.5)
@@ -65,7 +64,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
 
-# What a single file cannot say of itself: the distilled models that were published as files, by the names of these.
+# Distilled models that were published as files, which cannot say it of themselves, by their names.
 # Turbo: Sauer et al. 2023; Lightning: Lin et al. 2024, in as many steps as its name has.
 _TRAILING = {"timestep_spacing": "trailing"}
 _FILES = (
@@ -78,27 +77,24 @@ _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.AS
 
 
 def names() -> list[str]:
-    """The aliases, in the order in which to show them."""
+    """Return the aliases, in the order in which to show them."""
     return list(ALIASES)
 
 
 def find(model: str) -> Entry:
     """Look up an alias or a Hub id.
 
-    A Hub id is one repository and no mirrors: who names a repository gets that one. Only an id in `MOVED` is replaced
-    by its mirrors; it stays at the end of the list, for those who have it in their cache or on a Hub of their own.
-    The defaults of an alias also hold for its repositories.
-
-    Raises:
-        ValueError: `model` is neither; the message names the aliases, the similar ones first.
+    A Hub id is one repository without mirrors. Only an id in ``MOVED`` is replaced by its mirrors; it stays at the end
+    of the list, for those who have it in their cache or on another Hub. The defaults of an alias also hold for its
+    repositories. Raises ValueError for other names, with the similar aliases first.
     """
     if model.lower() in ALIASES:
         return ALIASES[model.lower()]
     if not _HUB_ID.fullmatch(model):
         similar = get_close_matches(model.lower(), ALIASES, n=3)
-        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        guess = f"did you mean {' or '.join(similar)}? " if similar else ""
         raise ValueError(
-            f"unknown model {model!r}: {hint}known names are {', '.join(names())}; "
+            f"unknown model {model!r}: {guess}known names are {', '.join(names())}; "
             "a Hub id (owner/name) or a folder in diffusers layout works too"
         )
     mirrors = MOVED.get(model, ())
@@ -113,19 +109,17 @@ def find(model: str) -> Entry:
 
 
 def distilled(file: str) -> tuple[dict, int] | None:
-    """(what differs in its scheduler_config.json, steps) for the published file of a distilled model, by its name."""
+    """Return (changes to scheduler_config.json, steps) for the published file of a distilled model, by its name."""
     for pattern, scheduler, steps in _FILES:
-        if found := re.fullmatch(pattern, file, re.IGNORECASE):
-            return scheduler, steps or int(found[1])
+        if match := re.fullmatch(pattern, file, re.IGNORECASE):
+            return scheduler, steps or int(match[1])
     return None
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
-    """(steps, guidance) for a model that the catalog does not know, from its own configuration.
+    """Return (steps, guidance) for a model that the catalog does not know.
 
-    Args:
-        pipeline: `_class_name` of model_index.json.
-        scheduler: scheduler_config.json.
+    They follow from ``pipeline``, the class in model_index.json, and ``scheduler``, its scheduler_config.json.
     """
     sampler = scheduler.get("_class_name", "")
     if pipeline.startswith("LatentConsistencyModel"):
@@ -134,4 +128,4 @@ def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
         return 4, 1.0
     if sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing":
         return 2, 0.0  # so are the distilled Turbo models published (Sauer et al. 2023)
-    return (50, 5.0) if "XL" in pipeline else (50, 7.5)
+    return 50, family_of_pipeline(pipeline).guidance

@@ -1,16 +1,12 @@
-"""Checkpoints as files: an alias, a Hub id, a folder or a single file -> configs, weight files, lazy tensors by name.
+"""Open checkpoints: an alias, a Hub id, a folder or a single file -> configs, weight files, lazy tensors by name.
 
-Only the files that this library reads are downloaded. The cache of `huggingface_hub` is asked first: a model that is
-complete there is opened without a network call; a folder never needs the client.
+Only the files that this library reads are downloaded. A model that is complete in the cache of ``huggingface_hub`` is
+opened without a network call; a folder never needs the client.
 """
 
-import json
 import logging
-import math
-import operator
 import os
-import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,46 +14,41 @@ import mlx.core as mx
 
 from ..models.config import readable
 from . import catalog, hub, layout
+from .formats.names import canonical
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
-from .formats.single_file import find, read_config, read_contents, scaling_factor
-from .names import canonical
+from .formats.safetensors import read_safetensors
+from .formats.single_file import find, read_config, read_contents
+from .layout import Listing, read_json
+from .parts import PARTS, family_of_pipeline
 
 _log = logging.getLogger("stable_diffusion")
 
-# Bytes per value of the types that mx.load reads as themselves (it gives 8-bit floats as integers).
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
-_ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
-_MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-
-KINDS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "depth_estimator")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-_VOCABULARY = ("vocab.json", "merges.txt")
-_REMEDY = "connect once, or use a local folder or --model tiny"
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint."""
+    """Describe one network of a checkpoint: its config.json, and the files of its weights."""
 
-    name: str  # one of KINDS
-    config: dict  # config.json
-    files: tuple[Path, ...]  # its weights, several when they are sharded
+    name: str  # one of PARTS
+    config: dict
+    files: tuple[Path, ...]  # several when the weights are in shards
     prefix: str = ""  # of its tensors' names in files that hold other networks too
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are all on this machine."""
+    """Describe a checkpoint whose files are all on this machine."""
 
-    name: str  # what was asked for, for messages
+    name: str  # for messages
     folder: Path  # of the checkpoint; the one that a single file is in
     pipeline: str  # `_class_name` of model_index.json
     index: dict  # model_index.json
     scheduler: dict  # scheduler_config.json
     components: dict[str, Component]
     tokenizers: dict[str, Path]  # "tokenizer", "tokenizer_2" -> folder
-    steps: int  # the model's own defaults
+    steps: int  # the model's defaults
     guidance: float
     pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
 
@@ -74,36 +65,31 @@ def open_checkpoint(
     """Find a checkpoint, download what is missing of it, and read its configuration. No weights are read.
 
     Args:
-        model: a folder in diffusers layout, a single file, an alias of the catalog, a Hub id, or a file on the Hub
-            (`owner/name/file.safetensors`). What starts with `./`, `../`, `/` or `~` is a path; an alias means its
-            model, unless a folder of that name holds a checkpoint.
-        float16: prefer weight files in half precision (`*.fp16.safetensors`). Where only one kind exists it is taken.
+        model: a folder in diffusers layout, a single file, an alias of the catalog, a Hub id, or owner/name/file on
+            the Hub. A path may begin with ``./`` or ``~``; an alias wins over a folder that is no checkpoint.
+        float16: prefer weight files in half precision (``*.fp16.safetensors``), where there are both.
         revision: a branch, tag or commit of the Hub repository.
-        tokenizer: a folder with vocab.json and merges.txt, in place of the checkpoint's own.
-        prediction: what the UNet predicts, "epsilon", "v_prediction" or "sample", in place of what the files say.
-        parts: networks to take from elsewhere, {one of KINDS: what `open_part` opens}.
+        tokenizer: a folder with vocab.json and merges.txt, in place of the checkpoint's tokenizers.
+        prediction: what the UNet predicts, one of PREDICTIONS, in place of what the files say.
+        parts: networks to take from elsewhere, {one of PARTS: what ``open_part`` opens}.
 
-    Raises:
-        ValueError: unknown model, unsupported pipeline or component, a file that is missing or not readable, a
-            repository that does not exist, is private or gated.
-        OSError: no such folder, no network and not in the cache, no space on the disk.
+    Raises ValueError for what is unknown, unsupported, damaged or private; OSError where a file is missing, the network
+    is not reached or the disk is full.
     """
-    name = os.fspath(model)
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
-    path = _locate(model, revision)
-    entry = None if path else catalog.find(name)
-    given = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
-    if float16 and entry and entry.half_vae and "vae" not in given:
-        given |= _half_vae(entry.half_vae)
+    name, (path, entry) = os.fspath(model), _locate(model, revision)
+    replaced = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
+    if float16 and entry and entry.half_vae and "vae" not in replaced:
+        replaced |= _half_vae(entry.half_vae)
     if path is not None and path.is_file():
-        checkpoint = _read_single_file(path, name, given, prediction, tokenizer)
+        checkpoint = _read_single_file(path, name, replaced, prediction, tokenizer)
     else:
-        folder = path or _bundled(entry, revision) or _from_hub(entry, float16, revision, given)
-        checkpoint = _read_folder(folder, name, float16, entry, given)
+        folder = path or _from_hub(entry, float16, revision, replaced)
+        checkpoint = _read_folder(folder, name, float16, entry, replaced)
     vae = checkpoint.components["vae"].config
     if vae.get("scaling_factor", 1) is None:  # of a single file, which does not say it
-        vae["scaling_factor"] = scaling_factor(checkpoint.pipeline)
+        vae["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
     if tokenizer is not None:
@@ -114,104 +100,91 @@ def open_checkpoint(
 def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
     """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
 
-    Args:
-        source: a Hub id or a folder, with the files in its root or in a folder named ``kind``; or a file of weights,
-            here or on the Hub.
-        kind: one of KINDS.
-        float16, revision: as for `open_checkpoint`.
-
-    Raises ValueError and OSError as `open_checkpoint` does.
+    ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a file of weights.
+    ``kind`` is one of PARTS. All else is as for ``open_checkpoint``.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(KINDS)}")
+    if kind not in PARTS:
+        raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
     name = os.fspath(source)
-    folder = _locate(source, revision)
-    if folder is None:
-        entry = catalog.find(name)
-        folder = _bundled(entry, revision) or hub.fetch(entry.repos, _want_part(kind, float16), revision)[1]
-    if folder.is_file():
-        tensors, _ = _read_file(folder)
+    path, entry = _locate(source, revision)
+    if path is None:
+        spec = hub.DownloadSpec(
+            what=f"a repository of a {kind}",
+            entries=(f"{kind}/config.json", "config.json"),
+            missing_files=lambda folder, names, repo: Listing(folder, names, float16, repo).missing_files(
+                {kind: layout.subfolder(kind, names) or ""}
+            ),
+            remedy="connect once, or use a local folder",
+        )
+        path = hub.fetch(entry.repos, spec, revision)[1]
+    elif path.is_file():
+        tensors, _ = read_file(path)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
-        if kind == "controlnet" and "shuffle" in folder.stem.lower():  # the one that works so, which no shape tells
+        if kind == "controlnet" and "shuffle" in path.stem.lower():  # the one that works so, which no shape says
             config["global_pool_conditions"] = True
-        return Component(kind, config, (folder,), prefix)
-    names = layout.files_in(folder)
-    place = layout.place_of(kind, names)
-    if place is None:
-        raise ValueError(f"{name} has no {kind}: {folder} holds neither {kind}/config.json nor config.json")
-    if missing := layout.lacking_of_part(folder, names, kind, float16, name):
-        raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
-    files = layout.weight_files(folder, kind, names, float16, name, place)
-    config = layout.read_json(folder / place / "config.json")
-    if isinstance(config.get("text_config"), dict):  # a whole CLIP, of which only the text encoder is read
-        config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
-    return Component(kind, config, tuple(folder / file for file in files))
+        return Component(kind, config, (path,), prefix)
+    listing = Listing(path, layout.files_in(path), float16, name)
+    subfolder = layout.subfolder(kind, listing.names)
+    if subfolder is None:
+        raise ValueError(f"{name} has no {kind}: {path} holds neither {kind}/config.json nor config.json")
+    if missing := listing.missing_files({kind: subfolder}):
+        raise ValueError(f"{name} is not complete: {path} has no {', '.join(missing)}")
+    return _component(listing, kind, subfolder)
 
 
-def _locate(source: str | os.PathLike, revision: str | None) -> Path | None:
-    """`source` as a folder or a file, or None when it is a name. Brings a file that is on the Hub.
+def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | None, catalog.Entry | None]:
+    """Return (the folder or file that ``source`` is, the catalog's entry for it); a file on the Hub is downloaded.
 
-    Raises OSError for a path that is not there, ValueError for a file that holds no weights.
+    Raises OSError for a path that is not there, ValueError for an unknown name or a file that holds no weights.
     """
-    path = os.path.expanduser(os.fspath(source))
-    if os.path.isdir(path):
-        is_alias = isinstance(source, str) and source.lower() in catalog.ALIASES
-        if not is_alias or os.path.isfile(os.path.join(path, layout.INDEX)):
-            return _unless_revised(Path(path), revision)
+    name = os.fspath(source)
+    path = os.path.expanduser(name)
+    entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
+    if os.path.isdir(path) and (entry is None or os.path.isfile(os.path.join(path, layout.INDEX))):
+        local, entry = Path(path), None
     elif os.path.isfile(path):
         if not path.endswith(layout.SUFFIXES):
             raise ValueError(f"{source} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
-        return _unless_revised(Path(path), revision)
-    elif isinstance(source, os.PathLike) or source.startswith(("./", "../", "/", "~")):
+        local, entry = Path(path), None
+    elif entry is not None:
+        local = entry.folder
+    elif isinstance(source, os.PathLike) or name.startswith(("./", "../", "/", "~")):
         raise FileNotFoundError(f"{source}: no such folder or file; give one that is there, or a model's name")
-    elif source.endswith(layout.SUFFIXES):
-        owner, _, rest = source.partition("/")
-        repo, _, file = rest.partition("/")
+    elif name.endswith(layout.SUFFIXES):
+        owner, repo, file = [*name.split("/", 2), "", ""][:3]
         if not file:
             raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
-        return hub.fetch((f"{owner}/{repo}",), _want_file(file), revision)[1] / file
-    return None
+        remedy = "connect once, or give a file on this machine"
+        spec = hub.DownloadSpec(f"a repository with the file {file}", (file,), lambda *_: [], remedy)
+        return hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file, None
+    else:
+        return None, catalog.find(name)
+    if local is not None and revision is not None:
+        raise ValueError(f"{local} is on this machine and has no revision {revision!r}: leave it out")
+    return local, entry
 
 
-def _unless_revised(path: Path, revision: str | None) -> Path:
-    if revision is not None:
-        raise ValueError(f"{path} is on this machine and has no revision {revision!r}: leave it out")
-    return path
-
-
-def _bundled(entry: catalog.Entry, revision: str | None) -> Path | None:
-    """The folder of a model that comes with the package."""
-    return entry.folder and _unless_revised(entry.folder, revision)
-
-
-def _want_file(file: str) -> hub.Want:
-    return hub.Want(
-        what=f"a repository with the file {file}",
-        entries=(file,),
-        lacking=lambda folder, names, repo: [],
-        remedy="connect once, or give a file on this machine",
-    )
-
-
-def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, without: Collection[str]) -> Path:
-    """The folder of a checkpoint in the Hub's cache, with all but the networks that come from elsewhere."""
-    want = hub.Want(
+def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, replaced: Mapping[str, Component]) -> Path:
+    """Bring a checkpoint into the Hub's cache, except for networks that come from elsewhere; return its folder."""
+    spec = hub.DownloadSpec(
         what="a checkpoint in diffusers layout",
         entries=(layout.INDEX,),
-        lacking=lambda folder, names, repo: layout.lacking(folder, names, float16, repo, without),
-        remedy=_REMEDY,
-        assumed=frozenset(layout.assumed_names(float16)),
+        missing_files=lambda folder, names, repo: Listing(folder, names, float16, repo).missing_files_of(
+            layout.read_index(folder, repo, replaced)
+        ),
+        remedy="connect once, or use a local folder or the bundled model, tiny",
+        best_files=layout.best_files(float16),
     )
-    repo, folder = hub.fetch(entry.repos, want, revision)
-    asked = entry.removed or entry.repos[0]
-    if repo != asked:
-        _log.warning("%s is no longer on the Hub: using its mirror %s", asked, repo)
+    repo, folder = hub.fetch(entry.repos, spec, revision)
+    first = entry.removed or entry.repos[0]
+    if repo != first:
+        _log.warning("%s is no longer on the Hub: using its mirror %s", first, repo)
     return folder
 
 
 def _half_vae(repo: str) -> dict[str, Component]:
-    """The VAE for half precision, or nothing when it cannot be had."""
+    """Return the VAE for half precision, or nothing when it cannot be opened."""
     try:
         return {"vae": open_part(repo, "vae", float16=True)}
     except (ValueError, OSError) as error:
@@ -219,64 +192,61 @@ def _half_vae(repo: str) -> dict[str, Component]:
         return {}
 
 
-def _want_part(kind: str, float16: bool) -> hub.Want:
-    places = (f"{kind}/", "")
-    return hub.Want(
-        what=f"a repository of a {kind}",
-        entries=tuple(f"{place}config.json" for place in places),
-        lacking=lambda folder, names, repo: layout.lacking_of_part(folder, names, kind, float16, repo),
-        remedy="connect once, or use a local folder",
-        assumed=frozenset(),
-    )
-
-
 def _read_folder(
-    folder: Path, name: str, float16: bool, entry: catalog.Entry | None, given: Mapping[str, Component]
+    folder: Path, name: str, float16: bool, entry: catalog.Entry | None, replaced: Mapping[str, Component]
 ) -> Checkpoint:
     """Read the configuration of a complete folder and choose its weight files."""
-    present = layout.files_in(folder)
-    if layout.INDEX not in present:
+    listing = Listing(folder, layout.files_in(folder), float16, name)
+    if layout.INDEX not in listing.names:
         raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
-    if missing := layout.lacking(folder, present, float16, name, given):
+    index = layout.read_index(folder, name, replaced)
+    if missing := listing.missing_files_of(index):
         raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
-    index = layout.read_json(folder / layout.INDEX)
-    networks, tokenizers = layout.parts(index, name, given)
-    components = dict(given)
-    for part in networks:
-        files = layout.weight_files(folder, part, present, float16, name)
-        config = layout.read_json(folder / part / "config.json")
-        components[part] = Component(part, config, tuple(folder / file for file in files))
-    scheduler = {"_class_name": index["scheduler"][-1]} | layout.read_json(folder / layout.SCHEDULER)
-    steps, guidance = catalog.defaults_for(index["_class_name"], scheduler)
-    with readable(str(folder / layout.INDEX)):
-        own = index.get("_defaults", {}).get  # what a conversion noted of its source
-        steps, guidance = own("steps", steps) + 0, own("guidance", guidance) + 0.0
+    scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
+    if entry is not None and entry.steps is not None:
+        steps, guidance = entry.steps, entry.guidance
+    else:
+        steps, guidance = catalog.defaults_for(index.contents["_class_name"], scheduler)
+        with readable(str(folder / layout.INDEX)):
+            stored = index.contents.get("_defaults", {})  # what a conversion noted of its source
+            steps, guidance = stored.get("steps", steps) + 0, stored.get("guidance", guidance) + 0.0
     return Checkpoint(
         name=name,
         folder=folder,
-        pipeline=index["_class_name"],
-        index=index,
+        pipeline=index.contents["_class_name"],
+        index=index.contents,
         scheduler=scheduler,
-        components=components,
-        tokenizers={part: folder / part for part in tokenizers},
-        steps=steps if entry is None or entry.steps is None else entry.steps,
-        guidance=guidance if entry is None or entry.guidance is None else entry.guidance,
+        components={**replaced, **{part: _component(listing, part, place) for part, place in index.networks.items()}},
+        tokenizers={part: folder / part for part in index.tokenizers},
+        steps=steps,
+        guidance=guidance,
     )
+
+
+def _component(listing: Listing, kind: str, subfolder: str) -> Component:
+    config = read_json(listing.folder / subfolder / "config.json")
+    if isinstance(config.get("text_config"), dict):  # a CLIP model, of which only the text encoder is read
+        config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
+    files = listing.weight_files(kind, subfolder)
+    return Component(kind, config, tuple(listing.folder / file for file in files))
 
 
 def _read_single_file(
     path: Path,
     name: str,
-    given: Mapping[str, Component],
+    replaced: Mapping[str, Component],
     prediction: str | None,
     tokenizer: str | os.PathLike | None,
 ) -> Checkpoint:
     """Read what a file of weights says of itself. Both kinds of CLIP have one vocabulary, which is not in the file."""
-    tensors, metadata = _read_file(path)
-    contents = read_contents(tensors, metadata, name, {kind: part.config for kind, part in given.items()}, prediction)
+    tensors, metadata = read_file(path)
+    configs = {kind: component.config for kind, component in replaced.items()}
+    contents = read_contents(tensors, metadata, name, configs, prediction)
     pipeline = contents.index["_class_name"]
-    own = {kind: Component(kind, config, (path,), prefix) for kind, (prefix, config) in contents.networks.items()}
-    vocabulary = Path() if tokenizer is not None else hub.fetch((catalog.TOKENIZER,), _WANT_VOCABULARY)[1]
+    components = {
+        kind: Component(kind, config, (path,), prefix) for kind, (prefix, config) in contents.networks.items()
+    }
+    vocabulary = Path() if tokenizer is not None else hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     steps, guidance = catalog.defaults_for(pipeline, contents.scheduler)
     if distilled := catalog.distilled(path.stem):
         contents.scheduler.update(distilled[0])
@@ -288,7 +258,7 @@ def _read_single_file(
         pipeline=pipeline,
         index=contents.index,
         scheduler=contents.scheduler,
-        components=own | given,
+        components=components | replaced,
         tokenizers=dict.fromkeys(contents.pad_tokens, vocabulary),
         steps=steps,
         guidance=guidance,
@@ -296,79 +266,32 @@ def _read_single_file(
     )
 
 
-_WANT_VOCABULARY = hub.Want(
+_VOCABULARY = hub.DownloadSpec(
     what="the tokenizer of CLIP",
-    entries=_VOCABULARY[:1],
-    lacking=lambda folder, names, repo: [file for file in _VOCABULARY if not (folder / file).is_file()],
-    remedy="connect once, or give a folder with both as tokenizer (--tokenizer)",
+    entries=layout.VOCABULARY[:1],
+    missing_files=lambda folder, names, repo: [f for f in layout.VOCABULARY if not (folder / f).is_file()],
+    remedy="connect once, or give a folder with both files as tokenizer",
 )
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------
+def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return the lazy tensors of a file under the names in it, and its metadata."""
+    return (read_pickle if path.suffix in layout.PICKLES else read_safetensors)(path)
 
 
 def read_tensors(component: Component) -> dict[str, mx.array]:
-    """The tensors of a component under the names of diffusers. They are read from the disk when they are evaluated.
+    """Return the tensors of a component under diffusers' names. They are read from the disk when they are evaluated.
 
-    Raises:
-        ValueError: a file is corrupt, truncated or of a type that MLX cannot read, or two files hold the same tensor.
+    Raises ValueError for a damaged file, types that MLX does not read, or two files with the same tensor.
     """
     tensors: dict[str, mx.array] = {}
     for path in component.files:
-        part, _ = _read_file(path)
-        if twice := sorted(tensors.keys() & part.keys()):
-            raise ValueError(f"{path} repeats tensors of another file of {component.name}: {', '.join(twice[:3])}")
-        tensors.update(part)
-    prefix = component.prefix
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return canonical(to_diffusers(component.name, own))
-
-
-def _read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The tensors of a file under its own names, lazily, and the metadata of a safetensors file."""
-    if path.suffix in layout.PICKLES:
-        return read_pickle(path), {}
-    _check_safetensors(path)
-    try:
-        return mx.load(str(path), return_metadata=True)
-    except RuntimeError as error:
-        raise layout.damaged(path, str(error).partition("\n")[0]) from error
-
-
-def _check_safetensors(path: Path) -> None:
-    """Compare the header of a safetensors file with the size of the file.
-
-    MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run.
-
-    Raises:
-        ValueError: the header is not readable, or does not describe exactly the bytes that follow it.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _MAX_HEADER):
-            raise layout.damaged(path, f"its {size} bytes do not begin with a header")
-        try:
-            spans = sorted(_spans(json.loads(file.read(length))))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise layout.damaged(path, "its header is not that of a safetensors file") from error
-    position = 0
-    for first, end, name, dtype, shape in spans:
-        if dtype not in _ITEM_SIZES:
-            raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
-        fits = all(0 <= length < 2**31 for length in shape)  # MLX counts in 32 bits, and does not check
-        if first != position or end - first != math.prod(shape) * _ITEM_SIZES[dtype] or not fits:
-            raise layout.damaged(path, f"its header gives the wrong place for {name}")
-        position = end
-    if 8 + length + position != size:
-        raise layout.damaged(path, f"it has {size} bytes and should have {8 + length + position}")
-
-
-def _spans(header: dict) -> Iterator[tuple[int, int, str, str, list[int]]]:
-    """(first byte, end, name, type, shape) of each tensor in a safetensors header. Raises whatever is wrong with it."""
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            first, end = tensor["data_offsets"]
-            whole = operator.index  # a size with a point, or in quotes, is none
-            yield whole(first), whole(end), name, str(tensor["dtype"]), [whole(length) for length in tensor["shape"]]
+        contents, _ = read_file(path)
+        if repeated := sorted(tensors.keys() & contents.keys()):
+            raise ValueError(f"{path} repeats tensors of another file of {component.name}: {', '.join(repeated[:3])}")
+        tensors.update(contents)
+    if prefix := component.prefix:
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if component.name in PARTS and PARTS[component.name].original in tensors:
+        tensors = to_diffusers(component.name, tensors)
+    return canonical(tensors)

@@ -7,8 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .parts import PARTS
+
 BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = {"unet": 32, "text_encoder": 64, "text_encoder_2": 64}  # values of each part that share a scale
+GROUP_SIZES = {name: PARTS[name].group_size for name in ("unet", "text_encoder", "text_encoder_2")}
 
 _EMBEDDING_BITS = 8  # a prompt's words are looked up, not summed: fewer bits would show and save little
 _MLX_GROUP_SIZES = (32, 64, 128)
@@ -22,30 +24,32 @@ def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
     ValueError for a number of bits that MLX has no kernel for.
     """
     quantize_lazily(module, bits, group_size)
-    for _, m in module.named_modules():
-        if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            mx.eval(m.parameters())  # one matrix at a time bounds the peak; its unquantized source is freed here
+    for _, layer in module.named_modules():
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            mx.eval(layer.parameters())  # one matrix at a time bounds the peak; its unquantized source is freed here
     return module
 
 
 def quantize_lazily(module: nn.Module, bits: int, group_size: int) -> nn.Module:
-    """The same without reading or computing anything: each matrix is quantized when it is evaluated."""
+    """Quantize as ``quantize`` does without reading anything: each matrix is quantized when it is evaluated."""
     if bits not in BITS:
         raise ValueError(f"quantization to {bits} bits is not possible; choose one of {', '.join(map(str, BITS))}")
 
-    def choose(path: str, m: nn.Module) -> bool | dict[str, int]:
-        if isinstance(m, nn.Linear):
-            return m.weight.shape[-1] % group_size == 0 and not path.endswith(("conv_shortcut", "quant_conv"))
-        if isinstance(m, nn.Embedding) and path.endswith("token_embedding") and m.weight.shape[-1] % group_size == 0:
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, int]:
+        if not hasattr(layer, "to_quantized") or layer.weight.shape[-1] % group_size:
+            return False
+        if isinstance(layer, nn.Linear):
+            return not path.endswith(("conv_shortcut", "quant_conv"))
+        if isinstance(layer, nn.Embedding) and path.endswith("token_embedding"):
             return {"bits": max(bits, _EMBEDDING_BITS), "group_size": group_size}
         return False
 
-    nn.quantize(module, group_size=group_size, bits=bits, class_predicate=choose)
+    nn.quantize(module, group_size=group_size, bits=bits, class_predicate=settings)
     return module
 
 
 def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(bits, group size) of the weights that a part's ``config.json`` belongs to, None when they are not quantized.
+    """Return (bits, group size) of the weights that a ``config.json`` belongs to, None when they are not quantized.
 
     The key is ``"quantization": {"bits": 8, "group_size": 32}``. Raises ValueError for values that MLX does not have.
     """
@@ -61,18 +65,18 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return bits, group_size
 
 
-def still_to_do(config: Mapping[str, Any], asked: tuple[int, int] | None) -> tuple[int, int] | None:
-    """What of the ``asked`` (bits, group size) is left to do: nothing for weights that are stored in so many bits.
+def remaining_quantization(config: Mapping[str, Any], quantization: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return ``quantization``, (bits, group size), or None for weights that are stored in that number of bits.
 
-    Raises ValueError for weights that are stored in others.
+    Raises ValueError for weights that are stored in another one.
     """
     stored = read_quantization(config)
-    if stored and asked and stored[0] != asked[0]:
+    if stored and quantization and stored[0] != quantization[0]:
         raise ValueError(
-            f"its weights are stored in {stored[0]} bits, not in the {asked[0]} asked for: "
+            f"its weights are stored in {stored[0]} bits, not in {quantization[0]}: "
             "leave them as they are, or take the model that they were made from"
         )
-    return None if stored else asked
+    return None if stored else quantization
 
 
 def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], group_size: int) -> nn.Module:
@@ -82,20 +86,18 @@ def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], group_
     shapes make no sense stay as they are, so that filling them names what is wrong.
     """
 
-    def choose(path: str, m: nn.Module) -> bool | dict[str, int]:
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, int]:
         packed, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
-        if not isinstance(m, (nn.Linear, nn.Embedding)) or packed is None or scales is None or packed.ndim != 2:
+        if not isinstance(layer, (nn.Linear, nn.Embedding)) or packed is None or scales is None or packed.ndim != 2:
             return False
-        width = m.weight.shape[-1]
+        width = layer.weight.shape[-1]
         bits, rest = divmod(32 * packed.shape[1], width)
-        return (
-            {"bits": bits, "group_size": group_size} if not (rest or width % group_size or bits not in BITS) else False
-        )
+        return not rest and width % group_size == 0 and bits in BITS and {"bits": bits, "group_size": group_size}
 
-    nn.quantize(module, group_size=group_size, class_predicate=choose)
+    nn.quantize(module, group_size=group_size, class_predicate=settings)
     return module
 
 
 def size_in_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters as they are stored."""
+    """Return the bytes of a module's parameters as they are stored."""
     return sum(value.nbytes for _, value in tree_flatten(module.parameters()))

@@ -1,4 +1,4 @@
-"""Modules -> files that diffusers reads too, tensor by tensor, in a folder that appears complete or not at all.
+"""Write modules as files that diffusers reads too, tensor by tensor, in a folder that appears complete or not at all.
 
 Nothing here holds a model: tensors come lazy, and each is computed, written and dropped before the next one.
 """
@@ -8,9 +8,8 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-_TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
-# The exponent that infinities and NaNs have, in the unsigned integers of each type's width.
-_EXPONENTS = {mx.float32: (mx.uint32, 0x7F800000), mx.float16: (mx.uint16, 0x7C00), mx.bfloat16: (mx.uint16, 0x7F80)}
-_CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
+from .formats.safetensors import to_disk, write_safetensors
 
 # Linears that are 1×1 convolutions in diffusers' files; the projections are only where the config does not say Linear.
 _CONVOLUTIONS = re.compile(r"(^|\.)(conv_shortcut|(post_)?quant_conv|controlnet_(down_blocks\.\d+|mid_block))\.weight$")
@@ -29,23 +25,32 @@ _PROJECTIONS = re.compile(r"\.attentions\.\d+\.proj_(in|out)\.weight$")
 
 
 def stored_tensors(module: nn.Module) -> dict[str, mx.array]:
-    """A module's weights, lazy, under the names and in the layout [out, in, h, w] of diffusers' files.
+    """Return a module's weights, lazy, under the names and in the layout [out, in, h, w] of diffusers' files.
 
-    Quantized layers have no such layout: they stay MLX's packed ``weight`` with ``scales`` and ``biases``.
+    Quantized layers have no such layout: they stay MLX's packed ``weight`` with ``scales`` and ``biases``. Attached
+    LoRAs are left out.
     """
-    linear = getattr(getattr(module, "config", None), "use_linear_projection", True)
     tensors = {}
     for name, value in tree_flatten(module.parameters()):
+        if ".loras." in name:  # beside the weights of a layer that is wrapped
+            continue
+        name = name.replace(".base.", ".")
         if value.ndim == 4:
             value = value.transpose(0, 3, 1, 2)
-        elif value.dtype != mx.uint32 and (_CONVOLUTIONS.search(name) or (_PROJECTIONS.search(name) and not linear)):
+        elif value.dtype != mx.uint32 and is_convolution(module, name):
             value = value[..., None, None]
         tensors[name] = value
     return tensors
 
 
+def is_convolution(module: nn.Module, name: str) -> bool:
+    """Return whether the weight of a Linear is stored as that of a 1×1 convolution."""
+    linear = getattr(getattr(module, "config", None), "use_linear_projection", True)
+    return bool(_CONVOLUTIONS.search(name) or (_PROJECTIONS.search(name) and not linear))
+
+
 def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_shard_size: int) -> list[Path]:
-    """Write ``tensors`` as ``stem``.safetensors, or as shards of at most so many bytes and their index.
+    """Write ``tensors`` as ``stem``.safetensors, or as shards of ``max_shard_size`` bytes at most and their index.
 
     They are taken out of the dictionary as they are written, so that no more than one is in memory. Returns the files.
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
@@ -59,49 +64,18 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_sha
             room = max_shard_size
         shards[-1].append(name)
         room -= size
+    files = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [folder / f"{stem}.safetensors"]
     else:
-        files = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index = {
             "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
             "weight_map": {name: file.name for names, file in zip(shards, files, strict=True) for name in names},
         }
         write_json(folder / f"{stem}.safetensors.index.json", index)
     for names, file in zip(shards, files, strict=True):
-        _write_safetensors(file, names, tensors)
+        write_safetensors(file, names, tensors)
     return files
-
-
-def _write_safetensors(path: Path, names: list[str], tensors: dict[str, mx.array]) -> None:
-    """Write the ``names`` out of ``tensors``, and take them out of it: first all shapes and places, then the values."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # the layout is that of torch's programs
-    position = 0
-    for name in names:
-        value = tensors[name]
-        end = position + value.nbytes
-        header[name] = {"dtype": _TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [position, end]}
-        position = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the values begin at a multiple of their size
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        freed = 0
-        for name in names:
-            value = mx.contiguous(tensors.pop(name))
-            if value.dtype in _EXPONENTS and not _is_finite(value):
-                raise ValueError(f"{name} is not finite in {_TYPES[value.dtype]}: take float32, or another source")
-            file.write(memoryview(value.reshape(-1).view(mx.uint8)))
-            freed += value.nbytes
-            if freed > _CLEAR_EVERY:
-                mx.clear_cache()
-                freed = 0
-        _to_disk(file)
-
-
-def _is_finite(value: mx.array) -> bool:
-    unsigned, exponent = _EXPONENTS[value.dtype]
-    return not ((value.view(unsigned) & exponent) == exponent).any().item()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -113,17 +87,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file, and see it to the disk."""
     with path.open("wb") as file:
         file.write(data)
-        _to_disk(file)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        to_disk(file)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
+    """Give a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
 
     It stands beside ``path`` until it is complete and on the disk. What a killed run left of the same folder is
     removed. Raises ValueError when there is something at ``path`` or another run is writing it.
@@ -133,14 +102,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a network's file system without locks: two runs at once are not noticed there
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
+            except BlockingIOError as error:
+                message = f"{path} is being written by another run: wait for it, or choose another name"
+                raise ValueError(message) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another run: wait for it, or choose another name") from error
-        except OSError:  # a network's file system without locks: there, who starts two runs at once is on their own
-            pass
-        try:
-            _empty(partial)
+            for child in partial.iterdir():
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
             yield partial
             for folder in (*(child for child in partial.iterdir() if child.is_dir()), partial):
                 _sync_folder(folder)
@@ -154,7 +124,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> Path:
-    """``path`` made absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
+    """Make ``path`` absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
     path = Path(path).expanduser().resolve()
     if path.is_dir():
         if any(path.iterdir()):
@@ -170,18 +140,8 @@ def check_space(path: Path, size: int) -> None:
     """Raise OSError when the disk of ``path`` has no room for ``size`` bytes."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise OSError(
-            f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: "
-            "make room, or choose another place"
-        )
-
-
-def _empty(folder: Path) -> None:
-    for child in folder.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+        sizes = f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left"
+        raise OSError(f"{sizes}: make room, or choose another place")
 
 
 def _sync_folder(folder: Path) -> None:

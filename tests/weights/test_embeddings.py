@@ -126,7 +126,7 @@ def test_a_word_from_a_pickle_acts_like_one_from_safetensors(sd, tmp_path):
 @pytest.mark.parametrize("saved", [[STAR], {"name": "cat"}, {"string_to_param": {"*": STAR, "+": STAR}}, {"a": {}}])
 def test_pickles_that_are_no_embeddings(tmp_path, saved):
     torch.save(saved, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"file\.pt is not an embedding"):
+    with pytest.raises(ValueError, match=r"file\.pt (is not an embedding|holds no tensors with names)"):
         read_embedding(tmp_path / "file.pt")
 
 
@@ -143,7 +143,7 @@ def test_files_that_cannot_be_read(tmp_path, sd, xl):
     with pytest.raises(ValueError, match="there is no embedding at"):
         read_embedding(tmp_path / "none.safetensors")
     (tmp_path / "x.pt").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"x\.pt is damaged \(it does not begin as torch's files do\)"):
+    with pytest.raises(ValueError, match=r"x\.pt is not loaded: it does not begin as torch's files do"):
         read_embedding(tmp_path / "x.pt")
     (tmp_path / "x.png").write_bytes(b"image")
     with pytest.raises(ValueError, match=r"x\.png is neither \.safetensors nor one of \.bin, \.ckpt, \.pt, \.pth"):

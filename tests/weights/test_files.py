@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 
 from stable_diffusion.weights import catalog
-from stable_diffusion.weights.files import Component, _check_safetensors, open_checkpoint, read_tensors
+from stable_diffusion.weights.files import Component, open_checkpoint, read_tensors
+from stable_diffusion.weights.formats.safetensors import check_safetensors
 from tests.hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
 
 ROOT = Path(__file__).parents[2]
@@ -365,7 +366,7 @@ def test_the_file_before_it_is_damaged(tmp_path):
 def test_damaged_file(tmp_path, content):
     part = component(tmp_path, content[1])
     with pytest.raises(ValueError) as caught:
-        _check_safetensors(part.files[0])  # before MLX sees it: what MLX notices differs between its versions
+        check_safetensors(part.files[0])  # before MLX sees it: what MLX notices differs between its versions
     message = str(caught.value)
     assert message.startswith(f"{part.files[0]} is damaged (") and "\n" not in message
     assert message.endswith(f"delete {part.files[0].resolve()} and get it again")

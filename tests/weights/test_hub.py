@@ -274,7 +274,7 @@ def test_neither_cache_nor_network(hub, client, env):
     hub.stop()
     error = client(REPO, env=env)["error"]
     assert error.startswith(f"ConnectionError: {REPO} cannot be downloaded (")
-    assert "lacks everything" in error and "--model tiny" in error
+    assert "lacks everything" in error and "the bundled model, tiny" in error
 
 
 def test_removed_repository_leads_to_its_mirror(hub, client):
@@ -477,7 +477,7 @@ def test_single_file_without_a_vocabulary(hub, client, tmp_path, single_file, en
     path = write(tmp_path, single_file) / "folder" / "model.safetensors"
     error = client(str(path), env=env)["error"]
     assert error.startswith("ConnectionError: openai/clip-vit-large-patch14 cannot be downloaded (")
-    assert "connect once, or give a folder with both as tokenizer (--tokenizer)" in error
+    assert "connect once, or give a folder with both files as tokenizer" in error
     assert client(str(path), env=env, tokenizer=str(tmp_path))["tokenizers"] == {"tokenizer": str(tmp_path)}
 
 

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from original_layout import diffusers_names, tree_of, unet_tree
 from stable_diffusion.models.config import CLIPTextConfig, UNetConfig
+from stable_diffusion.weights.formats.names import canonical
 from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.formats.single_file import find, read_config, read_contents
 from stable_diffusion.weights.load import build, fill
-from stable_diffusion.weights.names import canonical
 
 LISTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "published_names.json.gz").read_bytes()))
 LISTS["UNET-SSD-1B"] = unet_tree(  # its transformers, by the published config

@@ -95,7 +95,7 @@ def test_quantizing_never_holds_the_unquantized_model(tmp_path, bits):
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    module = load_component(component, mx.float16, (bits, 32))
+    module = quantize(load_component(component, mx.float16), bits, 32)
     mx.eval(module.parameters())
     peak = mx.get_peak_memory() - before
     largest = max(value.nbytes for value in mx.load(str(component.files[0])).values())

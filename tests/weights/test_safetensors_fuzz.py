@@ -1,4 +1,4 @@
-"""5,000 damaged safetensors files: each is refused in one line, or read with the shapes that its header gives."""
+"""Damaged safetensors files: each is refused in one line, or read with the shapes that its header gives."""
 
 import json
 import random
@@ -72,7 +72,8 @@ def test_the_undamaged_file(tmp_path):
     assert ours["ids"].tolist() == [[0, 1]] and ours["number"].item() == 1
 
 
-@pytest.mark.parametrize("damaged, count", [(damaged_anywhere, 1500), (damaged_header, 2000), (other_values, 1500)])
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damaged", [damaged_anywhere, damaged_header, other_values])
 def test_damaged_files(tmp_path: Path, damaged, count):
     rng = random.Random(count)
     path, read = tmp_path / "x.safetensors", 0

@@ -21,7 +21,7 @@ from oracle import perturb, tensors
 from stable_diffusion.weights import save
 from stable_diffusion.weights.files import Component
 from stable_diffusion.weights.load import build, fill, load_component
-from stable_diffusion.weights.quantize import quantize, quantize_lazily
+from stable_diffusion.weights.quantize import quantize, quantize_lazily, remaining_quantization
 from stable_diffusion.weights.save import check_space, new_folder, stored_tensors, write_weights
 
 ONE_FILE = 10**12
@@ -200,8 +200,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 
 def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path):
     component = quantized(tmp_path, {})
-    assert "stored in 4 bits, not in the 8 asked for" in refused(component, mx.float32, (8, 64))
-    assert same(values(load_component(component, None, (4, 64))), values(load_component(component, None)))
+    with pytest.raises(ValueError, match="stored in 4 bits, not in 8"):
+        remaining_quantization(component.config, (8, 64))
+    assert remaining_quantization(component.config, (4, 64)) is None
+    assert remaining_quantization(TEXT, (4, 64)) == (4, 64)
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

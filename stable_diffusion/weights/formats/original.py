@@ -1,4 +1,4 @@
-"""Tensor names of the original code bases -> the names in diffusers checkpoints, which are our module names.
+"""Rename tensors of the original code bases to the names in diffusers checkpoints, which are our module names.
 
 Single files keep the names of the code that trained them: CompVis' latent diffusion for UNet, autoencoder and
 ControlNet (Rombach et al. 2022, Zhang et al. 2023), OpenCLIP for the text encoders of Stable Diffusion 2 and XL. There
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import mlx.core as mx
 
-_RESNET = {
+RESNET_NAMES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -22,7 +22,7 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_AROUND = {  # the blocks of a UNet
+UNET_NAMES = {  # the blocks of a UNet
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "time_embed.cond_proj": "time_embedding.cond_proj",
@@ -38,7 +38,7 @@ _AROUND = {  # the blocks of a UNet
     "input_hint_block.0": "controlnet_cond_embedding.conv_in",
 }
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|op|conv)\.")
-_HINT = re.compile(r"input_hint_block\.(\d+)\.")
+_CONDITION = re.compile(r"input_hint_block\.(\d+)\.")
 _ZERO = re.compile(r"zero_convs\.(\d+)\.0$")
 
 _VAE = (
@@ -70,14 +70,12 @@ _OPEN_CLIP_PARTS = {
 }
 _SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the last but one, which is normed in place of it
 
-# What text encoders hold for comparing with pictures, and buffers of theirs.
-_NOT_OF_TEXT = ("logit_scale", "attn_mask", "visual.", "vision_model.", "visual_projection.")
 # The discriminator that an autoencoder was trained against, and its running averages.
 _NOT_OF_VAE = ("loss.", "model_ema.")
 
 
 def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The tensors of one network under diffusers' names; names that are diffusers' own already stay as they are.
+    """Return the tensors of one network under diffusers' names; names that are diffusers' already stay.
 
     Args:
         kind: "unet", "vae", "text_encoder" (of Stable Diffusion 2, if it is an OpenCLIP), "text_encoder_2" (of XL) or
@@ -95,14 +93,13 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
 def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     if "input_blocks.0.0.weight" not in tensors:
         return dict(tensors)
-    places = (
-        _AROUND | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks") | _hint(tensors)
-    )
-    return _rename(tensors, lambda name: _renamed(name, places))
+    modules = UNET_NAMES | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks")
+    modules |= _condition(tensors)
+    return _rename(tensors, lambda name: _renamed(name, modules))
 
 
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
-    """The tensors under new names; ValueError when two of them would have the same."""
+    """Return the tensors under new names. Raises ValueError when two of them would have the same."""
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
         if named.setdefault(new_name(name), value) is not value:
@@ -111,59 +108,59 @@ def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> 
 
 
 def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
-    """{"input_blocks.1.0": "down_blocks.0.resnets.0", ...}: where the modules of one side of the UNet are."""
+    """Map the modules of one side of the UNet: {"input_blocks.1.0": "down_blocks.0.resnets.0", ...}."""
     kinds: dict[int, dict[int, str]] = {}
     for name in names:
-        if (found := _BLOCK.match(name)) and found[1] == side:
-            kinds.setdefault(int(found[2]), {})[int(found[3])] = found[4]
-    places, level, layer = {}, 0, 0
+        if (match := _BLOCK.match(name)) and match[1] == side:
+            kinds.setdefault(int(match[2]), {})[int(match[3])] = match[4]
+    modules, level, layer = {}, 0, 0
     for n in sorted(kinds):
         for k, kind in kinds[n].items():
             here = f"{side}_blocks.{n}.{k}"
             if kind == "op":
-                places[f"{here}.op"] = f"{blocks}.{level}.downsamplers.0.conv"
+                modules[f"{here}.op"] = f"{blocks}.{level}.downsamplers.0.conv"
             elif kind == "conv":
-                places[f"{here}.conv"] = f"{blocks}.{level}.upsamplers.0.conv"
+                modules[f"{here}.conv"] = f"{blocks}.{level}.upsamplers.0.conv"
             else:
-                places[here] = f"{blocks}.{level}.{'resnets' if kind == 'in_layers' else 'attentions'}.{layer}"
+                modules[here] = f"{blocks}.{level}.{'resnets' if kind == 'in_layers' else 'attentions'}.{layer}"
         ends = {"op", "conv"} & {*kinds[n].values()}
         level, layer = (level + 1, 0) if ends else (level, layer + 1)
-    return places
+    return modules
 
 
-def _hint(names: Iterable[str]) -> dict[str, str]:
-    """The convolutions that a ControlNet's picture goes through: every other place is an activation."""
-    numbers = sorted({int(found[1]) for name in names if (found := _HINT.match(name))})
-    places = {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(numbers[1:-1])}
-    return places | {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in numbers[-1:]}
+def _condition(names: Iterable[str]) -> dict[str, str]:
+    """Map the convolutions that a ControlNet's image goes through: every other number is an activation."""
+    numbers = sorted({int(match[1]) for name in names if (match := _CONDITION.match(name))})
+    modules = {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(numbers[1:-1])}
+    return modules | {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in numbers[-1:]}
 
 
-def _renamed(name: str, places: Mapping[str, str]) -> str:
-    """A name whose module, or the module around it, has a place; the parts of a resnet have new names there."""
+def _renamed(name: str, modules: Mapping[str, str]) -> str:
+    """Rename a parameter by the map of its module or the module around it; the parts of a resnet are renamed too."""
     module, _, parameter = name.rpartition(".")
     if zero := _ZERO.match(module):
         return f"controlnet_down_blocks.{zero[1]}.{parameter}"
     inner: list[str] = []
-    while module and module not in places:
+    while module and module not in modules:
         module, _, last = module.rpartition(".")
         inner.insert(0, last)
     if not module:
         return name
     path = ".".join(inner)
-    return ".".join(filter(None, (places[module], _RESNET.get(path, path), parameter)))
+    return ".".join(filter(None, (modules[module], RESNET_NAMES.get(path, path), parameter)))
 
 
 # --- autoencoder -------------------------------------------------------------------------------------------------
 
 
 def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The decoder counts its levels from the finest, and diffusers in the order in which they are run."""
-    levels = 1 + max((int(found[1]) for name in tensors if (found := _VAE_UP.match(name))), default=-1)
+    """Rename an autoencoder. Its decoder counts levels from the finest, diffusers in the order of computation."""
+    levels = 1 + max((int(match[1]) for name in tensors if (match := _VAE_UP.match(name))), default=-1)
 
     def renamed(name: str) -> str:
-        if found := _VAE_UP.match(name):
-            block = f"decoder.up_blocks.{levels - 1 - int(found[1])}."
-            name = block + name[found.end() :].replace("block.", "resnets.", 1).replace("upsample.", "upsamplers.0.")
+        if match := _VAE_UP.match(name):
+            block = f"decoder.up_blocks.{levels - 1 - int(match[1])}."
+            name = block + name[match.end() :].replace("block.", "resnets.", 1).replace("upsample.", "upsamplers.0.")
         for pattern, replacement in _VAE:
             name = pattern.sub(replacement, name)
         return name
@@ -175,14 +172,13 @@ def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _open_clip(tensors: Mapping[str, mx.array], layers: int | None) -> dict[str, mx.array]:
-    """An OpenCLIP text tower; ``layers`` of it and no projection (Stable Diffusion 2), or all of it (None: XL)."""
-    kept = {name: value for name, value in tensors.items() if not name.startswith(_NOT_OF_TEXT)}
-    if "positional_embedding" not in kept:
-        return kept
+    """Rename an OpenCLIP text tower: ``layers`` of it and no projection (Stable Diffusion 2), or all (None: XL)."""
+    if "positional_embedding" not in tensors:
+        return dict(tensors)
     named: dict[str, mx.array] = {}
-    for name, value in kept.items():
-        if found := _OPEN_CLIP_LAYER.match(name):
-            number, part, parameter = found.groups()
+    for name, value in tensors.items():
+        if match := _OPEN_CLIP_LAYER.match(name):
+            number, part, parameter = match.groups()
             here = f"text_model.encoder.layers.{number}"
             if layers is not None and int(number) >= layers:
                 continue

@@ -1,314 +1,260 @@
-"""Weights in torch's own files (.ckpt, .pt, .pth, .bin), read without torch and without running anything in them.
+"""Read weights in torch's own files (.ckpt, .pt, .pth, .bin) without torch, and without running anything in them.
 
-Since torch 1.6 such a file is a zip archive whose entries are stored as they are:
-
-    NAME/data.pkl          a pickle of what was saved; its tensors name storages by their keys
-    NAME/data/0, 1, 2...   the storages
-    NAME/byteorder         "little"
-
-Before, it was a row of parts: pickles of a magic number, a version and facts about the machine, the pickle of what was
-saved, a pickle of the storages' keys; then the storages, each behind its length in eight bytes.
-
-`unpickle` says what the pickle describes, `archive` where entries lie. This page compares every size with the file and
-gives MLX the places. Nothing is unpacked, and a name in the file is a key and never a path.
+Since torch 1.6 such a file is a zip archive: NAME/data.pkl is a pickle of what was saved, and its tensors are views of
+storages NAME/data/KEY. Before, it was a row of pickles (a magic number, a version, facts about the machine, what was
+saved, the keys); then the storages, each behind its length.
+A pickle is a program that calls what it names. Here nothing is looked up: a name becomes one of the inert classes of
+this page, or is refused. Storages are copied into a temporary safetensors file, which MLX reads when it needs values.
 """
 
 import io
-import json
 import math
-import os
+import pickle
+import pickletools
 import struct
 import tempfile
+import zipfile
 import zlib
-from contextlib import suppress
+from collections import namedtuple
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .. import layout
-from .archive import Entry, read_entries
-from .torch_names import Kind, Name, ParameterDict, PickleError, Storage, Tensor
-from .unpickle import Machine
+from .safetensors import header_of, loading_stream
 
-_MAX_PICKLE = 1 << 25  # bytes; that of a checkpoint with its optimizer takes a few million
-_MAX_DEPTH = 40  # of dicts and lists within one another
+_MAX_STEPS = 1_000_000  # instructions; a checkpoint of 2,000 tensors takes 60,000
+_MAX_READ = 1 << 24  # bytes of a pickle, or of a zip archive's list of entries
 _MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
 _MAX_REUSE = 4  # times the size of the file that all tensors may have together: a few share their storage
-_SMALL = 1 << 20  # bytes that they may have in any case
-
-_MAGIC = 0x1950A86A20F9469CFC6C
-_VERSION = 1001
+_CHUNK = 1 << 20  # bytes that are copied at once
 
 # Each type's code in a safetensors header, and its bytes. MLX reads no F64: the bits are taken, and converted here.
 _TYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float64": ("U64", 8)}
-_TYPES |= {f"int{8 * size}": (f"I{8 * size}", size) for size in (1, 2, 4, 8)}
-_TYPES |= {f"uint{8 * size}": (f"U{8 * size}", size) for size in (1, 2, 4, 8)}
+_TYPES |= {f"{sign}int{8 * n}": (f"{sign or 'i'}{8 * n}".upper(), n) for sign in ("", "u") for n in (1, 2, 4, 8)}
 _TYPES |= {"bool": ("BOOL", 1), "": ("U8", 1)}
+_STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Double": "float64", "Bool": "bool"}
+_STORAGES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
+_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
+_STORAGES |= {"torch.storage.UntypedStorage": "", "torch.UntypedStorage": ""}
+_DTYPES = {f"torch.{name}": name for name in _TYPES if name}
+_OBJECTS = {"_.dict", "collections.OrderedDict", "torch.nn.modules.container.ParameterDict", "builtins.set"}
+_OBJECTS |= {"__builtin__.set", "_codecs.encode", "numpy.dtype"}
+_OBJECTS |= {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+_CALLBACKS = ("pytorch_lightning.callbacks.", "lightning.pytorch.callbacks.")  # classes that trainers save as keys
 
-_Places = dict[str, tuple[int, int]]  # of each storage: its first byte in the file, and how many it has
-_Row = tuple[str, int, int]  # values that lie in a row in the file: the code of their type, first byte, end
+_WRITTEN_BY_TORCH = """
+    PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    SHORT_BINBYTES BINBYTES EMPTY_DICT EMPTY_LIST EMPTY_TUPLE MARK TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM
+    SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
+"""
+_INSTRUCTIONS = set(_WRITTEN_BY_TORCH.split())
+_REPLACED = {"EMPTY_DICT": b"c_\ndict\n)R", "FRAME": b""}  # every dict is an _Object, which checks its keys
 
+_ERRORS = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RuntimeError, OSError)
+_ERRORS += (struct.error, pickle.PickleError, zipfile.BadZipFile)  # of damaged files, by the standard library
 
-def read_pickle(path: str | os.PathLike) -> dict[str, mx.array]:
-    """The tensors of a checkpoint by name. They are read from the disk only when they are evaluated.
-
-    A trainer's checkpoint has its weights under "state_dict" or "model": they are taken from there. What is not a
-    tensor with a name is left out. float64 becomes float32; all other types stay.
-
-    Raises:
-        ValueError: the file is damaged or holds no tensors, or its pickle asks for what no weights need; one line.
-        OSError: there is no such file.
-    """
-    value = load_pickle(path)
-    while isinstance(value, dict) and (inner := _weights_in(value)) is not None:
-        value = inner
-    found = value.items() if isinstance(value, dict) else ()
-    tensors = {name: v for name, v in found if isinstance(name, str) and isinstance(v, mx.array)}
-    if not tensors:
-        raise ValueError(f"{path} is not a checkpoint: it holds no tensors with names")
-    return tensors
-
-
-def _weights_in(checkpoint: dict) -> dict | None:
-    return next((checkpoint[key] for key in ("state_dict", "model") if isinstance(checkpoint.get(key), dict)), None)
+_Storage = namedtuple("_Storage", "dtype code size length key")  # size in bytes; dtype "" is typed by the tensor
+_Tensor = namedtuple("_Tensor", "storage dtype offset shape strides")  # counted in values
 
 
-def load_pickle(path: str | os.PathLike) -> Any:
-    """What was saved: dicts, lists, tuples, strings, bytes, numbers, None, and arrays that are read when evaluated.
-
-    A class that the file names without using it is given as its name. Raises what `read_pickle` raises.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            value, machine, places = _read(file, size, path)
-            tensors = _checked(machine.tensors, places, size)
-            rows = _read_rows(file, size, [_row(tensor, places) for tensor in tensors])
-            arrays = {tensor: _view(row, tensor) for tensor, row in zip(tensors, rows, strict=True)}
-            return _plain(value, arrays, {}, 0)
-    except PickleError as error:
-        raise ValueError(f"{path} is not loaded: {error}; take a .safetensors file of these weights") from error
+def _need(condition: bool, reason: str) -> None:
+    if not condition:
+        raise ValueError(reason)
 
 
-def _plain(value: Any, arrays: dict[Tensor, mx.array], done: dict[int, Any], depth: int) -> Any:
-    """`value` with an array for each tensor. What is referred to twice is converted once, or a file could double it."""
-    if isinstance(value, Tensor):
-        return arrays[value]
-    if isinstance(value, Name | Kind):
-        return value.path if isinstance(value, Name) else value.code
-    if isinstance(value, Storage):
-        raise PickleError("it holds a storage without a tensor")
-    value = value.parameters if isinstance(value, ParameterDict) else value
-    if not isinstance(value, dict | list | tuple):
-        return value
-    if depth > _MAX_DEPTH:
-        raise PickleError("its values are nested too deeply, or contain themselves")
-    if id(value) not in done:
-        items = value.values() if isinstance(value, dict) else value
-        items = [_plain(item, arrays, done, depth + 1) for item in items]
-        keys = [key.path if isinstance(key, Name) else key for key in value] if isinstance(value, dict) else ()
-        done[id(value)] = dict(zip(keys, items, strict=True)) if isinstance(value, dict) else type(value)(items)
-    return done[id(value)]
+class _Object(dict):
+    """Stand for a dict, a ParameterDict, a set or a number of numpy: only items and parameters count."""
+
+    def __init__(self, *args: Any):
+        _need(len(args) <= 10, "it makes an object of too many arguments")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # A tuple could take years to hash, and numbers beyond 64 bits can be made to collide.
+        fits = isinstance(key, str | _Name) or (type(key) is int and abs(key) < 2**64)
+        _need(fits, "it has a key that is neither text nor a number")
+        super().__setitem__(key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, _Object) and isinstance(state.get("_parameters"), _Object):
+            self.update(state["_parameters"])
 
 
-# --- the two formats -----------------------------------------------------------------------------------------------
+class _Name(NamedTuple):
+    """Stand for another global that a file names. To call it applies the rule for it, if there is one."""
+
+    path: str
+
+    def __call__(self, *args: Any) -> Any:
+        _need(self.path in _RULES and len(args) <= 10, f"it calls {self.path}, which a weights file does not need")
+        return _RULES[self.path](*args)
 
 
-def _read(file: BinaryIO, size: int, path: Path) -> tuple[Any, Machine, _Places]:
-    """What the pickle describes, and where its storages are."""
-    start = file.read(9)
-    if start.startswith(b"PK\3\4"):
-        return _read_archive(file, size, path)
-    if start.startswith(b"\x80"):
-        return _read_parts(file, size, path)
-    if start.endswith(b"{"):
-        raise ValueError(f"{path} is a safetensors file: give it a name that ends in .safetensors")
-    raise layout.damaged(path, "it does not begin as torch's files do")
+def _counts(numbers: Any) -> tuple[int, ...]:
+    fits = isinstance(numbers, tuple | list) and len(numbers) <= 32
+    _need(fits and all(type(n) is int and 0 <= n < 2**63 for n in numbers), "it gives a tensor an impossible size")
+    return tuple(numbers)
 
 
-def _read_archive(file: BinaryIO, size: int, path: Path) -> tuple[Any, Machine, _Places]:
-    try:
-        entries = read_entries(file, size)
-    except ValueError as error:
-        raise layout.damaged(path, str(error)) from error
-    roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(roots) != 1:
-        raise ValueError(f"{path} is an archive of something else: it has {len(roots)} entries data.pkl instead of one")
-    (root,) = roots
-    if (order := entries.get(f"{root}byteorder")) and _content(file, order, path) != b"little":
-        raise PickleError("its numbers have the byte order of other machines")
-    data = _content(file, entries[f"{root}data.pkl"], path)
-    machine = Machine(data)
-    value = machine.run()
-    if machine.position != len(data):
-        raise PickleError("something follows its pickle")
-    places = {}
-    for key in machine.storages:
-        entry = entries.get(f"{root}data/{key}")
-        if entry is None:
-            raise layout.damaged(path, "a storage that its pickle names is missing")
-        if not entry.stored:
-            raise PickleError("a storage is compressed, encrypted or a folder, which torch does not do")
-        places[key] = entry.first, entry.size
-    return value, machine, places
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    """Apply torch._utils._rebuild_tensor, _v2 or _v3, of which the last has a type behind gradient and hooks."""
+    _need(isinstance(storage, _Storage), "it builds a tensor from something else")
+    dtype = storage.dtype or _DTYPES.get(getattr(rest[2], "path", None) if len(rest) > 2 else None)
+    _need(dtype is not None, "it builds a tensor of an unknown type")
+    (offset,), shape, strides = _counts([offset]), _counts(shape), _counts(strides)
+    _need(max(math.prod(shape), *shape, 0) <= _MAX_LENGTH, f"it describes a tensor of over {_MAX_LENGTH:,} values")
+    end = offset + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    _need(0 in shape or end * _TYPES[dtype][1] <= storage.size, "it describes a tensor that reaches beyond its storage")
+    return _Tensor(storage, dtype, 0 if 0 in shape else offset, shape, strides)
 
 
-def _content(file: BinaryIO, entry: Entry, path: Path) -> bytes:
-    """The bytes of a small entry."""
-    if not entry.stored:
-        raise PickleError("its pickle is compressed, encrypted or a folder, which torch does not do")
-    if entry.size > _MAX_PICKLE:
-        raise PickleError(f"its pickle has {entry.size:,} bytes and may have {_MAX_PICKLE:,}")
-    file.seek(entry.first)
-    data = file.read(entry.size)
-    if entry.checksum not in (zlib.crc32(data), 0):  # torch writes 0 when it is told not to compute it
-        raise layout.damaged(path, "the checksum of its pickle is wrong")
-    return data
+_RULES = {"torch.Size": _counts} | {f"torch._utils._rebuild_tensor{v}": _tensor for v in ("", "_v2", "_v3")}
+_RULES |= {f"torch._utils._rebuild_parameter{v}": lambda tensor, *rest: tensor for v in ("", "_with_state")}
+_KNOWN = {*_OBJECTS, *_RULES, *_STORAGES, *_DTYPES}
 
 
-def _read_parts(file: BinaryIO, size: int, path: Path) -> tuple[Any, Machine, _Places]:
-    file.seek(0)
-    machine = Machine(file.read(_MAX_PICKLE))
-    if machine.run() != _MAGIC or machine.run() != _VERSION:
-        raise PickleError("it is a pickle, but not one that torch wrote")
-    facts = machine.run()
-    if not isinstance(facts, dict) or facts.get("little_endian") is not True:
-        raise PickleError("its numbers have the byte order of other machines")
-    value, keys = machine.run(), machine.run()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise PickleError("its list of storages is not a list of keys")
-    if len(keys) != len(machine.storages) or set(keys) != machine.storages.keys():
-        raise PickleError("its list of storages is not that of its tensors")
-    places, position = {}, machine.position
-    for key in keys:
+class _Reader(pickle.Unpickler):
+    """Run the next pickle of a file. ``storages`` gathers the storages that it names."""
+
+    def __init__(self, stream: io.BytesIO, storages: dict[str, _Storage]):
+        super().__init__(io.BytesIO(_checked(stream)))
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        if path not in _KNOWN and not path.startswith(_CALLBACKS):
+            raise ValueError(f"it asks for {path[:100]}, which a weights file does not need")
+        return _Object if path in _OBJECTS else _Name(path)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        fits = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,))
+        fits = fits and isinstance(pid[1], _Name) and pid[1].path in _STORAGES and isinstance(pid[2], str)
+        _need(fits, "it asks for something outside the file")
+        dtype, (length,) = _STORAGES[pid[1].path], _counts([pid[4]])
+        storage = _Storage(dtype, _TYPES[dtype][0], length * _TYPES[dtype][1], length, pid[2])
+        _need(self.storages.setdefault(pid[2], storage) == storage, "it gives one storage two types or sizes")
+        return storage
+
+
+def _checked(stream: io.BytesIO) -> bytes:
+    """Return the next pickle with our dicts. Refuses instructions that torch does not write, or too many of them."""
+    data, pieces, begin = stream.getvalue(), [], stream.tell()
+    for step, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        if opcode.name not in _INSTRUCTIONS:
+            raise ValueError(f"it uses the pickle instruction {opcode.name}")
+        if step >= _MAX_STEPS or (opcode.name == "LONG_BINPUT" and argument > _MAX_STEPS):
+            raise ValueError(f"its pickle has more than {_MAX_STEPS:,} instructions or values")
+        if opcode.name in _REPLACED:
+            pieces += [data[begin:position], _REPLACED[opcode.name]]
+            begin = stream.tell()
+    return b"".join([*pieces, data[begin : stream.tell()]])
+
+
+class _File(io.BufferedReader):
+    """Refuse to read much at once, as zipfile does with a long list of entries."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        _need(size is None or size <= _MAX_READ, f"it has a part of {size:,} bytes that may have {_MAX_READ:,}")
+        return super().read(size)
+
+
+def _read_archive(file: _File) -> tuple[Any, dict[_Storage, int]]:
+    """Return what was saved, and {storage: its first byte}, of a zip archive."""
+    with zipfile.ZipFile(file) as archive:
+
+        def seek(name: str) -> int:
+            info = archive.getinfo(name)
+            is_stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+            _need(is_stored and not info.flag_bits & 1, "it is compressed or encrypted, which torch does not do")
+            archive.open(info).close()  # which reads the entry's header, and checks it
+            return info.file_size
+
+        def content(name: str) -> bytes:
+            data = file.read(seek(name))
+            checksums = (zlib.crc32(data), 0)  # torch can be set to write 0
+            _need(archive.getinfo(name).CRC in checksums, "the checksum of its pickle is wrong")
+            return data
+
+        names = archive.namelist()
+        roots = [n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+        _need(len(roots) == 1, f"it is another archive, with {len(roots)} entries data.pkl instead of one")
+        order = f"{roots[0]}byteorder"
+        _need(order not in names or content(order) == b"little", "its numbers have the byte order of other machines")
+        storages: dict[str, _Storage] = {}
+        value, places = _Reader(io.BytesIO(content(f"{roots[0]}data.pkl")), storages).load(), {}
+        for storage in storages.values():
+            size = seek(f"{roots[0]}data/{storage.key}")
+            _need(size == storage.size, "it gives a storage a size that the file does not have")
+            places[storage] = file.tell()
+        return value, places
+
+
+def _read_row(file: _File) -> tuple[Any, dict[_Storage, int]]:
+    """Return what was saved, and {storage: its first byte}, of a file from before torch 1.6."""
+    stream, storages, places = io.BytesIO(file.read(_MAX_READ)), {}, {}
+    magic, version, facts = (_Reader(stream, {}).load() for _ in range(3))
+    is_little = isinstance(facts, dict) and facts.get("little_endian") is True
+    is_torch = [magic, version, is_little] == [0x1950A86A20F9469CFC6C, 1001, True]
+    _need(is_torch, "it is not a pickle that torch wrote, or one of another byte order")
+    value, keys = _Reader(stream, storages).load(), _Reader(stream, {}).load()
+    fits = isinstance(keys, list) and all(isinstance(key, str) for key in keys) and set(keys) == storages.keys()
+    _need(fits, "its list of storages is not the one of its tensors")
+    position = stream.tell()
+    for storage in map(storages.get, keys):
         file.seek(position)
-        length = file.read(8)
-        if len(length) != 8 or struct.unpack("<q", length)[0] != machine.storages[key].length:
-            raise layout.damaged(path, "a storage has not the length that its pickle gives")
-        places[key] = position + 8, machine.storages[key].length * _TYPES[machine.storages[key].dtype][1]
-        position = sum(places[key])
-        if position > size:
-            break
-    if position != size:
-        raise layout.damaged(path, f"it has {size} bytes, and its storages end at {position}")
-    return value, machine, places
+        _need(file.read(8) == struct.pack("<q", storage.length), "a storage has not the length that its pickle gives")
+        places[storage], position = position + 8, position + 8 + storage.size
+    return value, places
 
 
-# --- from descriptions to arrays -----------------------------------------------------------------------------------
+def _copy(file: _File, storages: Collection[_Storage], places: dict[_Storage, int]) -> dict[_Storage, mx.array]:
+    """Copy storages to a temporary file, which vanishes with the arrays that are read from it."""
+    size = file.seek(0, io.SEEK_END)
+    fits = sum(s.size for s in storages) <= size and all(places[s] + s.size <= size for s in storages)
+    _need(fits, "it ends within a storage")
+    rows = {str(i): (storage.code, [storage.length], storage.size) for i, storage in enumerate(storages)}
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+        copy.write(header_of(rows))
+        for storage in storages:
+            file.seek(places[storage])
+            for start in range(0, storage.size, _CHUNK):
+                copy.write(file.read(min(_CHUNK, storage.size - start)))
+        copy.flush()
+        arrays = mx.load(copy.name, stream=loading_stream(mx.cpu))
+    return dict(zip(storages, map(arrays.get, rows), strict=True))
 
 
-def _checked(tensors: list[Tensor], places: _Places, size: int) -> list[Tensor]:
-    """The tensors, when each lies within its storage, each storage is as long as it says, and all are not too many."""
-    total = 0
-    for tensor in tensors:
-        storage, (_, length) = tensor.storage, places[tensor.storage.key]
-        if storage.length * _TYPES[storage.dtype][1] != length:
-            raise PickleError(f"it gives a storage {storage.length:,} values, which the file does not have")
-        values, extent, item = math.prod(tensor.shape), _extent(tensor), _TYPES[tensor.dtype][1]
-        if values > _MAX_LENGTH or max(tensor.shape, default=0) > _MAX_LENGTH:
-            raise PickleError(f"it describes a tensor of {values:,} values; at most {_MAX_LENGTH:,} are read")
-        if (tensor.offset + extent) * item > length:
-            raise PickleError("it describes a tensor that reaches beyond its storage")
-        total += max(values, extent) * item
-        if total > _MAX_REUSE * size + _SMALL:
-            raise PickleError("its tensors have far more values than the file")
-    return tensors
+def _view(row: mx.array, tensor: _Tensor) -> mx.array:
+    stream = loading_stream(mx.cpu)
+    if tensor.storage.dtype == "" or tensor.dtype == "float64":
+        row = row.view(getattr(mx, tensor.dtype, mx.bool_), stream=stream)
+    array = mx.as_strided(row, tensor.shape, tensor.strides, tensor.offset, stream=stream)
+    return array.astype(mx.float32, stream=stream) if tensor.dtype == "float64" else array  # no GPU has it
 
 
-def _extent(tensor: Tensor) -> int:
-    """How many values lie between the first and the last of a tensor, with them."""
-    if 0 in tensor.shape:
-        return 0
-    return 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
+def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return the tensors of a file by name, which are read when they are evaluated, and the texts beside them.
 
-
-def _row(tensor: Tensor, places: _Places) -> _Row:
-    code, item = _TYPES[tensor.dtype]
-    first = places[tensor.storage.key][0] + tensor.offset * item
-    return code, first, first + _extent(tensor) * item
-
-
-def _view(row: mx.array, tensor: Tensor) -> mx.array:
-    """A tensor out of the row of values between its first and its last."""
-    if tensor.dtype == "float64":  # no GPU has it
-        row = row.view(mx.float64, stream=mx.cpu).astype(mx.float32, stream=mx.cpu)
-    expected = 1
-    for length, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if length != 1 and stride != expected and 0 not in tensor.shape:
-            return mx.as_strided(row, tensor.shape, tensor.strides)
-        expected *= length
-    return row.reshape(tensor.shape)
-
-
-def _read_rows(file: BinaryIO, size: int, rows: list[_Row]) -> list[mx.array]:
-    """Each row as an array, lazy where that is possible: the few at the very beginning of the file are read at once."""
-    arrays: dict[_Row, mx.array] = {}
-    with suppress(OSError):  # no room for a temporary file, or no list of open ones
-        arrays = _read_later(file, size, rows)
-    for row in rows:
-        if row not in arrays:
-            file.seek(row[1])
-            content = file.read(row[2] - row[1])
-            header = _header([(row[0], 0, len(content))], 0)
-            arrays[row] = mx.load(io.BytesIO(header + content), format="safetensors")["0"]
-    return [arrays[row] for row in rows]
-
-
-def _read_later(file: BinaryIO, size: int, rows: list[_Row]) -> dict[_Row, mx.array]:
-    """Lazy arrays for the rows that lie far enough from the beginning. Raises OSError where that does not work.
-
-    MLX reads lazily from one kind of file, safetensors, which begins with a header. It keeps the file open, and reads
-    values from that descriptor, each at its place. So it is given a file that has the header, the length of the
-    checkpoint and nothing else; then the checkpoint itself is put under the descriptor, and the other file goes.
-    The last bytes are a probe: they differ in the two files, so they tell which of them MLX reads.
+    Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param". float64
+    becomes float32. Raises ValueError for a file that is damaged, has no tensors, or asks for what no weights need.
     """
-    probe = ("U8", size - min(size, 16), size)
-    begin = len(_header([*rows, probe], 0))  # without an offset its numbers are the longest
-    rows = [row for row in dict.fromkeys(rows) if row[1] >= begin]
-    if not rows or probe[1] < begin:
-        return {}
-    file.seek(probe[1])
-    want = file.read(16)
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as stand_in:
-        stand_in.write(_header([*rows, probe], begin).ljust(begin))
-        stand_in.seek(probe[1])
-        stand_in.write(bytes(255 - byte for byte in want))
-        stand_in.flush()
-        arrays = mx.load(stand_in.name)
-        descriptors = [n for n in map(int, os.listdir("/dev/fd")) if n != stand_in.fileno() and _same(n, stand_in)]
-        if len(descriptors) != 1:
-            raise OSError(f"MLX has opened {stand_in.name} {len(descriptors)} times")
-        os.dup2(file.fileno(), descriptors[0], inheritable=False)
-    if bytes(arrays.pop(str(len(rows))).tolist()) != want:
-        raise OSError(f"MLX does not read from the descriptor of {stand_in.name}")
-    return {row: arrays[str(index)] for index, row in enumerate(rows)}
-
-
-def _same(descriptor: int, file: BinaryIO) -> bool:
-    """Whether a descriptor is one of that file; one that was closed meanwhile is not."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.fstat(file.fileno()))
-    except OSError:
-        return False
-
-
-def _header(rows: list[_Row], begin: int) -> bytes:
-    """The beginning of a safetensors file that has the rows, of which the first `begin` bytes are the header.
-
-    Where the header is shorter, spaces follow; they count as part of it.
-    """
-    items = dict(_TYPES.values())
-    text = json.dumps(
-        {
-            str(index): {
-                "dtype": code,
-                "shape": [(end - first) // items[code]],
-                "data_offsets": [first - begin, end - begin],
-            }
-            for index, (code, first, end) in enumerate(rows)
-        },
-        separators=(",", ":"),
-    ).encode()
-    return struct.pack("<Q", max(len(text), begin - 8)) + text
+    with _File(path.open("rb", buffering=0)) as file:
+        start = file.peek(9)[:9]
+        _need(start[8:] != b"{", f"{path} is a safetensors file: give it a name that ends in .safetensors")
+        try:
+            _need(start.startswith((b"PK\3\4", b"\x80")), "it does not begin as torch's files do")
+            value, places = (_read_archive if start.startswith(b"PK") else _read_row)(file)
+            weights = value = value if isinstance(value, dict) else {}
+            for key in 3 * ("state_dict", "model", "string_to_param"):
+                weights = weights[key] if isinstance(weights.get(key), dict) else weights
+            tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, _Tensor)}
+            sizes = (math.prod(tensor.shape) * _TYPES[tensor.dtype][1] for tensor in tensors.values())
+            _need(sum(sizes) <= _MAX_REUSE * path.stat().st_size + _CHUNK, "its tensors are far larger than the file")
+            storages = _copy(file, dict.fromkeys(tensor.storage for tensor in tensors.values()), places)
+            arrays = {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
+        except _ERRORS as error:
+            reason = ascii(str(error))[1:-1][:200]
+            raise ValueError(f"{path} is not loaded: {reason}; get it again, or as .safetensors") from error
+    _need(bool(arrays), f"{path} holds no tensors with names")
+    return arrays, {key: text for key, text in value.items() if isinstance(key, str) and isinstance(text, str)}

