@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from oracle import nchw, nhwc, normal
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import attach, fuse
 from stable_diffusion.weights.files import open_checkpoint
 from stable_diffusion.weights.load import load_component
 
@@ -33,15 +35,8 @@ class Model:
 
     def theirs(self) -> dict[str, np.ndarray]:
         """Outputs of every torch network."""
-        x, context, pooled = self._inputs()
-        added = None
-        if pooled is not None:
-            added = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.full((2, 6), 64.0)}
         with torch.no_grad():
-            sample = self.pipe.unet(
-                nchw(x), torch.tensor([3, 700]), torch.from_numpy(context), added_cond_kwargs=added
-            ).sample
-            outputs = {"unet": nhwc(sample)}
+            outputs = {"unet": nhwc(self.their_noise())}
             for name, module in self.modules.items():
                 if name != "unet":
                     outputs[name] = module(torch.arange(20).reshape(2, 10)).last_hidden_state.numpy()
@@ -49,13 +44,18 @@ class Model:
                         outputs["pooled"] = module(torch.arange(20).reshape(2, 10)).text_embeds.numpy()
         return outputs
 
+    def their_noise(self) -> torch.Tensor:
+        """Output of the torch UNet, NCHW."""
+        x, context, pooled = self._inputs()
+        added = None
+        if pooled is not None:
+            added = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.full((2, 6), 64.0)}
+        t = torch.tensor([3, 700])
+        return self.pipe.unet(nchw(x), t, torch.from_numpy(context), added_cond_kwargs=added).sample
+
     def ours(self) -> dict[str, np.ndarray]:
         """Outputs of every network here, for the same inputs."""
-        x, context, pooled = self._inputs()
-        dtype = self.networks["unet"].conv_in.weight.dtype
-        added = None if pooled is None else (mx.array(pooled).astype(dtype), mx.full((2, 6), 64.0))
-        x, context, t = mx.array(x).astype(dtype), mx.array(context).astype(dtype), mx.array([3, 700])
-        outputs = {"unet": self.networks["unet"](x, t, context, text_time=added)}
+        outputs = {"unet": self.our_noise()}
         for name, module in self.networks.items():
             if name != "unet":
                 result = module(mx.arange(20).reshape(2, 10))
@@ -63,6 +63,15 @@ class Model:
                 if name == "text_encoder_2":
                     outputs["pooled"] = result.pooled_output
         return {name: np.array(value.astype(mx.float32)) for name, value in outputs.items()}
+
+    def our_noise(self) -> mx.array:
+        """Output of the UNet here, NHWC."""
+        x, context, pooled = self._inputs()
+        unet = self.networks["unet"]
+        dtype = unet.conv_in.weight.dtype
+        added = None if pooled is None else (mx.array(pooled).astype(dtype), mx.full((2, 6), 64.0))
+        temb = unet.embed_time(mx.array([3, 700]), dtype, added)
+        return unet(mx.array(x).astype(dtype), temb, mx.array(context).astype(dtype))
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         width = self.pipe.unet.config.cross_attention_dim
@@ -217,15 +226,42 @@ def meaning(factors: Tensors, shape: tuple[int, ...], alpha: float | None) -> to
 @contextmanager
 def changed(model: Model, deltas: dict[tuple[str, str], torch.Tensor], scale: float = 1.0) -> Iterator[None]:
     """The torch networks with ``scale`` times ``deltas`` added to their weights, for a while."""
-    kept = []
+    kept = [(weight, weight.clone(), key) for *key, weight in layers(model) if tuple(key) in deltas]
     with torch.no_grad():
-        for network, path, weight in layers(model):
-            if (network, path) in deltas:
-                kept.append((weight, weight.clone()))
-                weight += scale * deltas[network, path].float()
-        yield
-        for weight, before in kept:
+        for weight, _, key in kept:
+            weight += scale * deltas[tuple(key)].float()
+    yield
+    with torch.no_grad():
+        for weight, before, _ in kept:
             weight.copy_(before)
+
+
+@contextmanager
+def attached(model: Model, source: Path, scale: float = 1.0) -> Iterator[None]:
+    """Our networks with a LoRA beside their weights, for a while."""
+    lora = attach(model.networks, read_lora(source), scale)
+    yield
+    lora.detach()
+
+
+@contextmanager
+def fused(model: Model, *loras: tuple) -> Iterator[None]:
+    """Our networks with LoRAs, each with its scale, in their weights, for a while."""
+    before = {name: network.parameters() for name, network in model.networks.items()}
+    fuse(model.networks, loras)
+    yield
+    for name, parameters in before.items():
+        model.networks[name].update(parameters)
+
+
+def through_diffusers(model: Model, path: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Outputs of every torch network with a LoRA that diffusers reads."""
+    model.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="it")
+    model.pipe.set_adapters("it", scale)
+    try:
+        return model.theirs()
+    finally:
+        model.pipe.unload_lora_weights()
 
 
 # --- names: (network, path) -> a prefix, and how the roles are spelt --------------------------------------------------
@@ -338,11 +374,11 @@ def make(
         delta = meaning(factors, tuple(weight.shape), alpha)
         if dora is not None:
             along = [axis for axis in range(weight.ndim) if axis != ("rows", "columns").index(dora)]
-            new = weight.double() + delta
+            new = weight.detach().double() + delta
             norm = new.square().sum(dim=along, keepdim=True).sqrt()
             lengths = (norm * (1 + _random(*norm.shape, generator=generator, scale=0.2))).float()
             tensors[f"{prefix}.{roles.get('dora_scale', 'dora_scale')}"] = lengths
-            delta = lengths / norm * new - weight
+            delta = lengths / norm * new - weight.detach()
         deltas[network, path] = delta.detach()
     return tensors, deltas
 

@@ -1,4 +1,4 @@
-"""The names in LoRA files -> (network, layer, role), and the layers of a model under all the names that files use.
+"""Read and write the names in LoRA files.
 
 Trainers write the same layer, and the same factor of its change, in many ways:
 
@@ -8,61 +8,75 @@ Trainers write the same layer, and the same factor of its change, in many ways:
     unet.….attn1.processor.to_q_lora.down.weight                             diffusers before 0.18
     lora_unet_….hada_w1_a, ….lokr_w2_b, ….lora_mid.weight, ….dora_scale      LyCORIS
 
-With every separator turned into an underscore they name a layer in one of a few ways, so a table made from the model
-itself finds it.
+A name is a network's prefix, a layer and a role. The tables below list prefixes and roles for both directions. With
+underscores for all separators, a layer has one of a few names, so a table made from the model itself finds it.
 """
 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import count
 
-_FACTOR = re.compile(r"[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.(weight|bias)$")
-_OTHER = re.compile(
-    r"\.(alpha|dora_scale|lora_magnitude_vector|diff|diff_b|w_norm|b_norm|(?:hada|lokr)_[wt][12](?:_[ab])?)"
-    r"(?:\.(?:default|weight))*$"
-)
-_ROLES = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
+from ..weights.formats.original import RESNET_NAMES, UNET_NAMES
 
-_NETWORKS = {
-    "lora_unet_": "unet",
-    "unet.": "unet",
-    "diffusion_model.": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "text_encoder.": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "text_encoder_2.": "text_encoder_2",
+PREFIXES = {
+    "kohya": {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
+    "kohya-xl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    "peft": {"unet": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."},
+    "comfyui": {"unet": "diffusion_model."},
 }
+_FACTORS = [f"{kind}_{part}{i}" for kind in ("hada", "lokr") for i in "12" for part in "wt"]
+_LYCORIS = ["alpha", "dora_scale", "diff", "diff_b", *_FACTORS, *(f"{f}_{side}" for f in _FACTORS for side in "ab")]
+_PEFT_LENGTHS = "lora_magnitude_vector"
+_KOHYA_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "bias": "lora_up.bias"}
+ROLES = {
+    "kohya": _KOHYA_ROLES | {role: role for role in _LYCORIS},
+    "peft": {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", "dora_scale": _PEFT_LENGTHS},
+    "norms": {"diff": "w_norm", "diff_b": "b_norm"},
+}
+ROLES["kohya-xl"] = ROLES["kohya"]
+
+_NETWORKS = {prefix: network for table in PREFIXES.values() for network, prefix in table.items()}
+_ENDINGS = {f".{ending.removesuffix('.weight')}": role for table in ROLES.values() for role, ending in table.items()}
+# "….lora.down.weight", "…_lora.down.weight", "….lora_linear_layer.down.weight", with an adapter's name before "weight"
+_FACTOR = re.compile(r"[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.(weight|bias)$")
+_ADAPTER = re.compile(r"(\.(default|weight))+$")
 
 
 def read_key(name: str) -> tuple[str, str, str] | None:
-    """A tensor's name -> (network, layer with underscores, role), or None where it is no part of a LoRA.
+    """Split a tensor's name into (network, layer with underscores, role); None for a name that is not a LoRA's.
 
     Roles: "down", "mid", "up" (the low-rank factors), "bias" (beside "up"), "hada_w1_a" ... "lokr_t2", "diff" and
-    "diff_b" (whole changes of weight and bias), "alpha", "dora_scale", "lora_magnitude_vector".
+    "diff_b" (complete changes of weight and bias), "alpha", "dora_scale" (the lengths m of DoRA).
     """
-    if found := _FACTOR.search(name):
-        role = "bias" if found[2] == "bias" else _ROLES.get(found[1], found[1])
-    elif found := _OTHER.search(name):
-        role = _ROLES.get(found[1], found[1])
-    else:
+    name = _ADAPTER.sub("", _FACTOR.sub(r".lora_\1.\2", name))
+    ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
+    if ending is None:
         return None
-    layer = name[: found.start()].removeprefix("lycoris_").replace("base_model.model.", "")
-    network = ""
-    for prefix, owner in _NETWORKS.items():
-        if layer.startswith(prefix):
-            network, layer = owner, layer.removeprefix(prefix)
-            break
-    flat = re.sub(r"[._]lora(_linear_layer)?$", "", layer).replace(".processor", "").replace(".", "_")
-    return network or ("text_encoder" if flat.startswith("text_model_") else "unet"), flat, role
+    layer = name.removesuffix(ending).removeprefix("lycoris_").replace("base_model.model.", "")
+    prefix = next((prefix for prefix in _NETWORKS if layer.startswith(prefix)), "")
+    layer = re.sub(r"[._]lora(_linear_layer)?$", "", layer.removeprefix(prefix))
+    layer = layer.replace(".processor", "").replace(".", "_")
+    return _NETWORKS.get(prefix, "text_encoder" if layer.startswith("text_model_") else "unet"), layer, _ENDINGS[ending]
+
+
+def write_keys(naming: str, network: str, paths: Collection[str]) -> dict[str, str]:
+    """Return {path of a layer: its name in a file without the role} for all ``paths`` of a network.
+
+    ``naming`` is "kohya", "kohya-xl" (with the original names of the UNet's blocks) or "peft", which diffusers reads.
+    """
+    prefix = PREFIXES[naming][network]
+    if naming == "peft":
+        return {path: prefix + path for path in paths}
+    blocks = _original_blocks(paths) if (naming, network) == ("kohya-xl", "unet") else {}
+    return {path: prefix + (_original(path, blocks) or path).replace(".", "_") for path in paths}
 
 
 def layer_names(network: str, paths: Collection[str]) -> dict[str, str]:
-    """{every name that files use for a layer, with underscores: its path among ``paths`` in the model}."""
-    aliases = _text_aliases if network.startswith("text_encoder") else _unet_aliases(paths)
+    """Return {each name that files use for a layer, with underscores: its path among ``paths`` in the model}."""
+    blocks = {} if network.startswith("text_encoder") else _original_blocks(paths)
     names = {path.replace(".", "_"): path for path in paths}
     for path in paths:
-        for alias in aliases(path):
+        for alias in _aliases(path, blocks):
             names.setdefault(alias.replace(".", "_"), path)
     return names
 
@@ -71,112 +85,77 @@ def layer_names(network: str, paths: Collection[str]) -> dict[str, str]:
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def _text_aliases(path: str) -> Iterator[str]:
-    yield path.removeprefix("text_model.")  # transformers 5 has no such level
+def _aliases(path: str, blocks: Mapping[str, str]) -> Iterator[str]:
     block, _, projection = path.rpartition(".")
     if projection in _OLD_TEXT:
         yield f"{block}.{_OLD_TEXT[projection]}"
+    yield path.removeprefix("text_model.")  # transformers 5 has no such level
+    for name in filter(None, (path, _original(path, blocks))):
+        yield name
+        if name.endswith("to_out.0"):
+            yield name.removesuffix(".0")
 
 
-# Rombach et al.'s names, in which kohya's trainer writes XL's blocks.
-_ORIGINAL_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_ORIGINAL_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "time_embedding.cond_proj": "time_embed.cond_proj",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
+def _original(path: str, blocks: Mapping[str, str]) -> str | None:
+    """The name of a layer in the code of Rombach et al., in which kohya's trainer writes XL's blocks."""
+    block, inner = path, ""
+    while block and block not in blocks:
+        block, _, part = block.rpartition(".")
+        inner = f"{part}.{inner}".rstrip(".")
+    return f"{blocks[block]}.{_RESNET.get(inner, inner)}".rstrip(".") if block else None
 
 
-def _unet_aliases(paths: Collection[str]):
-    blocks = _original_blocks(paths)
-
-    def aliases(path: str) -> Iterator[str]:
-        yield path.removesuffix(".0") if path.endswith("to_out.0") else path
-        parts = path.split(".")
-        for end in range(len(parts), 0, -1):
-            if (block := ".".join(parts[:end])) in blocks:
-                inner = ".".join(parts[end:])
-                original = f"{blocks[block]}.{_ORIGINAL_RESNET.get(inner, inner)}".rstrip(".")
-                yield original
-                yield original.removesuffix(".0") if original.endswith("to_out.0") else original
-
-    return aliases
+_RESNET = {ours: original for original, ours in RESNET_NAMES.items()}
 
 
 def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
     """{a block of the UNet: its original name}. There, blocks are numbered through, each resnet with its attention."""
     prefixes = {".".join(path.split(".")[:end]) for path in paths for end in (1, 2, 3, 4)}
-    names = dict(_ORIGINAL_ENDS)
-
-    def walk(side: str, original: str, number: int, samplers: str) -> None:
+    names = {ours: original for original, ours in UNET_NAMES.items()}
+    for side, original, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
         for i in count():
             if f"{side}.{i}" not in prefixes:
-                return
+                break
             for j in count():
                 if f"{side}.{i}.resnets.{j}" not in prefixes:
                     break
                 names[f"{side}.{i}.resnets.{j}"] = f"{original}.{number}.0"
                 names[f"{side}.{i}.attentions.{j}"] = f"{original}.{number}.1"
                 number += 1
-            if samplers == "downsamplers":
+            if side == "down_blocks":
                 names[f"{side}.{i}.downsamplers.0.conv"] = f"{original}.{number}.0.op"
                 number += 1
-            else:  # beside the last resnet, after its attention if it has one
-                place = 2 if f"{side}.{i}.attentions.0" in prefixes else 1
-                names[f"{side}.{i}.upsamplers.0.conv"] = f"{original}.{number - 1}.{place}.conv"
-
-    walk("down_blocks", "input_blocks", 1, "downsamplers")
-    walk("up_blocks", "output_blocks", 0, "upsamplers")
+            else:  # in the block of the last resnet, after its attention if it has one
+                position = 2 if f"{side}.{i}.attentions.0" in prefixes else 1
+                names[f"{side}.{i}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
     return names
 
 
-_LIGHTNING = re.compile(r"sdxl[-_ ]?lightning.*?(\d+)[-_ ]?step", re.IGNORECASE)
-_HYPER = re.compile(r"hyper[-_ ]?sd.*?(\d+)[-_ ]?steps?([-_ ]cfg)?", re.IGNORECASE)
-_LCM = re.compile(r"(?<![a-z])lcm[-_ ]?lora|lora[-_ ]?lcm|lcm[-_](?:sd|xl)", re.IGNORECASE)
+# The settings that authors recommend for few-step LoRAs, by patterns of their names; a number in these is the steps.
+# Lin et al. 2024, arXiv:2402.13929; Ren et al. 2024, arXiv:2404.13686 (CFG: guidance 5 to 8); Luo et al. 2023,
+# arXiv:2311.05556 (2 to 8 steps); and the files' repositories.
+_FEW_STEPS: dict[str, dict[str, str | int | float]] = {
+    r"sdxl[-_ ]?lightning.*?(\d+)[-_ ]?step": {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0},
+    r"hyper[-_ ]?sd.*?(?<!\d)(1)[-_ ]?step": {"sampler": "tcd", "eta": 1.0, "cfg_weight": 0.0},
+    r"hyper[-_ ]?sd.*?(\d+)[-_ ]?steps?[-_ ]cfg": {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 5.0},
+    r"hyper[-_ ]?sd.*?(\d+)[-_ ]?step": {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0},
+    r"(?<![a-z])lcm[-_ ]?lora|lora[-_ ]?lcm|lcm[-_](?:sd|xl)": {"sampler": "lcm", "num_steps": 4, "cfg_weight": 1.0},
+}
 
 
 def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str | int | float] | None:
-    """How the authors run a model with a LoRA that was distilled for few steps; None for any other LoRA.
+    """Return the settings that the authors of a few-step LoRA recommend; None for any other LoRA.
 
-    Args:
-        path: of the file. Where its name is the one that all LoRAs of diffusers have, its folder's name counts, or that
-            of the repository in the Hub's cache.
-        metadata: the texts in the file; trainers write its name there, which survives a renaming.
-
-    Returns:
-        "sampler", "num_steps", "cfg_weight" and, where they matter, "spacing" and "eta": arguments of
-        ``generate_latents``. Known are LCM-LoRA (Luo et al. 2023, arXiv:2311.05556: LCM, 2 to 8 steps, no guidance),
-        SDXL-Lightning (Lin et al. 2024, arXiv:2402.13929, and its repository: Euler, trailing, no guidance, the number
-        of steps in the name) and Hyper-SD (Ren et al. 2024, arXiv:2404.13686, and its repository: DDIM, trailing, no
-        guidance; TCD with eta 1 for one step; guidance 5 to 8 where the name says CFG).
+    It is known by the name of its file, or by the name that its trainer wrote into the metadata. Where the file has the
+    name that diffusers gives to every LoRA, the folder and the repository in the Hub's cache count. The settings are
+    "sampler", "num_steps", "cfg_weight" and, where they matter, "spacing" and "eta", for ``generate_latents``.
     """
     *folders, name = path.split("/")
     texts = [name, *(metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata)]
     if name.startswith(("pytorch_lora_weights", "adapter_model")):
         texts += [*folders[-1:], *(folder for folder in folders if folder.startswith("models--"))]
     for text in texts:
-        if found := _LIGHTNING.search(text):
-            return {"sampler": "euler", "spacing": "trailing", "num_steps": int(found[1]), "cfg_weight": 0.0}
-        if found := _HYPER.search(text):
-            steps, guidance = int(found[1]), 5.0 if found[2] else 0.0
-            if steps == 1:
-                return {"sampler": "tcd", "eta": 1.0, "num_steps": 1, "cfg_weight": guidance}
-            return {"sampler": "ddim", "spacing": "trailing", "num_steps": steps, "cfg_weight": guidance}
-        if _LCM.search(text):
-            return {"sampler": "lcm", "num_steps": 4, "cfg_weight": 1.0}
+        for pattern, settings in _FEW_STEPS.items():
+            if match := re.search(pattern, text, re.IGNORECASE):
+                return settings | ({"num_steps": int(match[1])} if match.groups() else {})
     return None

@@ -8,7 +8,6 @@ import loras
 from loras import KINDS, make, write
 from oracle import relative_error
 from stable_diffusion.lora.files import read_lora
-from stable_diffusion.lora.layers import attach, fuse
 
 TOLERANCE = 1e-4
 
@@ -30,28 +29,19 @@ def model(request):
 
 def check(model, path, wanted, scale=1.0, unchanged=()):
     """Both ways of applying the file give ``wanted``, and the model is then as it was."""
-    before, lora = model.ours(), read_lora(path)
-    for way in ("attach", "fuse"):
-        networks = model.networks
-        undo = attach(networks, lora, scale).detach if way == "attach" else fuse(networks, [(lora, scale)]).unfuse
-        for name, value in model.ours().items():
-            assert relative_error(value, wanted[name]) <= TOLERANCE, name
-        undo()
+    before = model.ours()
+    with loras.attached(model, path, scale):
+        outputs = model.ours()
+    with loras.fused(model, (read_lora(path), scale)):
+        for result in (outputs, model.ours()):
+            for name, value in result.items():
+                assert relative_error(value, wanted[name]) <= TOLERANCE, name
     after = model.ours()
     for name, value in before.items():
         assert (value == after[name]).all()
         assert name in unchanged or relative_error(value, wanted[name]) > 100 * TOLERANCE, (
             f"{name} hardly changes: nothing is tested"
         )
-
-
-def through_diffusers(model, path, scale=1.0):
-    model.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="it")
-    model.pipe.set_adapters("it", scale)
-    try:
-        return model.theirs()
-    finally:
-        model.pipe.unload_lora_weights()
 
 
 # What its converters get wrong is left to test_kinds; and where names are plain, a part of the layers says enough.
@@ -70,15 +60,15 @@ def test_names(model, names, tmp_path):
     alpha = None if names in ("processor", "linear-layer", "peft") else loras.ALPHA
     tensors, _ = make(model, names, alpha=alpha, only=READ_BY_DIFFUSERS[names])
     path = write(tmp_path, tensors)
-    check(model, path, through_diffusers(model, path, 0.7), 0.7)
+    check(model, path, loras.through_diffusers(model, path, 0.7), 0.7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds(model, kind, tmp_path):
-    tensors, deltas = make(model, "kohya", kind, only=few if model.family == "xl" else lambda network, path: True)
-    with loras.changed(model, deltas, -0.6):
-        wanted = model.theirs()
-    check(model, write(tmp_path, tensors), wanted, -0.6)
+def test_kinds(sd1, kind, tmp_path):
+    tensors, deltas = make(sd1, "kohya", kind)
+    with loras.changed(sd1, deltas, -0.6):
+        wanted = sd1.theirs()
+    check(sd1, write(tmp_path, tensors), wanted, -0.6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -105,8 +95,9 @@ PATTERNS = {
 TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "q_proj", "fc1"]
 
 
-@pytest.mark.parametrize("settings", TRAINED)
-def test_trained_with_diffusers(model, settings, tmp_path):
+@pytest.mark.parametrize("family, settings", [("xl", "alpha"), ("xl", "patterns"), ("sd1", "rslora"), ("sd1", "dora")])
+def test_trained_with_diffusers(request, family, settings, tmp_path):
+    model = request.getfixturevalue(family)
     generator = torch.Generator().manual_seed(0)
     saved = {}
     try:

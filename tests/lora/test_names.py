@@ -12,7 +12,8 @@ import mlx.nn as nn
 import pytest
 
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS
-from stable_diffusion.lora.files import locate, read_lora, shape_of
+from stable_diffusion.lora.delta import shape_of
+from stable_diffusion.lora.files import locate, read_lora
 from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key
 from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
@@ -183,8 +184,8 @@ def test_files_and_folders(tmp_path):
     (peft / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "r": 1}))
     assert locate(file) == locate(str(file)) == file
     assert locate(folder) == folder / "pytorch_lora_weights.safetensors"
-    assert read_lora(folder).changes[0].multiplier == 1
-    assert read_lora(peft).changes[0].multiplier == 3
+    assert read_lora(folder).deltas[0].multiplier == 1
+    assert read_lora(peft).deltas[0].multiplier == 3
     (peft / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_lora(peft)
@@ -223,7 +224,7 @@ from stable_diffusion.lora.files import read_lora
 for source in sys.argv[1:]:
     try:
         lora = read_lora(source)
-        print(lora.path.name, lora.changes[0].multiplier)
+        print(lora.path.name, lora.deltas[0].multiplier)
     except Exception as error:
         print(type(error).__name__, error)
 """

@@ -1,0 +1,155 @@
+"""Compute the change ΔW of a layer from its factors in a LoRA file (Hu et al. 2022, arXiv:2106.09685).
+
+In matrices, with the kernels of convolutions as their further axes:
+
+    LoRA     up @ down                        "mid" between them: a Tucker decomposition of the kernel (LoCon)
+    LoHa     (w1_a @ w1_b) * (w2_a @ w2_b)    Hadamard product (Hyeon-Woo et al. 2022, arXiv:2108.06098)
+    LoKr     w1 ⊗ w2                          Kronecker product; w1 and w2 may be products themselves
+    diff     ΔW itself, of norms and biases too
+
+All but diff are multiplied by alpha / rank (Yeh et al. 2024, arXiv:2309.14859, has the conventions). DoRA (Liu et al.
+2024, arXiv:2402.09353) then gives the rows of W + ΔW the lengths m: it changes W by m (W + ΔW) / |W + ΔW| - W in all.
+Other scales than 1 multiply this total, so every LoRA is linear in its scale, and absent at 0.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# The factors of each kind. A change has those of one kind, or "diff_b" alone.
+KINDS = (
+    {"down", "up"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1", "lokr_w2"},
+    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
+    {"diff"},
+)
+
+
+def rank_of(factors: Mapping[str, mx.array]) -> int | None:
+    """Return the rank of a change; None for diff, and for a LoKr of two full matrices."""
+    roles = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    return next((factors[role].shape[0] for role in roles if role in factors), None)
+
+
+class LoRADelta(nn.Module):
+    """Hold the factors of one layer's change as parameters.
+
+    They have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]. ``multiplier`` is
+    alpha / rank, ``layer`` the name in the file with underscores, ``lora`` the attached LoRA whose ``scale`` counts.
+    """
+
+    def __init__(
+        self, network: str, layer: str, factors: Mapping[str, mx.array], multiplier: float = 1.0, lora: Any = None
+    ):
+        super().__init__()
+        self.network, self.layer, self.multiplier, self.lora = network, layer, multiplier, lora
+        for role, factor in factors.items():
+            self[role] = factor
+
+    @property
+    def name(self) -> str:
+        """Return the name for messages."""
+        return f"{self.network}.{self.layer}"
+
+    def delta(self, layer: nn.Module) -> dict[str, mx.array]:
+        """Return what to add to a layer's "weight" and "bias" at scale 1: float32, in the layout of the layer.
+
+        Nothing is computed yet. Raises ValueError where the factors do not fit each other or the layer.
+        """
+        changes = {}
+        if self.keys() != {"diff_b"}:
+            change = to_layer(self._product(shape_of(layer)))
+            if "dora_scale" in self:
+                weight = weight_of(layer)
+                change = self._rescale(weight + change) - weight
+            changes["weight"] = change
+        for role, multiplier in (("bias", self.multiplier), ("diff_b", 1.0)):  # beside "up", and by itself
+            if role in self:
+                shape = layer.bias.shape if "bias" in layer else None
+                if self[role].shape != shape:
+                    raise ValueError(f"{self.name} {role} {self[role].shape} instead of {shape}")
+                changes["bias"] = changes.get("bias", 0) + multiplier * self[role].astype(mx.float32)
+        return changes
+
+    def _rescale(self, weight: mx.array) -> mx.array:
+        """Give the rows of W + ΔW [out, ..., in], or its columns as older files have it, DoRA's lengths m.
+
+        Their lengths before are constants for gradients (sec. 4.3 of the paper).
+        """
+        m, shape = self["dora_scale"].astype(mx.float32), weight.shape
+        columns = m.ndim > 1 and m.shape[0] == 1 and m.size == shape[-1]
+        if weight.ndim < 2 or (not columns and m.size != shape[0]):
+            raise ValueError(f"{self.name} dora_scale {m.shape} for a weight of {shape}")
+        axes = range(weight.ndim - 1) if columns else range(1, weight.ndim)
+        norm = mx.sqrt(mx.square(weight).sum(axis=tuple(axes), keepdims=True))
+        return m.reshape(norm.shape) / mx.stop_gradient(norm) * weight
+
+    def _product(self, shape: tuple[int, ...]) -> mx.array:
+        """ΔW without DoRA, for a weight of ``shape`` in the layout of files."""
+        f = {role: factor.astype(mx.float32) for role, factor in self.items()}
+        try:
+            if "diff" in f:
+                change = f["diff"]
+            elif "mid" in f:
+                change = _factored(f["up"].reshape(len(f["up"]), -1).T, f["down"].reshape(len(f["down"]), -1), f["mid"])
+            elif "up" in f:
+                product = f["up"].reshape(len(f["up"]), -1) @ f["down"].reshape(len(f["down"]), -1)
+                change = product.reshape(-1, *f["down"].shape[1:])
+            elif "hada_w1_a" in f:
+                change = _matrix(f, "hada_{}1") * _matrix(f, "hada_{}2")
+            else:
+                change = _kronecker(_matrix(f, "lokr_{}1"), _matrix(f, "lokr_{}2"))
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{self.name}: its factors do not fit each other") from error
+        if change.ndim == 4 and len(shape) == 2 and change.shape[2:] == (1, 1):
+            change = change.reshape(change.shape[:2])
+        elif change.ndim == 2 and change.shape == (shape[0], math.prod(shape[1:])):
+            change = change.reshape(shape)
+        if change.shape != shape:
+            raise ValueError(f"{self.name} {change.shape} instead of {shape}")
+        return self.multiplier * change
+
+
+def _matrix(f: Mapping[str, mx.array], name: str) -> mx.array:
+    """A matrix of LoHa or LoKr: stored as it is, or as two factors, or as these around a Tucker core."""
+    w = name.format("w")
+    return f[w] if w in f else _factored(f[f"{w}_a"], f[f"{w}_b"], f.get(name.format("t")))
+
+
+def _factored(a: mx.array, b: mx.array, core: mx.array | None) -> mx.array:
+    """[out, r] and [r, in] -> [out, in], or, around a core [r, r, kh, kw], [r, out] and [r, in] -> a kernel."""
+    return a @ b if core is None else mx.einsum("ijkl,io,jn->onkl", core, a, b)
+
+
+def _kronecker(w1: mx.array, w2: mx.array) -> mx.array:
+    """[a, b] and [c, d, ...] -> [a c, b d, ...]; a matrix w2 has the positions of a kernel within its d."""
+    (a, b), (c, d, *kernel) = w1.shape, w2.shape
+    product = w1.reshape(a, 1, b, 1, 1) * w2.reshape(1, c, 1, d, -1)
+    return product.reshape(a * c, b * d, *kernel)
+
+
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight in the layout of files; a packed weight has the shape that it stands for."""
+    shape = layer.weight.shape
+    if isinstance(layer, nn.QuantizedLinear):
+        return (shape[0], shape[1] * 32 // layer.bits)
+    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+
+
+def weight_of(layer: nn.Module) -> mx.array:
+    """Return a layer's weight in its layout, float32 and dequantized."""
+    if isinstance(layer, nn.QuantizedLinear):
+        groups = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **groups).astype(mx.float32)
+    return layer.weight.astype(mx.float32)
+
+
+def to_layer(weight: mx.array) -> mx.array:
+    """Turn the layout of files, OIHW, into the layout of layers, OHWI."""
+    return weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight

@@ -1,0 +1,102 @@
+"""A LoRA that is written comes back the same, and diffusers with peft reads it."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import loras
+from loras import KINDS, make, write
+from oracle import relative_error
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import attach
+from stable_diffusion.lora.save import write_lora
+
+
+@pytest.fixture(scope="module", params=["sd1", "xl"])
+def model(request):
+    return loras.load(request.getfixturevalue(f"{request.param}_folder"), request.param)
+
+
+def few(network, path):
+    return any(part in path for part in ("attentions.1", "encoder.layers.1", "resnets.1.conv", "upsamplers"))
+
+
+def rewrite(model, source, target, **options):
+    """Write a LoRA that was read."""
+    attached = attach(model.networks, read_lora(source))
+    write_lora(target, model.networks, attached, **options)
+    attached.detach()
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind, dora", [*((kind, None) for kind in KINDS), ("lora", "rows"), ("loha", "columns")])
+def test_kohya_names_there_and_back(model, kind, dora, tmp_path):
+    """The names are those that kohya's own trainer writes for the family."""
+    tensors, _ = make(model, "kohya-original" if model.family == "xl" else "kohya-sd1", kind, dora=dora, only=few)
+    source = write(tmp_path, tensors)
+    rewrite(model, source, tmp_path / "written.safetensors")
+    again = mx.load(str(tmp_path / "written.safetensors"))
+    assert again.keys() == {name for name in tensors if kind not in ("lokr", "diff") or not name.endswith("alpha")}
+    for name, value in again.items():
+        ours, theirs = np.array(value), tensors[name].numpy()
+        assert ours.shape == theirs.shape and relative_error(ours, theirs) <= 1e-6, name
+
+
+# diffusers leaves DoRA's lengths out of kohya's files, and transformers those of text encoders out of any.
+@pytest.mark.parametrize("naming, dora", [("kohya", None), ("peft", None), ("peft", "rows")])
+def test_diffusers_reads_what_is_written(model, naming, dora, tmp_path):
+    tensors, _ = make(
+        model, dora=dora, only=lambda network, path: few(network, path) and not (dora and network != "unet")
+    )
+    for name in [name for name in tensors if "proj_in.lora_" in name]:  # as a Linear here has them when it is trained
+        tensors[name] = tensors[name].reshape(tensors[name].shape[:2])
+    source = write(tmp_path, tensors)
+    with loras.attached(model, source):
+        wanted = model.ours()
+    rewrite(model, source, tmp_path / "written.safetensors", naming=naming)
+    theirs = loras.through_diffusers(model, tmp_path / "written.safetensors")
+    for name, value in wanted.items():
+        assert relative_error(theirs[name], value) <= 1e-4, name
+    with loras.attached(model, tmp_path / "written.safetensors"):
+        for name, value in model.ours().items():
+            assert relative_error(value, wanted[name]) <= 1e-5, name
+
+
+def test_what_is_written_beside_the_factors(model, tmp_path):
+    tensors, _ = make(model, "peft", only=few)
+    texts = {"ss_network_module": "networks.lora", "modelspec.title": "Red things"}
+    target = tmp_path / "written.safetensors"
+    rewrite(model, write(tmp_path, tensors), target, dtype=mx.float16, metadata=texts)
+    with safe_open(target, "pt") as file:
+        assert file.metadata() == {"format": "pt", **texts}
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    assert json.dumps(dict(read_lora(target).metadata))
+
+
+def test_peft_has_no_names_for_other_kinds(model, tmp_path):
+    target = tmp_path / "written.safetensors"
+    for kind, dora, what in (("loha", None, "hada_w1_a"), ("lora", "columns", "columns")):
+        tensors, _ = make(model, kind=kind, dora=dora, only=few)
+        attached = attach(model.networks, read_lora(write(tmp_path, tensors)))
+        with pytest.raises(ValueError, match=f"peft has no name for .*{what}.*choose kohya's names") as error:
+            write_lora(target, model.networks, attached, naming="peft")
+        attached.detach()
+        assert "\n" not in str(error.value) and not target.exists()
+
+
+def test_only_the_lora_that_is_named_is_written(model, tmp_path):
+    files = [
+        write(tmp_path, make(model, "kohya-sd1", kind, seed=seed, only=few)[0], f"{kind}.safetensors")
+        for seed, kind in enumerate(("lora", "loha"))
+    ]
+    attached = [attach(model.networks, read_lora(file)) for file in files]
+    for lora, source in zip(attached, files, strict=True):
+        write_lora(tmp_path / "written.safetensors", model.networks, lora)
+        ours, theirs = (read_lora(path).deltas for path in (tmp_path / "written.safetensors", source))
+        assert len(ours) == len(theirs) and {frozenset(d) for d in ours} == {frozenset(d) for d in theirs}
+    for lora in attached:
+        lora.detach()

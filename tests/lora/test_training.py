@@ -1,0 +1,133 @@
+"""The factors of attached LoRAs can be trained: their gradients are those of torch with peft, or by the chain rule."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from peft import LoraConfig, get_peft_model_state_dict
+
+import loras
+from loras import KINDS, make, write
+from oracle import normal, relative_error
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import attach
+from stable_diffusion.weights.quantize import quantize
+
+TOLERANCE = 1e-4
+LAYERS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "time_emb_proj"]
+
+
+@pytest.fixture(params=["sd1", "xl"])
+def model(request):
+    return loras.load(request.getfixturevalue(f"{request.param}_folder"), request.param)
+
+
+def gradients(model, lora, scale=1.0) -> dict[str, np.ndarray]:
+    """Of a loss of the UNet's output, by the factors of a LoRA."""
+    unet = model.networks["unet"]
+    attached = attach({"unet": unet}, lora, scale)
+    weights = mx.array(normal(2, 8, 6, 4, seed=9))
+    value, grads = nn.value_and_grad(unet, lambda: (weights * model.our_noise()).mean())()
+    attached.detach()
+    assert np.isfinite(value.item())
+    return {name: np.array(grad) for name, grad in tree_flatten(grads)}
+
+
+def backward(model) -> None:
+    """The same loss in torch."""
+    weights = torch.from_numpy(normal(2, 8, 6, 4, seed=9)).permute(0, 3, 1, 2)
+    (weights * model.their_noise()).mean().backward()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+def test_gradients_equal_pefts(model, settings, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=LAYERS, init_lora_weights=False, **settings)
+    unet = model.pipe.unet
+    unet.add_adapter(config, "it")
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            noise = 0.1 * torch.randn(parameter.shape)
+            parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
+    saved = get_peft_model_state_dict(unet, adapter_name="it")
+    metadata = unet.peft_config["it"].to_dict()
+    type(model.pipe).save_lora_weights(tmp_path, unet_lora_layers=saved, unet_lora_adapter_metadata=metadata)
+    backward(model)
+    roles = {"lora_A.it.weight": "down", "lora_B.it.weight": "up", "lora_magnitude_vector.it.weight": "dora_scale"}
+    wanted = {
+        f"{name.removesuffix(suffix)}loras.0.{role}": parameter.grad
+        for name, parameter in unet.named_parameters()
+        for suffix, role in roles.items()
+        if name.endswith(suffix)
+    }
+    grads = gradients(model, read_lora(tmp_path))
+    assert grads.keys() == wanted.keys() and len(grads) > 30
+    for name, grad in wanted.items():
+        assert relative_error(grads[name].reshape(-1), grad.numpy().reshape(-1)) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_kind(sd1_folder, kind, tmp_path):
+    """By the chain rule: torch has the gradient by W + ΔW, and that of ΔW by the factors."""
+    model = loras.load(sd1_folder, "sd1")
+
+    def few(network, path):
+        return network == "unet" and ("attentions.1" in path or "resnets.1.conv" in path)
+
+    tensors, deltas = make(model, "peft" if kind == "lora" else "kohya", kind, only=few)
+    grads = gradients(model, read_lora(write(tmp_path, tensors)), 0.5)
+    with loras.changed(model, deltas, 0.5):
+        backward(model)
+    checked = 0
+    for network, path, weight in loras.layers(model):
+        prefix, roles = f"{path}.loras.0.", loras.NAMES["peft" if kind == "lora" else "kohya"]
+        if (network, path) in deltas:
+            factors = {
+                role: tensors[name].clone().requires_grad_()
+                for role in {name.removeprefix(prefix) for name in grads if name.startswith(prefix)}
+                for name in [f"{roles[0](network, path)}.{roles[1].get(role, role)}"]
+            }
+            change = 0.5 * loras.meaning(factors, tuple(weight.shape), loras.ALPHA)
+            (change * weight.grad).sum().backward()
+            for role, factor in factors.items():
+                ours = grads[prefix + role].reshape(factor.shape)
+                assert relative_error(ours, factor.grad.numpy()) <= TOLERANCE, (path, role)
+                checked += 1
+    assert checked == len(grads) > 10
+
+
+def test_factors_are_trained_over_quantized_and_half_precision_weights(sd1_folder, tmp_path):
+    model = loras.load(sd1_folder, "sd1")
+    tensors, _ = make(model, only=lambda network, path: "attn" in path and network == "unet")
+    lora = read_lora(write(tmp_path, tensors))
+    exact = gradients(model, lora)
+    model.networks["unet"].set_dtype(mx.float16)
+    quantize(model.networks["unet"], 8, 32)
+    grads = gradients(model, lora)
+    assert grads.keys() == exact.keys()
+    largest = max(np.abs(grad).max() for grad in exact.values())
+    for name, grad in grads.items():
+        assert grad.dtype == np.float32, "the factors keep their own type"
+        assert np.abs(grad - exact[name]).max() <= 0.02 * largest, name
+
+
+def test_a_step_of_training_changes_the_factors_alone(sd1_folder, tmp_path):
+    model = loras.load(sd1_folder, "sd1")
+    unet = model.networks["unet"]
+    before = dict(tree_flatten(unet.parameters()))
+    tensors, _ = make(model, only=lambda network, path: "attn" in path and network == "unet")
+    attached = attach({"unet": unet}, read_lora(write(tmp_path, tensors)))
+    optimizer = optim.Adam(1e-2)
+    step = nn.value_and_grad(unet, lambda: mx.square(model.our_noise()).mean())
+    losses = []
+    for _ in range(3):
+        loss, grads = step()
+        optimizer.update(unet, grads)
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    attached.detach()
+    after = dict(tree_flatten(unet.parameters()))
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
