@@ -1,6 +1,6 @@
-"""Depth for checkpoints that are told of it: estimated from the picture or read from a file, and as the UNet takes it.
+"""Estimate or read depth maps for checkpoints that take one, and cut out the part that is processed.
 
-A depth map is [height, width] float32 in any unit, larger where it is nearer (MiDaS's inverse depth).
+A depth map is [height, width] float32 in any unit, larger for what is nearer (MiDaS's inverse depth).
 """
 
 import os
@@ -11,44 +11,66 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from .image import from_array, open_image, to_array, to_rgb
-
-_BLACK = (0, 0, 0)
+from .files import BLACK, open_image, read_if_path, to_rgb
+from .image import from_array, to_array
+from .inpaint import Canvas
 
 
 def estimate_depth(model: Any, image: Any) -> mx.array:
-    """The depth map [S, S] of a picture, S being the estimator's own size (384), whatever the picture's aspect ratio.
+    """Estimate the depth map [S, S] of an image; S is the estimator's size (384), for any aspect ratio.
 
     Args:
         model: a :class:`stable_diffusion.models.dpt.DPTForDepthEstimation`.
-        image: a PIL image, or an array [H, W, 3] in [-1, 1].
+        image: a path, a PIL image, or an array [H, W, 3] in [-1, 1].
 
-    The picture is resized as the feature extractor of the published checkpoints does it: 8-bit, bilinear. The map is
-    computed here and now, so that the estimator can be dropped before the UNet needs its memory.
+    The image is resized as by the feature extractor of the published checkpoints: 8-bit, bilinear. The map is evaluated
+    here, so that the estimator can be freed before the UNet needs its memory.
     """
-    picture = to_rgb(image) if isinstance(image, Image.Image) else from_array(mx.array(image) / 2 + 0.5)
+    image = read_if_path(image)
+    rgb = to_rgb(image) if isinstance(image, Image.Image) else from_array(mx.array(image) / 2 + 0.5)
     side = model.config.image_size
-    pixels = mx.array(to_array(picture.resize((side, side), Image.Resampling.BILINEAR)))
+    pixels = mx.array(to_array(rgb.resize((side, side), Image.Resampling.BILINEAR)))
     depth = model(pixels[None])[0].astype(mx.float32)
     mx.eval(depth)
     return depth
 
 
 def read_depth(path: str | os.PathLike) -> np.ndarray:
-    """A depth map [H, W] float32 from a picture in shades of grey, lighter where it is nearer; 16 bits are kept.
+    """Read a depth map [H, W] float32 from a grey image, lighter for what is nearer. All of 16 bits is kept.
 
-    Three equal channels are grey too, and what is transparent is farthest. Raises ValueError, one line with the path
-    and the remedy, for a picture that cannot be read, is coloured, or is the same everywhere.
+    Three equal channels are grey too, and transparent parts are farthest. Raises ValueError, one line with the path and
+    the remedy, for an image that cannot be read, is coloured, or has one level only.
     """
-    picture = np.asarray(open_image(path, _BLACK))
+    image = np.asarray(open_image(path, BLACK))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what open_image did not mind
-        with Image.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                picture = np.asarray(ImageOps.exif_transpose(image))[..., None]
-    values = picture[..., 0].astype(np.float32)
-    if (picture != picture[..., :1]).any():
+        warnings.simplefilter("ignore")  # open_image has read it without
+        with Image.open(path) as deep:
+            if deep.mode in ("I", "F") or deep.mode.startswith("I;"):
+                image = np.asarray(ImageOps.exif_transpose(deep))[..., None]
+    depth = image[..., 0].astype(np.float32)
+    if (image != image[..., :1]).any():
         raise ValueError(f"{path} is a picture in colour; a depth map is grey, lighter where it is nearer")
-    if values.min() == values.max():
-        raise ValueError(f"the depth map {path} is {values.max():g} everywhere; give one that tells near from far")
-    return values
+    if depth.min() == depth.max():
+        raise ValueError(f"the depth map {path} is {depth.max():g} everywhere; give one that tells near from far")
+    return depth
+
+
+def crop_depth(depth: Any, image_size: tuple[int, int], canvas: Canvas, resize: str) -> Any:
+    """Return the part of an image's depth map [H, W] that shows the canvas's box; its border values continue outside.
+
+    Args:
+        image_size: (width, height) of the image before it was fitted to the canvas.
+        resize: the mode of that fit, "crop", "pad" or "stretch".
+    """
+    scales = [side / original for side, original in zip(canvas.image.size, image_size, strict=True)]
+    scales = {"crop": [max(scales)] * 2, "pad": [min(scales)] * 2}.get(resize, scales)
+    indices = []
+    for axis, scale in enumerate(scales):
+        side, original, count = canvas.image.size[axis], image_size[axis], depth.shape[1 - axis]
+        # The canvas and the image have the same middle.
+        start, end = (
+            round(((edge - side / 2) / scale + original / 2) * count / original) for edge in canvas.box[axis::2]
+        )
+        indices.append([min(max(i, 0), count - 1) for i in range(start, max(end, start + 1))])
+    columns, rows = indices
+    return depth[rows][:, columns]

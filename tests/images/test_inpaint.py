@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from images.test_files import noise
 from stable_diffusion.images.image import fit
-from stable_diffusion.images.inpaint import Canvas, canvas, expand, prepare, read_mask
+from stable_diffusion.images.inpaint import Canvas, add_borders, adjust_mask, make_canvas, read_mask
 
 SIZE = (96, 64)
 NATIVE = 64
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> Image.Image:
@@ -112,14 +109,14 @@ def test_files_that_are_no_masks(tmp_path):
 def test_inverted():
     values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0]) % 256
     mask = Image.fromarray(values.astype(np.uint8))
-    assert np.array_equal(array(prepare(mask, invert=True)), 255 - values)
-    assert np.array_equal(array(prepare(prepare(mask, invert=True), invert=True)), values)
-    assert np.array_equal(array(prepare(mask)), values)
+    assert np.array_equal(array(adjust_mask(mask, invert=True)), 255 - values)
+    assert np.array_equal(array(adjust_mask(adjust_mask(mask, invert=True), invert=True)), values)
+    assert np.array_equal(array(adjust_mask(mask)), values)
 
 
 @pytest.mark.parametrize("blur", [0.5, 2, 5])
 def test_soft_edges_end_within_three_deviations(blur):
-    values = array(prepare(rectangle((48, 0, 96, 64)), blur=blur))
+    values = array(adjust_mask(rectangle((48, 0, 96, 64)), blur=blur))
     reach = math.ceil(3 * blur) + 1
     assert (values[:, : 48 - reach] == 0).all() and (values[:, 48 + reach :] == 255).all()
     assert (np.diff(values, axis=1) >= 0).all()
@@ -133,12 +130,12 @@ def test_soft_edges_end_within_three_deviations(blur):
 
 @pytest.mark.parametrize("level", [0, 100, 255])
 def test_blur_leaves_what_is_the_same_everywhere(level):
-    assert set(array(prepare(Image.new("L", SIZE, level), blur=9)).flat) == {level}
+    assert set(array(adjust_mask(Image.new("L", SIZE, level), blur=9)).flat) == {level}
 
 
 def test_inverted_before_it_is_blurred():
     mask = rectangle((0, 0, 48, 64))
-    together, apart = prepare(mask, invert=True, blur=3), prepare(prepare(mask, invert=True), blur=3)
+    together, apart = adjust_mask(mask, invert=True, blur=3), adjust_mask(adjust_mask(mask, invert=True), blur=3)
     assert np.array_equal(array(together), array(apart))
 
 
@@ -158,19 +155,19 @@ def test_inverted_before_it_is_blurred():
     ],
 )
 def test_sizes_without_a_mask(size, width, height, worked_on):
-    place = canvas(noise(*size), None, width, height, NATIVE)
-    assert place.size == place.picture.size == worked_on
+    place = make_canvas(noise(*size), None, width, height, NATIVE)
+    assert place.size == place.image.size == worked_on
     assert place.box == (0, 0, *worked_on) and place.mask is None
-    assert place.part(place.picture) is place.picture
+    assert place.crop(place.image) is place.image
 
 
 @pytest.mark.parametrize("size", [(96, 64), (97, 65), (101, 67), (30, 20), (300, 200)])
 def test_a_masked_picture_keeps_its_size(size):
     picture, mask = noise(*size), rectangle((3, 3, 10, 10), size)
-    place = canvas(picture, mask, None, None, NATIVE)
-    assert place.picture is picture and place.mask is mask and place.box == (0, 0, *size)
+    place = make_canvas(picture, mask, None, None, NATIVE)
+    assert place.image is picture and place.mask is mask and place.box == (0, 0, *size)
     assert not any(side % 8 for side in place.size) and min(place.size) >= 64
-    assert place.part(picture).size == place.part(mask).size == place.size
+    assert place.crop(picture).size == place.crop(mask).size == place.size
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
@@ -178,10 +175,10 @@ def test_a_masked_picture_that_is_given_a_size(resize):
     """Mask and picture stay together, and around a fitted picture nothing is made anew."""
     picture, mask = Image.new("RGB", SIZE, (0, 0, 0)), rectangle((24, 16, 72, 48))
     picture.paste((255, 255, 255), (24, 16, 72, 48))
-    place = canvas(picture, mask, 128, 128, NATIVE, resize=resize)
-    assert place.size == place.picture.size == place.mask.size == (128, 128)
+    place = make_canvas(picture, mask, 128, 128, NATIVE, resize=resize)
+    assert place.size == place.image.size == place.mask.size == (128, 128)
     values = array(place.mask)
-    inside = np.asarray(place.picture)[..., 0] > 128
+    inside = np.asarray(place.image)[..., 0] > 128
     if resize == "pad":
         inside[:22] = inside[-22:] = False  # the white around it
     assert ((values > 128) != inside).mean() < 0.02
@@ -209,11 +206,11 @@ def test_a_masked_picture_that_is_given_a_size(resize):
 )
 def test_the_part_around_a_mask(box, padding, cropped):
     picture, mask = noise(*SIZE), rectangle(box)
-    place = canvas(picture, mask, None, None, NATIVE, padding=padding)
-    assert place.box == cropped and place.picture is picture and place.mask is mask
+    place = make_canvas(picture, mask, None, None, NATIVE, padding=padding)
+    assert place.box == cropped and place.image is picture and place.mask is mask
     width, height = cropped[2] - cropped[0], cropped[3] - cropped[1]
     assert place.size == ((64, 64) if width == height else (80, 64))
-    part = place.part(picture)
+    part = place.crop(picture)
     assert part.size == place.size
     assert np.array_equal(array(part), array(fit(picture.crop(cropped), *place.size, mode="stretch")))
 
@@ -221,7 +218,7 @@ def test_the_part_around_a_mask(box, padding, cropped):
 @pytest.mark.parametrize("width, height", [(256, 128), (128, 256), (192, None), (None, 192), (256, 256)])
 def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
     """The aspect ratio of the box is that of what is worked on, and the area is the one asked for."""
-    place = canvas(noise(400, 300), rectangle((200, 150, 220, 170), (400, 300)), width, height, 128, padding=5)
+    place = make_canvas(noise(400, 300), rectangle((200, 150, 220, 170), (400, 300)), width, height, 128, padding=5)
     wanted = (width or 128, height or 128)
     box = (place.box[2] - place.box[0], place.box[3] - place.box[1])
     assert min(box) == 30 and box[0] / box[1] == pytest.approx(wanted[0] / wanted[1], rel=0.05)
@@ -231,27 +228,27 @@ def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
 def test_grey_counts_as_masked():
     mask = Image.new("L", SIZE)
     mask.paste(1, (40, 20, 50, 30))
-    assert canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0).box == (40, 20, 50, 30)
+    assert make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0).box == (40, 20, 50, 30)
 
 
 @pytest.mark.parametrize("padding", [0, 10, 1000])
 def test_nothing_to_crop_to(padding):
     with pytest.raises(ValueError, match="mask is black everywhere"):
-        canvas(noise(*SIZE), Image.new("L", SIZE), None, None, NATIVE, padding=padding)
+        make_canvas(noise(*SIZE), Image.new("L", SIZE), None, None, NATIVE, padding=padding)
 
 
 def test_hints_go_with_the_picture():
     """A hint of the picture's own size, or twice as large, is cut where the picture is cut."""
     picture = noise(*SIZE)
-    place = canvas(picture, rectangle((64, 32, 96, 64)), None, None, NATIVE, padding=0)
+    place = make_canvas(picture, rectangle((64, 32, 96, 64)), None, None, NATIVE, padding=0)
     assert place.box == (64, 32, 96, 64)
-    assert np.array_equal(array(place.part(picture)), array(picture.crop(place.box).resize((64, 64), 1)))
+    assert np.array_equal(array(place.crop(picture)), array(picture.crop(place.box).resize((64, 64), 1)))
     large = Image.new("RGB", (192, 128))
     large.paste((200, 100, 0), (128, 64, 192, 128))
-    assert (array(place.part(large))[10:, 10:] == (200, 100, 0)).all()
+    assert (array(place.crop(large))[10:, 10:] == (200, 100, 0)).all()
     # of another aspect ratio it comes to the picture's as the picture itself would
     square = Image.new("RGB", (64, 64), (0, 0, 255))
-    padded = Canvas(picture, None, (0, 0, *SIZE), SIZE).part(square, "pad")
+    padded = Canvas(picture, None, (0, 0, *SIZE), SIZE).crop(square, "pad")
     assert (array(padded)[:, :15] == 255).all() and (array(padded)[:, 17:79] == (0, 0, 255)).all()
 
 
@@ -263,10 +260,10 @@ def test_hints_go_with_the_picture():
 @pytest.mark.parametrize("blur", [0, 1.5])
 def test_kept_pixels_are_the_very_same(size, padding, blur):
     picture = noise(*size)
-    mask = prepare(rectangle((20, 10, 40, 31), size), blur=blur)
-    place = canvas(picture, mask, None, None, NATIVE, padding=padding)
+    mask = adjust_mask(rectangle((20, 10, 40, 31), size), blur=blur)
+    place = make_canvas(picture, mask, None, None, NATIVE, padding=padding)
     made = Image.new("RGB", place.size, (10, 200, 30))
-    result, values = place.finish(made), array(mask)
+    result, values = place.paste(made), array(mask)
     assert result.size == size
     assert np.array_equal(array(result)[values == 0], array(picture)[values == 0])
     assert (array(result)[values == 255] == (10, 200, 30)).all() and (values == 255).any()
@@ -275,32 +272,29 @@ def test_kept_pixels_are_the_very_same(size, padding, blur):
 
 def test_grey_blends():
     picture, mask = Image.new("RGB", SIZE, (200, 0, 100)), Image.new("L", SIZE, 64)
-    result = canvas(picture, mask, None, None, NATIVE).finish(Image.new("RGB", SIZE, (0, 200, 100)))
+    result = make_canvas(picture, mask, None, None, NATIVE).paste(Image.new("RGB", SIZE, (0, 200, 100)))
     assert np.abs(array(result) - (200 - 50.2, 50.2, 100)).max() <= 1
 
 
-@pytest.mark.parametrize("padding", [None, 4])
-def test_without_compositing_it_is_what_was_made(padding):
-    place = canvas(noise(97, 65), rectangle((20, 10, 33, 31), (97, 65)), None, None, NATIVE, padding=padding)
-    made = noise(*place.size, seed=1)
-    assert place.finish(made, composite=False) is made
-    assert canvas(noise(96, 64), None, None, None, NATIVE).finish(made) is made
+def test_without_a_mask_it_is_what_was_made():
+    made = noise(96, 64, seed=1)
+    assert make_canvas(noise(96, 64), None, None, None, NATIVE).paste(made) is made
 
 
 def test_black_keeps_everything_and_white_nothing():
     picture = noise(97, 65)
     made = noise(96, 64, seed=1)
     for level, want in ((0, picture), (255, fit(made, 97, 65, mode="stretch"))):
-        place = canvas(picture, Image.new("L", picture.size, level), None, None, NATIVE)
-        assert place.size == (96, 64) and np.array_equal(array(place.finish(made)), array(want))
+        place = make_canvas(picture, Image.new("L", picture.size, level), None, None, NATIVE)
+        assert place.size == (96, 64) and np.array_equal(array(place.paste(made)), array(want))
 
 
 def test_what_was_made_comes_back_where_it_belongs():
     """A picture that is worked on and not changed is itself again, but for the resizing."""
     x, y = np.meshgrid(np.linspace(0, 255, 120), np.linspace(0, 255, 90))
     picture = Image.fromarray(np.rint(np.dstack([x, y, 255 - x])).astype(np.uint8))
-    place = canvas(picture, rectangle((70, 50, 110, 80), (120, 90)), None, None, NATIVE, padding=3)
-    result = place.finish(place.part(picture))
+    place = make_canvas(picture, rectangle((70, 50, 110, 80), (120, 90)), None, None, NATIVE, padding=3)
+    result = place.paste(place.crop(picture))
     assert np.abs(array(result) - array(picture)).max() <= 6
 
 
@@ -311,7 +305,7 @@ def test_what_was_made_comes_back_where_it_belongs():
 def test_borders(borders):
     left, top, right, bottom = borders
     picture = noise(*SIZE)
-    wider, mask = expand(picture, None, borders)
+    wider, mask = add_borders(picture, None, borders)
     assert wider.size == mask.size == (96 + left + right, 64 + top + bottom)
     assert (wider.mode, mask.mode) == ("RGB", "L")
     inner = (left, top, left + 96, top + 64)
@@ -323,7 +317,7 @@ def test_borders(borders):
 
 
 def test_borders_around_a_mask():
-    _, mask = expand(noise(*SIZE), rectangle((10, 10, 20, 20)), (8, 0, 0, 0))
+    _, mask = add_borders(noise(*SIZE), rectangle((10, 10, 20, 20)), (8, 0, 0, 0))
     values = array(mask)
     assert (values[:, :8] == 255).all() and (values[10:20, 18:28] == 255).all()
     assert (values == 255).sum() == 8 * 64 + 100
@@ -331,9 +325,9 @@ def test_borders_around_a_mask():
 
 def test_borders_come_back_around_the_very_picture():
     picture = noise(61, 43)
-    wider, mask = expand(picture, None, (5, 0, 30, 7))
-    place = canvas(wider, mask, None, None, NATIVE)
-    result = place.finish(Image.new("RGB", place.size, (1, 2, 3)))
+    wider, mask = add_borders(picture, None, (5, 0, 30, 7))
+    place = make_canvas(wider, mask, None, None, NATIVE)
+    result = place.paste(Image.new("RGB", place.size, (1, 2, 3)))
     assert result.size == (96, 50)
     assert np.array_equal(array(result.crop((5, 0, 66, 43))), array(picture))
     assert (array(result)[43:] == (1, 2, 3)).all() and (array(result)[:, 66:] == (1, 2, 3)).all()

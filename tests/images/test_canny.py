@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stable_diffusion.images.edges import canny
+from stable_diffusion.images.canny import canny
 
 # What cv2.Canny of OpenCV 5.0.0 makes of `picture()`, one bit a pixel, rows after each other.
 OPENCV = {

@@ -1,0 +1,274 @@
+"""Read and write image files: PNG, JPEG and WebP with the texts in them; for reading, whatever Pillow knows."""
+
+import logging
+import os
+import secrets
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+_log = logging.getLogger("stable_diffusion")
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
+
+UNFINISHED: set[Path] = set()  # files being written; a process that exits early removes them
+# Suffix -> (Pillow's format, options for saving).
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+SUFFIXES = tuple(_FORMATS)
+# EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory.
+_DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
+_BYTE, _UNDEFINED = 1, 7  # types of EXIF values
+_UTF_16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
+_LARGEST_EXIF = 65533  # bytes; a JPEG segment has a 16-bit length
+
+
+def open_image(path: str | os.PathLike, background: Colour = WHITE) -> Image.Image:
+    """Read an image file upright, as RGB, its transparent parts filled with ``background``.
+
+    Of an animation it is the first frame. Raises ValueError, one line with the path, for a file that cannot be read.
+    """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
+        return to_rgb(image, background)
+
+
+def read_if_path(image: Any, background: Colour = WHITE) -> Any:
+    """Read an image file if ``image`` is a path; return anything else unchanged."""
+    return open_image(image, background) if isinstance(image, str | os.PathLike) else image
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open an image without decoding it. Every failure in the block becomes a ValueError of one line."""
+    if not os.fspath(path).strip():
+        raise ValueError("the path of the image is empty; give the path of a PNG, JPEG or WebP file")
+    if not os.path.exists(path):  # unlike Path.exists it is also False for a path that is too long
+        raise ValueError(f"there is no image at {path}; check the path")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is {'a folder' if os.path.isdir(path) else 'not a file'}; give the path of an image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata and from 90 megapixels on, which phones have; from 180 on it raises.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                yield image
+    except Image.DecompressionBombError:
+        remedy = f"at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are read; make it smaller first"
+        raise ValueError(f"the image {path} is too large: {remedy}") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read; save it as PNG or JPEG") from None
+    except Exception as error:  # decoders raise SyntaxError, EOFError, struct.error, ... for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the image {path} cannot be read ({reason}); save it again as PNG or JPEG") from None
+
+
+def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
+    """Convert a PIL image of any mode to RGB, with ``background`` behind its transparent parts.
+
+    Deep grey (16 bits, 32 bits, float) is scaled to 8 bits, never clipped. Colour profiles are ignored. Raises
+    ValueError for mode LAB.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        rgb = _to_8_bits(image).convert("RGB")
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        rgb = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    elif image.mode == "LAB":
+        raise ValueError("an image of mode LAB is not supported; convert it to RGB")
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}  # profiles and texts of the input do not describe the output
+    return rgb
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey of mode I;16, I or F to mode L. White is the format's, or else the first usual one that fits."""
+    levels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"an image of mode {image.mode} has values that are not finite")
+    low, high = levels.min(), levels.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        low, high = 0, 65535
+    elif low >= 0 and high <= 65535:
+        whites = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        low, high = 0, next(white for white in whites if high <= white)
+    levels = (levels - low) * 255 / max(high - low, 1e-12)
+    return Image.fromarray(np.rint(levels).astype(np.uint8))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Check before any work that an image can be written to ``path``, and return it as a Path. Nothing is created.
+
+    Raises ValueError or OSError, one line with the path and the remedy.
+    """
+    if not os.fspath(path).strip():
+        raise ValueError("the output path is empty; give one like image.png")
+    path = Path(path)
+    if os.path.isdir(path):
+        raise ValueError(f"the output {path} is a folder; give the path of a file in it, like {path / 'image.png'}")
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"the output {path} has the suffix {path.suffix!r}; choose one of {', '.join(_FORMATS)}")
+    if not os.path.isdir(path.parent):
+        raise ValueError(f"the output folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OSError(f"the output {path} could not be written ({error.strerror}); choose another name") from None
+    return path
+
+
+def save(
+    image: Image.Image,
+    path: str | os.PathLike,
+    text: Mapping[str, str] | None = None,
+    *,
+    quality: int | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write an image in the format of the suffix. The file appears under its name when it is complete.
+
+    Args:
+        text: keyword -> text. PNG stores them as text chunks. JPEG and WebP store "parameters" and
+            "stable_diffusion" in EXIF, of which a JPEG holds 64 kB: what does not fit is left out with a warning,
+            "parameters" first.
+        quality: of JPEG and WebP, 1 to 100; None is 95.
+        overwrite: replace an existing file. If False, raise FileExistsError, also if another process takes the name
+            meanwhile.
+
+    Raises ValueError as :func:`check_output` and for a ``quality`` of PNG, and OSError, one line with the path, if
+    writing fails.
+    """
+    path = check_output(path)
+    format_, options = _format_options(path, text, quality)
+    if format_ == "JPEG" and image.mode != "L":
+        image = to_rgb(image)
+    # Not tempfile: its files are readable by their owner only, and would stay so.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    UNFINISHED.add(temporary)
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, format=format_, **options)
+            file.flush()
+            os.fsync(file.fileno())  # or the name could survive a power cut without its content
+        (os.replace if overwrite else _rename_new)(temporary, path)
+    except FileExistsError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise OSError(f"the image {path} could not be written ({error}); try another folder or format") from error
+    finally:
+        with suppress(OSError):  # the folder may be gone; the error above says so
+            temporary.unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
+
+
+def _format_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> tuple[str, dict[str, Any]]:
+    """Return Pillow's format and options for a file of this name."""
+    format_, options = _FORMATS[path.suffix.lower()]
+    if quality is not None:
+        if format_ == "PNG" or not 1 <= quality <= 100:
+            raise ValueError(f"a quality of {quality} for {path.name}: it is 1 to 100, for JPEG and WebP")
+        options = options | {"quality": quality}
+    if not text:
+        return format_, options
+    if format_ != "PNG":
+        return format_, options | _exif(text, path, _LARGEST_EXIF if format_ == "JPEG" else None)
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        chunks.add_text(keyword, value)  # tEXt for Latin-1, else iTXt
+    return format_, options | {"pnginfo": chunks}
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename a complete file; FileExistsError if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: an empty file takes the name first
+        path.touch(exist_ok=False)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+# --- texts -------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike) -> dict[str, str]:
+    """Read the texts in an image file: those :func:`save` wrote, and any other of a PNG. Damaged ones are left out.
+
+    Raises ValueError, one line with the path, for a file that is no image.
+    """
+    texts: dict[str, str] = {}
+    with _opened(path) as image:
+        with suppress(Exception):  # as for pixels, damaged metadata raises all sorts of things
+            if image.format == "PNG":
+                texts = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
+                texts |= {key: str(value) for key, value in image.text.items()}  # also those behind the pixels
+        with suppress(Exception):
+            exif = image.getexif()
+            comment = exif.get_ifd(_EXIF_DIRECTORY).get(_USER_COMMENT)
+            for key, value in (("parameters", _decode(comment)), ("stable_diffusion", exif.get(_DESCRIPTION))):
+                if isinstance(value, str) and value:
+                    texts.setdefault(key, value)
+    return texts
+
+
+def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, Any]:
+    """Return Pillow's option for texts in EXIF of at most ``limit`` bytes; warn of those that do not fit."""
+    texts = {key: text[key] for key in ("stable_diffusion", "parameters") if key in text}
+    for subset in (texts, *({key: value} for key, value in texts.items()), {}):
+        data = _encode_exif(**subset)
+        if limit is None or len(data) <= limit:
+            break
+    if missing := ", ".join(key for key in texts if key not in subset):
+        _log.warning("%s has no room for all metadata: %s is left out; a PNG has it", path.name, missing)
+    return {"exif": data} if subset else {}
+
+
+def _encode_exif(stable_diffusion: str | None = None, parameters: str | None = None) -> bytes:
+    """Encode "parameters" as UserComment, where other programs look, and "stable_diffusion" as ImageDescription."""
+    exif, comment = Image.Exif(), b""
+    if stable_diffusion is not None:
+        exif[_DESCRIPTION] = stable_diffusion.encode("ascii", "replace").decode()  # the tag holds ASCII only
+    if parameters is not None:
+        comment = _UTF_16 + parameters.encode("utf-16-be")
+        exif.get_ifd(_EXIF_DIRECTORY)[_USER_COMMENT] = comment
+    # Pillow writes the comment as BYTE; readers expect UNDEFINED.
+    entries = [struct.pack(">HHI", _USER_COMMENT, type_, len(comment)) for type_ in (_BYTE, _UNDEFINED)]
+    return exif.tobytes().replace(*entries, 1)
+
+
+def _decode(comment: Any) -> Any:
+    """Decode a UserComment. UTF-16 has no byte order mark there: the side with more zero bytes is the high one."""
+    if not isinstance(comment, bytes):
+        return comment
+    body = comment[8:]
+    if comment.startswith(_UTF_16):
+        little = body[1::2].count(0) > body[::2].count(0)
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
+    return (body if comment.startswith((_ASCII, bytes(8))) else comment).decode("utf-8", "replace").rstrip("\0")

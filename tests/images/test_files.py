@@ -1,0 +1,540 @@
+"""Image files: every kind that users have, damaged ones, safe writing, and the texts in them."""
+
+import os
+import stat
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from stable_diffusion.images import files
+from stable_diffusion.images.files import check_output, open_image, read_text, save, to_rgb
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray(np.rint(np.stack([x, y, 1 - x], -1) * 255).astype(np.uint8))
+
+
+def write(image: Image.Image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    picture = noise(13, 7)
+    for name in ("a.png", "a.bmp", "a.tiff", "a.PNG"):
+        assert np.array_equal(pixels(open_image(write(picture, tmp_path / name))), pixels(picture))
+    assert np.array_equal(pixels(open_image(str(tmp_path / "a.png"))), pixels(picture))  # a str is a path too
+
+
+def test_grey_and_one_bit(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = pixels(open_image(write(Image.fromarray(ramp), tmp_path / "grey.png")))
+    assert np.array_equal(grey, np.repeat(ramp[..., None], 3, -1))
+    bits = Image.fromarray(ramp > 100)
+    assert bits.mode == "1"
+    assert np.array_equal(pixels(open_image(write(bits, tmp_path / "bits.png")))[..., 1], (ramp > 100) * 255)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([*RED, *GREEN, *BLUE])
+    for x in range(3):
+        palette.putpixel((x, 0), x)
+    assert pixels(open_image(write(palette, tmp_path / "plain.png"))).tolist() == [[[*RED], [*GREEN], [*BLUE]]]
+    one = write(palette, tmp_path / "one.png", transparency=1)
+    assert pixels(open_image(one)).tolist() == [[[*RED], [*WHITE], [*BLUE]]]
+    assert pixels(open_image(one, BLACK)).tolist() == [[[*RED], [*BLACK], [*BLUE]]]
+    several = write(palette, tmp_path / "several.png", transparency=bytes([255, 0, 51]))
+    assert pixels(open_image(several)).tolist() == [[[*RED], [*WHITE], [204, 204, 255]]]
+    assert pixels(open_image(write(palette, tmp_path / "a.gif", transparency=0))).tolist()[0][0] == [*WHITE]
+
+
+def test_transparent_colour_of_rgb_and_grey(tmp_path):
+    picture = Image.new("RGB", (2, 1), RED)
+    picture.putpixel((1, 0), GREEN)
+    assert pixels(open_image(write(picture, tmp_path / "rgb.png", transparency=GREEN))).tolist()[0] == [
+        [*RED],
+        [*WHITE],
+    ]
+    grey = Image.fromarray(np.array([[10, 200]], np.uint8))
+    assert pixels(open_image(write(grey, tmp_path / "grey.png", transparency=10), BLUE)).tolist()[0][0] == [*BLUE]
+
+
+def test_alpha_shows_the_background_and_not_what_hides_below(tmp_path):
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 128]]], np.uint8)
+    path = write(Image.fromarray(rgba), tmp_path / "rgba.png")
+    assert pixels(open_image(path)).tolist() == [[[255, 0, 0], [255, 255, 255], [255, 127, 127]]]
+    assert pixels(open_image(path, BLUE)).tolist() == [[[255, 0, 0], [0, 0, 255], [128, 0, 127]]]
+    grey = Image.fromarray(rgba).convert("LA")
+    grey.putpixel((1, 0), (0, 0))
+    assert pixels(open_image(write(grey, tmp_path / "la.png")))[0, 1].tolist() == [*WHITE]
+    assert pixels(to_rgb(Image.fromarray(rgba).convert("RGBa"), BLUE))[0, 1].tolist() == [*BLUE]
+    assert pixels(to_rgb(Image.new("La", (1, 1), (0, 0)), BLUE))[0, 0].tolist() == [*BLUE]
+    assert pixels(to_rgb(Image.new("PA", (1, 1), (0, 0)), BLUE))[0, 0].tolist() == [*BLUE]
+
+
+def png_16_bit(array: np.ndarray) -> bytes:
+    """A PNG with 16 bits a channel, by hand: Pillow writes none for colour."""
+    height, width = array.shape[:2]
+    kind = {2: 0, 3: {2: 4, 3: 2, 4: 6}[array.shape[-1]]}[array.ndim] if array.ndim == 3 else 0
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+
+    def chunk(tag: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    values = np.array([[0, 257, 30000, 65535], [128, 129, 255, 256]], np.uint16)
+    expected = np.rint(values / 257).astype(int)
+    (tmp_path / "grey.png").write_bytes(png_16_bit(values))
+    assert np.array_equal(pixels(open_image(tmp_path / "grey.png"))[..., 0], expected)
+    assert np.array_equal(pixels(open_image(write(Image.fromarray(values), tmp_path / "grey.tiff")))[..., 2], expected)
+    dark = np.full((2, 2), 200, np.uint16)  # stays dark: white is 65535 whatever the values
+    assert pixels(open_image(write(Image.fromarray(dark), tmp_path / "dark.png"))).max() == 1
+    for channels in (2, 3, 4):
+        deep = np.full((2, 2, channels), 65535, np.uint16)
+        deep[..., 0] = 32896
+        (tmp_path / "deep.png").write_bytes(png_16_bit(deep))
+        assert abs(pixels(open_image(tmp_path / "deep.png"))[0, 0, 0] - 128) <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[0, 25700, 65535]], np.int32), [0, 100, 255]),
+        (np.array([[0, 1_000_000, 2_000_000]], np.int32), [0, 128, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 10.0, 255.0]], np.float32), [0, 10, 255]),
+        (np.array([[0.0, 25700.0, 65535.0]], np.float32), [0, 100, 255]),
+        (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
+        (np.zeros((1, 3), np.float32), [0, 0, 0]),
+        (np.full((1, 3), -5, np.int32), [0, 0, 0]),
+    ],
+)
+def test_integer_and_float_grey(tmp_path, values, expected):
+    path = write(Image.fromarray(values), tmp_path / "deep.tiff")
+    assert pixels(open_image(path))[0, :, 0].tolist() == expected
+
+
+def test_integer_grey_of_a_png_has_sixteen_bits():
+    image = Image.fromarray(np.array([[0, 200]], np.int32))  # what older Pillow makes of a 16-bit PNG
+    image.format = "PNG"
+    assert pixels(to_rgb(image)).max() == 1
+
+
+def test_float_grey_that_is_not_finite(tmp_path):
+    path = write(Image.fromarray(np.array([[0, np.nan]], np.float32)), tmp_path / "nan.tiff")
+    with pytest.raises(ValueError, match="not finite"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
+def test_cmyk_has_its_colours(tmp_path, name):
+    """Cyan ink is no red, and so on; read as RGB, or inverted, these would be other colours."""
+    inks = {(255, 0, 0, 0): (0, 255, 255), (0, 255, 255, 0): RED, (0, 0, 0, 255): BLACK, (0, 0, 0, 0): WHITE}
+    for ink, colour in inks.items():
+        path = write(Image.new("CMYK", (16, 16), ink), tmp_path / name)
+        with Image.open(path) as raw:
+            assert raw.mode == "CMYK"
+        assert np.abs(pixels(open_image(path)) - colour).max() <= 2, ink
+
+
+def test_ycbcr_and_hsv(tmp_path):
+    picture = smooth(32, 32)
+    assert np.abs(pixels(to_rgb(picture.convert("YCbCr"))) - pixels(picture)).max() <= 3
+    assert np.abs(pixels(to_rgb(picture.convert("HSV"))) - pixels(picture)).max() <= 12
+    assert np.abs(pixels(open_image(write(picture, tmp_path / "a.jpg", quality=95))) - pixels(picture)).mean() < 3
+
+
+def test_mode_without_a_conversion():
+    with pytest.raises(ValueError, match="LAB"):
+        to_rgb(Image.new("LAB", (2, 2)))
+
+
+def test_profile_and_text_are_not_carried_over(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = write(noise(4, 4), tmp_path / "a.png", icc_profile=profile)
+    picture = open_image(path)
+    assert np.array_equal(pixels(picture), pixels(noise(4, 4))) and picture.info == {}
+    save(picture, tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as copy:
+        assert "icc_profile" not in copy.info
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff"])
+def test_exif_orientation(tmp_path, orientation, name):
+    picture = smooth(48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write(picture, tmp_path / name, exif=exif)
+    upright = {
+        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, 1),
+    }  # fmt: skip
+    expected = upright[orientation](pixels(picture))
+    got = pixels(open_image(path))
+    assert got.shape == expected.shape and np.abs(got - expected).mean() < 3
+
+
+def test_sixteen_bits_lying_on_the_side(tmp_path):
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write(Image.fromarray(values), tmp_path / "a.png", exif=exif)
+    assert pixels(open_image(path))[..., 0].tolist() == [[200, 0], [255, 100]]
+
+
+def test_animated_files_give_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    for name in ("a.gif", "a.png", "a.webp"):
+        path = write(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], **(
+            {"lossless": True} if name.endswith("webp") else {}))  # fmt: skip
+        assert np.abs(pixels(open_image(path)) - RED).max() <= 1, name
+
+
+def test_sides_of_one_pixel_and_of_thousands(tmp_path):
+    for size in ((1, 1), (1, 40), (5000, 1), (5000, 3)):
+        assert open_image(write(Image.new("RGB", size, RED), tmp_path / "a.png")).size == size
+
+
+def test_a_hundred_megapixels_are_read_and_a_bomb_is_not(tmp_path, monkeypatch):
+    path = write(Image.new("RGB", (100, 100)), tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)  # warns from here on, raises from twice as much
+    assert open_image(path).size == (100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(ValueError, match=r"too large: .* megapixels") as error:
+        open_image(path)
+    assert str(path) in str(error.value)
+
+
+def unreadable_files(folder):
+    full = write(noise(64, 64), folder / "full.png").read_bytes()
+    (folder / "cut.png").write_bytes(full[: len(full) // 2])
+    jpeg = write(noise(64, 64), folder / "full.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "head.png").write_bytes(full[:20])
+    (folder / "flipped.png").write_bytes(full[:200] + bytes(b ^ 0xFF for b in full[200:260]) + full[260:])
+    (folder / "text.png").write_text("this is not an image")
+    (folder / "empty.png").write_bytes(b"")
+    return [folder / name for name in ("cut.png", "cut.jpg", "head.png", "flipped.png", "text.png", "empty.png")]
+
+
+def test_what_cannot_be_read(tmp_path):
+    for path in [*unreadable_files(tmp_path), tmp_path / "missing.png", tmp_path / ("a" * 5000), tmp_path]:
+        with pytest.raises(ValueError) as error:
+            open_image(path)
+        message = str(error.value)
+        assert str(path) in message and "\n" not in message and ";" in message, message
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="path of the image is empty"):
+            open_image(empty)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a file"):
+        open_image(tmp_path / "pipe")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg", "a.webp", "A.PNG", "b.JPG", "two.dots.png"])
+def test_save(tmp_path, name):
+    picture = smooth(40, 24)
+    save(picture, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with Image.open(tmp_path / name) as file:
+        assert file.format == {"jpg": "JPEG", "jpeg": "JPEG"}.get(
+            name.lower().split(".")[-1], name[-4:].upper().strip(".")
+        )
+    error = np.abs(pixels(open_image(tmp_path / name)) - pixels(picture))
+    assert error.max() == 0 if name.lower().endswith("png") else error.mean() < 2
+
+
+def test_a_jpeg_keeps_its_colours_sharp(tmp_path):
+    stripes = Image.fromarray(np.tile(np.array([RED, BLUE], np.uint8), (32, 16, 1)))
+    save(stripes, tmp_path / "a.jpg")  # halved chroma would make every column purple
+    assert np.abs(pixels(open_image(tmp_path / "a.jpg")) - pixels(stripes)).mean() < 10
+
+
+def test_save_replaces_and_has_the_usual_permissions(tmp_path):
+    save(noise(8, 8), tmp_path / "a.png")
+    save(noise(8, 8, seed=1), str(tmp_path / "a.png"))
+    assert np.array_equal(pixels(open_image(tmp_path / "a.png")), pixels(noise(8, 8, seed=1)))
+    (tmp_path / "plain").write_text("")
+    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_text_of_a_png(tmp_path):
+    text = {"prompt": "a café — 富士山", "seed": "7"}
+    save(noise(8, 8), tmp_path / "a.png", text=text)
+    with Image.open(tmp_path / "a.png") as file:
+        assert file.text == text
+    save(noise(8, 8), tmp_path / "a.jpg", text=text)
+    save(noise(8, 8), tmp_path / "b.png", text={})
+
+
+def test_other_modes_are_saved(tmp_path):
+    for mode in ("L", "RGBA", "P", "I;16", "1"):
+        save(Image.new(mode, (8, 8)), tmp_path / "a.jpg")
+        save(Image.new(mode, (8, 8)), tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == (8, 8)
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save(noise(8, 8), path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for where, name in ((files.os, "replace"), (Image.Image, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, lambda *args, **kwargs: fail())
+            with pytest.raises(OSError, match="No space left") as error:
+                save(noise(8, 8, seed=1), path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert np.array_equal(pixels(open_image(path)), pixels(noise(8, 8)))
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(noise(8, 8), tmp_path / "b.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_image_too_large_for_its_format(tmp_path):
+    with pytest.raises(OSError, match=r"a\.webp could not be written"):
+        save(Image.new("RGB", (20000, 1)), tmp_path / "a.webp")
+    with pytest.raises(OSError, match="could not be written"):
+        save(noise(8, 8), tmp_path / ("a" * 5000 + ".png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_output(tmp_path, monkeypatch):
+    assert check_output(str(tmp_path / "a.png")) == tmp_path / "a.png"
+    assert check_output(tmp_path / "A.WebP") == tmp_path / "A.WebP"
+    monkeypatch.chdir(tmp_path)
+    assert str(check_output("out.png")) == "out.png"
+    assert not list(tmp_path.iterdir())  # checking writes nothing
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        ("", "path is empty"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "folder.png", "is a folder"),
+        (tmp_path / "a.gif", "'.gif'"),
+        (tmp_path / "a", "choose one of .png, .jpg, .jpeg, .webp"),
+        (tmp_path / ".png", "suffix ''"),
+        (tmp_path / "nowhere" / "a.png", "does not exist; create it"),
+        (tmp_path / "file" / "a.png", "does not exist"),
+        (tmp_path / ("a" * 5000) / "a.png", "does not exist"),
+    ):
+        for function in (check_output, lambda path: save(noise(8, 8), path)):
+            with pytest.raises(ValueError) as error:
+                function(path)
+            assert message in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(files.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OSError, match=r"is not writable; choose another one"):
+        check_output(tmp_path / "a.png")
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "parameters": "a café: «富士山» 🌋\nNegative prompt: rain\nSteps: 3, Size: 8x8",
+    "stable_diffusion": '{"prompt": "\\u5bcc\\ud83c", "steps": 3}',
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
+def test_texts_come_back(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    save(noise(8, 8), path, TEXTS)
+    assert read_text(path) == TEXTS
+    for name, text in TEXTS.items():
+        save(noise(8, 8), path, {name: text})
+        assert read_text(path) == {name: text}
+    for nothing in (None, {}):
+        save(noise(8, 8), path, nothing)
+        assert read_text(path) == {}
+        with Image.open(path) as file:
+            assert not file.getexif()
+
+
+def test_texts_of_a_png_are_where_others_look(tmp_path):
+    """tEXt of Latin-1, iTXt of what is not (PNG specification, 11.3.4)."""
+    save(noise(8, 8), tmp_path / "a.png", TEXTS)
+    chunks = (tmp_path / "a.png").read_bytes()
+    assert b"iTXtparameters\0\0\0\0\0" + TEXTS["parameters"].encode() in chunks
+    assert b"tEXtstable_diffusion\0" + TEXTS["stable_diffusion"].encode() in chunks
+    save(noise(8, 8), tmp_path / "a.png", {"parameters": "café"})
+    assert b"tEXtparameters\0caf\xe9" in (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_texts_in_exif_are_where_others_look(tmp_path, suffix):
+    """EXIF 2.32: UserComment (0x9286, of undefined type) with the name of its encoding, ImageDescription (0x010E)."""
+    save(noise(8, 8), tmp_path / f"a.{suffix}", TEXTS)
+    with Image.open(tmp_path / f"a.{suffix}") as file:
+        data, exif = file.info["exif"].removeprefix(b"Exif\0\0"), file.getexif()
+        comment = exif.get_ifd(0x8769)[0x9286]
+        assert exif[0x010E] == TEXTS["stable_diffusion"]
+    assert data.startswith(b"MM\0*")  # big-endian, and so is the text
+    assert comment == b"UNICODE\0" + TEXTS["parameters"].encode("utf-16-be")
+    assert struct.pack(">HHI", 0x9286, 7, len(comment)) in data
+
+
+def with_comment(path, comment: bytes):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = comment
+    noise(8, 8).save(path, exif=exif.tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + "a: é, 富".encode("utf-16-be"),
+        b"UNICODE\0" + "a: é, 富".encode("utf-16-le"),
+        b"UNICODE\0\xff\xfe" + "a: é, 富".encode("utf-16-le"),
+        b"UNICODE\0\xfe\xff" + "a: é, 富".encode("utf-16-be"),
+        bytes(8) + "a: é, 富".encode(),
+        b"ASCII\0\0\0" + "a: é, 富\0".encode(),
+        "a: é, 富".encode(),
+    ],
+)
+def test_comments_as_others_write_them(tmp_path, comment):
+    assert read_text(with_comment(tmp_path / "a.jpg", comment)) == {"parameters": "a: é, 富"}
+
+
+def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
+    """64 kB: the record stays whole as long as it can, then the text; and whatever it is, the picture is written."""
+    path = tmp_path / "a.jpg"
+    for text, record, kept in (
+        (15_000, 30_000, ["parameters", "stable_diffusion"]),
+        (20_000, 30_000, ["stable_diffusion"]),
+        (40_000, 65_000, ["stable_diffusion"]),
+        (20_000, 70_000, ["parameters"]),
+        (40_000, 70_000, []),
+    ):
+        texts = {"parameters": "é" * text, "stable_diffusion": "x" * record}
+        caplog.clear()
+        save(noise(8, 8), path, texts)
+        assert read_text(path) == {name: texts[name] for name in kept}
+        assert pixels(open_image(path)).shape == (8, 8, 3)
+        left = [name for name in ("stable_diffusion", "parameters") if name not in kept]
+        lines = [f"a.jpg has no room for all metadata: {', '.join(left)} is left out; a PNG has it"] if left else []
+        assert [record.message for record in caplog.records] == lines
+    caplog.clear()
+    for name in ("a.png", "a.webp"):
+        save(noise(8, 8), tmp_path / name, texts)
+        assert read_text(tmp_path / name) == texts
+    assert not caplog.records
+
+
+def test_texts_of_other_programs(tmp_path):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Comment", "é")
+    chunks.add_itxt("prompt", "富", zip=True)
+    path = write(noise(8, 8), tmp_path / "a.png", pnginfo=chunks, dpi=(72, 72))
+    assert read_text(path) == {"Comment": "é", "prompt": "富"}
+    data = path.read_bytes()
+    behind = b"tEXtparameters\0last"
+    behind = struct.pack(">I", len(behind) - 4) + behind + struct.pack(">I", zlib.crc32(behind))
+    path.write_bytes(data[:-12] + behind + data[-12:])  # before IEND, behind the pixels
+    assert read_text(path)["parameters"] == "last"
+    write(noise(8, 8), tmp_path / "a.gif", comment=b"x")
+    assert read_text(tmp_path / "a.gif") == {}
+
+
+def test_damaged_metadata_is_left_out(tmp_path):
+    good = tmp_path / "good.jpg"
+    save(noise(8, 8), good, TEXTS)
+    data = good.read_bytes()
+    start, end = data.index(b"MM\0*"), data.index(b"\xff\xdb")
+    generator = np.random.default_rng(0)
+    path = tmp_path / "a.jpg"
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in generator.integers(start, end, 3):
+            damaged[place] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        assert all(isinstance(text, str) for text in read_text(path).values())
+        assert open_image(path).size == (8, 8)
+    path = tmp_path / "a.png"
+    save(noise(8, 8), path, TEXTS)
+    data = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in generator.integers(33, len(data) - 220, 2):
+            damaged[place] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            assert all(isinstance(text, str) for text in read_text(path).values())
+        except ValueError as error:
+            assert "a.png" in str(error) and "\n" not in str(error)
+
+
+def test_texts_of_no_picture(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    for path, message in ((tmp_path / "none.png", "there is no image"), (tmp_path / "a.png", "is not an image")):
+        with pytest.raises(ValueError, match=message):
+            read_text(path)
+
+
+def test_texts_of_any_letters(tmp_path):
+    """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        points = [*generator.integers(1, 0xD800, 300), *generator.integers(0xE000, 0x110000, 300)]
+        text = "".join(map(chr, generator.permutation(points)))
+        for suffix in ("png", "webp", "jpg"):
+            save(noise(8, 8), tmp_path / f"a.{suffix}", {"parameters": "A1111 " * 200 + text})
+            assert read_text(tmp_path / f"a.{suffix}") == {"parameters": "A1111 " * 200 + text}
+
+
+def test_quality(tmp_path):
+    for suffix in ("jpg", "webp"):
+        path, sizes = tmp_path / f"a.{suffix}", []
+        for quality in (1, 50, None, 100):
+            save(noise(64, 64), path, quality=quality)
+            sizes.append(path.stat().st_size)
+        assert sizes == sorted(set(sizes))
+        save(noise(64, 64), path, quality=95)
+        assert path.stat().st_size == sizes[2]
+        for quality in (0, 101):
+            with pytest.raises(ValueError, match=f"a quality of {quality} for a.{suffix}: it is 1 to 100"):
+                save(noise(8, 8), path, quality=quality)
+    with pytest.raises(ValueError, match=r"a quality of 95 for a.png: it is 1 to 100, for JPEG and WebP"):
+        save(noise(8, 8), tmp_path / "a.png", quality=95)
