@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Change an image towards a prompt: ``python image2image.py photo.jpg "a lit fireplace" --strength 0.5``."""
 
 import sys

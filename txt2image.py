@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Make images from a prompt: ``python txt2image.py "a photo of an astronaut riding a horse on mars"``."""
 
 import sys

@@ -27,11 +27,12 @@ from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, 
 import mlx.core as mx
 import numpy as np
 
+from stable_diffusion.models import cpu
 from stable_diffusion.models.layers import Context
 from stable_diffusion.weights.load import build
 from tools.tiny.evaluate import evaluate
 
-from .growth import text_time
+from .growth import embed_time
 from .shapes import UNETS
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -92,24 +93,23 @@ def steps_of(shape: str, side: int, clock: Callable[[], float]) -> None:
     """A whole step, one with kept maps, and whole ones with merged positions, in turns."""
     config = UNETS[shape]
     unet = build("unet", config)
-    x, t = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0)), mx.array([500.0, 500.0])
-    prompts = mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1))
-    ask = partial(unet, text_time=text_time(unet, 2))
-    contexts = {ratio: Context(prompts, merging=ratio) for ratio in (0.0, 0.25, 0.5)}
-    deep: list[mx.array] = []
-    mx.eval(unet.parameters(), x, [ask(x[:, :8, :8], t, context) for context in contexts.values()])
-    mx.eval(ask(x, t, contexts[0.0], deep=deep), deep)  # what a run computes once is there
+    x = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0))
+    context = Context(mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1)))
+    temb = embed_time(unet, 2)
+    cache: list[mx.array] = []
+    mx.eval(unet.parameters(), x, unet(x[:, :8, :8], temb, context))
+    mx.eval(unet(x, temb, context, cache=cache), cache)  # what a run computes once is there
 
     def seconds(compute: Callable[[], mx.array]) -> float:
         start = clock()
         mx.eval(compute())
         return clock() - start
 
-    ways = {"whole": partial(ask, x, t, contexts[0.0])}
-    ways["with kept maps"] = partial(ask, x, t, contexts[0.0], deep=deep)
-    ways |= {f"merging {ratio}": partial(ask, x, t, contexts[ratio]) for ratio in (0.25, 0.5)}
-    turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(2)]
-    least = {name: min(turn[name] for turn in turns) for name in ways}
+    steps = {"whole": partial(unet, x, temb, context)}
+    steps["with kept maps"] = partial(unet, x, temb, context, cache=cache)
+    steps |= {f"merging {ratio}": partial(unet, x, temb, context, tome_ratio=ratio) for ratio in (0.25, 0.5)}
+    turns = [{name: seconds(step) for name, step in steps.items()} for _ in range(2)]
+    least = {name: min(turn[name] for turn in turns) for name in steps}
     whole, outer = least["whole"], least["with kept maps"]
     print(f"{shape}, latents {side} x {side}")
     for name, value in least.items():
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=64, help="side of these steps' latents (64)")
     parser.add_argument("--cpu", action="store_true", help="count the time of this process, where others are at work")
     args = parser.parse_args()
+    cpu.tune()
     if args.steps_of is None:
         quality(args.captions)
     for shape in args.steps_of or ():

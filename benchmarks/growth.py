@@ -19,25 +19,30 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 import mlx.core as mx
 from mlx import nn
 
+from stable_diffusion.models import cpu
 from stable_diffusion.models.layers import Context
 
 from .long_prompts import Cost, cost, random_module
 from .shapes import UNETS
 
 
-def step(unet: nn.Module, rows: int, size: int, repeats: int, clock: Callable[[], float]) -> Cost:
-    """Seconds and bytes that the UNet takes for ``rows`` pictures of ``size`` x ``size`` pixels, once it is warm."""
+def step_of(unet: nn.Module, rows: int, size: int) -> Callable[[], mx.array]:
+    """Return a step of the UNet for ``rows`` pictures of ``size`` x ``size`` pixels, once it is warm."""
     config = unet.config
     x = mx.random.normal((rows, size // 8, size // 8, config.in_channels), key=mx.random.key(0))
     context = Context(mx.random.normal((rows, 77, config.cross_attention_dim[0]), key=mx.random.key(1)))
-    t = mx.full((rows,), 500.0)
-    ask = partial(unet, text_time=text_time(unet, rows))
-    mx.eval(x, t, ask(x[:, :8, :8], t, context))
-    return cost(partial(ask, x, t, context), clock, repeats)
+    temb = embed_time(unet, rows)
+    mx.eval(x, temb, unet(x[:, :8, :8], temb, context))
+    return partial(unet, x, temb, context)
+
+
+def embed_time(unet: nn.Module, rows: int) -> mx.array:
+    """Return the embedded timestep of the middle of a run."""
+    return unet.embed_time(500.0, mx.float32, text_time(unet, rows))
 
 
 def text_time(unet: nn.Module, rows: int) -> tuple[mx.array, mx.array] | None:
-    """What an XL UNet is told besides the prompt."""
+    """Return the conditioning of an XL UNet besides the prompt."""
     config = unet.config
     if not config.addition_embed_type:
         return None
@@ -65,10 +70,11 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="count the time of this process, where others are at work")
     args = parser.parse_args()
     clock = time.process_time if args.cpu else time.perf_counter
+    cpu.tune()
     unet = random_module("unet", UNETS[args.shape])
-    sizes = (step(unet, 1, size, args.repeats, clock) for size in args.sizes)
+    sizes = (cost(step_of(unet, 1, size), clock, args.repeats) for size in args.sizes)
     table("size", [f"{size} x {size}" for size in args.sizes], [size**2 for size in args.sizes], sizes)
-    batches = (step(unet, rows, args.sizes[0], args.repeats, clock) for rows in args.batches)
+    batches = (cost(step_of(unet, rows, args.sizes[0]), clock, args.repeats) for rows in args.batches)
     table("pictures", [str(rows) for rows in args.batches], args.batches, batches)
 
 

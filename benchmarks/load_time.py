@@ -23,8 +23,8 @@ from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, 
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.cli.convert import convert
-from stable_diffusion.cli.flags import TEXT_BITS, UNET_BITS
+from stable_diffusion.app.convert import convert
+from stable_diffusion.app.engine import TEXT_BITS, UNET_BITS
 
 from .checkpoints import write_checkpoint
 from .shapes import SHAPES

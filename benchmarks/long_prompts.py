@@ -22,6 +22,7 @@ from stable_diffusion import StableDiffusion  # before MLX: it brings OpenBLAS, 
 import mlx.core as mx
 from mlx import nn
 
+from stable_diffusion.models import cpu
 from stable_diffusion.text.encode import encode
 from stable_diffusion.weights.load import build
 
@@ -58,17 +59,17 @@ def encoding(sd: StableDiffusion, texts: Sequence[str], configs: Sequence[dict[s
     encoders = [(sd.tokenizer, random_module("text_encoder", config)) for config in configs]
     xl = len(encoders) > 1
     for text in texts:
-        yield lambda text=text: vars(encode(text, encoders, xl=xl))
+        yield lambda text=text: encode([text], encoders, xl=xl).arrays()
 
 
 def unet_step(size: int, chunks: Sequence[int]) -> Work:
     """Ask SD 1.5's UNet once about latents of ``size`` x ``size``, told so many chunks."""
     unet = random_module("unet", UNETS["sd15"])
-    x, t = mx.random.normal((1, size, size, 4), key=mx.random.key(0)), mx.array([500.0])
+    x, temb = mx.random.normal((1, size, size, 4), key=mx.random.key(0)), unet.embed_time(500.0, mx.float32)
     for count in chunks:
         context = mx.random.normal((1, 77 * count, 768), key=mx.random.key(count))
-        mx.eval(x, context)
-        yield partial(unet, x, t, context)
+        mx.eval(x, temb, context)
+        yield partial(unet, x, temb, context)
 
 
 def whole_run(sd: StableDiffusion, texts: Sequence[str]) -> Work:
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="count the time of this process, where others are at work")
     args = parser.parse_args()
     chunks, clock = args.chunks, time.process_time if args.cpu else time.perf_counter
+    cpu.tune()
     sd = StableDiffusion("tiny")
     sd.ensure_models_are_loaded()
     texts = [" ".join(["red"] * CHUNK * count) for count in chunks]

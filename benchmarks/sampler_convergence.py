@@ -17,8 +17,8 @@ from stable_diffusion import StableDiffusion  # first: it brings OpenBLAS before
 import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
 
-from stable_diffusion.diffusion.denoiser import denoiser
-from stable_diffusion.diffusion.guidance import stages
+from stable_diffusion.diffusion.denoiser import Denoiser
+from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SCHEDULES
 
@@ -33,8 +33,8 @@ def final_latents(sd: StableDiffusion, sampler: str, count: int, schedule: str, 
     """Where a run from ``noise`` [n, h, w, 4] ends."""
     steps = sd.schedule.steps(count, "euler", "linspace", schedule)
     prompt, negative = sd.encode_prompt(PROMPT), sd.encode_prompt("")
-    asked = stages(count, len(noise), prompt, negative, sd.default_guidance)
-    denoise = denoiser(sd.unet, sd.schedule, steps, sd.dtype, asked)
+    batches = guidance_batches(count, len(noise), prompt, negative, sd.defaults.cfg_weight)
+    denoise = Denoiser(sd.unet, sd.schedule, steps, sd.dtype, batches)
     start = sd.schedule.initial_scale(steps, "euler", "linspace") * noise
     for x in SAMPLERS[sampler].run(denoise, start, steps.sigmas, lambda draw, shape: mx.zeros(shape)):
         mx.eval(x)

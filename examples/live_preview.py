@@ -1,8 +1,8 @@
 """Shows in a terminal how an image comes about: python -m examples.live_preview "a red circle on a blue background"
 
 A `for` over the generator of latents is all it takes: after each step, `predicted` is what the model takes for the
-image by now, and `painter` shows it without the autoencoder. A character is two pixels, one above the other, so any
-terminal with 24-bit colours will do, also at the other end of a network.
+image by now, and `preview_decoder` shows it without the autoencoder. A character is two pixels, one above the other, so
+any terminal with 24-bit colours will do, also at the other end of a network.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import mlx.core as mx
 from PIL import Image
 
 from stable_diffusion import StableDiffusion, to_images
-from stable_diffusion.app.preview import painter
+from stable_diffusion.app.preview import preview_decoder
 
 
 def characters(image: Image.Image, columns: int) -> list[str]:
@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     sd = StableDiffusion(args.model)
-    paint = painter(sd)
+    decode = preview_decoder(sd)
     latents = sd.generate_latents(args.prompt, num_steps=args.steps, seed=args.seed)
     for step, x_t in enumerate(latents, start=1):
         mx.eval(x_t)
-        lines = [*characters(to_images(paint(latents.predicted))[0], args.columns), f"step {step}"]
+        lines = [*characters(to_images(decode(latents.predicted))[0], args.columns), f"step {step}"]
         if step > 1:
             sys.stdout.write(f"\x1b[{len(lines)}A")  # up, over the picture before
         print("\n".join(lines), flush=True)

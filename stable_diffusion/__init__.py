@@ -1,18 +1,26 @@
 """Stable Diffusion for Apple Silicon in pure MLX."""
 
+from .models import cpu  # noqa: F401  (first: it loads OpenBLAS before MLX is loaded)
+
+# isort: split
 from .diffusion.controls import Control
 from .diffusion.samplers import SAMPLERS
 from .images.image import to_images
-from .models import blas  # noqa: F401  (first: it must run before MLX is loaded)
+from .options import Options
 from .pipeline import StableDiffusion, StableDiffusionXL
-from .text.encode import Conditioning, MicroConditioning
-from .version import __version__
+from .text.encode import Conditioning, SizeConditioning
+
+__version__ = "0.2.0.dev0"
+
+MicroConditioning = SizeConditioning  # its name in version 0.1
 
 __all__ = [
     "SAMPLERS",
     "Conditioning",
     "Control",
     "MicroConditioning",
+    "Options",
+    "SizeConditioning",
     "StableDiffusion",
     "StableDiffusionXL",
     "__version__",

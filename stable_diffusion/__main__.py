@@ -4,22 +4,20 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cli import completion, convert, inspect
-from .cli import main as cli
+from .cli import convert, inspect, main
 from .cli.parser import Parser
 
-# What each command does, and the function that it is: (arguments, name of the program) -> exit code.
+# Description and function of each command: (arguments, name of the program) -> exit code.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
-    "txt2image": ("make images from a prompt", cli.txt2image),
-    "image2image": ("change an image towards a prompt", cli.image2image),
+    "txt2image": ("make images from a prompt", main.txt2image),
+    "image2image": ("change an image towards a prompt", main.image2image),
     "convert": ("write a model as a folder that loads at once", convert.main),
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
-    "completion": ("print a script with which a shell completes flags", completion.main),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (None: the arguments of the process) begins with; returns its exit code."""
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` (None: the process's arguments) begins with; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = Path(sys.argv[0]).stem
     prog = name if name == "stable-diffusion" else "python -m stable_diffusion"
@@ -36,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

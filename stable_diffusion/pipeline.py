@@ -1,75 +1,189 @@
-"""StableDiffusion: a checkpoint's parts, composed into a generator of latents."""
+"""StableDiffusion: open a checkpoint, encode prompts, generate latents step by step, decode them to images.
+
+Start reading here. The path of a run: ``generate_latents`` -> ``_run`` -> ``text/encode.py`` for the prompts ->
+``diffusion/sample.py`` for the loop -> ``diffusion/samplers.py`` -> ``diffusion/denoiser.py`` -> ``models/unet.py``;
+then ``decode`` -> ``models/vae.py``.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from os import PathLike
+from typing import Any, Unpack
 
 import mlx.core as mx
+from PIL.Image import Image
 
-from .diffusion.controls import Control
-from .diffusion.guidance import guidance_embedding
-from .diffusion.initial import Start, from_image
-from .diffusion.run import Run, plan
-from .diffusion.sample import Latents, Pairs, sample
-from .diffusion.samplers import Noise, States, read_name
-from .images.image import mask_of, pixels_of
-from .model import DiffusionModel, Prompt
-from .text.encode import Conditioning, MicroConditioning, with_sizes
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a run is told besides its steps."""
-
-    text: Prompt
-    negative_text: Prompt
-    clip_skip: int
-    micro: MicroConditioning
-    controls: Sequence[Control]
-    image_guidance: float = 1.0
+from .diffusion.denoiser import Denoiser, consistency, inpainting
+from .diffusion.guidance import guidance_batches, guidance_embedding
+from .diffusion.initial import MODES, InitialLatents, from_image, from_noise
+from .diffusion.sample import Latents, Pairs, Run, sample
+from .diffusion.samplers import Denoise
+from .diffusion.schedule import Schedule, ScheduleConfig
+from .images.image import mask_of, pixels_of, to_images
+from .models import cpu
+from .models.config import readable
+from .networks import Networks
+from .options import OptionKeywords, Options, Prompt, Prompts, RunDefaults, default_sampler, image_seeds, plan_run
+from .text.encode import Conditioning, SizeConditioning, with_sizes
+from .weights.files import open_checkpoint
 
 
-class StableDiffusion(DiffusionModel):
-    """Stable Diffusion 1.x, 2.x or XL, whichever ``model`` is.
+class StableDiffusion(Networks):
+    """Open a Stable Diffusion checkpoint (1.x, 2.x or XL) and turn prompts into latents, and latents into images.
 
     Args:
-        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a whole
+        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a complete
             checkpoint (.safetensors, .ckpt); None is the class's default model.
         float16: compute text encoders and UNet in half precision, and read half-precision files. The autoencoder
             stays in float32 unless its config says that it does not overflow ("force_upcast": false).
         revision: branch, tag or commit of a Hub repository.
-        unet_bits: quantize the UNet to so many bits (2, 3, 4, 5, 6 or 8).
+        unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8).
         text_bits: the same for the text encoders.
-        parts: networks to take from elsewhere, by the names "unet", "vae", "text_encoder", "text_encoder_2": Hub ids,
+        parts: networks from other sources, by the names "unet", "vae", "text_encoder", "text_encoder_2": Hub ids,
             folders or files. A "vae" may be a TAESD.
-        tokenizer: a folder with vocab.json and merges.txt, for checkpoints in one file, which hold none.
-        prediction: what the UNet predicts, "epsilon", "v_prediction" or "sample", where the checkpoint does not say so.
+        tokenizer: a folder with vocab.json and merges.txt, for single files, which hold none.
+        prediction: the UNet's prediction, "epsilon", "v_prediction" or "sample", where the checkpoint does not say it.
         loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale); see also
             ``load_lora``.
-        lora_partial: take what fits of a LoRA, and do not raise for what does not.
-        low_memory: keep in memory only the networks of one stage, of encoding, denoising and decoding, and read them
-            again when they are next used (see ``release``); ask the UNet one question at a time (``rows_at_once``).
+        lora_partial: take what fits of a LoRA, and do not raise for the rest.
+        low_memory: keep in memory only the networks of one stage (encoding, denoising, decoding), read them again at
+            their next use, and run the conditional and unconditional rows one after the other (``rows_at_once``).
 
-    The parts are attributes that may be used, quantized or deleted on their own: ``unet``, ``autoencoder``,
-    ``sampler`` (a name) and ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and
-    ``..._2``. Weights are read when they are first needed. ``memory_limit`` is None or the bytes that decoding and
-    encoding may leave in use, weights and all: where it is short they work on smaller parts of a picture.
+    The parts are attributes that may be used, quantized or deleted: ``unet``, ``autoencoder``, ``sampler`` (a name) and
+    ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
+    when they are first needed. ``memory_limit`` is None or the bytes that encoding and decoding may leave in use,
+    weights included: where it is short they work on smaller parts of an image.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
 
     default_model = "stabilityai/stable-diffusion-2-1-base"
 
-    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **choices: Any) -> int:
-        """How many latents a run yields: ``num_steps`` (None: the model's default), of which an image takes its share.
+    def __init__(
+        self,
+        model: str | PathLike | None = None,
+        float16: bool = False,
+        *,
+        revision: str | None = None,
+        unet_bits: int | None = None,
+        text_bits: int | None = None,
+        parts: Mapping[str, str | PathLike] | None = None,
+        tokenizer: str | PathLike | None = None,
+        prediction: str | None = None,
+        loras: Sequence[tuple[str | PathLike, float]] = (),
+        lora_partial: bool = False,
+        low_memory: bool = False,
+    ):
+        self.rows_at_once = 1 if low_memory else None
+        self.memory_limit: float | None = None
+        self.source, self._revision = self.default_model if model is None else model, revision
+        checkpoint = open_checkpoint(
+            self.source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
+        )
+        bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
+        super().__init__(checkpoint, mx.float16 if float16 else mx.float32, low_memory, bits)
+        with readable("scheduler config"):
+            config = ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline)
+        self.schedule = Schedule(config)
+        self._defaults = RunDefaults(default_sampler(config), checkpoint.steps, checkpoint.guidance)
+        self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
+        self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
+        self._check_parts()
+        self._fuse(loras, lora_partial)
+        if low_memory:  # all parts have been checked; each is built at its first use
+            for name in self.sources:
+                delattr(self, name)
+        else:
+            self._quantize()
 
-        That share is rounded down as diffusers does, but it is at least one step while ``strength`` is above 0.
-        ``choices`` are other arguments of the run that have a say in it: sampler, schedule, denoising_start...
+    def _check_parts(self) -> None:
+        self.unet_config, self.vae_config = self.unet.config, self.autoencoder.config
+        self._latent_channels = self.autoencoder.latent_channels
+        channels = self.unet_config.in_channels - self._latent_channels
+        if channels not in MODES:
+            raise ValueError(f"a UNet with {channels} channels beside the latents is not supported")
+        self.mode = MODES[channels]
+        read = max(self.unet_config.cross_attention_dim)
+        written = sum(getattr(self, name).text_model.final_layer_norm.weight.shape[0] for _, name in self._encoders)
+        if read != written:
+            text = f"the UNet reads prompts {read} wide and the text encoders write them {written} wide"
+            raise ValueError(f"{text}; take parts of one family of models")
+
+    def __repr__(self) -> str:
+        family = "XL" if self.is_xl else "1 or 2"
+        bits = [f"{name} in {s.quantization[0]} bits" for name, s in self.sources.items() if s.quantization]
+        details = ", ".join([self.dtype_name, self.sampler, *bits, *["low memory"] * self.low_memory])
+        return f"{type(self).__name__}({str(self.source)!r}, Stable Diffusion {family}, {details})"
+
+    @property
+    def is_xl(self) -> bool:
+        """Return whether this is SDXL or its refiner."""
+        return self.unet_config.addition_embed_type == "text_time"
+
+    @property
+    def dtype_name(self) -> str:
+        """Return the type in which the UNet computes, such as "float16"."""
+        return str(self.dtype).removeprefix("mlx.core.")
+
+    @property
+    def defaults(self) -> RunDefaults:
+        """Return the defaults of a run: the checkpoint's, or those of a LoRA for few steps while it has an effect."""
+        in_effect = [d for lora, d in self._few_step if lora is None or (lora.is_attached and lora.scale != 0)]
+        return in_effect[-1] if in_effect else self._defaults
+
+    @property
+    def sampler(self) -> str:
+        """Return the name of the sampler that a run takes where none is specified; it may be set."""
+        return self.defaults.sampler
+
+    @sampler.setter
+    def sampler(self, name: str) -> None:
+        self._defaults, self._few_step = replace(self.defaults, sampler=name), []
+
+    @sampler.deleter
+    def sampler(self) -> None:
+        """Allow ``del sd.sampler``, as programs for mlx-examples do."""
+
+    @property
+    def default_latent_size(self) -> tuple[int, int]:
+        """Return (height, width) of the latents that the model was trained on; pixels are 8 times as many."""
+        size = 64 if self.unet_config.sample_size is None else self.unet_config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Return the pixels of an image for one position of its latents, in each direction: 8 in published models."""
+        return self.vae_config.scale
+
+    # --- generating --------------------------------------------------------------------------------------------------
+
+    def generate(self, text: Prompt, image: Any = None, **keywords: Any) -> list[Image]:
+        """Generate images: the loop, the check for overflow and the decoding that everybody writes.
+
+        Args:
+            text: the prompt, or a list of prompts.
+            image: an image to start from: a path, a PIL image or an array; None starts from noise.
+            keywords: those of :meth:`generate_latents`, or with an image of :meth:`generate_latents_from_image`.
+
+        What overflows in half precision is computed again in float32, and the log says so. Raises FloatingPointError
+        for values that are not finite in float32 either, and ValueError for bad arguments.
         """
-        choices = {"sampler": None, "schedule": None, "cfg_weight": None, "guidance_interval": (0.0, 1.0)} | choices
-        return self._plan(**choices, n_images=1, num_steps=num_steps, seed=0, strength=strength).length
+        count = Prompts(text, "", 1.0).count(keywords.get("n_images", 1))
+        keywords["seed"] = image_seeds(keywords.get("seed"), count)  # the same ones when it is computed again
+        method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
+        x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
+        pixels = [self.retry_in_float32("autoencoder", partial(self._decoded, x[None])) for x in x_t]
+        return [picture for batch in pixels for picture in to_images(batch)]
+
+    def _last(self, method: Callable[..., Latents], text: Prompt, keywords: Mapping[str, Any]) -> mx.array:
+        for x_t in method(text, **keywords):
+            self.check(x_t)
+        return x_t
+
+    def _decoded(self, x_t: mx.array) -> mx.array:
+        return self.check(self.decode(x_t))
 
     def generate_latents(
         self,
@@ -81,104 +195,39 @@ class StableDiffusion(DiffusionModel):
         latent_size: tuple[int, int] | None = None,
         seed: int | Sequence[int] | None = None,
         *,
-        sampler: str | Callable[..., States] | None = None,
-        schedule: str | None = None,
-        spacing: str | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float | None = None,
-        s_noise: float | None = None,
-        clip_skip: int = 0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        deep_cache: int = 1,
-        token_merging: float = 0.0,
-        micro: MicroConditioning | None = None,
-        controls: Sequence[Control] = (),
-        denoising_start: float = 0.0,
-        denoising_end: float = 1.0,
-        latents: mx.array | None = None,
-        noise: Noise | None = None,
-    ) -> Iterator[mx.array]:
-        """Turn a prompt into latents, one yield for each step.
+        options: Options | None = None,
+        **keywords: Unpack[OptionKeywords],
+    ) -> Latents:
+        """Yield the latents after each sampler step, not yet computed.
 
         Args:
-            text: the prompt, in the language of ``prompt.py``; or a list of prompts; or what ``encode_prompt`` made.
-            n_images: how many images to make of each prompt, all at once.
+            text: the prompt, in the language of ``text/prompt.py``; a list of prompts; or the result of
+                ``encode_prompt``.
+            n_images: number of images of each prompt, all computed together.
             num_steps: sampler steps; None is the model's default.
             cfg_weight: scale of classifier-free guidance (Ho & Salimans 2022). At 1 or below there is none, and
                 ``negative_text`` has no effect. None is the model's default.
-            negative_text: what to steer away from: one for all, or a list with one for each prompt.
-            latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's own.
-            seed: of the first image; image i uses ``seed + i`` and does not depend on the others. Or a list with a seed
-                for each image. None is random.
-            sampler: a name in ``SAMPLERS``, or as others write it ("DPM++ 2M Karras"), or a function with the
-                signature of those in ``samplers``; None is the checkpoint's own.
-            schedule: the curve of the noise levels, one of ``schedule.SCHEDULES``; None is the sampler name's, if it
-                has one, or the checkpoint's own.
-            spacing: of the timesteps: "leading", "trailing" or "linspace"; None is the checkpoint's own.
-            timesteps: the steps themselves, descending, in place of their number and spacing.
-            sigmas: the same as noise levels, of which the last is where the run ends.
-            eta: fraction of fresh noise for the samplers that have one.
-            s_noise: factor on that noise.
-            clip_skip: how many of the text encoder's last layers to leave out.
-            guidance_interval: (start, end), the shares of the steps between which there is guidance (Kynkäänniemi et
-                al. 2024); before and after them the UNet is asked half as much, for the prompt alone.
-            deep_cache: an approximation that saves time: all of the UNet runs in every so many steps only, and its last
-                layer in the others (Ma et al. 2023); 1 is exact. See ``deep_cache.py``.
-            token_merging: another one: the share of positions, 0 ... 0.75, that the UNet's largest self-attentions
-                merge with others like them (Bolya & Hoffman 2023); 0 is exact. See ``models/token_merging.py``.
-            micro: SDXL's size conditioning.
-            controls: ControlNets with what they are shown.
-            denoising_end: stop when this share of the noise is gone: another model goes on from there.
-            denoising_start: go on there, from the ``latents`` that the run before yielded last.
-            latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
-            noise: ``noise(step, shape)`` gives what a stochastic sampler injects, in place of the seed's.
+            negative_text: the prompt to lead away from: one for all, or a list with one for each prompt.
+            latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's default.
+            seed: seed of the first image; image i uses ``seed + i`` and does not depend on the others. A list has a
+                seed for each image. None is random.
+            options: everything else, see :class:`Options`; its fields may also be given as ``keywords``, which win.
 
         Yields:
-            Latents [n, h, w, 4], float32, not yet computed, in the scale of training (variance preserving); the last
-            is the image, and ``decode`` shows any of them.
+            Latents [n, h, w, 4], float32, not yet computed, in the variance-preserving scale of training. The last are
+            the image's, and ``decode`` shows any of them.
 
-        Raises:
-            ValueError: a number out of range, an unknown name, or latents of the wrong shape.
+        Raises ValueError for a number out of range, an unknown name, or latents of the wrong shape.
         """
+        options = Options.of(options, keywords)
         if self.mode != "text":
             raise ValueError(f"this checkpoint works from an image and {self.mode}: use generate_latents_from_image")
-        total = n_images * _rows(text)
-        run = self._plan(
-            sampler,
-            schedule,
-            cfg_weight,
-            n_images=total,
-            num_steps=num_steps,
-            seed=seed,
-            denoising_start=denoising_start,
-            denoising_end=denoising_end,
-            spacing=spacing,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-            s_noise=s_noise,
-            guidance_interval=guidance_interval,
-            deep_cache=deep_cache,
-            token_merging=token_merging,
-            latents=latents,
-            noise=noise,
-        )
-        size = self.default_latent_size if latent_size is None else tuple(latent_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"latent_size {latent_size} must be (height, width), each at least 1")
-        if denoising_start and latents is None:
-            raise ValueError(f"denoising_start {denoising_start} needs the latents that the run before yielded")
-        self._check(latents, total, size, controls)
-
-        def start() -> Start:
-            x = run.initial_noise((*size, self._latent_channels))
-            if not denoising_start:
-                return Start(run.scale * x)
-            return Start(math.sqrt(run.steps.sigmas[0] ** 2 + 1) * x if len(run.steps) else x)
-
-        told = _Told(text, negative_text, clip_skip, micro or MicroConditioning(), controls)
-        return self._sample(run, start, size, told)
+        prompts = self._prompts(text, negative_text, cfg_weight)
+        run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)))
+        size = self._latent_size(latent_size)
+        self._check(options, run, size)
+        initial = partial(from_noise, run, size, self._latent_channels, options.denoising_start > 0)
+        return Latents(self._run(run, prompts, options, size, initial))
 
     def generate_latents_from_image(
         self,
@@ -194,166 +243,180 @@ class StableDiffusion(DiffusionModel):
         mask: Any = None,
         depth: Any = None,
         image_cfg_weight: float | None = None,
-        sampler: str | Callable[..., States] | None = None,
-        schedule: str | None = None,
-        spacing: str | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float | None = None,
-        s_noise: float | None = None,
-        clip_skip: int = 0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        deep_cache: int = 1,
-        token_merging: float = 0.0,
-        micro: MicroConditioning | None = None,
-        controls: Sequence[Control] = (),
-        denoising_end: float = 1.0,
-        latents: mx.array | None = None,
-        noise: Noise | None = None,
-    ) -> Iterator[mx.array]:
+        options: Options | None = None,
+        **keywords: Unpack[OptionKeywords],
+    ) -> Latents:
         """Change an image towards a prompt (Meng et al. 2022): noise it part of the way, then denoise it.
 
         Args:
-            image: [H, W, 3] in [-1, 1], or a PIL image, both sides multiples of 8; or latents [n, h, w, 4] to be worked
-                on further, one of each image.
-            strength: how much of the way, 0 ... 1. Of ``num_steps`` this fraction is done, at least one step; at 0 the
-                image's own latents are the only yield. None is 0.8, and 1 for checkpoints that see the image anyway,
-                those made for masks and for instructions.
-            mask: where to make the image anew: [H, W] in [0, 1] or a PIL image, of the image's size; 0 (black) keeps, 1
-                (white) makes new, between them old and new are blended.
-            depth: the depth map [H', W'] for checkpoints made for it, in any unit, larger is nearer; None estimates it.
-            image_cfg_weight: how closely to follow the image, for checkpoints that take instructions (Brooks et al.
-                2023); None is 1.5.
+            image: a path, a PIL image or an array [H, W, 3] in [-1, 1], both sides multiples of 8; or latents
+                [n, h, w, 4], one for all images or one for each.
+            strength: how far to go, 0 ... 1: this fraction of ``num_steps``, at least one step; 0 yields the image's
+                latents. None is 0.8, and 1 for checkpoints made for masks or instructions.
+            mask: the part to paint: a path, a PIL image or [H, W] in [0, 1], of the image's size. 0 (black) keeps, 1
+                (white) paints, between them both are blended.
+            depth: the depth map [H', W'], larger is nearer, for checkpoints made for it; None estimates it.
+            image_cfg_weight: scale of guidance by the image (Brooks et al. 2023); None is 1.5.
 
         The other arguments, the yields and the errors are those of :meth:`generate_latents`; ``latents`` is the noise
         added to the image.
         """
+        options = Options.of(options, keywords)
+        pixels, repaint, size = self._read_image(image, mask)
+        if strength is None:
+            strength = 1.0 if self.mode in ("masks", "instructions") else 0.8
+        prompts = self._prompts(text, negative_text, cfg_weight, image_cfg_weight)
+        run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)), strength)
+        if pixels.ndim == 4 and len(pixels) not in (1, run.n_images):
+            raise ValueError(f"{len(pixels)} latents to work on for {run.n_images} images; give one, or one for each")
+        self._check(options, run, size)
+        depth_map = partial(self.estimate_depth, image) if depth is None else lambda: depth
+        factor = self.vae_config.scaling_factor
+        initial = partial(from_image, run, self.encode, factor, self.mode, strength, pixels, repaint, depth_map)
+        return Latents(self._run(run, prompts, options, size, initial))
+
+    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **keywords: Any) -> int:
+        """Return how many latents a run yields: of ``num_steps`` (None: the default) the fraction ``strength``.
+
+        The fraction is rounded down as in diffusers, but to at least one step while ``strength`` is above 0.
+        ``keywords`` are options of the run that matter: sampler, schedule, denoising_start...
+        """
+        if keywords.get("denoising_start"):
+            keywords["latents"] = mx.zeros(0)  # not used here
+        return self._plan(Options.of(None, keywords), num_steps, (0,), strength).length
+
+    # --- a run -------------------------------------------------------------------------------------------------------
+
+    def _prompts(self, text: Prompt, negative: Prompt, scale: float | None, image: float | None = None) -> Prompts:
+        scale = self.defaults.cfg_weight if scale is None else scale
+        return Prompts(text, negative, scale, 1.5 if image is None else image)
+
+    def _plan(self, options: Options, num_steps: int | None, seeds: tuple[int, ...], strength: float = 1.0) -> Run:
+        settings = {"num_steps": num_steps, "seeds": seeds, "strength": strength, "is_xl": self.is_xl}
+        return plan_run(self.schedule, options, self.defaults, **settings)
+
+    def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        size = self.default_latent_size if size is None else size
+        if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
+            raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
+        return tuple(size)
+
+    def _check(self, options: Options, run: Run, size: tuple[int, int]) -> None:
+        shape = (run.n_images, *size, self._latent_channels)
+        latents = getattr(options.latents, "shape", options.latents)
+        if latents not in (None, shape):
+            raise ValueError(f"latents of shape {latents} do not fit: this run needs {shape}")
+        pixels = (*(self.pixels_per_latent * side for side in size), 3)
+        for image in (control.image for control in options.controls):
+            if image.shape != pixels:
+                raise ValueError(f"a control image of shape {image.shape} does not fit: this run needs {pixels}")
+
+    def _read_image(self, image: Any, mask: Any) -> tuple[mx.array, mx.array | None, tuple[int, int]]:
+        """Return pixels [H, W, 3] or latents, the mask [H, W] or None, and the size of the latents."""
         unit = self.pixels_per_latent
         if getattr(image, "ndim", 0) == 4 and image.shape[-1] == self._latent_channels:
             if self.mode == "masks" or mask is not None:
                 raise ValueError("a mask needs an image, not latents: decode them first")
-            pixels, size = image, tuple(image.shape[1:3])
-        else:
-            pixels = pixels_of(image, unit)
-            size = (pixels.shape[0] // unit, pixels.shape[1] // unit)
-        new = None if mask is None else mask_of(mask, (size[0] * unit, size[1] * unit))
-        if strength is None:
-            strength = 1.0 if self.mode in ("masks", "instructions") else 0.8
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength} is outside 0 ... 1")
-        total = n_images * _rows(text)
-        if pixels.ndim == 4 and pixels.shape[0] not in (1, total):
-            raise ValueError(f"{pixels.shape[0]} latents to work on for {total} images; give one, or one for each")
-        run = self._plan(
-            sampler,
-            schedule,
-            cfg_weight,
-            n_images=total,
-            num_steps=num_steps,
-            seed=seed,
-            strength=strength,
-            denoising_end=denoising_end,
-            spacing=spacing,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-            s_noise=s_noise,
-            guidance_interval=guidance_interval,
-            deep_cache=deep_cache,
-            token_merging=token_merging,
-            latents=latents,
-            noise=noise,
-        )
-        self._check(latents, total, size, controls)
+            return image, None, tuple(image.shape[1:3])
+        pixels = pixels_of(image, unit)
+        height, width = pixels.shape[:2]
+        return pixels, None if mask is None else mask_of(mask, (height, width)), (height // unit, width // unit)
 
-        def start() -> Start:
-            seen = partial(self.estimate_depth, image) if depth is None else lambda: depth
-            scale = self._vae_config.scaling_factor
-            return from_image(run, self.encode, scale, self.mode, strength, pixels, new, seen)
-
-        image_guidance = 1.5 if image_cfg_weight is None else image_cfg_weight
-        told = _Told(text, negative_text, clip_skip, micro or MicroConditioning(), controls, image_guidance)
-        return self._sample(run, start, size, told)
-
-    def _plan(
+    def _run(
         self,
-        sampler: str | Callable[..., States] | None,
-        schedule: str | None,
-        cfg_weight: float | None,
-        **choices: Any,
-    ) -> Run:
-        if sampler is None:
-            sampler = self.sampler
-            choices |= {name: value for name, value in self._defaults.items() if choices.get(name) is None}
-        if schedule is None and isinstance(sampler, str):
-            schedule = read_name(sampler)[1]
-        if schedule == "align_your_steps" and self._is_xl:
-            schedule = "align_your_steps_xl"
-        return plan(
-            self.schedule,
-            sampler=sampler,
-            schedule=schedule,
-            guidance=self.default_guidance if cfg_weight is None else cfg_weight,
-            default_steps=self.default_steps,
-            **choices,
+        run: Run,
+        prompts: Prompts,
+        options: Options,
+        size: tuple[int, int],
+        initial: Callable[[], InitialLatents],
+    ) -> Pairs:
+        """Yield the arrays that come before the first step, then the latents and the estimate of x0 after each step."""
+        first = initial()
+        if not run.length:
+            x = first.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else first.x
+            yield [x]
+            yield x, x
+            return
+        arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
+        self._computed(arrays)
+        positive, negative = self._condition(prompts, options, size)
+        arrays += [*positive.arrays().values(), *([] if negative is None else negative.arrays().values())]
+        yield self._computed(arrays)
+        (unet,) = self._use("unet")
+        with cpu.ONE_STREAM if self.rows_at_once else cpu.CPUStreams() as streams:
+            denoise = self._denoiser(unet, run, options, prompts, first, (positive, negative), streams)
+            yield from sample(denoise, run, first.x, first.mask)
+
+    def _denoiser(
+        self,
+        unet: Callable[..., mx.array],
+        run: Run,
+        options: Options,
+        prompts: Prompts,
+        first: InitialLatents,
+        encoded: tuple[Conditioning, Conditioning | None],
+        streams: cpu.CPUStreams,
+    ) -> Denoise:
+        """Compose D(x, sigma) of a run from the UNet, guidance, controls and what a mask keeps."""
+        positive, negative = encoded
+        uncond_image = None
+        if first.channels is not None:
+            if first.uncond_channels is not None and negative is not None:
+                uncond_image = negative.with_channels(first.uncond_channels)
+            positive = positive.with_channels(first.channels)
+            negative = None if negative is None else negative.with_channels(first.channels)
+        batches = guidance_batches(
+            len(run.steps),
+            run.n_images,
+            positive,
+            negative,
+            prompts.cfg_weight,
+            uncond_image=uncond_image,
+            image_guidance=prompts.image_cfg_weight,
+            interval=options.guidance_interval,
+            rescale=options.guidance_rescale,
         )
-
-    def _check(
-        self, latents: mx.array | None, n_images: int, size: tuple[int, ...], controls: Sequence[Control]
-    ) -> None:
-        wanted = (n_images, *size, self._latent_channels)
-        if latents is not None and latents.shape != wanted:
-            raise ValueError(f"latents of shape {latents.shape} do not fit: this run needs {wanted}")
-        pixels = (*(self.pixels_per_latent * side for side in size), 3)
-        for control in controls:
-            if control.hint.shape != pixels:
-                raise ValueError(f"a hint of shape {control.hint.shape} does not fit: this run needs {pixels}")
-
-    def _sample(self, run: Run, start: Callable[[], Start], size: tuple[int, ...], told: "_Told") -> Latents:
-        def prepare() -> Pairs:
-            begin = start()
-            self._ready([begin.x, *(v for v in vars(begin).values() if isinstance(v, mx.array))])
-            if not run.length:
-                x = begin.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else begin.x
-                return iter([(x, x)])
-            pixels = tuple(self.pixels_per_latent * side for side in size)
-            positive, negative = self._condition(run.guidance, pixels, told)
-            return steps(begin, positive, negative)
-
-        def steps(begin: Start, positive: Conditioning, negative: Conditioning | None) -> Pairs:
-            self._begin("unet")
-            options = told.controls, told.image_guidance, self.rows_at_once
-            yield from sample(self.unet, self.schedule, self.dtype, run, begin, positive, negative, *options)
-
-        return Latents(prepare)
+        denoise = Denoiser(
+            unet,
+            self.schedule,
+            run.steps,
+            self.dtype,
+            batches,
+            controls=options.controls,
+            max_rows=self.rows_at_once,
+            deep_cache=options.deep_cache,
+            tome_ratio=options.token_merging,
+            streams=streams,
+        )
+        if run.sampler.consistency:
+            denoise = consistency(denoise, self.schedule)
+        return denoise if first.mask is None else inpainting(denoise, first.mask)
 
     def _condition(
-        self, guidance: float, pixels: tuple[int, ...], told: "_Told"
+        self, prompts: Prompts, options: Options, size: tuple[int, int]
     ) -> tuple[Conditioning, Conditioning | None]:
-        """What the UNet is told of the prompts and, where guidance needs it, of the negative ones."""
-        dim = self._unet_config.time_cond_proj_dim
-        if guidance > 1 and not dim:
-            positive, negative = self.encode_prompts(told.text, told.negative_text, clip_skip=told.clip_skip)
-        elif isinstance(told.text, Conditioning):
-            positive, negative = told.text, None
+        """Encode the prompts of a run and, where guidance needs them, the negative ones."""
+        dim = self.unet_config.time_cond_proj_dim
+        if prompts.cfg_weight > 1 and not dim:
+            positive, negative = self._encode_pair(prompts.text, prompts.negative_text, clip_skip=options.clip_skip)
+        elif isinstance(prompts.text, Conditioning):
+            positive, negative = prompts.text, None
         else:
-            positive, negative = self.encode_prompt(told.text, clip_skip=told.clip_skip), None
+            positive, negative = self._encode(prompts.text, clip_skip=options.clip_skip), None
         if dim:
-            embedding = guidance_embedding(guidance, dim).astype(self.dtype)
+            embedding = guidance_embedding(prompts.cfg_weight, dim).astype(self.dtype)
             positive = replace(positive, guidance=mx.repeat(embedding, len(positive.rows), axis=0))
-        if self._is_xl:
-            scores = (told.micro.aesthetic_score, told.micro.negative_aesthetic_score)
-            scores = scores if self.scores_aesthetics else (None, None)
-            positive = with_sizes(positive, pixels, told.micro, scores[0])
-            negative = None if negative is None else with_sizes(negative, pixels, told.micro, scores[1])
+        if self.is_xl:
+            pixels = tuple(self.pixels_per_latent * side for side in size)
+            sizes = options.size_conditioning or SizeConditioning()
+            scores = self._scores_aesthetics
+            positive = with_sizes(positive, pixels, sizes, sizes.aesthetic_score if scores else None)
+            if negative is not None:
+                negative = with_sizes(negative, pixels, sizes, sizes.negative_aesthetic_score if scores else None)
         return positive, negative
 
 
 class StableDiffusionXL(StableDiffusion):
-    """The same, with SDXL-Turbo as the model that None stands for."""
+    """Open a checkpoint as :class:`StableDiffusion` does; None stands for SDXL-Turbo."""
 
     default_model = "stabilityai/sdxl-turbo"
-
-
-def _rows(text: Prompt) -> int:
-    return 1 if isinstance(text, str) else len(text)

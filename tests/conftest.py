@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there are several processes, and lanes are tested by themselves
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of several processes; streams side by side have their own tests
 
-import stable_diffusion  # noqa: F401  (first: it brings OpenBLAS before anything brings MLX)
+from stable_diffusion.models import cpu  # first: it loads OpenBLAS before anything loads MLX
 
 # isort: split
 import mlx.core as mx
 
 from command_line import SCRIPTS, Finished
-from stable_diffusion.cli import main as cli
+from stable_diffusion.app import engine
 
+cpu.tune()
+
+cpu.tune()
 _LIMITS = {set_limit: set_limit(0) for set_limit in (mx.set_memory_limit, mx.set_cache_limit)}  # what they were before
 
 
@@ -115,5 +118,5 @@ def no_model(monkeypatch) -> None:
     def opened(*args, **kwargs):
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr(cli, "StableDiffusion", opened)
-    monkeypatch.setattr("stable_diffusion.model.open_checkpoint", opened)
+    monkeypatch.setattr(engine, "StableDiffusion", opened)
+    monkeypatch.setattr("stable_diffusion.pipeline.open_checkpoint", opened)

@@ -28,10 +28,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stable_diffusion import StableDiffusion, StableDiffusionXL
-from stable_diffusion.diffusion.denoiser import consistency, given, to_x0
-from stable_diffusion.diffusion.samplers import SAMPLERS
-from stable_diffusion.diffusion.schedule import Schedule
-from stable_diffusion.models.config import ScheduleConfig
+from stable_diffusion.diffusion.denoiser import consistency, to_x0
+from stable_diffusion.diffusion.samplers import SAMPLERS, run_options
+from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
 
 STEPS = 10
 TOLERANCE = 5e-4  # theirs is 1e-2, or 1e-3; their numbers are rounded to 1e-4
@@ -128,26 +127,25 @@ LOOPS = [
 def run(loop: Loop) -> np.ndarray:
     """Where ``loop`` ends, in the scale of the scheduler that it comes from."""
     schedule, sampler = Schedule(ScheduleConfig.from_dict(loop.config)), SAMPLERS[loop.sampler]
-    steps = schedule.steps(loop.count, sampler.grid)
+    steps = schedule.steps(loop.count, sampler.spacing_rule)
     scaled = loop.sampler in INPUT_IS_SCALED
-    x = SAMPLE * schedule.initial_scale(steps, sampler.grid)
+    x = SAMPLE * schedule.initial_scale(steps, sampler.spacing_rule)
     if loop.last is not None:
         steps = steps.last(loop.last)
         x = (x if scaled else SAMPLE) + steps.sigmas[0] * NOISE
-    timesteps = dict(zip(steps.sigmas, steps.timesteps, strict=False))
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
         model_input = x / math.sqrt(sigma**2 + 1)
         if scaled:
             x[...] = model_input  # the sampler's own array
-        t = timesteps[sigma] if sigma in timesteps else schedule.timestep(sigma)
+        t = schedule.timestep(sigma)
         x0 = to_x0(model_input * (t / (t + 1)), x, sigma, schedule.config.prediction_type)
         return mx.clip(x0, -1, 1) if loop.clip else x0
 
     draw = seeded_noise()
     noise = lambda step, shape: mx.array(draw(shape))  # noqa: E731
-    options = given(sampler, schedule, steps, loop.options) | loop.options
-    model = consistency(denoise, schedule, steps) if sampler.consistency else denoise
+    options = run_options(sampler, schedule, steps, **loop.options)
+    model = consistency(denoise, schedule) if sampler.consistency else denoise
     *_, end = sampler.run(model, x, steps.sigmas, noise, **options)
     return np.array(end) / (1 if scaled else math.sqrt(steps.sigmas[-1] ** 2 + 1))
 
@@ -187,7 +185,7 @@ def test_ddim_variance(t, target, variance):
 )
 def test_timesteps(sampler, count, timesteps):
     schedule = Schedule(ScheduleConfig(steps_offset=1))
-    assert schedule.steps(count, SAMPLERS[sampler].grid, "leading").timesteps == tuple(timesteps)
+    assert schedule.steps(count, SAMPLERS[sampler].spacing_rule, "leading").timesteps == tuple(timesteps)
 
 
 # Their tokenizer is that of "hf-internal-testing/tiny-random-clip". These are the tokens that the prompt is made of.
@@ -361,8 +359,8 @@ def test_picture(tmp_path, picture):
     else:
         encode, posterior = sd.autoencoder.encode, noise()
 
-        def encode_and_sample(x: mx.array) -> tuple[mx.array, mx.array]:
-            mean, logvar = encode(x)
+        def encode_and_sample(x: mx.array, *run: Any) -> tuple[mx.array, mx.array]:
+            mean, logvar = encode(x, *run)
             return mean + mx.exp(logvar / 2) * posterior, logvar
 
         sd.autoencoder.encode = encode_and_sample

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from stable_diffusion.weights.files import Component, read_tensors
+from stable_diffusion.weights.formats.names import canonical
 from stable_diffusion.weights.load import build, fill
-from stable_diffusion.weights.names import canonical
 
 COUNTS = {"sd15": 859_520_964, "sdxl-base": 2_567_463_684}
 

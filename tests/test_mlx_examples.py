@@ -252,7 +252,7 @@ def test_defaults(family, steps, guidance, request):
     """The numbers that stood in the signatures are those of the checkpoints. Only XL-Turbo is run with so few steps."""
     sd = request.getfixturevalue(family)
     # A folder is no name of the catalog; what the ids stand for is in test_catalog.py.
-    assert (sd.default_steps, sd.default_guidance) == (steps, guidance)
+    assert (sd.defaults.num_steps, sd.defaults.cfg_weight) == (steps, guidance)
     assert len(list(sd.generate_latents(PROMPT))) == steps  # not evaluated: this costs nothing
     picture = mx.zeros((64, 64, 3))
     assert len(list(sd.generate_latents_from_image(picture, PROMPT))) == int(0.8 * steps)
@@ -271,7 +271,7 @@ def test_steps_may_be_evaluated_one_by_one_or_at_the_end(xl):
 
 def test_attributes(sd, xl):
     for model, suffixes in ((sd, ("",)), (xl, ("_1", "_2"))):
-        parts = {"unet", "autoencoder", "sampler"}
+        parts = {"unet", "autoencoder"}
         parts |= {f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes}
         own = {
             "dtype",
@@ -280,11 +280,13 @@ def test_attributes(sd, xl):
             "low_memory",
             "memory_limit",
             "rows_at_once",
-            "recipes",
-            "scores_aesthetics",
+            "source",
+            "sources",
+            "unet_config",
+            "vae_config",
         }
         assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | own
-        networks = [getattr(model, part) for part in parts if not part.startswith(("sampler", "tokenizer"))]
+        networks = [getattr(model, part) for part in parts if not part.startswith("tokenizer")]
         assert all(isinstance(network, nn.Module) and tree_flatten(network.parameters()) for network in networks)
 
 

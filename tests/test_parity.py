@@ -10,7 +10,7 @@ from PIL import Image
 
 from checkpoints import SCALED, Recorder, compare, encoded_mean, make
 from oracle import nchw, normal, relative_error
-from stable_diffusion import MicroConditioning, StableDiffusion, StableDiffusionXL
+from stable_diffusion import SizeConditioning, StableDiffusion, StableDiffusionXL
 
 PROMPT, NEGATIVE = "the red cat on the blue — café 猫", "the blue"
 
@@ -99,7 +99,7 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
             negative_text=negative,
             latent_size=(8, 12),
             latents=mx.array(latents),
-            micro=MicroConditioning(original_size=(100, 200), crop=(3, 4)),
+            micro=SizeConditioning(original_size=(100, 200), crop=(3, 4)),
         )
     )
     compare(steps, recorder, images, sd.decode)

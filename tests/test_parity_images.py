@@ -352,7 +352,7 @@ def test_t2i_adapter(tmp_path, family, share):
     assert relative_error(ours, nhwc(latents)) <= 1e-3
     assert np.abs(np.round(np.array(sd.decode(ours)) * 255) - np.round(images * 255)).max() <= 1
     with pytest.raises(ValueError, match="guess mode"):
-        Control(control.network, control.hint, guess=True)
+        Control(control.network, control.image, guess=True)
 
 
 def test_a_network_for_another_family_is_refused(tmp_path, sd1_folder):

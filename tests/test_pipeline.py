@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from oracle import normal, relative_error
-from stable_diffusion import SAMPLERS, MicroConditioning, StableDiffusion, StableDiffusionXL
-from stable_diffusion.models.unet import TimestepEmbedding
+from stable_diffusion import SAMPLERS, SizeConditioning, StableDiffusion, StableDiffusionXL
+from stable_diffusion.models.unet import UNet2DConditionModel
 
 PROMPT = "the red cat"
 SMALL = {"num_steps": 3, "latent_size": (6, 8)}
@@ -34,31 +34,27 @@ def picture(height: int = 48, width: int = 64, seed: int = 0) -> mx.array:
     return mx.clip(mx.array(normal(height, width, 3, seed=seed, scale=0.3)), -1, 1)
 
 
-def test_the_generator_costs_nothing_until_it_is_evaluated(sd):
-    calls = []
-    unet, sd.unet = sd.unet, lambda *a, **k: calls.append(1) or unet(*a, **k)
-    try:
-        before = mx.random.state[0].tolist()
-        latents = sd.generate_latents(PROMPT, seed=1, **SMALL)
-        assert not calls
-        mx.reset_peak_memory()
-        active = mx.get_active_memory()
-        x_t = next(latents)
-        assert len(calls) == 1 and x_t.shape == (1, 6, 8, 4) and x_t.dtype == mx.float32
-        assert mx.get_peak_memory() - active < 2**16  # a graph, and no value of it
-        assert mx.random.state[0].tolist() == before
-    finally:
-        sd.unet = unet
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The rows of each call of the UNet."""
+    rows, call = [], UNet2DConditionModel.__call__
+    monkeypatch.setattr(
+        UNet2DConditionModel, "__call__", lambda unet, x, *a, **k: rows.append(len(x)) or call(unet, x, *a, **k)
+    )
+    return rows
 
 
-@pytest.mark.parametrize("which, cfg_weight", [("sd", 7.5), ("xl", 0.0)])
-def test_a_run_embeds_its_timesteps_once(which, cfg_weight, request, monkeypatch):
-    pipeline, embedded = request.getfixturevalue(which), []
-    embed = TimestepEmbedding.__call__
-    monkeypatch.setattr(TimestepEmbedding, "__call__", lambda *a: embedded.append(a[0]) or embed(*a))
-    last(pipeline.generate_latents(PROMPT, 2, 4, cfg_weight, seed=7, latent_size=(6, 8)))
-    unet = pipeline.unet
-    assert embedded == [unet.time_embedding] + ([unet.add_embedding] if which == "xl" else [])
+def test_the_generator_costs_nothing_until_it_is_evaluated(sd, calls):
+    sd.ensure_models_are_loaded()
+    before = mx.random.state[0].tolist()
+    latents = sd.generate_latents(PROMPT, seed=1, **SMALL)
+    assert not calls
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    x_t = next(latents)
+    assert len(calls) == 1 and x_t.shape == (1, 6, 8, 4) and x_t.dtype == mx.float32
+    assert mx.get_peak_memory() - active < 2**16  # a graph, and no value of it
+    assert mx.random.state[0].tolist() == before
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -96,17 +92,12 @@ def test_seeds(sd):
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
-def test_guidance_of_one_is_the_prompt_alone(sd, weight):
-    calls = []
-    unet, sd.unet = sd.unet, lambda x, *a, **k: calls.append(len(x)) or unet(x, *a, **k)
-    try:
-        plain = last(sd.generate_latents(PROMPT, cfg_weight=weight, seed=3, **SMALL))
-        ignored = last(sd.generate_latents(PROMPT, cfg_weight=weight, negative_text="blue", seed=3, **SMALL))
-        assert np.array_equal(plain, ignored) and set(calls) == {1}
-        guided = last(sd.generate_latents(PROMPT, cfg_weight=1.0 + 1e-6, negative_text="blue", seed=3, **SMALL))
-        assert relative_error(guided, plain) <= 1e-4 and calls[-1] == 2
-    finally:
-        sd.unet = unet
+def test_guidance_of_one_is_the_prompt_alone(sd, weight, calls):
+    plain = last(sd.generate_latents(PROMPT, cfg_weight=weight, seed=3, **SMALL))
+    ignored = last(sd.generate_latents(PROMPT, cfg_weight=weight, negative_text="blue", seed=3, **SMALL))
+    assert np.array_equal(plain, ignored) and set(calls) == {1}
+    guided = last(sd.generate_latents(PROMPT, cfg_weight=1.0 + 1e-6, negative_text="blue", seed=3, **SMALL))
+    assert relative_error(guided, plain) <= 1e-4 and calls[-1] == 2
 
 
 def test_a_prompt_guided_from_itself_is_unguided(sd):
@@ -162,8 +153,8 @@ def test_any_size_and_the_models_own(sd, xl):
 
 
 def test_defaults_come_from_the_checkpoint(sd, xl):
-    assert (sd.sampler, sd.default_steps, sd.default_guidance) == ("ddim", 50, 7.5)
-    assert (xl.sampler, xl.default_steps, xl.default_guidance) == ("euler_a", 2, 0.0)
+    assert (sd.sampler, sd.defaults.num_steps, sd.defaults.cfg_weight) == ("ddim", 50, 7.5)
+    assert (xl.sampler, xl.defaults.num_steps, xl.defaults.cfg_weight) == ("euler_a", 2, 0.0)
     assert len(list(xl.generate_latents(PROMPT, latent_size=(4, 4)))) == 2
 
 
@@ -172,18 +163,20 @@ def test_images_are_in_range(sd):
     assert image.dtype == mx.float32 and float(image.min()) >= 0 and float(image.max()) <= 1
 
 
-def test_micro_conditioning_reaches_the_unet(xl):
-    seen = []
-    unet, xl.unet = xl.unet, lambda *a, text_time, **k: seen.append(text_time[1]) or unet(*a, text_time=text_time, **k)
-    try:
-        micro = MicroConditioning(original_size=(100, 200), crop=(3, 4), target_size=(50, 60))
-        run = {"num_steps": 1, "latent_size": (6, 8), "cfg_weight": 2.0}
-        for given in (None, micro):
-            mx.eval(*xl.generate_latents(PROMPT, micro=given, **run))
-        assert seen[0].tolist() == [[48, 64, 0, 0, 48, 64]] * 2
-        assert seen[1].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
-    finally:
-        xl.unet = unet
+def test_micro_conditioning_reaches_the_unet(xl, monkeypatch):
+    seen, embed_time = [], UNet2DConditionModel.embed_time
+
+    def watched(unet, t, dtype, text_time, guidance):
+        seen.append(text_time[1])
+        return embed_time(unet, t, dtype, text_time, guidance)
+
+    monkeypatch.setattr(UNet2DConditionModel, "embed_time", watched)
+    micro = SizeConditioning(original_size=(100, 200), crop=(3, 4), target_size=(50, 60))
+    run = {"num_steps": 1, "latent_size": (6, 8), "cfg_weight": 2.0}
+    for given in (None, micro):
+        mx.eval(*xl.generate_latents(PROMPT, micro=given, **run))
+    assert seen[0].tolist() == [[48, 64, 0, 0, 48, 64]] * 2
+    assert seen[1].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
 
 
 def test_parts_may_be_used_and_deleted(sd1_folder, xl_folder):
@@ -226,8 +219,19 @@ def test_a_cut_prompt_is_said(sd, caplog):
 
 
 BAD_RUNS = [
-    ({"n_images": 0}, "n_images 0 must be at least 1"),
-    ({"num_steps": 0}, "0 steps"),
+    ({"n_images": 0}, "n_images 0 is not a whole number of at least 1"),
+    ({"num_steps": 0}, "num_steps 0 is not a whole number of at least 1"),
+    ({"num_steps": [4, 8]}, r"num_steps \[4, 8\] is not a whole number"),
+    ({"seed": -1}, "seed -1 is not a whole number of at least 0"),
+    ({"seed": 1.5}, "seed 1.5 is not a whole number"),
+    ({"seed": [1, -2], "n_images": 2}, "seed -2 is not a whole number"),
+    ({"cfg_weight": float("nan")}, "cfg_weight nan is not a finite number"),
+    ({"cfg_weight": float("inf")}, "cfg_weight inf is not a finite number"),
+    ({"eta": float("nan")}, "eta nan is not a number from 0 to 1"),
+    ({"s_noise": float("inf")}, "s_noise inf is not a number of at least 0"),
+    ({"negative_text": None}, "negative_text None is no prompt"),
+    ({"latent_size": 64}, r"latent_size 64 must be \(height, width\)"),
+    ({"guidance_rescale": 2}, "guidance_rescale 2 is not a number from 0 to 1"),
     ({"num_steps": 1001}, "1001 steps"),
     ({"latent_size": (0, 8)}, "latent_size"),
     ({"latent_size": (8, 8, 4)}, "latent_size"),
@@ -246,7 +250,7 @@ def test_bad_arguments_are_refused_at_the_call(sd, arguments, message):
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
 def test_bad_strengths(sd, strength):
-    with pytest.raises(ValueError, match=r"strength .* is outside 0 \.\.\. 1"):
+    with pytest.raises(ValueError, match=r"strength .* is not a number from 0 to 1"):
         sd.generate_latents_from_image(picture(), PROMPT, strength=strength)
 
 

@@ -162,7 +162,7 @@ def test_the_autoencoder_returns_held_out_images_at_37_decibels(tiny):
 def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
     noise = np.random.default_rng(4).standard_normal((1, 16, 16, 4)).astype(np.float32)
     ours = images(tiny, tiny.generate_latents(RED_ON_BLUE, latents=mx.array(noise), seed=0))
-    steps, guidance = tiny.default_steps, tiny.default_guidance
+    steps, guidance = tiny.defaults.num_steps, tiny.defaults.cfg_weight
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
     theirs = oracle(
         RED_ON_BLUE, latents=latents, num_inference_steps=steps, guidance_scale=guidance, output_type="np"
@@ -173,7 +173,8 @@ def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
 # --- the pictures ---
 
 
-def test_the_golden_image(tiny):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("default", marks=pytest.mark.gpu)])
+def test_the_golden_image(tiny, device):
     """Same prompt, same seed, same picture, on whatever machine: rendered once by this library on a CPU."""
     golden = np.array(Image.open(Path(__file__).parent / "golden_tiny.png").convert("RGB")).astype(int)
     drawn = images(tiny, tiny.generate_latents(RED_ON_BLUE, seed=1))[0]

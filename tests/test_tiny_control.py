@@ -59,7 +59,9 @@ def test_diffusers_reads_the_folder_and_computes_the_same(controlnet):
     oracle = Oracle.from_pretrained(FOLDER, torch_dtype=torch.float32)
     x, context, hint = normal(2, 16, 12, 4, seed=1), normal(2, 77, 128, seed=2), abs(normal(2, 64, 48, 3, seed=3))
     t = [7, 801]
-    down, mid = controlnet(mx.array(x), mx.array(t), mx.array(context), controlnet.embed(mx.array(hint)))
+    down, mid = controlnet(
+        mx.array(x), controlnet.embed_time(mx.array(t), mx.float32), mx.array(context), controlnet.embed(mx.array(hint))
+    )
     with torch.no_grad():
         expected = oracle(nchw(x), torch.tensor(t), torch.from_numpy(context), nchw(hint), return_dict=False)
     assert len(down) == len(expected[0])

@@ -1,4 +1,4 @@
-"""Writes the flags of all commands into the documentation: python -m tools.flags
+"""Write the flags of all commands into the documentation: python -m tools.flags
 
 The tables are those of the parsers and stand in docs/command-line.md between two comments, <!-- flags --> and
 <!-- end of flags -->; what is around them is written by hand.
@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stable_diffusion.cli import arguments, completion, convert, inspect
+from stable_diffusion.cli import convert, inspect
+from stable_diffusion.cli.parser import script_parser
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "command-line.md"
 _PLACE = re.compile(r"(?<=<!-- flags -->\n).*?(?=<!-- end of flags -->)", re.DOTALL)
@@ -18,12 +19,11 @@ Parsers = dict[str, argparse.ArgumentParser]
 
 COMMANDS: dict[str, Parsers] = {
     "txt2image and image2image": {
-        "image2image": arguments.script_parser(True, "image2image"),
-        "txt2image": arguments.script_parser(False, "txt2image"),
+        "image2image": script_parser("image2image", "image2image"),
+        "txt2image": script_parser("txt2image", "txt2image"),
     },
     "convert": {"convert": convert.make_parser()},
     "inspect": {"inspect": inspect.make_parser()},
-    "completion": {"completion": completion.make_parser()},
 }
 _UNTITLED = ("positional arguments", "options", "optional arguments")  # what argparse calls groups without a name
 

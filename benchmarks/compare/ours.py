@@ -7,13 +7,13 @@ from stable_diffusion import StableDiffusion
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.cli.flags import TEXT_BITS, UNET_BITS
-from stable_diffusion.diffusion.denoiser import denoiser
-from stable_diffusion.diffusion.guidance import stages
-from stable_diffusion.diffusion.schedule import Schedule
-from stable_diffusion.models.config import ScheduleConfig
-from stable_diffusion.models.lanes import ONE, Lanes
-from stable_diffusion.models.tiling import decode, encode, way
+from stable_diffusion.app.engine import TEXT_BITS, UNET_BITS
+from stable_diffusion.diffusion.denoiser import Denoiser
+from stable_diffusion.diffusion.guidance import guidance_batches
+from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
+from stable_diffusion.models import cpu
+from stable_diffusion.models.cpu import ONE_STREAM, CPUStreams
+from stable_diffusion.models.tiling import decode, encode, plan
 from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.quantize import GROUP_SIZES, quantize
@@ -23,6 +23,7 @@ from .mlx_meter import Work, file_size, random, ready, size
 
 
 def prepare(case: Case, folder: Path) -> Work:
+    cpu.tune()
     return _PREPARE[case.part](case, folder)
 
 
@@ -45,13 +46,13 @@ def _unet(case: Case, folder: Path) -> Work:
     told = Conditioning(random(1, POSITIONS, width, dtype=case.dtype), pooled, ids)
     schedule = Schedule(ScheduleConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     steps = schedule.steps(STEPS)
-    asked = stages(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
-    lanes = Lanes()
-    batch, aside = (denoiser(unet, schedule, steps, getattr(mx, case.dtype), asked, lanes=one) for one in (ONE, lanes))
+    batches = guidance_batches(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
+    streams, dtype = CPUStreams(), getattr(mx, case.dtype)
+    batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, streams=choice) for choice in (ONE_STREAM, streams))
     x = random(1, case.latent, case.latent, unet.config.in_channels)
 
     def run() -> None:
-        with lanes:
+        with streams:
             mx.eval(aside(x, steps.sigmas[0]))
 
     return Work(run, size(unet), graph=lambda: batch(x, steps.sigmas[0]))
@@ -73,14 +74,14 @@ def _text(case: Case, folder: Path) -> Work:
 def _vae_encode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
     pixels = random(1, case.size, case.size, 3)
-    whole = way(vae.encoder, pixels, vae.config.scale).band is None
+    whole = plan(vae.config, "encoder", pixels.shape).rows is None
     return Work(lambda: encode(vae, pixels)[0], size(vae.encoder), has_graph=whole)
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
     latents = random(1, case.latent, case.latent, vae.latent_channels)
-    whole = way(vae.decoder, latents, 1).band is None
+    whole = plan(vae.config, "decoder", latents.shape).rows is None
     return Work(lambda: decode(vae, latents), size(vae.decoder), has_graph=whole)
 
 

@@ -1,4 +1,4 @@
-"""How a picture was made, as the text that AUTOMATIC1111's web UI puts into its files and many programs read.
+"""The text in which AUTOMATIC1111's web UI says how a picture was made, which many programs read.
 
 The prompt, a line "Negative prompt: ...", and a last line of settings:
 
@@ -19,9 +19,9 @@ from ..diffusion.samplers import SAMPLERS, read_name
 _NEGATIVE = "Negative prompt:"
 # Bounded, or a long text without a colon would be looked through from each of its letters.
 _SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:,|$)')
-_FEWEST_SETTINGS = 3  # what makes the last line one of settings, and not of the prompt
+_FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 
-# Names there that are not what ours would be in capitals.
+# Names of the web UI that are not ours in capitals.
 _SAMPLERS = {
     "euler_a": "Euler a",
     "dpm2_a": "DPM2 a",
@@ -40,7 +40,7 @@ _SCHEDULES = {
     "sgm_uniform": "SGM Uniform",
     "align_your_steps_xl": "Align Your Steps",
 }
-# Settings that are flags of the scripts: the name there, the flag, and how the value is read.
+# Settings that are fields of a request: the web UI's name, the field, and the type of the value.
 _FLAGS = {
     "Steps": ("steps", int),
     "CFG scale": ("cfg", float),
@@ -55,26 +55,26 @@ _FLAGS = {
 
 
 def sampler_name(sampler: str) -> str:
-    """The name of a sampler there, of one that we know by any name."""
+    """Return the web UI's name of a sampler, of one that is known here by any name."""
     name = read_name(sampler)[0]
     return _SAMPLERS.get(name, name.upper())
 
 
 def schedule_name(schedule: str | None) -> str:
-    """The name of a schedule there; None is the checkpoint's own."""
+    """Return the web UI's name of a schedule; None is the checkpoint's."""
     schedule = schedule or "default"
     return _SCHEDULES.get(schedule, schedule.replace("_", " ").title())
 
 
 def write(prompt: str, negative: str, settings: Mapping[str, Any]) -> str:
-    """The text of a picture; settings that are None are left out."""
+    """Write the text of a picture; settings that are None are left out."""
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
 
 
 def number(value: Any) -> str:
-    """A number to all its digits, without an exponent; anything else as it is."""
+    """Write a number with all its digits, without an exponent; anything else as it is."""
     return format(Decimal(repr(value)), "f").removesuffix(".0") if isinstance(value, float) else str(value)
 
 
@@ -84,7 +84,7 @@ def _quoted(value: Any) -> str:
 
 
 def read(text: str) -> tuple[str, str, dict[str, str]]:
-    """The prompt, the negative prompt and the settings of a text, as they are written in it."""
+    """Split a text into the prompt, the negative prompt and the settings."""
     *lines, last = text.strip().split("\n")
     settings = {name: _unquoted(value) for name, value in _SETTING.findall(last)}
     if len(settings) < _FEWEST_SETTINGS:
@@ -105,25 +105,25 @@ def _unquoted(value: str) -> str:
 
 
 def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a text says in the flags of our scripts, and the settings that it has beside these.
+    """Return a text's values by the names of a request's fields, and its settings that are none.
 
-    Values that cannot be read are among the latter; whether a value is in its flag's bounds is left to the flag.
+    Values that cannot be read are among the latter; their limits are checked by the request.
     """
     prompt, negative, settings = read(text)
-    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "n_images": 1}
+    arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
     for name, value in settings.items():
         try:
-            found |= _argument(name, value)
+            arguments |= _argument(name, value)
         except (ValueError, KeyError):
             other[name] = value
-    if "hires" in found and "strength" in found:
-        found["hires_strength"] = found.pop("strength")
-    return found, other
+    if "hires" in arguments and "strength" in arguments:
+        arguments["hires_strength"] = arguments.pop("strength")
+    return arguments, other
 
 
 def _argument(name: str, value: str) -> dict[str, Any]:
-    """A setting as flags; KeyError or ValueError for what is none."""
+    """Return a setting as fields; KeyError or ValueError for what is none."""
     if name == "Size":
         width, height = value.split("x")
         return {"width": int(width), "height": int(height)}
@@ -142,7 +142,7 @@ def _argument(name: str, value: str) -> dict[str, Any]:
 
 
 def _schedule(name: str) -> str:
-    """Our name of a schedule there. ValueError for one that is not known."""
+    """Return our name of a schedule of the web UI; ValueError for an unknown one."""
     schedule = read_name(f"{next(iter(SAMPLERS))} {name}")[1]
     if schedule is None:
         raise ValueError(f"schedule {name!r} is unknown")

@@ -1,350 +1,171 @@
-"""How much memory a network will take, predicted from its graph before anything of it is computed.
+"""The memory that a run takes, by measured constants, and the batch that fits.
 
-The weights are known from the config: a module that is built but not filled knows the shapes and types of its arrays.
-For all else the module is traced (nothing is evaluated), and MLX's evaluation is replayed on the sizes of the arrays:
-the order in which it visits the graph, the buffers that it shares, reuses and lets go of, the room that its kernels
-take beside their results, and how far it works ahead of the device. What a buffer needs is what MLX reports as peak
-memory. The CPU's rules are tested against that: UNets come within 10 %, and take up to a third less where the scores
-of attention decide, which are computed in place or not as the machine is busy. With the nodes in another order, or
-without buffers taken over, they would be 30 to 60 % off. Text encoders, whose buffers are small beside their weights,
-take up to three tenths less. Metal's rules are read from MLX's sources and not measured on a Mac.
+A step of the UNet takes memory in proportion to the rows of its batch and to the positions of the latents; attention is
+cut into pieces of a fixed size. So one constant for each backend is enough, and the first step of a run corrects it.
 """
 
+import logging
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
-_WIDTH = 20  # of MLX's walk through the graph, breadth first up to here (MLX_BFS_MAX_WIDTH)
-_TASKS = 10  # that MLX hands to a device before it waits
-_RESHAPES = {"Reshape", "ExpandDims", "Squeeze", "Depends", "StopGradient", "Unflatten", "Flatten"}
-_VIEWS = _RESHAPES - {"Reshape"} | {"Transpose", "Broadcast", "Split", "Slice", "AsStrided"}
-# What has a buffer of its own whatever becomes of its inputs.
-_NEVER_IN_PLACE = {"Concatenate", "Convolution", "Matmul", "AddMM", "QuantizedMatmul", "Reduce", "Gather", "GatherAxis"}
-_NEVER_IN_PLACE |= {"Pad", "Arange", "RandomBits", "Scan", "Sort", "ArgReduce", "ArgSort", "Copy", "Reshape"}
-_ELEMENTWISE = {"Abs", "Add", "AsType", "Broadcast", "Cos", "Divide", "Equal", "Erf", "Exp", "Greater", "Less", "Log"}
-_ELEMENTWISE |= {"LogicalAnd", "LogicalNot", "Maximum", "Minimum", "Multiply", "Negative", "Power", "Rsqrt", "Select"}
-_ELEMENTWISE |= {"Sigmoid", "Sin", "Sqrt", "Square", "Subtract", "Tanh"}
+from ..models import tiling
+from ..models.controlnet import ControlNetModel, T2IAdapter
+from ..options import SettingError
+from ..pipeline import StableDiffusion
+from ..weights.quantize import size_in_bytes
+
+_log = logging.getLogger("stable_diffusion")
+
+_MOST_IMAGES = 8  # in a batch; more of them save little time
+_FRACTION = 0.75  # of the machine's memory that a run may take: the system and other programs need some
+_RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Macs below 36 GB
+
+# Bytes of a step for each row and position of the latents, as a multiple of the widths of the UNet's first two blocks.
+# Measured on the CPU over SD 1.5 and SDXL at 512 to 1536 pixels (benchmarks/memory.py): 1.45 x 36 where MLX does not
+# work ahead (a memory limit of 0), 2.2 times as much where it does.
+_CPU, _CPU_AHEAD = 1.45 * 36, 2.2 * 1.45 * 36
+# On Metal, by the rules of MLX 0.32's allocator and not measured: 12,200 bytes for each row and position of SDXL, and
+# up to 1.3 GB in command buffers where MLX works ahead.
+_METAL, _METAL_AHEAD, _METAL_MOST_AHEAD = 12.7, 94, 1.3e9
+_STEP = 1.5e6  # bytes that each step takes besides
+_CONTROLNET = 0.35  # of a step that each ControlNet adds
+_TEXT = 12e6  # bytes for each chunk of 75 tokens
 
 
 @dataclass(frozen=True)
-class Backend:
-    """How a device evaluates a graph: what it counts as one of its tasks, and its temporary buffers.
+class RunShape:
+    """Describe a batch as far as its memory goes.
 
-    A task ends after ``calls`` kernels or, on Metal, once its arrays add up to ``bytes``.
+    ``size`` is (height, width) of the latents, ``larger`` that of a second pass. ``rows`` are the UNet's rows for one
+    image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether images are encoded.
     """
 
-    name: str
-    calls: int
-    bytes: float
-    fused: frozenset[int]  # widths of attention heads for which the scores are never in memory
+    n_images: int
+    size: tuple[int, int]
+    chunks: int = 1
+    rows: int = 2
+    networks: Sequence[ControlNetModel | T2IAdapter] = ()
+    larger: tuple[int, int] | None = None
+    encodes: bool = False
 
 
-CPU = Backend("CPU", 10, math.inf, frozenset())
-METAL = Backend("Metal", 40, 40 * 2**20, frozenset((64, 72, 80, 96, 128)))
+@dataclass(frozen=True)
+class StageMemory:
+    """Hold the bytes of a stage: the weights in memory meanwhile, and what it computes."""
 
-
-@dataclass(eq=False)
-class _Buffer:
-    size: int
-    users: int = 0
-
-
-@dataclass(eq=False)
-class _Array:
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    node: "_Node | None" = None
-    uses: int = 0  # by what is not computed yet
-    contiguous: bool = True
-    fused: bool = False
-    buffer: _Buffer | None = None
+    stage: str
+    weights: int
+    working: int
 
     @property
-    def nbytes(self) -> int:
-        return 0 if self.fused else math.prod(self.shape) * self.dtype.size
+    def total(self) -> int:
+        """Return both together, the peak of the stage."""
+        return self.weights + self.working
+
+    def __str__(self) -> str:
+        weights, working = self.weights / 1e9, self.working / 1e9
+        return f"{self.stage}: {weights:.2f} GB of weights + {working:.2f} GB = {weights + working:.2f} GB"
 
 
-@dataclass(eq=False)
-class _Node:
-    name: str
-    inputs: list[_Array]
-    outputs: list[_Array]
-    arguments: list[Any] = field(default_factory=list)
-    left: int = 0
-    inside: bool = False  # of the kernel that computes its only user
+def set_limits(memory: float | None, low_memory: bool) -> int:
+    """Set MLX's limits for ``memory`` bytes (None: most of the machine's); returns the bytes that a run may take.
 
-
-def peak(
-    network: nn.Module,
-    call: Callable[..., Any],
-    *inputs: tuple[tuple[int, ...], mx.Dtype],
-    backend: Backend = CPU,
-    limit: float = math.inf,
-) -> int:
-    """Bytes that ``call(*inputs)`` will take at its peak beside the weights of ``network``, which it runs.
-
-    Args:
-        network: a module, whose parameters may be lazy.
-        inputs: the shape and type of each.
-        limit: what is set by ``mx.set_memory_limit``, less the weights: beyond it MLX does not work ahead.
+    Beyond its memory limit MLX does not work ahead of the device, which saves half of the working memory on a CPU: in
+    low memory the limit there is 0. Buffers kept for reuse may take an eighth, in low memory a 64th.
     """
-    return _replay(_trace(network, call, inputs), backend, limit)
+    on_cpu = mx.default_device() == mx.cpu
+    info = {} if on_cpu else mx.device_info()
+    physical = info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    recommended = info.get("max_recommended_working_set_size", math.inf)
+    limit = int(min(_FRACTION * physical, _RECOMMENDED * recommended) if memory is None else memory)
+    mx.set_memory_limit(0 if low_memory and on_cpu else limit)
+    mx.set_cache_limit(limit // (64 if low_memory else 8))
+    return limit
 
 
-def _trace(
-    network: nn.Module, call: Callable[..., Any], inputs: Sequence[tuple[tuple[int, ...], mx.Dtype]]
-) -> tuple[list[_Node], list[_Array]]:
-    """The graph of a call, and its results."""
-    names, values = zip(*tree_flatten(network.parameters()), strict=True)
-    said: list[dict] = []
-
-    def run(*arrays: mx.array) -> Any:
-        network.update(tree_unflatten(list(zip(names, arrays, strict=False))))
-        return call(*arrays[len(names) :])
-
-    try:
-        mx.export_function(said.append, run, *values, *(mx.zeros(shape, dtype) for shape, dtype in inputs))
-    finally:
-        network.update(tree_unflatten(list(zip(names, values, strict=True))))
-    arrays: dict[str, _Array] = {}
-
-    def array(entry: tuple) -> _Array:
-        return arrays.setdefault(entry[0], _Array(*entry[1:]))
-
-    nodes, results = [], []
-    for entry in said:
-        if entry["type"] == "primitive":
-            node = _Node(entry["name"], *([array(e) for e in entry[key]] for key in ("inputs", "outputs")))
-            node.arguments = entry["arguments"]
-            for output in node.outputs:
-                output.node = node
-            nodes.append(node)
-        elif entry["type"] == "outputs":
-            results = [array(e) for e in entry["outputs"]]
-    return nodes, results
+def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[int, int]) -> int:
+    """Return the bytes of a step with this number of ``rows`` at ``size``, weights not included."""
+    widths = sum(model.unet_config.block_out_channels[:2])
+    positions = rows * math.prod(size) * widths
+    if mx.default_device() == mx.cpu:
+        step = positions * (_CPU if mx.get_memory_limit() == 0 else _CPU_AHEAD)
+    else:
+        step = positions * _METAL + min(positions * _METAL_AHEAD, _METAL_MOST_AHEAD)
+    return int(_STEP + step * (1 + _CONTROLNET * len(shape.networks)))
 
 
-def _compiled(nodes: Sequence[_Node], results: Sequence[_Array]) -> None:
-    """Make one node of each activation: MLX compiles it to one kernel, but shows the graph as it was written.
+def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
+    """Return the memory of each stage of a run, in order, from configs and the headers of files."""
+    sizes = {name: source.size for name, source in model.sources.items()}
+    text = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    # Quantized weights are in memory from the start, and the autoencoder's from its first use.
+    early = 0 if model.low_memory or model.sources["unet"].quantization is None else sizes["unet"]
+    stays = 0 if model.low_memory or not shape.encodes else sizes["autoencoder"]
+    networks = sum(size_in_bytes(network) for network in shape.networks)
+    largest = shape.larger or shape.size
+    pixels = (model.pixels_per_latent * largest[0], model.pixels_per_latent * largest[1])
+    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * shape.chunks))]
+    if shape.encodes:
+        weights = sizes["autoencoder"] + early + networks + (0 if model.low_memory else text)
+        stages.append(StageMemory("encoding", weights, _autoencoder_bytes(model, "encoder", pixels, limit - weights)))
+    weights, rows = sizes["unet"] + networks + stays, shape.rows * shape.n_images
+    rows = min(rows, model.rows_at_once or rows)
+    for stage, size in (("a step of the UNet", shape.size), ("a step of the second pass", shape.larger)):
+        if size is not None:
+            stages.append(StageMemory(stage, weights, step_bytes(model, shape, rows, size)))
+    decoding = _autoencoder_bytes(model, "decoder", largest, limit - sizes["autoencoder"])
+    return [*stages, StageMemory("decoding", sizes["autoencoder"], decoding)]
 
-    An activation is elementwise work on one shape that reads some array twice. Other elementwise work is done in place,
-    which takes as much memory, and only counts as one kernel. (The several kernels that MLX makes of a long activation
-    take as much memory as one.)
+
+def _autoencoder_bytes(model: StableDiffusion, half: str, size: tuple[int, int], room: int) -> int:
+    itemsize = model.sources["autoencoder"].dtype.size
+    return int(tiling.plan(model.vae_config, half, (1, *size), room, itemsize).peak)
+
+
+def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int, correction: float = 1.0) -> int:
+    """Return how many of ``shape.n_images`` to generate together: those that fit, in batches of about one size.
+
+    Where the rows run one by one a batch saves no time. ``correction`` is the measured memory of a step over
+    the planned.
     """
-    users: dict[int, list[_Node]] = {}
-    for node in nodes:
-        for array in node.inputs:
-            users.setdefault(id(array), []).append(node)
-    end: dict[int, _Node] = {}  # of what a node is a part of
-    parts: dict[int, list[_Node]] = {}
-    kept = {id(array) for array in results}
-    for node in reversed(nodes):
-        if node.name not in _ELEMENTWISE:
-            continue
-        out = node.outputs[0]
-        ends = {id(end.get(id(user), user)): end.get(id(user)) for user in users.get(id(out), [])}
-        last = next(iter(ends.values())) if len(ends) == 1 and id(out) not in kept else None
-        if last is None or (last.outputs[0].shape != out.shape and node.name != "Broadcast"):
-            last = node
-        end[id(node)] = last
-        parts.setdefault(id(last), []).append(node)
-    for members in parts.values():
-        last, inside = members[0], {id(node.outputs[0]) for node in members}
-        read = [array for node in members for array in node.inputs if array.shape == last.outputs[0].shape]
-        if len({id(array) for array in read}) == len(read):
-            for node in members[1:]:
-                node.inside = True
-            continue
-        outside = {id(a): a for node in members for a in node.inputs if id(a) not in inside}
-        last.outputs[0].node = _Node("Compiled", list(outside.values()), last.outputs)
+    if shape.n_images == 1 or model.rows_at_once:
+        return 1
+    weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
+    room = limit - weights - sum(size_in_bytes(network) for network in shape.networks)
+    each = correction * step_bytes(model, shape, shape.rows, shape.larger or shape.size)
+    most = max(1, min(shape.n_images, _MOST_IMAGES, int(room // each)))
+    return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
 
 
-def _order(results: Sequence[_Array]) -> list[_Node]:
-    """The nodes in the order in which MLX computes them: that of its `eval_impl`, backwards from the results."""
-    end = _Node("end", list(results), [])
-    seen, stack = {id(end)}, [end]
-    while stack:
-        for array in stack.pop().inputs:
-            if array.node is None:
-                continue
-            array.node.left += 1
-            if id(array.node) not in seen:
-                seen.add(id(array.node))
-                stack.append(array.node)
-    tape, held, at = [end], [], 0
-    while at < len(tape) or held:
-        if at < len(tape):
-            node, first, at = tape[at], 0, at + 1
-        else:
-            node, first = held.pop()
-        for i in range(first, len(node.inputs)):
-            source = node.inputs[i].node
-            if source is None or source.left == 0:
-                continue
-            if len(tape) - at >= _WIDTH:
-                held.append((node, i))
-                break
-            source.left -= 1
-            if source.left == 0:
-                tape.append(source)
-    return tape[:0:-1]
+def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) -> list[StageMemory]:
+    """Choose how to run within ``limit`` bytes; returns the memory of each stage.
 
-
-class _Memory:
-    """What is in use, and what waits for the device to be done with it."""
-
-    def __init__(self, backend: Backend, limit: float):
-        self.backend, self.limit = backend, limit
-        self.active = self.peak = 0
-        self._tasks: deque[list[_Buffer]] = deque()
-        self._open: list[_Buffer] = []
-        self._calls, self._bytes = 0, 0
-
-    def new(self, size: int) -> _Buffer:
-        self.active += size
-        self.peak = max(self.peak, self.active)
-        return _Buffer(size)
-
-    def hold(self, buffer: _Buffer | None) -> None:
-        if buffer is not None:
-            buffer.users += 1
-
-    def drop(self, buffer: _Buffer | None) -> None:
-        if buffer is None:
-            return
-        buffer.users -= 1
-        if buffer.users == 0:
-            self.active -= buffer.size
-
-    @property
-    def behind(self) -> bool:
-        """Whether the device may have something to do. Compiled kernels, as measured, take over no buffer then."""
-        return bool(self._tasks or self._open)
-
-    def submit(self, buffers: Sequence[_Buffer], calls: int, size: int) -> None:
-        """Hand a kernel to the device, which uses these buffers until it is done."""
-        for buffer in buffers:
-            self.hold(buffer)
-        self._open += buffers
-        self._calls += calls
-        self._bytes += size
-        if self._calls >= self.backend.calls or self._bytes > self.backend.bytes:
-            self._calls, self._bytes = self._calls % self.backend.calls, 0
-            self._tasks.append(self._open)
-            self._open = []
-        while len(self._tasks) > _TASKS or (self.active > self.limit and self._tasks):
-            for buffer in self._tasks.popleft():
-                self.drop(buffer)
-
-
-def _replay(graph: tuple[list[_Node], list[_Array]], backend: Backend, limit: float) -> int:
-    nodes, results = graph
-    _compiled(nodes, results)
-    _mark_fused(nodes, backend)
-    order = _order(results)
-    for array in (*(a for node in order for a in node.inputs), *results):
-        array.uses += 1
-    memory = _Memory(backend, limit)
-    for node in order:
-        temporaries = [memory.new(size) for size in _compute(node, memory, backend)]
-        outputs = {id(array.buffer) for array in node.outputs}
-        used = {id(a.buffer): a.buffer for a in node.inputs if a.buffer and id(a.buffer) not in outputs}
-        calls = 0 if node.inside else 1 if node.name in _VIEWS else 2 + len(temporaries)
-        size = sum(a.nbytes for a in (*node.inputs, *node.outputs))
-        memory.submit([*used.values(), *temporaries], calls, size)
-        for array in node.inputs:
-            array.uses -= 1
-            if array.uses == 0:
-                memory.drop(array.buffer)
-    return memory.peak
-
-
-def _mark_fused(nodes: Sequence[_Node], backend: Backend) -> None:
-    """The scores of attention, from the product that makes them to the one that uses them, where a kernel does it all.
-
-    The graph is that of the CPU, which computes them one after the other.
+    Where a step does not fit, the rows run one by one; the autoencoder keeps to what is left. Raises SettingError where
+    a limit that the user has set cannot be kept (``is_strict``); otherwise the log has a warning.
     """
-    users = {id(array): node for node in nodes for array in node.inputs}
-    for node in nodes:
-        user = users.get(id(node.outputs[0])) if node.name == "Softmax" else None
-        if user is None or user.outputs[0].shape[-1] not in backend.fused:
-            continue
-        array = node.outputs[0]
-        while array.node and math.prod(array.shape) == math.prod(node.outputs[0].shape):
-            array.fused = True
-            if array.node.name == "Matmul":
-                break
-            array = array.node.inputs[0]
+    model.memory_limit = limit
+    stages = plan(model, shape, limit)
+    if max(stage.total for stage in stages[:-1]) > limit and model.rows_at_once != 1:
+        model.rows_at_once = 1
+        _log.info("memory is short: the rows of the UNet's batch run one by one")
+        stages = plan(model, shape, limit)
+    largest = max(stages, key=lambda stage: stage.total)
+    if largest.total > limit:
+        text = f"{largest.stage} needs about {largest.total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
+        remedy = "quantize, use low_memory, fewer images at once or a smaller size"
+        if is_strict:
+            raise SettingError(f"{text}: {remedy}", "quantize", "low_memory")
+        _log.warning("%s: %s", text, remedy)
+    for stage in stages:
+        _log.info("memory for %s", stage)
+    return stages
 
 
-def _compute(node: _Node, memory: _Memory, backend: Backend) -> list[int]:
-    """Give the results of a node their buffers; returns the sizes of the temporary ones."""
-    first = node.inputs[0] if node.inputs else None
-    view = node.name in _VIEWS or (node.name == "Reshape" and first.contiguous)
-    for array in node.outputs:
-        if view:
-            array.buffer, array.contiguous = first.buffer, _stays_contiguous(node, first, array)
-        elif donor := None if node.name == "Compiled" and memory.behind else _donor(node, array):
-            array.buffer = donor.buffer
-        else:
-            array.buffer = memory.new(array.nbytes)
-        memory.hold(array.buffer)
-    if node.name == "Convolution":
-        return _of_convolution(node, backend)
-    if node.name in ("Matmul", "QuantizedMatmul", "AddMM") and backend is CPU:
-        return [a.nbytes for a in node.inputs[:2] if not a.contiguous and a.buffer is not None]
-    return []
-
-
-def _stays_contiguous(node: _Node, source: _Array, result: _Array) -> bool:
-    if node.name in _RESHAPES:
-        return source.contiguous
-    # What is cut off at the first axis that is longer than 1 stays in one piece.
-    longer = [i for i, side in enumerate(source.shape) if side > 1]
-    if node.name in ("Split", "Slice") and longer:
-        return source.contiguous and source.shape[longer[0] + 1 :] == result.shape[longer[0] + 1 :]
-    return math.prod(source.shape) == math.prod(result.shape) and node.name == "Broadcast" and source.contiguous
-
-
-def _donor(node: _Node, result: _Array) -> _Array | None:
-    """An input whose buffer the result may take over: nothing else will read it."""
-    if node.name in _NEVER_IN_PLACE:
-        return None
-    for array in node.inputs:
-        own = array.buffer is not None and array.uses == 1 and array.buffer.users == 1
-        if own and array.contiguous and array.nbytes == result.nbytes == array.buffer.size:
-            return array
-    return None
-
-
-def _of_convolution(node: _Node, backend: Backend) -> list[int]:
-    """Temporary buffers of a convolution, x [B, H, W, C] and weight [O, kh, kw, C] -> [B, h, w, O].
-
-    The CPU pads x in float32 and unfolds it, so that each position has the kh × kw × C values under the kernel beside
-    each other; what is not float32 is copied. Metal does large 3×3 convolutions by Winograd's scheme F(6, 3): x and
-    the result are cut into tiles of 6 × 6, each of which takes 8 × 8 values while it is transformed.
-    """
-    x, weight = node.inputs
-    out = node.outputs[0]
-    b, h, w, c = x.shape
-    outs, kh, kw, _ = weight.shape
-    padding = node.arguments[1]
-    if backend is CPU:
-        padded = 4 * b * (h + 2 * padding[0]) * (w + 2 * padding[1]) * c
-        unfolded = 4 * math.prod(out.shape[:3]) * kh * kw * c
-        copies = [4 * math.prod(a.shape) for a in (weight, out) if a.dtype != mx.float32]
-        return [padded, unfolded, *copies]
-    large = (kh, kw) == (3, 3) and h == out.shape[1] and c % 32 == 0 and outs % 32 == 0 and b * h * w >= 4096
-    if not large:
-        return []
-    tiles = b * -(-h // 6) * -(-w // 6)
-    return [
-        b * (h + 8) * (w + 8) * c * x.dtype.size,
-        *(64 * n * x.dtype.size for n in (outs * c, tiles * c, tiles * outs)),
-    ]
+def fits_together(model: StableDiffusion, stages: Sequence[StageMemory], limit: int) -> bool:
+    """Return whether the networks of all stages after the prompts fit into memory at once."""
+    weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
+    return weights + max(stage.working for stage in stages[1:]) <= limit

@@ -1,217 +1,246 @@
-"""What is written into a picture: how it was made, for people, for other programs and for ``--from_image``.
+"""Write into a picture how it was made, and read it: the request, field by field.
 
-"parameters" is the text that many programs read (see ``infotext``). "stable_diffusion" is a record in JSON: all flags
-that have a say in the picture, as they were for this one image ("arguments"), what they came to ("made"), the files
-that it was made from with their hashes ("files"), and what it was computed with ("software"). A flag that is new is
-recorded without further ado.
+"parameters" is the text that many programs read (see ``infotext``). "stable_diffusion" is a record in JSON: the request
+of this one image ("arguments"), what it came to ("made"), the files it was made from with their hashes ("files"), and
+what it was computed with ("software").
 """
 
-import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..cli.arguments import recorded_flags
+from .. import __version__
 from ..diffusion.samplers import read_name
+from ..images.files import read_text
 from ..lora.files import find_in, locate
 from ..pipeline import StableDiffusion
-from ..version import __version__
 from ..weights.files import open_checkpoint, open_part
 from ..weights.quantize import read_quantization
 from . import infotext
-from .batches import Work
-from .fingerprints import KINDS, fingerprint, lora_hash, model_hash
-from .records import recorded
+from .batches import Batch
+from .fingerprints import HASH_KINDS, fingerprint, lora_hash, model_hash
+from .request import KINDS, Request
+
+_FILE_FIELDS = ("image", "mask", "depth", "control_image", "embedding")
 
 
-def describe(
-    sd: StableDiffusion, args: argparse.Namespace, work: Work, image_index: int, *, partial: str | None = None
-) -> dict[str, str]:
-    """The texts for one image of a batch: {"parameters": ..., "stable_diffusion": ...}.
+@dataclass(frozen=True)
+class Record:
+    """Hold the record of a picture: values by the names of a request's fields, and everything else.
 
-    Args:
-        sd: the model of ``--model``, also where another one finished the image.
-        args: what the scripts were told.
-        work: the batch.
-        image_index: which image of it.
-        partial: how far an unfinished image came, such as "12 of 20 steps".
+    ``other`` are the settings of another program that are no fields. ``details`` is the record as it was written.
     """
-    record = _record(sd, args, work, image_index)
-    if partial is not None:
-        record["partial"] = partial
-    settings = _settings(sd, args, work.batch.jobs[image_index], record)
-    arguments = record["arguments"]
-    text = infotext.write(arguments["prompt"], arguments["negative_prompt"], settings)
-    return {"parameters": text.encode("utf-8", "replace").decode(), "stable_diffusion": json.dumps(record, default=str)}
+
+    path: str
+    arguments: Mapping[str, Any]
+    other: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """Return a part of the details, such as "files"; it is empty where it is missing or damaged."""
+        value = self.details.get(name)
+        return value if isinstance(value, dict) else {}
 
 
-def changes(sd: StableDiffusion, args: argparse.Namespace, work: Work) -> Iterator[str]:
-    """What is not as it was when the picture of ``--from_image`` was made, a line each."""
-    old, new = recorded(args.from_image), _record(sd, args, work, 0)
-    before, now = (_table(record, "software") for record in (old, new))
+def read_record(path: str | os.PathLike) -> Record:
+    """Read how a picture was made; ValueError, one line, where it does not say so."""
+    texts = read_text(path)
+    try:
+        details = json.loads(texts.get("stable_diffusion", ""))
+    except (ValueError, RecursionError):
+        details = None
+    if isinstance(details, dict) and isinstance(details.get("arguments"), dict):
+        return Record(str(path), details["arguments"], details=details)
+    arguments, other = infotext.as_arguments(texts.get("parameters", ""))
+    if not (other or arguments.keys() - {"prompt", "negative_prompt"}):
+        raise ValueError(f"{path} does not say how it was made; write a prompt, and settings, in its place")
+    return Record(str(path), arguments, other)
+
+
+def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:
+    """Yield a line for each thing in a record that a repeated request does not follow."""
+    path, details = record.path, record.details
+    if details.get("script", script) != script:
+        yield f"{path} was made with {details['script']}; what only that has is left out"
+    elif unknown:
+        yield f"{path} was made with settings that are not known here: {', '.join(unknown)}"
+    if "partial" in details:
+        yield f"{path} was not finished ({details['partial']}); here all steps are made"
+    if record.other:
+        if "Model" in record.other and not has_model:
+            yield f"{path} was made with the model {record.other['Model']}; --model chooses one, none is chosen for you"
+        unused = ", ".join(f"{name} {value}" for name, value in record.other.items() if name != "Model")
+        yield f"{path} is by another program, whose noise is another" + (f"; not used: {unused}" if unused else "")
+
+
+def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[str]:
+    """Yield a line for files and versions that are not those with which a picture was made."""
+    current = _details(model, batch, 0)
+    before, now = record.table("software"), current["software"]
     if others := [
         f"{name} {before[name]} (now {now[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]:
-        yield f"{args.from_image} was made with {', '.join(others)}: the picture may differ"
-    before, now = (_table(record, "files") for record in (old, new))
-    if others := [name for name in now if not _same(before.get(name), now[name])]:
-        yield f"not the files that {args.from_image} was made from: {', '.join(others)}"
+        yield f"{record.path} was made with {', '.join(others)}: the picture may differ"
+    before, now = record.table("files"), current["files"]
+    if others := [name for name in now if not _is_same(before.get(name), now[name])]:
+        yield f"not the files that {record.path} was made from: {', '.join(others)}"
 
 
-def _table(record: dict[str, Any], name: str) -> dict[str, Any]:
-    value = record.get(name)
-    return value if isinstance(value, dict) else {}
+def _is_same(before: Any, now: Mapping[str, str]) -> bool:
+    return not isinstance(before, dict) or all(
+        before.get(kind, now[kind]) == now[kind] for kind in HASH_KINDS & now.keys()
+    )
 
 
-def _same(before: Any, now: dict[str, str]) -> bool:
-    """Whether a file is the one that was recorded, as far as can be said."""
-    return not isinstance(before, dict) or all(before.get(kind, now[kind]) == now[kind] for kind in KINDS & now.keys())
+def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = "") -> dict[str, str]:
+    """Return the texts for image ``index`` of a batch: {"parameters": ..., "stable_diffusion": ...}.
 
-
-# --- the record --------------------------------------------------------------------------------------------------
-
-
-def _record(sd: StableDiffusion, args: argparse.Namespace, work: Work, image_index: int) -> dict[str, Any]:
-    job = work.batch.jobs[image_index]
-    arguments = {name: getattr(job, name) for name in recorded_flags("image" in args)}
-    tags = "".join(f" <lora:{name}:{infotext.number(scale)}>" for name, scale in job.loras)
-    arguments |= {"prompt": job.prompt + tags, "seed": work.batch.seeds[image_index], "n_images": 1}
-    arguments |= {"steps": work.given["num_steps"]}
-    if work.canvas is None:
-        arguments |= dict(zip(("width", "height"), work.size, strict=True))
-    else:
-        arguments |= {"strength": work.strength}
-    guidance = sd.default_guidance if job.cfg is None else job.cfg
-    sampler = sd.sampler if job.sampler is None else job.sampler
-    if not (args.refiner or args.lora or job.loras):  # these have defaults of their own for what is not said
-        arguments |= {"cfg": guidance, "sampler": sampler}
+    ``model`` is the one of the request, also where a refiner finished the image. ``partial`` says how far an unfinished
+    image came, such as "step 12 of 20".
+    """
+    details = _details(model, batch, index)
+    if partial:
+        details["partial"] = partial
+    request = batch.requests[index]
+    tags = "".join(f" <lora:{name}:{infotext.number(scale)}>" for name, scale in request.prompt_loras)
+    text = infotext.write(request.text + tags, request.negative_prompt, _settings(model, request, details))
     return {
-        "script": "image2image" if "image" in args else "txt2image",
-        "arguments": {name: value for name, value in arguments.items() if value is not None},
+        "parameters": text.encode("utf-8", "replace").decode(),
+        "stable_diffusion": json.dumps(details, default=str),
+    }
+
+
+def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]:
+    request, setup = batch.requests[index], batch.setup
+    defaults = model.defaults
+    guidance = defaults.cfg_weight if request.cfg is None else request.cfg
+    sampler = request.options.sampler or defaults.sampler
+    decided = {"steps": defaults.num_steps if request.steps is None else request.steps, "seed": request.seed}
+    if setup.canvas is None:
+        decided |= dict(zip(("width", "height"), setup.size, strict=True))
+    else:
+        decided |= {"strength": setup.strength}
+    if not (request.refiner or request.lora or request.prompt_loras):  # these have defaults of their own
+        decided |= {"cfg": guidance, "sampler": sampler}
+    arguments = request.to_dict() | {"n_images": 1, "model": request.model} | decided
+    return {
+        "script": "txt2image" if request.image is None else "image2image",
+        "arguments": {name: arguments[name] for name in KINDS if name in arguments},
         "made": {
-            "size": work.size,
+            "size": setup.size,
             "guidance": guidance,
             "sampler": read_name(sampler)[0],
-            "schedule": job.schedule or read_name(sampler)[1] or sd.schedule.config.sigma_schedule,
-            "bits": _bits(sd),
-            "batch": work.batch.seeds,
+            "schedule": request.options.schedule or read_name(sampler)[1] or model.schedule.config.sigma_schedule,
+            "bits": _bits(model),
+            "batch": batch.seeds,
         },
-        "files": dict(_files(sd, args, job, arguments)),
+        "files": dict(_files(model, request)),
         "software": {
             "stable_diffusion": __version__,
             "mlx": mx.__version__,
             "device": mx.default_device().type.name,
-            "type": str(sd.dtype).removeprefix("mlx.core."),
+            "type": model.dtype_name,
         },
     }
 
 
-def _bits(sd: StableDiffusion) -> dict[str, int]:
-    """Of the networks that are quantized."""
-    recipes = sd.recipes.values()
-    found = {r.component.name: r.quantization or read_quantization(r.component.config) for r in recipes}
-    return {name: quantization[0] for name, quantization in found.items() if quantization}
+def _bits(model: StableDiffusion) -> dict[str, int]:
+    sources = model.sources.values()
+    bits = {s.component.name: s.quantization or read_quantization(s.component.config) for s in sources}
+    return {name: quantization[0] for name, quantization in bits.items() if quantization}
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _files(
-    sd: StableDiffusion, args: argparse.Namespace, job: argparse.Namespace, arguments: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """(name, fingerprint) of each file that had a say. One that is gone by now is left out."""
-    half = sd.dtype == mx.float16
-    found: list[tuple[str, Path]] = []
-    for part in (recipe.component for recipe in sd.recipes.values()):
-        source = getattr(args, part.name, None) or args.model
-        found += [(_name(source, part.name, path), path) for path in part.files]
-    for source, kind in [*((source, "controlnet") for source, _ in args.controlnet), (args.refiner, "refiner")]:
+def _files(model: StableDiffusion, request: Request) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (name, fingerprint) of each file that decided the image. One that is gone by now is left out."""
+    float16 = model.dtype == mx.float16
+    files: list[tuple[str, Path]] = []
+    for part in (source.component for source in model.sources.values()):
+        source = getattr(request, part.name, None) or request.model
+        files += [(_name(source, part.name, path), path) for path in part.files]
+    others = [*((source, "controlnet") for source, _ in request.controlnet), (request.refiner, "refiner")]
+    for source, kind in others:
         with suppress(ValueError, OSError):  # what is gone by now was there when it was read
-            found += [(_name(source, kind, path), path) for path in _elsewhere(source, kind, half)]
-    found += _loras(args, job)
-    found += [(value, Path(value).expanduser()) for value in _paths(arguments)]
-    for name, path in found:
-        if known := fingerprint(path):
+            files += [(_name(source, kind, path), path) for path in _files_of(source, kind, float16)]
+    files += _loras(request)
+    for name in _FILE_FIELDS:
+        value = getattr(request, name)
+        for path in value if isinstance(value, tuple) else () if value is None else (value,):
+            path = path.rsplit("=", 1)[0] if name == "embedding" else path
+            files.append((path, Path(path).expanduser()))
+    for name, path in files:
+        if path.is_file() and (known := fingerprint(path)):
             yield name, known
 
 
-def _loras(args: argparse.Namespace, job: argparse.Namespace) -> list[tuple[str, Path]]:
-    wanted = [(source, partial(locate, source)) for source, _ in args.lora]
-    wanted += [(name, partial(find_in, args.lora_dir, name)) for name, _ in job.loras]
-    found = []
-    for name, find in wanted:
+def _loras(request: Request) -> list[tuple[str, Path]]:
+    sources: list[tuple[str, Callable[[], Path]]] = [(source, partial(locate, source)) for source, _ in request.lora]
+    sources += [(name, partial(find_in, request.lora_dir, name)) for name, _ in request.prompt_loras]
+    files = []
+    for name, find in sources:
         with suppress(ValueError, OSError):
-            found.append((name, find()))
-    return found
+            files.append((name, find()))
+    return files
 
 
 def _name(source: str, kind: str, path: Path) -> str:
-    """What a file is called in the record: as it was given, or by where it is in a folder or a repository."""
+    """Return the name of a file in the record: as it was typed, or by its place in a folder or a repository."""
     return source if os.path.isfile(os.path.expanduser(source)) else f"{source} {kind}/{path.name}"
 
 
 @cache
-def _elsewhere(source: str | None, kind: str, half: bool) -> tuple[Path, ...]:
-    """The files of a ControlNet, or of a refiner's UNet."""
+def _files_of(source: str | None, kind: str, float16: bool) -> tuple[Path, ...]:
+    """Return the files of a ControlNet, or of a refiner's UNet."""
     if source is None:
         return ()
     if kind == "controlnet":
-        return open_part(source, kind, float16=half).files
-    return open_checkpoint(source, float16=half).components["unet"].files
+        return open_part(source, kind, float16=float16).files
+    return open_checkpoint(source, float16=float16).components["unet"].files
 
 
-def _paths(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """The values of flags that are files. Some have a weight beside them, or a word behind an equals sign."""
-    for name, value in arguments.items():
-        for item in value if isinstance(value, list) else [value]:
-            path = item[0] if isinstance(item, tuple) and item else item
-            if isinstance(path, str) and name not in ("prompt", "negative_prompt"):
-                yield from (p for p in (path, path.rsplit("=", 1)[0]) if os.path.isfile(os.path.expanduser(p)))
+# --- for other programs ----------------------------------------------------------------------------------------------
 
 
-# --- for other programs ------------------------------------------------------------------------------------------
-
-
-def _settings(
-    sd: StableDiffusion, args: argparse.Namespace, job: argparse.Namespace, record: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What goes into "parameters", under the names that other programs know; None is left out."""
-    said, made = record["arguments"], record["made"]
-    hires, refined = "hires" in said, "refiner" in said
-    loras = [(Path(name).stem, lora_hash(path)) for name, path in _loras(args, job)]
+def _settings(model: StableDiffusion, request: Request, details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings for "parameters", under the names that other programs know; None is left out."""
+    arguments, facts = details["arguments"], details["made"]
+    loras = [(Path(name).stem, lora_hash(path)) for name, path in _loras(request)]
+    nets = enumerate(request.controlnet)
     return {
-        "Steps": said["steps"],
-        "Sampler": infotext.sampler_name(made["sampler"]),
-        "Schedule type": infotext.schedule_name(made["schedule"]),
-        "CFG scale": made["guidance"],
-        "Image CFG scale": said.get("image_cfg"),
-        "Seed": said["seed"],
-        "Size": "{}x{}".format(*made["size"]),
-        "Model hash": model_hash(sd.recipes["unet"].component.files[0]),
-        "Model": _short(said["model"]),
-        "VAE": _short(said["vae"]) if "vae" in said else None,
-        "Denoising strength": said["hires_strength"] if hires else said.get("strength"),
-        "Clip skip": said["clip_skip"] + 1 if said["clip_skip"] else None,
-        "Mask blur": said.get("mask_blur") or None,
-        "Hires upscale": said.get("hires"),
-        "Hires steps": said.get("hires_steps") if hires else None,
-        "Hires upscaler": {"latents": "Latent", "pixels": "Lanczos"}[said["hires_upscaler"]] if hires else None,
-        "Refiner": _short(said["refiner"]) if refined else None,
-        "Refiner switch at": said["refiner_start"] if refined else None,
-        **{f"ControlNet {i}": f"Model: {_short(net)}, Weight: {s:g}" for i, (net, s) in enumerate(said["controlnet"])},
+        "Steps": arguments["steps"],
+        "Sampler": infotext.sampler_name(facts["sampler"]),
+        "Schedule type": infotext.schedule_name(facts["schedule"]),
+        "CFG scale": facts["guidance"],
+        "Image CFG scale": request.image_cfg,
+        "Seed": request.seed,
+        "Size": "{}x{}".format(*facts["size"]),
+        "Model hash": model_hash(model.sources["unet"].component.files[0]),
+        "Model": _short(request.model),
+        "VAE": request.vae and _short(request.vae),
+        "Denoising strength": request.hires_strength if request.hires else arguments.get("strength"),
+        "Clip skip": request.options.clip_skip + 1 if request.options.clip_skip else None,
+        "Mask blur": request.mask_blur or None,
+        "Hires upscale": request.hires,
+        "Hires steps": request.hires_steps if request.hires else None,
+        "Hires upscaler": {"latents": "Latent", "pixels": "Lanczos"}[request.hires_upscaler] if request.hires else None,
+        "Refiner": request.refiner and _short(request.refiner),
+        "Refiner switch at": request.refiner_start if request.refiner else None,
+        **{f"ControlNet {i}": f"Model: {_short(net)}, Weight: {scale:g}" for i, (net, scale) in nets},
         "Lora hashes": ", ".join(f"{name}: {known}" for name, known in loras if known) or None,
-        "Partial": record.get("partial"),
+        "Partial": details.get("partial"),
         "Version": f"stable-diffusion-mlx {__version__}",
     }
 
 
 def _short(source: str) -> str:
-    """A model's name: of a path, its last part."""
     path = Path(source).expanduser()
     return path.stem if path.is_file() else path.name if path.is_dir() else source

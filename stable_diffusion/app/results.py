@@ -1,130 +1,122 @@
-"""What a script leaves: images, decoded and written as they come, a line on stdout for each, and their grid."""
+"""The files of a run: images as they come, their grid, and a record of each for programs."""
 
-import argparse
-import json
 import logging
-import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
-from ..images.image import from_array, grid
+from ..images.image import grid
 from ..pipeline import StableDiffusion
-from .batches import Batch
-from .engine import Made, decoded
+from .engine import Result
 from .metadata import describe
 from .outputs import NotWrittenError, Outputs
-from .plots import compare, draw
+from .plots import axes_of, compare, draw
+from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
 
-class Results:
-    """The files of a run.
+@dataclass(frozen=True)
+class OutputSettings:
+    """Hold where images go and in which form. ``output`` is a file, a folder or a pattern, see ``outputs``."""
 
-    Where they go is checked here: raises ValueError or OSError, one line, before any work. ``model`` is that of
-    ``--model``, which is to be set once it is there; it may be another that finishes an image.
+    output: str = "out.png"
+    overwrite: bool = False
+    no_grid: bool = False
+    n_rows: int = 1
+    quality: int | None = None
+    no_metadata: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """Hold what to say of a file: a line for people and a record for programs."""
+
+    line: str
+    record: dict[str, Any]
+
+
+class ResultWriter:
+    """Write the images of ``requests``, one image each, and their grid.
+
+    Where they go is checked here: raises ValueError or OSError, one line, before any work. An image that cannot be
+    written leaves the first ``error``; the others, which have taken as much work, are written.
     """
 
-    model: StableDiffusion
-    error: OSError | None = None  # the first of them
-
-    def __init__(self, args: argparse.Namespace, batches: Sequence[Batch]):
-        self._args = args
-        planned = [_values(args, batch, k) for batch in batches for k in range(len(batch.seeds))]
-        self._outputs = Outputs(args.output, len(planned) > 1, args.overwrite)
-        self._outputs.check([values | {"i": i} for i, values in enumerate(planned, start=1)])
-        self._wants_grid = len(planned) > 1 and not args.no_grid
-        self._jobs = [pair for batch in batches for pair in zip(batch.jobs, batch.seeds, strict=True)]
-        self._written: list[dict[str, Any]] = []
+    def __init__(self, requests: Sequence[Request], settings: OutputSettings):
+        self._requests, self._settings = requests, settings
+        self._outputs = Outputs(settings.output, len(requests) > 1, settings.overwrite)
+        self._outputs.check([{"i": i} | _fields(request) for i, request in enumerate(requests, start=1)])
+        self._records: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid
+        self.error: OSError | None = None
 
-    def add(self, sd: StableDiffusion, made: Made) -> None:
-        """Decode the images of a batch, and write each before the next is decoded.
-
-        One that cannot be written leaves an ``error``. The others, which have taken as much work, are not given up.
-        """
-        args, work = self._args, made.work
-        count = len(work.batch.seeds)
-        for k, pixels in enumerate(decoded(sd, made.latents, args.decoding_batch_size)):
-            image = from_array(pixels)
-            if work.canvas is not None:
-                image = work.canvas.finish(image, composite=not args.no_composite)
-            own = {"i": len(self._written) + 1, "width": image.width, "height": image.height}
-            values = _values(args, work.batch, k, sd) | {"steps": work.given["num_steps"]} | own
-            mark = "partial" if made.partial else ""
-            texts = None if args.no_metadata else describe(self.model, args, work, k, partial=made.partial or None)
-            try:
-                path = self._outputs.write(image, values, mark=mark, text=texts, quality=args.quality)
-            except NotWrittenError as error:
-                self.error, path = self.error or error, error.kept
-            if self._wants_grid:
-                self._images.append(image)
-            record = {"kind": mark or "image", "path": str(path)} | values
-            record |= {"negative_prompt": work.batch.jobs[k].negative_prompt, "seconds": round(made.seconds / count, 3)}
-            self._written.append(record | ({"partial": made.partial} if made.partial else {}))
-            ending = f" partial: {made.partial}" if made.partial else ""
-            if path is not None:
-                self._tell(f"{path} seed {values['seed']}{ending}", self._written[-1])
-
-    def add_preview(self, path: Path, step: int, steps: int) -> None:
-        """Name a preview for a program that reads ``--json``; a person sees the file."""
-        if self._args.json:
-            self._tell("", {"kind": "preview", "path": str(path), "step": step, "steps": steps})
-
-    def add_animation(self, finish: Callable[[], Path | None]) -> None:
-        """Name the animation of a batch, if ``finish`` writes one; where it raises OSError, that is the ``error``."""
+    def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
+        """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
+        request, image = result.request, result.image
+        size = {"i": len(self._records) + 1, "width": image.width, "height": image.height}
+        fields = _fields(request, model) | size
+        mark = "partial" if result.partial else ""
+        texts = None
+        if not self._settings.no_metadata:
+            texts = describe(model, result.batch, result.index, result.partial)
         try:
-            path = finish()
-        except OSError as error:
-            self.error = self.error or error
-            return
+            path = self._outputs.write(image, fields, mark=mark, text=texts, quality=self._settings.quality)
+        except NotWrittenError as error:
+            self.error, path = self.error or error, error.kept
+        if self._has_grid():
+            self._images.append(image)
+        record = {"kind": mark or "image", "path": str(path)} | fields
+        record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
+        record |= {"partial": result.partial} if result.partial else {}
+        self._records.append(record)
         if path is not None:
-            self._tell(str(path), {"kind": "animation", "path": str(path)})
+            ending = f" partial: {result.partial}" if result.partial else ""
+            yield Written(f"{path} seed {request.seed}{ending}", record)
 
-    def finish(self) -> None:
-        """Draw the grids: those that compare what lists made, or else that of several images of one size."""
-        if not self._wants_grid or not self._images:
+    def finish(self) -> Iterator[Written]:
+        """Draw the grids: those that compare swept settings, or the grid of several images of one size."""
+        if not self._has_grid() or not self._images:
             return
-        rows, plots = self._args.n_rows, compare(self._jobs)
+        plots = compare(_axes(self._requests))
         for number, plot in enumerate(plots, start=1):
-            drawn = draw(plot, self._images, rows)
-            if drawn is not None:
-                self._add_grid(drawn, sorted(plot.cells.values()), "grid" if number == 1 else f"grid_{number}")
+            picture = draw(plot, self._images, self._settings.n_rows)
+            if picture is not None:
+                mark = "grid" if number == 1 else f"grid_{number}"
+                yield self._add_grid(picture, sorted(plot.cells.values()), mark)
         if not plots and len({image.size for image in self._images}) > 1:
             _log.warning("the images are of several sizes: there is no grid of them")
         elif not plots:
-            self._add_grid(grid(self._images, rows), range(len(self._images)), "grid")
+            yield self._add_grid(grid(self._images, self._settings.n_rows), range(len(self._images)), "grid")
 
-    def _add_grid(self, image: Image, shown: Sequence[int], mark: str) -> None:
-        path = self._outputs.write(image, self._written[shown[0]], mark=mark, quality=self._args.quality)
-        images = [self._written[i]["path"] for i in shown]
-        found = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height, "images": images}
-        self._tell(str(path), found)
+    def _has_grid(self) -> bool:
+        return len(self._requests) > 1 and not self._settings.no_grid
 
-    def _tell(self, line: str, record: dict[str, Any]) -> None:
-        """Say on stdout what was written. Nothing of a run is given up because nobody reads that any more."""
-        line = json.dumps(record) if self._args.json else line
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        except OSError as error:
-            _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+    def _add_grid(self, image: Image, shown: Sequence[int], mark: str) -> Written:
+        path = self._outputs.write(image, self._records[shown[0]], mark=mark, quality=self._settings.quality)
+        paths = [self._records[i]["path"] for i in shown]
+        size = {"width": image.width, "height": image.height}
+        return Written(str(path), {"kind": "grid", "path": str(path)} | size | {"images": paths})
 
 
-def _values(args: argparse.Namespace, batch: Batch, k: int, sd: StableDiffusion | None = None) -> dict[str, Any]:
-    """What is said of image k of a batch, in its name and on stdout; what the model decides, if that is known."""
-    job = batch.jobs[k]
-    model = re.sub(r"\.(safetensors|ckpt)$", "", Path(args.model).name)
-    found = {"seed": batch.seeds[k], "prompt": job.prompt, "model": model}
-    names = {"steps": "default_steps", "cfg": "default_guidance", "sampler": "sampler"}
-    for name, default in names.items():
-        value = getattr(job, name)
-        if value is not None or sd is not None:
-            found[name] = getattr(sd, default) if value is None else value
-    return found | {name: getattr(job, name) for name in ("width", "height") if getattr(job, name) is not None}
+def _fields(request: Request, model: StableDiffusion | None = None) -> dict[str, Any]:
+    """Return what is said of an image in its name; without a ``model`` only what the request decides."""
+    name = re.sub(r"\.(safetensors|ckpt)$", "", Path(request.model).name)
+    fields = {"seed": request.seed, "prompt": request.text, "model": name}
+    chosen = {"steps": request.steps, "cfg": request.cfg, "sampler": request.options.sampler}
+    if model is not None:
+        defaults = {"steps": model.defaults.num_steps, "cfg": model.defaults.cfg_weight, "sampler": model.sampler}
+        chosen = {key: defaults[key] if value is None else value for key, value in chosen.items()}
+    chosen |= {"width": request.width, "height": request.height}
+    return fields | {key: value for key, value in chosen.items() if value is not None}
+
+
+def _axes(requests: Sequence[Request]) -> list[Any]:
+    names = dict.fromkeys(name for request in requests for name in request.variant.swept)
+    settings = {name: [request.value(name) for request in requests] for name in names}
+    prompts = [(request.variant.prompt, request.text) for request in requests]
+    return axes_of(settings, prompts, [(request.seed, request.variant.seeds) for request in requests])

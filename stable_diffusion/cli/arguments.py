@@ -1,188 +1,171 @@
-"""The command lines of both scripts: which flags they have, what makes no sense together, and how a run is repeated."""
+"""From the arguments of a script to requests: flags, files of prompts, and pictures that are made again."""
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ..app.records import repeat
-from . import flags
-from . import types as values
-from .parser import Parser
+from ..app.engine import Resources
+from ..app.metadata import Record, read_record, remarks
+from ..app.preview import PreviewSettings
+from ..app.request import KINDS, Request, Sweep
+from ..app.results import OutputSettings
+from ..images.files import SUFFIXES
+from ..options import SettingError
+from .flags import FROM_IMAGE, LINE_GROUPS, MASK
+from .parser import Parser, script_parser
 
-_ONLY_RESOURCES = {"low_memory", "memory_limit", "batch_size", "decoding_batch_size", "preload_models"}
-
-_EPILOG = """\
-Flags may also be written with hyphens: --n-images is --n_images.
-
-examples:
-  %(prog)s {}
-  %(prog)s {}
-  %(prog)s {}
-
-exit codes:
-  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
-"""
-_EXAMPLES = (
-    (
-        '"a lighthouse in a storm, oil painting" --model sd15',
-        '"a red circle on a blue background" --model tiny --seed 7',
-        '"a harbour at dawn" -q --low_memory --output harbour.png',
-    ),
-    (
-        'photo.jpg "a lit fireplace" --strength 0.5',
-        'photo.jpg "a green door" --mask door.png --mask_padding 32',
-        'photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7',
-    ),
-)
+_ONLY_IMAGE = {"image", *(flag.name for group in (FROM_IMAGE, MASK) for flag in group.flags)}
+T = TypeVar("T")
+_ONLY_TEXT = {"hires", "hires_strength", "hires_steps", "hires_upscaler"}
 
 
-def script_parser(from_image: bool, prog: str | None = None) -> Parser:
-    """The parser of ``image2image`` or ``txt2image``, under the name ``prog`` (None: that of the process)."""
-    usage = '%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]'
-    parser = Parser(
-        prog=prog,
-        usage=usage,
-        description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
-        epilog=_EPILOG.format(*_EXAMPLES[from_image]),
-    )
-    if from_image:
-        parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=values.text, nargs="?", help="what to show")
-    parser.add_version()
-    flags.add_picture(parser, from_image)
-    prompt = flags.add_prompt(parser)
-    prompt.add_argument(
-        "--prompt_file", metavar="FILE", help="a prompt on each line, with options of its own if it likes"
-    )
-    prompt.add_argument(
-        "--from_image",
-        metavar="FILE",
-        help="make this picture again, as it says itself; flags, and a prompt, take the place of what it says",
-    )
-    prompt.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="FLAG",
-        help="leave out this flag of --from_image's picture, such as lora or quantize; may be given again",
-    )
-    prompt.add_argument(
-        "--whole_batch",
-        action="store_true",
-        help="make as many images at once as when --from_image's was made: then it is the same to the bit",
-    )
-    prompt.add_argument("--wildcards", metavar="DIR", help="read __name__ in prompts as the lines of DIR/name.txt")
-    if from_image:
-        flags.add_mask(parser)
-    flags.add_control(parser)
-    flags.add_second_pass(parser, from_image)
-    flags.add_model(parser)
-    flags.add_memory(parser)
-    flags.add_output(parser)
-    flags.add_preview(parser)
-    return parser
+@dataclass(frozen=True)
+class Command:
+    """Hold what a script is to do. ``lines`` are requests with the settings that have several values."""
+
+    parser: Parser
+    lines: Sequence[tuple[Request, Sweep]]
+    resources: Resources
+    output: OutputSettings
+    preview: PreviewSettings
+    record: Record | None = None
+    remarks: Sequence[str] = field(default_factory=list)
+    preload_models: bool = False
+    json: bool = False
+    verbose: bool = False
 
 
-def read(from_image: bool, argv: Sequence[str] | None, prog: str | None = None) -> tuple[Parser, argparse.Namespace]:
-    """The parser of a script, and what it reads from ``argv`` (None: the arguments of the process)."""
-    parser = script_parser(from_image, prog)
-    args = parser.parse_args(argv)
-    if args.from_image is not None:
-        args = _repeated(parser, args.from_image, from_image, argv)
-    if from_image and args.image is None:
-        parser.error("give the image to start from, and a prompt")
-    if (args.prompt is None) == (args.prompt_file is None):
-        parser.error(
-            "give a prompt, or --prompt_file FILE; behind a list, that needs commas: --seed 1,2 PROMPT"
-            if args.prompt is None
-            else "give a prompt or a file of them"
-        )
-    for rule, message in _RULES:
-        if rule(vars(args)):
-            parser.error(message)
-    return parser, args
-
-
-def _repeated(parser: Parser, path: str, from_image: bool, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of the run that made the picture at ``path``, but for what ``argv`` says itself."""
-    parser.where = f"{path}: "  # what argv says has been found right
+def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Command:
+    """Read the arguments of "txt2image" or "image2image" (None: the process's). Exits with one line for a mistake."""
+    parser = script_parser(script, prog)
+    arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        args, remarks = repeat(path, parser.parse_args, argv, recorded_flags(from_image))
-    except ValueError as error:
-        parser.where = ""
-        parser.error(str(error))
+        return _command(parser, script, arguments)
+    except (ValueError, OSError) as error:
+        parser.error(error if isinstance(error, SettingError) else str(error))
+
+
+def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
+    _check(arguments)
+    base, record, notes = Request(), None, []
+    if "from_image" in arguments:
+        record = read_record(arguments["from_image"])
+        base, arguments, notes = _repeated(parser, script, arguments, record)
+    if script == "image2image" and base.image is None and "image" not in arguments:
+        raise ValueError("give the image to start from, and a prompt")
+    has_prompt = "prompt" in arguments or (record is not None and "prompt_file" not in arguments)
+    if has_prompt == ("prompt_file" in arguments):
+        text = "give a prompt or a file of them" if has_prompt else "give a prompt, or --prompt_file FILE"
+        raise ValueError(text)
+    lines = _prompt_lines(parser, script, arguments, base) if "prompt_file" in arguments else [_line(base, arguments)]
+    return Command(
+        parser,
+        lines,
+        _settings(Resources, arguments),
+        _settings(OutputSettings, arguments),
+        _settings(PreviewSettings, arguments),
+        record,
+        notes,
+        **{name: True for name in ("preload_models", "json", "verbose") if name in arguments},
+    )
+
+
+def _settings(kind: type[T], arguments: dict[str, Any]) -> T:
+    """Return settings of a kind whose fields have the names of flags."""
+    return kind(**{name: arguments[name] for name in kind.__dataclass_fields__ if name in arguments})
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    """Refuse flags that make no sense together, other than those that a request refuses."""
+    output = arguments.get("output", "out.png").lower()
+    if "quality" in arguments and not output.endswith((".jpg", ".jpeg", ".webp")):
+        raise ValueError("--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp")
+    if "low_memory" in arguments and "preload_models" in arguments:
+        text = "--low_memory reads each network when it is used, --preload_models all of them at once: leave one out"
+        raise ValueError(text)
+    if "preview_every" in arguments and "preview" not in arguments:
+        raise ValueError("--preview_every needs --preview: a file or a folder")
+    if "preview_vae" in arguments and not {"preview", "stepwise"} & arguments.keys():
+        raise ValueError("--preview_vae needs --preview: a file or a folder; or --stepwise FILE")
+    if "without" in arguments and "from_image" not in arguments:
+        raise ValueError("--without needs --from_image FILE")
+
+
+def _line(base: Request, arguments: dict[str, Any]) -> tuple[Request, Sweep]:
+    """Return a request with the flags of a command, and those of them that have several values, in their order."""
+    settings = {name: value for name, value in arguments.items() if name in KINDS}
+    swept = [name for name, value in settings.items() if name in _SWEPT and len(value) > 1]
+    sweep = Sweep((name, settings[name]) for name in swept)
+    settings |= {name: settings[name][0] for name in _SWEPT & settings.keys() if name not in swept}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    settings |= {name: base.value(name) for name in swept if name != "seed"}
+    if "prompt" in settings:
+        settings["resolved_prompt"] = None
+    return base.with_values(**settings), sweep
+
+
+_SWEPT = {flag.name for group in LINE_GROUPS for flag in group.flags if flag.sweeps}
+
+
+def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: Request) -> list[tuple[Request, Sweep]]:
+    """Read a file of prompts: a prompt on each line, and flags of the groups "picture" and "prompt" if it likes."""
+    path = Path(arguments["prompt_file"]).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the prompt file {path} cannot be read ({error}); give a text file in UTF-8") from error
+    requests = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        prompt, _, flags = re.sub(r"(^|\s)(?=--\w)", "\0", line, count=1).partition("\0")
+        line_parser = Parser(prog=parser.prog, add_help=False)
+        line_parser.where = f"{path}, line {number}: "
+        line_parser.add_flags(LINE_GROUPS, script)
+        common = arguments
+        if requests and len(arguments.get("seed", ())) == 1:  # a single one is where counting began
+            common = {name: value for name, value in arguments.items() if name != "seed"}
+        try:
+            line_arguments = vars(line_parser.parse_args(shlex.split(flags)))
+            # Flags of the line come behind those of the command line, also if both have them.
+            requests.append(_line(base, common | line_arguments | {"prompt": prompt.strip()}))
+        except ValueError as error:
+            line_parser.error(error if isinstance(error, SettingError) else str(error))
+    if not requests:
+        raise ValueError(f"the prompt file {path} holds no prompt; write one on each line")
+    return requests
+
+
+def _repeated(
+    parser: Parser, script: str, arguments: dict[str, Any], record: Record
+) -> tuple[Request, dict[str, Any], list[str]]:
+    """Return the request that a picture records, the flags that replace parts of it, and remarks."""
+    recorded = {name: value for name, value in record.arguments.items() if name != "n_images"}
+    for name in arguments.get("without", ()):
+        field_name = name.lstrip("-").replace("-", "_")
+        if field_name not in KINDS or field_name in ("image", "prompt"):
+            known = ", ".join(sorted((recorded.keys() & KINDS.keys()) - {"image", "prompt"}))
+            raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
+        recorded.pop(field_name, None)
+    foreign = _ONLY_IMAGE if script == "txt2image" else _ONLY_TEXT
+    recorded = {name: value for name, value in recorded.items() if name not in foreign}
+    parser.where = f"{record.path}: "
+    request, unknown = Request.from_dict(recorded)
     parser.where = ""
-    for remark in remarks:
-        print(f"{parser.prog}: {remark}", file=sys.stderr)
-    return args
-
-
-@cache
-def recorded_flags(from_image: bool) -> tuple[str, ...]:
-    """The names of the flags that have a say in a picture: they are recorded in it, and read from it again.
-
-    These are all but the few named here and those that write files, which no picture may decide.
-    """
-    writing = Parser(add_help=False)
-    flags.add_output(writing)
-    flags.add_preview(writing)
-    others = {"prompt_file", "from_image", "without", "whole_batch", "wildcards", "alternatives", "list_samplers"}
-    others |= _ONLY_RESOURCES | vars(writing.parse_args([])).keys()
-    return tuple(name for name in vars(script_parser(from_image).parse_args([])) if name not in others)
-
-
-# What makes no sense together, and what to do about it. Flags of the other script are absent.
-_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
-    (
-        lambda a: a["quality"] is not None and not a["output"].lower().endswith((".jpg", ".jpeg", ".webp")),
-        "--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp",
-    ),
-    (
-        lambda a: (
-            (a.get("invert_mask") or a.get("mask_blur") or a.get("mask_padding") is not None)
-            and not (a["mask"] or a["expand"])
-        ),
-        "--invert_mask, --mask_blur and --mask_padding need --mask FILE or --expand",
-    ),
-    (lambda a: a.get("invert_mask") and not a["mask"], "--invert_mask needs --mask FILE"),
-    (
-        lambda a: a.get("depth") and a["expand"],
-        "--depth and --expand do not go together: the map does not show the borders; without it, it is estimated",
-    ),
-    (
-        lambda a: a["control_image"] and not a["controlnet"],
-        "--control_image needs --controlnet: an id, a folder or a file",
-    ),
-    (
-        lambda a: a["controlnet"] and len(a["control_image"]) not in (1, len(a["controlnet"])),
-        "--control_image is needed once for each --controlnet, or once for all",
-    ),
-    (
-        lambda a: any(len(a[name]) not in (0, 1, len(a["controlnet"])) for name in ("control_start", "control_end")),
-        "--control_start and --control_end are given once for each --controlnet, or once for all",
-    ),
-    (
-        lambda a: a["low_memory"] and a["preload_models"],
-        "--low_memory reads each network when it is used, --preload_models all of them at once: leave one out",
-    ),
-    (
-        lambda a: a["preview_every"] is not None and a["preview"] is None,
-        "--preview_every needs --preview: a file or a folder",
-    ),
-    (
-        lambda a: a["preview_vae"] is not None and a["preview"] is None and a["stepwise"] is None,
-        "--preview_vae needs --preview: a file or a folder; or --stepwise FILE",
-    ),
-    (
-        lambda a: (a["without"] or a["whole_batch"]) and a["from_image"] is None,
-        "--without and --whole_batch need --from_image FILE",
-    ),
-    (lambda a: a["refiner"] and a.get("hires"), "--hires and --refiner do not go together: run one after the other"),
-    (
-        lambda a: a["refiner"] and (a.get("mask") or a.get("expand")),
-        "--refiner does not go together with --mask and --expand: it does not know what is kept",
-    ),
-)
+    has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
+    if not isinstance(recorded.get("prompt"), str) and not has_prompt:
+        raise ValueError(f"{record.path} names no prompt; give one")
+    if script == "image2image" and "image" in arguments and not has_prompt:
+        word = arguments["image"]
+        if not os.path.isfile(word) and not word.lower().endswith(SUFFIXES):  # the one word is a prompt
+            arguments = {name: value for name, value in arguments.items() if name != "image"} | {"prompt": word}
+    if script == "image2image" and request.image is None and "image" not in arguments:
+        raise ValueError(f"{record.path} names no image; give one")
+    if not {"n_images", "prompt_file"} & arguments.keys() and len(arguments.get("seed", ())) <= 1:
+        arguments = arguments | {"n_images": 1}
+    lines = remarks(record, script, unknown, "model" in arguments)
+    return request, arguments, list(lines)

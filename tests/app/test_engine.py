@@ -1,4 +1,4 @@
-"""The loop of a script: in which order batches are made and written, what half precision may overflow, --json."""
+"""The engine by its scripts: the order of batches and files, overflow in half precision, --json."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from command_line import PROMPT, ROOT, names, pixels
 from stable_diffusion import StableDiffusion
-from stable_diffusion.cli import main as cli
+from stable_diffusion.app import engine, memory
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.models.vae import AutoencoderKL
 
@@ -25,7 +25,7 @@ SMALL = ["--width", 64, "--height", 64, "--cfg", 1, "--seed", 1]
 @pytest.fixture
 def make(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
     """Run txt2image into a folder of its own, with memory for all networks at once."""
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: True)
+    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
     (tmp_path / "out").mkdir()
 
     def call(*options, model: Path = sd1_folder, name: str = "a.png"):
@@ -70,7 +70,7 @@ def test_a_refiner_finishes_one_batch_after_the_other(make, events, sd1_folder):
 
 @pytest.mark.parametrize("options, fits", [(["--low_memory"], True), ([], False)])
 def test_where_memory_is_short_all_steps_come_first(make, events, monkeypatch, options, fits):
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: fits)
+    monkeypatch.setattr(memory, "fits_together", lambda *args: fits)
     make("--n_images", 3, "--batch_size", 1, "--steps", 2, "--no_grid", *options).succeeded()
     assert events == ["step"] * 6 + [0, 1, 2]
 
@@ -86,7 +86,7 @@ def test_the_unet_is_let_go_of_before_a_single_batch_is_decoded(make, monkeypatc
 def test_the_order_changes_no_image(make, tmp_path, monkeypatch):
     options = ["--n_images", 3, "--batch_size", 1, "--steps", 2, "--sampler", "euler_a", "--no_grid"]
     make(*options).succeeded()
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: False)
+    monkeypatch.setattr(memory, "fits_together", lambda *args: False)
     make(*options, name="b.png").succeeded()
     for i in (1, 2, 3):
         assert np.array_equal(pixels(tmp_path / "out" / f"a_{i}.png"), pixels(tmp_path / "out" / f"b_{i}.png"))
@@ -113,7 +113,7 @@ def test_what_breaks_in_the_third_batch_leaves_two(make, tmp_path, monkeypatch):
 @pytest.fixture
 def half(sd1_folder, tmp_path, monkeypatch) -> Path:
     """A checkpoint whose autoencoder may run in half precision, which the scripts here use on the CPU too."""
-    monkeypatch.setattr(cli, "_float16", lambda args: args.float16)
+    monkeypatch.setattr(engine, "computes_in_half", lambda request: request.float16)
     folder = shutil.copytree(sd1_folder, tmp_path / "half")
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))

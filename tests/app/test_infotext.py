@@ -89,7 +89,6 @@ def test_a_text_of_another_program():
     assert arguments == {
         "prompt": prompt,
         "negative_prompt": negative,
-        "n_images": 1,
         "steps": 20,
         "sampler": "dpmpp_2m",
         "schedule": "karras",
@@ -118,7 +117,7 @@ def test_a_text_of_another_program():
 )
 def test_settings_as_flags(settings, flags):
     found, other = as_arguments(f"a cat\nSteps: 20, Seed: 1, {settings}, Size: 64x64")
-    assert found == {"prompt": "a cat", "negative_prompt": "", "n_images": 1, "steps": 20, "seed": 1} | flags | {
+    assert found == {"prompt": "a cat", "negative_prompt": "", "steps": 20, "seed": 1} | flags | {
         "width": 64,
         "height": 64,
     }
@@ -131,7 +130,7 @@ def test_settings_as_flags(settings, flags):
 )
 def test_settings_that_cannot_be_read_are_named(setting):
     found, other = as_arguments(f"a cat\nA: 1, B: 2, C: 3, {setting}")
-    assert found == {"prompt": "a cat", "negative_prompt": "", "n_images": 1}
+    assert found == {"prompt": "a cat", "negative_prompt": ""}
     assert [f"{name}: {value}" for name, value in other.items()] == ["A: 1", "B: 2", "C: 3", setting]
 
 

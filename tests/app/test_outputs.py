@@ -148,7 +148,7 @@ def test_folders_in_patterns(write, tmp_path):
     "output, words",
     [
         ("{sead}.png", ["{sead}", *FIELDS]),
-        ("{}.png", ["no field {}", "{{"]),
+        ("{}.png", ["no field {0}", "{{"]),
         ("{seed.real}.png", ["{seed.real}"]),
         ("{i:q}.png", ["{i:q}.png", "'q'"]),
         ("{i.png", ["{i.png is no pattern"]),

@@ -1,6 +1,5 @@
 """Comparison grids: where each image stands, what is written there, and what cannot be drawn."""
 
-import argparse
 from collections.abc import Sequence
 from itertools import product
 
@@ -10,27 +9,26 @@ from PIL import Image, ImageFont
 
 from command_line import PROMPT, pixels
 from stable_diffusion.app import plots
-from stable_diffusion.app.plots import Plot, compare, draw
+from stable_diffusion.app.plots import Axis, Plot, axes_of, compare, draw
 
 WHITE = 255
 
 
 def images(
-    lists: dict[str, Sequence],
-    prompts: Sequence[str] = ("a",),
-    seeds: Sequence[Sequence[int]] = ((1,),),
-    **other: object,
-) -> list[tuple[argparse.Namespace, int]]:
-    """The images of a run over lists: settings, then prompts, then seeds, which are those of all prompts or of each."""
-    settings = {name: values for name, values in lists.items() if name != "seed"}
-    found = []
-    for values in product(*settings.values()):
-        for number, prompt in enumerate(prompts):
-            own = tuple(seeds[number % len(seeds)])
-            job = argparse.Namespace(prompt=prompt, number=number, seeds=own, n_images=len(own), lists=tuple(lists))
-            vars(job).update(other, **dict(zip(settings, values, strict=True)))
-            found += [(job, seed) for seed in own]
-    return found
+    options: dict[str, Sequence], prompts: Sequence[str] = ("a",), seeds: Sequence[Sequence[int]] = ((1,),)
+) -> list[Axis]:
+    """The axes of a run over options: settings, then prompts, then seeds, which are those of all prompts or of each."""
+    settings = {name: choices for name, choices in options.items() if name != "seed"}
+    rows = [
+        (*chosen, (number, prompt), (seed, tuple(group)))
+        for chosen in product(*settings.values())
+        for number, prompt in enumerate(prompts)
+        for group in [seeds[number % len(seeds)]]
+        for seed in group
+    ]
+    *columns, shown, used = zip(*rows, strict=True)
+    columns = dict(zip(settings, columns, strict=True)) | {"seed": [seed for seed, _ in used]}
+    return axes_of({name: columns[name] for name in options}, shown, used)
 
 
 def pictures(count: int, size: tuple[int, int] = (64, 48)) -> list[Image.Image]:
@@ -89,26 +87,24 @@ def test_prompts_are_a_list_too():
 
 def test_further_lists_make_a_grid_for_each_of_their_values():
     run = images({"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}, ["red", "blue"])
-    found = compare(run)
-    assert [plot.title for plot in found] == [
+    steps, cfg, sampler, prompt = (axis.entries for axis in run)
+    shown = compare(run)
+    assert [plot.title for plot in shown] == [
         "sampler euler, red",
         "sampler euler, blue",
         "sampler lms, red",
         "sampler lms, blue",
     ]
-    for plot in found:
+    for plot in shown:
         assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("cfg 3", "cfg 4"))
         for (row, column), i in plot.cells.items():
-            job = run[i][0]
-            assert (job.steps, job.cfg) == ((1, 2)[column], (3.0, 4.0)[row])
-            assert plot.title == f"sampler {job.sampler}, {job.prompt}"
-    assert sorted(i for plot in found for i in plot.cells.values()) == list(range(len(run)))
+            assert (steps[i][0], cfg[i][0]) == ((1, 2)[column], (3.0, 4.0)[row])
+            assert plot.title == f"{sampler[i][1]}, {prompt[i][1]}"
+    assert sorted(i for plot in shown for i in plot.cells.values()) == list(range(16))
 
 
-def test_lines_that_differ_in_their_lists_leave_cells_empty():
-    first, second = images({"steps": (1, 2)}), images({}, steps=None)
-    second[0][0].number, second[0][0].prompt = 1, "b"
-    (plot,) = compare([*first, *second])
+def test_images_that_differ_in_their_lists_leave_cells_empty():
+    (plot,) = compare(axes_of({"steps": (1, 2, None)}, [(0, "a"), (0, "a"), (1, "b")], [(1, (1,))] * 3))
     assert (plot.columns, plot.rows) == (("steps 1", "steps 2", "steps default"), ("a", "b"))
     assert plot.cells == {(0, 0): 0, (0, 1): 1, (1, 2): 2}
     canvas = draw(plot, pictures(3))
@@ -240,7 +236,7 @@ def test_whatever_is_written_stays_inside():
 
 def test_a_script_writes_the_grid(run, sd1_folder, tmp_path):
     common = ["--model", sd1_folder, "--width", 64, "--height", 72, "--output", tmp_path / "out.png"]
-    done = run("txt2image", PROMPT, *common, "--cfg", 1, 5, 9, "--steps", 1, 2, "--seed", 3).succeeded()
+    done = run("txt2image", PROMPT, *common, "--cfg", "1,5,9", "--steps", "1,2", "--seed", 3).succeeded()
     assert [line.rpartition(" ")[2] for line in done.out[:6]] == ["3"] * 6
     assert done.out[6:] == [str(tmp_path / "out.png")] and done.remarks == []
     canvas = Image.open(tmp_path / "out.png")
@@ -251,7 +247,7 @@ def test_a_script_writes_the_grid(run, sd1_folder, tmp_path):
 
 
 def test_a_script_writes_a_grid_for_each_further_value(run, sd1_folder, tmp_path):
-    lists = ["--cfg", 1, 5, "--steps", 1, 2, "--seed", 1, 2]
+    lists = ["--cfg", "1,5", "--steps", "1,2", "--seed", "1,2"]
     done = run("txt2image", PROMPT, "--model", sd1_folder, *lists, "--output", tmp_path / "out.png").succeeded()
     images, grids = done.out[:8], done.out[8:]
     assert all(" seed " in line for line in images) and len(set(grids)) == 2

@@ -1,6 +1,5 @@
 """Previews of a run while it goes on, and the animation of its steps."""
 
-import argparse
 import json
 import math
 import threading
@@ -21,8 +20,16 @@ from models.test_taesd import PUBLISHED, SMALL
 from oracle import nchw, nhwc, normal, perturb, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion, to_images
 from stable_diffusion.app import preview
-from stable_diffusion.app.preview import FACTORS, Watch, painter, project, write_animation
-from stable_diffusion.diffusion.denoiser import denoiser
+from stable_diffusion.app.engine import Step
+from stable_diffusion.app.preview import (
+    FACTORS,
+    PreviewSettings,
+    PreviewWriter,
+    preview_decoder,
+    project,
+    write_animation,
+)
+from stable_diffusion.diffusion.denoiser import Denoiser
 from tools.tiny import data
 
 
@@ -41,9 +48,18 @@ def taesd(tmp_path_factory) -> Path:
     return folder
 
 
-def watch(**given) -> Watch:
-    known = {"preview": None, "preview_every": None, "preview_vae": None, "stepwise": None, "n_rows": 1}
-    return Watch(argparse.Namespace(**known | {"overwrite": False, "output": "out.png"} | given))
+BATCH = SimpleNamespace(index="", seeds=(1,))
+
+
+def see(writer: PreviewWriter, steps: int, latents, is_retry: bool = False) -> None:
+    """Show the steps of a pass; ``latents`` gives the estimate of each."""
+    writer(Step(BATCH, 0, steps, 0, is_retry=is_retry))
+    for number in range(1, steps + 1):
+        writer(Step(BATCH, number, steps, 0, latents(number)))
+
+
+def result(model, latents: mx.array) -> SimpleNamespace:
+    return SimpleNamespace(batch=BATCH, model=model, latents=latents)
 
 
 # --- what a step takes for the image ---------------------------------------------------------------------------------
@@ -51,18 +67,13 @@ def watch(**given) -> Watch:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_predicted_is_the_last_estimate_of_the_step(sd, sampler, monkeypatch):
-    answers = []
-
-    def recorded(*args):
-        denoise = denoiser(*args)
-        return lambda x, sigma: answers.append(denoise(x, sigma)) or answers[-1]
-
-    monkeypatch.setattr("stable_diffusion.diffusion.sample.denoiser", recorded)
+    estimates, call = [], Denoiser.__call__
+    monkeypatch.setattr(Denoiser, "__call__", lambda self, x, s: estimates.append(call(self, x, s)) or estimates[-1])
     run = sd.generate_latents(PROMPT, num_steps=3, latent_size=(4, 6), seed=1, cfg_weight=3.0, sampler=sampler)
     assert run.predicted is None
     for x_t in run:
         mx.eval(x_t)
-        assert run.predicted is answers[-1] or SAMPLERS[sampler].consistency  # which makes something of it
+        assert run.predicted is estimates[-1] or sampler in ("lcm", "tcd")  # which make something of it
     beside = sampler in ("pndm", "lms", "ddim", "deis", "tcd")  # these end above no noise, or extrapolate
     assert relative_error(run.predicted, np.array(x_t)) <= (2.0 if beside else 1e-6)
 
@@ -117,21 +128,21 @@ def test_colours_of_the_bundled_model():
     tiny = StableDiffusion("tiny")
     pictures = np.stack([picture for _, picture, _ in data.held_out_examples(12)]) / np.float32(255)
     small = pictures.reshape(12, 16, 4, 16, 4, 3).mean(axis=(2, 4))
-    shown = np.array(painter(tiny)(tiny.encode(mx.array(pictures) * 2 - 1)))
+    shown = np.array(preview_decoder(tiny)(tiny.encode(mx.array(pictures) * 2 - 1)))
     assert shown.shape == small.shape and np.abs(shown - small).mean() <= 0.08
     assert all(np.corrcoef(shown[..., i].ravel(), small[..., i].ravel())[0, 1] >= 0.94 for i in range(3))
 
 
 def test_the_family_is_that_of_the_autoencoder(sd, xl_folder):
     latents = mx.array(normal(2, 3, 5, 4))
-    assert np.array_equal(painter(sd)(latents), project(latents, FACTORS[8, 0.18215]))
-    assert np.array_equal(painter(StableDiffusion(xl_folder))(latents), project(latents, FACTORS[8, 0.13025]))
+    assert np.array_equal(preview_decoder(sd)(latents), project(latents, FACTORS[8, 0.18215]))
+    assert np.array_equal(preview_decoder(StableDiffusion(xl_folder))(latents), project(latents, FACTORS[8, 0.13025]))
 
 
 @pytest.mark.parametrize("known", [{}, {(8, 0.18215): FACTORS[8, 0.18215][1:]}], ids=["family", "channels"])
 def test_unknown_latents_are_grey(sd, monkeypatch, caplog, known):
     monkeypatch.setattr(preview, "FACTORS", known)
-    shown = np.array(painter(sd)(mx.array(normal(1, 3, 5, 4))))
+    shown = np.array(preview_decoder(sd)(mx.array(normal(1, 3, 5, 4))))
     assert (shown == shown[..., :1]).all() and np.ptp(shown) > 0.2
     assert len(caplog.messages) == 1 and "previews show one channel, in grey" in caplog.messages[0]
 
@@ -140,20 +151,20 @@ def test_taesd_decodes_to_pixels(sd, taesd):
     latents = normal(2, 3, 5, 4)
     oracle = diffusers.AutoencoderTiny.from_pretrained(taesd)
     want = (nhwc(oracle.decode(nchw(latents)).sample) / 2 + 0.5).clip(0, 1)
-    shown = painter(sd, taesd)(mx.array(latents))
+    shown = preview_decoder(sd, taesd)(mx.array(latents))
     assert shown.shape == (2, 24, 40, 3) and np.abs(np.array(shown) - want).max() <= 1e-4
 
 
 def test_a_model_whose_own_vae_is_a_taesd_shows_pixels(sd1_folder, taesd):
     latents = mx.array(normal(1, 3, 5, 4))
     model = StableDiffusion(sd1_folder, parts={"vae": taesd})
-    assert np.array_equal(painter(model)(latents), painter(model, taesd)(latents))
+    assert np.array_equal(preview_decoder(model)(latents), preview_decoder(model, taesd)(latents))
 
 
 def test_a_vae_for_other_latents_is_refused(sd, tmp_path):
     diffusers.AutoencoderTiny.from_config(SMALL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"5 channels, 4 pixels.* than this model's \(4 channels, 8 pixels"):
-        painter(sd, tmp_path)
+        preview_decoder(sd, tmp_path)
 
 
 def test_to_images():
@@ -189,16 +200,14 @@ def test_a_preview_is_a_grid_of_the_batch(made, tmp_path, sd):
     assert not np.array_equal(x, run.predicted)  # this model's DDIM ends a little above no noise
     shown = pixels(tmp_path / "preview.png")
     assert shown.shape == (36, 2 * 32 + 8, 3)
-    for image, want in zip((shown[:, :32], shown[:, 40:]), to_images(painter(sd)(run.predicted)), strict=True):
+    for image, want in zip((shown[:, :32], shown[:, 40:]), to_images(preview_decoder(sd)(run.predicted)), strict=True):
         assert np.abs(image - np.asarray(want.resize((32, 36), Image.Resampling.LANCZOS)).astype(int)).max() <= 1
 
 
-def test_every_five_steps_unless_told_otherwise(tmp_path):
-    seen = watch(preview=str(tmp_path / "previews"))
-    seen._paint = lambda latents: mx.zeros((1, 2, 2, 3))
-    seen.begin(None)
-    for step in range(1, 13):
-        seen.see(mx.zeros((1, 2, 2, 4)), step, 12)
+def test_every_five_steps_where_nothing_else_is_said(tmp_path):
+    writer = PreviewWriter(PreviewSettings(preview=str(tmp_path / "previews")))
+    writer._decoder = lambda latents: mx.zeros((1, 2, 2, 3))
+    see(writer, 12, lambda number: mx.zeros((1, 2, 2, 4)))
     assert names(tmp_path / "previews") == ["01_005.jpg", "01_010.jpg", "01_012.jpg"]
 
 
@@ -346,14 +355,13 @@ def test_taesd_decodes_an_animation(made, taesd, tmp_path, monkeypatch):
 
 def test_a_pass_that_is_begun_again_shows_its_steps_once(sd, tmp_path):
     """As where half precision overflows, and it begins again in float32."""
-    seen, batch, path = watch(stepwise=str(tmp_path / "film.gif")), object(), tmp_path / "film.gif"
-    for first in (1, 1, 3):  # two steps and again; then a second pass
-        if (first, len(seen._passes)) != (1, 1):
-            seen.begin(batch)
-        for step in (1, 2):
-            seen.see(mx.array(normal(1, 2, 2, 4, seed=first + step)), step, 2)
-    assert seen.finish(sd, batch, mx.array(normal(1, 2, 2, 4))) == path and len(frames(path)[0]) == 4
-    assert seen.finish(sd, batch, None) is None  # its frames are let go of
+    path = tmp_path / "film.gif"
+    writer = PreviewWriter(PreviewSettings(stepwise=str(path)))
+    for first, is_retry in ((1, False), (1, True), (3, False)):  # two steps and again; then a second pass
+        see(writer, 2, lambda number, first=first: mx.array(normal(1, 2, 2, 4, seed=first + number)), is_retry)
+    last = mx.array(normal(1, 2, 2, 4))
+    assert writer.finish(result(sd, last)) == path and len(frames(path)[0]) == 4
+    assert writer.finish(result(sd, last)) is None  # its frames are dropped
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
@@ -368,21 +376,19 @@ def test_times_of_frames(tmp_path, suffix, count):
 
 
 def test_large_frames_are_made_smaller(tmp_path):
-    seen, latents = watch(stepwise=str(tmp_path / "film.webp")), mx.zeros((1, 130, 260, 4))
+    writer, latents = PreviewWriter(PreviewSettings(stepwise=str(tmp_path / "film.webp"))), mx.zeros((1, 130, 260, 4))
     white = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.ones((1, 8 * 130, 8 * 260, 3)))
-    seen.begin(None)
-    seen.see(latents, 1, 1)
-    with Image.open(seen.finish(white, None, latents)) as found:
+    see(writer, 1, lambda number: latents)
+    with Image.open(writer.finish(result(white, latents))) as found:
         assert found.size == (1024, 512)
 
 
 def test_frames_that_are_not_finite_are_an_error_of_the_animation(tmp_path):
-    seen, latents = watch(stepwise=str(tmp_path / "film.gif")), mx.zeros((1, 2, 2, 4))
+    writer, latents = PreviewWriter(PreviewSettings(stepwise=str(tmp_path / "film.gif"))), mx.zeros((1, 2, 2, 4))
     broken = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.full((1, 16, 16, 3), math.nan))
-    seen.begin(None)
-    seen.see(latents, 1, 1)
+    see(writer, 1, lambda number: latents)
     with pytest.raises(OSError, match=r"film.gif could not be made \(768 of 768 values .* not finite"):
-        seen.finish(broken, None, latents)
+        writer.finish(result(broken, latents))
 
 
 def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 import io
 import logging
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from tqdm import tqdm
 
 from stable_diffusion.app import progress
+from stable_diffusion.app.engine import Step
 
 
 class Terminal(io.StringIO):
@@ -39,13 +41,17 @@ def terminal(monkeypatch) -> Terminal:
     return Terminal()
 
 
-def watched(terminal: Terminal, monkeypatch, seconds: list[float], **options) -> list[str]:
+def watched(terminal: Terminal, monkeypatch, seconds: list[float], later: int = 0, index: str = "") -> list[str]:
     """The lines of a run whose steps take so many seconds by the clock."""
-    clock = [100.0]
+    clock, batch = [100.0], SimpleNamespace(index=index)
     monkeypatch.setattr(progress, "perf_counter", lambda: clock[0])
     with redirect_stderr(terminal):
-        for _, length in zip(progress.steps(range(len(seconds)), len(seconds), **options), seconds, strict=True):
+        bar = progress.ProgressBar()
+        bar(Step(batch, 0, len(seconds), later))
+        for number, length in enumerate(seconds, start=1):
             clock[0] += length
+            bar(Step(batch, number, len(seconds), later))
+        bar.close()
     return terminal.lines
 
 
@@ -66,41 +72,29 @@ def test_a_step_lasts_as_long_as_the_last_five(terminal, monkeypatch):
 
 
 def test_time_that_is_left_counts_the_runs_to_come(terminal, monkeypatch):
-    lines = watched(terminal, monkeypatch, [2.0, 2.0], later=30, name="second")
-    assert all(line.startswith("second ") for line in lines)
+    lines = watched(terminal, monkeypatch, [2.0, 2.0], later=30, index="2/3")
+    assert all(line.startswith("2/3 ") for line in lines)
     assert "01:02 left" in lines[1] and "01:00 left" in lines[2]
 
 
 def test_nothing_is_written_where_there_is_no_terminal():
     log = io.StringIO()
     with redirect_stderr(log):
-        assert list(progress.steps(iter("abc"), 3)) == ["a", "b", "c"]
+        bar = progress.ProgressBar()
+        for number in range(3):
+            bar(Step(SimpleNamespace(index=""), number, 2, 0))
+        bar.close()
     assert log.getvalue() == ""
 
 
-def test_nothing_is_computed_and_nothing_asked_for_ahead(terminal, monkeypatch):
-    monkeypatch.setattr(mx, "eval", None)
-    asked = []
-    latents = (asked.append(i) or mx.zeros((1,)) + i for i in range(3))
-    with redirect_stderr(terminal):
-        for i, _ in enumerate(progress.steps(latents, 3)):
-            assert asked == list(range(i + 1))
-    assert "| 3/3, " in terminal.lines[-1]
-
-
-def test_a_run_that_is_left_leaves_its_line(terminal):
-    with redirect_stderr(terminal):
-        shown = progress.steps(range(10), 10)
-        next(shown), next(shown)
-        shown.close()
-    assert "| 1/10, " in terminal.lines[-1] and terminal.getvalue().endswith("\n")
-
-
-def test_remarks_stand_on_lines_of_their_own(terminal):
+def test_remarks_stand_on_lines_of_their_own_and_are_said_once(terminal):
     log = logging.Logger("remarks")
     with redirect_stderr(terminal):
-        log.addHandler(progress.Remarks())
-        for _ in progress.steps(range(1), 1):
+        log.addHandler(progress.TqdmHandler())
+        bar = progress.ProgressBar()
+        bar(Step(SimpleNamespace(index=""), 0, 1, 0))
+        for _ in range(2):
             log.warning("something to know")
+        bar.close()
     before, _, after = terminal.getvalue().partition("something to know\n")
-    assert before.endswith(" \r") and after.startswith("\r") and after.count("\n") == 1
+    assert before.endswith(" \r") and after.startswith("\r") and "something" not in after

@@ -27,7 +27,6 @@ PREPARE = """
 import errno, os, resource, shutil, signal, sys
 from pathlib import Path
 from stable_diffusion.cli import main as cli
-from stable_diffusion.images import image
 import PIL.Image
 from stable_diffusion.models.unet import UNet2DConditionModel as UNet
 from stable_diffusion.pipeline import StableDiffusion as Model
@@ -87,7 +86,7 @@ STOPPED = ("interrupted",)
 CASES = [
     Case("nothing", left=ALL),
     # --- Ctrl-C and SIGTERM
-    Case("Ctrl-C as the model is opened", "at(cli, 'StableDiffusion', 1, send(INT))", code=130, says=STOPPED),
+    Case("Ctrl-C as the model is opened", "at(cli, 'open_model', 1, send(INT))", code=130, says=STOPPED),
     Case("Ctrl-C as files are read", "at(cli, 'read_inputs', 1, send(INT))", code=130, says=STOPPED),
     Case("Ctrl-C as a prompt is encoded", "at(Model, 'encode_prompt', 1, send(INT))", code=130, says=STOPPED),
     Case("Ctrl-C in the first step", "at(*step, 1, send(INT))", code=130, says=STOPPED, left=["a_1_partial.png"]),
@@ -140,7 +139,7 @@ CASES = [
         code=130,
         tells=0,
     ),
-    Case("SIGTERM as the model is opened", "at(cli, 'StableDiffusion', 1, send(TERM))", code=143, says=STOPPED),
+    Case("SIGTERM as the model is opened", "at(cli, 'open_model', 1, send(TERM))", code=143, says=STOPPED),
     Case("SIGTERM in a step", "at(*step, 2, send(TERM))", code=143, says=STOPPED, left=["a_1_partial.png"]),
     # --- killed
     Case("killed in a step", "at(*step, 5, send(KILL))", code=-9, left=["a_1.png"]),
@@ -297,6 +296,10 @@ def check_whole(folder: Path) -> list[str]:
         with Image.open(folder / name) as image:
             image.load()
     return found
+
+
+if not Path("/dev/full").exists():  # Linux has it
+    CASES = [case for case in CASES if "/dev/full" not in case.fault]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)

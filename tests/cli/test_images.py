@@ -15,8 +15,8 @@ from checkpoints import SCALED, make
 from command_line import PROMPT, SCRIPTS, pixels
 from oracle import perturb
 from stable_diffusion import StableDiffusion
-from stable_diffusion.cli.arguments import read
-from stable_diffusion.images.inpaint import prepare
+from stable_diffusion.cli.arguments import Command, read
+from stable_diffusion.images.inpaint import adjust_mask
 from test_parity_images import control_nets
 
 SIZE = (64, 64)
@@ -168,14 +168,19 @@ def test_every_flag_changes_the_picture(draw, plain, flags):
     assert before.shape != made.shape or np.abs(before - made).max() > 1
 
 
+def settings(command: Command) -> tuple:
+    """All that a command is told but its parser."""
+    return command.lines, command.resources, command.output, command.preview
+
+
 @pytest.mark.parametrize("flags", [flags for flags in FLAGS if "_" in flags.partition(" ")[0]])
 def test_every_flag_with_hyphens(flags):
     script, _, beside = FLAGS[flags]
     given = ["in.png", PROMPT] if script == "image2image" else [PROMPT]
     words = [*beside.split(), *flags.split()]
     assert spelled(words, "-") != words
-    args, same = (read(script == "image2image", [*given, *spelled(words, sign)])[1] for sign in "_-")
-    assert vars(args) == vars(same) != vars(read(script == "image2image", [*given, *beside.split()])[1])
+    one, same = (read(script, [*given, *spelled(words, sign)]) for sign in "_-")
+    assert settings(one) == settings(same) != settings(read(script, [*given, *beside.split()]))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def test_kept_pixels_are_those_of_the_file(draw, files, model, options, size):
     picture.save(files / "odd.png")
     mask.save(files / "odd_mask.png")
     made = draw("image2image", "--mask", "{}/odd_mask.png", *options.split(), model=model, image="odd.png")
-    values = np.asarray(prepare(mask, invert="invert" in options, blur=2 if "blur" in options else 0))
+    values = np.asarray(adjust_mask(mask, invert="invert" in options, blur=2 if "blur" in options else 0))
     same = (made == np.asarray(picture)).all(-1)
     assert same[values == 0].all() and (values == 0).any()
     assert same[values == 255].mean() < 0.1
@@ -481,10 +486,10 @@ TEXT_REFUSED = [
     ("--batch_size 0", "'0'", "a whole number from 1"),
 ]
 IMAGE_REFUSED = [
-    ("--invert_mask", "need --mask FILE or --expand"),
-    ("--mask_blur 2", "need --mask FILE or --expand"),
-    ("--mask_padding 0", "need --mask FILE or --expand"),
-    ("--invert_mask --expand 8,8,8,8", "--invert_mask needs --mask FILE"),
+    ("--invert_mask", "--invert_mask needs --mask"),
+    ("--mask_blur 2", "need --mask or --expand"),
+    ("--mask_padding 0", "need --mask or --expand"),
+    ("--invert_mask --expand 8,8,8,8", "--invert_mask needs --mask"),
     (MASK + " --mask_blur -1", "'-1'", "a number from 0"),
     (MASK + " --mask_padding -1", "'-1'", "a whole number from 0"),
     (MASK + " --refiner {}/refiner", "--refiner does not go together with --mask"),

@@ -15,8 +15,8 @@ from PIL import Image
 
 from command_line import PROMPT, SCRIPTS, Finished, names, pixels, process
 from stable_diffusion import SAMPLERS
+from stable_diffusion.app import engine
 from stable_diffusion.app.outputs import FIELDS
-from stable_diffusion.cli import main as cli
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
@@ -112,11 +112,12 @@ BAD_OPTIONS = [
     ("--guidance_interval 0.6,0.2", "--guidance_interval", "'0.6,0.2'", "0.2,0.8"),
     ("--guidance_interval 0,1.5", "--guidance_interval", "'0,1.5'", "shares of the steps"),
     ("--token_merging 0.8", "--token_merging", "'0.8'", "from 0 to 0.75"),
-    ("--deep_cache 0", "--deep_cache", "'0'", "a whole number from 1"),
+    ("--deep_cache 0", "--deep_cache", "'0'", "a whole number of at least 1"),
     ("--memory_limit 0", "--memory_limit", "'0'", "a number of GB above 0"),
     ("--low_memory --preload_models", "--low_memory", "--preload_models", "leave one out"),
     ("--eta inf", "--eta", "'inf'", "a number from 0 to 1"),
     ("--clip_skip -1", "--clip_skip", "'-1'", "a whole number"),
+    ("--guidance_rescale 1.5", "--guidance_rescale", "'1.5'", "a number from 0 to 1"),
     ("--sampler eule", "--sampler", "'eule'", *SAMPLERS),
     ("--sampler euler --eta 0.5", "euler", "eta", "leave it out"),
     ("--unet_bits 7", "--unet_bits", "7", "2, 3, 4, 5, 6, 8"),
@@ -191,7 +192,7 @@ def test_a_path_with_line_breaks_is_still_one_line(run, no_model):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("model", ["sdx", "sd1.5", "", "a/b/c", "https://example.com/a/b"])
 def test_unknown_model(run, monkeypatch, tmp_path, script, model):
-    monkeypatch.setattr("stable_diffusion.model.load_component", None)
+    monkeypatch.setattr("stable_diffusion.networks.load_component", None)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     image = [tmp_path / "in.png"] if script == "image2image" else []
     run(script, *image, PROMPT, "--model", model).refused(repr(model), "sdxl-turbo", "sd15", "tiny", "a folder")
@@ -374,6 +375,8 @@ FLAGS = [
         "karras",
         "--guidance_interval",
         "0.2,1",
+        "--guidance_rescale",
+        "0.5",
         "--deep_cache",
         "2",
         "--token_merging",
@@ -399,7 +402,7 @@ ELSEWHERE = {
     *("--lora", "--lora_dir", "--lora_partial", "--vae", "--unet", "--text_encoder", "--text_encoder_2"),
     *("--tokenizer", "--prediction", "--refiner", "--refiner_start", "--low_memory", "--memory_limit"),
     *("--controlnet", "--control_image", "--canny", "--control_start", "--control_end", "--guess_mode"),
-    *("--preview", "--preview_every", "--preview_vae", "--stepwise", "--from_image", "--without", "--whole_batch"),
+    *("--preview", "--preview_every", "--preview_vae", "--stepwise", "--from_image", "--without"),
     "--quality",
 }
 ONLY = {
@@ -597,7 +600,7 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
     options = ["--model", models[model], "--width", 64, "--height", 64, "--steps", 1, "--n_images", 1, *cfg]
     options += ["--output", tmp_path / "out.png"]
     done = run("txt2image", PROMPT, *options, "--negative_prompt", "the blue").succeeded()
-    expected = f"the negative prompt has no effect at a guidance scale of {told}; give --cfg above 1"
+    expected = f"the negative prompt has no effect at a guidance scale of {told}; it needs more than 1"
     assert [line.partition(": ")[2] for line in done.remarks] == ([expected] if told else [])
     assert run("txt2image", PROMPT, *options).succeeded().remarks == []
 
@@ -630,7 +633,7 @@ def built(monkeypatch) -> list[StableDiffusion]:
     def bits(module: nn.Module) -> set[int]:
         return {m.bits for _, m in module.named_modules() if isinstance(m, nn.QuantizedLinear)}
 
-    monkeypatch.setattr(cli, "StableDiffusion", Spied)
+    monkeypatch.setattr(engine, "StableDiffusion", Spied)
     return seen
 
 
@@ -674,13 +677,13 @@ def test_half_precision_only_on_a_gpu(run, monkeypatch, device, options, half):
         asked.append(float16)
         raise ValueError("seen")
 
-    monkeypatch.setattr(cli, "StableDiffusion", refuse)
+    monkeypatch.setattr(engine, "StableDiffusion", refuse)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
     run("txt2image", PROMPT, *options).refused("seen")
     assert asked == [half]
 
 
-def test_models_are_preloaded_before_the_first_step(make_image, built, unplanned, monkeypatch):
+def test_models_are_preloaded_before_the_first_step(make_image, built, monkeypatch):
     events = []
     load, denoise = StableDiffusion.ensure_models_are_loaded, UNet2DConditionModel.__call__
     monkeypatch.setattr(StableDiffusion, "ensure_models_are_loaded", lambda self: events.append("loaded") or load(self))
@@ -694,12 +697,6 @@ def test_models_are_preloaded_before_the_first_step(make_image, built, unplanned
 
 
 # --- when something breaks on the way --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unplanned(monkeypatch):
-    """The UNet is called for its steps only: the memory plan calls it too, to look at its graph."""
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: None)
 
 
 @pytest.fixture
@@ -752,7 +749,7 @@ def test_an_image_that_cannot_be_written_leaves_no_half_file(three, tmp_path, mo
     assert done.out[1] == f"{tmp_path}/a_2.png seed 2" and len(done.out) == 3
 
 
-def test_latents_that_are_not_finite(three, unplanned, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite(three, tmp_path, monkeypatch):
     unet, calls = UNet2DConditionModel.__call__, []
 
     def breaks(self, *args, **kwargs):
@@ -765,8 +762,6 @@ def test_latents_that_are_not_finite(three, unplanned, tmp_path, monkeypatch):
     done.failed(1, "step 2 ", "not finite")
     assert done.out == [] and left == ["a.png"] and len(calls) == 2
     assert (tmp_path / "out" / "a.png").read_text() == "an older picture"
-    # What is computed in float32 already is not to be computed in float32.
-    assert ("--no-float16" in done.err) == (mx.default_device() == mx.gpu)
 
 
 def test_images_that_are_not_finite(three, monkeypatch):
@@ -896,7 +891,6 @@ def test_ways_to_resize(started_from, tmp_path):
 @pytest.mark.parametrize("strength, steps", [("0.01", 1), ("0.58", 29), ("1", 50)])
 def test_strength_is_the_share_of_the_steps(run, models, tmp_path, monkeypatch, strength, steps):
     Image.effect_noise((64, 64), 60).save(tmp_path / "in.png")
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: None)
     calls = []
     monkeypatch.setattr(
         UNet2DConditionModel, "__call__", lambda self, x, *args, **kwargs: calls.append(1) or mx.zeros_like(x)

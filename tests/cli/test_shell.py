@@ -1,24 +1,24 @@
-"""What a shell sees: the commands under one name, their help, the completion of flags, and the installed package."""
+"""What a shell sees: the commands under one name, their help, completion by argcomplete, and the installed package."""
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from command_line import ROOT, names, pixels
 from stable_diffusion import __main__, __version__
-from stable_diffusion.cli import arguments, completion, convert, inspect
+from stable_diffusion.cli import arguments, convert, inspect
+from stable_diffusion.cli.parser import script_parser
 
 PARSERS = {
-    "txt2image": arguments.script_parser(False, "txt2image.py"),
-    "image2image": arguments.script_parser(True, "image2image.py"),
+    "txt2image": script_parser("txt2image", "txt2image.py"),
+    "image2image": script_parser("image2image", "image2image.py"),
     "convert": convert.make_parser(),
     "inspect": inspect.make_parser(),
-    "completion": completion.make_parser(),
 }
 
 
@@ -35,7 +35,7 @@ def call(capsys):
 
     def call(*words: str) -> tuple[int, str, str]:
         try:
-            code = __main__.main(words)
+            code = __main__.run(words)
         except SystemExit as leaving:
             code = leaving.code
         return code, *capsys.readouterr()
@@ -109,87 +109,34 @@ def test_the_examples_of_the_help_are_right(command):
     examples = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith(f"  {parser.prog} ")]
     assert len(examples) == 3
     for _, words in examples:
-        args = arguments.read(command == "image2image", shlex.split(words))[1]
-        assert args.prompt.startswith("a ")
+        ((request, _),) = arguments.read(command, shlex.split(words)).lines
+        assert request.prompt.startswith("a ")
     assert all(code in text for code in (" 0 ", " 1 ", " 2 ", " 130 "))
 
 
 # --- completion ------------------------------------------------------------------------------------------------------
 
-# The words up to the cursor, and what completes the last of them.
 COMPLETED = [
-    (["txt2image", "--samp"], ["--sampler"]),
-    (["./txt2image.py", "--samp"], ["--sampler"]),
-    (["image2image", "photo.jpg", "a cat", "--stre"], ["--strength"]),
-    (["txt2image", "--stre"], []),
-    (["txt2image", "--n-im"], ["--n_images"]),
-    (["txt2image", "--sampler", "dpmpp_2m"], ["dpmpp_2m", "dpmpp_2m_sde"]),
-    (["txt2image", "--sampler", "=", "dpmpp_2s"], ["dpmpp_2s_a"]),
-    (["txt2image", "--model", "sdxl-"], ["sdxl-turbo", "sdxl-base", "sdxl-refiner"]),
-    (["txt2image", "--unet-bits", ""], ["2", "3", "4", "5", "6", "8"]),
-    (["txt2image", "--output", "a"], []),  # files: bash completes them itself
-    (["txt2image", "a"], []),
-    (["stable-diffusion", "i"], ["image2image", "inspect"]),
-    (["stable-diffusion", "convert", "--dt"], ["--dtype"]),
-    (["stable-diffusion", "convert", "tiny", "there", "--dtype", "b"], ["bfloat16"]),
-    (["stable-diffusion", "completion", ""], []),
+    ("txt2image.py --samp", ["--sampler"]),
+    ("txt2image.py --prediction v", ["v_prediction"]),
+    ("image2image.py photo.jpg --stre", ["--strength"]),
+    ("txt2image.py --stre", []),
 ]
 
 
-def script(shell: str, folder: Path, capsys) -> Path:
-    assert completion.main([shell]) == 0
-    path = folder / shell
-    path.write_text(capsys.readouterr().out)
-    return path
-
-
-def test_bash_completes(tmp_path, capsys):
-    lines = [f"source {shlex.quote(str(script('bash', tmp_path, capsys)))}"]
-    for words, _ in COMPLETED:
-        lines.append(f"COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}")
-        lines.append('_stable_diffusion; echo "${COMPREPLY[@]}"')
-    lines.append("complete -p txt2image stable-diffusion")
-    command = ["bash", "--norc", "-u", "-c", "\n".join(lines)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
-    out = done.stdout.splitlines()
-    assert [line.split() for line in out[:-2]] == [found for _, found in COMPLETED] and done.stderr == ""
-    assert all("-o default -F _stable_diffusion" in line for line in out[-2:])
-
-
-@pytest.mark.parametrize("shell", [shell for shell in completion.SHELLS if shutil.which(shell)])
-def test_the_scripts_are_read_by_their_shells(tmp_path, capsys, shell):
+@pytest.mark.parametrize("line, words", COMPLETED)
+def test_argcomplete_completes(tmp_path, line, words):
+    """As a shell calls it: the words come out on a file descriptor that the environment names."""
+    script = line.split()[0]
+    environment = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "|"}
+    environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
     done = subprocess.run(
-        [shell, "-n", script(shell, tmp_path, capsys)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, script], cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("shell", completion.SHELLS)
-@pytest.mark.parametrize("command", PARSERS)
-def test_every_flag_is_in_every_script(tmp_path, capsys, shell, command):
-    lines = script(shell, tmp_path, capsys).read_text().splitlines()
-    if shell == "zsh":
-        start = lines.index(f"_stable_diffusion_{command}() {{")
-        lines = lines[start : lines.index("}", start)]
-    for flag in flags(command):
-        sign = f" -l {flag[2:]} " if flag.startswith("--") else f" -s {flag[1:]} "
-        wanted = {"bash": f"{flag} ", "zsh": f"{flag}[", "fish": sign}[shell]
-        found = [line for line in lines if wanted in line.replace('"', " ")]
-        assert any(command in line for line in found) if shell != "zsh" else len(found) == 1, flag
-
-
-def test_fish_completes(tmp_path, capsys):
-    """What it should, in its own form, where there is no fish; and with it where there is."""
-    path = script("fish", tmp_path, capsys)
-    assert "complete -c txt2image -l mask -r" not in path.read_text()
-    assert "complete -c image2image -l mask -r -F -d " in path.read_text()
-    assert "complete -c txt2image -l seed -x -d " in path.read_text()
-    if shutil.which("fish"):
-        asked = [words for words, _ in COMPLETED if "=" not in words and "-" not in words[1][2:]]
-        lines = [f"source {path}", *(f"complete -C {shlex.quote(shlex.join(w[:-1]) + ' ' + w[-1])}" for w in asked)]
-        done = subprocess.run(["fish", "-c", "\necho next\n".join(lines)], capture_output=True, text=True, check=True)
-        found = [{line.split("\t")[0] for line in part.splitlines()} for part in done.stdout.split("next\n")[1:]]
-        assert {"--sampler"} in found and {"dpmpp_2m", "dpmpp_2m_sde"} in found and {"bfloat16"} in found
+    assert done.returncode == 0, done.stderr
+    found = [word.strip() for word in (tmp_path / "words").read_text().split("|") if word.strip()]
+    assert found == words
+    assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / script).read_text()[:1024]
 
 
 # --- installed -------------------------------------------------------------------------------------------------------

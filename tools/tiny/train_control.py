@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stable_diffusion.images.edges import canny
+from stable_diffusion.images.canny import canny
 from tools.tiny import data
 from tools.tiny.autoencoder import encode_all
 from tools.tiny.optimize import Optimizers, learning_rate, resume, save

@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from command_line import PROMPT, ROOT, names, pixels
+from stable_diffusion.app import engine, memory
 from stable_diffusion.cli import main as cli
-from stable_diffusion.cli.interrupts import Interrupts
-from stable_diffusion.images.image import UNFINISHED
+from stable_diffusion.cli import signals as signals_module
+from stable_diffusion.cli.signals import signals
+from stable_diffusion.images.files import UNFINISHED
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
@@ -36,37 +38,37 @@ def said() -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_raises_while_a_run_is_made_ready(said, number):
-    with Interrupts(said.append) as interrupts:
+    with signals(said.append) as stop:
         with pytest.raises(KeyboardInterrupt):
             kill(number)
-        assert interrupts.code == 128 + number
+        assert stop.code == 128 + number
         with pytest.raises(KeyboardInterrupt):  # something may have caught it
-            interrupts.expect()
+            stop.expect()
     assert said == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_then_it_is_noted_and_said(said, number):
-    with Interrupts(said.append) as interrupts:
-        interrupts.expect()
-        assert interrupts.code is None
+    with signals(said.append) as stop:
+        stop.expect()
+        assert stop.code is None
         kill(number)
-        assert interrupts.code == 128 + number
+        assert stop.code == 128 + number
     assert len(said) == 1 and "once more" in said[0]
 
 
 def test_it_is_said_while_the_main_thread_computes():
     """The handler of Python has to wait for the computation."""
     said = []
-    with Interrupts(lambda line: said.append(interrupts.code)) as interrupts:
-        interrupts.expect()
+    with signals(lambda line: said.append(stop.code)) as stop:
+        stop.expect()
         x = mx.ones((512, 512)) / 512
         for _ in range(200):
             x = x @ x
         threading.Timer(0.2, kill).start()
         while not said:  # one is enough, but on a fast machine
             mx.eval(x + 1)
-    assert said == [None] and interrupts.code == 130
+    assert said == [None] and stop.code == 130
 
 
 def test_everything_is_as_before(said):
@@ -76,8 +78,8 @@ def test_everything_is_as_before(said):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
         for _ in range(3):
-            with Interrupts(said.append) as interrupts:
-                interrupts.expect()
+            with signals(said.append) as stop:
+                stop.expect()
                 kill()
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (threading.active_count(), len(os.listdir("/dev/fd"))) == (threads, files)
@@ -91,9 +93,9 @@ def test_everything_is_as_before(said):
 def test_what_is_ignored_stays_ignored(said):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interrupts(said.append) as interrupts:
+        with signals(said.append) as stop:
             kill()
-            assert interrupts.code is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert stop.code is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -102,9 +104,9 @@ def test_other_threads_watch_for_nothing(said):
     codes = []
 
     def work() -> None:
-        with Interrupts(said.append) as interrupts:
-            interrupts.expect()
-            codes.append(interrupts.code)
+        with signals(said.append) as stop:
+            stop.expect()
+            codes.append(stop.code)
 
     handler = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=work)
@@ -117,14 +119,15 @@ SECOND = """
 import os, signal, sys, threading
 from pathlib import Path
 import mlx.core as mx
-from stable_diffusion.images.image import UNFINISHED
-from stable_diffusion.cli.interrupts import Interrupts
+from stable_diffusion.images.files import UNFINISHED
+from stable_diffusion.cli import signals as signals_module
+from stable_diffusion.cli.signals import signals
 
 path = Path(sys.argv[1])
 path.write_text("half")
 UNFINISHED.add(path)
-with Interrupts(lambda line: None) as interrupts:
-    interrupts.expect()
+with signals(lambda line: None) as stop:
+    stop.expect()
     x = mx.ones((1024, 1024)) / 1024
     for _ in range(5000):  # minutes of work
         x = x @ x
@@ -147,7 +150,7 @@ def test_the_second_ends_the_process_in_the_midst_of_a_computation(tmp_path, sec
 @pytest.fixture
 def interrupted(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
     """Run a script, and send a signal in the UNet's call of a number; returns what it says and what it leaves."""
-    monkeypatch.setattr(cli, "_plan_memory", lambda *args: True)
+    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
     folder = tmp_path / "out"
     folder.mkdir()
     unet = UNet2DConditionModel.__call__
@@ -220,24 +223,26 @@ def test_before_and_in_a_second_pass(interrupted, tmp_path, at, calls, until):
 
 
 def test_before_a_refiner_is_read(interrupted, sd1_folder, monkeypatch):
-    read, load = [], cli._load
-    monkeypatch.setattr(cli, "_load", lambda args, model: read.append(model) or load(args, model))
+    read, load = [], engine.open_model
+    monkeypatch.setattr(
+        engine, "open_model", lambda request, *more, **kind: read.append(kind) or load(request, *more, **kind)
+    )
     refiner = ["--refiner", sd1_folder, "--refiner_start", 0.5]
     done, left, _ = interrupted(2, "--n_images", 1, "--steps", 4, *refiner)
     stopped(done, 130)
-    assert left == ["a_partial.png"] and done.out[0].endswith("partial: the first pass") and len(read) == 1
+    assert left == ["a_partial.png"] and done.out[0].endswith("partial: the first pass") and read == []
 
 
 def test_while_an_image_is_decoded(interrupted, monkeypatch):
     """What is computed is written; no other batch is begun, and there is no grid."""
     decode = StableDiffusion.decode
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, x: kill() or decode(self, x))
-    monkeypatch.setattr(cli.Interrupts, "_watch", lambda self, watched: None)  # every image is one more signal
+    monkeypatch.setattr(signals_module, "_watch", lambda *args: None)  # every image is one more signal
     done, left, calls = interrupted(0, "--n_images", 4, "--batch_size", 2, "--steps", 2)
     assert done.code == 130 and calls == 2 and left == ["a_1.png", "a_2.png"]
 
 
-@pytest.mark.parametrize("where", ["StableDiffusion", "read_inputs", "prepare_work"])
+@pytest.mark.parametrize("where", ["open_model", "read_inputs", "Engine"])
 def test_before_the_first_step(interrupted, monkeypatch, where):
     called = getattr(cli, where)
     monkeypatch.setattr(cli, where, lambda *args, **options: kill() or called(*args, **options))

@@ -1,0 +1,175 @@
+"""Write a model as a folder in diffusers layout: quantized, in half precision, with LoRAs, from any kind of file.
+
+The folder loads at once, and appears when it is complete. Tensors are read, converted and written one by one, so that
+memory for one of them is enough.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..lora.files import read_lora
+from ..lora.layers import fuse
+from ..weights import catalog, layout
+from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
+from ..weights.load import load_component
+from ..weights.parts import PARTS
+from ..weights.quantize import GROUP_SIZES, quantize_lazily, read_quantization, remaining_quantization
+from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_bytes, write_json, write_weights
+
+DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
+MAX_SHARD_SIZE = 5_000_000_000  # bytes
+_SMALL_FILES = 2**24  # bytes of all that is not weights, generously
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
+_TOKENIZER_FILES += ("special_tokens_map.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Hold a network to write: its config.json, and its lazy tensors under the names of the file."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, mx.array]
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def convert(
+    source: str | os.PathLike,
+    dest: str | os.PathLike,
+    *,
+    dtype: str = "float16",
+    unet_bits: int | None = None,
+    text_bits: int | None = None,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    lora_partial: bool = False,
+    revision: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    report: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Path:
+    """Write a model as a folder in diffusers layout, and return the folder.
+
+    Args:
+        source: whatever ``StableDiffusion`` opens.
+        dest: the folder to write. It must not exist, or be empty.
+        dtype: of the UNet and the text encoders: "float16", "float32" or "bfloat16". The autoencoder keeps its type.
+        unet_bits, text_bits: quantize the UNet or the text encoders to this many bits. None does not.
+        loras: (source, scale) of LoRAs to fuse, see :func:`stable_diffusion.lora.files.read_lora`.
+        lora_partial: fuse what fits of a LoRA if some of it does not.
+        revision: branch, tag or commit of a Hub repository.
+        max_shard_size: bytes of a weight file, beyond which it is split.
+        report: called with a line about each network.
+        options: ``tokenizer``, ``prediction`` and ``parts`` of :func:`stable_diffusion.weights.files.open_checkpoint`.
+
+    Raises ValueError or OSError, one line, for a source that cannot be read, a destination that is taken, weights that
+    overflow in ``dtype``, or a full disk; then nothing is left of the destination.
+    """
+    dest = check_new(Path(dest))  # before anything is downloaded
+    checkpoint = open_checkpoint(source, float16=dtype == "float16", revision=revision, **options)
+    bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
+    networks = _networks(checkpoint, DTYPES[dtype], bits, loras, lora_partial)
+    entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
+    if isinstance(entry, list) and any(entry):
+        estimator = open_part(source, "depth_estimator", float16=dtype == "float16", revision=revision)
+        networks.append(_Network(estimator.name, estimator.config, read_tensors(estimator)))
+    check_space(dest, sum(network.size for network in networks) + _SMALL_FILES)
+    with new_folder(dest) as folder:
+        for network in networks:
+            report(_write_network(folder, network, max_shard_size))
+        _write_small_files(folder, checkpoint, networks)
+    return dest
+
+
+def _networks(
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    bits: Mapping[str, int | None],
+    loras: Sequence[tuple[str | os.PathLike, float]],
+    partial: bool,
+) -> list[_Network]:
+    """Prepare the networks to write. Nothing of their weights is read yet."""
+    components = checkpoint.components
+    modules = {
+        # Most autoencoders are computed in float32 in any case: rounding them would change the images.
+        name: load_component(component, None if name == "vae" else dtype)
+        for name, component in components.items()
+    }
+    if loras:
+        fuse(modules, [(read_lora(path), scale) for path, scale in loras], partial=partial)
+    return [_network(components[name], module, bits.get(name)) for name, module in modules.items()]
+
+
+def _network(component: Component, module: nn.Module, bits: int | None) -> _Network:
+    library, name = _library_and_class(component.name, component.config)
+    # Other programs need the name of the class, which some configs lack.
+    config = dict(component.config) | ({"_class_name": name} if library == "diffusers" else {"architectures": [name]})
+    try:
+        remaining = remaining_quantization(config, None if bits is None else (bits, GROUP_SIZES[component.name]))
+    except ValueError as error:
+        raise ValueError(f"{component.name} of {component.files[0].parent}: {error}") from error
+    if remaining is not None:
+        quantize_lazily(module, *remaining)
+        config["quantization"] = {"bits": remaining[0], "group_size": remaining[1]}
+    return _Network(component.name, config, stored_tensors(module))
+
+
+def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
+    """Write a network, and return a line about it."""
+    folder, size = folder / network.name, network.size
+    folder.mkdir()
+    write_json(folder / "config.json", network.config)
+    stem = "diffusion_pytorch_model" if PARTS[network.name].library == "diffusers" else "model"
+    files = write_weights(folder, stem, network.tensors, max_shard_size)
+    quantization = read_quantization(network.config)
+    details = [f"{size / 1e6:,.1f} MB"]
+    details += [f"{quantization[0]} bits"] if quantization else []
+    details += [f"{len(files)} files"] if len(files) > 1 else []
+    return f"{network.name}: {', '.join(details)}"
+
+
+def _write_small_files(folder: Path, checkpoint: Checkpoint, networks: Sequence[_Network]) -> None:
+    for name, tokenizer in checkpoint.tokenizers.items():
+        _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
+    (folder / "scheduler").mkdir()
+    write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
+    write_json(folder / layout.INDEX, _index(checkpoint, networks))  # last: without it there is no checkpoint
+
+
+def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
+    """Copy a tokenizer's files, with ``pad_token`` in place of the one in them."""
+    folder.mkdir()
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
+    if pad_token is not None:
+        path = folder / "special_tokens_map.json"
+        write_json(path, (layout.read_json(path) if path.is_file() else {}) | {"pad_token": pad_token})
+
+
+def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, Any]:
+    """Return the model_index.json of what is written; parts that are not are null, as in diffusers' files."""
+    null = {name: [None, None] for name, entry in checkpoint.index.items() if isinstance(entry, list)}
+    written = {network.name: _library_and_class(network.name, network.config) for network in networks}
+    written |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
+    index = checkpoint.index | null | written
+    index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    defaults = (checkpoint.steps, checkpoint.guidance)
+    if defaults != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
+        index["_defaults"] = {"steps": defaults[0], "guidance": defaults[1]}  # the catalog's, for the source
+    return index
+
+
+def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
+    part = PARTS[name]
+    return [part.library, config.get("_class_name") or (config.get("architectures") or list(part.classes))[0]]

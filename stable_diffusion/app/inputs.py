@@ -1,0 +1,121 @@
+"""The images that a request works from: read and checked before any model, then fitted to the size of the run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from PIL.Image import Image
+
+from ..diffusion.controls import Control
+from ..images.canny import canny
+from ..images.depth import crop_depth, read_depth
+from ..images.files import open_image
+from ..images.image import fit, from_array, to_array
+from ..images.inpaint import EMPTY_MASK, Canvas, add_borders, adjust_mask, make_canvas, read_mask
+from ..models.controlnet import ControlNetModel, T2IAdapter
+from ..models.layers import resample
+from ..options import SettingError
+from ..pipeline import StableDiffusion
+from .request import Request
+
+_log = logging.getLogger("stable_diffusion")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hold the images that a request names."""
+
+    image: Image | None = None
+    mask: Image | None = None
+    control_images: Sequence[Image] = ()
+    depth: Any = None
+
+
+def read_inputs(request: Request) -> Inputs:
+    """Read the images of a request. Raises ValueError or OSError, one line, for what cannot be used."""
+    image = mask = depth = None
+    if request.image is not None:
+        image = open_image(request.image)
+        if request.mask is not None:
+            mask = adjust_mask(read_mask(request.mask, image.size), invert=request.invert_mask)
+        if request.expand:
+            image, mask = add_borders(image, mask, request.expand)
+        mask = None if mask is None else adjust_mask(mask, blur=request.mask_blur)
+        depth = None if request.depth is None else read_depth(request.depth)
+        if mask is not None and mask.getbbox() is None:
+            if request.mask_padding is not None:
+                raise ValueError(EMPTY_MASK)
+            _log.warning("the mask is black everywhere: the image is kept as it is")
+    return Inputs(image, mask, [open_image(path) for path in request.control_image], depth)
+
+
+def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Canvas:
+    """Decide which part of the image is worked on, and at what size. ValueError for what the model cannot use."""
+    if request.depth is not None and model.mode != "depth":
+        raise SettingError(f"depth has no effect: {request.model} was not made for depth maps", "depth")
+    if request.image_cfg is not None and model.mode != "instructions":
+        raise SettingError(f"image_cfg has no effect: {request.model} was not made for instructions", "image_cfg")
+    native = max(model.default_latent_size) * model.pixels_per_latent
+    size = (request.width, request.height)
+    result = make_canvas(inputs.image, inputs.mask, *size, native, resize=request.resize, padding=request.mask_padding)
+    if result.size != inputs.image.size:
+        _log.info("the image of %dx%d is worked on at %dx%d", *inputs.image.size, *result.size)
+    return result
+
+
+def controls(
+    request: Request,
+    networks: Sequence[ControlNetModel | T2IAdapter],
+    inputs: Inputs,
+    size: tuple[int, int],
+    place: Canvas | None = None,
+) -> tuple[Control, ...]:
+    """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
+    if not networks:
+        return ()
+
+    def for_each(numbers: Sequence[Any], default: Any) -> list[Any]:
+        """Return one value for each network, of one for each, one for all, or none."""
+        return list(numbers) if len(numbers) == len(networks) else list(numbers or [default]) * len(networks)
+
+    fitted = [
+        fit(image, *size, mode=request.resize) if place is None else place.crop(image, mode=request.resize)
+        for image in inputs.control_images
+    ]
+    arrays = [_canny_hint(image) if request.canny else mx.array(to_array(image) / 2 + 0.5) for image in fitted]
+    scales = [scale for _, scale in request.controlnet]
+    starts, ends = for_each(request.control_start, 0.0), for_each(request.control_end, 1.0)
+    return tuple(
+        Control(network, image, scale, start, end, request.guess_mode)
+        for network, image, scale, start, end in zip(
+            networks, for_each(arrays, None), scales, starts, ends, strict=True
+        )
+    )
+
+
+def _canny_hint(image: Image) -> mx.array:
+    """Return the edges of an image as [H, W, 3] in [0, 1]."""
+    return mx.repeat(mx.array(canny(image))[..., None] / 255, 3, axis=-1)
+
+
+def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, place: Canvas) -> Any:
+    """Return the depth map of what is worked on, given or estimated; None for models without depth."""
+    if model.mode != "depth":
+        return None
+    if inputs.depth is not None:
+        return crop_depth(inputs.depth, inputs.image.size, place, request.resize)
+    try:
+        return model.estimate_depth(place.crop(place.image))
+    except (ValueError, OSError) as error:
+        raise SettingError(f"{error}; give a depth map: depth FILE", "depth") from error
+
+
+def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: str) -> mx.array:
+    """Enlarge latents [n, h, w, 4] to ``size`` (height, width): interpolated "latents", or decoded "pixels"."""
+    if method == "latents":
+        return x if x.shape[1:3] == tuple(size) else resample(x, size)
+    height, width = (model.pixels_per_latent * side for side in size)
+    images = [from_array(image) for latents in x for image in model.decode(latents[None])]
+    return mx.concatenate([model.encode(mx.array(to_array(fit(i, width, height)))[None]) for i in images])

@@ -1,0 +1,213 @@
+"""Report what a model, a part of one, a LoRA, an embedding or an image is, from names, shapes and configurations.
+
+Of weights only a LoRA's alphas and an embedding's vectors are read.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..images.files import SUFFIXES as IMAGES
+from ..images.files import read_text
+from ..lora.delta import LoRADelta, rank_of
+from ..lora.files import locate, read_lora
+from ..lora.names import read_key
+from ..models.config import readable
+from ..weights import layout
+from ..weights.embeddings import read_embedding
+from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
+from ..weights.formats.single_file import find, read_config
+from ..weights.parts import FAMILIES, family_of, family_title, part_of_class
+from ..weights.quantize import read_quantization
+
+Report = dict[str, Any]  # what JSON can hold
+
+_INPUTS = {5: "depth maps", 8: "images to edit", 9: "masked images"}  # beside the latents, by a UNet's channels
+_LAYERS = re.compile(
+    r"(attn1|attn2|self_attn|ff|mlp|proj_in|proj_out|resnets|downsamplers|upsamplers|conv_in|conv_out|time_emb)"
+)
+_LORA_KINDS = {"hada": "LoHa", "lokr": "LoKr", "diff": "whole differences"}  # by the beginning of a factor's role
+_METADATA = ("modelspec.title", "modelspec.architecture", "modelspec.trigger_phrase", "ss_base_model_version")
+
+
+def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report:
+    """Report what ``source`` is: a folder, a file, an alias or a Hub id.
+
+    Raises ValueError or OSError, one line, for what is missing, damaged, or of no use to this library.
+    """
+    with readable(f"{source}"):
+        path = Path(source).expanduser()
+        if path.is_file():
+            return _inspect_file(path)
+        try:
+            return _inspect_checkpoint(open_checkpoint(source, revision=revision))
+        except (ValueError, OSError):
+            if not (path / layout.INDEX).is_file():
+                for attempt in (_inspect_part, _inspect_lora):
+                    with suppress(ValueError, OSError):
+                        return attempt(source)
+            raise
+
+
+def _inspect_file(path: Path) -> Report:
+    if path.suffix.lower() in IMAGES:
+        return _inspect_image(path)
+    if path.suffix not in layout.SUFFIXES:
+        raise ValueError(f"{path} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
+    try:
+        return _inspect_checkpoint(open_checkpoint(path, tokenizer=path.parent))
+    except ValueError as error:
+        reason = str(error)  # a network is missing, or it is no checkpoint
+    try:
+        tensors = read_tensors(Component("file", {}, (path,)))
+    except ValueError:
+        if path.suffix != ".safetensors":
+            with suppress(ValueError):
+                return _inspect_embedding(path)
+        raise
+    if any(map(read_key, tensors)):
+        return _inspect_lora(path)
+    if len(tensors) <= 2:
+        with suppress(ValueError):
+            return _inspect_embedding(path)
+    components = [
+        Component(name, read_config(name, tensors, prefix, str(path)), (path,), prefix)
+        for name, prefix in find(tensors, str(path)).items()
+    ]
+    if len(components) == 1:
+        return _inspect_network(components[0])
+    return {"kind": "parts of a checkpoint", "note": reason} | _sizes(components)
+
+
+# --- checkpoints and networks ------------------------------------------------------------------------------------
+
+
+def _inspect_checkpoint(checkpoint: Checkpoint) -> Report:
+    unet = checkpoint.components["unet"].config
+    inputs = _INPUTS.get(unet.get("in_channels", 4))
+    return {
+        "kind": "checkpoint",
+        "family": family_of(unet).title,
+        "pipeline": checkpoint.pipeline,
+        **({"reads": inputs} if inputs else {}),
+        "prediction": checkpoint.scheduler.get("prediction_type", "epsilon"),
+        "scheduler": checkpoint.scheduler["_class_name"],
+        "steps": checkpoint.steps,
+        "guidance": checkpoint.guidance,
+    } | _sizes(checkpoint.components.values())
+
+
+def _inspect_part(source: str | os.PathLike) -> Report:
+    """Report a folder or a repository with the files of one network in its root."""
+    name = _class_name(open_part(source, "vae").config)  # whatever it is, its config says
+    part = part_of_class(name)
+    if part is None:
+        raise ValueError(f"{source} is a {name}, which this library does not read")
+    return _inspect_network(open_part(source, part))
+
+
+def _inspect_network(component: Component) -> Report:
+    report = {"kind": component.name}
+    if "cross_attention_dim" in component.config:
+        report["family"] = family_of(component.config).title
+    elif component.config.get("scaling_factor") == FAMILIES["xl"].scaling_factor:
+        report["family"] = FAMILIES["xl"].title
+    return report | _sizes([component])
+
+
+def _sizes(components: Iterable[Component]) -> Report:
+    parts = {component.name: _size(component) for component in components}
+    return {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")} | {"parts": parts}
+
+
+def _size(component: Component) -> Report:
+    """Report sizes and types of a network's weights. Quantized weights count as their unquantized ones."""
+    tensors, quantization = read_tensors(component), read_quantization(component.config)
+    quantized = {name.removesuffix(".scales") for name in tensors if quantization and name.endswith(".scales")}
+    parameters = 0
+    for name, tensor in tensors.items():
+        layer, _, role = name.rpartition(".")
+        if layer not in quantized or role not in ("weight", "scales", "biases"):
+            parameters += tensor.size
+        elif role == "scales":
+            parameters += tensor.size * quantization[1]
+    types: Counter[str] = Counter()
+    for tensor in tensors.values():
+        types[_type(tensor)] += tensor.nbytes
+    return {
+        "class": _class_name(component.config),
+        "parameters": parameters,
+        "bytes": sum(types.values()),
+        "types": dict(types.most_common()),
+        "files": len(component.files),
+        **(dict(zip(("bits", "group_size"), quantization, strict=True)) if quantization else {}),
+    }
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    return config.get("_class_name") or (config.get("architectures") or ["unknown"])[0]
+
+
+def _type(tensor: mx.array) -> str:
+    return str(tensor.dtype).removeprefix("mlx.core.")
+
+
+# --- images, embeddings, LoRAs -----------------------------------------------------------------------------------
+
+
+def _inspect_image(path: Path) -> Report:
+    texts: Report = read_text(path)
+    with suppress(ValueError, RecursionError):
+        texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
+    return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
+
+
+def _inspect_embedding(path: Path) -> Report:
+    word, vectors = read_embedding(path)
+    widths = [v.shape[1] for v in vectors]
+    family = FAMILIES["xl"].title if len(widths) > 1 else family_title(widths[0])
+    return {"kind": "embedding", "family": family, "word": word, "vectors": len(vectors[0]), "widths": widths}
+
+
+def _inspect_lora(source: str | os.PathLike) -> Report:
+    lora = read_lora(locate(source))
+    tensors = [factor for delta in lora.deltas for factor in delta.values()]
+    ranks = [(delta, rank) for delta in lora.deltas if (rank := rank_of(delta)) is not None]
+    networks: dict[str, Counter[str]] = {}
+    for delta in lora.deltas:
+        match = _LAYERS.search(delta.layer)
+        networks.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
+    report = {
+        "kind": " and ".join(sorted(set(map(_lora_kind, lora.deltas)))),
+        "family": _lora_family(lora.deltas),
+        "ranks": sorted({rank for _, rank in ranks}),
+        "alphas": sorted({round(delta.multiplier * rank, 6) for delta, rank in ranks if rank}),
+        "parameters": sum(factor.size for factor in tensors),
+        "bytes": sum(factor.nbytes for factor in tensors),
+        "types": dict(Counter(map(_type, tensors))),
+        "targets": {network: dict(sorted(layers.items())) for network, layers in networks.items()},
+    }
+    report |= {"not recognised": list(lora.unknown)} if lora.unknown else {}
+    return report | {key: lora.metadata[key] for key in _METADATA if key in lora.metadata}
+
+
+def _lora_kind(factors: LoRADelta) -> str:
+    kinds = (kind for sign, kind in _LORA_KINDS.items() if any(role.startswith(sign) for role in factors))
+    return next(kinds, "LoRA") + (" (DoRA)" if {"dora_scale", "lora_magnitude_vector"} & factors.keys() else "")
+
+
+def _lora_family(deltas: Iterable[LoRADelta]) -> str:
+    """Return the family by the width of the prompt that cross-attention reads, or else by a second text encoder."""
+    for delta in deltas:
+        if delta.network == "unet" and delta.layer.endswith("attn2_to_k") and "down" in delta:
+            width = delta["down"].shape[1]
+            title = family_title(width)
+            return f"unknown (prompts {width} wide)" if title == "unknown" else title
+    return FAMILIES["xl"].title if any(delta.network == "text_encoder_2" for delta in deltas) else "unknown"

@@ -1,0 +1,336 @@
+"""Options of a run: every setting of ``generate_latents`` that has a default, checked once, and the run they decide."""
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypedDict
+
+import mlx.core as mx
+
+from .diffusion.controls import Control
+from .diffusion.sample import Run
+from .diffusion.samplers import Noise, Sampler, States, find_sampler, read_name, run_options, sampler_for
+from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule, ScheduleConfig, Steps
+from .models.token_merging import HIGHEST
+from .text.encode import Conditioning, SizeConditioning
+
+_log = logging.getLogger("stable_diffusion")
+
+Prompt = str | Sequence[str] | Conditioning
+SamplerFunction = Callable[..., States]
+
+
+@dataclass(frozen=True)
+class Number:
+    """Describe the numbers that a setting takes, for its check and for messages."""
+
+    kind: type = float
+    lowest: float = -math.inf
+    highest: float = math.inf
+    excludes_lowest: bool = False
+    multiple: int = 1
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether ``value`` is of the kind and within the limits."""
+        kinds = int if self.kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            return False
+        is_above = value > self.lowest if self.excludes_lowest else value >= self.lowest
+        return is_above and value <= self.highest and not (self.multiple > 1 and value % self.multiple)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise SettingError, with the limits, for a value that is not accepted; None is."""
+        if value is not None and not self.accepts(value):
+            raise SettingError(f"{name} {value!r} is not {self}", name)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.kind is int else "a number"
+        if self.multiple > 1:
+            kind = f"a multiple of {self.multiple}"
+        lowest, highest = ("2^63 - 1" if limit == 2**63 - 1 else f"{limit:g}" for limit in (self.lowest, self.highest))
+        if self.excludes_lowest:
+            return f"{kind} above {lowest} and at most {highest}"
+        if self.highest == math.inf:
+            return kind if self.lowest == -math.inf else f"{kind} of at least {lowest}"
+        return f"{kind} from {lowest} to {highest}"
+
+
+class SettingError(ValueError):
+    """Refuse a setting, or several that exclude each other; ``names`` are their names in the message."""
+
+    def __init__(self, message: str, *names: str):
+        super().__init__(message)
+        self.names = names
+
+
+NUMBERS = {
+    "eta": Number(float, 0, 1),
+    "s_noise": Number(float, 0),
+    "clip_skip": Number(int, 0),
+    "guidance_rescale": Number(float, 0, 1),
+    "deep_cache": Number(int, 1),
+    "token_merging": Number(float, 0, HIGHEST),
+    "denoising_start": Number(float, 0, 1),
+    "denoising_end": Number(float, 0, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Collect every setting of a run that has a default. None means the model's own choice.
+
+    Args:
+        sampler: a name in ``SAMPLERS``, a name of another program ("DPM++ 2M Karras"), or a sampler function.
+        schedule: the curve of the noise levels, one of ``SCHEDULES``; None is the sampler name's or the checkpoint's.
+        spacing: spread of the timesteps: "leading", "trailing" or "linspace".
+        timesteps: the timesteps themselves, descending, in place of their number and spacing.
+        sigmas: the noise levels themselves, descending; the last is where the run ends.
+        eta: fraction of fresh noise, at least 0, for the samplers that have one.
+        s_noise: factor on that noise, at least 0.
+        clip_skip: number of the text encoder's last layers to leave out.
+        guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
+            2024); outside of them the UNet runs for the prompt alone.
+        guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
+            for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. Models with zero terminal SNR need about 0.7.
+        deep_cache: run the whole UNet in every n-th step only and its last layer in the others (Ma et al. 2023); 1 is
+            exact.
+        token_merging: fraction of positions, 0 ... 0.75, that the UNet's largest self-attentions merge with similar
+            ones (Bolya & Hoffman 2023); 0 is exact.
+        size_conditioning: the sizes that SDXL is conditioned on (Podell et al. 2023).
+        controls: ControlNets and T2I-Adapters with their conditioning images.
+        denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
+        denoising_end: fraction of the noise at which to stop, for another model to continue.
+        latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
+        noise: a function ``noise(step, shape)`` that replaces the seed's noise of stochastic samplers.
+
+    Raises ValueError for a number out of range, an unknown name, or settings that exclude each other.
+    """
+
+    sampler: str | SamplerFunction | None = None
+    schedule: str | None = None
+    spacing: str | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    eta: float | None = None
+    s_noise: float | None = None
+    clip_skip: int = 0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    deep_cache: int = 1
+    token_merging: float = 0.0
+    size_conditioning: SizeConditioning | None = None
+    controls: Sequence[Control] = ()
+    denoising_start: float = 0.0
+    denoising_end: float = 1.0
+    latents: mx.array | None = None
+    noise: Noise | None = None
+
+    _EARLIER_NAMES: ClassVar[Mapping[str, str]] = {"micro": "size_conditioning"}
+
+    @classmethod
+    def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
+        """Combine ``options`` with single keywords, which win. Raises TypeError for a keyword that is no option."""
+        if not keywords:
+            return _DEFAULT if options is None else options
+        keywords = {cls._EARLIER_NAMES.get(name, name): value for name, value in keywords.items()}
+        names = [field.name for field in fields(cls)]
+        for name in keywords.keys() - set(names):
+            similar = get_close_matches(name, names, n=1)
+            raise TypeError(f"there is no option {name!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
+        return replace(_DEFAULT if options is None else options, **keywords)
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None:
+            find_sampler(self.sampler).check_options(eta=self.eta, s_noise=self.s_noise)
+        for name, number in NUMBERS.items():
+            number.check(name, getattr(self, name))
+        for name, names in (("schedule", SCHEDULES), ("spacing", SPACINGS)):
+            if getattr(self, name) not in (None, *names):
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(names)}")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1")
+        if not isinstance(self.controls, Sequence) or not all(isinstance(one, Control) for one in self.controls):
+            raise ValueError(f"controls {self.controls!r} must be a list of Control(network, image)")
+        placed = [n for n in ("schedule", "spacing", "timesteps", "sigmas") if getattr(self, n) is not None]
+        if len(placed) > 1 and not {"timesteps", "sigmas"}.isdisjoint(placed):
+            raise ValueError(f"{', '.join(placed)} each say where the steps lie; give one of them")
+        if self.denoising_start > self.denoising_end or self.denoising_end == 0:
+            start, end = self.denoising_start, self.denoising_end
+            raise ValueError(f"a run cannot go from {start} to {end} of the noise; give 0 <= start <= end <= 1")
+        if self.denoising_start and self.latents is None:
+            raise ValueError(f"denoising_start {self.denoising_start} needs the latents that the run before yielded")
+
+
+class OptionKeywords(TypedDict, total=False):
+    """Name the fields of :class:`Options` as keywords of the methods that generate."""
+
+    sampler: str | SamplerFunction | None
+    schedule: str | None
+    spacing: str | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    eta: float | None
+    s_noise: float | None
+    clip_skip: int
+    guidance_interval: tuple[float, float]
+    guidance_rescale: float
+    deep_cache: int
+    token_merging: float
+    size_conditioning: SizeConditioning | None
+    controls: Sequence[Control]
+    denoising_start: float
+    denoising_end: float
+    latents: mx.array | None
+    noise: Noise | None
+
+
+_DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Hold the prompts of a run and the scales of their guidance.
+
+    ``text`` is a prompt, a list of prompts or an encoded one. Raises ValueError for anything else, and for scales that
+    are not finite.
+    """
+
+    text: Prompt
+    negative_text: Prompt
+    cfg_weight: float
+    image_cfg_weight: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("cfg_weight", "image_cfg_weight"):
+            if not Number().accepts(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not a finite number; 1 and below is no guidance")
+        for name in ("text", "negative_text"):
+            text = getattr(self, name)
+            texts = [text] if isinstance(text, str) else text
+            is_list = isinstance(texts, Sequence) and all(isinstance(one, str) for one in texts)
+            if not is_list and not isinstance(text, Conditioning):
+                raise ValueError(f"{name} {text!r} is no prompt; give a text, a list of texts, or encoded prompts")
+
+    def count(self, n_images: int) -> int:
+        """Return the number of images for ``n_images`` of each prompt; ValueError below 1."""
+        Number(int, 1).check("n_images", n_images)
+        return n_images * (1 if isinstance(self.text, str) else len(self.text))
+
+
+@dataclass(frozen=True)
+class RunDefaults:
+    """Hold what a run takes where it is not specified: the choices of a checkpoint or of a LoRA for few steps."""
+
+    sampler: str
+    num_steps: int
+    cfg_weight: float
+    spacing: str | None = None
+    eta: float | None = None
+
+
+def default_sampler(config: ScheduleConfig) -> str:
+    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
+    name, is_exact = sampler_for(config.class_name, config.algorithm_type)
+    if not is_exact or config.not_followed:
+        scheduler = ", ".join((config.class_name, *config.not_followed))
+        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
+    return name
+
+
+_RUN_NUMBERS = {"num_steps": Number(int, 1), "strength": Number(float, 0, 1)}
+
+
+def plan_run(
+    schedule: Schedule,
+    options: Options,
+    defaults: RunDefaults,
+    *,
+    num_steps: int | None,
+    seeds: tuple[int, ...],
+    strength: float = 1.0,
+    is_xl: bool = False,
+) -> Run:
+    """Decide the steps, the sampler and the random numbers of a run before anything is computed.
+
+    Args:
+        num_steps: None is the default.
+        strength: fraction of the steps to take.
+        is_xl: take SDXL's variant of a curve that has one.
+
+    Raises ValueError for a number of steps that the model cannot take, or an option that the sampler does not have.
+    """
+    sampler_name, spacing, eta = options.sampler, options.spacing, options.eta
+    if sampler_name is None:
+        sampler_name = defaults.sampler
+        eta = defaults.eta if eta is None else eta
+        if spacing is None and options.timesteps is None and options.sigmas is None:
+            spacing = defaults.spacing
+    for name, value in (("num_steps", num_steps), ("strength", strength)):
+        _RUN_NUMBERS[name].check(name, value)
+    sampler = find_sampler(sampler_name)
+    curve = (
+        read_name(sampler_name)[1] if options.schedule is None and isinstance(sampler_name, str) else options.schedule
+    )
+    curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
+    steps = _lay_steps(schedule, options, sampler, num_steps, defaults.num_steps, spacing, curve)
+    after_end = schedule.remaining(steps, options.denoising_end)
+    steps = steps.last(min(steps_for(len(steps), strength), schedule.remaining(steps, options.denoising_start)))
+    return Run(
+        steps=steps,
+        length=max(len(steps) - after_end, 0),
+        sampler=sampler,
+        sampler_options=run_options(sampler, schedule, steps, eta=eta, s_noise=options.s_noise),
+        initial_scale=schedule.initial_scale(steps, sampler.spacing_rule, spacing) if len(steps) else 0.0,
+        seeds=seeds,
+        latents=options.latents,
+        noise=options.noise,
+    )
+
+
+def _lay_steps(
+    schedule: Schedule,
+    options: Options,
+    sampler: Sampler,
+    num_steps: int | None,
+    default: int,
+    spacing: str | None,
+    curve: str | None,
+) -> Steps:
+    """Lay the steps of a whole run: at the timesteps or sigmas of the options, or along a curve."""
+    if options.timesteps is not None:
+        steps = schedule.at_timesteps(options.timesteps, sampler.spacing_rule)
+    elif options.sigmas is not None:
+        steps = schedule.at_sigmas(options.sigmas)
+    else:
+        count = default if num_steps is None else num_steps
+        steps = schedule.steps(count, sampler.spacing_rule, spacing, curve)
+    if num_steps not in (None, len(steps)):
+        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
+    return steps
+
+
+def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, ...]:
+    """Return one seed for each image: ``seed``, ``seed + 1``, ..., the given list, or random ones for None.
+
+    Raises ValueError for a seed that is no whole number of at least 0, and for a list of another length.
+    """
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = tuple(seed)
+        if len(seeds) != n_images:
+            raise ValueError(f"{len(seeds)} seeds for {n_images} images; give one for the first, or one for each")
+    else:
+        first = secrets.randbits(32) if seed is None else seed
+        seeds = tuple(range(first, first + n_images)) if isinstance(first, int) else (first,)
+    for value in seeds:
+        Number(int, 0).check("seed", value)
+    return seeds
+
+
+def steps_for(count: int, strength: float) -> int:
+    """Return how many of ``count`` steps image to image takes: rounded down as in diffusers, at least 1 above 0."""
+    # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
+    return min(count, max(math.floor(count * strength + 1e-9), int(strength > 0)))

@@ -1,0 +1,180 @@
+"""Converting: the same images, files that diffusers reads, and a folder that is complete or not there."""
+
+import json
+import os
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from stable_diffusion import StableDiffusion, StableDiffusionXL
+from stable_diffusion.app.convert import convert
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import fuse
+from stable_diffusion.weights.files import open_checkpoint, read_tensors
+from stable_diffusion.weights.quantize import quantize
+
+
+def image(sd: StableDiffusion) -> np.ndarray:
+    """A small step with every part in use."""
+    (x,) = sd.generate_latents("the red cat", 1, 1, cfg_weight=3.0, negative_text="blue", latent_size=(2, 2), seed=3)
+    return np.array(sd.decode(x))
+
+
+def weights(sd: StableDiffusion) -> dict[str, mx.array]:
+    return {
+        f"{part}.{name}": value
+        for part in ("unet", "autoencoder", "text_encoder", "text_encoder_1", "text_encoder_2")
+        if hasattr(sd, part)
+        for name, value in tree_flatten(getattr(sd, part).parameters())
+    }
+
+
+def same(a: StableDiffusion, b: StableDiffusion) -> bool:
+    """Equal names, types and values of all weights."""
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(
+        value.dtype == theirs[name].dtype and mx.array_equal(value, theirs[name]).item() for name, value in ours.items()
+    )
+
+
+# --- the same images ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("float16", [True, False])
+def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_folder, float16):
+    dtype, bits = ("float16" if float16 else "float32"), {"unet_bits": 8, "text_bits": 4}
+    for name, source, cls in (("sd1", sd1_folder, StableDiffusion), ("xl", xl_folder, StableDiffusionXL)):
+        folder = convert(source, tmp_path / name, dtype=dtype, **bits)
+        expected, made = cls(source, float16, **bits), cls(folder, float16)
+        assert same(made, expected)
+        if not float16 or name == "sd1":  # half precision is slow without a GPU
+            assert np.array_equal(image(made), image(expected))
+        assert same(cls(folder, float16, **bits), made)  # asking for what is there changes nothing
+        assert not same(cls(source, float16), made)
+
+
+def test_the_bundled_model_too(tmp_path):
+    folder = convert("tiny", tmp_path / "small", unet_bits=4, text_bits=8)
+    made = StableDiffusion(folder, True)
+    assert same(made, StableDiffusion("tiny", True, unet_bits=4, text_bits=8))
+    assert (made.defaults.num_steps, made.defaults.cfg_weight) == (20, 4.0)  # noted for the folder
+
+
+@pytest.mark.parametrize("defaults", ["fast", {"steps": None}, {"guidance": []}])
+def test_damaged_defaults(tmp_path, defaults):
+    index = convert("tiny", tmp_path / "small") / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_defaults": defaults}))
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        open_checkpoint(tmp_path / "small")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_only_what_is_computed_in_half_precision_is_stored_so(tmp_path, sd1_folder, dtype):
+    folder = convert(sd1_folder, tmp_path / "new", dtype=dtype)
+    for part, expected in {"unet": dtype, "text_encoder": dtype, "vae": "float32"}.items():
+        (file,) = open_checkpoint(folder).components[part].files
+        assert {value.dtype for value in mx.load(str(file)).values()} == {getattr(mx, expected)}
+    if dtype != "bfloat16":
+        half = dtype == "float16"
+        assert same(StableDiffusion(folder, half), StableDiffusion(sd1_folder, half))
+
+
+def test_shards_are_read_and_written(tmp_path, xl_folder):
+    sharded = convert(xl_folder, tmp_path / "shards", dtype="float32", max_shard_size=300_000)
+    assert len(open_checkpoint(sharded).components["unet"].files) > 3
+    whole = convert(sharded, tmp_path / "whole", dtype="float32")
+    assert len(open_checkpoint(whole).components["unet"].files) == 1
+    for folder in (sharded, whole):
+        assert same(StableDiffusionXL(folder), StableDiffusionXL(xl_folder))
+
+
+def test_a_converted_folder_converts_again(tmp_path, sd1_folder):
+    once = convert(sd1_folder, tmp_path / "once", unet_bits=8)
+    again = convert(once, tmp_path / "again", unet_bits=8)
+    assert same(StableDiffusion(once, True), StableDiffusion(again, True))
+    with pytest.raises(ValueError, match=r"^unet of .*once/unet: its weights are stored in 8 bits, not in 4"):
+        convert(once, tmp_path / "other", unet_bits=4)
+    assert sorted(os.listdir(tmp_path)) == ["again", "once"]
+
+
+# --- other programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_diffusers_reads_what_it_wrote(tmp_path, family, sd1_folder, xl_folder):
+    source = sd1_folder if family == "sd1" else xl_folder
+    cls = diffusers.StableDiffusionPipeline if family == "sd1" else diffusers.StableDiffusionXLPipeline
+    folder = convert(source, tmp_path / "new", dtype="float32", max_shard_size=400_000)
+    ours, theirs = cls.from_pretrained(folder), cls.from_pretrained(source)
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "xl" else [])):
+        a, b = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a), part
+    assert ours.scheduler.config == theirs.scheduler.config
+    assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+
+
+def test_the_small_files(tmp_path):
+    folder = convert("tiny", tmp_path / "new", unet_bits=8)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert json.loads((folder / "unet" / "config.json").read_text())["quantization"] == {"bits": 8, "group_size": 32}
+    assert "quantization" not in json.loads((folder / "text_encoder" / "config.json").read_text())
+    source = open_checkpoint("tiny").folder
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        assert (folder / "tokenizer" / name).read_bytes() == (source / "tokenizer" / name).read_bytes()
+
+
+# --- other sources, and LoRAs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_lora_is_in_the_weights(tmp_path, sd1_folder, bits):
+    path, tensors = tmp_path / "red.safetensors", {}
+    layers = {"down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 32, "up_blocks_1_attentions_0_proj_in": 64}
+    for i, (layer, width) in enumerate(layers.items()):
+        for j, (side, shape) in enumerate({"down": (2, width), "up": (width, 2)}.items()):
+            value = mx.random.normal(shape, key=mx.random.key(2 * i + j))
+            tensors[f"lora_unet_{layer}.lora_{side}.weight"] = value
+    mx.save_safetensors(str(path), tensors)
+    dest = tmp_path / "new"
+    convert(sd1_folder, dest, dtype="float32", loras=[(path, 0.5)], unet_bits=bits)
+    expected, made = StableDiffusion(sd1_folder), StableDiffusion(dest)
+    fuse({"unet": expected.unet}, [(read_lora(path), 0.5)])
+    if bits is not None:
+        quantize(expected.unet, bits, 32)
+    assert same(made, expected)
+    assert not same(made, StableDiffusion(sd1_folder, unet_bits=bits))
+
+
+def test_parts_and_prediction_from_elsewhere(tmp_path, sd1_folder, xl_folder):
+    parts = {"vae": xl_folder / "vae"}
+    folder = convert(sd1_folder, tmp_path / "new", dtype="float32", prediction="v_prediction", parts=parts)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    assert config == json.loads((xl_folder / "vae" / "config.json").read_text())
+    assert StableDiffusion(folder).schedule.config.prediction_type == "v_prediction"
+
+
+def test_a_single_file(tmp_path, sd1_folder):
+    """What stands in no file, the small files of a folder, is made."""
+    checkpoint = open_checkpoint(sd1_folder)
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in checkpoint.components.items()
+        for key, value in read_tensors(part).items()
+    }
+    attention = "vae.encoder.mid_block.attentions.0.to_q.weight"  # a 1×1 convolution in files of the original code
+    mx.save_safetensors(str(tmp_path / "one.safetensors"), tensors | {attention: tensors[attention][..., None, None]})
+    folder, vocabulary = tmp_path / "new", str(checkpoint.tokenizers["tokenizer"])
+    convert(tmp_path / "one.safetensors", folder, dtype="float32", tokenizer=vocabulary)
+    assert same(StableDiffusion(folder), StableDiffusion(sd1_folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["tokenizer"] == ["transformers", "CLIPTokenizer"]
+    special = json.loads((folder / "tokenizer" / "special_tokens_map.json").read_text())
+    assert special["pad_token"] == "<|endoftext|>"
+    for name, part in open_checkpoint(folder).components.items():
+        written = {f"{name}.{key}": value for key, value in mx.load(str(part.files[0])).items()}
+        assert written.keys() == {key for key in tensors if key.startswith(f"{name}.")}
+        assert all(mx.array_equal(tensors[key], value).item() for key, value in written.items())

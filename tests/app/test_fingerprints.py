@@ -1,0 +1,77 @@
+"""Hashes of files: what they cover, what is read for them, and which other programs know."""
+
+import hashlib
+import os
+
+import numpy as np
+
+from cli.test_images import write_lora
+from stable_diffusion.app import fingerprints
+from stable_diffusion.app.fingerprints import fingerprint, lora_hash, model_hash
+
+
+def test_hashes_of_small_files(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc" * 1000)
+    whole = hashlib.sha256(b"abc" * 1000).hexdigest()
+    assert fingerprint(path) == {"sha256": whole} and model_hash(path) == whole[:10]
+    path.write_bytes(b"abd" * 1000)
+    assert fingerprint(path)["sha256"] != whole
+    assert fingerprint(tmp_path / "none") == {} and model_hash(tmp_path / "none") is None
+    assert fingerprint(tmp_path) == {}
+
+
+def test_hashes_of_large_files(tmp_path, monkeypatch):
+    """Not all of them is read; a change of a few hundred kB shows wherever it is."""
+    monkeypatch.setattr(fingerprints, "_LARGEST", 10**6)
+    data = np.random.default_rng(0).integers(0, 256, 12 * 2**20, dtype=np.uint8)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data.tobytes())
+    first = fingerprint(path)
+    assert first.keys() == {"sampled"}
+    assert model_hash(path) == hashlib.sha256(data[2**20 : 2**20 + 2**16].tobytes()).hexdigest()[:8]
+    assert lora_hash(path) is None
+    for place in (0, 5 * 2**20, len(data) - 1):
+        changed = data.copy()
+        changed[place : place + 2**18] += 1
+        path.write_bytes(changed.tobytes())
+        os.utime(path, ns=(1, place))
+        assert fingerprint(path)["sampled"] != first["sampled"]
+    path.write_bytes(data.tobytes() + b"\0")
+    assert fingerprint(path)["sampled"] != first["sampled"]
+
+
+def test_files_of_the_hub_are_not_read(tmp_path):
+    digest = "0123456789abcdef" * 4
+    folder = tmp_path / "models--some--one"
+    snapshot = folder / "snapshots" / "abc123" / "unet"
+    snapshot.mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / digest).write_bytes(b"x")
+    (snapshot / "a.safetensors").symlink_to(folder / "blobs" / digest)
+    assert fingerprint(snapshot / "a.safetensors") == {"sha256": digest, "hub": "some/one@abc123"}
+    (folder / "blobs" / "short").write_bytes(b"x")  # small files are named by another hash
+    (snapshot / "b.json").symlink_to(folder / "blobs" / "short")
+    assert fingerprint(snapshot / "b.json") == {"sha256": hashlib.sha256(b"x").hexdigest(), "hub": "some/one@abc123"}
+
+
+def test_hashes_of_loras_are_of_what_follows_the_header(tmp_path):
+    path = tmp_path / "more.safetensors"
+    write_lora(path)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert lora_hash(path) == hashlib.sha256(data[start:]).hexdigest()[:12]
+    pickle = tmp_path / "a.pt"
+    pickle.write_bytes(b"xyz")
+    assert lora_hash(pickle) == hashlib.sha256(b"xyz").hexdigest()[:12]
+    short = tmp_path / "a.safetensors"
+    short.write_bytes(b"x")
+    assert lora_hash(short) is None and lora_hash(tmp_path / "none.safetensors") is None
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x")
+    first = fingerprint(path)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert fingerprint(path) == first

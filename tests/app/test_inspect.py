@@ -1,0 +1,285 @@
+"""What a file is, told by its names and shapes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs import REAL_UNETS, UNETS
+from models.test_taesd import PUBLISHED as TAESD
+from stable_diffusion.app.convert import convert
+from stable_diffusion.app.inspect import inspect
+from stable_diffusion.images.files import save as save_image
+from stable_diffusion.weights.files import open_checkpoint, read_tensors
+from stable_diffusion.weights.load import build
+from stable_diffusion.weights.save import stored_tensors
+from test_full_size import oracle_shapes, write_sparse
+
+ROOT = Path(__file__).parents[2]
+
+
+def save(path: Path, **tensors: mx.array) -> Path:
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder(xl_folder):
+    report = inspect(xl_folder)
+    shown = {key: report[key] for key in ("kind", "family", "pipeline", "prediction", "scheduler")}
+    assert shown == {
+        "kind": "checkpoint",
+        "family": "Stable Diffusion XL",
+        "pipeline": "StableDiffusionXLPipeline",
+        "prediction": "epsilon",
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    }
+    assert list(report["parts"]) == ["unet", "vae", "text_encoder", "text_encoder_2"]
+    unet = diffusers.UNet2DConditionModel.from_pretrained(xl_folder / "unet")
+    count = sum(value.numel() for value in unet.parameters())
+    assert report["parts"]["unet"] == {
+        "class": "UNet2DConditionModel",
+        "parameters": count,
+        "bytes": 4 * count,
+        "types": {"float32": 4 * count},
+        "files": 1,
+    }
+    assert report["parameters"] == sum(part["parameters"] for part in report["parts"].values())
+    assert report["bytes"] == sum(part["bytes"] for part in report["parts"].values())
+
+
+def test_quantized_weights_count_as_what_they_stand_for(tmp_path):
+    plain, quantized = inspect("tiny"), inspect(convert("tiny", tmp_path / "new", unet_bits=4, text_bits=8))
+    for name, part in quantized["parts"].items():
+        assert part["parameters"] == plain["parts"][name]["parameters"]
+    bits = {name: (part.get("bits"), part.get("group_size")) for name, part in quantized["parts"].items()}
+    assert bits == {"unet": (4, 32), "vae": (None, None), "text_encoder": (8, 64)}
+    assert quantized["bytes"] < plain["bytes"]
+
+
+def test_nothing_is_read(tmp_path):
+    """XL's UNet, 5.1 GB of nothing on the disk."""
+    path = tmp_path / "unet.safetensors"
+    write_sparse(path, oracle_shapes(lambda: diffusers.UNet2DConditionModel(**REAL_UNETS["sdxl-base"])))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    report = inspect(path)
+    assert mx.get_peak_memory() - before < 2**16
+    assert (report["kind"], report["family"], report["parameters"]) == ("unet", "Stable Diffusion XL", 2_567_463_684)
+
+
+@pytest.mark.parametrize(
+    "name, family, reads",
+    [
+        ("sd1", "Stable Diffusion 1", None),
+        ("sd2", "Stable Diffusion 2", None),
+        ("inpaint", "Stable Diffusion 1", "masked images"),
+        ("pix2pix", "Stable Diffusion 1", "images to edit"),
+        ("refiner", "Stable Diffusion XL refiner", None),
+    ],
+)
+def test_families(tmp_path, sd1_folder, name, family, reads):
+    folder = tmp_path / "new"
+    shutil.copytree(sd1_folder, folder)
+    width = {"refiner": 1280}.get(name, UNETS[name]["cross_attention_dim"])
+    (folder / "unet" / "config.json").write_text(json.dumps(UNETS[name] | {"cross_attention_dim": width}))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"prediction_type": "sample"}))
+    report = inspect(folder)
+    assert (report["family"], report.get("reads"), report["prediction"]) == (family, reads, "sample")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file(tmp_path, sd1_folder, suffix):
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in open_checkpoint(sd1_folder).components.items()
+        for key, value in read_tensors(part).items()
+    }
+    path = tmp_path / f"one{suffix}"
+
+    def write(kept: dict[str, mx.array]) -> None:
+        if suffix == ".ckpt":
+            torch.save({"state_dict": {name: torch.from_numpy(np.array(value)) for name, value in kept.items()}}, path)
+        else:
+            save(path, **kept)
+
+    write(tensors)
+    report, folder = inspect(path), inspect(sd1_folder)
+    assert (report["kind"], report["pipeline"]) == ("checkpoint", "StableDiffusionPipeline")
+    assert {name: part["parameters"] for name, part in report["parts"].items()} == {
+        name: part["parameters"] for name, part in folder["parts"].items()
+    }
+    write({name: value for name, value in tensors.items() if not name.startswith("vae.")})
+    report = inspect(path)
+    assert report["kind"] == "parts of a checkpoint" and list(report["parts"]) == ["unet", "text_encoder"]
+    assert "lacks a VAE" in report["note"]
+
+
+# --- networks by themselves --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, config, cls",
+    [("vae", TAESD, "AutoencoderTiny"), ("controlnet", UNETS["sd1"], "ControlNetModel")],
+)
+def test_a_network_in_a_file_or_a_folder(tmp_path, kind, config, cls):
+    module = build(kind, {key: value for key, value in config.items() if key not in ("up_block_types", "out_channels")})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = save(folder / "diffusion_pytorch_model.safetensors", **stored_tensors(module))
+    (folder / "config.json").write_text(json.dumps({"_class_name": cls} | config))
+    for report in (inspect(file), inspect(folder)):
+        assert report["kind"] == kind and list(report["parts"]) == [kind]
+        assert report["parts"][kind]["class"] == cls
+        assert report["parts"][kind]["parameters"] == sum(value.size for value in mx.load(str(file)).values())
+    assert inspect(file).get("family") == {"controlnet": "Stable Diffusion 1"}.get(kind)
+
+
+def test_an_adapter_says_nothing_of_its_family(tmp_path):
+    config = {"_class_name": "T2IAdapter", "channels": [32, 64], "num_res_blocks": 1, "downscale_factor": 8}
+    diffusers.T2IAdapter.from_config(config).save_pretrained(tmp_path)
+    report = inspect(tmp_path)
+    assert (report["kind"], report["parts"]["controlnet"]["class"]) == ("controlnet", "T2IAdapter")
+    assert "family" not in report
+
+
+def test_vaes_are_told_apart(xl_folder, sd1_folder):
+    assert inspect(xl_folder / "vae")["family"] == "Stable Diffusion XL"
+    assert "family" not in inspect(sd1_folder / "vae")
+
+
+# --- LoRAs and embeddings ----------------------------------------------------------------------------------------
+
+_LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+
+
+def lora(width: int = 768, rank: int = 4) -> dict[str, mx.array]:
+    tensors = {}
+    for layer, inner in ((f"{_LAYER}_attn2_to_k", width), (f"{_LAYER}_ff_net_2", 1280)):
+        tensors[f"{layer}.lora_down.weight"] = mx.zeros((rank, inner), dtype=mx.float16)
+        tensors[f"{layer}.lora_up.weight"] = mx.zeros((320, rank), dtype=mx.float16)
+        tensors[f"{layer}.alpha"] = mx.array(2.0)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "width, family",
+    [
+        (768, "Stable Diffusion 1"),
+        (1024, "Stable Diffusion 2"),
+        (2048, "Stable Diffusion XL"),
+        (1280, "Stable Diffusion XL refiner"),
+        (512, "unknown (prompts 512 wide)"),
+    ],
+)
+def test_a_lora(tmp_path, width, family):
+    report = inspect(save(tmp_path / "a.safetensors", **lora(width)))
+    assert (report["kind"], report["family"]) == ("LoRA", family)
+    assert (report["ranks"], report["alphas"]) == ([4], [2.0])
+    assert report["targets"] == {"unet": {"attn2": 1, "ff": 1}}
+    assert report["parameters"] == 4 * (width + 1280 + 640)
+
+
+def test_kinds_of_lora(tmp_path):
+    k = f"{_LAYER}_attn1_to_k"
+    hada = {
+        f"{k}.hada_w{i}_{side}": mx.zeros(shape) for i in (1, 2) for side, shape in {"a": (8, 3), "b": (3, 8)}.items()
+    }
+    lokr = {f"{k}.lokr_w1": mx.zeros((2, 2)), f"{k}.lokr_w2": mx.zeros((4, 4))}
+    dora = lora() | {f"{_LAYER}_ff_net_2.dora_scale": mx.zeros((320, 1))}
+    text = {f"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_{s}.weight": mx.zeros((2, 2)) for s in ("up", "down")}
+    for tensors, kind, ranks in (
+        (hada, "LoHa", [3]),
+        (lokr, "LoKr", []),
+        (dora, "LoRA and LoRA (DoRA)", [4]),
+        (text, "LoRA", [2]),
+    ):
+        report = inspect(save(tmp_path / "a.safetensors", **tensors))
+        assert (report["kind"], report["ranks"]) == (kind, ranks)
+    assert report["family"] == "Stable Diffusion XL" and report["targets"] == {"text_encoder_2": {"mlp": 1}}
+
+
+def test_what_a_trainer_says(tmp_path):
+    path = tmp_path / "a.safetensors"
+    told = {
+        "modelspec.title": "Red things",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_tag_frequency": "x" * 10_000,
+    }
+    mx.save_safetensors(str(path), lora() | {"odd.name": mx.zeros(1)}, metadata=told)
+    report = inspect(path)
+    assert report["modelspec.title"] == "Red things" and report["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert "ss_tag_frequency" not in report and report["not recognised"] == ["odd.name"]
+
+
+@pytest.mark.parametrize(
+    "tensors, widths, family",
+    [
+        ({"emb_params": (2, 768)}, [768], "Stable Diffusion 1"),
+        ({"<cat>": (1024,)}, [1024], "Stable Diffusion 2"),
+        ({"clip_l": (2, 768), "clip_g": (2, 1280)}, [768, 1280], "Stable Diffusion XL"),
+    ],
+)
+def test_an_embedding(tmp_path, tensors, widths, family):
+    path = save(tmp_path / "cat.safetensors", **{name: mx.zeros(shape) for name, shape in tensors.items()})
+    report = inspect(path)
+    assert (report["kind"], report["family"], report["widths"]) == ("embedding", family, widths)
+    assert report["word"] == ("<cat>" if "<cat>" in tensors else "cat")
+
+
+def test_an_embedding_that_is_a_pickle(tmp_path):
+    path = tmp_path / "cat.pt"
+    torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, path)
+    report = inspect(path)
+    assert (report["kind"], report["word"], report["vectors"]) == ("embedding", "kitten", 3)
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+RECORD = {
+    "script": "txt2image",
+    "arguments": {"prompt": "a\ncat \udcff", "seed": 7, "cfg": 2.5, "lora": [["x", 0.5]], "canny": False, "mask": None},
+    "files": {"tiny unet/a.safetensors": {"sha256": "abc", "hub": "some/one@123"}},
+    "software": {"mlx": "0.1"},
+}
+SAID = "a\ncat\x1b[2J\nSteps: 1"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "WEBP"])
+def test_a_picture(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    save_image(Image.new("RGB", (8, 8)), path, {"parameters": SAID, "stable_diffusion": json.dumps(RECORD)})
+    assert inspect(path) == {"kind": "image", "parameters": SAID, "stable_diffusion": RECORD}
+
+
+def test_a_picture_that_says_nothing_or_nonsense(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert inspect(tmp_path / "a.png") == {"kind": "image", "note": "it does not say how it was made"}
+    for text in ("{", "[" * 100_000, "3", '["x"]'):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"stable_diffusion": text})
+        assert "stable_diffusion" in inspect(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_text("x")
+    with pytest.raises(ValueError, match=r"b\.jpg is not an image"):
+        inspect(tmp_path / "b.jpg")
+
+
+# --- what it is not ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"architectures": 3}, {"cross_attention_dim": ["wide", 3]}, {"in_channels": [4]}])
+def test_configs_with_values_of_the_wrong_kind_are_one_line(tmp_path, sd1_folder, change):
+    shutil.copytree(sd1_folder, tmp_path / "new")
+    config = UNETS["sd1"] | change
+    (tmp_path / "new" / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="a value is not what it should be") as error:
+        inspect(tmp_path / "new")
+    assert "\n" not in str(error.value)

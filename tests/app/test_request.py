@@ -1,0 +1,389 @@
+"""Requests: what a command line or a record asks for, image by image, and which images are generated together."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import PROMPT, pixels
+from stable_diffusion import Options, StableDiffusion
+from stable_diffusion.app import memory
+from stable_diffusion.app.batches import group
+from stable_diffusion.app.request import KINDS, Request, Sweep, expand
+from stable_diffusion.cli import arguments
+from stable_diffusion.options import OptionKeywords, SettingError
+
+
+def expanded(*words, script: str = "txt2image", first_seed: int = 100) -> list[Request]:
+    """Return the images of a command line, whose random seed is 100."""
+    lines = list(arguments.read(script, [str(word) for word in words]).lines)
+    if lines[0][0].seed is None:
+        lines[0] = (lines[0][0].with_values(seed=first_seed), lines[0][1])
+    return expand(lines)
+
+
+def rows(requests: list[Request], *names: str) -> list[tuple]:
+    """Return values of the images of a prompt and setting, which differ in their seeds alone, and these."""
+    groups: dict[tuple, list[int]] = {}
+    for request in requests:
+        values = (request.text, *(request.value(name) for name in names))
+        groups.setdefault((request.variant.prompt, *values), []).append(request.seed)
+    return [(*values, tuple(seeds)) for (_, *values), seeds in groups.items()]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Write a file of prompts and return its path."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "prompts.txt"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+# --- a record of plain values ----------------------------------------------------------------------------------------
+
+
+def test_the_keywords_of_options_are_its_fields():
+    own, keywords = typing.get_type_hints(Options), typing.get_type_hints(OptionKeywords)
+    assert {field.name: own[field.name] for field in dataclasses.fields(Options)} == keywords
+
+
+def test_every_field_comes_back_from_plain_values():
+    """A field or an option of a kind that is new must be readable from JSON."""
+    request = Request(
+        prompt="a cat",
+        seed=3,
+        steps=4,
+        lora=(("a", 0.5),),
+        expand=(8, 0, 16, 0),
+        control_start=(0.1,),
+        controlnet=(("n", 1.0),),
+        control_image=("i",),
+        options=Options(sampler="Euler a", eta=0.5, guidance_interval=(0.25, 1.0), guidance_rescale=0.7, deep_cache=2),
+    )
+    record = request.to_dict()
+    plain = {
+        name: [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
+        for name, value in record.items()
+    }
+    assert Request.from_dict(plain) == (request, [])
+    assert set(record) == {
+        "prompt",
+        "seed",
+        "steps",
+        "lora",
+        "expand",
+        "control_start",
+        "controlnet",
+        "control_image",
+        "sampler",
+        "eta",
+        "guidance_interval",
+        "guidance_rescale",
+        "deep_cache",
+    }
+    assert {"guidance_rescale", "spacing", "s_noise", "model", "float16"} <= KINDS.keys()
+    assert not {"controls", "latents", "noise", "variant", "options"} & KINDS.keys()
+
+
+def test_unknown_names_are_returned_and_others_kept():
+    base = Request(prompt="x", cfg=2.0)
+    request, unknown = Request.from_dict({"steps": 3, "aura": 1}, base)
+    assert (request.steps, request.cfg, request.prompt, unknown) == (3, 2.0, "x", ["aura"])
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"steps": 0}, "steps 0 is not a whole number from 1 to 9999"),
+        ({"steps": 2.5}, "steps 2.5 is of the wrong kind"),
+        ({"steps": True}, "steps True is of the wrong kind"),
+        ({"width": 100}, "width 100 is not a multiple of 8 from 64 to 16384"),
+        ({"cfg": float("nan")}, "cfg nan is not a number"),
+        ({"canny": "yes"}, "canny 'yes' is of the wrong kind"),
+        ({"lora": [["a"]]}, "lora .* is of the wrong kind"),
+        ({"expand": [1, 2, 3]}, "expand .* is of the wrong kind"),
+        ({"prompt": None}, "prompt None is of the wrong kind"),
+        ({"sampler": "best"}, "sampler 'best' is unknown"),
+        ({"resize": "zoom"}, "resize 'zoom' is unknown; choose one of crop, pad, stretch"),
+        ({"guidance_rescale": 2}, "guidance_rescale 2.* is not a number from 0 to 1"),
+        ({"strength": 0}, "strength 0.* is not a number above 0 and at most 1"),
+        ({"seed": -1}, r"seed -1 is not a whole number from 0 to 2\^63 - 1"),
+    ],
+)
+def test_values_that_are_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        Request.from_dict(record)
+
+
+def test_fields_that_exclude_each_other():
+    with pytest.raises(SettingError, match="invert_mask needs mask") as error:
+        Request(invert_mask=True)
+    assert error.value.names == ("invert_mask", "mask")
+    for fields in (
+        {"mask_blur": 2.0},
+        {"control_image": ("a",)},
+        {"controlnet": (("a", 1.0), ("b", 1.0), ("c", 1.0)), "control_image": ("a", "b")},
+        {"depth": "d", "expand": (8, 0, 0, 0)},
+        {"refiner": "r", "hires": 2.0},
+    ):
+        with pytest.raises(SettingError):
+            Request(**fields)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_kept_as_they_were_typed():
+    typed = r"[small] ((big)) {red|blue} :) <lora:paint:0.5> <lora:ink>"
+    first, second = expand([(Request(prompt=typed, seed=1, n_images=1), Sweep())])
+    assert first.prompt == second.prompt == typed
+    assert "red" in first.text and "blue" in second.text and "lora" not in first.text
+    assert first.prompt_loras == (("paint", 0.5), ("ink", 1.0))
+    (plain,) = expand([(Request(prompt="[small] :)", seed=1, n_images=1), Sweep())])
+    assert (plain.text, plain.resolved_prompt) == ("[small] :)", None)
+
+
+def test_a_resolved_prompt_is_not_resolved_again():
+    request = Request(prompt="{red|blue} cat", resolved_prompt="blue cat", seed=1, n_images=1)
+    assert [image.text for image in expand([(request, Sweep())])] == ["blue cat"]
+
+
+# --- how many images, and their seeds --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, seeds",
+    [
+        ([], [(100, 101, 102, 103)]),
+        (["--n_images", 2], [(100, 101)]),
+        (["--seed", 7], [(7, 8, 9, 10)]),
+        (["--seed", 0, "--n_images", 1], [(0,)]),
+        (["--seed", "3,1,2"], [(3, 1, 2)]),
+        (["--seed", "5-7", "--n_images", 3], [(5, 6, 7)]),
+        (["--seed", "1,5-7"], [(1, 5, 6, 7)]),
+        (["--steps", "10,20"], [(100,), (100,)]),
+        (["--steps", "10,20", "--n_images", 2, "--seed", 5], [(5, 6), (5, 6)]),
+        (["--steps", "10,20", "--seed", "5,9"], [(5, 9), (5, 9)]),
+        (["--steps", 10], [(100, 101, 102, 103)]),
+    ],
+)
+def test_how_many_images(words, seeds):
+    assert [row[-1] for row in rows(expanded("a", *words), "steps")] == seeds
+
+
+def test_each_image_has_one_value_of_each_setting():
+    (image,) = expanded(
+        "in.png",
+        "a",
+        "--steps",
+        5,
+        "--cfg",
+        3,
+        "--sampler",
+        "heun",
+        "--strength",
+        0.5,
+        "--n_images",
+        1,
+        script="image2image",
+    )
+    assert (image.steps, image.cfg, image.options.sampler, image.strength) == (5, 3.0, "heun", 0.5)
+    assert image.variant.swept == () and image.n_images == 1
+
+
+def test_the_first_sweep_changes_slowest_and_seeds_fastest():
+    words = ["--sampler", "euler,heun", "--seed", "1,2", "--cfg", "3,5", "--steps", 4]
+    images = expanded("a", *words)
+    wanted = [("a", s, c, (1, 2)) for s in ("euler", "heun") for c in (3.0, 5.0)]
+    assert rows(images, "sampler", "cfg") == wanted
+    assert all(image.variant.swept == ("sampler", "seed", "cfg") and image.steps == 4 for image in images)
+    settings = [row[1:3] for row in rows(expanded("a", "--cfg", "3,5", "--sampler", "euler,heun"), "sampler", "cfg")]
+    assert settings == [("euler", 3.0), ("heun", 3.0), ("euler", 5.0), ("heun", 5.0)]
+
+
+def test_prompts_stand_together_in_each_setting():
+    images = expanded("{red|blue} cat", "--steps", "1,2", "--seed", 5, "--n_images", 2)
+    assert rows(images, "steps") == [
+        ("red cat", 1, (5, 6)),
+        ("blue cat", 1, (7, 8)),
+        ("red cat", 2, (5, 6)),
+        ("blue cat", 2, (7, 8)),
+    ]
+    images = expanded("{red|blue} cat", "--steps", "1,2", "--seed", "5,9")
+    assert rows(images, "steps") == [(f"{c} cat", s, (5, 9)) for s in (1, 2) for c in ("red", "blue")]
+
+
+# --- lines of a file -------------------------------------------------------------------------------------------------
+
+
+def test_lines_have_sweeps_of_their_own(prompts):
+    file = prompts("one", "two --steps 3,4", "three --seed 7 --n_images 2", "four", "five --seed 1-2 --cfg 5", "six")
+    images = expanded("--prompt_file", file, "--seed", 20)
+    assert rows(images, "steps", "cfg") == [
+        ("one", None, None, (20, 21, 22, 23)),
+        ("two", 3, None, (24,)),
+        ("three", None, None, (7, 8)),
+        ("four", None, None, (9, 10, 11, 12)),
+        ("five", None, 5.0, (1, 2)),
+        ("six", None, None, (3, 4, 5, 6)),
+        ("two", 4, None, (24,)),
+    ]
+
+
+def test_sweeps_of_the_command_line_hold_for_each_line(prompts):
+    file = prompts("one", "two --steps 9", "three --seed 7", "four --sampler heun --cfg 1,2")
+    images = expanded("--prompt_file", file, "--steps", "1,2", "--seed", "3,4")
+    assert rows(images, "steps", "cfg") == [
+        ("one", 1, None, (3, 4)),
+        ("two", 9, None, (3, 4)),
+        ("three", 1, None, (7,)),
+        ("four", 1, 1.0, (3, 4)),
+        ("one", 2, None, (3, 4)),
+        ("three", 2, None, (7,)),
+        ("four", 1, 2.0, (3, 4)),
+        ("four", 2, 1.0, (3, 4)),
+        ("four", 2, 2.0, (3, 4)),
+    ]
+    assert images[-1].variant.swept == ("steps", "seed", "cfg")
+
+
+def test_lines_that_are_refused(run, no_model, prompts):
+    run("txt2image", "--prompt_file", prompts("a", "b --steps 3,x")).refused("line 2", "--steps", "'x'")
+    run("txt2image", "--prompt_file", prompts("a --seed 1,2 --n_images 3")).refused("n_images 3", "2 seeds")
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("a --seed 1,2,3 --n_images 2", ["--n_images 2 is not the number of the 3 seeds", "leave it out"]),
+        ("a --seed 0-9998 --steps 1,2", ["more than 9999 images", "fewer values"]),
+        ("a --n_images 5000 --steps 1,2", ["more than 9999 images"]),
+        ("{a|b} --n_images 5000", ["more than 9999 images"]),
+        ("a --sampler euler_a,euler --eta 0.5", ["euler", "eta", "leave it out"]),
+        ("--seed 1,2", ["give a prompt"]),
+        ("a --seed", ["--seed", "expected one argument"]),
+        ("a --seed 1 b", ["unrecognized arguments: b"]),
+        ("a --seed 1,,2", ["--seed", "'' is not a whole number"]),
+        ("a --seed 1;2", ["--seed", "'1;2'"]),
+        ("a --seed 1-", ["--seed", "'1-'"]),
+        ("a --seed -3", ["--seed", "'-3'"]),
+        ("a --seed 20-1", ["--seed", "'20-1' goes down", "1-20"]),
+        ("a --seed 1-99999999999", ["--seed", "'1-99999999999' is more than 9999 values", "fewer"]),
+        (f"a --seed 1-{2**63}", ["--seed", f"'{2**63}' is not a whole number"]),
+        ("a --steps 1-20", ["--steps", "'1-20' is not a whole number"]),
+        ("a --steps 10,0", ["--steps", "'0' is not a whole number"]),
+        ("a --cfg 3,nan", ["--cfg", "'nan' is not a number"]),
+        ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "euler, euler_a"]),
+    ],
+)
+def test_what_is_refused(run, no_model, words, said):
+    run("txt2image", *words.split(" ")).refused(*said)
+
+
+def test_the_most_images():
+    assert len(expanded("a", "--seed", "0-9998")) == 9999
+    steps, scales = ",".join(map(str, range(1, 102))), ",".join(map(str, range(99)))
+    assert len(expanded("a", "--steps", steps, "--cfg", scales)) == 9999
+
+
+# --- what is generated together --------------------------------------------------------------------------------------
+
+
+def test_images_of_one_setting_are_grouped(sd1_folder):
+    sd = StableDiffusion(sd1_folder)
+
+    def groups(*words) -> list[list[tuple]]:
+        return [[(r.text, r.seed, r.steps) for r in images] for images in group(sd, expanded(*words))]
+
+    assert groups("a", "--seed", "9,1,4", "--steps", 5) == [[("a", 9, 5), ("a", 1, 5), ("a", 4, 5)]]
+    together = [[(w, i, s) for i, w in enumerate(("red", "cat", "blue"), start=1)] for s in (5, 6)]
+    assert groups("{red|cat|blue}", "--steps", "5,6", "--seed", 1) == together
+    long = " ".join(["cat"] * 80)
+    assert [len(images) for images in groups(f"{{a|{long}|b}}", "--n_images", 1)] == [1, 1, 1]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_lists_are_those_of_single_runs(run, sd1_folder, tmp_path):
+    """Bit for bit, each with a batch of its own."""
+    common = ["--model", sd1_folder, "--width", 64, "--height", 64, "--batch_size", 1]
+    lists = ["--sampler", "euler,DPM++ 2M Karras", "--steps", "1,2", "--seed", "8,3"]
+    done = run("txt2image", PROMPT, *common, *lists, "--output", tmp_path / "all.png").succeeded()
+    together = [tuple(line.split(" seed ")) for line in done.out if " seed " in line]
+    singles = [(s, n, seed) for s in ("euler", "DPM++ 2M Karras") for n in (1, 2) for seed in (8, 3)]
+    assert [int(seed) for _, seed in together] == [seed for *_, seed in singles]
+    for (path, _), (sampler, steps, seed) in zip(together, singles, strict=True):
+        one = ["--sampler", sampler, "--steps", steps, "--seed", seed, "--n_images", 1]
+        single = run("txt2image", PROMPT, *common, *one, "--output", tmp_path / "one.png").succeeded().out[0]
+        assert np.array_equal(pixels(Path(single.split(" seed ")[0])), pixels(Path(path)))
+
+
+def test_strengths_are_those_of_single_runs(run, sd1_folder, tmp_path):
+    Image.effect_noise((64, 64), 60).save(tmp_path / "in.png")
+    common = [tmp_path / "in.png", PROMPT, "--model", sd1_folder, "--steps", 4, "--seed", 1]
+    out = run("image2image", *common, "--strength", "0.5,1", "--output", tmp_path / "all.png").succeeded().out
+    together = [pixels(Path(line.split(" seed ")[0])) for line in out if " seed " in line]
+    assert len(together) == 2 and not np.array_equal(*together)
+    for image, strength in zip(together, (0.5, 1), strict=True):
+        one = ["--strength", strength, "--n_images", 1, "--output", tmp_path / "one.png"]
+        single = run("image2image", *common, *one).succeeded().out[0]
+        assert np.array_equal(pixels(Path(single.split(" seed ")[0])), image)
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many images the runs of a script make at once."""
+    seen, generate = [], StableDiffusion.generate_latents
+
+    def spied(self, *args, **kwargs):
+        seen.append(len(kwargs["seed"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion, "generate_latents", spied)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options, most, wanted",
+    [
+        ([], 3, [3, 3, 1]),
+        ([], 7, [7]),
+        (["--batch_size", 4], 3, [4, 3]),  # what is asked for is not asked of the memory
+        (["--steps", "1,2", "--n_images", 3], 5, [5, 1, 5, 1]),
+    ],
+)
+def test_as_many_at_once_as_memory_allows(run, sd1_folder, sizes, monkeypatch, tmp_path, options, most, wanted):
+    monkeypatch.setattr(memory, "images_that_fit", lambda sd, shape, *args: min(most, shape.n_images))
+    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
+    options = [*([] if "--n_images" in options else ["--seed", "1-7"]), *options]
+    prompt = "the {red|blue} cat" if "--n_images" in options else PROMPT
+    run("txt2image", prompt, "--model", sd1_folder, "--steps", 1, *options, "--output", tmp_path / "a.png").succeeded()
+    assert sizes == wanted
+
+
+def test_a_memory_limit_makes_fewer_images_at_once(run, sd1_folder, sizes, tmp_path):
+    """And they are the same; the first run has room for all of them."""
+    common = ["--model", sd1_folder, "--steps", 1, "--seed", 1, "--cfg", 1]
+    run("txt2image", "the {red|blue} cat", *common, "--output", tmp_path / "a.png").succeeded()
+    limit = ["--memory_limit", 0.015, "--output", tmp_path / "b.png"]
+    run("txt2image", "the {red|blue} cat", *common, *limit).succeeded()
+    assert sizes[0] == 8 and len(sizes) > 2 and sum(sizes[1:]) == 8 and max(sizes[1:]) < 8
+    for i in range(1, 9):
+        assert np.abs(pixels(tmp_path / f"a_{i}.png") - pixels(tmp_path / f"b_{i}.png")).max() <= 1
+
+
+def test_what_holds_for_many_batches_is_said_once(run, sd1_folder, tmp_path):
+    options = ["--model", sd1_folder, "--steps", "1,2,3", "--cfg", 1, "--negative_prompt", "blue"]
+    done = run("txt2image", PROMPT, *options, "--output", tmp_path / "a.png").succeeded()
+    assert len(done.remarks) == 1 and "the negative prompt has no effect" in done.remarks[0]
