@@ -15,7 +15,7 @@ def sd() -> StableDiffusion:
     return StableDiffusion("tiny")
 
 
-def pictures(sd: StableDiffusion, text, n: int = 4, **run) -> np.ndarray:
+def pictures(sd: StableDiffusion, text, n: int = 2, **run) -> np.ndarray:
     *_, x = sd.generate_latents(text, n_images=n, seed=0, **run)
     return np.array(sd.decode(x))
 
@@ -38,7 +38,7 @@ def test_the_weight_of_a_colour_raises_its_share_and_a_negative_one_removes_it(s
 def test_the_weight_of_a_part_raises_its_share(sd):
     shares = [
         share(pictures(sd, f"a circle on a white background AND a red circle on a white background :{weight}"), RED)
-        for weight in (-0.5, 0.5, 1, 1.5)
+        for weight in (-0.5, 0.5, 1.5)
     ]
     assert shares == sorted(shares)
     assert shares[0] < 0.005 and shares[-1] > 0.1
@@ -46,10 +46,10 @@ def test_the_weight_of_a_part_raises_its_share(sd):
 
 def test_alternatives_give_each_variant(sd):
     prompts = expand("a {red|green|blue} circle on a white background")
-    images = pictures(sd, prompts, n=3).reshape(3, 3, 64, 64, 3)
-    for made, wanted in zip(images, (RED, GREEN, BLUE), strict=True):
+    images = pictures(sd, prompts).reshape(3, 2, 64, 64, 3)
+    for drawn, expected in zip(images, (RED, GREEN, BLUE), strict=True):
         for colour in (RED, GREEN, BLUE):
-            assert (share(made, colour) > 0.05) == (colour == wanted)
+            assert (share(drawn, colour) > 0.05) == (colour == expected)
 
 
 def test_a_change_on_the_way_leaves_the_place_and_takes_the_colour(sd):

@@ -14,6 +14,7 @@ from .tokenizer import Tokenizer
 _log = logging.getLogger("stable_diffusion")
 
 EMPHASES = ("mean", "values", "none")
+MOST_CHUNKS = 32  # that an encoder reads at once, to bound memory: each takes about 12 MB
 
 Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
 _Chunk = list[tuple[int, float]]  # (token id, weight)
@@ -151,8 +152,8 @@ def encode(
 ) -> Conditioning:
     """Encode prompts with every text encoder: a row for each part of each prompt, with context [r, 77 * chunks, C].
 
-    Each encoder runs once, on the different chunks of all prompts. The empty prompt pads those with fewer chunks.
-    For XL each row also has the pooled vector of its first chunk.
+    Each encoder runs once on the different chunks of all prompts, 32 at a time. The empty prompt pads those that have
+    fewer. For XL each row also has the pooled vector of its first chunk.
 
     Args:
         texts: a prompt or several, in the language of ``prompt.py``.
@@ -256,17 +257,22 @@ def _log_chunks(tokenizer: Tokenizer, chunks: list[_Chunk], truncate: bool) -> N
 def _run(
     tokenizer: Tokenizer, encoder: CLIPTextModel, chunked: list[list[_Chunk]], xl: bool, clip_skip: int
 ) -> tuple[mx.array, mx.array | None]:
-    """Run a text encoder once on every different chunk: states [r, n, 77, C] and XL's pooled vectors [r, P]."""
+    """Run a text encoder on every different chunk: states [r, n, 77, C] and XL's pooled vectors [r, P]."""
     batch: dict[tuple[int, ...], int] = {}  # the ids of a chunk -> its place in the encoder's batch
     index = mx.array([[batch.setdefault(_window(tokenizer, chunk), len(batch)) for chunk in row] for row in chunked])
-    output = encoder(mx.array(list(batch)))
-    if not 0 <= clip_skip <= len(output.hidden_states) - 2:
-        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
+    ids = mx.array(list(batch))
+    outputs = [encoder(ids[start : start + MOST_CHUNKS]) for start in range(0, len(ids), MOST_CHUNKS)]
+    layers = len(outputs[0].hidden_states)
+    if not 0 <= clip_skip <= layers - 2:
+        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {layers - 2}")
     if xl:
-        return output.hidden_states[-2 - clip_skip][index], output.pooled_output[index[:, 0]]
+        states = mx.concatenate([output.hidden_states[-2 - clip_skip] for output in outputs])
+        return states[index], mx.concatenate([output.pooled_output for output in outputs])[index[:, 0]]
     if clip_skip:
-        return encoder.normalise(output.hidden_states[-1 - clip_skip])[index], None
-    return output.last_hidden_state[index], None
+        states = encoder.normalise(mx.concatenate([output.hidden_states[-1 - clip_skip] for output in outputs]))
+    else:
+        states = mx.concatenate([output.last_hidden_state for output in outputs])
+    return states[index], None
 
 
 def _window(tokenizer: Tokenizer, chunk: _Chunk) -> tuple[int, ...]:

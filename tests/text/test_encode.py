@@ -13,7 +13,7 @@ from oracle import normal, relative_error
 from stable_diffusion import Conditioning, StableDiffusion, StableDiffusionXL
 from stable_diffusion.models.layers import Attention, Context
 from stable_diffusion.models.unet import UNet2DConditionModel
-from stable_diffusion.text.encode import concatenate, count_chunks, encode, same_length
+from stable_diffusion.text.encode import MOST_CHUNKS, concatenate, count_chunks, encode, same_length
 
 LONG = " ".join(["the red cat on the blue"] * 40)  # 240 tokens: four chunks
 SMALL = {"num_steps": 2, "latent_size": (4, 4), "seed": 1}
@@ -337,3 +337,12 @@ def test_options_out_of_range(sd):
         sd.encode_prompt("a", emphasis="loud")
     with pytest.raises(ValueError, match="there is no prompt"):
         sd.encode_prompt([])
+
+
+def test_many_prompts_are_read_some_at_a_time(sd):
+    batches = []
+    encoders = [(sd.tokenizer, lambda ids: batches.append(len(ids)) or sd.text_encoder(ids))]
+    prompts = [f"{n} cats" for n in range(MOST_CHUNKS + 8)]
+    together = encode(prompts, encoders, xl=False)
+    assert batches == [MOST_CHUNKS, 8]
+    assert relative_error(together.context[-1:], sd.encode_prompt(prompts[-1]).context) <= 1e-6

@@ -226,7 +226,7 @@ def test_blocks():
 
 
 def test_random_text_is_read_or_refused_and_written_stably():
-    """10,000 strings: the documented error or none, no hang, and what is written reads back as the same pieces.
+    """4,000 strings: the documented error or none, no hang, and what is written reads back as the same pieces.
 
     Each is read with wildcards and without. What comes of a wildcard may hold underscores that are text.
     """
@@ -234,7 +234,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
     letters += ["__", "__a__", "__b/c__", "\\_"]
     lines = {"a": ["x", "{y|(z:2)}", "__b/c__ w"], "b/c": ["(q", "[s:t:0.5]", r"\__a__"]}
     generator, refused, start = random.Random(0), 0, time.process_time()
-    for number in range(10_000):
+    for number in range(4_000):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
 
         def ask(name: str) -> list[str]:
@@ -254,7 +254,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
             assert expand(prompt) == [prompt]
             (written,) = expand("{}" + prompt)
             assert parts(written) == parts(prompt)
-    assert refused < 2000
+    assert refused < 800
     assert time.process_time() - start < 120
 
 
