@@ -22,7 +22,7 @@ from stable_diffusion.models import cpu, tiling
 
 from .growth import step_of
 from .long_prompts import cost, random_module
-from .shapes import SHAPES, UNETS
+from .shapes import SHAPES
 
 
 def compare(name: str, planned: float, compute: Callable[[], mx.array]) -> None:
@@ -34,7 +34,7 @@ def compare(name: str, planned: float, compute: Callable[[], mx.array]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=UNETS, nargs="+", default=["sd15", "sdxl"])
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["sd15", "sdxl"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="sides in pixels (512 1024)")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2], help="images at once (1 2)")
     parser.add_argument("--ahead", action="store_true", help="let MLX work ahead of the device")
@@ -43,7 +43,7 @@ def main() -> None:
     if not args.ahead:
         mx.set_memory_limit(0)
     for shape in args.shape:
-        unet = random_module("unet", UNETS[shape])
+        unet = random_module("unet", SHAPES[shape]["unet"])
         model = SimpleNamespace(unet_config=unet.config)
         for size in args.sizes:
             for images in args.batches:

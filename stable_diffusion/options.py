@@ -164,6 +164,15 @@ class Options:
         if self.denoising_start and self.latents is None:
             raise ValueError(f"denoising_start {self.denoising_start} needs the latents that the run before yielded")
 
+    def check_shapes(self, latents: tuple[int, ...], image: tuple[int, ...]) -> None:
+        """Raise ValueError for latents and control images of other shapes than a run needs."""
+        if self.latents is not None and getattr(self.latents, "shape", None) != latents:
+            shape = getattr(self.latents, "shape", type(self.latents).__name__)
+            raise ValueError(f"latents of shape {shape} do not fit: this run needs {latents}")
+        for control in self.controls:
+            if control.image.shape != image:
+                raise ValueError(f"a control image of shape {control.image.shape} does not fit: this run needs {image}")
+
 
 class OptionKeywords(TypedDict, total=False):
     """Name the fields of :class:`Options` as keywords of the methods that generate."""
@@ -328,6 +337,14 @@ def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, .
     for value in seeds:
         Number(int, 0).check("seed", value)
     return seeds
+
+
+def latent_size_of(size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of latents; ValueError unless they are two whole numbers of at least 1."""
+    size = default if size is None else size
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
+        raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
+    return tuple(size)
 
 
 def steps_for(count: int, strength: float) -> int:

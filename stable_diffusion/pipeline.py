@@ -25,7 +25,17 @@ from .images.image import mask_of, pixels_of, to_images
 from .models import cpu
 from .models.config import readable
 from .networks import Networks
-from .options import OptionKeywords, Options, Prompt, Prompts, RunDefaults, default_sampler, image_seeds, plan_run
+from .options import (
+    OptionKeywords,
+    Options,
+    Prompt,
+    Prompts,
+    RunDefaults,
+    default_sampler,
+    image_seeds,
+    latent_size_of,
+    plan_run,
+)
 from .text.encode import Conditioning, SizeConditioning, with_sizes
 from .weights.files import open_checkpoint
 
@@ -224,10 +234,10 @@ class StableDiffusion(Networks):
             raise ValueError(f"this checkpoint works from an image and {self.mode}: use generate_latents_from_image")
         prompts = self._prompts(text, negative_text, cfg_weight)
         run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)))
-        size = self._latent_size(latent_size)
+        size = latent_size_of(latent_size, self.default_latent_size)
         self._check(options, run, size)
         initial = partial(from_noise, run, size, self._latent_channels, options.denoising_start > 0)
-        return Latents(self._run(run, prompts, options, size, initial))
+        return Latents(self._run(run, prompts, options, size, initial), run.length)
 
     def generate_latents_from_image(
         self,
@@ -273,7 +283,7 @@ class StableDiffusion(Networks):
         depth_map = partial(self.estimate_depth, image) if depth is None else lambda: depth
         factor = self.vae_config.scaling_factor
         initial = partial(from_image, run, self.encode, factor, self.mode, strength, pixels, repaint, depth_map)
-        return Latents(self._run(run, prompts, options, size, initial))
+        return Latents(self._run(run, prompts, options, size, initial), run.length)
 
     def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **keywords: Any) -> int:
         """Return how many latents a run yields: of ``num_steps`` (None: the default) the fraction ``strength``.
@@ -295,21 +305,9 @@ class StableDiffusion(Networks):
         settings = {"num_steps": num_steps, "seeds": seeds, "strength": strength, "is_xl": self.is_xl}
         return plan_run(self.schedule, options, self.defaults, **settings)
 
-    def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        size = self.default_latent_size if size is None else size
-        if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
-            raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
-        return tuple(size)
-
     def _check(self, options: Options, run: Run, size: tuple[int, int]) -> None:
-        shape = (run.n_images, *size, self._latent_channels)
-        latents = getattr(options.latents, "shape", options.latents)
-        if latents not in (None, shape):
-            raise ValueError(f"latents of shape {latents} do not fit: this run needs {shape}")
-        pixels = (*(self.pixels_per_latent * side for side in size), 3)
-        for image in (control.image for control in options.controls):
-            if image.shape != pixels:
-                raise ValueError(f"a control image of shape {image.shape} does not fit: this run needs {pixels}")
+        height, width = (self.pixels_per_latent * side for side in size)
+        options.check_shapes((run.n_images, *size, self._latent_channels), (height, width, 3))
 
     def _read_image(self, image: Any, mask: Any) -> tuple[mx.array, mx.array | None, tuple[int, int]]:
         """Return pixels [H, W, 3] or latents, the mask [H, W] or None, and the size of the latents."""

@@ -16,14 +16,12 @@ from ..lora.layers import AttachedLoRA
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
-from ..text.encode import Conditioning
+from ..text.encode import Conditioning, concatenate, same_length
 from .inputs import Inputs, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
-
-Pass = tuple[Latents, int]  # the latents of a run, and their number
 
 
 @dataclass(frozen=True)
@@ -155,23 +153,31 @@ def prepare(
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
-    """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
+    """Encode prompts and negative prompts: one for all images where they are the same, or one for each.
+
+    Each is encoded alone, so that its rounding does not depend on the others.
+    """
     request = requests[0]
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
     if request.negative_prompt and guidance <= 1:
         _log.warning("the negative prompt has no effect at a guidance scale of %g; it needs more than 1", guidance)
     pairs = [(image.text, image.negative_prompt) for image in requests]
-    texts, negatives = map(list, zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True))
+    pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
     if guidance <= 1:
-        return model.encode_prompt(texts, **request.reading), ""
-    return model.encode_prompts(texts, negatives if any(negatives) else "", **request.reading)
+        encoded = {text: model.encode_prompt(text, **request.reading) for text in dict.fromkeys(t for t, _ in pairs)}
+        tables = same_length([encoded[text] for text, _ in pairs], lambda: model.encode_prompt("").context)
+        return concatenate(tables), ""
+    encoded = {pair: model.encode_prompts(*pair, **request.reading) for pair in dict.fromkeys(pairs)}
+    tables = [table for pair in pairs for table in encoded[pair]]  # of the same length, see ``group``
+    return concatenate(tables[::2]), concatenate(tables[1::2])
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
     if request.refiner is None:
         return
-    last_steps = model.number_of_steps(request.steps, **_steps_keywords(request), denoising_start=request.refiner_start)
-    if model.number_of_steps(request.steps, strength, **_steps_keywords(request)) < last_steps:
+    keywords = {"sampler": request.options.sampler, "schedule": request.options.schedule}
+    last_steps = model.number_of_steps(request.steps, denoising_start=request.refiner_start, **keywords)
+    if model.number_of_steps(request.steps, strength, **keywords) < last_steps:
         raise SettingError(
             f"strength {strength:g} begins with less noise than the refiner at refiner_start "
             f"{request.refiner_start:g}; raise one of them",
@@ -202,19 +208,17 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
 # --- the passes of a batch -------------------------------------------------------------------------------------------
 
 
-def first_pass(model: StableDiffusion, batch: Batch) -> Pass:
+def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     """Begin the run of a batch; nothing is computed here."""
     request, setup = batch.request, batch.setup
     end = request.refiner_start if request.refiner else 1.0
     keywords = _keywords(batch) | {"options": replace(request.options, controls=setup.controls, denoising_end=end)}
-    steps = _steps_keywords(request) | {"denoising_end": end}
-    total = model.number_of_steps(request.steps, setup.strength, **steps)
     if setup.canvas is None:
         unit = model.pixels_per_latent
         size = (setup.size[1] // unit, setup.size[0] // unit)
-        return model.generate_latents(latent_size=size, **keywords), total
+        return model.generate_latents(latent_size=size, **keywords)
     place = setup.canvas
-    run = model.generate_latents_from_image(
+    return model.generate_latents_from_image(
         place.crop(place.image),
         strength=setup.strength,
         mask=None if place.mask is None else place.crop(place.mask),
@@ -222,7 +226,6 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Pass:
         image_cfg_weight=request.image_cfg,
         **keywords,
     )
-    return run, total
 
 
 def hires_pass(
@@ -231,7 +234,7 @@ def hires_pass(
     x: mx.array,
     inputs: Inputs,
     networks: Sequence[ControlNetModel | T2IAdapter],
-) -> Pass:
+) -> Latents:
     """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
     height, width = (max(1, round(side * request.hires)) for side in x.shape[1:3])
@@ -239,21 +242,16 @@ def hires_pass(
     keywords = _keywords(batch) | {"options": replace(request.options, controls=steered)}
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
     larger = upscale(model, x, (height, width), request.hires_upscaler)
-    run = model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
-    steps = model.number_of_steps(keywords["num_steps"], request.hires_strength, **_steps_keywords(request))
-    return run, steps
+    return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
 
 
-def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Pass:
+def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
     """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
     request = batch.request
     text, negative_text = _encode(refiner, batch.requests)
     options = replace(request.options, denoising_start=request.refiner_start, latents=x)
     keywords = _keywords(replace(batch, text=text, negative_text=negative_text)) | {"options": options}
-    steps = _steps_keywords(request) | {"denoising_start": request.refiner_start}
-    return refiner.generate_latents(latent_size=x.shape[1:3], **keywords), refiner.number_of_steps(
-        request.steps, **steps
-    )
+    return refiner.generate_latents(latent_size=x.shape[1:3], **keywords)
 
 
 def _keywords(batch: Batch) -> dict[str, Any]:
@@ -266,7 +264,3 @@ def _keywords(batch: Batch) -> dict[str, Any]:
         "cfg_weight": request.cfg,
         "seed": batch.seeds,
     }
-
-
-def _steps_keywords(request: Request) -> dict[str, Any]:
-    return {"sampler": request.options.sampler, "schedule": request.options.schedule}

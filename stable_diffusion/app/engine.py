@@ -15,11 +15,12 @@ from typing import Any
 import mlx.core as mx
 from PIL.Image import Image
 
+from ..diffusion.sample import Latents
 from ..images.image import from_array
 from ..pipeline import StableDiffusion
 from ..weights.files import open_checkpoint
 from . import memory
-from .batches import Batch, Pass, PromptLoRAs, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
+from .batches import Batch, PromptLoRAs, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
 from .inputs import Inputs, read_inputs
 from .request import Request
 
@@ -192,9 +193,9 @@ class Engine:
         return [replace(b, index=f"{i}/{count}" if count > 1 else "") for i, b in enumerate(batches, start=1)]
 
     @staticmethod
-    def _prepared(passes: "Iterator[Pass]") -> list[Pass]:
+    def _prepared(passes: Iterator[Latents]) -> list[Latents]:
         passes = list(passes)
-        for latents, _ in passes:
+        for latents in passes:
             latents.prepare()
         return passes
 
@@ -232,7 +233,7 @@ class Engine:
                 chunk = self._pass(chunk, on_step, self._hires)
             yield chunk
 
-    def _hires(self, run: "_Run") -> Pass:
+    def _hires(self, run: "_Run") -> Latents:
         return hires_pass(self.model, run.batch, run.latents, self._inputs, self._networks)
 
     def _refined(self, runs: "list[_Run]", on_step: OnStep) -> Iterator[Result]:
@@ -254,8 +255,8 @@ class Engine:
         self,
         runs: "Sequence[_Run]",
         on_step: OnStep,
-        begin: "Callable[[_Run], Pass]",
-        passes: list[Pass] | None = None,
+        begin: "Callable[[_Run], Latents]",
+        passes: list[Latents] | None = None,
     ) -> "list[_Run]":
         """Take the runs through a pass; ``passes`` are those that have been prepared, of these runs first."""
         if passes is None:
@@ -313,7 +314,14 @@ class _Run:
 class _Attempts:
     """Compute a pass of a batch: first the one that is prepared, and when it is called again a new one."""
 
-    def __init__(self, engine: Engine, run: _Run, on_step: OnStep, begin: Callable[[], Pass], passes: list[Pass]):
+    def __init__(
+        self,
+        engine: Engine,
+        run: _Run,
+        on_step: OnStep,
+        begin: Callable[[], Latents],
+        passes: list[Latents],
+    ):
         self._engine, self._run, self._on_step, self._begin, self._passes = engine, run, on_step, begin, passes
         self._is_first = True
 
@@ -327,8 +335,8 @@ class _Attempts:
             for network in self._engine._networks:
                 network.set_dtype(mx.float32)
         # Nothing else holds a run that is over, or its networks would stay in memory.
-        latents, total = self._begin() if is_retry else self._passes.pop(0)
-        later = sum(steps for _, steps in self._passes)
+        latents = self._begin() if is_retry else self._passes.pop(0)
+        total, later = latents.n_steps, sum(later.n_steps for later in self._passes)
         if self._on_step(Step(self._run.batch, 0, total, later, is_retry=is_retry)):
             self._engine._stopped = True
             return None, ""

@@ -1,4 +1,4 @@
-"""The text in which AUTOMATIC1111's web UI says how a picture was made, which many programs read.
+"""Write and read the text in which AUTOMATIC1111's web UI records a picture, which many programs read.
 
 The prompt, a line "Negative prompt: ...", and a last line of settings:
 

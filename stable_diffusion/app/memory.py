@@ -16,6 +16,7 @@ from ..models import tiling
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
+from ..text.encode import MOST_CHUNKS
 from ..weights.quantize import size_in_bytes
 
 _log = logging.getLogger("stable_diffusion")
@@ -40,8 +41,8 @@ _TEXT = 12e6  # bytes for each chunk of 75 tokens
 class RunShape:
     """Describe a batch as far as its memory goes.
 
-    ``size`` is (height, width) of the latents, ``larger`` that of a second pass. ``rows`` are the UNet's rows for one
-    image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether images are encoded.
+    ``size`` is (height, width) of the latents, ``larger`` the size in a second pass. ``rows`` are the UNet's rows for
+    one image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether images are encoded.
     """
 
     n_images: int
@@ -108,7 +109,7 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     networks = sum(size_in_bytes(network) for network in shape.networks)
     largest = shape.larger or shape.size
     pixels = (model.pixels_per_latent * largest[0], model.pixels_per_latent * largest[1])
-    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * shape.chunks))]
+    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * min(shape.chunks, MOST_CHUNKS)))]
     if shape.encodes:
         weights = sizes["autoencoder"] + early + networks + (0 if model.low_memory else text)
         stages.append(StageMemory("encoding", weights, _autoencoder_bytes(model, "encoder", pixels, limit - weights)))

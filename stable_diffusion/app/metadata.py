@@ -35,7 +35,7 @@ _FILE_FIELDS = ("image", "mask", "depth", "control_image", "embedding")
 class Record:
     """Hold the record of a picture: values by the names of a request's fields, and everything else.
 
-    ``other`` are the settings of another program that are no fields. ``details`` is the record as it was written.
+    ``other`` are the settings of another program that are no fields. ``details`` is the whole record.
     """
 
     path: str
@@ -193,7 +193,7 @@ def _loras(request: Request) -> list[tuple[str, Path]]:
 
 
 def _name(source: str, kind: str, path: Path) -> str:
-    """Return the name of a file in the record: as it was typed, or by its place in a folder or a repository."""
+    """Return the name of a file in the record: its path, or its place in a folder or a repository."""
     return source if os.path.isfile(os.path.expanduser(source)) else f"{source} {kind}/{path.name}"
 
 

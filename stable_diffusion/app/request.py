@@ -65,9 +65,9 @@ class Variant:
 class Request:
     """Describe an image, or several that differ in prompt, seed and swept settings.
 
-    ``prompt`` is kept as it was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None is
-    random. ``options`` are those of ``generate_latents``; their fields stand beside the others in
-    flags, records and JSON. Files are paths; networks are paths or Hub ids.
+    ``prompt`` is the text that was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None
+    is random. ``options`` are those of ``generate_latents``; their fields stand beside the others in flags, records and
+    JSON. Files are paths; networks are paths or Hub ids.
 
     Raises ValueError for a number out of range or an unknown choice.
     """
@@ -277,7 +277,7 @@ _CONFLICTS: tuple[tuple[tuple[str, ...], Callable[[Request], Any], str], ...] = 
     ),
     (
         ("control_start", "control_end", "controlnet"),
-        lambda r: not all(_fits(len(values), len(r.controlnet)) for values in (r.control_start, r.control_end)),
+        lambda r: not all(_fits(len(ends), len(r.controlnet)) for ends in (r.control_start, r.control_end)),
         "control_start and control_end are given once for each controlnet, or once for all",
     ),
     (
@@ -330,7 +330,7 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
 
 def _settings(sweep: Sweep) -> list[dict[str, Any]]:
     names = [name for name in sweep if name != "seed"]
-    return [dict(zip(names, values, strict=True)) for values in product(*(sweep[name] for name in names))]
+    return [dict(zip(names, chosen, strict=True)) for chosen in product(*(sweep[name] for name in names))]
 
 
 def _images_per_prompt(request: Request, sweep: Sweep) -> int:

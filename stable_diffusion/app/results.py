@@ -51,14 +51,14 @@ class ResultWriter:
         self._requests, self._settings = requests, settings
         self._outputs = Outputs(settings.output, len(requests) > 1, settings.overwrite)
         self._outputs.check([{"i": i} | _fields(request) for i, request in enumerate(requests, start=1)])
-        self._records: list[dict[str, Any]] = []
+        self._entries: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid
         self.error: OSError | None = None
 
     def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
         """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
         request, image = result.request, result.image
-        size = {"i": len(self._records) + 1, "width": image.width, "height": image.height}
+        size = {"i": len(self._entries) + 1, "width": image.width, "height": image.height}
         fields = _fields(request, model) | size
         mark = "partial" if result.partial else ""
         texts = None
@@ -73,7 +73,7 @@ class ResultWriter:
         record = {"kind": mark or "image", "path": str(path)} | fields
         record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
         record |= {"partial": result.partial} if result.partial else {}
-        self._records.append(record)
+        self._entries.append(record)
         if path is not None:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
@@ -97,8 +97,8 @@ class ResultWriter:
         return len(self._requests) > 1 and not self._settings.no_grid
 
     def _add_grid(self, image: Image, shown: Sequence[int], mark: str) -> Written:
-        path = self._outputs.write(image, self._records[shown[0]], mark=mark, quality=self._settings.quality)
-        paths = [self._records[i]["path"] for i in shown]
+        path = self._outputs.write(image, self._entries[shown[0]], mark=mark, quality=self._settings.quality)
+        paths = [self._entries[i]["path"] for i in shown]
         size = {"width": image.width, "height": image.height}
         return Written(str(path), {"kind": "grid", "path": str(path)} | size | {"images": paths})
 

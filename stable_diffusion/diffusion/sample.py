@@ -62,12 +62,12 @@ def _streams(seed: int) -> tuple[mx.array, mx.array]:
 class Latents(Iterator[mx.array]):
     """Iterate over the latents of a run, each computed when it is evaluated.
 
-    ``predicted`` is the last step's estimate of the clean latents. Early in a run it shows far more than the latents,
-    which are mostly noise then.
+    ``n_steps`` is the number of steps, ``predicted`` the last step's estimate of the clean latents. Early in a run it
+    shows far more than the latents, which are mostly noise then.
     """
 
-    def __init__(self, pairs: Pairs):
-        self._pairs = pairs
+    def __init__(self, pairs: Pairs, n_steps: int):
+        self._pairs, self.n_steps = pairs, n_steps
         self._is_prepared = False
         self._step = 0
         self.predicted: mx.array | None = None

@@ -44,7 +44,7 @@ def stored_tensors(module: nn.Module) -> dict[str, mx.array]:
 
 
 def is_convolution(module: nn.Module, name: str) -> bool:
-    """Return whether the weight of a Linear is stored as that of a 1×1 convolution."""
+    """Return whether the weight of a Linear is stored in the shape of a 1×1 convolution."""
     linear = getattr(getattr(module, "config", None), "use_linear_projection", True)
     return bool(_CONVOLUTIONS.search(name) or (_PROJECTIONS.search(name) and not linear))
 

@@ -169,8 +169,9 @@ def unets(name: str) -> tuple[UNet2DConditionModel, OracleUNet]:
     return twin(UNet2DConditionModel(UNetConfig.from_dict(UNETS[name])), oracle), oracle
 
 
-@pytest.mark.parametrize("name", ["sd1", "inpaint", "no-mid", "xl"])
-@pytest.mark.parametrize("batch, rows", [(1, 1), (3, 3), (2, 1)])
+@pytest.mark.parametrize(
+    "name, batch, rows", [("sd1", 1, 1), ("sd1", 3, 3), ("inpaint", 2, 1), ("no-mid", 3, 3), ("xl", 2, 1)]
+)
 def test_unet_with_residuals_equals_diffusers(name, batch, rows):
     """One row of residuals may serve several images; diffusers adds them in the same way."""
     unet, oracle = unets(name)

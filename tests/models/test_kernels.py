@@ -29,7 +29,7 @@ def test_activations(backend, ours, theirs):
         assert relative_error(ours(mx.array(x)), want) <= 1e-6
 
 
-@pytest.mark.parametrize("width", [8, 40, 64, 80, 160, 512])
+@pytest.mark.parametrize("width", [40, 64, 160, 512])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_attention(backend, width, scale):
     """Up to scores in the thousands, where the last bit of a score counts: it moves a weight by so much."""
