@@ -16,7 +16,7 @@ from ..lora.layers import AttachedLoRA
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
-from ..text.encode import Conditioning, concatenate, same_length
+from ..text.encode import Conditioning
 from .inputs import Inputs, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import Request
@@ -153,23 +153,16 @@ def prepare(
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
-    """Encode prompts and negative prompts: one for all images where they are the same, or one for each.
-
-    Each is encoded alone, so that its rounding does not depend on the others.
-    """
+    """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
     request = requests[0]
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
     if request.negative_prompt and guidance <= 1:
         _log.warning("the negative prompt has no effect at a guidance scale of %g; it needs more than 1", guidance)
     pairs = [(image.text, image.negative_prompt) for image in requests]
-    pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
+    texts, negatives = map(list, zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True))
     if guidance <= 1:
-        encoded = {text: model.encode_prompt(text, **request.reading) for text in dict.fromkeys(t for t, _ in pairs)}
-        tables = same_length([encoded[text] for text, _ in pairs], lambda: model.encode_prompt("").context)
-        return concatenate(tables), ""
-    encoded = {pair: model.encode_prompts(*pair, **request.reading) for pair in dict.fromkeys(pairs)}
-    tables = [table for pair in pairs for table in encoded[pair]]  # of the same length, see ``group``
-    return concatenate(tables[::2]), concatenate(tables[1::2])
+        return model.encode_prompt(texts, **request.reading), ""
+    return model.encode_prompts(texts, negatives if any(negatives) else "", **request.reading)
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:

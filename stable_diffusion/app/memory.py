@@ -16,7 +16,6 @@ from ..models import tiling
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
-from ..text.encode import MOST_CHUNKS
 from ..weights.quantize import size_in_bytes
 
 _log = logging.getLogger("stable_diffusion")
@@ -109,7 +108,7 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     networks = sum(size_in_bytes(network) for network in shape.networks)
     largest = shape.larger or shape.size
     pixels = (model.pixels_per_latent * largest[0], model.pixels_per_latent * largest[1])
-    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * min(shape.chunks, MOST_CHUNKS)))]
+    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * shape.chunks))]
     if shape.encodes:
         weights = sizes["autoencoder"] + early + networks + (0 if model.low_memory else text)
         stages.append(StageMemory("encoding", weights, _autoencoder_bytes(model, "encoder", pixels, limit - weights)))

@@ -14,7 +14,6 @@ from .tokenizer import Tokenizer
 _log = logging.getLogger("stable_diffusion")
 
 EMPHASES = ("mean", "values", "none")
-MOST_CHUNKS = 32  # that an encoder reads at once, to bound memory: each takes about 12 MB
 
 Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
 _Chunk = list[tuple[int, float]]  # (token id, weight)
@@ -152,8 +151,8 @@ def encode(
 ) -> Conditioning:
     """Encode prompts with every text encoder: a row for each part of each prompt, with context [r, 77 * chunks, C].
 
-    Each encoder runs once on the different chunks of all prompts, 32 at a time. The empty prompt pads those that have
-    fewer. For XL each row also has the pooled vector of its first chunk.
+    Each encoder runs once on every different prompt. The empty prompt pads those that have fewer chunks than others.
+    For XL each row also has the pooled vector of its first chunk.
 
     Args:
         texts: a prompt or several, in the language of ``prompt.py``.
@@ -230,14 +229,13 @@ def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[_Chunk]:
 
 
 def _chunk_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[Piece]], truncate: bool, log: bool) -> list[list[_Chunk]]:
-    """Split each row into the same number of chunks, the last of them empty where it is shorter than others."""
+    """Split each row into chunks, of which only the first counts with ``truncate``."""
     if not rows:
         raise ValueError("there is no prompt; give one, which may be empty")
     chunked = [_chunks(tokenizer, pieces) for pieces in rows]
     for chunks in chunked if log else ():
         _log_chunks(tokenizer, chunks, truncate)
-    length = 1 if truncate else max(map(len, chunked))
-    return [(chunks + [[]] * length)[:length] for chunks in chunked]
+    return [chunks[:1] for chunks in chunked] if truncate else chunked
 
 
 def _log_chunks(tokenizer: Tokenizer, chunks: list[_Chunk], truncate: bool) -> None:
@@ -257,22 +255,31 @@ def _log_chunks(tokenizer: Tokenizer, chunks: list[_Chunk], truncate: bool) -> N
 def _run(
     tokenizer: Tokenizer, encoder: CLIPTextModel, chunked: list[list[_Chunk]], xl: bool, clip_skip: int
 ) -> tuple[mx.array, mx.array | None]:
-    """Run a text encoder on every different chunk: states [r, n, 77, C] and XL's pooled vectors [r, P]."""
-    batch: dict[tuple[int, ...], int] = {}  # the ids of a chunk -> its place in the encoder's batch
-    index = mx.array([[batch.setdefault(_window(tokenizer, chunk), len(batch)) for chunk in row] for row in chunked])
-    ids = mx.array(list(batch))
-    outputs = [encoder(ids[start : start + MOST_CHUNKS]) for start in range(0, len(ids), MOST_CHUNKS)]
-    layers = len(outputs[0].hidden_states)
-    if not 0 <= clip_skip <= layers - 2:
-        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {layers - 2}")
+    """Run a text encoder once on every different prompt: states [r, n, 77, C] and XL's pooled vectors [r, P].
+
+    Prompts are not batched together: how one is rounded would depend on the others.
+    """
+    rows = [tuple(_window(tokenizer, chunk) for chunk in chunks) for chunks in chunked]
+    empty, length = (_window(tokenizer, []),), max(map(len, rows))
+    read = [*rows, empty] if any(len(row) < length for row in rows) else rows
+    outputs = {row: _read(encoder, row, xl, clip_skip) for row in dict.fromkeys(read)}
+    states = [[outputs[ids][0] for ids in (row, *[empty] * (length - len(row)))] for row in rows]
+    pooled = mx.concatenate([outputs[row][1] for row in rows]) if xl else None
+    return mx.stack([mx.concatenate(state) for state in states]), pooled
+
+
+def _read(
+    encoder: CLIPTextModel, windows: Sequence[tuple[int, ...]], xl: bool, clip_skip: int
+) -> tuple[mx.array, mx.array | None]:
+    """Run a text encoder on the windows of a prompt: states [n, 77, C] and XL's pooled vector [1, P] of the first."""
+    output = encoder(mx.array(windows))
+    if not 0 <= clip_skip <= len(output.hidden_states) - 2:
+        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
     if xl:
-        states = mx.concatenate([output.hidden_states[-2 - clip_skip] for output in outputs])
-        return states[index], mx.concatenate([output.pooled_output for output in outputs])[index[:, 0]]
+        return output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
     if clip_skip:
-        states = encoder.normalise(mx.concatenate([output.hidden_states[-1 - clip_skip] for output in outputs]))
-    else:
-        states = mx.concatenate([output.last_hidden_state for output in outputs])
-    return states[index], None
+        return encoder.normalise(output.hidden_states[-1 - clip_skip]), None
+    return output.last_hidden_state, None
 
 
 def _window(tokenizer: Tokenizer, chunk: _Chunk) -> tuple[int, ...]:
@@ -287,6 +294,8 @@ def _emphasise(states: mx.array, chunked: list[list[_Chunk]], restore_mean: bool
     """
     if all(weight == 1 for chunks in chunked for chunk in chunks for _, weight in chunk):
         return states
+    length = states.shape[1]
+    chunked = [chunks + [[]] * (length - len(chunks)) for chunks in chunked]
     weights = [[[1.0, *(w for _, w in chunk)] for chunk in chunks] for chunks in chunked]
     factors = mx.array([[w + [1.0] * (states.shape[2] - len(w)) for w in row] for row in weights])[..., None]
     weighted = states * factors.astype(states.dtype)
