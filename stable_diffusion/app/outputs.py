@@ -101,7 +101,7 @@ class Outputs:
             raise ValueError(f"the output {output} is no pattern: {error}") from None
         self._began = datetime.now()
         self._number = 1
-        self._written: set[tuple[int, int] | None] = set()
+        self._written: set[tuple[int, int, int] | None] = set()
 
     def check(self, images: Sequence[Mapping[str, Any]]) -> None:
         """Check before any work that the images can be written, and choose the number of this run. Nothing is created.
@@ -176,11 +176,11 @@ class Outputs:
         return Path(os.sep.join([*folders, name]))
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Identify the file of this name, because some file systems have several spellings for it."""
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Identify the file of this name: some file systems have several spellings for it, and use an inode again."""
     with suppress(OSError):
         status = path.stat()
-        return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino, status.st_mtime_ns
     return None
 
 
