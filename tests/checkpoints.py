@@ -1,5 +1,6 @@
 """Small random checkpoints in the true layouts, written by diffusers itself, and the runs that they are compared in."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from configs import UNETS
 from models.test_vae import SD as VAE
-from oracle import nchw, perturb, relative_error
+from oracle import nchw, normal, perturb, relative_error
 
+PROMPT, NEGATIVE = "the red cat on the blue — café 猫", "the blue"
+NAMES = {"image": "image", "mask": "mask_image", "strength": "strength", "image_cfg_weight": "image_guidance_scale"}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -151,6 +154,37 @@ def encoded_mean(pipe) -> None:
         return output
 
     pipe.vae.encode = mean
+
+
+def both(pipe, sd, *, steps=5, guidance=5.0, n_images=1, theirs=(), added=False, **ours) -> None:
+    """Run diffusers and this library on the same noise: every step's latents and the images must agree.
+
+    ``ours`` are keywords of this library, translated for diffusers by NAMES; ``theirs`` is for diffusers alone. With
+    ``added`` the noise that a sampler draws is injected too. ``image`` makes it a run from an image.
+    """
+    size = ours.pop("latent_size", (8, 12))
+    text, negative = ours.pop("text", PROMPT), ours.pop("negative_text", NEGATIVE)
+    noise, drawn = normal(n_images, *size, 4, seed=1), normal(steps, n_images, *size, 4, seed=2)
+    known = inspect.signature(pipe.__call__).parameters
+    run = {"height": 8 * size[0], "width": 8 * size[1], "latents": nchw(noise)}
+    run = {name: value for name, value in run.items() if name in known and ("image" not in ours or name != "latents")}
+    run |= {NAMES[name]: value for name, value in ours.items() if name in NAMES} | dict(theirs)
+    recorder = Recorder(pipe, drawn if added else None)
+    with mock.patch(f"{type(pipe).__module__}.randn_tensor", lambda shape, **_: nchw(noise)):
+        images = recorder(
+            prompt=[text] * n_images,
+            negative_prompt=[negative] * n_images if negative else None,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            **run,
+        )
+    keywords = {"num_steps": steps, "cfg_weight": guidance, "n_images": n_images, "negative_text": negative} | ours
+    keywords |= {"noise": lambda step, shape: mx.array(drawn[step])} if added else {}
+    if "image" in ours:
+        latents = sd.generate_latents_from_image(text=text, latents=mx.array(noise), **keywords)
+    else:
+        latents = sd.generate_latents(text, latent_size=size, latents=mx.array(noise), **keywords)
+    compare(list(latents), recorder, images, sd.decode)
 
 
 def compare(steps, recorder: Recorder, images, decode) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints import SCALED, Recorder, compare, encoded_mean, make
+from checkpoints import SCALED, Recorder, both, compare, encoded_mean, make
 from configs import UNETS
 from oracle import nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion import Control, StableDiffusion, StableDiffusionXL
@@ -51,134 +51,45 @@ def reference(folder, family: str, scheduler, pipeline: type, **more) -> diffuse
     return pipe
 
 
-def run(pipe, noise: np.ndarray, added: np.ndarray | None = None, **arguments) -> tuple[Recorder, np.ndarray]:
-    """A run of diffusers in which the first noise is ``noise`` and a sampler adds ``added``, its steps recorded."""
-    recorder = Recorder(pipe, added)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{type(pipe).__module__}.randn_tensor", lambda shape, **_: nchw(noise))
-        return recorder, recorder(prompt=PROMPT, negative_prompt=NEGATIVE, **arguments)
-
-
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("scheduler", [DDIM, EULER_A, DPM], ids=["ddim", "euler_a", "dpmpp_2m"])
 def test_inpainting_with_any_checkpoint(tmp_path, scheduler, strength):
     pipe = reference(tmp_path / "sd", "sd1", scheduler, diffusers.StableDiffusionInpaintPipeline)
-    noise, added = normal(1, 8, 12, 4, seed=1), normal(5, 1, 8, 12, 4, seed=2)
-    recorder, images = run(
-        pipe,
-        noise,
-        added,
-        image=picture(),
-        mask_image=mask(),
-        height=HEIGHT,
-        width=WIDTH,
-        strength=strength,
-        num_inference_steps=5,
-        guidance_scale=5.0,
-    )
     sd = StableDiffusion(tmp_path / "sd")
-    ours = sd.generate_latents_from_image(
-        picture(),
-        PROMPT,
-        mask=mask(),
-        strength=strength,
-        num_steps=5,
-        cfg_weight=5.0,
-        negative_text=NEGATIVE,
-        latents=mx.array(noise),
-        noise=lambda step, shape: mx.array(added[step]),
-    )
-    compare(list(ours), recorder, images, sd.decode)
+    both(pipe, sd, image=picture(), mask=mask(), strength=strength, added=True)
+    if strength < 1:
+        inverted = Image.eval(mask(), lambda value: 255 - value)
+        with pytest.raises(AssertionError):  # the comparison sees it
+            both(pipe, sd, image=picture(), mask=inverted, theirs={"mask_image": mask()}, strength=strength)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("family", ["inpaint", "xl-inpaint"])
 def test_inpainting_with_a_checkpoint_made_for_it(tmp_path, family, strength):
-    pipeline = diffusers.StableDiffusionInpaintPipeline
-    if family == "xl-inpaint":
-        pipeline = diffusers.StableDiffusionXLInpaintPipeline
+    xl = family == "xl-inpaint"
+    pipeline = diffusers.StableDiffusionXLInpaintPipeline if xl else diffusers.StableDiffusionInpaintPipeline
     pipe = reference(tmp_path / "sd", family, EULER, pipeline)
-    noise = normal(1, 8, 12, 4, seed=1)
-    recorder, images = run(
-        pipe,
-        noise,
-        image=picture(),
-        mask_image=mask(),
-        height=HEIGHT,
-        width=WIDTH,
-        strength=strength,
-        num_inference_steps=5,
-        guidance_scale=5.0,
-    )
     sd = StableDiffusion(tmp_path / "sd")
     assert sd.mode == "masks"
-    ours = sd.generate_latents_from_image(
-        picture(),
-        PROMPT,
-        mask=mask(),
-        strength=strength,
-        num_steps=5,
-        cfg_weight=5.0,
-        negative_text=NEGATIVE,
-        latents=mx.array(noise),
-    )
-    compare(list(ours), recorder, images, sd.decode)
+    both(pipe, sd, image=picture(), mask=mask(), strength=strength)
 
 
 def test_depth_to_image(tmp_path):
     pipe = reference(tmp_path / "sd", "depth", DDIM, diffusers.StableDiffusionDepth2ImgPipeline)
-    noise, depth = normal(1, 8, 12, 4, seed=1), normal(40, 50, seed=3) * 7 + 100
-    recorder, images = run(
-        pipe,
-        noise,
-        image=picture(),
-        depth_map=torch.from_numpy(depth)[None],
-        strength=0.7,
-        num_inference_steps=6,
-        guidance_scale=5.0,
-    )
+    depth = normal(40, 50, seed=3) * 7 + 100
     sd = StableDiffusion(tmp_path / "sd")
     assert sd.mode == "depth"
-    ours = sd.generate_latents_from_image(
-        picture(),
-        PROMPT,
-        depth=depth,
-        strength=0.7,
-        num_steps=6,
-        cfg_weight=5.0,
-        negative_text=NEGATIVE,
-        latents=mx.array(noise),
-    )
-    compare(list(ours), recorder, images, sd.decode)
+    given = {"depth_map": torch.from_numpy(depth)[None]}
+    both(pipe, sd, image=picture(), depth=depth, strength=0.7, steps=6, theirs=given)
 
 
 @pytest.mark.parametrize("scheduler", [DDIM, EULER_A], ids=["ddim", "euler_a"])
 @pytest.mark.parametrize("guidance, image_guidance", [(5.0, 1.5), (3.0, 1.0), (1.0, 1.5)])
 def test_instructions(tmp_path, scheduler, guidance, image_guidance):
     pipe = reference(tmp_path / "sd", "pix2pix", scheduler, diffusers.StableDiffusionInstructPix2PixPipeline)
-    noise, added = normal(1, 8, 12, 4, seed=1), normal(5, 1, 8, 12, 4, seed=2)
-    recorder, images = run(
-        pipe,
-        noise,
-        added,
-        image=picture(),
-        num_inference_steps=4,
-        guidance_scale=guidance,
-        image_guidance_scale=image_guidance,
-    )
     sd = StableDiffusion(tmp_path / "sd")
     assert sd.mode == "instructions"
-    ours = sd.generate_latents_from_image(
-        picture(),
-        PROMPT,
-        num_steps=4,
-        cfg_weight=guidance,
-        image_cfg_weight=image_guidance,
-        negative_text=NEGATIVE,
-        latents=mx.array(noise),
-        noise=lambda step, shape: mx.array(added[step]),
-    )
-    compare(list(ours), recorder, images, sd.decode)
+    both(pipe, sd, image=picture(), steps=4, guidance=guidance, image_cfg_weight=image_guidance, added=True)
 
 
 def control_nets(family: str, count: int, **options) -> tuple[list, list]:
@@ -198,10 +109,6 @@ def control_nets(family: str, count: int, **options) -> tuple[list, list]:
     return theirs, ours
 
 
-def hints(count: int) -> list[Image.Image]:
-    return [picture(seed) for seed in range(20, 20 + count)]
-
-
 def shown(image: Image.Image) -> mx.array:
     return mx.array(np.asarray(image, dtype=np.float32) / 255)
 
@@ -219,72 +126,30 @@ CONTROLS = {
 @pytest.mark.parametrize("choices", CONTROLS.values(), ids=CONTROLS)
 @pytest.mark.parametrize("family", ["sd1", "xl"])
 def test_controlnet(tmp_path, family, choices):
-    pipeline = diffusers.StableDiffusionControlNetPipeline
-    if family == "xl":
-        pipeline = diffusers.StableDiffusionXLControlNetPipeline
+    xl = family == "xl"
+    pipeline = diffusers.StableDiffusionXLControlNetPipeline if xl else diffusers.StableDiffusionControlNetPipeline
     theirs, ours = control_nets(family, len(choices))
-    one = len(choices) == 1
-    pipe = reference(tmp_path / "sd", family, EULER, pipeline, controlnet=theirs[0] if one else theirs)
+    images = [picture(seed) for seed in range(20, 20 + len(choices))]
 
-    def asked(key: str, default: float):
-        values = [choice.get(key, default) for choice in choices]
-        return values[0] if one else values
+    def values(of: list):
+        return of[0] if len(choices) == 1 else of
 
-    noise = normal(1, 8, 12, 4, seed=1)
-    recorder, images = run(
-        pipe,
-        noise,
-        image=hints(1)[0] if one else hints(len(choices)),
-        height=HEIGHT,
-        width=WIDTH,
-        num_inference_steps=5,
-        guidance_scale=5.0,
-        controlnet_conditioning_scale=asked("scale", 1.0),
-        control_guidance_start=asked("start", 0.0),
-        control_guidance_end=asked("end", 1.0),
-        guess_mode=choices[0].get("guess", False),
-    )
-    sd = StableDiffusion(tmp_path / "sd")
-    controls = [Control(net, shown(hint), **choice) for net, hint, choice in zip(ours, hints(9), choices, strict=False)]
-    steps = sd.generate_latents(
-        PROMPT,
-        num_steps=5,
-        cfg_weight=5.0,
-        negative_text=NEGATIVE,
-        latent_size=(8, 12),
-        latents=mx.array(noise),
-        controls=controls,
-    )
-    compare(list(steps), recorder, images, sd.decode)
+    pipe = reference(tmp_path / "sd", family, EULER, pipeline, controlnet=values(theirs))
+    given = {"image": values(images), "guess_mode": choices[0].get("guess", False)}
+    given["controlnet_conditioning_scale"] = values([choice.get("scale", 1.0) for choice in choices])
+    given["control_guidance_start"] = values([choice.get("start", 0.0) for choice in choices])
+    given["control_guidance_end"] = values([choice.get("end", 1.0) for choice in choices])
+    controls = [Control(n, shown(image), **c) for n, image, c in zip(ours, images, choices, strict=True)]
+    both(pipe, StableDiffusion(tmp_path / "sd"), controls=controls, theirs=given)
 
 
 def test_controlnet_in_a_run_from_an_image(tmp_path):
     theirs, ours = control_nets("sd1", 1)
     pipeline = diffusers.StableDiffusionControlNetImg2ImgPipeline
     pipe = reference(tmp_path / "sd", "sd1", DDIM, pipeline, controlnet=theirs[0])
-    noise, hint = normal(1, 8, 12, 4, seed=1), hints(1)[0]
-    recorder, images = run(
-        pipe,
-        noise,
-        image=picture(),
-        control_image=hint,
-        strength=0.6,
-        num_inference_steps=5,
-        guidance_scale=5.0,
-        controlnet_conditioning_scale=1.0,
-    )
-    sd = StableDiffusion(tmp_path / "sd")
-    steps = sd.generate_latents_from_image(
-        picture(),
-        PROMPT,
-        strength=0.6,
-        num_steps=5,
-        cfg_weight=5.0,
-        negative_text=NEGATIVE,
-        latents=mx.array(noise),
-        controls=[Control(ours[0], shown(hint))],
-    )
-    compare(list(steps), recorder, images, sd.decode)
+    given = {"control_image": picture(20), "controlnet_conditioning_scale": 1.0}
+    controls = [Control(ours[0], shown(picture(20)))]
+    both(pipe, StableDiffusion(tmp_path / "sd"), image=picture(), strength=0.6, controls=controls, theirs=given)
 
 
 @pytest.mark.parametrize("scheduler", [EULER, DPM, UNIPC], ids=["euler", "dpmpp_2m", "unipc"])
@@ -309,18 +174,6 @@ def test_a_refiner_goes_on_where_the_base_stops(tmp_path, scheduler, share):
     compare(steps, recorder, images, sd.decode)
 
 
-def test_the_comparison_sees_a_swapped_mask(tmp_path):
-    pipe = reference(tmp_path / "sd", "sd1", DDIM, diffusers.StableDiffusionInpaintPipeline)
-    noise = normal(1, 8, 12, 4, seed=1)
-    given = {"image": picture(), "mask_image": mask(), "height": HEIGHT, "width": WIDTH, "strength": 0.6}
-    recorder, _ = run(pipe, noise, num_inference_steps=5, guidance_scale=5.0, **given)
-    sd = StableDiffusion(tmp_path / "sd")
-    inverted = Image.eval(mask(), lambda value: 255 - value)
-    shared = {"strength": 0.6, "num_steps": 5, "cfg_weight": 5.0, "negative_text": NEGATIVE}
-    steps = sd.generate_latents_from_image(picture(), PROMPT, mask=inverted, latents=mx.array(noise), **shared)
-    assert relative_error(list(steps)[-1], recorder.steps[-1]) > 0.1
-
-
 @pytest.mark.parametrize("family, share", [("sd1", 1.0), ("xl", 1.0), ("xl", 0.5)])
 def test_t2i_adapter(tmp_path, family, share):
     """A share of the steps is known to diffusers' pipeline for XL only."""
@@ -331,7 +184,7 @@ def test_t2i_adapter(tmp_path, family, share):
     torch.manual_seed(0)
     adapter = perturb(diffusers.T2IAdapter(adapter_type="full_adapter_xl" if xl else "full_adapter", **shape), seed=7)
     pipe = reference(tmp_path / "sd", family, EULER, pipeline, adapter=adapter)
-    noise, hint = normal(1, 8, 12, 4, seed=1), hints(1)[0]
+    noise, hint = normal(1, 8, 12, 4, seed=1), picture(20)
     given = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "image": hint, "height": HEIGHT, "width": WIDTH}
     given |= {"num_inference_steps": 5, "guidance_scale": 5.0, "latents": nchw(noise)}
     given |= {"adapter_conditioning_scale": 0.7} | ({"adapter_conditioning_factor": share} if xl else {})
