@@ -28,7 +28,6 @@ def run(argv: Sequence[str] | None = None) -> int:
         epilog="commands:\n" + "\n".join(f"  {name:13}{about}" for name, (about, _) in _COMMANDS.items()),
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="command", help="what to do; with --help, how")
-    parser.add_version()
     command = parser.parse_args(words[:1]).command
     return _COMMANDS[command][1](words[1:], f"{prog} {command}")
 

@@ -1,14 +1,18 @@
 """Convert a model: ``python -m stable_diffusion convert SOURCE DEST -q``."""
 
+import argparse
+import re
 import sys
 from collections.abc import Sequence
 
 from ..app.convert import DTYPES, MAX_SHARD_SIZE, convert
 from ..app.engine import chosen_bits, chosen_parts
-from ..app.request import KINDS, Request
-from .flags import WEIGHTS, Group
+from ..app.request import Request
+from .arguments import line_of
+from .flags import FLAGS
 from .parser import Parser
-from .types import file_size
+
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -20,9 +24,8 @@ def make_parser(prog: str | None = None) -> Parser:
     )
     parser.add_argument("source", help="what to convert: a name, a Hub id, a folder or a file")
     parser.add_argument("dest", help="the folder to write, in diffusers layout; it must not exist")
-    parser.add_version()
     about = "Beside the source, and of what precision it becomes."
-    parser.add_flags([Group("what is read", about, WEIGHTS.flags)])
+    parser.add_flags("what is read", about, FLAGS["model"], left_out={"model", "lora_dir", "embedding"})
     add = parser.add_argument_group("what is written", "The form of the files.").add_argument
     add("--dtype", choices=DTYPES, default="float16", help="of the UNet and the text encoders (float16)")
     about = "of a file of weights, beyond which there are several (5GB)"
@@ -30,13 +33,20 @@ def make_parser(prog: str | None = None) -> Parser:
     return parser
 
 
+def file_size(value: str) -> int:
+    """Return bytes, from "5GB", "500 MB" or "1000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", value.strip(), re.IGNORECASE)
+    if not match or (size := float(match[1]) * _BYTES[match[2].upper()]) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a size such as 5GB or 500MB")
+    return int(size)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code."""
     parser = make_parser(prog)
     args = parser.parse_args(argv)
-    weights = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in KINDS}
     try:
-        request = Request(**weights)
+        request, _ = line_of(Request(), vars(args))
         path = convert(
             args.source,
             args.dest,
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             parts=chosen_parts(request),
         )
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(error)
     except (RuntimeError, MemoryError) as error:  # what MLX raises when memory runs out or a file vanishes
         parser.fail(1, f"the conversion failed ({str(error) or 'out of memory'}); nothing was written")
     except KeyboardInterrupt:

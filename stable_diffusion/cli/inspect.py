@@ -67,13 +67,11 @@ def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of this command line, under the name ``prog``."""
     parser = Parser(
         prog=prog or "python -m stable_diffusion inspect",
-        argument_default=None,
         description="Say what a model, a part of one or a LoRA is, or how an image was made.",
     )
     parser.add_argument("path", help="a folder, a file, an image, an alias, or a Hub id that is in the cache")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository (main)")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_version()
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hub repository (main)")
+    parser.add_argument("--json", action="store_true", default=False, help="print it as JSON")
     return parser
 
 
@@ -87,7 +85,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except ConnectionError:
         parser.error(f"{args.path} is neither here nor in the Hub's cache: load it once, or give a path")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(error)
     text = json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report))
     print(text.encode("utf-8", "backslashreplace").decode())  # a path may hold what is no Unicode
     return 0

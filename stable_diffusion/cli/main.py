@@ -1,15 +1,9 @@
 """The command lines of txt2image.py and image2image.py.
 
 What was written goes to stdout, a line for each file (path and seed; with ``--json`` an object), progress and remarks
-to stderr. What ends a run early is said there too, in one line, and by the exit code:
-
-====  ==============================================================================================================
-   0  all images are written
-   1  it failed on the way; the images named on stdout are written
-   2  the arguments cannot be followed; nothing was computed
- 130  Ctrl-C: what there was of the images is written, and named on stdout. A second one leaves at once
- 143  the same for SIGTERM
-====  ==============================================================================================================
+to stderr. The exit code is 0, 1 where it failed on the way, 2 where the arguments cannot be followed and nothing was
+computed, 130 after Ctrl-C and 143 after SIGTERM: what there was of the images is written then. Images that are named
+on stdout are complete.
 """
 
 import json
@@ -29,7 +23,6 @@ from ..app.progress import ProgressBar, TqdmHandler
 from ..app.request import expand
 from ..app.results import ResultWriter, Written
 from ..models import cpu
-from ..options import SettingError
 from .arguments import Command, read
 from .signals import Stop, signals
 
@@ -47,36 +40,29 @@ def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> i
 
 
 def _run(command: Command) -> int:
-    parser = command.parser
+    """Carry out a command; a mistake shows before its first step."""
     cpu.tune()
-    _log_to_stderr(parser.prog, command)
+    parser, handler, code = command.parser, TqdmHandler(), 2
+    handler.setFormatter(logging.Formatter(f"{parser.prog}: %(message)s"))
+    _log.handlers = [handler]
+    _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
+    for remark in command.remarks:
+        _log.warning("%s", remark)
     with signals(_log.warning) as stop:
         try:
-            try:
-                script = Script(command, stop)
-                stop.expect()
-            except (ValueError, OSError) as error:
-                parser.error(error if isinstance(error, SettingError) else str(error))
+            script = Script(command, stop)
+            code, stop.is_expected = 1, True
             script.run()
         except FloatingPointError as error:
             parser.fail(1, f"{error} in float32 either; try --no-float16, another --vae, or check the weights")
         except (ArithmeticError, ValueError, OSError) as error:
-            parser.fail(1, str(error))
+            parser.fail(code, error)
         except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
             remedy = "where memory is short, try fewer images, a smaller size or -q"
             parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
         except KeyboardInterrupt:
             parser.fail(stop.code or 130, "interrupted; the files named so far are complete")
     return 0
-
-
-def _log_to_stderr(prog: str, command: Command) -> None:
-    handler = TqdmHandler()
-    handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
-    _log.handlers = [handler]
-    _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
-    for remark in command.remarks:
-        _log.warning("%s", remark)
 
 
 class Script:
@@ -86,10 +72,9 @@ class Script:
     """
 
     def __init__(self, command: Command, stop: Stop):
-        self._command, self._stop = command, stop
+        self._stop, self._json = stop, command.json
         requests = expand(command.lines)
         self._writer = ResultWriter(requests, command.output)
-        _check_preview_name(command)
         self._previews = PreviewWriter(command.preview, self._on_preview)
         inputs = read_inputs(requests[0])
         check_refiner(requests[0])
@@ -129,7 +114,7 @@ class Script:
         return self._stop.code is not None or self._writer.error is not None
 
     def _on_preview(self, path: Path, step: int, steps: int) -> None:
-        if self._command.json:
+        if self._json:
             self._print(Written("", {"kind": "preview", "path": str(path), "step": step, "steps": steps}))
 
     def _write_animation(self, result: Result) -> None:
@@ -143,16 +128,10 @@ class Script:
 
     def _print(self, written: Written) -> None:
         """Print a line on stdout. Nothing of a run is given up because nobody reads it."""
-        line = json.dumps(written.record) if self._command.json else written.line
+        line = json.dumps(written.record) if self._json else written.line
         encoding = sys.stdout.encoding or "utf-8"
         try:
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
         except OSError as error:
             _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
-
-
-def _check_preview_name(command: Command) -> None:
-    preview = command.preview.preview
-    if preview is not None and os.path.abspath(preview) == os.path.abspath(command.output.output):
-        raise ValueError(f"--preview and --output both name {preview}; give the preview another name")

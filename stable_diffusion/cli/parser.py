@@ -4,41 +4,131 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
-from ..app.request import CHOICES, KINDS, NUMBERS
-from ..diffusion.samplers import table
-from ..options import SettingError
-from . import types
-from .flags import GROUPS, SHORT, Flag, Group
+from ..app.request import CHOICES, COUNT, MOST_IMAGES, NUMBERS
+from ..diffusion.samplers import find_sampler
+from ..diffusion.schedule import SCHEDULES
+from ..options import Number, SettingError
+from ..weights.files import PREDICTIONS
+from ..weights.quantize import BITS
+from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
 
+T = TypeVar("T")
 _HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
-
 _EPILOG = """\
 Flags may also be written with hyphens: --n-images is --n_images.
 
 examples:
-  %(prog)s {}
-  %(prog)s {}
-  %(prog)s {}
+{}
 
 exit codes:
   0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
 """
 _EXAMPLES = {
-    "txt2image": (
-        '"a lighthouse in a storm, oil painting" --model sd15',
-        '"a red circle on a blue background" --model tiny --seed 7',
-        '"a harbour at dawn" -q --low_memory --output harbour.png',
-    ),
-    "image2image": (
-        'photo.jpg "a lit fireplace" --strength 0.5',
-        'photo.jpg "a green door" --mask door.png --mask_padding 32',
-        'photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7',
-    ),
+    "txt2image": """\
+  %(prog)s "a lighthouse in a storm, oil painting" --model sd15
+  %(prog)s "a red circle on a blue background" --model tiny --seed 7
+  %(prog)s "a harbour at dawn" -q --low_memory --output harbour.png""",
+    "image2image": """\
+  %(prog)s photo.jpg "a lit fireplace" --strength 0.5
+  %(prog)s photo.jpg "a green door" --mask door.png --mask_padding 32
+  %(prog)s photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7""",
 }
+
+
+# --- types: each reads a value from text, or says in one line what is wrong with it -----------------------------------
+
+
+def number(limits: Number, value: str) -> float:
+    """Return a number within limits."""
+    with suppress(ValueError):
+        if limits.accepts(read := limits.kind(value)):
+            return read
+    raise argparse.ArgumentTypeError(f"{value!r} is not {limits}")
+
+
+def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
+    """Return a value, or a tuple of those between commas, each once; with ``ranges`` 2-5 are 2, 3, 4 and 5."""
+    values: dict[T, None] = {}
+    for part in value.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
+        if ends is None:
+            values[one(part.strip())] = None
+            continue
+        first, last = map(one, ends.groups())
+        if first > last:
+            raise argparse.ArgumentTypeError(f"{part!r} goes down; write the smaller number first: {last}-{first}")
+        if last - first >= MOST_IMAGES:
+            raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_IMAGES} values; give fewer")
+        values |= dict.fromkeys(range(first, last + 1))
+    return tuple(values) if len(values) > 1 else next(iter(values))
+
+
+def sampler(name: str) -> str:
+    """Return the name of a sampler, also as other programs write it."""
+    try:
+        find_sampler(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def text(value: str) -> str:
+    """Return text that is valid Unicode."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not valid Unicode; type it in UTF-8") from None
+    return value
+
+
+def gigabytes(value: str) -> float:
+    """Return bytes, from a number of GB such as 6."""
+    with suppress(ValueError):
+        if 1e6 <= (size := float(value) * 1e9) < 1e15:
+            return size
+    raise argparse.ArgumentTypeError(f"{value!r} is not a number of GB above 0, such as 6")
+
+
+def borders(value: str) -> tuple[int, ...]:
+    """Return the pixels at left, top, right and bottom, from "64,0,64,0"; not all of them are zero."""
+    numbers = re.fullmatch(r"\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*", value)
+    if not numbers or not any(pixels := tuple(map(int, numbers.groups()))):
+        raise argparse.ArgumentTypeError(f"{value!r} is not left,top,right,bottom in pixels, such as 64,0,64,0")
+    return pixels
+
+
+def interval(value: str) -> tuple[float, float]:
+    """Return two fractions, from "0.2,0.8", the second not below the first."""
+    numbers = re.fullmatch(r"\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*", value)
+    if not numbers or not 0 <= float(numbers[1]) <= float(numbers[2]) <= 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not start,end in shares of the steps, such as 0.2,0.8")
+    return float(numbers[1]), float(numbers[2])
+
+
+def weighted(value: str) -> tuple[str, float]:
+    """Return a path and its weight: the number behind the last colon, or 1."""
+    path, colon, weight = value.rpartition(":")
+    if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", weight):
+        return path, float(weight)
+    return value, 1.0
+
+
+_RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
+_RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
+_CHOICES = CHOICES | {"schedule": SCHEDULES, "prediction": PREDICTIONS, "unet_bits": BITS, "text_bits": BITS}
+_TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
+_TYPES |= {"negative_prompt": text, "sampler": sampler, "guidance_interval": interval, "expand": borders}
+_TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
+_TYPES |= {"lora": weighted, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}
+
+
+# --- parsers ----------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,24 +140,30 @@ class Parser(argparse.ArgumentParser):
     where = ""
 
     def __init__(self, **options: Any) -> None:
-        form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-        super().__init__(**form | options)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
+        if self.add_help:
+            version = f"stable-diffusion-mlx {__version__}"
+            self.add_argument("--version", action="version", version=version, help="print the version and leave")
 
-    def add_version(self) -> None:
-        """Add ``--version``, which prints it and exits."""
-        version = f"stable-diffusion-mlx {__version__}"
-        self.add_argument("--version", action="version", version=version, help="print the version and leave")
-
-    def add_flags(self, groups: Iterable[Group], script: str | None = None) -> None:
-        """Add the flags of groups; those with one title make one group of the help."""
-        added: dict[str, Any] = {}
-        for group in groups:
-            if group.script in (None, script):
-                if group.title not in added:
-                    added[group.title] = self.add_argument_group(group.title, group.about)
-                for flag in group.flags:
-                    short = [SHORT[flag.name]] if flag.name in SHORT else []
-                    added[group.title].add_argument(f"--{flag.name}", *short, help=flag.help, **_options(flag))
+    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str]) -> None:
+        """Add a group of flags (usage -> help), but for those with the names ``left_out``."""
+        group = None
+        for usage, help_text in flags.items():
+            words = usage.removesuffix(" ...").split()
+            names = [word for word in words if word.startswith("-")]
+            name = names[0].removeprefix("--")
+            if name in left_out:
+                continue
+            options = {"type": _TYPES.get(name), "choices": _CHOICES.get(name)}
+            if len(words) > len(names):
+                options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
+            elif name not in _CHOICES:
+                options = {"action": "store_true"}
+            if name == "no_float16":
+                options = {"action": "store_false", "dest": "float16"}
+            group = group or self.add_argument_group(title, about)
+            group.add_argument(*names, help=help_text, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse arguments after hyphens in flags have become underscores."""
@@ -77,39 +173,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str | Exception) -> NoReturn:
-        """Exit with code 2 and one line; settings that it names become flags."""
-        text = str(message).replace("partial=True", "--lora_partial")
+        """Exit with code 2 and one line."""
+        self.fail(2, message)
+
+    def fail(self, code: int, message: str | Exception) -> NoReturn:
+        """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
+        text = " ".join(str(message).splitlines()).replace("partial=True", "--lora_partial")
         if isinstance(message, SettingError):
             text = re.sub(rf"\b({'|'.join(message.names)})\b", r"--\1", text)
-        self.fail(2, f"{self.where}{text}")
-
-    def fail(self, code: int, message: str) -> NoReturn:
-        """Exit with one line, also where the message quotes a path with line breaks."""
-        self.exit(code, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
-
-
-def _options(flag: Flag) -> dict[str, Any]:
-    """Return what argparse needs to know of a flag; a field of its name gives the type."""
-    if flag.action is not None:
-        return {"action": flag.action} | ({"dest": flag.dest} if flag.dest else {})
-    if flag.kind is None and KINDS.get(flag.name) is bool:
-        return {"action": "store_true"}
-    kind, choices = flag.kind, flag.choices or CHOICES.get(flag.name)
-    if kind is None and flag.name in NUMBERS:
-        kind = types.NumberType(NUMBERS[flag.name])
-    if flag.sweeps:
-        kind = types.Several(kind, ranges=flag.name == "seed")
-    options = {"type": kind, "choices": choices, "metavar": flag.metavar}
-    options |= {"action": "append"} if flag.repeats else {}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-class _ListSamplers(argparse.Action):
-    """Print the table of samplers and exit, as --help does."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print(table())
-        parser.exit()
+        self.exit(code, f"{self.prog}: error: {self.where}{text}\n")
 
 
 def script_parser(script: str, prog: str | None = None) -> Parser:
@@ -119,14 +191,14 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
         prog=prog,
         usage='%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]',
         description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
-        epilog=_EPILOG.format(*_EXAMPLES[script]),
+        epilog=_EPILOG.format(_EXAMPLES[script]),
     )
     if from_image:
         parser.add_argument("image", nargs="?", default=None, help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=types.text, nargs="?", default=None, help="what to show")
-    parser.add_version()
-    parser.add_argument("--list_samplers", action=_ListSamplers, nargs=0, help="print the samplers and leave")
-    parser.add_flags(GROUPS, script)
+    parser.add_argument("prompt", type=text, nargs="?", default=None, help="what to show")
+    parser.add_argument("--list_samplers", action="store_true", help="print the samplers and leave")
+    for title, about in ABOUT.items():
+        parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         import argcomplete
 

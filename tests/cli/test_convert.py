@@ -10,8 +10,7 @@ import pytest
 
 from app.test_convert import same
 from stable_diffusion import StableDiffusion
-from stable_diffusion.cli.convert import main
-from stable_diffusion.cli.types import file_size
+from stable_diffusion.cli.convert import file_size, main
 from stable_diffusion.weights import save
 from stable_diffusion.weights.files import open_checkpoint
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 _DIES = """
 import os, signal, sys
-from stable_diffusion.cli.convert import main
+from stable_diffusion.cli.convert import file_size, main
 from stable_diffusion.weights import save
 
 owner = {"fsync": os, "contiguous": save.mx, "rename": save.Path}[sys.argv[1]]

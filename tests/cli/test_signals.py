@@ -42,15 +42,13 @@ def test_the_first_raises_while_a_run_is_made_ready(said, number):
         with pytest.raises(KeyboardInterrupt):
             kill(number)
         assert stop.code == 128 + number
-        with pytest.raises(KeyboardInterrupt):  # something may have caught it
-            stop.expect()
     assert said == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_then_it_is_noted_and_said(said, number):
     with signals(said.append) as stop:
-        stop.expect()
+        stop.is_expected = True
         assert stop.code is None
         kill(number)
         assert stop.code == 128 + number
@@ -61,7 +59,7 @@ def test_it_is_said_while_the_main_thread_computes():
     """The handler of Python has to wait for the computation."""
     said = []
     with signals(lambda line: said.append(stop.code)) as stop:
-        stop.expect()
+        stop.is_expected = True
         x = mx.ones((512, 512)) / 512
         for _ in range(200):
             x = x @ x
@@ -79,7 +77,7 @@ def test_everything_is_as_before(said):
         threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
         for _ in range(3):
             with signals(said.append) as stop:
-                stop.expect()
+                stop.is_expected = True
                 kill()
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert (threading.active_count(), len(os.listdir("/dev/fd"))) == (threads, files)
@@ -105,7 +103,7 @@ def test_other_threads_watch_for_nothing(said):
 
     def work() -> None:
         with signals(said.append) as stop:
-            stop.expect()
+            stop.is_expected = True
             codes.append(stop.code)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -127,7 +125,7 @@ path = Path(sys.argv[1])
 path.write_text("half")
 UNFINISHED.add(path)
 with signals(lambda line: None) as stop:
-    stop.expect()
+    stop.is_expected = True
     x = mx.ones((1024, 1024)) / 1024
     for _ in range(5000):  # minutes of work
         x = x @ x
