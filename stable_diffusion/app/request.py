@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..options import NUMBERS as OPTION_NUMBERS
 from ..options import Number, Options, SettingError, image_seeds
-from ..text.encode import EMPHASES
+from ..text.prompt import EMPHASES
 from ..text.prompt import expand as expand_prompt
 from ..text.wildcards import read_wildcards
 

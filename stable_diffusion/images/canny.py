@@ -28,11 +28,17 @@ def canny(image: Any, low: float = 100, high: float = 200) -> np.ndarray:
     if low > high:
         raise ValueError(f"canny: the low threshold {low} is above the high one, {high}; swap them")
     dx, dy = _gradient(image)
-    strength = np.abs(dx) + np.abs(dy)
-    ys, xs = _ridges(dx, dy, strength, low)
-    result = np.zeros(strength.shape, np.uint8)
-    result[ys, xs] = np.where(_connected(ys, xs, strength[ys, xs] > high, strength.shape), 255, 0)
-    return result
+    strength = np.pad(np.abs(dx) + np.abs(dy), 1)
+    width = strength.shape[1]
+    around = [row * width + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
+    candidates = _ridges(dx, dy, strength, low).ravel()
+    edges = np.zeros(strength.shape, np.uint8)
+    front = np.nonzero(candidates & (strength.ravel() > high))[0]
+    while len(front):  # from the strong pixels on, those beside the last ones that were reached
+        edges.flat[front], candidates[front] = 255, False
+        beside = np.unique(front[:, None] + around)
+        front = beside[candidates[beside]]
+    return edges[1:-1, 1:-1]
 
 
 def _gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,44 +51,20 @@ def _gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(dx, strongest, 2)[..., 0], np.take_along_axis(dy, strongest, 2)[..., 0]
 
 
-def _ridges(dx: np.ndarray, dy: np.ndarray, strength: np.ndarray, low: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and columns of the pixels above ``low`` that are maxima along their gradient.
+def _ridges(dx: np.ndarray, dy: np.ndarray, strength: np.ndarray, low: float) -> np.ndarray:
+    """Find the pixels above ``low`` that are maxima along their gradient: bool, like ``strength`` with a border of 1.
 
     The direction is rounded to a multiple of 45 degrees. Of two equal neighbours the left or upper one stays, so that
     an edge between two pixels is drawn once; on a diagonal neither does.
     """
-    ys, xs = np.nonzero(strength > low)
-    gx, gy, here = dx[ys, xs], dy[ys, xs], strength[ys, xs]
+    ys, xs = np.nonzero(strength[1:-1, 1:-1] > low)
+    gx, gy = dx[ys, xs], dy[ys, xs]
     run, rise = np.abs(gx) * _TAN_22, np.abs(gy) << 15
     flat, steep = rise < run, rise > run + (np.abs(gx) << 16)
     step_y = np.where(flat, 0, 1)
     step_x = np.where(flat, 1, np.where(steep, 0, np.where((gx < 0) == (gy < 0), 1, -1)))
-    padded = np.pad(strength, 1)
-    before, after = padded[ys + 1 - step_y, xs + 1 - step_x], padded[ys + 1 + step_y, xs + 1 + step_x]
-    maxima = (here > before) & (here + (flat | steep) > after)
-    return ys[maxima], xs[maxima]
-
-
-def _connected(ys: np.ndarray, xs: np.ndarray, strong: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return for each pixel if a path over these pixels, diagonals included, leads to a strong one.
-
-    Each pixel begins as a group. Touching groups take the smaller number of the two, then each takes the number of its
-    number: rounds grow with the logarithm of the longest chain, where a walk would take a round a pixel.
-    """
-    number = np.full((shape[0] + 2, shape[1] + 2), -1)
-    number[ys + 1, xs + 1] = np.arange(len(ys))
-    links = []
-    for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        other = number[ys + 1 + dy, xs + 1 + dx]
-        links.append(np.stack([np.nonzero(other >= 0)[0], other[other >= 0]]))
-    one, two = np.concatenate(links, axis=1)
-    group = np.arange(len(ys))
-    while (apart := group[one] != group[two]).any():
-        one, two = one[apart], two[apart]
-        a, b = group[one], group[two]
-        group[np.maximum(a, b)] = np.minimum(a, b)
-        while not np.array_equal(group, further := group[group]):
-            group = further
-    is_strong = np.zeros(len(ys), bool)
-    is_strong[group[strong]] = True
-    return is_strong[group]
+    ys, xs = ys + 1, xs + 1
+    here, before, after = strength[ys, xs], strength[ys - step_y, xs - step_x], strength[ys + step_y, xs + step_x]
+    ridges = np.zeros(strength.shape, bool)
+    ridges[ys, xs] = (here > before) & (here + (flat | steep) > after)
+    return ridges

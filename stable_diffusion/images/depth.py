@@ -4,14 +4,13 @@ A depth map is [height, width] float32 in any unit, larger for what is nearer (M
 """
 
 import os
-import warnings
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import BLACK, open_image, read_if_path, to_rgb
+from .files import BLACK, is_deep_grey, opened, read_if_path, to_rgb
 from .image import from_array, to_array
 from .inpaint import Canvas
 
@@ -41,14 +40,13 @@ def read_depth(path: str | os.PathLike) -> np.ndarray:
     Three equal channels are grey too, and transparent parts are farthest. Raises ValueError, one line with the path and
     the remedy, for an image that cannot be read, is coloured, or has one level only.
     """
-    image = np.asarray(open_image(path, BLACK))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # open_image has read it without
-        with Image.open(path) as deep:
-            if deep.mode in ("I", "F") or deep.mode.startswith("I;"):
-                image = np.asarray(ImageOps.exif_transpose(deep))[..., None]
-    depth = image[..., 0].astype(np.float32)
-    if (image != image[..., :1]).any():
+    with opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        levels = np.asarray(to_rgb(image, BLACK))
+        if is_deep_grey(image):
+            levels = np.asarray(image)[..., None]
+    depth = levels[..., 0].astype(np.float32)
+    if (levels != levels[..., :1]).any():
         raise ValueError(f"{path} is a picture in colour; a depth map is grey, lighter where it is nearer")
     if depth.min() == depth.max():
         raise ValueError(f"the depth map {path} is {depth.max():g} everywhere; give one that tells near from far")

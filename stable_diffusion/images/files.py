@@ -40,7 +40,7 @@ def open_image(path: str | os.PathLike, background: Colour = WHITE) -> Image.Ima
 
     Of an animation it is the first frame. Raises ValueError, one line with the path, for a file that cannot be read.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
         return to_rgb(image, background)
 
@@ -51,7 +51,7 @@ def read_if_path(image: Any, background: Colour = WHITE) -> Any:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """Open an image without decoding it. Every failure in the block becomes a ValueError of one line."""
     if not os.fspath(path).strip():
         raise ValueError("the path of the image is empty; give the path of a PNG, JPEG or WebP file")
@@ -81,19 +81,22 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
     Deep grey (16 bits, 32 bits, float) is scaled to 8 bits, never clipped. Colour profiles are ignored. Raises
     ValueError for mode LAB.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        rgb = _to_8_bits(image).convert("RGB")
-    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if is_deep_grey(image):
+        image = _to_8_bits(image)
+    elif image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        rgb = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image.convert("RGBA"))
     elif image.mode == "LAB":
         raise ValueError("an image of mode LAB is not supported; convert it to RGB")
-    else:
-        rgb = image.convert("RGB")
+    rgb = image.convert("RGB")
     rgb.info = {}  # profiles and texts of the input do not describe the output
     return rgb
+
+
+def is_deep_grey(image: Image.Image) -> bool:
+    """Return whether an image is grey of more than 8 bits: modes I, I;16 and F."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -224,7 +227,7 @@ def read_text(path: str | os.PathLike) -> dict[str, str]:
     Raises ValueError, one line with the path, for a file that is no image.
     """
     texts: dict[str, str] = {}
-    with _opened(path) as image:
+    with opened(path) as image:
         with suppress(Exception):  # as for pixels, damaged metadata raises all sorts of things
             if image.format == "PNG":
                 texts = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .files import BLACK, WHITE, Colour, read_if_path, to_rgb
 
@@ -23,9 +23,9 @@ _GAP = 8  # pixels between the images of a grid
 def target_size(image_size: tuple[int, int], width: int | None, height: int | None, native: int) -> tuple[int, int]:
     """Return the size (width, height) in pixels at which to process an image of ``image_size`` (width, height).
 
-    With both ``width`` and ``height`` it is just these; with one of them the other keeps the aspect ratio. With
-    neither it is the image's, but at least 64 on the short side and at most (2 * ``native``)^2 in area. Computed
-    sides are multiples of 8. An image too narrow for both limits loses its aspect ratio.
+    A missing ``width`` or ``height`` keeps the aspect ratio. With neither it is the image's size, but at least 64 on
+    the short side and at most (2 * ``native``)^2 in area; an image too narrow for both limits loses its aspect ratio.
+    Computed sides are multiples of 8.
     """
     if width is not None and height is not None:
         return width, height
@@ -35,20 +35,18 @@ def target_size(image_size: tuple[int, int], width: int | None, height: int | No
     if height is not None:
         return _other_side(height, image_width / image_height), height
     area = max(2 * native, SMALLEST_SIDE) ** 2
-    scale = max(1, SMALLEST_SIDE / min(image_size))
-    scale = min(scale, math.sqrt(area / (image_width * image_height)))
-    short, long = (max(SMALLEST_SIDE, _nearest(side * scale)) for side in sorted(image_size))
-    long = min(long, area // short // MULTIPLE * MULTIPLE)
-    short, long = sorted((short, long))
+    scale = min(max(1, SMALLEST_SIDE / min(image_size)), math.sqrt(area / (image_width * image_height)))
+    short, long = (_nearest(side * scale) for side in sorted(image_size))
+    short, long = sorted((short, min(long, area // short // MULTIPLE * MULTIPLE)))
     return (short, long) if image_width <= image_height else (long, short)
 
 
 def _other_side(side: int, ratio: float) -> int:
-    return min(max(SMALLEST_SIDE, _nearest(side * ratio)), max(SMALLEST_SIDE, side * _LARGEST_ASPECT))
+    return min(_nearest(side * ratio), max(SMALLEST_SIDE, side * _LARGEST_ASPECT))
 
 
 def _nearest(side: float) -> int:
-    return int(side / MULTIPLE + 0.5) * MULTIPLE
+    return max(SMALLEST_SIDE, int(side / MULTIPLE + 0.5) * MULTIPLE)
 
 
 def fit(
@@ -70,15 +68,10 @@ def fit(
     resample = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
     if mode == "stretch":
         return image.resize((width, height), resample)
-    x_scale, y_scale = width / image.width, height / image.height
     if mode == "crop":
-        scale = max(x_scale, y_scale)
-        left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-        # resize refuses a box that leaves the image by a rounding error
-        box = (max(0, left), max(0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-        return image.resize((width, height), resample, box=box)
-    if mode == "pad":
-        scale = min(x_scale, y_scale)
+        return ImageOps.fit(image, (width, height), resample)
+    if mode == "pad":  # ImageOps.pad rounds the place of the image differently
+        scale = min(width / image.width, height / image.height)
         inner = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
         canvas = Image.new(image.mode, (width, height), background)
         canvas.paste(image.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))

@@ -3,20 +3,18 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from functools import cache
+from typing import TypedDict, Unpack
 
 import mlx.core as mx
 
 from ..models.clip import CLIPTextModel
-from .prompt import Part, Piece, blocks, parts
+from .prompt import Part, Piece, parts
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("stable_diffusion")
 
-EMPHASES = ("mean", "values", "none")
-
 Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
-_Chunk = list[tuple[int, float]]  # (token id, weight)
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,8 @@ def encode(
 ) -> Conditioning:
     """Encode prompts with every text encoder: a row for each part of each prompt, with context [r, 77 * chunks, C].
 
-    Each encoder runs once on every different prompt. The empty prompt pads those that have fewer chunks than others.
-    For XL each row also has the pooled vector of its first chunk.
+    Each encoder runs once on every different prompt, so that no encoding depends on the other prompts. The empty
+    prompt pads those that have fewer chunks than others. For XL each row also has the pooled vector of its first chunk.
 
     Args:
         texts: a prompt or several, in the language of ``prompt.py``.
@@ -167,147 +165,93 @@ def encode(
     Raises ValueError for no texts, for options out of range, and for blocks whose weights sum to zero.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    numbered = [(n, part) for n, text in enumerate(texts) for part in _parts(text, emphasis, weight_blocks)]
-    pieces = [part.pieces for _, part in numbered]
-    contexts, v_contexts, pooled = [], [], None
-    for tokenizer, encoder in encoders:
-        chunked = _chunk_rows(tokenizer, pieces, truncate, log=not contexts)  # the second reads the same tokens
-        state, pooled = _run(tokenizer, encoder, chunked, xl, clip_skip)
-        weighted = _emphasise(state, chunked, restore_mean=emphasis == "mean")
-        contexts.append(state if emphasis == "values" else weighted)
-        v_contexts.append(weighted)
-    separate = emphasis == "values" and any(piece.weight != 1 for row in pieces for piece in row)
-    table = Conditioning(
-        mx.concatenate(contexts, axis=-1).flatten(1, 2),
-        pooled,
-        v_context=mx.concatenate(v_contexts, axis=-1).flatten(1, 2) if separate else None,
-        rows=tuple(PromptRow(n, part.weight, part.start, part.end) for n, part in numbered),
-    )
-    return _average(table) if weight_blocks else table
+    read = [(n, part) for n, text in enumerate(texts) for part in parts(text, emphasis, weight_blocks)]
+    if not read:
+        raise ValueError("there is no prompt; give one, which may be empty")
+    if truncate or _log.isEnabledFor(logging.INFO):
+        _log_chunks(encoders[0][0], [part for _, part in read], truncate)  # a second tokenizer reads the same
+    encoded = cache(lambda pieces: _encode_pieces(pieces, encoders, xl, clip_skip, emphasis, truncate))
+    rows = same_length([encoded(part.pieces) for _, part in read], lambda: encoded((Piece(""),)).context)
+    table = replace(concatenate(rows), rows=tuple(PromptRow(n, part.weight, part.start, part.end) for n, part in read))
+    if not weight_blocks:
+        return table
+    shares = [[row.weight if row.prompt == n else 0.0 for row in table.rows] for n in range(len(texts))]
+    means = table.map(lambda array: mx.tensordot(mx.array(shares, dtype=array.dtype), array, axes=1))
+    return replace(means, rows=tuple(map(PromptRow, range(len(texts)))))
 
 
-def count_chunks(
-    text: str,
-    tokenizer: Tokenizer,
-    *,
-    clip_skip: int = 0,
-    emphasis: str = "mean",
-    truncate: bool = False,
-    weight_blocks: bool = False,
-) -> int:
+def count_chunks(text: str, tokenizer: Tokenizer, **reading: Unpack[ReadingKeywords]) -> int:
     """Return the number of chunks of 75 tokens that a prompt is encoded in; the keywords are those of ``encode``."""
-    lengths = [len(_chunks(tokenizer, part.pieces)) for part in _parts(text, emphasis, weight_blocks)]
-    return 1 if truncate else max(lengths)
+    read = parts(text, reading.get("emphasis", "mean"), reading.get("weight_blocks", False))
+    return 1 if reading.get("truncate") else max(len(_chunks(tokenizer, part.pieces)) for part in read)
 
 
-def _parts(text: str, emphasis: str, weight_blocks: bool) -> list[Part]:
-    """Read a prompt; the weights of blocks are shares of their sum."""
-    if emphasis not in EMPHASES:
-        raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
-    if weight_blocks:
-        pieces = blocks(text)
-        total = sum(piece.weight for piece in pieces)
-        if abs(total) < 1e-6:
-            raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
-        return [Part((Piece(piece.text),), piece.weight / total) for piece in pieces]
-    return [Part((Piece(text),))] if emphasis == "none" else parts(text)
-
-
-def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[_Chunk]:
+def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[tuple[int, float]]]:
     """Return (token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
-    room = tokenizer.max_length - 2
-    chunks: list[_Chunk] = [[]]
+    chunks: list[list[tuple[int, float]]] = [[]]
     for piece in pieces:
         if piece.text is None:
             chunks.append([])
             continue
         for id_ in tokenizer.encode(piece.text):
-            if len(chunks[-1]) == room:
+            if len(chunks[-1]) == tokenizer.max_length - 2:
                 chunks.append([])
             chunks[-1].append((id_, piece.weight))
     return chunks
 
 
-def _chunk_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[Piece]], truncate: bool, log: bool) -> list[list[_Chunk]]:
-    """Split each row into chunks, of which only the first counts with ``truncate``."""
-    if not rows:
-        raise ValueError("there is no prompt; give one, which may be empty")
-    chunked = [_chunks(tokenizer, pieces) for pieces in rows]
-    for chunks in chunked if log else ():
-        _log_chunks(tokenizer, chunks, truncate)
-    return [chunks[:1] for chunks in chunked] if truncate else chunked
+def _log_chunks(tokenizer: Tokenizer, read: Sequence[Part], truncate: bool) -> None:
+    """Log how prompts were read: their chunks, tokens with the weights that are not 1, and what is cut off."""
+    for part in read:
+        first, *others = chunks = _chunks(tokenizer, part.pieces)
+        if truncate and others:
+            text = tokenizer.decode(id_ for chunk in others for id_, _ in chunk)
+            _log.warning("the prompt is too long; this part of it is ignored: %r", text)
+        shown = [first] if truncate else chunks
+        for number, chunk in enumerate(shown, start=1):
+            words = (tokenizer.decode([id_]) + ("" if weight == 1 else f":{weight:.3g}") for id_, weight in chunk)
+            _log.info("prompt, chunk %d of %d, %d tokens: %s", number, len(shown), len(chunk), " | ".join(words))
 
 
-def _log_chunks(tokenizer: Tokenizer, chunks: list[_Chunk], truncate: bool) -> None:
-    """Log how a prompt was read, its chunks and tokens with the weights that are not 1, and what was cut off."""
-    cut = chunks[1:] if truncate else []
-    if cut:
-        text = tokenizer.decode(id_ for chunk in cut for id_, _ in chunk)
-        _log.warning("the prompt is too long; this part of it is ignored: %r", text)
-    if not _log.isEnabledFor(logging.INFO):
-        return
-    count = len(chunks) - len(cut)
-    for number, chunk in enumerate(chunks[:count], start=1):
-        words = (tokenizer.decode([id_]) + ("" if weight == 1 else f":{weight:.3g}") for id_, weight in chunk)
-        _log.info("prompt, chunk %d of %d, %d tokens: %s", number, count, len(chunk), " | ".join(words))
+def _encode_pieces(
+    pieces: tuple[Piece, ...], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
+) -> Conditioning:
+    """Encode one prompt: context [1, 77 * chunks, C] and XL's pooled vector [1, P]."""
+    is_weighted = any(piece.weight != 1 for piece in pieces)
+    states, weighted, pooled = [], [], None
+    for tokenizer, encoder in encoders:
+        start, end, pad = ((id_, 1.0) for id_ in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
+        chunks = _chunks(tokenizer, pieces)[: 1 if truncate else None]
+        rows = [[start, *chunk, end] + [pad] * (tokenizer.max_length - 2 - len(chunk)) for chunk in chunks]
+        output = encoder(mx.array([[id_ for id_, _ in row] for row in rows]))
+        if not 0 <= clip_skip <= len(output.hidden_states) - 2:
+            raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
+        if xl:
+            state, pooled = output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
+        elif clip_skip:
+            state = encoder.normalise(output.hidden_states[-1 - clip_skip])
+        else:
+            state = output.last_hidden_state
+        states.append(state)
+        if is_weighted:
+            weights = mx.array([[weight for _, weight in row] for row in rows])
+            weighted.append(_emphasise(state, weights, restore_mean=emphasis == "mean"))
+    plain = mx.concatenate(states, axis=-1).flatten(0, 1)[None]
+    if not is_weighted:
+        return Conditioning(plain, pooled)
+    emphasised = mx.concatenate(weighted, axis=-1).flatten(0, 1)[None]
+    if emphasis == "values":
+        return Conditioning(plain, pooled, v_context=emphasised)
+    return Conditioning(emphasised, pooled)
 
 
-def _run(
-    tokenizer: Tokenizer, encoder: CLIPTextModel, chunked: list[list[_Chunk]], xl: bool, clip_skip: int
-) -> tuple[mx.array, mx.array | None]:
-    """Run a text encoder once on every different prompt: states [r, n, 77, C] and XL's pooled vectors [r, P].
-
-    Prompts are not batched together: how one is rounded would depend on the others.
-    """
-    rows = [tuple(_window(tokenizer, chunk) for chunk in chunks) for chunks in chunked]
-    empty, length = (_window(tokenizer, []),), max(map(len, rows))
-    read = [*rows, empty] if any(len(row) < length for row in rows) else rows
-    outputs = {row: _read(encoder, row, xl, clip_skip) for row in dict.fromkeys(read)}
-    states = [[outputs[ids][0] for ids in (row, *[empty] * (length - len(row)))] for row in rows]
-    pooled = mx.concatenate([outputs[row][1] for row in rows]) if xl else None
-    return mx.stack([mx.concatenate(state) for state in states]), pooled
-
-
-def _read(
-    encoder: CLIPTextModel, windows: Sequence[tuple[int, ...]], xl: bool, clip_skip: int
-) -> tuple[mx.array, mx.array | None]:
-    """Run a text encoder on the windows of a prompt: states [n, 77, C] and XL's pooled vector [1, P] of the first."""
-    output = encoder(mx.array(windows))
-    if not 0 <= clip_skip <= len(output.hidden_states) - 2:
-        raise ValueError(f"clip_skip {clip_skip} is outside 0 ... {len(output.hidden_states) - 2}")
-    if xl:
-        return output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
-    if clip_skip:
-        return encoder.normalise(output.hidden_states[-1 - clip_skip]), None
-    return output.last_hidden_state, None
-
-
-def _window(tokenizer: Tokenizer, chunk: _Chunk) -> tuple[int, ...]:
-    ids = (tokenizer.bos_id, *(id_ for id_, _ in chunk), tokenizer.eos_id)
-    return ids + (tokenizer.pad_id,) * (tokenizer.max_length - len(ids))
-
-
-def _emphasise(states: mx.array, chunked: list[list[_Chunk]], restore_mean: bool) -> mx.array:
-    """Multiply each token's state [r, n, 77, C] by its weight; start, end and padding weigh 1.
+def _emphasise(state: mx.array, weights: mx.array, restore_mean: bool) -> mx.array:
+    """Multiply the state of each token [n, 77, C] by its weight [n, 77].
 
     ``restore_mean`` then scales each chunk back to the mean it had, as AUTOMATIC1111's web UI does.
     """
-    if all(weight == 1 for chunks in chunked for chunk in chunks for _, weight in chunk):
-        return states
-    length = states.shape[1]
-    chunked = [chunks + [[]] * (length - len(chunks)) for chunks in chunked]
-    weights = [[[1.0, *(w for _, w in chunk)] for chunk in chunks] for chunks in chunked]
-    factors = mx.array([[w + [1.0] * (states.shape[2] - len(w)) for w in row] for row in weights])[..., None]
-    weighted = states * factors.astype(states.dtype)
+    weighted = state * weights[..., None].astype(state.dtype)
     if not restore_mean:
         return weighted
-    before, after = (s.astype(mx.float32).mean(axis=(2, 3), keepdims=True) for s in (states, weighted))
-    return weighted * (before / after).astype(states.dtype)
-
-
-def _average(table: Conditioning) -> Conditioning:
-    """Sum up the rows of each prompt, each times its weight."""
-    prompts = range(len(table))
-    weights = mx.array([[row.weight if row.prompt == prompt else 0.0 for row in table.rows] for prompt in prompts])
-    means = table.map(lambda a: mx.tensordot(weights.astype(a.dtype), a, axes=1))
-    return replace(means, rows=tuple(map(PromptRow, prompts)))
+    before, after = (s.astype(mx.float32).mean(axis=(1, 2), keepdims=True) for s in (state, weighted))
+    return weighted * (before / after).astype(state.dtype)

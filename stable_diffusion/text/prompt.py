@@ -19,27 +19,30 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property
-from itertools import chain, pairwise, product
-from typing import Literal
+from itertools import groupby, pairwise, product
+from typing import Literal, NamedTuple
+
+EMPHASES = ("mean", "values", "none")
 
 _EMPHASIS = 1.1
 _DEEPEST = 64  # brackets and wildcards within each other
 _MOST_PROMPTS = 10_000
 _COUNTED = 10**15  # prompts; more are not told apart
 _LONGEST = 100_000  # characters that a wildcard may grow to by those in its lines
-_PAIRS = {")": "(", "]": "[", "}": "{"}
+_PARTNERS = {")": "(", "]": "[", "}": "{"}
 _SIGNS = frozenset("()[]{}|:\\")
 _DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
 _NUMBER = rf"[+-]?{_DIGITS}"
-_WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*$")
-_WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
+_WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*")
+_WEIGHT_FIRST = re.compile(rf"({_NUMBER})(?![\w.])")
 _SHARE = re.compile(rf"\s*({_DIGITS})\s*")
-_BREAK, _AND = (re.compile(rf"(?<![\w\\]){word}(?!\w)") for word in ("BREAK", "AND"))
+_KEYWORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
 _MEANING = re.compile(r"[()\[\]{}\\]|AND|BREAK")  # text without any of these is one piece
-_WILDCARD = re.compile(r"(__(?!_)(?:(?!__)[\w./-])+__)")
+_TOKEN = re.compile(r"\\.|[()\[\]{}|:]|[^()\[\]{}|:\\]+|\\", re.DOTALL)
+_WILDCARD = re.compile(r"__(?!_)((?:(?!__)[\w./-])+)__")
 _END_OF_BLOCK = re.compile(rf":({_NUMBER})(?=\s|$)")
 
 
@@ -75,44 +78,69 @@ def expand(text: str, seed: int | None = None, wildcards: Callable[[str], Sequen
     """
     if not _MEANING.search(text) and not (wildcards and "__" in text):
         return [text]
-    items = _parse(text, None if wildcards is None else _Wildcards(wildcards))
+    items = _Reader(wildcards).read(text)
     if not any(group.kind == "choice" for group in _groups(items)):
         return [text]
     if seed is not None:
         generator = random.Random(seed)
-        return [_write(next(_choices(items, lambda branches: [generator.choice(branches)])))]
-    prompts, _ = _size(items)
+        return list(_write(items, lambda branches: [generator.choice(branches)]))
+    prompts = _measure(items).prompts
     if prompts > _MOST_PROMPTS:
         raise ValueError(f"the alternatives stand for {prompts} prompts; at most {_MOST_PROMPTS} are expanded")
-    return [_write(choice) for choice in _choices(items)]
+    return list(_write(items))
 
 
-def parts(text: str) -> list[Part]:
+def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> list[Part]:
     """Read a prompt without alternatives: a part for each AND and for each stretch between two changes.
 
-    Raises ValueError for brackets nested more than 64 deep, and for alternatives: ``expand`` the prompt first.
+    Args:
+        emphasis: one of ``EMPHASES``; "none" reads all signs of the language as text.
+        weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
+            a blank, weighted by its share of the numbers' sum. Text behind the last number weighs 1.
+
+    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for alternatives (``expand`` the
+    prompt first), and for blocks whose weights sum to zero.
     """
-    if not _MEANING.search(text):
+    if emphasis not in EMPHASES:
+        raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
+    if weight_blocks:
+        return _blocks(text)
+    if emphasis == "none" or not _MEANING.search(text):
         return [Part((Piece(text),))]
-    result = []
-    for items, weight in _conjuncts(_parse(text)):
+    result, prompts = [], _split(_Reader().read(text), "AND")
+    for items in prompts:
+        ending = "".join(item for item in items[-2:] if isinstance(item, str))
+        weight = _WEIGHT_AT_END.fullmatch(ending) if len(prompts) > 1 else None  # a lone prompt has none
+        items = items[:-2] if weight else items
         shares = {group.number for group in _groups(items) if group.kind == "edit" and 0 < group.number < 1}
-        ends = [0.0, *sorted(shares), 1.0]
-        result += [Part(_joined(_pieces(items, start)), weight, start, end) for start, end in pairwise(ends)]
+        for start, end in pairwise([0.0, *sorted(shares), 1.0]):
+            result.append(Part(_joined(_pieces(items, start)), float(weight[1]) if weight else 1.0, start, end))
     return result
 
 
-def blocks(text: str) -> list[Piece]:
-    """Read weight blocks, "picture of:1 small:0.5 cat": text up to a colon, a number up to a blank; a rest weighs 1."""
-    result, end = [], 0
+def _blocks(text: str) -> list[Part]:
+    blocks, end = [], 0
     for match in _END_OF_BLOCK.finditer(text):
-        result.append(Piece(text[end : match.start()].strip(), float(match[1])))
+        blocks.append((text[end : match.start()].strip(), float(match[1])))
         end = match.end()
     rest = text[end:].strip()
-    return result + [Piece(rest)] * bool(rest or not result)
+    if rest or not blocks:
+        blocks.append((rest, 1.0))
+    total = sum(weight for _, weight in blocks)
+    if abs(total) < 1e-6:
+        raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
+    return [Part((Piece(block),), weight / total) for block, weight in blocks]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Size(NamedTuple):
+    """Hold the number of prompts of some items, the length of the longest, and the depth of brackets in them."""
+
+    prompts: int
+    length: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -120,37 +148,82 @@ class _Group:
     """Hold what stands in brackets.
 
     A "weight" has one branch and the weight as its number, a "choice" a branch for each alternative. An "edit" has what
-    is read before and after a share of the run, its number.
+    is read before and after a share of the run, its number. The number is None until the weight behind "(words)" is
+    read.
     """
 
     kind: Literal["weight", "choice", "edit"]
-    branches: tuple["_Items", ...]
-    number: float = 1.0
+    branches: Sequence["_Items"]
+    number: float | None = 1.0
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """Return the number of its prompts, and the length of the longest. Cached, as wildcards share their choices."""
-        prompts, lengths = zip(*map(_size, self.branches), strict=True)
-        return (sum(prompts), max(lengths)) if self.kind == "choice" else (math.prod(prompts), sum(lengths))
+    def size(self) -> _Size:
+        """Measure the group once, as wildcards share their choices."""
+        prompts, lengths, depths = zip(*map(_measure, self.branches), strict=True)
+        if self.kind == "choice":
+            return _Size(sum(prompts), max(lengths), 1 + max(depths))
+        return _Size(math.prod(prompts), sum(lengths), 1 + max(depths))
 
 
-_Items = tuple[str | _Group, ...]
+_Items = list[str | _Group]
 
 
-@dataclass
-class _Wildcards:
-    """Read wildcards as choices, each once at a depth; ``open`` are the names of those being read."""
+class _Reader:
+    """Read prompts, and each wildcard once, as a choice."""
 
-    lines: Callable[[str], Sequence[str]]
-    known: dict[tuple[str, int], _Group] = field(default_factory=dict)
-    open: list[str] = field(default_factory=list)
+    def __init__(self, lines: Callable[[str], Sequence[str]] | None = None):
+        self.lines = lines
+        self.known: dict[str, _Group] = {}
+        self.open: list[str] = []  # the wildcards being read
 
-    def choice(self, name: str, depth: int) -> _Group:
-        """Return the lines of a wildcard as alternatives, ``depth`` brackets and wildcards within the prompt."""
+    def read(self, text: str) -> _Items:
+        levels: list[tuple[str, _Items]] = [("", [])]  # open brackets, each with the items behind it
+        opened: Counter[str | None] = Counter()
+
+        def close(first: int) -> _Items:
+            """Return the items behind a bracket; those that were opened in it have no partner and are text."""
+            items = [item for bracket, inner in levels[first:] for item in (bracket, *inner)]
+            opened.subtract(bracket for bracket, _ in levels[first:])
+            del levels[first:]
+            return items[1:]
+
+        for token in _TOKEN.findall(text):
+            partner = _PARTNERS.get(token)
+            if token in _PARTNERS.values():
+                levels.append((token, []))
+                opened[token] += 1
+            elif opened[partner]:
+                items = close(next(i for i in reversed(range(len(levels))) if levels[i][0] == partner))
+                levels[-1][1].append(self._group(partner, items))
+            elif self.lines:
+                names = _WILDCARD.split(token)
+                levels[-1][1].extend(self._wildcard(name) if i % 2 else name for i, name in enumerate(names))
+            else:
+                levels[-1][1].extend(_KEYWORD.split(token))
+        return _weigh(close(0))
+
+    def _group(self, bracket: str, items: _Items) -> _Group:
+        """Read "(words:1.3)", "(words)", "{a|b}", "[a|b]", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
+        *before, last = _split(items, ":")
+        ending = "".join(last) if all(isinstance(item, str) for item in last) else ""
+        kind, branches, number = "weight", [items], None if bracket == "(" else 1 / _EMPHASIS
+        if bracket == "(":
+            if before and (weight := _WEIGHT_AT_END.fullmatch(f":{ending}")):
+                branches, number = [items[: -len(last) - 1]], float(weight[1])
+        elif bracket == "{" or "|" in items:
+            kind, branches = "choice", _split(items, "|")
+        elif len(before) in (1, 2) and (share := _SHARE.fullmatch(ending)) and float(share[1]) <= 1:
+            kind, branches, number = "edit", [[], *before][-2:], float(share[1])
+        group = _Group(kind, [_weigh(branch) for branch in branches], number)
+        self._check_depth(group.size.depth)
+        return group
+
+    def _wildcard(self, name: str) -> _Group:
+        """Return the lines of a wildcard as alternatives."""
         if name in self.open:
             circle = " -> ".join([*self.open[self.open.index(name) :], name])
             raise ValueError(f"the wildcard __{name}__ leads back to itself ({circle}); take it out of one of these")
-        if (name, depth) not in self.known:
+        if name not in self.known:
             try:
                 lines = self.lines(name)
             except ValueError as error:
@@ -158,119 +231,44 @@ class _Wildcards:
             if not lines:
                 raise ValueError(f"the wildcard __{name}__ has no lines; give it at least one")
             self.open.append(name)
-            choice = _Group("choice", tuple(_parse(line, self, depth) for line in lines))
+            self._check_depth(0)
+            group = _Group("choice", [self.read(line) for line in lines])
             self.open.pop()
-            if choice.size[1] > _LONGEST:
+            if group.size.length > _LONGEST:
                 raise ValueError(f"the wildcard __{name}__ grows beyond {_LONGEST} characters; use fewer in its lines")
-            self.known[name, depth] = choice
-        return self.known[name, depth]
+            self.known[name] = group
+        self._check_depth(self.known[name].size.depth)
+        return self.known[name]
 
-
-def _parse(text: str, wildcards: _Wildcards | None = None, depth: int = 0) -> _Items:
-    tokens = re.findall(r"\\.|[()\[\]{}|:]|[^()\[\]{}|:\\]+|\\", text, re.DOTALL)
-    if wildcards:
-        tokens = [part for token in tokens for part in _WILDCARD.split(token)]
-    return _Parser(tokens, wildcards).items(0, len(tokens), depth)
-
-
-class _Parser:
-    """Turn the tokens of a prompt into items."""
-
-    def __init__(self, tokens: Sequence[str], wildcards: _Wildcards | None):
-        self.tokens, self.wildcards = tokens, wildcards
-        self.partners = _partners(tokens)
-
-    def items(self, start: int, stop: int, depth: int) -> _Items:
-        if depth > _DEEPEST:
-            place = f" at __{self.wildcards.open[-1]}__" if self.wildcards and self.wildcards.open else ""
+    def _check_depth(self, depth: int) -> None:
+        """Raise ValueError where brackets and wildcards are nested too deep; ``depth`` are those inside."""
+        if len(self.open) + depth > _DEEPEST:
+            place = f" at __{self.open[-1]}__" if self.open else ""
             raise ValueError(
                 f"the prompt has brackets{place} nested more than {_DEEPEST} deep; write some of them as \\( and \\)"
             )
-        items: list[str | _Group] = []
-        i = start
-        while i < stop:
-            token, close = self.tokens[i], self.partners.get(i)
-            if close is None:
-                wild = self.wildcards and _WILDCARD.fullmatch(token)
-                items.append(self.wildcards.choice(token[2:-2], depth + 1) if wild else token)
-                i += 1
-            elif token == "(":
-                weighted, i = self._weighted(i, close, stop, depth + 1)
-                items += weighted
-            else:
-                items.append(self._bracketed(i, close, depth + 1))
-                i = close + 1
-        return tuple(items)
-
-    def _weighted(self, start: int, close: int, stop: int, depth: int) -> tuple[_Items, int]:
-        """Read "(words:1.3)", "(words):1.3" or "(words)": the items, and the position behind them."""
-        *_, (last, _) = self._split(start, close, ":")
-        inside = _WEIGHT_AT_END.match(":" + "".join(self.tokens[last:close])) if last > start + 1 else None
-        if inside:
-            return (_Group("weight", (self.items(start + 1, last - 1, depth),), float(inside[1])),), close + 1
-        branches = (self.items(start + 1, close, depth),)
-        after = _WEIGHT_AFTER.match("".join(self.tokens[close + 1 : min(close + 3, stop)]))
-        if not after:
-            return (_Group("weight", branches, _EMPHASIS),), close + 1
-        rest = self.tokens[close + 2][len(after[1]) :]  # of the text that begins with the number
-        return (_Group("weight", branches, float(after[1])), rest), close + 3
-
-    def _bracketed(self, start: int, close: int, depth: int) -> _Group:
-        """Read "{a|b}", "[a|b]", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
-        options = self._split(start, close, "|")
-        if len(options) > 1 or self.tokens[start] == "{":
-            return _Group("choice", tuple(self.items(*option, depth) for option in options))
-        *texts, last = self._split(start, close, ":")
-        share = _SHARE.fullmatch("".join(self.tokens[slice(*last)]))
-        if len(texts) in (1, 2) and share and float(share[1]) <= 1:
-            branches = (self.items(*text, depth) for text in texts)
-            return _Group("edit", ((), *branches)[-2:], float(share[1]))
-        return _Group("weight", (self.items(start + 1, close, depth),), 1 / _EMPHASIS)
-
-    def _split(self, start: int, close: int, separator: str) -> list[tuple[int, int]]:
-        """Return (start, stop) of the runs between the separators of a bracket, without those of brackets in it."""
-        cuts, i = [start], start + 1
-        while i < close:
-            if self.tokens[i] == separator:
-                cuts.append(i)
-            i = self.partners.get(i, i) + 1
-        return [(a + 1, b) for a, b in pairwise([*cuts, close])]
 
 
-def _partners(tokens: Sequence[str]) -> dict[int, int]:
-    """Return the position of each opening bracket -> the position of its partner; without one it is not in it."""
-    partners: dict[int, int] = {}
-    open_at: list[int] = []
-    opened: Counter[str | None] = Counter()
-    for i, token in enumerate(tokens):
-        if token in _PAIRS.values():
-            open_at.append(i)
-            opened[token] += 1
-        partner = _PAIRS.get(token)
-        while opened[partner]:  # brackets of another kind that were opened in between are text
-            k = open_at.pop()
-            opened[tokens[k]] -= 1
-            if tokens[k] == partner:
-                partners[k] = i
-                break
-    return partners
-
-
-def _conjuncts(items: _Items) -> list[tuple[_Items, float]]:
-    """Return the items between ANDs, with the weight at the end of each; without an AND a number there is text."""
-    runs: list[list] = [[]]
+def _split(items: _Items, separator: str) -> list[_Items]:
+    runs: list[_Items] = [[]]
     for item in items:
-        texts = _AND.split(item) if isinstance(item, str) else [item]
-        runs[-1].append(texts[0])
-        runs += [[text] for text in texts[1:]]
-    if len(runs) == 1:
-        return [(items, 1.0)]
-    result = []
-    for run in runs:
-        tail = "".join(run[-2:]) if len(run) > 1 and all(isinstance(item, str) for item in run[-2:]) else ""
-        match = _WEIGHT_AT_END.fullmatch(tail)
-        result.append((tuple(run[:-2]), float(match[1])) if match else (tuple(run), 1.0))
-    return result
+        if item == separator:
+            runs.append([])
+        else:
+            runs[-1].append(item)
+    return runs
+
+
+def _weigh(items: _Items) -> _Items:
+    """Give each "(words)" its weight: the number behind it, as in "(words):1.3", or 1.1."""
+    for i, item in enumerate(items):
+        if isinstance(item, _Group) and item.number is None:
+            behind = items[i + 1 : i + 3]
+            after = len(behind) == 2 and behind[0] == ":" and _WEIGHT_FIRST.match(str(behind[1]))
+            items[i] = replace(item, number=float(after[1]) if after else _EMPHASIS)
+            if after:
+                items[i + 1 : i + 3] = ["", behind[1][after.end() :]]
+    return items
 
 
 # --- walking -----------------------------------------------------------------------------------------------------
@@ -285,18 +283,23 @@ def _groups(items: _Items) -> Iterator[_Group]:
                 yield from _groups(branch)
 
 
+def _measure(items: _Items) -> _Size:
+    prompts, length, depth = 1, 0, 0
+    for item in items:
+        size = _Size(1, len(item), 0) if isinstance(item, str) else item.size
+        prompts, depth = min(prompts * size.prompts, _COUNTED), max(depth, size.depth)
+        length += size.length + isinstance(item, _Group)
+    return _Size(prompts, length, depth)
+
+
 def _pieces(items: _Items, share: float, weight: float = 1.0) -> Iterator[Piece]:
     """Yield the pieces of the items as they read at a share of the run."""
     for item in items:
-        if isinstance(item, str):
-            if item.startswith("\\"):
-                yield Piece(item[1:] or item, weight)
-                continue
-            for i, text in enumerate(_BREAK.split(item)):
-                if i:
-                    yield Piece(None)
-                if text:
-                    yield Piece(text, weight)
+        if item == "BREAK":
+            yield Piece(None)
+        elif isinstance(item, str):
+            if item:
+                yield Piece(item[1:] if len(item) == 2 and item[0] == "\\" else item, weight)
         elif item.kind == "choice":
             raise ValueError("the prompt has alternatives; expand it, and encode one of them")
         elif item.kind == "edit":
@@ -308,49 +311,28 @@ def _pieces(items: _Items, share: float, weight: float = 1.0) -> Iterator[Piece]
 def _joined(pieces: Iterator[Piece]) -> tuple[Piece, ...]:
     """Join neighbours of one weight, and drop pieces of blanks beside others."""
     result: list[Piece] = []
-    for piece in pieces:
-        if result and piece.text is not None and result[-1].text is not None and result[-1].weight == piece.weight:
-            result[-1] = Piece(result[-1].text + piece.text, piece.weight)
-        else:
-            result.append(piece)
+    for (is_break, weight), run in groupby(pieces, lambda piece: (piece.text is None, piece.weight)):
+        texts = [piece.text for piece in run]
+        result += [Piece(None)] * len(texts) if is_break else [Piece("".join(texts), weight)]
     return tuple(p for p in result if p.text is None or p.text.strip() or len(result) == 1) or (Piece(""),)
 
 
-def _size(items: _Items) -> tuple[int, int]:
-    """Return the number of prompts of the items, up to ``_COUNTED``, and the length of the longest."""
-    prompts, length = 1, 0
-    for item in items:
-        count, longest = (1, len(item)) if isinstance(item, str) else item.size
-        prompts, length = min(prompts * count, _COUNTED), length + longest + isinstance(item, _Group)
-    return prompts, length
+def _write(
+    items: _Items, pick: Callable[[Sequence[_Items]], Sequence[_Items]] = list, nested: bool = False
+) -> Iterator[str]:
+    """Write the prompts of the alternatives that are picked, the last one fastest, so that they read back the same."""
 
-
-def _choices(items: _Items, pick: Callable[[tuple[_Items, ...]], Sequence[_Items]] = tuple) -> Iterator[_Items]:
-    """Yield every choice of the alternatives that are picked, the last one fastest, in place of their brackets."""
-
-    def options(item: str | _Group) -> Iterator[_Items]:
-        if isinstance(item, str):
-            yield (item,)
-        elif item.kind == "choice":
-            for branch in pick(item.branches):
-                yield from _choices(branch, pick)
-        else:
-            for branches in product(*(_choices(branch, pick) for branch in item.branches)):
-                yield (replace(item, branches=branches),)
-
-    for chosen in product(*map(options, items)):
-        yield tuple(chain.from_iterable(chosen))
-
-
-def _write(items: _Items, nested: bool = False) -> str:
-    """Return items without choices as a prompt that reads back as the same items."""
-    written = []
-    for item in items:
+    def texts(item: str | _Group) -> Iterator[str]:
         if isinstance(item, str):
             # What stands alone here was no sign; next to others it might become one.
-            written.append(f"\\{item}" if item in _SIGNS and (nested or item != ":") else item)
-            continue
-        *before, last = (_write(branch, nested=True) for branch in item.branches)
-        number = f"{Decimal(repr(item.number)):f}"  # reads back as the number, and has no exponent
-        written.append(f"[{before[0]}:{last}:{number}]" if item.kind == "edit" else f"({last}:{number})")
-    return "".join(written)
+            yield f"\\{item}" if item in _SIGNS and (nested or item != ":") else item
+        elif item.kind == "choice":
+            for branch in pick(item.branches):
+                yield from _write(branch, pick, nested)
+        else:
+            number = f"{Decimal(repr(item.number)):f}"  # reads back as the number, and has no exponent
+            for branches in product(*(_write(branch, pick, nested=True) for branch in item.branches)):
+                inside = ":".join([*branches, number])
+                yield f"[{inside}]" if item.kind == "edit" else f"({inside})"
+
+    yield from map("".join, product(*map(texts, items)))

@@ -6,15 +6,20 @@ The ids equal those of the reference, transformers' fast CLIPTokenizer, for all 
 References: Radford et al. 2021 (CLIP), Radford et al. 2019 (byte-level BPE), Sennrich et al. 2016 (BPE).
 """
 
+import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from itertools import chain, pairwise
+from operator import index, or_
 from pathlib import Path
+from typing import Any
 
 import regex
 
-from .vocabulary import BOS, EOS, read_vocabulary
-
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+_ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # where no file says more
 _END_OF_WORD = "</w>"
 _LONGEST_MERGE = 512  # bytes: merging takes time with their square, and a word of 100 kB in such runs 0.4 s
 _NO_MERGE = (1 << 62, -1)
@@ -41,7 +46,7 @@ class Tokenizer:
 
     Args:
         vocab: id of every token; words end in "</w>", bytes are written in the byte alphabet.
-        merges: pairs of tokens in the order in which they were learnt.
+        merges: pairs of tokens, or lines with two, in the order in which they were learnt.
         pad_token: fills up a chunk. SD 1 pads with end-of-text, SD 2 and the second tokenizer of SDXL with "!".
         max_length: ids that the text encoder reads at once, start and end included.
         special_tokens: tokens recognised inside a text -> whether they are looked for after normalisation
@@ -54,7 +59,7 @@ class Tokenizer:
     def __init__(
         self,
         vocab: dict[str, int],
-        merges: Iterable[Sequence[str]],
+        merges: Iterable[str | Sequence[str]],
         *,
         pad_token: str = EOS,
         max_length: int = 77,
@@ -71,7 +76,14 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
         self.bos_token, self.eos_token = self.bos_id, self.eos_id  # their names in mlx-examples
         self._tokens = {id_: token for token, id_ in vocab.items()}
-        self._merges = _rank_merges(vocab, merges)
+        self._merges: dict[tuple[int, int], tuple[int, int]] = {}  # (left id, right id) -> (rank, id of the product)
+        for rank, pair in enumerate(merges):
+            try:
+                left, right = pair.split(" ") if isinstance(pair, str) else pair
+                self._merges[vocab[left], vocab[right]] = (rank, vocab[left + right])
+            except (KeyError, TypeError, ValueError):
+                reason = "is not two tokens of the vocabulary that make a third"
+                raise ValueError(f"merge {rank + 1}, {pair!r:.60}, {reason}; download its file again") from None
         self._exact = {token: [vocab[token]] for token, normalized in special_tokens.items() if not normalized}
         self._folded = {_normalize(token): vocab[token] for token, normalized in special_tokens.items() if normalized}
         self._split_exact, self._split_folded = _any_of(self._exact), _any_of(self._folded)
@@ -80,11 +92,33 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str, pad_token: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or tokenizer.json where these are missing.
 
-        A ``pad_token`` takes the place of theirs. Raises ValueError, one line, for what is missing or malformed.
+        The special tokens come from special_tokens_map.json, else from tokenizer_config.json. The latter alone counts,
+        as in the reference, when it has a table of added tokens. A ``pad_token`` takes the place of theirs.
+        Raises ValueError, one line that names the file and the key, for what is missing or malformed.
         """
-        arguments = read_vocabulary(Path(folder), pad_token)
+        folder = Path(folder)
+        vocab, merges, added = _read_vocabulary(folder)
+        config = _JsonFile(folder / "tokenizer_config.json", optional=True)
+        files = [config, _JsonFile(folder / "special_tokens_map.json", optional=True)]
+        if "added_tokens_decoder" in config:
+            added, files = config.read("added_tokens_decoder", _tokens_by_id), [config]
+        special, additional = {role: {token: False} for role, token in _ROLES.items()}, {}
+        for file in files:
+            special |= {role: file.read(role, _token) for role in _ROLES if role in file}
+            additional = file.read("additional_special_tokens", _tokens, additional)
+        if pad_token is not None:
+            special["pad_token"] = {pad_token: False}
+        for token in (*added, *additional):  # those that are new take the ids after the vocabulary
+            vocab.setdefault(token, len(vocab))
+        length = config.read("model_max_length", int, 77)
         try:
-            return cls(**arguments)
+            return cls(
+                vocab,
+                merges,
+                pad_token=next(iter(special["pad_token"])),
+                max_length=length if length < 10_000 else 77,  # a huge number means that none was set
+                special_tokens=reduce(or_, (*special.values(), additional, added)),  # of equal ones the last counts
+            )
         except ValueError as error:
             raise ValueError(f"the tokenizer in {folder} cannot be used: {error}") from None
 
@@ -102,19 +136,29 @@ class Tokenizer:
                 ids += self._exact[part]
                 continue
             for j, piece in enumerate(self._split_folded.split(_normalize(part))):
-                ids += [self._folded[piece]] if j % 2 else self._encode_words(piece)
+                if j % 2:
+                    ids.append(self._folded[piece])
+                    continue
+                for word in chain.from_iterable(map(_PART.findall, _WORD.findall(piece))):
+                    ids += self._encode_word(word)
         return ids
 
-    def _encode_words(self, text: str) -> list[int]:
-        ids = []
-        for word in chain.from_iterable(map(_PART.findall, _WORD.findall(text))):
-            chars = [_BYTE_TO_CHAR[byte] for byte in word.encode()]
-            chars[-1] += _END_OF_WORD
-            for start in range(0, len(chars), _LONGEST_MERGE):
-                run = chars[start : start + _LONGEST_MERGE]
-                # Where the vocabulary lacks a byte, the end token stands for it, as in the reference.
-                ids += _merge([self.vocab.get(char, self.eos_id) for char in run], self._merges)
-        return ids
+    def _encode_word(self, word: str) -> list[int]:
+        """Join the pair of lowest rank, the leftmost first, until no pair has a rank."""
+        chars = [_BYTE_TO_CHAR[byte] for byte in word.encode()]
+        chars[-1] += _END_OF_WORD
+        result = []
+        for start in range(0, len(chars), _LONGEST_MERGE):
+            # Where the vocabulary lacks a byte, the end token stands for it, as in the reference.
+            ids = [self.vocab.get(char, self.eos_id) for char in chars[start : start + _LONGEST_MERGE]]
+            ranks = [self._merges.get(pair, _NO_MERGE) for pair in pairwise(ids)]
+            while ranks and (best := min(ranks)) != _NO_MERGE:
+                i = ranks.index(best)
+                ids[i : i + 2] = [best[1]]
+                first = max(i - 1, 0)
+                ranks[first : i + 2] = [self._merges.get(pair, _NO_MERGE) for pair in pairwise(ids[first : i + 2])]
+            result += ids
+        return result
 
     def add(self, word: str, ids: Sequence[int]) -> None:
         """Let ``word``, written just so and standing alone, mean ``ids``. Raises ValueError for a blank word."""
@@ -150,32 +194,75 @@ def _normalize(text: str) -> str:
 
 def _any_of(tokens: Iterable[str]) -> regex.Pattern:
     """Return a pattern that captures the leftmost and longest of the tokens where it is no part of a word."""
-    alternatives = [
-        (r"(?<!\w)" if regex.match(r"\w", t) else "") + regex.escape(t) + (r"(?!\w)" if regex.search(r"\w$", t) else "")
-        for t in sorted(tokens, key=len, reverse=True)
-    ]
-    return regex.compile("(" + ("|".join(alternatives) or r"(?!)") + ")")
+    longest_first = "|".join(map(regex.escape, sorted(tokens, key=len, reverse=True)))
+    return regex.compile(rf"(?:\b|(?!\w))({longest_first or '(?!)'})(?:\b|(?<!\w))")
 
 
-def _rank_merges(vocab: dict[str, int], merges: Iterable[Sequence[str]]) -> dict[tuple[int, int], tuple[int, int]]:
-    """Return (left id, right id) -> (rank, id of the product)."""
-    ranks = {}
-    for rank, pair in enumerate(merges):
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Any], dict[str, bool]]:
+    """Read the vocabulary, the merges, and the words added after training -> whether they are normalised."""
+    if not (folder / "vocab.json").is_file() and (folder / "tokenizer.json").is_file():
+        file = _JsonFile(folder / "tokenizer.json")  # all that transformers 5 writes
+        file |= file.read("model", dict, {})
+        if file.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= file.keys():
+            raise ValueError(f"{file.path} is not a BPE tokenizer; CLIP needs one")
+        vocab = file.read("vocab", lambda table: {token: index(id_) for token, id_ in table.items()})
+        return vocab, file.read("merges", list), file.read("added_tokens", _tokens, {})
+    file = _JsonFile(folder / "vocab.json")
+    vocab = {token: file.read(token, index) for token in file}
+    lines = _read_text(folder / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    file = _JsonFile(folder / "added_tokens.json", optional=True)
+    return vocab, merges, dict.fromkeys(sorted(file, key=lambda token: file.read(token, index)), True)
+
+
+class _JsonFile(dict[str, Any]):
+    """Hold the fields of a JSON object that are not empty; errors name the file and the key."""
+
+    def __init__(self, path: Path, optional: bool = False):
+        self.path = path
         try:
-            left, right = pair
-            ranks[vocab[left], vocab[right]] = (rank, vocab[left + right])
-        except (KeyError, TypeError, ValueError):
-            reason = "is not two tokens of the vocabulary that make a third"
-            raise ValueError(f"merge {rank + 1}, {pair!r:.60}, {reason}; download its file again") from None
-    return ranks
+            content = {} if optional and not path.is_file() else json.loads(_read_text(path))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not readable as JSON ({error}); download it again") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not an object; download it again")
+        super().__init__((key, value) for key, value in content.items() if value not in (None, "", [], {}))
+
+    def read(self, key: str, parse: Callable[[Any], Any], default: Any = None) -> Any:
+        """Parse a field where it is present."""
+        try:
+            return parse(self[key]) if key in self else default
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{self.path}: {key!r} has an unknown shape, {self[key]!r:.60}; download it again"
+            ) from None
 
 
-def _merge(ids: list[int], merges: dict[tuple[int, int], tuple[int, int]]) -> list[int]:
-    """Join the pair of lowest rank, the leftmost first, until no pair has a rank."""
-    ranks = [merges.get(pair, _NO_MERGE) for pair in pairwise(ids)]
-    while ranks and (best := min(ranks)) != _NO_MERGE:
-        i = ranks.index(best)
-        ids[i : i + 2] = [best[1]]
-        start = max(i - 1, 0)
-        ranks[start : i + 2] = [merges.get(pair, _NO_MERGE) for pair in pairwise(ids[start : i + 2])]
-    return ids
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; a tokenizer is vocab.json and merges.txt, or tokenizer.json")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as UTF-8 text ({error}); download it again") from None
+
+
+def _token(value: str | dict[str, Any]) -> dict[str, bool]:
+    """Read a token, a string or the fields of an AddedToken: text -> whether it is looked for after normalisation."""
+    if isinstance(value, str):
+        return {value: False}
+    text = value["content"] + ""  # TypeError for what is no text
+    return {text: bool(value.get("normalized", not value.get("special", False)))}
+
+
+def _tokens(tokens: list[Any]) -> dict[str, bool]:
+    if not isinstance(tokens, list):
+        raise TypeError(type(tokens))
+    return reduce(or_, map(_token, tokens), {})
+
+
+def _tokens_by_id(table: dict[str, Any]) -> dict[str, bool]:
+    return _tokens([table[id_] for id_ in sorted(table, key=int)])

@@ -3,10 +3,11 @@
 import random
 import re
 import time
+from contextlib import suppress
 
 import pytest
 
-from stable_diffusion.text.prompt import Part, Piece, blocks, expand, parts
+from stable_diffusion.text.prompt import Part, Piece, expand, parts
 from stable_diffusion.text.wildcards import read_wildcards
 
 BREAK = (None, 1.0)
@@ -216,13 +217,14 @@ def test_parts_that_change_on_the_way():
         assert pieces(text)[0].weight == pytest.approx(1 / 1.1)
 
 
-def test_blocks():
-    result = blocks("picture of:1 small:0.5 cat sitting on:1 big:2 dog")
-    expected = [("picture of", 1), ("small", 0.5), ("cat sitting on", 1), ("big", 2), ("dog", 1)]
-    assert [(b.text, b.weight) for b in result] == expected
-    assert blocks("a sign saying: open") == [Piece("a sign saying: open")]
-    assert blocks("") == [Piece("")]
-    assert blocks("cat:-.5") == [Piece("cat", -0.5)]
+def test_blocks_have_shares_of_the_sum_of_weights():
+    shares = {"picture of": 1, "small": 0.5, "cat sitting on": 1, "big": 2.5, "dog": 1}
+    blocks = parts("picture of:1 small:0.5 cat sitting on:1 big:2.5 dog", weight_blocks=True)
+    assert blocks == [part(text, share / 6) for text, share in shares.items()]
+    for text, words in (("a sign saying: (open)", "a sign saying: (open)"), ("", ""), ("cat:-.5", "cat")):
+        assert parts(text, weight_blocks=True) == [part(words)]
+    with pytest.raises(ValueError, match="weights of the blocks sum to 0"):
+        parts("red:1 cat:-1", weight_blocks=True)
 
 
 def test_random_text_is_read_or_refused_and_written_stably():
@@ -243,7 +245,8 @@ def test_random_text_is_read_or_refused_and_written_stably():
             return lines[name]
 
         wildcards = ask if number % 2 else None
-        assert all(piece.text is not None for piece in blocks(text))
+        with suppress(ValueError):  # of weights that sum to 0
+            parts(text, weight_blocks=True)
         try:
             prompts = expand(text, wildcards=wildcards)
         except ValueError as error:
@@ -276,7 +279,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
 def test_long_text_takes_linear_time(text):
     start = time.monotonic()
     parts(expand(text, None, lambda name: [name])[0])
-    blocks(text)
+    parts(text, weight_blocks=True)
     assert time.monotonic() - start < 20
 
 
