@@ -26,8 +26,8 @@ from .text.encode import Conditioning, Encoders, ReadingKeywords, count_chunks, 
 from .text.tokenizer import Tokenizer
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, Component, open_part
-from .weights.load import load_component, read_weights
-from .weights.quantize import GROUP_SIZES, quantize, quantize_lazily, remaining_quantization, size_in_bytes
+from .weights.load import load_component, read_weights, size_in_bytes
+from .weights.quantize import quantize, quantize_lazily, remaining_quantization
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -138,11 +138,10 @@ class Networks:
             tokenizer = Tokenizer.from_folder(checkpoint.tokenizers[name], checkpoint.pad_tokens.get(name))
             setattr(self, f"tokenizer{suffix}", tokenizer)
         for part, attribute in self._lora_parts.items():
-            wanted_bits = bits.get(part)
-            quantization = None if wanted_bits is None else (wanted_bits, GROUP_SIZES[part])
-            # Weights that are stored in these bits need not be quantized.
-            pending = remaining_quantization(components[part].config, quantization)
-            self.sources[attribute] = NetworkSource(components[part], dtype, pending)
+            quantization = None
+            if bits.get(part) is not None:  # weights that are stored in these bits need not be quantized
+                quantization = remaining_quantization(part, components[part].config, bits[part])
+            self.sources[attribute] = NetworkSource(components[part], dtype, quantization)
         # Half precision overflows in most autoencoders; their configs say which are safe.
         is_safe = not components["vae"].config.get("force_upcast", True)
         self.sources["autoencoder"] = NetworkSource(components["vae"], dtype if is_safe else mx.float32)

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 
+from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.load import fill
 
 SCALES = (1.0, 1e-2, 1e-3)  # a wrong GroupNorm epsilon is invisible at scale 1 and half the signal at 1e-3
@@ -33,7 +34,7 @@ def tensors(module: torch.nn.Module) -> dict[str, mx.array]:
 
 def twin(mlx_module, torch_module):
     """Give ``mlx_module`` the weights of ``torch_module``, through the library's own loader."""
-    fill(mlx_module, tensors(torch_module))
+    fill(mlx_module, to_diffusers("", tensors(torch_module)))
     return mlx_module
 
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from stable_diffusion.weights.files import Component, read_tensors
-from stable_diffusion.weights.formats.names import canonical
+from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.load import build, fill
 
 COUNTS = {"sd15": 859_520_964, "sdxl-base": 2_567_463_684}
@@ -62,7 +62,7 @@ def test_text_encoder(name, count):
     config = REAL_TEXT_ENCODERS[name]
     oracle = getattr(transformers, config["architectures"][0])
     stored = oracle_shapes(lambda: oracle(transformers.CLIPTextConfig(**config)))
-    stored = canonical(stored)
+    stored = to_diffusers("text_encoder", stored)
     assert check("text_encoder", config, stored) == count
 
 

@@ -16,7 +16,8 @@ from stable_diffusion.models.cpu import ONE_STREAM, CPUStreams
 from stable_diffusion.models.tiling import decode, encode, plan
 from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
-from stable_diffusion.weights.quantize import GROUP_SIZES, quantize
+from stable_diffusion.weights.parts import PARTS
+from stable_diffusion.weights.quantize import quantize
 
 from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
 from .mlx_meter import Work, file_size, random, ready, size
@@ -29,7 +30,7 @@ def prepare(case: Case, folder: Path) -> Work:
 
 def _network(case: Case, part: str, dtype: str | None = None):
     bits = UNET_BITS if part == "unet" else TEXT_BITS
-    change = None if case.weights == "plain" else lambda m: quantize(m, bits, GROUP_SIZES[part])
+    change = None if case.weights == "plain" else lambda m: quantize(m, bits, PARTS[part].group_size)
     return ready(build(part, case.config[part]), dtype or case.dtype, change)
 
 

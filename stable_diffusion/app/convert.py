@@ -19,7 +19,7 @@ from ..weights import catalog, layout
 from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
 from ..weights.load import load_component
 from ..weights.parts import PARTS
-from ..weights.quantize import GROUP_SIZES, quantize_lazily, read_quantization, remaining_quantization
+from ..weights.quantize import quantize_lazily, read_quantization, remaining_quantization
 from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_bytes, write_json, write_weights
 
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -113,7 +113,7 @@ def _network(component: Component, module: nn.Module, bits: int | None) -> _Netw
     # Other programs need the name of the class, which some configs lack.
     config = dict(component.config) | ({"_class_name": name} if library == "diffusers" else {"architectures": [name]})
     try:
-        remaining = remaining_quantization(config, None if bits is None else (bits, GROUP_SIZES[component.name]))
+        remaining = None if bits is None else remaining_quantization(component.name, config, bits)
     except ValueError as error:
         raise ValueError(f"{component.name} of {component.files[0].parent}: {error}") from error
     if remaining is not None:

@@ -16,7 +16,7 @@ from ..models import tiling
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
-from ..weights.quantize import size_in_bytes
+from ..weights.load import size_in_bytes
 
 _log = logging.getLogger("stable_diffusion")
 

@@ -86,7 +86,7 @@ FLAGS = {
         "--hires_upscaler": "what is enlarged: the latents, or the decoded image, which changes less (latents)",
     },
     "model": {
-        "--model MODEL": f"one of {', '.join(catalog.names())}; a Hub id, a folder or a file with a checkpoint (sdxl)",
+        "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, a folder or a file with a checkpoint (sdxl)",
         "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
         "--lora LORA[:SCALE] ...": "a file, folder or id of a LoRA to add to the weights, and how much of it (1); may "
         "be given again",

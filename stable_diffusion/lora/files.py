@@ -56,7 +56,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
             raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
         if "lora_magnitude_vector" in name:  # PEFT's lengths are always those of rows, whatever their shape looks like
-            tensor = mx.flatten(tensor, stream=loading_stream())
+            tensor = mx.flatten(tensor, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not _is_complete(factors)]:
         raise ValueError(f"{path} lacks factors of its changes of {', '.join(incomplete)}")

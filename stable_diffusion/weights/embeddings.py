@@ -24,15 +24,14 @@ def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the embedding {path} is neither .safetensors nor one of {', '.join(PICKLES)}")
     tensors, texts = read_file(path)
+    word = path.stem
     if all(key in tensors for key in _XL_KEYS):
-        vectors, word = [tensors[key] for key in _XL_KEYS], path.stem
+        vectors = [tensors[key] for key in _XL_KEYS]
     elif len(tensors) == 1:
         ((key, value),) = tensors.items()
-        # The web UI names the one tensor "*", which stands for the word.
-        vectors, word = (
-            [value],
-            path.stem if key == "emb_params" else texts.get("name", path.stem) if key == "*" else key,
-        )
+        vectors = [value]
+        if key != "emb_params":  # the web UI's file of safetensors; in its pickles "*" stands for the word
+            word = (texts.get("name") if key == "*" else key) or word
     else:
         raise ValueError(f"{path} is not an embedding: it holds {', '.join(sorted(tensors)[:4]) or 'no tensors'}")
     vectors = [v[None] if v.ndim == 1 else v for v in vectors]
@@ -40,4 +39,4 @@ def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
         raise ValueError(f"{path} is not an embedding: its shapes are {', '.join(str(v.shape) for v in vectors)}")
     vectors = [v.astype(mx.float32) for v in vectors]
     mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
-    return word or path.stem, tuple(vectors)
+    return word, tuple(vectors)

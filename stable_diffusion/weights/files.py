@@ -6,51 +6,23 @@ opened without a network call; a folder never needs the client.
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..models.config import readable
 from . import catalog, hub, layout
-from .formats.names import canonical
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
-from .formats.safetensors import read_safetensors
-from .formats.single_file import find, read_config, read_contents
-from .layout import Listing, read_json
+from .formats.safetensors import check_safetensors, damaged, loading_stream
+from .formats.single_file import find, read_checkpoint, read_config
+from .layout import Checkpoint, Component, Listing, files_in, read_json
 from .parts import PARTS, family_of_pipeline
 
 _log = logging.getLogger("stable_diffusion")
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass(frozen=True)
-class Component:
-    """Describe one network of a checkpoint: its config.json, and the files of its weights."""
-
-    name: str  # one of PARTS
-    config: dict
-    files: tuple[Path, ...]  # several when the weights are in shards
-    prefix: str = ""  # of its tensors' names in files that hold other networks too
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Describe a checkpoint whose files are all on this machine."""
-
-    name: str  # for messages
-    folder: Path  # of the checkpoint; the one that a single file is in
-    pipeline: str  # `_class_name` of model_index.json
-    index: dict  # model_index.json
-    scheduler: dict  # scheduler_config.json
-    components: dict[str, Component]
-    tokenizers: dict[str, Path]  # "tokenizer", "tokenizer_2" -> folder
-    steps: int  # the model's defaults
-    guidance: float
-    pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
 
 
 def open_checkpoint(
@@ -83,10 +55,11 @@ def open_checkpoint(
     if float16 and entry and entry.half_vae and "vae" not in replaced:
         replaced |= _half_vae(entry.half_vae)
     if path is not None and path.is_file():
-        checkpoint = _read_single_file(path, name, replaced, prediction, tokenizer)
+        checkpoint = read_checkpoint(path, name, *read_file(path), replaced, prediction)
+        if tokenizer is None:  # both kinds of CLIP have one vocabulary, which is not in the file
+            tokenizer = hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     else:
-        folder = path or _from_hub(entry, float16, revision, replaced)
-        checkpoint = _read_folder(folder, name, float16, entry, replaced)
+        checkpoint = _read_folder(path or _from_hub(entry, float16, revision, replaced), name, float16, entry, replaced)
     vae = checkpoint.components["vae"].config
     if vae.get("scaling_factor", 1) is None:  # of a single file, which does not say it
         vae["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
@@ -105,32 +78,33 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     """
     if kind not in PARTS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
-    name = os.fspath(source)
-    path, entry = _locate(source, revision)
-    if path is None:
-        spec = hub.DownloadSpec(
-            what=f"a repository of a {kind}",
-            entries=(f"{kind}/config.json", "config.json"),
-            missing_files=lambda folder, names, repo: Listing(folder, names, float16, repo).missing_files(
-                {kind: layout.subfolder(kind, names) or ""}
-            ),
-            remedy="connect once, or use a local folder",
-        )
-        path = hub.fetch(entry.repos, spec, revision)[1]
-    elif path.is_file():
+    name, (path, entry) = os.fspath(source), _locate(source, revision)
+    if path is not None and path.is_file():
         tensors, _ = read_file(path)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # the one that works so, which no shape says
             config["global_pool_conditions"] = True
         return Component(kind, config, (path,), prefix)
-    listing = Listing(path, layout.files_in(path), float16, name)
-    subfolder = layout.subfolder(kind, listing.names)
-    if subfolder is None:
-        raise ValueError(f"{name} has no {kind}: {path} holds neither {kind}/config.json nor config.json")
-    if missing := listing.missing_files({kind: subfolder}):
+
+    def found(folder: Path, names: Collection[str], where: str) -> tuple[dict[str, Component], list[str]]:
+        place = next((place for place in (f"{kind}/", "") if f"{place}config.json" in names), None)
+        if place is None:
+            raise ValueError(f"{where} has no {kind}: {folder} holds neither {kind}/config.json nor config.json")
+        return Listing(folder, names, float16, where).find({kind: place})
+
+    if path is None:
+        spec = hub.DownloadSpec(
+            what=f"a repository of a {kind}",
+            entries=(f"{kind}/config.json", "config.json"),
+            missing_files=lambda *place: found(*place)[1],
+            remedy="connect once, or use a local folder",
+        )
+        path = hub.fetch(entry.repos, spec, revision)[1]
+    components, missing = found(path, files_in(path), name)
+    if missing:
         raise ValueError(f"{name} is not complete: {path} has no {', '.join(missing)}")
-    return _component(listing, kind, subfolder)
+    return components[kind]
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | None, catalog.Entry | None]:
@@ -167,12 +141,16 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
 
 def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, replaced: Mapping[str, Component]) -> Path:
     """Bring a checkpoint into the Hub's cache, except for networks that come from elsewhere; return its folder."""
+
+    def missing_files(folder: Path, names: Collection[str], repo: str) -> list[str]:
+        listing = Listing(folder, names, float16, repo)
+        index = listing.read_index(replaced)
+        return listing.find(index.networks, index.small)[1]
+
     spec = hub.DownloadSpec(
         what="a checkpoint in diffusers layout",
         entries=(layout.INDEX,),
-        missing_files=lambda folder, names, repo: Listing(folder, names, float16, repo).missing_files_of(
-            layout.read_index(folder, repo, replaced)
-        ),
+        missing_files=missing_files,
         remedy="connect once, or use a local folder or the bundled model, tiny",
         best_files=layout.best_files(float16),
     )
@@ -196,11 +174,12 @@ def _read_folder(
     folder: Path, name: str, float16: bool, entry: catalog.Entry | None, replaced: Mapping[str, Component]
 ) -> Checkpoint:
     """Read the configuration of a complete folder and choose its weight files."""
-    listing = Listing(folder, layout.files_in(folder), float16, name)
+    listing = Listing(folder, files_in(folder), float16, name)
     if layout.INDEX not in listing.names:
         raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
-    index = layout.read_index(folder, name, replaced)
-    if missing := listing.missing_files_of(index):
+    index = listing.read_index(replaced)
+    components, missing = listing.find(index.networks, index.small)
+    if missing:
         raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
     scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
     if entry is not None and entry.steps is not None:
@@ -216,53 +195,10 @@ def _read_folder(
         pipeline=index.contents["_class_name"],
         index=index.contents,
         scheduler=scheduler,
-        components={**replaced, **{part: _component(listing, part, place) for part, place in index.networks.items()}},
+        components={**replaced, **components},
         tokenizers={part: folder / part for part in index.tokenizers},
         steps=steps,
         guidance=guidance,
-    )
-
-
-def _component(listing: Listing, kind: str, subfolder: str) -> Component:
-    config = read_json(listing.folder / subfolder / "config.json")
-    if isinstance(config.get("text_config"), dict):  # a CLIP model, of which only the text encoder is read
-        config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
-    files = listing.weight_files(kind, subfolder)
-    return Component(kind, config, tuple(listing.folder / file for file in files))
-
-
-def _read_single_file(
-    path: Path,
-    name: str,
-    replaced: Mapping[str, Component],
-    prediction: str | None,
-    tokenizer: str | os.PathLike | None,
-) -> Checkpoint:
-    """Read what a file of weights says of itself. Both kinds of CLIP have one vocabulary, which is not in the file."""
-    tensors, metadata = read_file(path)
-    configs = {kind: component.config for kind, component in replaced.items()}
-    contents = read_contents(tensors, metadata, name, configs, prediction)
-    pipeline = contents.index["_class_name"]
-    components = {
-        kind: Component(kind, config, (path,), prefix) for kind, (prefix, config) in contents.networks.items()
-    }
-    vocabulary = Path() if tokenizer is not None else hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
-    steps, guidance = catalog.defaults_for(pipeline, contents.scheduler)
-    if distilled := catalog.distilled(path.stem):
-        contents.scheduler.update(distilled[0])
-        steps, guidance = distilled[1], 0.0
-        _log.info("%s is a distilled model by its name: %d steps without guidance", name, steps)
-    return Checkpoint(
-        name=name,
-        folder=path.parent,
-        pipeline=pipeline,
-        index=contents.index,
-        scheduler=contents.scheduler,
-        components=components | replaced,
-        tokenizers=dict.fromkeys(contents.pad_tokens, vocabulary),
-        steps=steps,
-        guidance=guidance,
-        pad_tokens=contents.pad_tokens,
     )
 
 
@@ -275,11 +211,20 @@ _VOCABULARY = hub.DownloadSpec(
 
 
 def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the lazy tensors of a file under the names in it, and its metadata."""
-    return (read_pickle if path.suffix in layout.PICKLES else read_safetensors)(path)
+    """Return the tensors of a file under the names in it, which are read when they are evaluated, and its metadata.
+
+    Raises ValueError for a damaged file, or one with types that MLX does not read.
+    """
+    if path.suffix in layout.PICKLES:
+        return read_pickle(path)
+    check_safetensors(path)
+    try:
+        return mx.load(str(path), return_metadata=True, stream=loading_stream(mx.cpu))
+    except RuntimeError as error:
+        raise damaged(path, str(error).partition("\n")[0]) from error
 
 
-def read_tensors(component: Component) -> dict[str, mx.array]:
+def read_tensors(component: Component) -> Mapping[str, mx.array]:
     """Return the tensors of a component under diffusers' names. They are read from the disk when they are evaluated.
 
     Raises ValueError for a damaged file, types that MLX does not read, or two files with the same tensor.
@@ -292,6 +237,4 @@ def read_tensors(component: Component) -> dict[str, mx.array]:
         tensors.update(contents)
     if prefix := component.prefix:
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    if component.name in PARTS and PARTS[component.name].original in tensors:
-        tensors = to_diffusers(component.name, tensors)
-    return canonical(tensors)
+    return to_diffusers(component.name, tensors)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from .layout import files_in
 
@@ -45,8 +45,8 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
         OSError: no network and not in the cache, no space on the disk.
     """
     for repo in repos:
-        folder = _snapshot(repo, spec, revision)
-        if folder and not spec.missing_files(folder, _listing(folder, repo, spec), repo):
+        folder, missing = _cached(repo, spec, revision)
+        if folder is not None and not missing:
             return repo, folder
     unreachable: ConnectionError | None = None
     for repo in repos:
@@ -61,39 +61,33 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
     raise unreachable
 
 
-def _snapshot(repo: str, spec: DownloadSpec, revision: str | None) -> Path | None:
-    """Return the folder in the client's cache with this revision, perhaps not all of it. Makes no network call."""
+def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path | None, list[str]]:
+    """Return the folder of a revision in the client's cache, and the files that it lacks, without a network call.
+
+    The client notes the list of a repository's files when it downloads them. Where there is no note (an older client,
+    or one that fetched single files) the repository may have better files than the cache, so the best ones are assumed.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    for entry in spec.entries:
-        path = try_to_load_from_cache(repo, entry, revision=revision)
-        if isinstance(path, str):
-            return _root(path, entry)
-    return None
-
-
-def _root(path: str, name: str) -> Path:
-    """Return the folder of a repository's files, from the path of its file ``name``."""
-    return Path(path).parents[len(PurePosixPath(name).parts) - 1]
-
-
-def _listing(folder: Path, repo: str, spec: DownloadSpec) -> set[str]:
-    """Return the files of a repository, as the client noted them when it downloaded ``folder``, without the network.
-
-    Where there is no note (an older client, or one that fetched single files) the repository may have better files
-    than the cache, so the best ones are assumed.
-    """
+    entries = ((try_to_load_from_cache(repo, entry, revision=revision), entry) for entry in spec.entries)
+    folder = next((Path(path.removesuffix(entry)) for path, entry in entries if isinstance(path, str)), None)
+    if folder is None:
+        return None, ["everything"]
+    names = files_in(folder) | spec.best_files
     with suppress(ImportError):  # of clients that do not keep the listing
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
         with suppress(CachedRepoTreeNotFoundError):
-            return {file.path for file in get_cached_repo_tree(repo, revision=folder.name)}
-    return files_in(folder) | spec.best_files
+            names = {file.path for file in get_cached_repo_tree(repo, revision=folder.name)}
+    return folder, spec.missing_files(folder, names, repo)
 
 
 def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
-    """Bring what is missing of one repository into the cache: first the small files, then the weights they call for."""
+    """Bring what is missing of one repository into the cache: first the small files, then the weights they call for.
+
+    Without a network the cache serves, with weights of either precision.
+    """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -106,7 +100,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
             names = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings}
             entry = next((entry for entry in spec.entries if entry in names), None)
             if entry is not None:
-                folder = _root(hf_hub_download(repo, entry, revision=revision), entry)
+                folder = Path(hf_hub_download(repo, entry, revision=revision).removesuffix(entry))
         if entry is None:
             single = min((name for name in names if name.endswith((".safetensors", ".ckpt"))), default=None)
             remedy = f"; its files can be given by themselves, such as {repo}/{single}" if single else ""
@@ -119,22 +113,15 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
                 with one_line_errors(repo, revision):  # of one commit, so that all files belong together
                     patterns = [glob.escape(file) for file in missing]
                     snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=Bar)
+        return folder
     except ConnectionError as error:
-        return _without_network(repo, spec, revision, error)
-    return folder
-
-
-def _without_network(repo: str, spec: DownloadSpec, revision: str | None, error: ConnectionError) -> Path:
-    """Return what the cache holds, of either precision. Raises ``error`` with the missing files where it lacks some."""
-    folder = _snapshot(repo, spec, revision)
-    missing = ["everything"]
-    if folder:
+        folder, missing = _cached(repo, spec, revision)
         with suppress(ValueError):  # no weights of either precision
-            if not spec.missing_files(folder, files_in(folder), repo):
+            if folder is not None and not spec.missing_files(folder, files_in(folder), repo):
                 _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
                 return folder
-        missing = spec.missing_files(folder, _listing(folder, repo, spec), repo)
-    raise ConnectionError(f"{error}; the cache on this machine lacks {', '.join(missing)}: {spec.remedy}") from error
+        lacking = f"the cache on this machine lacks {', '.join(missing)}: {spec.remedy}"
+        raise ConnectionError(f"{error}; {lacking}") from error
 
 
 @contextmanager

@@ -12,12 +12,13 @@ is published alone has its files in the root of its repository, or in a subfolde
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from .formats.safetensors import damaged
-from .parts import NETWORKS, PARTS, TOKENIZER_CLASSES
+from .parts import NETWORKS, PARTS
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -30,13 +31,37 @@ _PIPELINES = re.compile(
     r"StableDiffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline|StableDiffusion(InpaintPipelineLegacy|"
     r"Depth2ImgPipeline)|LatentConsistencyModel(Img2Img)?Pipeline"
 )
+_STEMS = ("diffusion_pytorch_model", "model")  # of the names of weight files, either in the folder of any network
 _SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
-_CLASSES = (
-    {name: (*PARTS[name].classes,) for name in NETWORKS}
-    | dict.fromkeys(_TOKENIZERS.values(), TOKENIZER_CLASSES)
-    | {"scheduler": ()}
-)
+_CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
+_CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
+
+
+@dataclass(frozen=True)
+class Component:
+    """Describe one network of a checkpoint: its config.json, and the files of its weights."""
+
+    name: str  # one of PARTS
+    config: dict
+    files: tuple[Path, ...]  # several when the weights are in shards
+    prefix: str = ""  # of its tensors' names in files that hold other networks too
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Describe a checkpoint whose files are all on this machine."""
+
+    name: str  # for messages
+    folder: Path  # of the checkpoint; the one that a single file is in
+    pipeline: str  # `_class_name` of model_index.json
+    index: dict  # model_index.json
+    scheduler: dict  # scheduler_config.json
+    components: dict[str, Component]
+    tokenizers: dict[str, Path]  # "tokenizer", "tokenizer_2" -> folder
+    steps: int  # the model's defaults
+    guidance: float
+    pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
 
 
 @dataclass(frozen=True)
@@ -46,35 +71,7 @@ class Index:
     contents: dict
     networks: dict[str, str]  # {network: its subfolder, "unet/"}
     tokenizers: list[str]
-
-
-def read_index(folder: Path, where: str, replaced: Collection[str] = ()) -> Index:
-    """Read the model_index.json of a folder, whose entries are [library, class], or [null, null] for a missing part.
-
-    ``where`` is the checkpoint's name, for messages. Networks in ``replaced`` come from elsewhere: they may be missing
-    or of any class, and are left out. Raises ValueError for a pipeline or class that is not supported, or a missing
-    part.
-    """
-    index = read_json(folder / INDEX)
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
-        raise ValueError(
-            f"{where} is a {pipeline}, which is not supported: "
-            "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
-        )
-    present = []
-    for part, classes in _CLASSES.items():
-        entry = index.get(part)
-        if part in replaced or not isinstance(entry, list) or not entry or entry[-1] is None:
-            continue
-        if classes and entry[-1] not in classes:
-            raise ValueError(f"{where} has a {part} of class {entry[-1]}; supported is {' or '.join(classes)}")
-        present.append(part)
-    tokenizers = [name for encoder, name in _TOKENIZERS.items() if encoder in present or encoder in replaced]
-    for part in ["unet", "vae", "scheduler", *(tokenizers or ["text_encoder"])]:
-        if part not in present and part not in replaced:
-            raise ValueError(f"{where} is not complete: its {INDEX} names no {part}")
-    return Index(index, {part: f"{part}/" for part in present if part in NETWORKS}, tokenizers)
+    small: list[str]  # files that are needed beside those of the networks
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,72 @@ class Listing:
     float16: bool  # prefer weights in half precision
     where: str  # the checkpoint's name, for messages
 
-    def weight_files(self, network: str, subfolder: str) -> list[str]:
-        """Return the files to read for a network, or the index of its shards where this is not on this machine.
+    def read_index(self, replaced: Collection[str] = ()) -> Index:
+        """Read model_index.json, whose entries are [library, class], or [null, null] for a missing part.
 
-        Raises ValueError where there are none, or the index of shards is damaged.
+        Networks in ``replaced`` come from elsewhere: they may be missing or of any class, and are left out.
+        Raises ValueError for a pipeline or class that is not supported, or a missing part.
         """
-        choices = weight_choices(network, self.float16, subfolder)
+        index = read_json(self.folder / INDEX)
+        pipeline = index.get("_class_name")
+        if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
+            raise ValueError(
+                f"{self.where} is a {pipeline}, which is not supported: "
+                "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
+            )
+        present = []
+        for part, classes in _CLASSES.items():
+            entry = index.get(part)
+            if part in replaced or not isinstance(entry, list) or not entry or entry[-1] is None:
+                continue
+            if classes and entry[-1] not in classes:
+                raise ValueError(f"{self.where} has a {part} of class {entry[-1]}; supported is {' or '.join(classes)}")
+            present.append(part)
+        tokenizers = [name for encoder, name in _TOKENIZERS.items() if encoder in present or encoder in replaced]
+        for part in ["unet", "vae", "scheduler", *(tokenizers or ["text_encoder"])]:
+            if part not in present and part not in replaced:
+                raise ValueError(f"{self.where} is not complete: its {INDEX} names no {part}")
+        small = [SCHEDULER]
+        for name in tokenizers:
+            # transformers 5 writes the vocabulary as tokenizer.json alone.
+            is_single = f"{name}/{VOCABULARY[0]}" not in self.names and f"{name}/tokenizer.json" in self.names
+            small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
+            small += [f"{name}/{file}" for file in _SPECIAL_TOKENS if f"{name}/{file}" in self.names]
+        return Index(index, {part: f"{part}/" for part in present if part in NETWORKS}, tokenizers, small)
+
+    def find(self, networks: Mapping[str, str], small: Sequence[str] = ()) -> tuple[dict[str, Component], list[str]]:
+        """Return (networks, missing files): where the folder lacks files, no network.
+
+        ``networks`` is {network: its subfolder, "unet/" or ""}; ``small`` are files that are needed beside theirs. The
+        missing files are small ones, or where these are there, weights. Raises ValueError for networks without weights.
+        """
+        weights = {kind: self.weight_files(kind, place) for kind, place in networks.items()}
+        needed = [*small, *(f"{place}config.json" for place in networks.values()), *chain(*weights.values())]
+        if missing := [file for file in needed if not (self.folder / file).is_file()]:
+            return {}, [file for file in missing if file.endswith((".json", ".txt"))] or missing
+        components = {}
+        for kind, files in weights.items():
+            config = read_json(self.folder / networks[kind] / "config.json")
+            if isinstance(config.get("text_config"), dict):  # a CLIP model, of which only the text encoder is read
+                config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
+            components[kind] = Component(kind, config, tuple(self.folder / file for file in files))
+        return components, []
+
+    def weight_files(self, network: str, place: str) -> list[str]:
+        """Return the best files for a network, or the index of its shards where this is not on this machine.
+
+        Safetensors of either precision come before pickles. Raises ValueError where there are none, or the index of
+        shards is damaged.
+        """
+        stems, choices = sorted(_STEMS, key=lambda stem: stem != PARTS[network].stem), []
+        for suffix in (".safetensors", ".bin"):
+            for half in (".fp16", "") if self.float16 else ("", ".fp16"):
+                for stem in stems:
+                    stem = "pytorch_model" if (stem, suffix) == ("model", ".bin") else stem
+                    choices += [f"{place}{stem}{half}{suffix}", f"{place}{stem}{suffix}.index{half}.json"]
         chosen = next((choice for choice in choices if choice in self.names), None)
         if chosen is None:
-            best = next(weight_choices(network, False, subfolder))
-            raise ValueError(f"{self.where} is not complete: {best} is missing")
+            raise ValueError(f"{self.where} is not complete: {place}{stems[0]}.safetensors is missing")
         path = self.folder / chosen
         if not chosen.endswith(".json") or not path.is_file():
             return [chosen]
@@ -107,42 +160,7 @@ class Listing:
             # The index comes from outside: it may name files beside itself and nothing else.
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
                 raise ValueError(f"{path} names {shard!r}, which is not a {suffix[1:]} file beside it")
-        return [f"{subfolder}{shard}" for shard in sorted(set(shards.values()))]
-
-    def missing_files(self, networks: Mapping[str, str], small: Sequence[str] = ()) -> list[str]:
-        """List the needed files that are not in the folder: small ones, or where these are there, weights.
-
-        ``networks`` is {network: its subfolder, "unet/" or ""}; ``small`` are files that are needed beside them.
-        """
-        weights = [file for network, place in networks.items() for file in self.weight_files(network, place)]
-        small = [*small, *(f"{place}config.json" for place in networks.values())]
-        small += [file for file in weights if file.endswith(".json")]
-        missing = [file for file in small if not (self.folder / file).is_file()]
-        return missing or [file for file in weights if not (self.folder / file).is_file()]
-
-    def missing_files_of(self, index: Index) -> list[str]:
-        """List the missing files of a whole checkpoint, as ``missing_files`` does of some networks."""
-        small = [SCHEDULER]
-        for tokenizer in index.tokenizers:
-            # transformers 5 writes the vocabulary as tokenizer.json alone.
-            single = f"{tokenizer}/{VOCABULARY[0]}" not in self.names and f"{tokenizer}/tokenizer.json" in self.names
-            small += [f"{tokenizer}/{file}" for file in (("tokenizer.json",) if single else VOCABULARY)]
-            small += [f"{tokenizer}/{file}" for file in _SPECIAL_TOKENS if f"{tokenizer}/{file}" in self.names]
-        return self.missing_files(index.networks, small)
-
-
-def weight_choices(network: str, float16: bool, subfolder: str) -> Iterator[str]:
-    """Yield the files that may hold a network's weights, or the index of its shards, the best choice first.
-
-    Safetensors of either precision come before pickles.
-    """
-    stems = ("model", "diffusion_pytorch_model")[:: 1 if PARTS[network].library == "transformers" else -1]
-    for suffix in (".safetensors", ".bin"):
-        for half in (".fp16", "") if float16 else ("", ".fp16"):
-            for stem in stems:
-                stem = "pytorch_model" if (stem, suffix) == ("model", ".bin") else stem
-                yield f"{subfolder}{stem}{half}{suffix}"
-                yield f"{subfolder}{stem}{suffix}.index{half}.json"
+        return [f"{place}{shard}" for shard in sorted(set(shards.values()))]
 
 
 def subfolder(kind: str, names: Collection[str]) -> str | None:
@@ -152,7 +170,8 @@ def subfolder(kind: str, names: Collection[str]) -> str | None:
 
 def best_files(float16: bool) -> frozenset[str]:
     """Return the files that a repository at best has: where these are at hand, no listing could offer better ones."""
-    weights = {next(weight_choices(network, float16, f"{network}/")) for network in NETWORKS}
+    half = ".fp16" if float16 else ""
+    weights = {f"{network}/{PARTS[network].stem}{half}.safetensors" for network in NETWORKS}
     return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in _SPECIAL_TOKENS})
 
 

@@ -10,10 +10,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.config import readable
 from .files import Component, read_tensors
-from .formats.names import canonical
 from .formats.safetensors import loading_stream
 from .parts import PARTS
-from .quantize import prepare_quantized, read_quantization
+from .quantize import prepare_quantized
 
 _READING = threading.Lock()
 
@@ -23,6 +22,11 @@ def read_weights(module: nn.Module) -> None:
     with _READING:
         for _, layer in module.named_modules():
             mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
+
+
+def size_in_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters as they are stored."""
+    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -50,11 +54,11 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
     Raises ValueError that lists every missing, unexpected and misshapen tensor.
     """
     try:
-        with mx.stream(loading_stream()):
+        with mx.stream(loading_stream(mx.default_device().type)):
             module = build(component.name, component.config)
             tensors = read_tensors(component)
-            if stored := read_quantization(component.config):
-                prepare_quantized(module, tensors, stored[1])
+            if component.config.get("quantization") is not None:
+                prepare_quantized(module, tensors, component.config)
             fill(module, tensors, dtype)
     except ValueError as error:
         files = ", ".join(map(str, component.files))
@@ -69,8 +73,6 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     weight is flattened to one.
     """
     parameters = dict(tree_flatten(module.parameters()))
-    if tensors.keys() != parameters.keys():
-        tensors = canonical(dict(tensors))
     weights, misshapen, mistyped = {}, [], []
     for name in parameters.keys() & tensors.keys():
         stored, parameter = tensors[name], parameters[name]
@@ -81,7 +83,12 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
                 weight = weight.reshape(weight.shape[0], -1)
         is_float = mx.issubdtype(weight.dtype, mx.floating)
         if weight.shape != parameter.shape:
-            misshapen.append(f"{name} {tuple(stored.shape)} instead of {_shape_in_files(parameter, stored.ndim)}")
+            expected = parameter.shape
+            if parameter.ndim == 4:
+                expected = tuple(expected[i] for i in (0, 3, 1, 2))
+            elif stored.ndim == 4:
+                expected = (*expected, 1, 1)
+            misshapen.append(f"{name} {stored.shape} instead of {expected}")
         if is_float != mx.issubdtype(parameter.dtype, mx.floating):
             mistyped.append(f"{name} of {weight.dtype}")
         weights[name] = weight.astype(dtype) if is_float and dtype is not None else weight
@@ -94,11 +101,3 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     if lines := [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]:
         raise ValueError(f"the weights do not fit the config: {'; '.join(lines)}")
     module.update(tree_unflatten(list(weights.items())))
-
-
-def _shape_in_files(parameter: mx.array, ndim: int) -> tuple[int, ...]:
-    """Return the shape that a file should have had, in the layout of files."""
-    shape = parameter.shape
-    if len(shape) == 4:
-        return (shape[0], shape[3], shape[1], shape[2])
-    return (*shape, 1, 1) if ndim == 4 else tuple(shape)

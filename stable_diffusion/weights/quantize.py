@@ -5,13 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .parts import PARTS
 
 BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = {name: PARTS[name].group_size for name in ("unet", "text_encoder", "text_encoder_2")}
-
 _EMBEDDING_BITS = 8  # a prompt's words are looked up, not summed: fewer bits would show and save little
 _MLX_GROUP_SIZES = (32, 64, 128)
 
@@ -19,9 +16,9 @@ _MLX_GROUP_SIZES = (32, 64, 128)
 def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
     """Quantize ``module`` in place: every Linear whose width divides by ``group_size``, and token embeddings at 8 bits.
 
-    Convolutions (also the 1×1 ones that are Linears here), norms and position embeddings keep their type. Weights that
-    are still lazy are read, quantized and dropped one by one. What is quantized already stays as it is. Raises
-    ValueError for a number of bits that MLX has no kernel for.
+    Convolutions (also the 1×1 ones that are Linears here), norms, position embeddings and quantized layers stay as they
+    are. Lazy weights are read, quantized and dropped one by one.
+    Raises ValueError for a number of bits that MLX has no kernel for.
     """
     quantize_lazily(module, bits, group_size)
     for _, layer in module.named_modules():
@@ -65,26 +62,27 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return bits, group_size
 
 
-def remaining_quantization(config: Mapping[str, Any], quantization: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return ``quantization``, (bits, group size), or None for weights that are stored in that number of bits.
+def remaining_quantization(part: str, config: Mapping[str, Any], bits: int) -> tuple[int, int] | None:
+    """Return (bits, group size) for a part, or None where its weights are stored in these bits.
 
-    Raises ValueError for weights that are stored in another one.
+    Raises ValueError where they are stored in others.
     """
     stored = read_quantization(config)
-    if stored and quantization and stored[0] != quantization[0]:
+    if stored and stored[0] != bits:
         raise ValueError(
-            f"its weights are stored in {stored[0]} bits, not in {quantization[0]}: "
+            f"its weights are stored in {stored[0]} bits, not in {bits}: "
             "leave them as they are, or take the model that they were made from"
         )
-    return None if stored else quantization
+    return None if stored else (bits, PARTS[part].group_size)
 
 
-def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], group_size: int) -> nn.Module:
+def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
     """Turn the layers of ``module`` whose ``tensors`` are quantized into quantized ones, to be filled with these.
 
     A layer is quantized where it has ``scales``; its bits follow from the width of its packed ``weight``. Layers whose
     shapes make no sense stay as they are, so that filling them names what is wrong.
     """
+    _, group_size = read_quantization(config)
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, int]:
         packed, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
@@ -95,9 +93,3 @@ def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], group_
         return not rest and width % group_size == 0 and bits in BITS and {"bits": bits, "group_size": group_size}
 
     nn.quantize(module, group_size=group_size, class_predicate=settings)
-    return module
-
-
-def size_in_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters as they are stored."""
-    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))

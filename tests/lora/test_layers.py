@@ -18,8 +18,8 @@ from loras import make, write
 from oracle import relative_error
 from stable_diffusion.lora.files import read_lora
 from stable_diffusion.lora.layers import LoRAConv2d, LoRALayer, attach, fuse
-from stable_diffusion.weights.load import load_component
-from stable_diffusion.weights.quantize import quantize, size_in_bytes
+from stable_diffusion.weights.load import load_component, size_in_bytes
+from stable_diffusion.weights.quantize import quantize
 from stable_diffusion.weights.save import stored_tensors
 from weights.test_load import _WIDE
 from weights.test_load import write as write_component

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL as Oracle
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, tensors, twin
 from stable_diffusion.models.config import AutoencoderConfig
 from stable_diffusion.models.vae import AutoencoderKL
+from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.load import fill
 
 SD = {
@@ -67,6 +68,6 @@ def test_attention_names_of_old_files(as_convolution):
         old[name] = value
     assert any("proj_attn" in name for name in old)
     again = AutoencoderKL(AutoencoderConfig.from_dict(SD))
-    fill(again, old)
+    fill(again, to_diffusers("vae", old))
     z = mx.array(normal(1, 2, 2, 4))
     assert np.array_equal(again.decode(z), ours.decode(z))

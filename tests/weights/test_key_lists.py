@@ -13,9 +13,8 @@ from mlx.utils import tree_flatten
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS, REAL_VAE
 from original_layout import diffusers_names, tree_of, unet_tree
 from stable_diffusion.models.config import CLIPTextConfig, UNetConfig
-from stable_diffusion.weights.formats.names import canonical
 from stable_diffusion.weights.formats.original import to_diffusers
-from stable_diffusion.weights.formats.single_file import find, read_config, read_contents
+from stable_diffusion.weights.formats.single_file import find, read_checkpoint, read_config
 from stable_diffusion.weights.load import build, fill
 
 LISTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "published_names.json.gz").read_bytes()))
@@ -86,12 +85,13 @@ def shapes(module) -> dict[str, tuple]:
 def test_published_file_maps_one_to_one(file):
     networks, pipeline, published = FILES[file]
     tensors = arrays(networks)
-    contents = read_contents(tensors, {}, file, {}, None)
-    assert contents.index["_class_name"] == f"{pipeline}Pipeline"
-    assert len(contents.networks) == (4 if pipeline == "StableDiffusionXL" else 3)
-    for kind, (prefix, config) in contents.networks.items():
+    checkpoint = read_checkpoint(Path(file), file, tensors, {}, {}, None)
+    assert checkpoint.pipeline == f"{pipeline}Pipeline"
+    assert len(checkpoint.components) == (4 if pipeline == "StableDiffusionXL" else 3)
+    for kind, component in checkpoint.components.items():
+        config, prefix = component.config, component.prefix
         module = build(kind, config)
-        fill(module, canonical(to_diffusers(kind, own(tensors, prefix))))  # raises for whatever is left over
+        fill(module, to_diffusers(kind, own(tensors, prefix)))  # raises for whatever is left over
         if kind == "unet":
             expected = REAL_UNETS[published] | {"in_channels": config["in_channels"]}
             same = (

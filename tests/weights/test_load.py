@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 from configs import UNETS
 from models.test_vae import SD as VAE
 from stable_diffusion.weights.files import Component
-from stable_diffusion.weights.load import build, fill, load_component
-from stable_diffusion.weights.quantize import BITS, quantize, size_in_bytes
+from stable_diffusion.weights.load import build, fill, load_component, size_in_bytes
+from stable_diffusion.weights.quantize import BITS, quantize
 
 
 def stored(module: nn.Module) -> dict[str, mx.array]:

@@ -201,9 +201,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path):
     component = quantized(tmp_path, {})
     with pytest.raises(ValueError, match="stored in 4 bits, not in 8"):
-        remaining_quantization(component.config, (8, 64))
-    assert remaining_quantization(component.config, (4, 64)) is None
-    assert remaining_quantization(TEXT, (4, 64)) == (4, 64)
+        remaining_quantization("text_encoder", component.config, 8)
+    assert remaining_quantization("text_encoder", component.config, 4) is None
+    assert remaining_quantization("text_encoder", TEXT, 4) == (4, 64)
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

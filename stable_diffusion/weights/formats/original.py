@@ -1,4 +1,4 @@
-"""Rename tensors of the original code bases to the names in diffusers checkpoints, which are our module names.
+"""Rename the tensors of other programs and times to the names in diffusers checkpoints, which are our module names.
 
 Single files keep the names of the code that trained them: CompVis' latent diffusion for UNet, autoencoder and
 ControlNet (Rombach et al. 2022, Zhang et al. 2023), OpenCLIP for the text encoders of Stable Diffusion 2 and XL. There
@@ -11,8 +11,11 @@ a UNet is one list of blocks, which is cut here where a level ends: after a down
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import mlx.core as mx
+
+from ..parts import PARTS
 
 RESNET_NAMES = {
     "in_layers.0": "norm1",
@@ -38,21 +41,23 @@ UNET_NAMES = {  # the blocks of a UNet
     "input_hint_block.0": "controlnet_cond_embedding.conv_in",
 }
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|op|conv)\.")
-_CONDITION = re.compile(r"input_hint_block\.(\d+)\.")
-_ZERO = re.compile(r"zero_convs\.(\d+)\.0$")
+_HINT = re.compile(r"input_hint_block\.(\d+)\.")
+_ZERO = re.compile(r"^zero_convs\.(\d+)\.0\.")
 
-_VAE = (
-    (re.compile(r"\.down\.(\d+)\.block\.(\d+)"), r".down_blocks.\1.resnets.\2"),
-    (re.compile(r"\.down\.(\d+)\.downsample\."), r".down_blocks.\1.downsamplers.0."),
-    (re.compile(r"\.mid\.block_1\."), ".mid_block.resnets.0."),
-    (re.compile(r"\.mid\.block_2\."), ".mid_block.resnets.1."),
-    (re.compile(r"\.mid\.attn_1\.norm\."), ".mid_block.attentions.0.group_norm."),
-    (re.compile(r"\.mid\.attn_1\.([qkv])\."), r".mid_block.attentions.0.to_\1."),
-    (re.compile(r"\.mid\.attn_1\.proj_out\."), ".mid_block.attentions.0.to_out.0."),
-    (re.compile(r"\.nin_shortcut\."), ".conv_shortcut."),
-    (re.compile(r"\.norm_out\."), ".conv_norm_out."),
-)
+_VAE_NAMES = {
+    r"\.down\.(\d+)\.": r".down_blocks.\1.",
+    r"_blocks\.(\d+)\.block\.": r"_blocks.\1.resnets.",
+    r"\.(up|down)sample\.": r".\1samplers.0.",
+    r"\.mid\.block_1\.": ".mid_block.resnets.0.",
+    r"\.mid\.block_2\.": ".mid_block.resnets.1.",
+    r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
+    r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
+    r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
+    r"\.nin_shortcut\.": ".conv_shortcut.",
+    r"\.norm_out\.": ".conv_norm_out.",
+}
 _VAE_UP = re.compile(r"^decoder\.up\.(\d+)\.")
+_NOT_OF_VAE = ("loss.", "model_ema.")  # the discriminator that it was trained against, and its running averages
 
 _OPEN_CLIP = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -70,32 +75,85 @@ _OPEN_CLIP_PARTS = {
 }
 _SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the last but one, which is normed in place of it
 
-# The discriminator that an autoencoder was trained against, and its running averages.
-_NOT_OF_VAE = ("loss.", "model_ema.")
+# The autoencoder's attention had other names before diffusers 0.18, and files written then keep them.
+_LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
+
+# Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
+_NOT_WEIGHTS = re.compile(r"((^|\.)position_ids|^logit_scale|^attn_mask)$|^(visual|vision_model|visual_projection)\.")
+_BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it
+_OLD = re.compile(f"{_LEGACY.pattern}|{_NOT_WEIGHTS.pattern}|^{re.escape(_BARE_CLIP)}$")
 
 
-def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Return the tensors of one network under diffusers' names; names that are diffusers' already stay.
+def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+    """Return the weights of one network under the names of today's diffusers, without what is no weight.
 
     Args:
-        kind: "unet", "vae", "text_encoder" (of Stable Diffusion 2, if it is an OpenCLIP), "text_encoder_2" (of XL) or
-            "controlnet"; the tensors of any other kind are returned as they are.
-        tensors: by their original names, without the prefix that tells networks apart in a file.
+        kind: one of PARTS; tensors of anything else keep their original names.
+        tensors: without the prefix that tells networks apart in a file; names that are diffusers' already stay.
 
     A fused projection becomes three, and OpenCLIP's text projection is transposed. All stays lazy.
     """
-    return _CONVERTERS.get(kind, dict)(tensors)
-
-
-# --- UNet and ControlNet -----------------------------------------------------------------------------------------
+    if kind in PARTS and PARTS[kind].original in tensors:
+        tensors = _CONVERTERS[kind](tensors)
+    if not any(map(_OLD.search, tensors)):
+        return tensors
+    named = {name: value for name, value in tensors.items() if not _NOT_WEIGHTS.search(name)}
+    if _BARE_CLIP in named:
+        named = {name if name.startswith("text_projection") else f"text_model.{name}": v for name, v in named.items()}
+    return {_LEGACY.sub(lambda m: f"{m[1]}.{_LEGACY_ATTENTION[m[2]]}.", name): v for name, v in named.items()}
 
 
 def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    if "input_blocks.0.0.weight" not in tensors:
-        return dict(tensors)
+    """Rename a UNet or a ControlNet: each module that is known, with all that is in it."""
     modules = UNET_NAMES | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks")
-    modules |= _condition(tensors)
-    return _rename(tensors, lambda name: _renamed(name, modules))
+    # The convolutions that a ControlNet's image goes through: every other number is an activation.
+    hint = sorted({int(match[1]) for name in tensors if (match := _HINT.match(name))})
+    modules |= {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(hint[1:-1])}
+    modules |= {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in hint[-1:]}
+
+    def renamed(name: str) -> str:
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if module := modules.get(".".join(parts[:end])):
+                inner = ".".join(parts[end:-1])
+                return ".".join(filter(None, (module, RESNET_NAMES.get(inner, inner), parts[-1])))
+        return _ZERO.sub(r"controlnet_down_blocks.\1.", name)
+
+    return _rename(tensors, renamed)
+
+
+def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
+    """Map the modules of one side of the UNet: {"input_blocks.1.0": "down_blocks.0.resnets.0", ...}."""
+    kinds = {}
+    for name in names:
+        if (match := _BLOCK.match(name)) and match[1] == side:
+            kinds[int(match[2]), int(match[3])] = match[4]
+    modules, level, layer = {}, 0, -1
+    for (n, k), kind in sorted(kinds.items()):
+        here = f"{side}_blocks.{n}.{k}"
+        if kind in ("op", "conv"):  # a sampler ends its level
+            modules[f"{here}.{kind}"] = f"{blocks}.{level}.{'down' if kind == 'op' else 'up'}samplers.0.conv"
+            level, layer = level + 1, -1
+        elif kind == "in_layers":
+            layer += 1
+            modules[here] = f"{blocks}.{level}.resnets.{layer}"
+        else:
+            modules[here] = f"{blocks}.{level}.attentions.{layer}"
+    return modules
+
+
+def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Rename an autoencoder. Its decoder counts levels from the finest, diffusers in the order of computation."""
+    last = max((int(match[1]) for name in tensors if (match := _VAE_UP.match(name))), default=0)
+
+    def renamed(name: str) -> str:
+        name = _VAE_UP.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name)
+        for pattern, replacement in _VAE_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, renamed)
 
 
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
@@ -107,74 +165,8 @@ def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> 
     return named
 
 
-def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
-    """Map the modules of one side of the UNet: {"input_blocks.1.0": "down_blocks.0.resnets.0", ...}."""
-    kinds: dict[int, dict[int, str]] = {}
-    for name in names:
-        if (match := _BLOCK.match(name)) and match[1] == side:
-            kinds.setdefault(int(match[2]), {})[int(match[3])] = match[4]
-    modules, level, layer = {}, 0, 0
-    for n in sorted(kinds):
-        for k, kind in kinds[n].items():
-            here = f"{side}_blocks.{n}.{k}"
-            if kind == "op":
-                modules[f"{here}.op"] = f"{blocks}.{level}.downsamplers.0.conv"
-            elif kind == "conv":
-                modules[f"{here}.conv"] = f"{blocks}.{level}.upsamplers.0.conv"
-            else:
-                modules[here] = f"{blocks}.{level}.{'resnets' if kind == 'in_layers' else 'attentions'}.{layer}"
-        ends = {"op", "conv"} & {*kinds[n].values()}
-        level, layer = (level + 1, 0) if ends else (level, layer + 1)
-    return modules
-
-
-def _condition(names: Iterable[str]) -> dict[str, str]:
-    """Map the convolutions that a ControlNet's image goes through: every other number is an activation."""
-    numbers = sorted({int(match[1]) for name in names if (match := _CONDITION.match(name))})
-    modules = {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(numbers[1:-1])}
-    return modules | {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in numbers[-1:]}
-
-
-def _renamed(name: str, modules: Mapping[str, str]) -> str:
-    """Rename a parameter by the map of its module or the module around it; the parts of a resnet are renamed too."""
-    module, _, parameter = name.rpartition(".")
-    if zero := _ZERO.match(module):
-        return f"controlnet_down_blocks.{zero[1]}.{parameter}"
-    inner: list[str] = []
-    while module and module not in modules:
-        module, _, last = module.rpartition(".")
-        inner.insert(0, last)
-    if not module:
-        return name
-    path = ".".join(inner)
-    return ".".join(filter(None, (modules[module], RESNET_NAMES.get(path, path), parameter)))
-
-
-# --- autoencoder -------------------------------------------------------------------------------------------------
-
-
-def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Rename an autoencoder. Its decoder counts levels from the finest, diffusers in the order of computation."""
-    levels = 1 + max((int(match[1]) for name in tensors if (match := _VAE_UP.match(name))), default=-1)
-
-    def renamed(name: str) -> str:
-        if match := _VAE_UP.match(name):
-            block = f"decoder.up_blocks.{levels - 1 - int(match[1])}."
-            name = block + name[match.end() :].replace("block.", "resnets.", 1).replace("upsample.", "upsamplers.0.")
-        for pattern, replacement in _VAE:
-            name = pattern.sub(replacement, name)
-        return name
-
-    return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, renamed)
-
-
-# --- text encoders -----------------------------------------------------------------------------------------------
-
-
-def _open_clip(tensors: Mapping[str, mx.array], layers: int | None) -> dict[str, mx.array]:
+def _open_clip(tensors: Mapping[str, mx.array], layers: int | None = None) -> dict[str, mx.array]:
     """Rename an OpenCLIP text tower: ``layers`` of it and no projection (Stable Diffusion 2), or all (None: XL)."""
-    if "positional_embedding" not in tensors:
-        return dict(tensors)
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
         if match := _OPEN_CLIP_LAYER.match(name):
@@ -200,6 +192,6 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, mx.array]], dict[str, mx.array]]] 
     "unet": _unet,
     "controlnet": _unet,
     "vae": _vae,
-    "text_encoder": lambda tensors: _open_clip(tensors, _SD2_LAYERS),
-    "text_encoder_2": lambda tensors: _open_clip(tensors, None),
+    "text_encoder": partial(_open_clip, layers=_SD2_LAYERS),
+    "text_encoder_2": _open_clip,
 }

@@ -1,4 +1,4 @@
-"""Read and write safetensors files: a JSON header, then the values of each tensor one behind the other."""
+"""Check and write safetensors files: a JSON header, then the values of each tensor one behind the other."""
 
 import json
 import math
@@ -18,8 +18,6 @@ _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4,
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
-# The exponent that infinities and NaNs have, in the unsigned integers of each type's width.
-_EXPONENTS = {mx.float32: (mx.uint32, 0x7F800000), mx.float16: (mx.uint16, 0x7C00), mx.bfloat16: (mx.uint16, 0x7F80)}
 _CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
 
 
@@ -28,44 +26,35 @@ def damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} is damaged ({reason}): delete {path.resolve()} and get it again")
 
 
-def loading_stream(kind: mx.DeviceType | None = None) -> mx.Stream:
-    """Return the stream that lazy weights belong to: unlike MLX's other streams, every thread can compute on it.
-
-    ``kind`` is ``mx.cpu``, where files are read, or ``mx.gpu``; None is the default device's.
-    """
-    return _stream(mx.default_device().type if kind is None else kind)
-
-
 @cache
-def _stream(kind: mx.DeviceType) -> mx.Stream:
+def loading_stream(kind: mx.DeviceType) -> mx.Stream:
+    """Return the stream of a kind of device that lazy weights belong to: unlike others, every thread can compute on it.
+
+    Files are read on ``mx.cpu``; what is made of their tensors is computed on the default device's.
+    """
     return mx.new_thread_unsafe_stream(mx.Device(kind, 0))
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors of a file, which are read when they are evaluated, and its metadata.
-
-    Raises ValueError for a damaged file, or one with types that MLX does not read.
-    """
-    check_safetensors(path)
-    try:
-        return mx.load(str(path), return_metadata=True, stream=loading_stream(mx.cpu))
-    except RuntimeError as error:
-        raise damaged(path, str(error).partition("\n")[0]) from error
-
-
 def check_safetensors(path: Path) -> None:
-    """Raise ValueError unless the header describes exactly the bytes that follow it.
+    """Raise ValueError unless the header describes exactly the bytes that follow it, in types that MLX reads.
 
     MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run.
     """
     size = path.stat().st_size
+    spans = []
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, _MAX_HEADER):
             raise damaged(path, f"its {size} bytes do not begin with a header")
         try:
-            spans = _spans(json.loads(file.read(length)))
+            for name, tensor in json.loads(file.read(length)).items():
+                if name != "__metadata__":
+                    first, end = map(
+                        operator.index, tensor["data_offsets"]
+                    )  # a size with a point, or in quotes, is none
+                    spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
+            spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise damaged(path, "its header is not that of a safetensors file") from error
     position = 0
@@ -78,16 +67,6 @@ def check_safetensors(path: Path) -> None:
         position = end
     if 8 + length + position != size:
         raise damaged(path, f"it has {size} bytes and should have {8 + length + position}")
-
-
-def _spans(header: dict[str, Any]) -> list[tuple[int, int, str, str, list[int]]]:
-    """List (first byte, end, name, type, shape) of each tensor in order. Raises whatever is wrong with the header."""
-    spans = []
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            first, end = map(operator.index, tensor["data_offsets"])  # a size with a point, or in quotes, is none
-            spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
-    return sorted(spans)
 
 
 def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
@@ -113,7 +92,7 @@ def write_safetensors(path: Path, names: Iterable[str], tensors: dict[str, mx.ar
         freed = 0
         for name in names:
             value = mx.contiguous(tensors.pop(name))
-            if value.dtype in _EXPONENTS and not _is_finite(value):
+            if not mx.isfinite(value).all().item():
                 raise ValueError(f"{name} is not finite in {_TYPES[value.dtype]}: take float32, or another source")
             file.write(memoryview(value.reshape(-1).view(mx.uint8)))
             freed += value.nbytes
@@ -127,8 +106,3 @@ def to_disk(file: BinaryIO) -> None:
     """Write what the system buffers of a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _is_finite(value: mx.array) -> bool:
-    unsigned, exponent = _EXPONENTS[value.dtype]
-    return not ((value.view(unsigned) & exponent) == exponent).any().item()

@@ -4,7 +4,7 @@ What shapes cannot say (heads, activation) is what all published models of that 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -130,18 +130,12 @@ def _text_encoder(tensors: Tensors) -> dict[str, Any]:
     return config
 
 
-_READERS = {
+# From the tensors of a network to its config. They raise KeyError with the name of a missing tensor, ValueError for a
+# network that cannot be run here.
+READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {
     "unet": _unet,
     "vae": _vae,
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
     "controlnet": _controlnet,
 }
-
-
-def config_from_shapes(kind: str, tensors: Tensors) -> dict[str, Any]:
-    """Return the config of a network: a "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet".
-
-    Raises KeyError with the name of a missing tensor, ValueError for a network that cannot be run here.
-    """
-    return _READERS[kind](tensors)

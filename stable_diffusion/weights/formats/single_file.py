@@ -8,15 +8,16 @@ exception: a bias that shows what a UNet of Stable Diffusion 2 predicts.
 import logging
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .. import catalog
+from ..layout import Checkpoint, Component
 from ..parts import FAMILIES, PARTS, Family, family_of
-from .names import canonical
 from .original import to_diffusers
-from .shapes import Tensors, config_from_shapes, count
+from .shapes import READERS, Tensors
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -54,61 +55,68 @@ _NOISE = {
     "timestep_spacing": "leading",
 }
 _LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
+_FIRST_BIAS = re.compile(r"up_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.0\.norm1\.bias")
 _MODES = {4: "", 5: "Depth2Img", 8: "InstructPix2Pix", 9: "Inpaint"}  # in a pipeline's name, by the UNet's channels
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Hold the configuration of a single file, as the JSON files of a folder would say it."""
+def read_checkpoint(
+    path: Path,
+    where: str,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    replaced: Mapping[str, Component],
+    prediction: str | None,
+) -> Checkpoint:
+    """Recognise the checkpoint in a file, of which all ``tensors`` are given; its tokenizers are still to be found.
 
-    index: dict  # model_index.json
-    scheduler: dict  # scheduler_config.json
-    networks: dict[str, tuple[str, dict]]  # {network: (prefix of its names in the file, config.json)}
-    pad_tokens: dict[str, str]  # {tokenizer: its pad token}, for each text encoder that the model has
-
-
-def read_contents(
-    tensors: Tensors, metadata: Mapping[str, str], where: str, replaced: Mapping[str, dict], prediction: str | None
-) -> Contents:
-    """Recognise a checkpoint.
-
-    Args:
-        tensors: all of a file, lazily.
-        metadata: of a safetensors file.
-        where: the file's name, for messages.
-        replaced: configs of the networks that come from elsewhere.
-        prediction: what the UNet predicts, where the user says so.
-
+    ``where`` is the file's name, for messages; networks in ``replaced`` come from elsewhere. ``prediction`` is what the
+    UNet predicts, where the user says so.
     Raises ValueError for a file of another kind, a missing network, or tensors of no network.
     """
     prefixes = {kind: prefix for kind, prefix in find(tensors, where).items() if kind not in replaced}
-    configs = replaced | {kind: read_config(kind, tensors, prefix, where) for kind, prefix in prefixes.items()}
-    if "unet" not in configs:
-        held = ", ".join(prefixes)
-        raise ValueError(f"{where} holds only {held} and no UNet: give a whole checkpoint, and this as a part of it")
-    unet, family = configs["unet"], _family(configs["unet"], prefixes)
-    needed = ["unet", "vae", *(kind for kind, part in PARTS.items() if part.tokenizer in family.pad_tokens)]
-    if missing := [PARTS[kind].label for kind in needed if kind not in configs]:
-        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as the one of {family.repo}")
-    pipeline = _pipeline(family, unet, where)
-    scheduler = _NOISE | (_LCM if unet.get("time_cond_proj_dim") is not None else family.scheduler)
-    if prediction is None:
-        prediction = _stated_prediction(tensors, metadata)
-    is_sd2 = family is FAMILIES["sd2"]
-    if prediction is None and is_sd2 and pipeline == "StableDiffusionPipeline" and "unet" in prefixes:
-        prediction = _measured_prediction(tensors, prefixes["unet"], where)
-    scheduler["prediction_type"] = prediction or "epsilon"
+    configs = {kind: read_config(kind, tensors, prefix, where) for kind, prefix in prefixes.items()}
+    configs |= {kind: component.config for kind, component in replaced.items()}
+    family, needed = _family(configs, prefixes, where)
+    unet, pipeline = configs["unet"], _pipeline(family, configs["unet"], where)
+    scheduler = _NOISE | (family.scheduler if unet.get("time_cond_proj_dim") is None else _LCM)
+    can_measure = family is FAMILIES["sd2"] and pipeline == "StableDiffusionPipeline"
+    measured = prefixes.get("unet") if can_measure else None
+    scheduler["prediction_type"] = prediction or _prediction(tensors, metadata, where, measured)
     if "ztsnr" in tensors:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if "unet" in prefixes:
-        is_large = is_sd2 and prediction == "v_prediction"
-        unet["sample_size"] = _stated_size(metadata) or (96 if is_large else family.sample_size)
-    return Contents(
+        unet["sample_size"] = _sample_size(family, scheduler["prediction_type"], metadata)
+    steps, guidance = catalog.defaults_for(pipeline, scheduler)
+    if distilled := catalog.distilled(path.stem):
+        scheduler |= distilled[0]
+        steps, guidance = distilled[1], 0.0
+        _log.info("%s is a distilled model by its name: %d steps without guidance", where, steps)
+    return Checkpoint(
+        name=where,
+        folder=path.parent,
+        pipeline=pipeline,
         index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **family.options},
         scheduler=scheduler,
-        networks={kind: (prefix, configs[kind]) for kind, prefix in prefixes.items() if kind in needed},
+        components={k: Component(k, configs[k], (path,), prefixes[k]) for k in needed if k in prefixes} | replaced,
+        tokenizers=dict.fromkeys(family.pad_tokens, path.parent),
+        steps=steps,
+        guidance=guidance,
         pad_tokens=dict(family.pad_tokens),
     )
+
+
+def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str) -> tuple[Family, list[str]]:
+    """Return the family and the networks that it needs. Raises ValueError where one of them is missing."""
+    if "unet" not in configs:
+        held = ", ".join(prefixes)
+        raise ValueError(f"{where} holds only {held} and no UNet: give a whole checkpoint, and this as a part of it")
+    family = family_of(configs["unet"])
+    if family is FAMILIES["xl"] and prefixes.get("text_encoder_2", "").startswith("conditioner.embedders.0."):
+        family = FAMILIES["refiner"]  # the second encoder is its only one
+    needed = ["unet", "vae", *(kind for kind, part in PARTS.items() if part.tokenizer in family.pad_tokens)]
+    if missing := [PARTS[kind].label for kind in needed if kind not in configs]:
+        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as the one of {family.repo}")
+    return family, needed
 
 
 def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[str, str]:
@@ -157,9 +165,9 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
 
     Raises ValueError for a network that is cut short, or that is of another family.
     """
-    network = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    network = _network(tensors, prefix)
     try:
-        config = config_from_shapes(kind, canonical(to_diffusers(kind, network)))
+        config = READERS[kind](to_diffusers(kind, network))
     except KeyError as error:
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
@@ -169,13 +177,11 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     return config
 
 
+def _network(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 # --- what no shape tells -----------------------------------------------------------------------------------------
-
-
-def _family(unet: Mapping[str, Any], prefixes: Mapping[str, str]) -> Family:
-    family = family_of(unet)
-    has_one_encoder = prefixes.get("text_encoder_2", "").startswith("conditioner.embedders.0.")
-    return FAMILIES["refiner"] if has_one_encoder and family is FAMILIES["xl"] else family
 
 
 def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
@@ -189,33 +195,32 @@ def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
     return f"StableDiffusion{'XL' if family is FAMILIES['xl'] else ''}{_MODES[channels]}Pipeline"
 
 
-def _stated_prediction(tensors: Collection[str], metadata: Mapping[str, str]) -> str | None:
-    """Read what the UNet predicts from the metadata of trainers, or an empty tensor that is a flag."""
+def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
+    """Return what the UNet predicts, by the metadata of trainers, or by an empty tensor that is a flag.
+
+    Where neither says it, the UNet of Stable Diffusion 2 with the prefix ``measured`` shows it, by the spread of its
+    last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which predicts
+    the velocity. Other programs that read such files look at the same tensor, with the same bound.
+    """
     stated = metadata.get("modelspec.prediction_type", "").lower()
     architecture = metadata.get("modelspec.architecture", "")
     if "v_pred" in tensors or stated in ("v", "v_prediction") or architecture.startswith("stable-diffusion-v2-768-v"):
         return "v_prediction"
-    return "epsilon" if stated == "epsilon" or architecture.startswith("stable-diffusion-v2-512") else None
-
-
-def _measured_prediction(tensors: Tensors, prefix: str, where: str) -> str:
-    """Tell the two kinds of Stable Diffusion 2 apart by the spread of the last transformer's first bias.
-
-    It is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which predicts the velocity. Other programs that
-    read such files look at the same tensor, with the same bound.
-    """
-    unet = to_diffusers("unet", {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
-    block = f"up_blocks.{count(unet, 'up_blocks[.]([0-9]+)') - 1}.attentions"
-    last = count(unet, rf"{re.escape(block)}\.(\d+)\.") - 1
-    bias = unet.get(f"{block}.{last}.transformer_blocks.0.norm1.bias", mx.zeros(1)).astype(mx.float32)
-    prediction = "v_prediction" if mx.std(bias).item() > 0.09 else "epsilon"
+    if stated == "epsilon" or architecture.startswith("stable-diffusion-v2-512") or measured is None:
+        return "epsilon"
+    unet = to_diffusers("unet", _network(tensors, measured))
+    biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
+    spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0
+    prediction = "v_prediction" if spread > 0.09 else "epsilon"
     _log.warning(
         "%s does not say what it predicts, by its weights %s; the argument prediction overrules", where, prediction
     )
     return prediction
 
 
-def _stated_size(metadata: Mapping[str, str]) -> list[int] | None:
-    """Return [height, width] of the latents that a trainer says it trained on."""
-    match = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
-    return [int(match[2]) // 8, int(match[1]) // 8] if match else None
+def _sample_size(family: Family, prediction: str, metadata: Mapping[str, str]) -> int | list[int]:
+    """Return the size of the latents, or [height, width] where a trainer says on which it trained."""
+    size = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
+    if size:
+        return [int(size[2]) // 8, int(size[1]) // 8]
+    return 96 if family is FAMILIES["sd2"] and prediction == "v_prediction" else family.sample_size
