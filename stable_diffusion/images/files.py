@@ -20,13 +20,9 @@ WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
 UNFINISHED: set[Path] = set()  # files being written; a process that exits early removes them
+_JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
 # Suffix -> (Pillow's format, options for saving).
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".webp": ("WEBP", {"quality": 95}),
-}
+_FORMATS = {".png": ("PNG", {}), ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": ("WEBP", {"quality": 95})}
 SUFFIXES = tuple(_FORMATS)
 # EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory.
 _DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
@@ -36,9 +32,9 @@ _LARGEST_EXIF = 65533  # bytes; a JPEG segment has a 16-bit length
 
 
 def open_image(path: str | os.PathLike, background: Colour = WHITE) -> Image.Image:
-    """Read an image file upright, as RGB, its transparent parts filled with ``background``.
+    """Read an image file, or the first frame of an animation: upright, RGB, ``background`` behind transparent parts.
 
-    Of an animation it is the first frame. Raises ValueError, one line with the path, for a file that cannot be read.
+    Raises ValueError, one line with the path, for a file that cannot be read.
     """
     with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
@@ -118,10 +114,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """Check before any work that an image can be written to ``path``, and return it as a Path. Nothing is created.
-
-    Raises ValueError or OSError, one line with the path and the remedy.
-    """
+    """Check before any work that an image can be written to ``path``; returns a Path. Raises ValueError or OSError."""
     if not os.fspath(path).strip():
         raise ValueError("the output path is empty; give one like image.png")
     path = Path(path)
@@ -153,15 +146,13 @@ def save(
     """Write an image in the format of the suffix. The file appears under its name when it is complete.
 
     Args:
-        text: keyword -> text. PNG stores them as text chunks. JPEG and WebP store "parameters" and
-            "stable_diffusion" in EXIF, of which a JPEG holds 64 kB: what does not fit is left out with a warning,
-            "parameters" first.
+        text: keyword -> text. JPEG and WebP store "parameters" and "stable_diffusion" only, in EXIF. Of that a JPEG
+            holds 64 kB: what does not fit is left out with a warning, "parameters" first.
         quality: of JPEG and WebP, 1 to 100; None is 95.
         overwrite: replace an existing file. If False, raise FileExistsError, also if another process takes the name
             meanwhile.
 
-    Raises ValueError as :func:`check_output` and for a ``quality`` of PNG, and OSError, one line with the path, if
-    writing fails.
+    Raises ValueError as :func:`check_output` and for a ``quality`` of PNG, and OSError if writing fails.
     """
     path = check_output(path)
     format_, options = _format_options(path, text, quality)
@@ -189,18 +180,18 @@ def save(
 def _format_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> tuple[str, dict[str, Any]]:
     """Return Pillow's format and options for a file of this name."""
     format_, options = _FORMATS[path.suffix.lower()]
+    options = dict(options)
     if quality is not None:
         if format_ == "PNG" or not 1 <= quality <= 100:
             raise ValueError(f"a quality of {quality} for {path.name}: it is 1 to 100, for JPEG and WebP")
-        options = options | {"quality": quality}
-    if not text:
-        return format_, options
-    if format_ != "PNG":
-        return format_, options | _exif(text, path, _LARGEST_EXIF if format_ == "JPEG" else None)
-    chunks = PngImagePlugin.PngInfo()
-    for keyword, value in text.items():
-        chunks.add_text(keyword, value)  # tEXt for Latin-1, else iTXt
-    return format_, options | {"pnginfo": chunks}
+        options["quality"] = quality
+    if text and format_ == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        for keyword, value in text.items():
+            options["pnginfo"].add_text(keyword, value)  # tEXt for Latin-1, else iTXt
+    elif text:
+        options |= _exif(text, path, _LARGEST_EXIF if format_ == "JPEG" else None)
+    return format_, options
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -224,7 +215,7 @@ def _rename_new(temporary: Path, path: Path) -> None:
 def read_text(path: str | os.PathLike) -> dict[str, str]:
     """Read the texts in an image file: those :func:`save` wrote, and any other of a PNG. Damaged ones are left out.
 
-    Raises ValueError, one line with the path, for a file that is no image.
+    Raises ValueError for a file that is no image.
     """
     texts: dict[str, str] = {}
     with opened(path) as image:
