@@ -17,9 +17,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import CLIPTokenizer
 
-from stable_diffusion.text.tokenizer import Tokenizer
+from stable_diffusion.text.tokenizer import BOS, EOS, Tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SAMPLE = """
 A photo of an astronaut riding a horse on mars, highly detailed, 8k, trending on artstation; isn't it? We'll see,
 they've said I'm 100% sure he'd do what you're told. The café's naïve crème brûlée — “quoted”, ‘single’ … Ångström.
@@ -50,41 +49,33 @@ PICKED = [
     "</w>", "hello</w>", "Ġhello ĠĊ", "cat! dog!! !", "!a!b!",
 ]  # fmt: skip
 
+
+def token(content: str, **fields) -> dict:
+    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False} | fields
+
+
+NAMES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+OBJECTS = {name: token(content) for name, content in NAMES.items()}
 # The special_tokens_map.json and tokenizer_config.json that are found in checkpoints.
 CONFIGS = {
     "nothing": ({}, {}),
-    "sd1": (
-        {
-            name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
-        }
-        | {"pad_token": EOS},
-        {"pad_token": EOS, "model_max_length": 77, "do_lower_case": True},
-    ),
+    "sd1": (OBJECTS | {"pad_token": EOS}, {"pad_token": EOS, "model_max_length": 77, "do_lower_case": True}),
     "sd2": (
-        {
-            name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
-        }
-        | {"pad_token": "!"},
-        {
-            name: {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": True, "rstrip": False,
-                   "single_word": False}
-            for name, token in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
-        }
+        OBJECTS | {"pad_token": "!"},
+        {name: {"__type": "AddedToken"} | value for name, value in OBJECTS.items()}
         | {"pad_token": EOS, "model_max_length": 77},
     ),
-    "config only": ({}, {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "model_max_length": 77}),
+    "config only": ({}, NAMES | {"pad_token": "!", "model_max_length": 77}),
     "xl2": (
-        {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "unk_token": EOS},
-        {
+        NAMES | {"pad_token": "!"},
+        NAMES
+        | {"pad_token": "!", "model_max_length": 77, "additional_special_tokens": []}
+        | {
             "added_tokens_decoder": {
                 "0": {"content": "!", "normalized": False, "special": True},
                 "BOS": {"content": BOS, "normalized": True, "special": False},
                 "EOS": {"content": EOS, "normalized": False, "special": False},
-            },
-            "additional_special_tokens": [],
-            "bos_token": BOS, "eos_token": EOS, "pad_token": "!", "unk_token": EOS, "model_max_length": 77,
+            }
         },
     ),
     "additional": (
@@ -93,17 +84,18 @@ CONFIGS = {
     ),
     "textual inversion": (
         {},
-        {
+        NAMES
+        | {"pad_token": EOS, "model_max_length": 20}
+        | {
             "added_tokens_decoder": {
                 "BOS": {"content": BOS, "normalized": True, "special": True},
                 "EOS": {"content": EOS, "normalized": True, "special": True},
                 "NEW": {"content": "<Cat-Toy>", "normalized": True, "special": False},
                 "NEW2": {"content": "<Cat", "normalized": True, "special": False},
-            },
-            "bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS, "model_max_length": 20,
+            }
         },
     ),
-}  # fmt: skip
+}
 
 
 def train_bpe(n_merges: int = 3000) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -115,14 +107,12 @@ def train_bpe(n_merges: int = 3000) -> tuple[dict[str, int], list[tuple[str, str
         [pre_tokenizers.Split(Regex(split), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer = trainers.BpeTrainer(vocab_size=n_merges + 512, end_of_word_suffix="</w>", show_progress=False)
-    texts = [SAMPLE] * 3 + [
-        Path(unittest_file).read_text() for unittest_file in (random.__file__, json.__file__, __file__)
-    ]
+    texts = [SAMPLE] * 3 + [Path(file).read_text() for file in (random.__file__, json.__file__, __file__)]
     backend.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [char + "</w>" for char in alphabet] + [left + right for left, right in merges] + [BOS, EOS]
-    assert alphabet[0] == "!" and len(alphabet) == 256
+    assert alphabet[0] == "!" and len(alphabet) == 256 and len(merges) > 2000  # worth testing
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
@@ -173,17 +163,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     composed = [c for c in ASSIGNED if unicodedata.decomposition(chr(c))]
     blanks = [c for c in ASSIGNED if chr(c).isspace()]
     numbers = [c for c in ASSIGNED if unicodedata.category(chr(c)).startswith("N")]
-    pools = [
-        ASSIGNED,
-        marks,
-        cased,
-        composed,
-        blanks,
-        numbers,
-        range(0x20, 0x7F),
-        range(0x180),
-        range(0x3130, 0xA000),
-    ]
+    pools = [ASSIGNED, marks, cased, composed, blanks, numbers, range(0x20, 0x7F), range(0x180), range(0x3130, 0xA000)]
     words = [*SAMPLE.split(), BOS, EOS, BOS.upper(), "<|", "|>", "'s", "'LL", "!", "<Cat-Toy>", "<cat-toy>", " "]
 
     def piece() -> str:
@@ -201,21 +181,8 @@ def assert_equal_ids(ours: Tokenizer, theirs: CLIPTokenizer, texts: list[str]) -
         assert ours.encode(text) == ids, ascii(text)
 
 
-def test_the_vocabulary_is_worth_testing(bpe):
-    vocab, merges = bpe
-    assert len(merges) > 2000 and len(vocab) == 512 + len(merges) + 2
-
-
-def test_picked_strings(pair):
-    assert_equal_ids(*pair, PICKED)
-
-
-def test_random_strings(pair):
-    assert_equal_ids(*pair, random_texts(1500, seed=1))
-
-
-def test_many_random_strings(sd1):
-    assert_equal_ids(*sd1, random_texts(6000, seed=2))
+def test_picked_and_random_strings(pair):
+    assert_equal_ids(*pair, PICKED + random_texts(1500, seed=1))
 
 
 def test_every_assigned_character_in_a_word(sd1):
@@ -233,22 +200,15 @@ def test_order_of_combining_marks(sd1):
     assert_equal_ids(*sd1, [" ".join(f"e{m}{p} e{p}{m}" for m in marks) for p in probes])
 
 
-def test_pad_token_of_each_config(bpe, tmp_path):
-    pads = {}
-    for i, (name, files) in enumerate(CONFIGS.items()):
-        ours = Tokenizer.from_folder(write_folder(tmp_path / str(i), bpe, *files))
-        assert (ours.bos_id, ours.eos_id) == (bpe[0][BOS], bpe[0][EOS])
-        pads[name] = {0: "!", ours.eos_id: EOS}[ours.pad_id]
-    assert pads == {
-        "nothing": EOS,
-        "sd1": EOS,
-        "sd2": "!",
-        "config only": "!",
-        "xl2": "!",
-        "additional": "!",
-        "textual inversion": EOS,
-    }
-    assert Tokenizer(*bpe, pad_token="!").pad_id == 0
+def test_pad_tokens(bpe, tmp_path):
+    folders = {name: write_folder(tmp_path / name, bpe, *files) for name, files in CONFIGS.items()}
+    tokenizers = {name: Tokenizer.from_folder(folder) for name, folder in folders.items()}
+    assert {(ours.bos_id, ours.eos_id) for ours in tokenizers.values()} == {(bpe[0][BOS], bpe[0][EOS])}
+    with_end = {name for name, ours in tokenizers.items() if ours.pad_id == ours.eos_id}
+    assert with_end == {"nothing", "sd1", "textual inversion"}
+    assert {ours.pad_id for name, ours in tokenizers.items() if name not in with_end} == {bpe[0]["!"]}
+    assert Tokenizer(*bpe, pad_token="!").pad_id == Tokenizer.from_folder(folders["sd1"], "!").pad_id == bpe[0]["!"]
+    assert [tokenizers[name].max_length for name in ("sd1", "additional", "textual inversion")] == [77, 77, 20]
 
 
 def test_decode(sd1):
@@ -327,42 +287,29 @@ def test_lone_surrogates_are_refused(sd1):
     assert "\n" not in str(error.value)
 
 
-def damage(folder: Path, name: str, content: str | None) -> None:
-    (folder / name).unlink() if content is None else (folder / name).write_text(content, encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("vocab.json", None, "vocab.json is missing"),
         ("merges.txt", None, "merges.txt is missing"),
         ("vocab.json", "{not json", "vocab.json is not readable as JSON"),
-        ("vocab.json", "[]", "vocab.json holds a list"),
         ("vocab.json", '{"a": 0}', "special token '<|startoftext|>' is not in the vocabulary"),
         ("tokenizer_config.json", "", "tokenizer_config.json is not readable"),
         ("special_tokens_map.json", "\x00", "special_tokens_map.json is not readable"),
         ("special_tokens_map.json", '{"pad_token": "[PAD]"}', "[PAD]"),
         ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "special_tokens_map.json: 'pad_token'"),
-        ("special_tokens_map.json", '{"pad_token": {"content": 5}}', "special_tokens_map.json: 'pad_token'"),
-        ("special_tokens_map.json", '{"bos_token": "<s>"}', "<s>"),
-        ("special_tokens_map.json", '{"pad_token": [[]]}', "special_tokens_map.json: 'pad_token'"),
         ("special_tokens_map.json", '{"additional_special_tokens": "ab"}', "special_tokens_map.json: 'additional_sp"),
-        ("special_tokens_map.json", '{"additional_special_tokens": [[]]}', "special_tokens_map.json: 'additional_sp"),
-        ("special_tokens_map.json", '{"additional_special_tokens": 5}', "special_tokens_map.json: 'additional_sp"),
         ("vocab.json", '{"a": "b"}', "vocab.json: 'a' has an unknown shape, 'b'; download it again"),
         ("added_tokens.json", '{"a": "b"}', "added_tokens.json: 'a'"),
         ("merges.txt", "#version: 0.2\na b c\n", "merge 1, 'a b c', is not two tokens"),
         ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "tokenizer_config.json: 'added_tokens_decoder'"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "a"}}', "tokenizer_config.json: 'added_tokens_dec"),
-        ("tokenizer_config.json", '{"model_max_length": {}, "pad_token": [[1]]}', "tokenizer_config.json: 'pad_token'"),
         ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json: 'model_max_length'"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not readable as JSON"),
-        ("merges.txt", "#version: 0.2\nab\n", "merge 1, 'ab'"),
         ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
         ("tokenizer.json", "[]", "tokenizer.json holds a list"),
         ("tokenizer.json", '{"model": "BPE"}', "tokenizer.json: 'model'"),
         ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "tokenizer.json is not a BPE tokenizer"),
-        ("tokenizer.json", '{"model": {"vocab": [1], "merges": [1]}}', "tokenizer.json: 'vocab'"),
         ("tokenizer.json", '{"model": {"vocab": {"a": "b"}, "merges": ["a b"]}}', "tokenizer.json: 'vocab'"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": 7}}', "tokenizer.json: 'merges'"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": [7]}, "added_tokens": [7]}', "'added_tokens'"),
@@ -370,9 +317,10 @@ def damage(folder: Path, name: str, content: str | None) -> None:
 )
 def test_broken_folders(bpe, tmp_path, name, content, message):
     folder = write_folder(tmp_path / "broken", bpe, *CONFIGS["sd1"])
-    damage(folder, name, content)
-    if name == "tokenizer.json":  # it counts only where there is no vocab.json
-        damage(folder, "vocab.json", None)
+    if content is None or name == "tokenizer.json":  # which counts only where there is no vocab.json
+        (folder / ("vocab.json" if content else name)).unlink()
+    if content is not None:
+        (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError) as error:
         Tokenizer.from_folder(folder)
     assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
