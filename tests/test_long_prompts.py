@@ -41,17 +41,5 @@ def test_the_memory_of_encoding_grows_linearly(sd):
     assert last > 2 * first  # it is the encoding that was measured
 
 
-def test_the_rows_of_the_encoder_grow_linearly(sd):
-    seen = []
-
-    def counting(ids: mx.array):
-        seen.append(ids.shape)
-        return sd.text_encoder(ids)
-
-    for tokens in (1, 75, 150, 300, 301):
-        encode(prompt(tokens), [(sd.tokenizer, counting)], xl=False)
-    assert seen == [(1, 77), (1, 77), (2, 77), (4, 77), (5, 77)]
-
-
 def test_the_memory_of_a_step_grows_linearly(sd):
     least(lambda text: list(sd.generate_latents(text, num_steps=1, cfg_weight=4.0, seed=0)), runs=3)

@@ -182,8 +182,10 @@ class _Reader:
 
         def close(first: int) -> _Items:
             """Return the items behind a bracket; those that were opened in it have no partner and are text."""
-            items = [item for bracket, inner in levels[first:] for item in (bracket, *inner)]
-            opened.subtract(bracket for bracket, _ in levels[first:])
+            items: _Items = []
+            for bracket, inner in levels[first:]:
+                items += [bracket, *inner]
+                opened[bracket] -= 1
             del levels[first:]
             return items[1:]
 

@@ -19,18 +19,14 @@ from stable_diffusion.images.image import fit, from_array, grid, mask_of, pixels
         ((512, 512), None, None, 512, (512, 512)),
         ((500, 333), None, None, 512, (504, 336)),
         ((1000, 1000), None, None, 512, (1000, 1000)),
-        ((1024, 1024), None, None, 512, (1024, 1024)),
         ((4096, 4096), None, None, 512, (1024, 1024)),
         ((4032, 3024), None, None, 512, (1176, 888)),
         ((3024, 4032), None, None, 512, (888, 1176)),
-        ((32, 32), None, None, 512, (64, 64)),
         ((20, 40), None, None, 512, (64, 128)),
         ((1, 1), None, None, 512, (64, 64)),
         ((640, 480), 320, None, 512, (320, 240)),
         ((640, 480), None, 240, 512, (320, 240)),
-        ((640, 480), 512, None, 512, (512, 384)),
         ((480, 640), 512, None, 512, (512, 680)),
-        ((640, 480), 2048, None, 512, (2048, 1536)),
         ((5000, 1), 512, None, 512, (512, 64)),
         ((640, 480), 100, 7, 512, (100, 7)),
         ((5000, 1), None, None, 512, (16384, 64)),
@@ -55,27 +51,27 @@ def test_properties_of_target_sizes():
         assert other[0] == width and other[1] % 8 == 0 and 64 <= other[1] <= 32 * width
 
 
-def test_fit_crops_the_middle():
-    picture = Image.new("RGB", (300, 100), RED)
-    picture.paste(GREEN, (100, 0, 200, 100))
-    got = pixels(fit(picture, 50, 50))
-    assert got.shape == (50, 50, 3) and np.abs(got[:, 3:-3] - GREEN).max() == 0
-    tall = fit(picture.transpose(Image.Transpose.ROTATE_90), 50, 50, "crop")
-    assert np.abs(pixels(tall)[3:-3] - GREEN).max() == 0
+BANDS = np.repeat(np.array([RED, GREEN, BLUE]), 100, axis=0).astype(np.uint8)  # 300 pixels
 
 
-def test_fit_stretches():
-    picture = Image.new("RGB", (300, 100), RED)
-    picture.paste(GREEN, (150, 0, 300, 100))
-    got = pixels(fit(picture, 60, 60, "stretch"))
-    assert got.shape == (60, 60, 3)
-    assert np.abs(got[:, :25] - RED).max() == 0 and np.abs(got[:, 35:] - GREEN).max() == 0
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "bands"),
+    [("crop", [GREEN] * 60), ("stretch", [RED] * 20 + [GREEN] * 20 + [BLUE] * 20)],
+)
+def test_fit_crops_the_middle_or_stretches(mode, bands, upright):
+    picture = np.tile(BANDS, (100, 1, 1))
+    image = Image.fromarray(picture.transpose(1, 0, 2) if upright else picture)
+    got = pixels(fit(image, 60, 60, mode))
+    got = got.transpose(1, 0, 2) if upright else got
+    inside = [i for i in range(60) if min(i % 20, 19 - i % 20) >= 4]  # away from the borders, where Lanczos blends
+    assert got.shape == (60, 60, 3) and (got[:, inside] == np.array(bands)[inside]).all()
 
 
 def test_fit_pads():
     got = pixels(fit(Image.new("RGB", (300, 100), RED), 60, 60, "pad", BLUE))
     assert got.shape == (60, 60, 3)
-    assert np.abs(got[:20] - BLUE).max() == 0 and np.abs(got[20:40] - RED).max() == 0 and (got[40:] == BLUE).all()
+    assert (got[:20] == BLUE).all() and (got[20:40] == RED).all() and (got[40:] == BLUE).all()
     assert (pixels(fit(Image.new("RGB", (10, 30), RED), 30, 30, "pad"))[:, :10] == WHITE).all()
 
 
@@ -88,10 +84,10 @@ def test_fit_keeps_what_fits_and_uses_lanczos():
 
 
 @pytest.mark.parametrize("mode", ["crop", "stretch", "pad"])
-@pytest.mark.parametrize("size", [(1, 1), (1, 900), (5000, 1), (5000, 3000), (7, 13), (333, 64)])
-def test_fit_of_any_size(mode, size):
-    for target in ((64, 64), (72, 200), (1, 1), (513, 64)):
-        assert fit(Image.new("RGB", size, RED), *target, mode).size == target
+def test_fit_of_any_size(mode):
+    for size in ((1, 1), (1, 900), (5000, 1), (5000, 3000), (7, 13), (333, 64)):
+        for target in ((64, 64), (72, 200), (1, 1), (513, 64)):
+            assert fit(Image.new("RGB", size, RED), *target, mode).size == target
 
 
 def test_fit_of_masks_and_other_modes():
@@ -134,13 +130,11 @@ def test_arrays_are_rounded_and_clipped():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(bad):
-    for kind in (np.float16, np.float32, np.float64):
-        array = np.zeros((4, 4, 3), kind)
-        array[1, 2, 0] = bad
+    array = np.zeros((4, 4, 3))
+    array[1, 2, 0] = bad
+    for given in (array.astype(np.float16), array.astype(np.float32), array, mx.array(array)):
         with pytest.raises(ValueError, match="1 of 48 values of the image are not finite"):
-            from_array(array)
-    with pytest.raises(ValueError, match="not finite"):
-        from_array(mx.full((2, 2, 3), float(bad)))
+            from_array(given)
 
 
 def test_arrays_of_another_kind_are_refused():

@@ -77,13 +77,6 @@ def test_text_without_alternatives_comes_back_as_it_was_typed(seed):
         assert expand(text.replace("__", ""), seed, lists) == [text.replace("__", "")]
 
 
-def test_alternatives_by_chance_are_repeated_by_their_seed():
-    text = "{a|b|c|d} {e|f|g|h}"
-    chosen = {expand(text, seed)[0] for seed in range(200)}
-    assert chosen == set(expand(text))
-    assert all(len(expand(text, seed)) == 1 and expand(text, seed) == expand(text, seed) for seed in range(5))
-
-
 @pytest.mark.parametrize("text", ["(a:0.00001)", "(a:123456789012.5)", "[a:b:0.0000001]", "(a:-0.00000000000000001)"])
 def test_numbers_are_written_as_they_are_read(text):
     (written,) = expand("{" + text + "}")
@@ -125,37 +118,35 @@ def test_a_wildcard_stands_for_the_lines_of_its_list():
     assert wild("__odd/one__") == [r"a \| b: c\)"] and pieces(r"a \| b: c\)") == [Piece("a | b: c)")]
 
 
-@pytest.mark.parametrize("text", ["__ colour__", "____", "_colour_", "__col our__", "__colour_", "___", "__(colour)__"])
-def test_what_only_looks_like_a_wildcard_is_text(text):
-    assert wild(text) == expand(text)
+def test_what_only_looks_like_a_wildcard_is_text():
+    for text in ("__ colour__", "____", "_colour_", "__col our__", "__colour_", "___", "__(colour)__", r"\__colour__"):
+        assert wild(text) == expand(text)
+    assert expand("a __colour__ {x|y}") == ["a __colour__ x", "a __colour__ y"]  # without lists
 
 
-def test_without_lists_a_wildcard_is_text():
-    assert expand("a __colour__ {x|y}") == ["a __colour__ x", "a __colour__ y"]
-    assert wild(r"a \__colour__") == [r"a \__colour__"] and pieces(r"\__colour__") == [Piece("__colour__")]
-
-
-def test_wildcards_by_chance_are_repeated_by_their_seed():
+def test_a_seed_chooses_every_prompt_and_repeats_its_choice():
     text = "a __colour__ __animal__ or {a|b}"
-    chosen = {wild(text, seed)[0] for seed in range(500)}
-    assert chosen == set(wild(text))
-    assert all(wild(text, seed) == wild(text, seed) for seed in range(5))
-    # A list chooses as its lines do where they are written out.
+    assert {wild(text, seed)[0] for seed in range(500)} == set(wild(text))
     for seed in range(20):
-        assert wild("__colour__ {a|b}", seed) == expand("{red|{light|dark} blue} {a|b}", seed)
+        (chosen,) = wild("__colour__ {a|b}", seed)
+        # A list chooses as its lines do where they are written out.
+        assert [chosen] == wild("__colour__ {a|b}", seed) == expand("{red|{light|dark} blue} {a|b}", seed)
 
 
-def test_wildcards_that_cannot_be_read_are_named():
-    with pytest.raises(ValueError, match=r"__two__ leads back to itself \(two -> one-way -> two\)"):
-        wild("a __two__")
-    with pytest.raises(ValueError, match=r"__self__ leads back to itself \(self -> self\)"):
-        wild("__self__", seed=0)
-    with pytest.raises(ValueError, match=r"^there is no absent$"):
-        wild("__absent__")
-    with pytest.raises(ValueError, match=r"^there is no absent; __nested__ asks for it$"):
-        wild("__nested__")
-    with pytest.raises(ValueError, match="__none__ has no lines"):
-        wild("__none__")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a __two__", r"__two__ leads back to itself \(two -> one-way -> two\)"),
+        ("__self__", r"__self__ leads back to itself \(self -> self\)"),
+        ("__absent__", r"^there is no absent$"),
+        ("__nested__", r"^there is no absent; __nested__ asks for it$"),
+        ("__none__", "__none__ has no lines"),
+    ],
+)
+def test_wildcards_that_cannot_be_read_are_named(text, message):
+    for seed in (None, 0):
+        with pytest.raises(ValueError, match=message):
+            wild(text, seed)
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -174,25 +165,30 @@ def test_wildcards_within_wildcards_have_limits(seed):
         expand("__0__", seed, chain("__{0}__ __{0}__", "{|}", 60))
 
 
-def test_the_number_of_prompts_counts_wildcards():
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("__b__", 10_001),
+        ("__b__ __c____b__", 10_003_000_300_010),
+        ("{a|b|c|d|e|f|g|h|i|j}" * 12, 10**12),
+        ("{a|b}" * 1000, 10**15),  # more are not told apart
+    ],
+)
+def test_too_many_prompts_are_refused(text, count):
     table = {"a": [str(i) for i in range(100)], "b": ["__a__ __a__", "x"], "c": ["__b__"] * 10}.__getitem__
-    assert len(expand("__a__ __a__", None, table)) == 10_000
-    with pytest.raises(ValueError, match="stand for 10001 prompts; at most 10000"):
-        expand("__b__", None, table)
-    with pytest.raises(ValueError, match="stand for 10003000300010 prompts"):
-        expand("__b__ __c____b__", None, table)
-    assert len(expand("__c__ __c__ __c__ __c__", 0, table)) == 1
+    with pytest.raises(ValueError, match=f"stand for {count} prompts; at most 10000"):
+        expand(text, None, table)
+    assert len(expand("__a__ __a__", None, table)) == 10_000 and len(expand(text, 0, table)) == 1
 
 
-def test_too_much_is_refused():
+def test_what_parts_do_not_read():
     with pytest.raises(ValueError, match="nested more than 64 deep"):
-        pieces("(" * 100 + "a" + ")" * 100)
-    with pytest.raises(ValueError, match="1000000000000 prompts; at most 10000"):
-        expand("{a|b|c|d|e|f|g|h|i|j}" * 12)
-    with pytest.raises(ValueError, match="1000000000000000 prompts; at most 10000"):
-        expand("{a|b}" * 100_000)
+        parts("(" * 65 + "a" + ")" * 65)
+    assert pieces("(" * 64 + "a" + ")" * 64) == [Piece("a", pytest.approx(1.1**64))]
     with pytest.raises(ValueError, match="expand it"):
         parts("a {b|c}")
+    with pytest.raises(ValueError, match="emphasis 'loud' is unknown; choose one of mean, values, none"):
+        parts("a", "loud")
 
 
 def test_parts_that_guide_together():
@@ -228,15 +224,12 @@ def test_blocks_have_shares_of_the_sum_of_weights():
 
 
 def test_random_text_is_read_or_refused_and_written_stably():
-    """4,000 strings: the documented error or none, no hang, and what is written reads back as the same pieces.
-
-    Each is read with wildcards and without. What comes of a wildcard may hold underscores that are text.
-    """
+    """The documented error or none, no hang, and what is written reads back as the same pieces."""
     letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
     letters += ["__", "__a__", "__b/c__", "\\_"]
     lines = {"a": ["x", "{y|(z:2)}", "__b/c__ w"], "b/c": ["(q", "[s:t:0.5]", r"\__a__"]}
     generator, refused, start = random.Random(0), 0, time.process_time()
-    for number in range(4_000):
+    for number in range(3_000):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
 
         def ask(name: str) -> list[str]:
@@ -257,7 +250,7 @@ def test_random_text_is_read_or_refused_and_written_stably():
             assert expand(prompt) == [prompt]
             (written,) = expand("{}" + prompt)
             assert parts(written) == parts(prompt)
-    assert refused < 800
+    assert refused < 600
     assert time.process_time() - start < 120
 
 
