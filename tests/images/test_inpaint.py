@@ -31,29 +31,16 @@ HALF = np.zeros((SIZE[1], SIZE[0]), dtype=np.uint8)
 HALF[:, 48:] = 1  # the right half
 
 
-def _palette() -> Image.Image:
-    image = Image.fromarray(HALF)
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    return image
-
-
 def _rgba(colour: int, alpha: np.ndarray) -> Image.Image:
     return Image.fromarray(np.dstack([np.full_like(HALF, colour)] * 3 + [alpha]))
 
 
 MASKS = {
-    "grey.png": (Image.fromarray(HALF * 255), 0, 255),
     "between.png": (Image.fromarray(HALF * 80 + 20), 20, 100),
-    "bits.png": (Image.fromarray(HALF.astype(bool)), 0, 255),
-    "palette.png": (_palette(), 0, 255),
-    "deep.png": (Image.fromarray(HALF.astype(np.uint16) * 65535), 0, 255),
     "faint.png": (Image.fromarray(HALF.astype(np.uint16) * 0x4000), 0, 64),  # never stretched to the whole range
-    "rgb.png": (Image.fromarray(np.dstack([HALF * 255] * 3)), 0, 255),
     "red.png": (Image.fromarray(np.dstack([HALF * 255, HALF * 0, HALF * 0])), 0, 76),  # its brightness, ITU-R 601
-    "alpha.png": (_rgba(255, HALF * 255), 0, 255),
     "transparent_white.png": (_rgba(255, HALF * 0), 0, 0),
     "half_transparent.png": (_rgba(255, HALF * 128), 0, 128),
-    "opaque_black.png": (_rgba(0, HALF * 0 + 255), 0, 0),
     "grey_alpha.png": (Image.fromarray(np.dstack([HALF * 0 + 200, HALF * 255])).convert("LA"), 0, 200),
     "lossy.jpg": (Image.fromarray(HALF * 255), 0, 255),
 }
@@ -69,15 +56,7 @@ def test_masks_of_every_kind(tmp_path, name):
     assert set(values[:, :40].flat) == {left} and set(values[:, 56:].flat) == {right}
 
 
-def test_a_mask_that_lies_on_its_side(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: what is stored on the left is the top
-    Image.fromarray(HALF * 255).save(tmp_path / "photo.png", exif=exif)
-    values = array(read_mask(tmp_path / "photo.png", (64, 96)))
-    assert (values[:48] == 0).all() and (values[48:] == 255).all()
-
-
-@pytest.mark.parametrize("size", [(48, 32), (192, 128), (97, 64), (30, 20), (900, 600)])
+@pytest.mark.parametrize("size", [(48, 32), (97, 64), (900, 600)])
 def test_a_mask_of_another_size_is_resized(tmp_path, size):
     rectangle((size[0] // 2, 0, *size), size).save(tmp_path / "mask.png")
     values = array(read_mask(tmp_path / "mask.png", SIZE))
@@ -86,21 +65,11 @@ def test_a_mask_of_another_size_is_resized(tmp_path, size):
     assert (np.diff(values, axis=1) >= 0).all()  # no ringing: black stays black up to the edge
 
 
-@pytest.mark.parametrize("size", [(64, 96), (64, 64), (100, 64), (1, 1)])
-def test_a_mask_of_another_aspect_ratio(tmp_path, size):
-    rectangle((0, 0, 1, 1), size).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=rf"mask .*mask.png of {size[0]}x{size[1]} does not fit an image of 96x64"):
-        read_mask(tmp_path / "mask.png", SIZE)
-
-
-def test_files_that_are_no_masks(tmp_path):
-    (tmp_path / "text.png").write_text("white")
-    with pytest.raises(ValueError, match=r"text\.png is not an image"):
-        read_mask(tmp_path / "text.png", SIZE)
-    with pytest.raises(ValueError, match=r"no image at .*none\.png"):
-        read_mask(tmp_path / "none.png", SIZE)
-    with pytest.raises(ValueError, match="is a folder"):
-        read_mask(tmp_path, SIZE)
+def test_a_mask_of_another_aspect_ratio(tmp_path):
+    for size in ((64, 96), (100, 64), (1, 1)):
+        rectangle((0, 0, 1, 1), size).save(tmp_path / "mask.png")
+        with pytest.raises(ValueError, match=rf"mask .*mask.png of {size[0]}x{size[1]} does not fit an image of 96x64"):
+            read_mask(tmp_path / "mask.png", SIZE)
 
 
 # --- black and white changed, soft edges -----------------------------------------------------------------------------
@@ -128,15 +97,8 @@ def test_soft_edges_end_within_three_deviations(blur):
     assert math.sqrt((slope * where**2).sum()) == pytest.approx(blur, rel=0.2)
 
 
-@pytest.mark.parametrize("level", [0, 100, 255])
-def test_blur_leaves_what_is_the_same_everywhere(level):
-    assert set(array(adjust_mask(Image.new("L", SIZE, level), blur=9)).flat) == {level}
-
-
-def test_inverted_before_it_is_blurred():
-    mask = rectangle((0, 0, 48, 64))
-    together, apart = adjust_mask(mask, invert=True, blur=3), adjust_mask(adjust_mask(mask, invert=True), blur=3)
-    assert np.array_equal(array(together), array(apart))
+def test_blur_leaves_what_is_the_same_everywhere():
+    assert set(array(adjust_mask(Image.new("L", SIZE, 100), invert=True, blur=9)).flat) == {155}
 
 
 # --- what is worked on -----------------------------------------------------------------------------------------------
@@ -161,7 +123,7 @@ def test_sizes_without_a_mask(size, width, height, worked_on):
     assert place.crop(place.image) is place.image
 
 
-@pytest.mark.parametrize("size", [(96, 64), (97, 65), (101, 67), (30, 20), (300, 200)])
+@pytest.mark.parametrize("size", [(97, 65), (30, 20), (300, 200)])
 def test_a_masked_picture_keeps_its_size(size):
     picture, mask = noise(*size), rectangle((3, 3, 10, 10), size)
     place = make_canvas(picture, mask, None, None, NATIVE)
@@ -194,13 +156,11 @@ def test_a_masked_picture_that_is_given_a_size(resize):
         ((40, 24, 56, 40), 500, (0, 0, 96, 64)),  # more than there is
         ((0, 0, 16, 16), 4, (0, 0, 24, 24)),  # at a corner it moves inwards and keeps its size
         ((80, 48, 96, 64), 4, (72, 40, 96, 64)),
-        ((0, 20, 10, 30), 7, (0, 13, 24, 37)),
         ((86, 20, 96, 30), 7, (72, 13, 96, 37)),
         ((40, 30, 41, 31), 0, (40, 30, 41, 31)),  # one pixel
         ((40, 30, 41, 31), 16, (24, 14, 57, 47)),
         ((20, 30, 60, 31), 0, (20, 10, 60, 50)),  # a line is widened to the aspect ratio of the model
         ((30, 10, 31, 50), 2, (8, 8, 52, 52)),
-        ((0, 0, 96, 64), 0, (0, 0, 96, 64)),
         ((0, 30, 96, 31), 0, (0, 0, 96, 64)),
     ],
 )
@@ -215,7 +175,7 @@ def test_the_part_around_a_mask(box, padding, cropped):
     assert np.array_equal(array(part), array(fit(picture.crop(cropped), *place.size, mode="stretch")))
 
 
-@pytest.mark.parametrize("width, height", [(256, 128), (128, 256), (192, None), (None, 192), (256, 256)])
+@pytest.mark.parametrize("width, height", [(256, 128), (192, None), (None, 192)])
 def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
     """The aspect ratio of the box is that of what is worked on, and the area is the one asked for."""
     place = make_canvas(noise(400, 300), rectangle((200, 150, 220, 170), (400, 300)), width, height, 128, padding=5)
@@ -225,16 +185,13 @@ def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
     assert place.size == wanted
 
 
-def test_grey_counts_as_masked():
+def test_grey_counts_as_masked_and_black_does_not():
     mask = Image.new("L", SIZE)
+    for padding in (0, 1000):
+        with pytest.raises(ValueError, match="mask is black everywhere"):
+            make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=padding)
     mask.paste(1, (40, 20, 50, 30))
     assert make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0).box == (40, 20, 50, 30)
-
-
-@pytest.mark.parametrize("padding", [0, 10, 1000])
-def test_nothing_to_crop_to(padding):
-    with pytest.raises(ValueError, match="mask is black everywhere"):
-        make_canvas(noise(*SIZE), Image.new("L", SIZE), None, None, NATIVE, padding=padding)
 
 
 def test_hints_go_with_the_picture():
@@ -255,9 +212,8 @@ def test_hints_go_with_the_picture():
 # --- and back --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(96, 64), (97, 65), (131, 77), (50, 40)])
-@pytest.mark.parametrize("padding", [None, 0, 7])
-@pytest.mark.parametrize("blur", [0, 1.5])
+@pytest.mark.parametrize("size", [(97, 65), (50, 40)])
+@pytest.mark.parametrize(("padding", "blur"), [(None, 0), (None, 1.5), (0, 1.5), (7, 0)])
 def test_kept_pixels_are_the_very_same(size, padding, blur):
     picture = noise(*size)
     mask = adjust_mask(rectangle((20, 10, 40, 31), size), blur=blur)
@@ -270,23 +226,13 @@ def test_kept_pixels_are_the_very_same(size, padding, blur):
     assert not np.array_equal(array(picture)[values == 255], array(result)[values == 255])
 
 
-def test_grey_blends():
-    picture, mask = Image.new("RGB", SIZE, (200, 0, 100)), Image.new("L", SIZE, 64)
+def test_grey_blends_and_without_a_mask_nothing_is_kept():
+    picture, mask, made = Image.new("RGB", SIZE, (200, 0, 100)), Image.new("L", SIZE, 64), noise(*SIZE)
     result = make_canvas(picture, mask, None, None, NATIVE).paste(Image.new("RGB", SIZE, (0, 200, 100)))
     assert np.abs(array(result) - (200 - 50.2, 50.2, 100)).max() <= 1
-
-
-def test_without_a_mask_it_is_what_was_made():
-    made = noise(96, 64, seed=1)
-    assert make_canvas(noise(96, 64), None, None, None, NATIVE).paste(made) is made
-
-
-def test_black_keeps_everything_and_white_nothing():
-    picture = noise(97, 65)
-    made = noise(96, 64, seed=1)
-    for level, want in ((0, picture), (255, fit(made, 97, 65, mode="stretch"))):
-        place = make_canvas(picture, Image.new("L", picture.size, level), None, None, NATIVE)
-        assert place.size == (96, 64) and np.array_equal(array(place.paste(made)), array(want))
+    assert make_canvas(picture, None, None, None, NATIVE).paste(made) is made
+    white = make_canvas(noise(97, 65), Image.new("L", (97, 65), 255), None, None, NATIVE)
+    assert np.array_equal(array(white.paste(made)), array(fit(made, 97, 65, mode="stretch")))
 
 
 def test_what_was_made_comes_back_where_it_belongs():
@@ -301,7 +247,7 @@ def test_what_was_made_comes_back_where_it_belongs():
 # --- borders ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("borders", [(8, 0, 0, 0), (0, 5, 0, 0), (0, 0, 3, 0), (0, 0, 0, 9), (1, 2, 3, 4), (64,) * 4])
+@pytest.mark.parametrize("borders", [(8, 0, 0, 0), (1, 2, 3, 4), (64,) * 4])
 def test_borders(borders):
     left, top, right, bottom = borders
     picture = noise(*SIZE)
