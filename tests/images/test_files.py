@@ -37,20 +37,17 @@ def write(image: Image.Image, path, **options):
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_rgb_is_read_as_it_is(tmp_path):
-    picture = noise(13, 7)
+def read(image: Image.Image, path, background=WHITE, **options) -> list:
+    """Write an image and read it back: the first row of pixels."""
+    return pixels(open_image(write(image, path, **options), background)).tolist()[0]
+
+
+def test_rgb_grey_and_one_bit_are_read_as_they_are(tmp_path):
+    picture, ramp = noise(16, 16), np.arange(256, dtype=np.uint8).reshape(16, 16)
     for name in ("a.png", "a.bmp", "a.tiff", "a.PNG"):
-        assert np.array_equal(pixels(open_image(write(picture, tmp_path / name))), pixels(picture))
-    assert np.array_equal(pixels(open_image(str(tmp_path / "a.png"))), pixels(picture))  # a str is a path too
-
-
-def test_grey_and_one_bit(tmp_path):
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    grey = pixels(open_image(write(Image.fromarray(ramp), tmp_path / "grey.png")))
-    assert np.array_equal(grey, np.repeat(ramp[..., None], 3, -1))
-    bits = Image.fromarray(ramp > 100)
-    assert bits.mode == "1"
-    assert np.array_equal(pixels(open_image(write(bits, tmp_path / "bits.png")))[..., 1], (ramp > 100) * 255)
+        assert np.array_equal(pixels(open_image(str(write(picture, tmp_path / name)))), pixels(picture))
+        for image, levels in ((Image.fromarray(ramp), ramp), (Image.fromarray(ramp > 100), (ramp > 100) * 255)):
+            assert (pixels(open_image(write(image, tmp_path / name))) == levels[..., None]).all()
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -58,60 +55,51 @@ def test_palette_with_and_without_transparency(tmp_path):
     palette.putpalette([*RED, *GREEN, *BLUE])
     for x in range(3):
         palette.putpixel((x, 0), x)
-    assert pixels(open_image(write(palette, tmp_path / "plain.png"))).tolist() == [[[*RED], [*GREEN], [*BLUE]]]
-    one = write(palette, tmp_path / "one.png", transparency=1)
-    assert pixels(open_image(one)).tolist() == [[[*RED], [*WHITE], [*BLUE]]]
-    assert pixels(open_image(one, BLACK)).tolist() == [[[*RED], [*BLACK], [*BLUE]]]
-    several = write(palette, tmp_path / "several.png", transparency=bytes([255, 0, 51]))
-    assert pixels(open_image(several)).tolist() == [[[*RED], [*WHITE], [204, 204, 255]]]
-    assert pixels(open_image(write(palette, tmp_path / "a.gif", transparency=0))).tolist()[0][0] == [*WHITE]
+    assert read(palette, tmp_path / "plain.png") == [[*RED], [*GREEN], [*BLUE]]
+    assert read(palette, tmp_path / "one.png", BLACK, transparency=1) == [[*RED], [*BLACK], [*BLUE]]
+    several = read(palette, tmp_path / "several.png", transparency=bytes([255, 0, 51]))
+    assert several == [[*RED], [*WHITE], [204, 204, 255]]
+    assert read(palette, tmp_path / "a.gif", transparency=0)[0] == [*WHITE]
 
 
 def test_transparent_colour_of_rgb_and_grey(tmp_path):
     picture = Image.new("RGB", (2, 1), RED)
     picture.putpixel((1, 0), GREEN)
-    assert pixels(open_image(write(picture, tmp_path / "rgb.png", transparency=GREEN))).tolist()[0] == [
-        [*RED],
-        [*WHITE],
-    ]
+    assert read(picture, tmp_path / "rgb.png", transparency=GREEN) == [[*RED], [*WHITE]]
     grey = Image.fromarray(np.array([[10, 200]], np.uint8))
-    assert pixels(open_image(write(grey, tmp_path / "grey.png", transparency=10), BLUE)).tolist()[0][0] == [*BLUE]
+    assert read(grey, tmp_path / "grey.png", BLUE, transparency=10) == [[*BLUE], [200] * 3]
 
 
 def test_alpha_shows_the_background_and_not_what_hides_below(tmp_path):
     rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 128]]], np.uint8)
-    path = write(Image.fromarray(rgba), tmp_path / "rgba.png")
-    assert pixels(open_image(path)).tolist() == [[[255, 0, 0], [255, 255, 255], [255, 127, 127]]]
-    assert pixels(open_image(path, BLUE)).tolist() == [[[255, 0, 0], [0, 0, 255], [128, 0, 127]]]
-    grey = Image.fromarray(rgba).convert("LA")
-    grey.putpixel((1, 0), (0, 0))
-    assert pixels(open_image(write(grey, tmp_path / "la.png")))[0, 1].tolist() == [*WHITE]
-    assert pixels(to_rgb(Image.fromarray(rgba).convert("RGBa"), BLUE))[0, 1].tolist() == [*BLUE]
-    assert pixels(to_rgb(Image.new("La", (1, 1), (0, 0)), BLUE))[0, 0].tolist() == [*BLUE]
-    assert pixels(to_rgb(Image.new("PA", (1, 1), (0, 0)), BLUE))[0, 0].tolist() == [*BLUE]
+    image, grey = Image.fromarray(rgba), Image.fromarray(rgba).convert("LA")
+    assert read(image, tmp_path / "rgba.png") == [[255, 0, 0], [255, 255, 255], [255, 127, 127]]
+    assert read(image, tmp_path / "rgba.png", BLUE) == [[255, 0, 0], [0, 0, 255], [128, 0, 127]]
+    assert read(grey, tmp_path / "la.png")[1] == [*WHITE]
+    for hidden in (image.convert("RGBa").crop((1, 0, 2, 1)), Image.new("La", (1, 1)), Image.new("PA", (1, 1))):
+        assert pixels(to_rgb(hidden, BLUE)).tolist() == [[[*BLUE]]]
+
+
+def chunk(tag: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
 
 
 def png_16_bit(array: np.ndarray) -> bytes:
-    """A PNG with 16 bits a channel, by hand: Pillow writes none for colour."""
-    height, width = array.shape[:2]
-    kind = {2: 0, 3: {2: 4, 3: 2, 4: 6}[array.shape[-1]]}[array.ndim] if array.ndim == 3 else 0
+    """A PNG with 16 bits for each of 2 to 4 channels, by hand: Pillow writes none for colour."""
+    height, width, channels = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-
-    def chunk(tag: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     values = np.array([[0, 257, 30000, 65535], [128, 129, 255, 256]], np.uint16)
     expected = np.rint(values / 257).astype(int)
-    (tmp_path / "grey.png").write_bytes(png_16_bit(values))
-    assert np.array_equal(pixels(open_image(tmp_path / "grey.png"))[..., 0], expected)
-    assert np.array_equal(pixels(open_image(write(Image.fromarray(values), tmp_path / "grey.tiff")))[..., 2], expected)
+    for name in ("grey.png", "grey.tiff"):
+        assert (pixels(open_image(write(Image.fromarray(values), tmp_path / name))) == expected[..., None]).all()
     dark = np.full((2, 2), 200, np.uint16)  # stays dark: white is 65535 whatever the values
-    assert pixels(open_image(write(Image.fromarray(dark), tmp_path / "dark.png"))).max() == 1
+    assert read(Image.fromarray(dark), tmp_path / "dark.png")[0] == [1, 1, 1]
     for channels in (2, 3, 4):
         deep = np.full((2, 2, channels), 65535, np.uint16)
         deep[..., 0] = 32896
@@ -122,25 +110,24 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
-        (np.array([[0, 25700, 65535]], np.int32), [0, 100, 255]),
-        (np.array([[0, 1_000_000, 2_000_000]], np.int32), [0, 128, 255]),
-        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
-        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
-        (np.array([[0.0, 10.0, 255.0]], np.float32), [0, 10, 255]),
-        (np.array([[0.0, 25700.0, 65535.0]], np.float32), [0, 100, 255]),
-        (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
-        (np.zeros((1, 3), np.float32), [0, 0, 0]),
-        (np.full((1, 3), -5, np.int32), [0, 0, 0]),
+        (np.int32([0, 128, 255]), [0, 128, 255]),
+        (np.int32([0, 25700, 65535]), [0, 100, 255]),
+        (np.int32([0, 1_000_000, 2_000_000]), [0, 128, 255]),
+        (np.int32([-100, 0, 100]), [0, 128, 255]),
+        (np.int32([-5, -5, -5]), [0, 0, 0]),
+        (np.float32([0.0, 0.5, 1.0]), [0, 128, 255]),
+        (np.float32([0.0, 10.0, 255.0]), [0, 10, 255]),
+        (np.float32([0.0, 25700.0, 65535.0]), [0, 100, 255]),
+        (np.float32([-1.0, 0.0, 1.0]), [0, 128, 255]),
+        (np.float32([0, 0, 0]), [0, 0, 0]),
     ],
 )
 def test_integer_and_float_grey(tmp_path, values, expected):
-    path = write(Image.fromarray(values), tmp_path / "deep.tiff")
-    assert pixels(open_image(path))[0, :, 0].tolist() == expected
+    assert read(Image.fromarray(values[None]), tmp_path / "deep.tiff") == [[level] * 3 for level in expected]
 
 
 def test_integer_grey_of_a_png_has_sixteen_bits():
-    image = Image.fromarray(np.array([[0, 200]], np.int32))  # what older Pillow makes of a 16-bit PNG
+    image = Image.fromarray(np.int32([[0, 200]]))  # what older Pillow makes of a 16-bit PNG
     image.format = "PNG"
     assert pixels(to_rgb(image)).max() == 1
 
@@ -151,15 +138,13 @@ def test_float_grey_that_is_not_finite(tmp_path):
         open_image(path)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
-def test_cmyk_has_its_colours(tmp_path, name):
+def test_cmyk_has_its_colours(tmp_path):
     """Cyan ink is no red, and so on; read as RGB, or inverted, these would be other colours."""
     inks = {(255, 0, 0, 0): (0, 255, 255), (0, 255, 255, 0): RED, (0, 0, 0, 255): BLACK, (0, 0, 0, 0): WHITE}
     for ink, colour in inks.items():
-        path = write(Image.new("CMYK", (16, 16), ink), tmp_path / name)
-        with Image.open(path) as raw:
-            assert raw.mode == "CMYK"
-        assert np.abs(pixels(open_image(path)) - colour).max() <= 2, ink
+        for name in ("a.jpg", "a.tiff"):
+            path = write(Image.new("CMYK", (16, 16), ink), tmp_path / name)
+            assert np.abs(pixels(open_image(path)) - colour).max() <= 2, ink
 
 
 def test_ycbcr_and_hsv(tmp_path):
@@ -185,41 +170,27 @@ def test_profile_and_text_are_not_carried_over(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff"])
-def test_exif_orientation(tmp_path, orientation, name):
-    picture = smooth(48, 32)
-    exif = Image.Exif()
+def test_exif_orientation(tmp_path, orientation):
+    picture, exif = smooth(48, 32), Image.Exif()
     exif[0x0112] = orientation
-    path = write(picture, tmp_path / name, exif=exif)
     upright = {
         1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
         5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
         8: lambda a: np.rot90(a, 1),
-    }  # fmt: skip
-    expected = upright[orientation](pixels(picture))
-    got = pixels(open_image(path))
-    assert got.shape == expected.shape and np.abs(got - expected).mean() < 3
-
-
-def test_sixteen_bits_lying_on_the_side(tmp_path):
+    }[orientation]  # fmt: skip
+    for name in ("a.jpg", "a.png", "a.tiff"):
+        got, expected = pixels(open_image(write(picture, tmp_path / name, exif=exif))), upright(pixels(picture))
+        assert got.shape == expected.shape and np.abs(got - expected).mean() < 3
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = write(Image.fromarray(values), tmp_path / "a.png", exif=exif)
-    assert pixels(open_image(path))[..., 0].tolist() == [[200, 0], [255, 100]]
+    got = pixels(open_image(write(Image.fromarray(values), tmp_path / "deep.png", exif=exif)))
+    assert np.array_equal(got[..., 0], upright(values) // 257)
 
 
 def test_animated_files_give_their_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
     for name in ("a.gif", "a.png", "a.webp"):
-        path = write(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], **(
-            {"lossless": True} if name.endswith("webp") else {}))  # fmt: skip
+        path = write(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         assert np.abs(pixels(open_image(path)) - RED).max() <= 1, name
-
-
-def test_sides_of_one_pixel_and_of_thousands(tmp_path):
-    for size in ((1, 1), (1, 40), (5000, 1), (5000, 3)):
-        assert open_image(write(Image.new("RGB", size, RED), tmp_path / "a.png")).size == size
 
 
 def test_a_hundred_megapixels_are_read_and_a_bomb_is_not(tmp_path, monkeypatch):
@@ -265,17 +236,18 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg", "a.webp", "A.PNG", "b.JPG", "two.dots.png"])
-def test_save(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [("a.png", "PNG"), ("two.dots.jpeg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG"), ("b.JPG", "JPEG")],
+)
+def test_save(tmp_path, name, format_):
     picture = smooth(40, 24)
     save(picture, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with Image.open(tmp_path / name) as file:
-        assert file.format == {"jpg": "JPEG", "jpeg": "JPEG"}.get(
-            name.lower().split(".")[-1], name[-4:].upper().strip(".")
-        )
+        assert file.format == format_
     error = np.abs(pixels(open_image(tmp_path / name)) - pixels(picture))
-    assert error.max() == 0 if name.lower().endswith("png") else error.mean() < 2
+    assert error.max() == 0 if format_ == "PNG" else error.mean() < 2
 
 
 def test_a_jpeg_keeps_its_colours_sharp(tmp_path):
@@ -290,15 +262,6 @@ def test_save_replaces_and_has_the_usual_permissions(tmp_path):
     assert np.array_equal(pixels(open_image(tmp_path / "a.png")), pixels(noise(8, 8, seed=1)))
     (tmp_path / "plain").write_text("")
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-def test_text_of_a_png(tmp_path):
-    text = {"prompt": "a café — 富士山", "seed": "7"}
-    save(noise(8, 8), tmp_path / "a.png", text=text)
-    with Image.open(tmp_path / "a.png") as file:
-        assert file.text == text
-    save(noise(8, 8), tmp_path / "a.jpg", text=text)
-    save(noise(8, 8), tmp_path / "b.png", text={})
 
 
 def test_other_modes_are_saved(tmp_path):
@@ -470,40 +433,28 @@ def test_texts_of_other_programs(tmp_path):
     path = write(noise(8, 8), tmp_path / "a.png", pnginfo=chunks, dpi=(72, 72))
     assert read_text(path) == {"Comment": "é", "prompt": "富"}
     data = path.read_bytes()
-    behind = b"tEXtparameters\0last"
-    behind = struct.pack(">I", len(behind) - 4) + behind + struct.pack(">I", zlib.crc32(behind))
-    path.write_bytes(data[:-12] + behind + data[-12:])  # before IEND, behind the pixels
+    path.write_bytes(data[:-12] + chunk(b"tEXt", b"parameters\0last") + data[-12:])  # before IEND, behind the pixels
     assert read_text(path)["parameters"] == "last"
     write(noise(8, 8), tmp_path / "a.gif", comment=b"x")
     assert read_text(tmp_path / "a.gif") == {}
 
 
-def test_damaged_metadata_is_left_out(tmp_path):
-    good = tmp_path / "good.jpg"
-    save(noise(8, 8), good, TEXTS)
-    data = good.read_bytes()
-    start, end = data.index(b"MM\0*"), data.index(b"\xff\xdb")
-    generator = np.random.default_rng(0)
-    path = tmp_path / "a.jpg"
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_damaged_metadata_is_left_out(tmp_path, name):
+    path, generator = tmp_path / name, np.random.default_rng(0)
+    save(noise(8, 8), path, TEXTS)
+    data = path.read_bytes()
+    start, end = (data.index(b"MM\0*"), data.index(b"\xff\xdb")) if name == "a.jpg" else (33, len(data) - 220)
     for _ in range(300):
         damaged = bytearray(data)
         for place in generator.integers(start, end, 3):
             damaged[place] = generator.integers(0, 256)
         path.write_bytes(damaged)
-        assert all(isinstance(text, str) for text in read_text(path).values())
-        assert open_image(path).size == (8, 8)
-    path = tmp_path / "a.png"
-    save(noise(8, 8), path, TEXTS)
-    data = path.read_bytes()
-    for _ in range(300):
-        damaged = bytearray(data)
-        for place in generator.integers(33, len(data) - 220, 2):
-            damaged[place] = generator.integers(0, 256)
-        path.write_bytes(damaged)
         try:
             assert all(isinstance(text, str) for text in read_text(path).values())
+            assert name == "a.png" or open_image(path).size == (8, 8)
         except ValueError as error:
-            assert "a.png" in str(error) and "\n" not in str(error)
+            assert name == "a.png" and name in str(error) and "\n" not in str(error)
 
 
 def test_texts_of_no_picture(tmp_path):
@@ -516,7 +467,7 @@ def test_texts_of_no_picture(tmp_path):
 def test_texts_of_any_letters(tmp_path):
     """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
     generator = np.random.default_rng(1)
-    for _ in range(20):
+    for _ in range(10):
         points = [*generator.integers(1, 0xD800, 300), *generator.integers(0xE000, 0x110000, 300)]
         text = "".join(map(chr, generator.permutation(points)))
         for suffix in ("png", "webp", "jpg"):
@@ -526,13 +477,11 @@ def test_texts_of_any_letters(tmp_path):
 
 def test_quality(tmp_path):
     for suffix in ("jpg", "webp"):
-        path, sizes = tmp_path / f"a.{suffix}", []
-        for quality in (1, 50, None, 100):
+        path, sizes = tmp_path / f"a.{suffix}", {}
+        for quality in (1, 50, None, 95, 100):
             save(noise(64, 64), path, quality=quality)
-            sizes.append(path.stat().st_size)
-        assert sizes == sorted(set(sizes))
-        save(noise(64, 64), path, quality=95)
-        assert path.stat().st_size == sizes[2]
+            sizes[quality] = path.stat().st_size
+        assert sizes[1] < sizes[50] < sizes[None] == sizes[95] < sizes[100]
         for quality in (0, 101):
             with pytest.raises(ValueError, match=f"a quality of {quality} for a.{suffix}: it is 1 to 100"):
                 save(noise(8, 8), path, quality=quality)
