@@ -1,6 +1,5 @@
 """Options of a run: every setting of ``generate_latents`` that has a default, checked once, and the run they decide."""
 
-import logging
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,10 @@ import mlx.core as mx
 
 from .diffusion.controls import Control
 from .diffusion.sample import Run
-from .diffusion.samplers import Noise, Sampler, States, find_sampler, read_name, run_options, sampler_for
-from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule, ScheduleConfig, Steps
+from .diffusion.samplers import Noise, States, find_sampler, run_options
+from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
-
-_log = logging.getLogger("stable_diffusion")
 
 Prompt = str | Sequence[str] | Conditioning
 SamplerFunction = Callable[..., States]
@@ -144,7 +141,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sampler is not None:
-            find_sampler(self.sampler).check_options(eta=self.eta, s_noise=self.s_noise)
+            find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise)
         for name, number in NUMBERS.items():
             number.check(name, getattr(self, name))
         for name, names in (("schedule", SCHEDULES), ("spacing", SPACINGS)):
@@ -163,15 +160,6 @@ class Options:
             raise ValueError(f"a run cannot go from {start} to {end} of the noise; give 0 <= start <= end <= 1")
         if self.denoising_start and self.latents is None:
             raise ValueError(f"denoising_start {self.denoising_start} needs the latents that the run before yielded")
-
-    def check_shapes(self, latents: tuple[int, ...], image: tuple[int, ...]) -> None:
-        """Raise ValueError for latents and control images of other shapes than a run needs."""
-        if self.latents is not None and getattr(self.latents, "shape", None) != latents:
-            shape = getattr(self.latents, "shape", type(self.latents).__name__)
-            raise ValueError(f"latents of shape {shape} do not fit: this run needs {latents}")
-        for control in self.controls:
-            if control.image.shape != image:
-                raise ValueError(f"a control image of shape {control.image.shape} does not fit: this run needs {image}")
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -241,18 +229,6 @@ class RunDefaults:
     eta: float | None = None
 
 
-def default_sampler(config: ScheduleConfig) -> str:
-    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
-    name, is_exact = sampler_for(config.class_name, config.algorithm_type)
-    if not is_exact or config.not_followed:
-        scheduler = ", ".join((config.class_name, *config.not_followed))
-        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
-    return name
-
-
-_RUN_NUMBERS = {"num_steps": Number(int, 1), "strength": Number(float, 0, 1)}
-
-
 def plan_run(
     schedule: Schedule,
     options: Options,
@@ -267,59 +243,46 @@ def plan_run(
 
     Args:
         num_steps: None is the default.
-        strength: fraction of the steps to take.
+        strength: fraction of the steps to take, rounded down as in diffusers, but to at least one above 0.
         is_xl: take SDXL's variant of a curve that has one.
 
     Raises ValueError for a number of steps that the model cannot take, or an option that the sampler does not have.
     """
-    sampler_name, spacing, eta = options.sampler, options.spacing, options.eta
-    if sampler_name is None:
-        sampler_name = defaults.sampler
-        eta = defaults.eta if eta is None else eta
+    Number(int, 1).check("num_steps", num_steps)
+    Number(float, 0, 1).check("strength", strength)
+    name, spacing, eta = options.sampler, options.spacing, options.eta
+    if name is None:
+        name, eta = defaults.sampler, defaults.eta if eta is None else eta
         if spacing is None and options.timesteps is None and options.sigmas is None:
             spacing = defaults.spacing
-    for name, value in (("num_steps", num_steps), ("strength", strength)):
-        _RUN_NUMBERS[name].check(name, value)
-    sampler = find_sampler(sampler_name)
-    curve = (
-        read_name(sampler_name)[1] if options.schedule is None and isinstance(sampler_name, str) else options.schedule
-    )
-    curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
-    steps = _lay_steps(schedule, options, sampler, num_steps, defaults.num_steps, spacing, curve)
-    after_end = schedule.remaining(steps, options.denoising_end)
-    steps = steps.last(min(steps_for(len(steps), strength), schedule.remaining(steps, options.denoising_start)))
+    sampler, curve = find_sampler(name, eta=eta, s_noise=options.s_noise)
+    curve = curve if options.schedule is None else options.schedule
+    rule = sampler.spacing_rule
+    if options.timesteps is not None:
+        steps = schedule.at_timesteps(options.timesteps, rule)
+    elif options.sigmas is not None:
+        steps = schedule.at_sigmas(options.sigmas)
+    else:
+        curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
+        steps = schedule.steps(defaults.num_steps if num_steps is None else num_steps, rule, spacing, curve)
+    if num_steps not in (None, len(steps)):
+        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
+    after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
+    # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
+    count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))
+    if options.denoising_start > 0:
+        count = min(count, schedule.remaining(steps, options.denoising_start))
+    steps = steps.last(count) if count < len(steps) else steps
     return Run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
         sampler_options=run_options(sampler, schedule, steps, eta=eta, s_noise=options.s_noise),
-        initial_scale=schedule.initial_scale(steps, sampler.spacing_rule, spacing) if len(steps) else 0.0,
+        initial_scale=schedule.initial_scale(steps, rule, spacing) if len(steps) else 0.0,
         seeds=seeds,
         latents=options.latents,
         noise=options.noise,
     )
-
-
-def _lay_steps(
-    schedule: Schedule,
-    options: Options,
-    sampler: Sampler,
-    num_steps: int | None,
-    default: int,
-    spacing: str | None,
-    curve: str | None,
-) -> Steps:
-    """Lay the steps of a whole run: at the timesteps or sigmas of the options, or along a curve."""
-    if options.timesteps is not None:
-        steps = schedule.at_timesteps(options.timesteps, sampler.spacing_rule)
-    elif options.sigmas is not None:
-        steps = schedule.at_sigmas(options.sigmas)
-    else:
-        count = default if num_steps is None else num_steps
-        steps = schedule.steps(count, sampler.spacing_rule, spacing, curve)
-    if num_steps not in (None, len(steps)):
-        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
-    return steps
 
 
 def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, ...]:
@@ -337,17 +300,3 @@ def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, .
     for value in seeds:
         Number(int, 0).check("seed", value)
     return seeds
-
-
-def latent_size_of(size: Sequence[int] | None, default: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of latents; ValueError unless they are two whole numbers of at least 1."""
-    size = default if size is None else size
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
-        raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
-    return tuple(size)
-
-
-def steps_for(count: int, strength: float) -> int:
-    """Return how many of ``count`` steps image to image takes: rounded down as in diffusers, at least 1 above 0."""
-    # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
-    return min(count, max(math.floor(count * strength + 1e-9), int(strength > 0)))

@@ -16,26 +16,16 @@ import mlx.core as mx
 from PIL.Image import Image
 
 from .diffusion.denoiser import Denoiser, consistency, inpainting
-from .diffusion.guidance import guidance_batches, guidance_embedding
-from .diffusion.initial import MODES, InitialLatents, from_image, from_noise
-from .diffusion.sample import Latents, Pairs, Run, sample
-from .diffusion.samplers import Denoise
+from .diffusion.guidance import guidance_batches
+from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, from_noise, sample
+from .diffusion.samplers import Denoise, sampler_for
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .models import cpu
 from .models.config import readable
+from .models.layers import timestep_embedding
 from .networks import Networks
-from .options import (
-    OptionKeywords,
-    Options,
-    Prompt,
-    Prompts,
-    RunDefaults,
-    default_sampler,
-    image_seeds,
-    latent_size_of,
-    plan_run,
-)
+from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning, with_sizes
 from .weights.files import open_checkpoint
 
@@ -63,8 +53,9 @@ class StableDiffusion(Networks):
 
     The parts are attributes that may be used, quantized or deleted: ``unet``, ``autoencoder``, ``sampler`` (a name) and
     ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
-    when they are first needed. ``memory_limit`` is None or the bytes that encoding and decoding may leave in use,
-    weights included: where it is short they work on smaller parts of an image.
+    when they are first needed. ``is_xl`` holds for SDXL and its refiner. ``default_latent_size`` is the (height, width)
+    of latents that the model was trained on, of ``pixels_per_latent`` (8) pixels each. ``memory_limit`` is None or the
+    bytes that encoding and decoding may leave in use, weights included: where it is short they work on smaller parts.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
@@ -95,12 +86,12 @@ class StableDiffusion(Networks):
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
         super().__init__(checkpoint, mx.float16 if float16 else mx.float32, low_memory, bits)
         with readable("scheduler config"):
-            config = ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline)
-        self.schedule = Schedule(config)
-        self._defaults = RunDefaults(default_sampler(config), checkpoint.steps, checkpoint.guidance)
+            self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
+        sampler = sampler_for(self.schedule.config)
+        self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
-        self._check_parts()
+        self._read_configs()
         self._fuse(loras, lora_partial)
         if low_memory:  # all parts have been checked; each is built at its first use
             for name in self.sources:
@@ -108,9 +99,13 @@ class StableDiffusion(Networks):
         else:
             self._quantize()
 
-    def _check_parts(self) -> None:
+    def _read_configs(self) -> None:
+        """Derive from the networks' configs how a run goes; ValueError for parts that do not fit together."""
         self.unet_config, self.vae_config = self.unet.config, self.autoencoder.config
-        self._latent_channels = self.autoencoder.latent_channels
+        self.is_xl = self.unet_config.addition_embed_type == "text_time"
+        self.pixels_per_latent, self._latent_channels = self.vae_config.scale, self.autoencoder.latent_channels
+        size = 64 if self.unet_config.sample_size is None else self.unet_config.sample_size
+        self.default_latent_size = (size, size) if isinstance(size, int) else tuple(size)
         channels = self.unet_config.in_channels - self._latent_channels
         if channels not in MODES:
             raise ValueError(f"a UNet with {channels} channels beside the latents is not supported")
@@ -126,11 +121,6 @@ class StableDiffusion(Networks):
         bits = [f"{name} in {s.quantization[0]} bits" for name, s in self.sources.items() if s.quantization]
         details = ", ".join([self.dtype_name, self.sampler, *bits, *["low memory"] * self.low_memory])
         return f"{type(self).__name__}({str(self.source)!r}, Stable Diffusion {family}, {details})"
-
-    @property
-    def is_xl(self) -> bool:
-        """Return whether this is SDXL or its refiner."""
-        return self.unet_config.addition_embed_type == "text_time"
 
     @property
     def dtype_name(self) -> str:
@@ -156,17 +146,6 @@ class StableDiffusion(Networks):
     def sampler(self) -> None:
         """Allow ``del sd.sampler``, as programs for mlx-examples do."""
 
-    @property
-    def default_latent_size(self) -> tuple[int, int]:
-        """Return (height, width) of the latents that the model was trained on; pixels are 8 times as many."""
-        size = 64 if self.unet_config.sample_size is None else self.unet_config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Return the pixels of an image for one position of its latents, in each direction: 8 in published models."""
-        return self.vae_config.scale
-
     # --- generating --------------------------------------------------------------------------------------------------
 
     def generate(self, text: Prompt, image: Any = None, **keywords: Any) -> list[Image]:
@@ -184,16 +163,13 @@ class StableDiffusion(Networks):
         keywords["seed"] = image_seeds(keywords.get("seed"), count)  # the same ones when it is computed again
         method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
         x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
-        pixels = [self.retry_in_float32("autoencoder", partial(self._decoded, x[None])) for x in x_t]
+        pixels = [self.retry_in_float32("autoencoder", lambda x=x: self.check(self.decode(x[None]))) for x in x_t]
         return [picture for batch in pixels for picture in to_images(batch)]
 
     def _last(self, method: Callable[..., Latents], text: Prompt, keywords: Mapping[str, Any]) -> mx.array:
         for x_t in method(text, **keywords):
             self.check(x_t)
         return x_t
-
-    def _decoded(self, x_t: mx.array) -> mx.array:
-        return self.check(self.decode(x_t))
 
     def generate_latents(
         self,
@@ -232,12 +208,14 @@ class StableDiffusion(Networks):
         options = Options.of(options, keywords)
         if self.mode != "text":
             raise ValueError(f"this checkpoint works from an image and {self.mode}: use generate_latents_from_image")
-        prompts = self._prompts(text, negative_text, cfg_weight)
+        prompts = Prompts(text, negative_text, self.defaults.cfg_weight if cfg_weight is None else cfg_weight)
         run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)))
-        size = latent_size_of(latent_size, self.default_latent_size)
-        self._check(options, run, size)
+        size = self.default_latent_size if latent_size is None else latent_size
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
+            raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
+        self._check_shapes(options, run, tuple(size))
         initial = partial(from_noise, run, size, self._latent_channels, options.denoising_start > 0)
-        return Latents(self._run(run, prompts, options, size, initial), run.length)
+        return Latents(self._run(run, prompts, options, initial), run.length)
 
     def generate_latents_from_image(
         self,
@@ -275,15 +253,16 @@ class StableDiffusion(Networks):
         pixels, repaint, size = self._read_image(image, mask)
         if strength is None:
             strength = 1.0 if self.mode in ("masks", "instructions") else 0.8
-        prompts = self._prompts(text, negative_text, cfg_weight, image_cfg_weight)
+        cfg_weight = self.defaults.cfg_weight if cfg_weight is None else cfg_weight
+        prompts = Prompts(text, negative_text, cfg_weight, 1.5 if image_cfg_weight is None else image_cfg_weight)
         run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)), strength)
-        if pixels.ndim == 4 and len(pixels) not in (1, run.n_images):
-            raise ValueError(f"{len(pixels)} latents to work on for {run.n_images} images; give one, or one for each")
-        self._check(options, run, size)
+        if pixels.ndim == 4 and len(pixels) not in (1, len(run.seeds)):
+            raise ValueError(f"{len(pixels)} latents to work on for {len(run.seeds)} images; give one, or one for each")
+        self._check_shapes(options, run, size)
         depth_map = partial(self.estimate_depth, image) if depth is None else lambda: depth
         factor = self.vae_config.scaling_factor
         initial = partial(from_image, run, self.encode, factor, self.mode, strength, pixels, repaint, depth_map)
-        return Latents(self._run(run, prompts, options, size, initial), run.length)
+        return Latents(self._run(run, prompts, options, initial), run.length)
 
     def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **keywords: Any) -> int:
         """Return how many latents a run yields: of ``num_steps`` (None: the default) the fraction ``strength``.
@@ -297,17 +276,20 @@ class StableDiffusion(Networks):
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
-    def _prompts(self, text: Prompt, negative: Prompt, scale: float | None, image: float | None = None) -> Prompts:
-        scale = self.defaults.cfg_weight if scale is None else scale
-        return Prompts(text, negative, scale, 1.5 if image is None else image)
-
     def _plan(self, options: Options, num_steps: int | None, seeds: tuple[int, ...], strength: float = 1.0) -> Run:
         settings = {"num_steps": num_steps, "seeds": seeds, "strength": strength, "is_xl": self.is_xl}
         return plan_run(self.schedule, options, self.defaults, **settings)
 
-    def _check(self, options: Options, run: Run, size: tuple[int, int]) -> None:
-        height, width = (self.pixels_per_latent * side for side in size)
-        options.check_shapes((run.n_images, *size, self._latent_channels), (height, width, 3))
+    def _check_shapes(self, options: Options, run: Run, size: tuple[int, int]) -> None:
+        """Raise ValueError for latents and control images of other shapes than a run needs."""
+        shape = (len(run.seeds), *size, self._latent_channels)
+        if options.latents is not None and getattr(options.latents, "shape", None) != shape:
+            actual = getattr(options.latents, "shape", type(options.latents).__name__)
+            raise ValueError(f"latents of shape {actual} do not fit: this run needs {shape}")
+        image = (*(self.pixels_per_latent * side for side in size), 3)
+        for control in options.controls:
+            if control.image.shape != image:
+                raise ValueError(f"a control image of shape {control.image.shape} does not fit: this run needs {image}")
 
     def _read_image(self, image: Any, mask: Any) -> tuple[mx.array, mx.array | None, tuple[int, int]]:
         """Return pixels [H, W, 3] or latents, the mask [H, W] or None, and the size of the latents."""
@@ -320,14 +302,7 @@ class StableDiffusion(Networks):
         height, width = pixels.shape[:2]
         return pixels, None if mask is None else mask_of(mask, (height, width)), (height // unit, width // unit)
 
-    def _run(
-        self,
-        run: Run,
-        prompts: Prompts,
-        options: Options,
-        size: tuple[int, int],
-        initial: Callable[[], InitialLatents],
-    ) -> Pairs:
+    def _run(self, run: Run, prompts: Prompts, options: Options, initial: Callable[[], InitialLatents]) -> Pairs:
         """Yield the arrays that come before the first step, then the latents and the estimate of x0 after each step."""
         first = initial()
         if not run.length:
@@ -337,35 +312,12 @@ class StableDiffusion(Networks):
             return
         arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
         self._computed(arrays)
-        positive, negative = self._condition(prompts, options, size)
-        arrays += [*positive.arrays().values(), *([] if negative is None else negative.arrays().values())]
-        yield self._computed(arrays)
+        positive, negative, uncond_image = tables = self._condition(prompts, options, first)
+        yield self._computed([*arrays, *(table.arrays() for table in tables if table is not None)])
         (unet,) = self._use("unet")
-        with cpu.ONE_STREAM if self.rows_at_once else cpu.CPUStreams() as streams:
-            denoise = self._denoiser(unet, run, options, prompts, first, (positive, negative), streams)
-            yield from sample(denoise, run, first.x, first.mask)
-
-    def _denoiser(
-        self,
-        unet: Callable[..., mx.array],
-        run: Run,
-        options: Options,
-        prompts: Prompts,
-        first: InitialLatents,
-        encoded: tuple[Conditioning, Conditioning | None],
-        streams: cpu.CPUStreams,
-    ) -> Denoise:
-        """Compose D(x, sigma) of a run from the UNet, guidance, controls and what a mask keeps."""
-        positive, negative = encoded
-        uncond_image = None
-        if first.channels is not None:
-            if first.uncond_channels is not None and negative is not None:
-                uncond_image = negative.with_channels(first.uncond_channels)
-            positive = positive.with_channels(first.channels)
-            negative = None if negative is None else negative.with_channels(first.channels)
         batches = guidance_batches(
             len(run.steps),
-            run.n_images,
+            len(run.seeds),
             positive,
             negative,
             prompts.cfg_weight,
@@ -374,26 +326,29 @@ class StableDiffusion(Networks):
             interval=options.guidance_interval,
             rescale=options.guidance_rescale,
         )
-        denoise = Denoiser(
-            unet,
-            self.schedule,
-            run.steps,
-            self.dtype,
-            batches,
-            controls=options.controls,
-            max_rows=self.rows_at_once,
-            deep_cache=options.deep_cache,
-            tome_ratio=options.token_merging,
-            streams=streams,
-        )
-        if run.sampler.consistency:
-            denoise = consistency(denoise, self.schedule)
-        return denoise if first.mask is None else inpainting(denoise, first.mask)
+        with cpu.ONE_STREAM if self.rows_at_once else cpu.CPUStreams() as streams:
+            denoise: Denoise = Denoiser(
+                unet,
+                self.schedule,
+                run.steps,
+                self.dtype,
+                batches,
+                controls=options.controls,
+                max_rows=self.rows_at_once,
+                deep_cache=options.deep_cache,
+                tome_ratio=options.token_merging,
+                streams=streams,
+            )
+            if run.sampler.consistency:
+                denoise = consistency(denoise, self.schedule)
+            if first.mask is not None:
+                denoise = inpainting(denoise, first.mask)
+            yield from sample(denoise, run, first)
 
     def _condition(
-        self, prompts: Prompts, options: Options, size: tuple[int, int]
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Encode the prompts of a run and, where guidance needs them, the negative ones."""
+        self, prompts: Prompts, options: Options, first: InitialLatents
+    ) -> tuple[Conditioning, Conditioning | None, Conditioning | None]:
+        """Encode the prompts of a run and, where guidance needs them, the negative ones, with and without the image."""
         dim = self.unet_config.time_cond_proj_dim
         if prompts.cfg_weight > 1 and not dim:
             positive, negative = self._encode_pair(prompts.text, prompts.negative_text, clip_skip=options.clip_skip)
@@ -401,17 +356,23 @@ class StableDiffusion(Networks):
             positive, negative = prompts.text, None
         else:
             positive, negative = self._encode(prompts.text, clip_skip=options.clip_skip), None
-        if dim:
-            embedding = guidance_embedding(prompts.cfg_weight, dim).astype(self.dtype)
-            positive = replace(positive, guidance=mx.repeat(embedding, len(positive.rows), axis=0))
+        if dim:  # the guidance scale is an input of the UNet (Luo et al. 2023)
+            scale = mx.full(len(positive.rows), 1000.0 * (prompts.cfg_weight - 1))
+            embedding = timestep_embedding(scale, dim, flip_sin_to_cos=False, freq_shift=1)
+            positive = replace(positive, guidance=embedding.astype(self.dtype))
         if self.is_xl:
-            pixels = tuple(self.pixels_per_latent * side for side in size)
+            pixels = tuple(self.pixels_per_latent * side for side in first.x.shape[1:3])
             sizes = options.size_conditioning or SizeConditioning()
             scores = self._scores_aesthetics
             positive = with_sizes(positive, pixels, sizes, sizes.aesthetic_score if scores else None)
             if negative is not None:
                 negative = with_sizes(negative, pixels, sizes, sizes.negative_aesthetic_score if scores else None)
-        return positive, negative
+        if first.channels is None:
+            return positive, negative, None
+        if negative is None:
+            return positive.with_channels(first.channels), None, None
+        uncond_image = None if first.uncond_channels is None else negative.with_channels(first.uncond_channels)
+        return positive.with_channels(first.channels), negative.with_channels(first.channels), uncond_image
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -284,6 +284,8 @@ def test_attributes(sd, xl):
             "sources",
             "unet_config",
             "vae_config",
+            "is_xl",
+            "pixels_per_latent",
         }
         assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | own
         networks = [getattr(model, part) for part in parts if not part.startswith("tokenizer")]

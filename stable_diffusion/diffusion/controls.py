@@ -9,7 +9,6 @@ import mlx.core as mx
 from ..models.controlnet import ControlNetModel, T2IAdapter, scaled
 from ..models.layers import Context
 from ..models.unet import Residuals
-from .guidance import GuidanceBatch
 
 
 @dataclass(frozen=True)
@@ -50,49 +49,36 @@ class Control:
         return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
 
 
-class Controls:
-    """Compute what the controls of a run of ``steps`` steps add to the UNet; each embeds its image once."""
+Embedded = mx.array | list[mx.array]  # a control's image, as its network embeds it
 
-    def __init__(self, controls: Sequence[Control], steps: int, dtype: mx.Dtype):
-        self._steps = steps
-        self._controls = [control for control in controls if control.scale != 0]
-        self._embedded = [c.network.embed(c.image[None].astype(dtype)) for c in self._controls]
 
-    def contexts(self, rows: GuidanceBatch) -> list[Context]:
-        """Make the encoded prompts of some rows for each control, to be used at every step."""
-        return [rows.context() for _ in self._controls]
+def control_outputs(
+    acting: Sequence[tuple[Control, Embedded]],
+    x: mx.array,
+    t: float,
+    text_time: tuple[mx.array, mx.array] | None,
+    context: Context,
+    is_cond: mx.array,
+) -> tuple[Residuals | None, list[mx.array]]:
+    """Return the sums of the ControlNets' residuals and of the adapters' features that a step adds to the UNet.
 
-    def added(
-        self, step: int, x: mx.array, t: float, rows: GuidanceBatch, contexts: Sequence[Context]
-    ) -> tuple[Residuals | None, list[mx.array]]:
-        """Return the sums of the ControlNets' residuals and of the adapters' features for some rows at a step.
-
-        ``x`` [B, h, w, 4] is the UNet's input, without the extra channels of some checkpoints.
-        """
-        residuals: Residuals | None = None
-        features: list[mx.array] = []
-        for control, embedded, context in zip(self._controls, self._embedded, contexts, strict=True):
-            if not control.acts(step, self._steps):
-                continue
-            if isinstance(control.network, T2IAdapter):
-                scaled_features = [control.scale * feature for feature in embedded]
-                features = _sums(features, scaled_features) if features else scaled_features
-                continue
-            down, middle = self._residuals(control, x, t, embedded, rows, context)
-            residuals = (_sums(residuals[0], down), residuals[1] + middle) if residuals else (down, middle)
-        return residuals, features
-
-    @staticmethod
-    def _residuals(
-        control: Control, x: mx.array, t: float, embedded: mx.array, rows: GuidanceBatch, context: Context
-    ) -> Residuals:
-        network = control.network
-        temb = network.embed_time(t, x.dtype, rows.text_time)
-        down, middle = scaled(network(x, temb, context, embedded), control.scale, control.guess)
-        if control.guess or network.config.global_pool_conditions:
-            is_cond = rows.is_cond.astype(x.dtype)[:, None, None, None]
-            down, middle = [is_cond * residual for residual in down], is_cond * middle
-        return down, middle
+    ``x`` [B, h, w, 4] is the UNet's input, without the extra channels of some checkpoints. The other arguments are of
+    the same rows, see ``UNet2DConditionModel`` and ``GuidanceBatch``.
+    """
+    residuals: Residuals | None = None
+    features: list[mx.array] = []
+    for control, embedded in acting:
+        if isinstance(control.network, T2IAdapter):
+            added = [control.scale * feature for feature in embedded]
+            features = _sums(features, added) if features else added
+            continue
+        temb = control.network.embed_time(t, x.dtype, text_time)
+        down, middle = scaled(control.network(x, temb, context, embedded), control.scale, control.guess)
+        if control.guess or control.network.config.global_pool_conditions:
+            of_cond = is_cond.astype(x.dtype)[:, None, None, None]
+            down, middle = [of_cond * residual for residual in down], of_cond * middle
+        residuals = (_sums(residuals[0], down), residuals[1] + middle) if residuals else (down, middle)
+    return residuals, features
 
 
 def _sums(first: Sequence[mx.array], second: Sequence[mx.array]) -> list[mx.array]:

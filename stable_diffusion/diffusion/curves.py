@@ -13,11 +13,6 @@ def karras(count: int, high: float, low: float, rho: float = 7.0) -> list[float]
     return [(first + r * (last - first)) ** rho for r in _ramp(count)]
 
 
-def exponential(count: int, high: float, low: float) -> list[float]:
-    """Space levels evenly in log sigma."""
-    return polyexponential(count, high, low)
-
-
 def polyexponential(count: int, high: float, low: float, rho: float = 1.0) -> list[float]:
     """Space levels by a power of even steps in log sigma (k-diffusion); above 1, ``rho`` draws them to ``low``."""
     first, last = math.log(high), math.log(low)
@@ -41,7 +36,7 @@ def log_linear(table: Sequence[float], count: int) -> list[float]:
 
 CURVES: dict[str, Callable[..., list[float]]] = {
     "karras": karras,
-    "exponential": exponential,
+    "exponential": polyexponential,
     "polyexponential": polyexponential,
     "beta": beta,
 }

@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from ..models import cpu
 from ..models.layers import Context
 from ..models.unet import UNet2DConditionModel
-from .controls import Control, Controls
-from .deep_cache import DeepCache
+from .controls import Control, control_outputs
 from .guidance import GuidanceBatch
 from .samplers import Denoise
 from .schedule import Schedule, Sigma, Steps
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """Hold the rows of a batch that run through the networks together, and what is cached for them."""
 
     rows: GuidanceBatch
     context: Context
-    control_contexts: Sequence[Context]
-    deep_cache: DeepCache
+    cycle: int = -1  # of DeepCache, and its map
+    maps: list[mx.array] = field(default_factory=list)
 
 
 class Denoiser:
@@ -35,9 +34,11 @@ class Denoiser:
         steps: the run. Its sigmas know their step; another level belongs to the step that it lies in.
         dtype: type in which the networks compute.
         batches: from ``guidance_batches``.
-        controls: ControlNets and T2I-Adapters.
+        controls: ControlNets and T2I-Adapters; each embeds its image once.
         max_rows: run at most this number of rows of a batch at once, one part after the other, which takes less memory.
-        deep_cache: run all of the UNet in every n-th step only, see ``deep_cache.py``; 1 is exact.
+        deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
+            only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
+            on the output of the first convolution at the step's own latents.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
         streams: CPU streams in which parts of a batch run side by side.
     """
@@ -57,15 +58,22 @@ class Denoiser:
         streams: cpu.CPUStreams = cpu.ONE_STREAM,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
-        self._controls = Controls(controls, len(steps), dtype)
+        self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
         self._max_rows, self._deep_cache, self._tome_ratio = max_rows, deep_cache, tome_ratio
         self._streams = streams
-        self._batches = [(batch, self._parts(batch)) for batch in batches]
+        self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
+        for batch in batches:
+            count = len(batch.images)
+            rows_at_once = max_rows or count // streams.parts(count)
+            parts = batch.split(rows_at_once) if rows_at_once < count else [batch]
+            contexts = [Context(part.conditioning.context, part.conditioning.v_context) for part in parts]
+            self._batches.append((batch, list(map(_Part, parts, contexts))))
 
     def __call__(self, x: mx.array, sigma: float) -> mx.array:
         """Estimate x0 from ``x = x0 + sigma * noise``, both [n, h, w, 4] float32."""
-        step, t = self._steps.step_at(sigma), self._schedule.timestep(sigma)
-        batch, parts = next(entry for entry in reversed(self._batches) if entry[0].first_step <= step)
+        if not isinstance(sigma, Sigma):  # a level that a sampler has computed
+            sigma = Sigma(sigma, self._steps.step_at(sigma), self._schedule.timestep(sigma))
+        batch, parts = next(entry for entry in reversed(self._batches) if entry[0].first_step <= sigma.step)
         x_in = (x / math.sqrt(sigma**2 + 1)).astype(self._dtype)  # the scale of training
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
@@ -73,27 +81,24 @@ class Denoiser:
                 # Each part waits for the one before, or MLX would compute them together, in the memory of all.
                 x_in = mx.depends(x_in, outputs[-1])
             with self._streams.enter(i, len(parts)):
-                outputs.append(self._predict(x_in[part.rows.images], t, step, part))
+                outputs.append(self._predict(x_in[part.rows.images], sigma, part))
         prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
         return to_x0(prediction, x, sigma, self._schedule.config.prediction_type)
 
-    def _parts(self, batch: GuidanceBatch) -> list[_Part]:
-        count = len(batch.images)
-        return [
-            _Part(
-                rows=rows,
-                context=rows.context(),
-                control_contexts=self._controls.contexts(rows),
-                deep_cache=DeepCache(self._deep_cache),
-            )
-            for rows in batch.split(self._max_rows or count // self._streams.parts(count))
-        ]
-
-    def _predict(self, x: mx.array, t: float, step: int, part: _Part) -> mx.array:
+    def _predict(self, x: mx.array, sigma: Sigma, part: _Part) -> mx.array:
         """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
         rows, conditioning = part.rows, part.rows.conditioning
-        temb = self._unet.embed_time(t, x.dtype, rows.text_time, conditioning.guidance)
-        residuals, features = self._controls.added(step, x, t, rows, part.control_contexts)
+        text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
+        temb = self._unet.embed_time(sigma.timestep, x.dtype, text_time, conditioning.guidance)
+        residuals, features, cache = None, (), None
+        if acting := [entry for entry in self._controls if entry[0].acts(sigma.step, len(self._steps))]:
+            inputs = x, sigma.timestep, text_time, part.context, rows.is_cond
+            residuals, features = control_outputs(acting, *inputs)
+        if self._deep_cache > 1:
+            cycle = (sigma.step - rows.first_step) // self._deep_cache
+            if cycle != part.cycle:  # the first step of a cycle fills an empty list
+                part.cycle, part.maps = cycle, []
+            cache = part.maps
         if conditioning.channels is not None:
             x = mx.concatenate([x, conditioning.channels.astype(x.dtype)], axis=-1)
         return self._unet(
@@ -102,7 +107,7 @@ class Denoiser:
             part.context,
             residuals=residuals,
             features=features,
-            cache=part.deep_cache.at(step - rows.first_step),
+            cache=cache,
             tome_ratio=self._tome_ratio,
         )
 

@@ -1,13 +1,14 @@
-"""The loop of a run: from the first latents through a sampler to the latents after each step."""
+"""A run: its decisions, its first latents, and the loop through a sampler to the latents after each step."""
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from ..models.layers import resample
 from ..models.threads import clear_streams_at_thread_end
 from .denoiser import InpaintMask
 from .samplers import Denoise, Noise, Sampler
@@ -15,6 +16,9 @@ from .schedule import Steps
 
 # The arrays that come before the first step, then (latents, estimate of x0) after each step.
 Pairs = Iterator[list[mx.array] | tuple[mx.array, mx.array]]
+
+# Modes of checkpoints, by the input channels of the UNet beyond those of the latents.
+MODES = {0: "text", 1: "depth", 4: "instructions", 5: "masks"}
 
 
 @dataclass(frozen=True)
@@ -35,28 +39,105 @@ class Run:
     latents: mx.array | None
     noise: Noise | None
 
-    @property
-    def n_images(self) -> int:
-        """Return the number of images that are generated together."""
-        return len(self.seeds)
-
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
         if self.latents is not None:
             return self.latents.astype(mx.float32)
-        return mx.stack([mx.random.normal(shape, key=_streams(seed)[0]) for seed in self.seeds])
+        keys = [mx.random.split(mx.random.key(seed))[0] for seed in self.seeds]
+        return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
         """Draw the noise that a stochastic sampler adds at a step, unit normal, in the ``shape`` of the latents."""
         if self.noise is not None:
             return self.noise(step, shape)
         counter = mx.array([0, step], dtype=mx.uint32)
-        return mx.stack([mx.random.normal(shape[1:], key=_streams(seed)[1] + counter) for seed in self.seeds])
+        keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
+        return mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
 
 
-def _streams(seed: int) -> tuple[mx.array, mx.array]:
-    initial, added = mx.random.split(mx.random.key(seed))
-    return initial, added
+@dataclass(frozen=True)
+class InitialLatents:
+    """Hold the first latents ``x`` [n, h, w, 4] and what goes with them.
+
+    ``channels`` [1, h, w, C] go to the UNet beside the latents; ``uncond_channels`` take their place where the UNet is
+    to run without the image.
+    """
+
+    x: mx.array
+    mask: InpaintMask | None = None
+    channels: mx.array | None = None
+    uncond_channels: mx.array | None = None
+
+
+def from_noise(run: Run, size: tuple[int, int], channels: int, is_continued: bool) -> InitialLatents:
+    """Draw the noise that text to image starts from, or take the latents that another run has left.
+
+    ``size`` is (h, w) of the latents. A run that is continued begins with ``run.latents`` in the scale of training.
+    """
+    x = run.initial_noise((*size, channels))
+    if not is_continued:
+        return InitialLatents(run.initial_scale * x)
+    return InitialLatents(math.sqrt(run.steps.sigmas[0] ** 2 + 1) * x if len(run.steps) else x)
+
+
+def from_image(
+    run: Run,
+    encode: Callable[[mx.array], mx.array],
+    latent_scale: float,
+    mode: str,
+    strength: float,
+    image: mx.array,
+    mask: mx.array | None,
+    depth: Callable[[], Any],
+) -> InitialLatents:
+    """Noise an image's latents to the first sigma of a run (Meng et al. 2022).
+
+    Args:
+        encode: [n, H, W, 3] -> latents, which are ``latent_scale`` times those of the autoencoder itself.
+        mode: one of ``MODES``.
+        image: pixels [H, W, 3], or latents [n, h, w, 4].
+        mask: [H, W], 0 where the image is kept.
+        depth: returns the map [H', W'] of the image, larger is nearer; for mode "depth".
+    """
+    x0 = image if image.ndim == 4 else encode(image[None])
+    x0 = mx.broadcast_to(x0, (len(run.seeds), *x0.shape[1:]))
+    if not len(run.steps):
+        return InitialLatents(x0)
+    (h, w), noise = x0.shape[1:3], run.initial_noise(x0.shape[1:])
+    if mask is None and mode == "masks":
+        mask = mx.ones(image.shape[:2])
+    # A mask is reduced by its maximum, so that not even a thin line is lost.
+    small = None if mask is None else mask.reshape(h, len(mask) // h, w, -1).max(axis=(1, 3))[None, ..., None]
+    # Where diffusers' pipelines begin with noise alone, so do these: the image would not be painted over.
+    is_noise = strength == 1 and (mask is not None or mode in ("masks", "instructions"))
+    x = run.initial_scale * noise if is_noise else x0 + run.steps.sigmas[0] * noise
+    if mode == "masks":
+        covered = encode((image * (mask < 0.5)[..., None])[None])
+        return InitialLatents(x, None, mx.concatenate([small, covered], axis=-1))
+    inpaint = None if small is None else InpaintMask(x0, small, noise)
+    if mode == "instructions":
+        seen = x0[:1] / latent_scale
+        return InitialLatents(x, inpaint, seen, mx.zeros_like(seen))
+    return InitialLatents(x, inpaint, depth_latents(depth(), (h, w)) if mode == "depth" else None)
+
+
+def depth_latents(depth: Any, size: tuple[int, int]) -> mx.array:
+    """Resize a depth map [H, W] to the UNet's fifth channel [1, h, w, 1], from -1 (farthest) to 1 (nearest).
+
+    ``size`` is (h, w) of the latents; another aspect ratio is stretched. The map is resized first (bicubic, without
+    smoothing) and normalised then, as in diffusers. Raises ValueError for a map that is not [H, W], not finite, or the
+    same everywhere.
+    """
+    array = mx.array(depth, dtype=mx.float32)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"a depth map is an array [height, width], not {list(array.shape)}")
+    if bad := array.size - mx.isfinite(array).sum().item():
+        raise ValueError(f"{bad} of {array.size} values of the depth map are not finite; give a map without them")
+    small = resample(array[None, :, :, None], size, cubic=True)
+    low, high = small.min(), small.max()
+    if not (high > low).item():
+        raise ValueError("the depth map is the same everywhere; give one that tells near from far")
+    return 2 * (small - low) / (high - low) - 1
 
 
 class Latents(Iterator[mx.array]):
@@ -99,30 +180,25 @@ def step_of(x_t: mx.array) -> int | None:
     return _steps.get(id(x_t))
 
 
-class _RememberEstimate:
-    """Call a denoiser and remember its last estimate of the clean latents."""
-
-    def __init__(self, denoise: Denoise, predicted: mx.array):
-        self._denoise, self.predicted = denoise, predicted
-
-    def __call__(self, x: mx.array, sigma: float) -> mx.array:
-        self.predicted = self._denoise(x, sigma)
-        return self.predicted
-
-
-def sample(denoise: Denoise, run: Run, x: mx.array, mask: InpaintMask | None) -> Pairs:
+def sample(denoise: Denoise, run: Run, first: InitialLatents) -> Pairs:
     """Yield the latents [n, h, w, 4] after each step and the estimate of x0, float32, not yet computed.
 
-    ``x`` are the first latents, at the first sigma. The latents are in the variance-preserving scale of training. What
-    the ``mask`` keeps ends without noise, also with samplers that stop just above zero.
+    The latents are in the variance-preserving scale of training. What the mask of ``first`` keeps ends without noise,
+    also with samplers that stop just above zero.
     """
-    denoise = _RememberEstimate(denoise, x)
-    states = run.sampler.run(denoise, x, run.steps.sigmas, run.step_noise, **run.sampler_options)
+    predicted = first.x
+
+    def remembered(x: mx.array, sigma: float) -> mx.array:
+        nonlocal predicted
+        predicted = denoise(x, sigma)
+        return predicted
+
+    states = run.sampler.run(remembered, first.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
     # There are fewer sigmas than states where another model continues.
     for done, (sigma, x) in enumerate(zip(run.steps.sigmas[1 : run.length + 1], states, strict=False), start=1):
         latents = x / math.sqrt(sigma**2 + 1)
-        if mask is not None and done == len(run.steps):
-            latents = mask.blend(latents, 0.0)
-        elif mask is not None:
-            latents = mask.blend(x, sigma) / math.sqrt(sigma**2 + 1)
-        yield latents, denoise.predicted
+        if first.mask is not None and done == len(run.steps):
+            latents = first.mask.blend(latents, 0.0)
+        elif first.mask is not None:
+            latents = first.mask.blend(x, sigma) / math.sqrt(sigma**2 + 1)
+        yield latents, predicted

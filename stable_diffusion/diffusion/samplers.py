@@ -13,22 +13,27 @@ plain floats, for which the denoiser computes the timestep.
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 
-from .schedule import SCHEDULES, Schedule, Steps
+from .schedule import SCHEDULES, Schedule, ScheduleConfig, Steps
+
+_log = logging.getLogger("stable_diffusion")
 
 Denoise = Callable[[mx.array, float], mx.array]
 Noise = Callable[[int, tuple[int, ...]], mx.array]
 States = Iterator[mx.array]
+Sigmas = Sequence[float]
 
 
-def euler(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
+def euler(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
     """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn)."""
     for sigma, target in pairwise(sigmas):
         x = _toward(x, denoise(x, sigma), sigma, target)
@@ -36,13 +41,13 @@ def euler(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) 
 
 
 def euler_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
     """Run Euler's method to a lower sigma and add noise up to the next one (k-diffusion): DDIM with ``eta`` 1."""
     yield from ddim(denoise, x, sigmas, noise, eta=eta, s_noise=s_noise)
 
 
-def heun(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
+def heun(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
     """Run Heun's method (Karras et al. 2022, algorithm 1): mean slope of both ends; the step to 0 is Euler's."""
     for sigma, target in pairwise(sigmas):
         x0 = denoise(x, sigma)
@@ -54,15 +59,13 @@ def heun(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -
         yield x
 
 
-def dpm2(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise) -> States:
-    """Run DPM-Solver-2 (Lu et al. 2022a) with the slope half-way in log sigma; the step to 0 is Euler's."""
-    yield from dpm2_ancestral(denoise, x, sigmas, noise, eta=0.0)
-
-
 def dpm2_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
-    """Run DPM-Solver-2 to a lower sigma and add noise up to the next one (k-diffusion)."""
+    """Run DPM-Solver-2 (Lu et al. 2022a), with the slope half-way in log sigma; the step to 0 is Euler's.
+
+    Above ``eta`` 0 it goes to a lower sigma, and noise leads back (k-diffusion).
+    """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = _ancestral(sigma, target, eta)
         x0 = denoise(x, sigma)
@@ -77,7 +80,7 @@ def dpm2_ancestral(
         yield x
 
 
-def lms(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 4) -> States:
+def lms(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
     """Run a linear multistep method (Adams-Bashforth with uneven steps, as in k-diffusion).
 
     A polynomial in sigma through the last ``order`` slopes extrapolates the slope.
@@ -93,12 +96,12 @@ def lms(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *,
 def ddim(
     denoise: Denoise,
     x: mx.array,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     noise: Noise,
     *,
     eta: float = 0.0,
     s_noise: float = 1.0,
-    target_sigmas: Sequence[float] | None = None,
+    target_sigmas: Sigmas | None = None,
 ) -> States:
     """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
 
@@ -115,19 +118,14 @@ def ddim(
         yield x
 
 
-def ddpm(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
-    """Run denoising diffusion probabilistic models (Ho et al. 2020, algorithm 2, with the posterior's variance)."""
-    yield from ddim(denoise, x, sigmas, noise, eta=1.0, s_noise=s_noise)
-
-
 def pndm(
     denoise: Denoise,
     x: mx.array,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     noise: Noise,
     *,
     velocity: bool = False,
-    target_sigmas: Sequence[float] | None = None,
+    target_sigmas: Sigmas | None = None,
     repeat_sigma: float | None = None,
 ) -> States:
     """Run the pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the noise.
@@ -163,24 +161,17 @@ def pndm(
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def dpmpp_2m(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, lower_order_final: bool = False
-) -> States:
-    """Run DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): an exponential integrator with D from two steps."""
-    yield from dpmpp_2m_sde(denoise, x, sigmas, noise, eta=0.0, lower_order_final=lower_order_final)
-
-
 def dpmpp_2m_sde(
     denoise: Denoise,
     x: mx.array,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     noise: Noise,
     *,
     eta: float = 1.0,
     s_noise: float = 1.0,
     lower_order_final: bool = False,
 ) -> States:
-    """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4; midpoint): the same on the reverse SDE.
+    """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4; midpoint): an exponential integrator with D from two steps.
 
     The step length ``h`` is in ``lambda = -log(sigma)``. The first step is of first order, and so is one to 0. With
     ``lower_order_final`` the last step always is.
@@ -201,7 +192,7 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
     """Run DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): D from half-way in log sigma, with ancestral noise."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -217,7 +208,7 @@ def dpmpp_2s_ancestral(
 
 
 def dpmpp_sde(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
     """Run DPM-Solver++ on the SDE (k-diffusion; Lu et al. 2022b): D from half-way in log sigma, noise on both halves.
 
@@ -241,7 +232,7 @@ def dpmpp_sde(
 
 
 def dpmpp_3m_sde(
-    denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> States:
     """Run SDE-DPM-Solver++(3M) (k-diffusion; Lu et al. 2022b): D extrapolated from three steps.
 
@@ -267,7 +258,7 @@ def dpmpp_3m_sde(
         yield x
 
 
-def unipc(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, order: int = 2) -> States:
+def unipc(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 2) -> States:
     """Run UniPC (Zhao et al. 2023, algorithms 1 and 2, B(h) = e^h - 1): a predictor that the next D corrects.
 
     Both are steps towards a blend of D's; the corrector repeats the last step with the D at its end. The order falls
@@ -290,7 +281,7 @@ def unipc(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, 
 def deis(
     denoise: Denoise,
     x: mx.array,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     noise: Noise,
     *,
     order: int = 2,
@@ -314,24 +305,15 @@ def deis(
         yield x
 
 
-def lcm(denoise: Denoise, x: mx.array, sigmas: Sequence[float], noise: Noise, *, s_noise: float = 1.0) -> States:
-    """Run latent consistency models (Luo et al. 2023, algorithm 3): leap to x0, and add noise up to the next level."""
-    for i, (sigma, target) in enumerate(pairwise(sigmas)):
-        x = denoise(x, sigma)
-        if target > 0:
-            x = x + (target * s_noise) * noise(i, x.shape)
-        yield x
-
-
 def tcd(
     denoise: Denoise,
     x: mx.array,
-    sigmas: Sequence[float],
+    sigmas: Sigmas,
     noise: Noise,
     *,
     eta: float = 0.3,
     s_noise: float = 1.0,
-    tcd_sigmas: Sequence[float] | None = None,
+    tcd_sigmas: Sigmas | None = None,
 ) -> States:
     """Run trajectory consistency distillation (Zheng et al. 2024, algorithm 4; ``eta`` is their gamma).
 
@@ -344,6 +326,13 @@ def tcd(
         if down < target:
             x = x + (math.sqrt(target**2 - down**2) * s_noise) * noise(i, x.shape)
         yield x
+
+
+# Samplers that are others with some of their options bound, which then cannot be chosen.
+dpm2 = partial(dpm2_ancestral, eta=0.0, s_noise=0.0)
+ddpm = partial(ddim, eta=1.0)  # Ho et al. 2020, algorithm 2, with the posterior's variance
+dpmpp_2m = partial(dpmpp_2m_sde, eta=0.0, s_noise=0.0)  # on the ODE: Lu et al. 2022b, algorithm 2
+lcm = partial(tcd, eta=1.0, tcd_sigmas=None)  # every leap goes to x0: Luo et al. 2023, algorithm 3
 
 
 def _toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
@@ -370,10 +359,7 @@ def _relabel(x: mx.array, sigma: float, level: float) -> mx.array:
 
 def _blend(history: Sequence[tuple[float, mx.array]], weights: Sequence[float]) -> mx.array:
     """Return the weighted sum of the arrays in a history of (level, array)."""
-    total = weights[0] * history[0][1]
-    for weight, (_, evaluation) in zip(weights[1:], history[1:], strict=True):
-        total = total + weight * evaluation
-    return total
+    return sum(weight * evaluation for weight, (_, evaluation) in zip(weights, history, strict=True))
 
 
 def _exponential_blend(points: Sequence[tuple[float, mx.array]], target: float) -> mx.array:
@@ -412,88 +398,54 @@ def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Describe a sampler: a row of ``SAMPLERS``.
+    """Describe a sampler: a row of ``SAMPLERS``."""
 
-    Attributes:
-        run: the generator function.
-        spacing_rule: key of ``SPACING_RULES``, which places its steps.
-        order: of the error in the step length, without noise.
-        evaluations: of D in a step. PNDM makes two in its first step.
-        stochastic: injects noise by default.
-        scheduler: the diffusers class that computes the same, without "Scheduler"; with ":" and its ``algorithm_type``
-            where that decides.
-        reference: the paper or program that defines it.
-        consistency: wrap D for consistency models, see ``denoiser.consistency``.
-    """
-
-    run: Callable[..., States]
-    spacing_rule: str = "euler"
-    order: int = 1
-    evaluations: int = 1
-    stochastic: bool = False
-    scheduler: str = ""
-    reference: str = ""
-    consistency: bool = False
+    run: Callable[..., States]  # the generator function
+    spacing_rule: str = "euler"  # places its steps, a key of SPACING_RULES
+    order: int = 1  # of the error in the step length, without noise
+    evaluations: int = 1  # of D in a step; PNDM makes two in its first step
+    stochastic: bool = False  # injects noise by default
+    scheduler: str = ""  # class of diffusers that computes the same; after ":" its algorithm_type, where that decides
+    reference: str = ""  # the paper or program that defines it
+    consistency: bool = False  # wrap D for consistency models, see denoiser.consistency
 
     @property
     def option_names(self) -> set[str]:
-        """Return the names of the keyword arguments that this sampler takes beyond the four that all have."""
+        """Return the names of the options that may be chosen: keyword arguments that no ``partial`` has bound."""
         parameters = inspect.signature(self.run).parameters.values()
-        return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-    def check_options(self, **chosen: Any) -> dict[str, Any]:
-        """Return the ``chosen`` options that are not None; ValueError for one that this sampler does not take."""
-        options = {name: option for name, option in chosen.items() if option is not None}
-        if unknown := options.keys() - self.option_names:
-            name = getattr(self.run, "__name__", repr(self.run))
-            raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
-        return options
+        names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        return names - getattr(self.run, "keywords", {}).keys()
 
 
+_two = partial(Sampler, order=2, evaluations=2)
 _K = "k-diffusion"
 _KARRAS = "Karras et al. 2022, arXiv:2206.00364"
-_LU = "Lu et al. 2022, arXiv:2211.01095"
+_LU_A, _LU_B = "Lu et al. 2022, arXiv:2206.00927", "Lu et al. 2022, arXiv:2211.01095"
+_HO, _SONG = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
+_ZHANG, _ZHAO = "Zhang & Chen 2023, arXiv:2204.13902", "Zhao et al. 2023, arXiv:2302.04867"
+_LUO, _ZHENG = "Luo et al. 2023, arXiv:2310.04378", "Zheng et al. 2024, arXiv:2402.19159"
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, scheduler="EulerDiscrete", reference=_KARRAS),
     "euler_a": Sampler(euler_ancestral, stochastic=True, scheduler="EulerAncestralDiscrete", reference=_K),
-    "heun": Sampler(heun, order=2, evaluations=2, scheduler="HeunDiscrete", reference=_KARRAS),
-    "dpm2": Sampler(
-        dpm2, "dpm2", order=2, evaluations=2, scheduler="KDPM2Discrete", reference="Lu et al. 2022, arXiv:2206.00927"
-    ),
-    "dpm2_a": Sampler(
-        dpm2_ancestral,
-        "dpm2",
-        order=2,
-        evaluations=2,
-        stochastic=True,
-        scheduler="KDPM2AncestralDiscrete",
-        reference=_K,
-    ),
+    "heun": _two(heun, scheduler="HeunDiscrete", reference=_KARRAS),
+    "dpm2": _two(dpm2, "dpm2", scheduler="KDPM2Discrete", reference=_LU_A),
+    "dpm2_a": _two(dpm2_ancestral, "dpm2", stochastic=True, scheduler="KDPM2AncestralDiscrete", reference=_K),
     "lms": Sampler(lms, order=4, scheduler="LMSDiscrete", reference=_K),
-    "ddim": Sampler(ddim, "ddim", scheduler="DDIM", reference="Song et al. 2021, arXiv:2010.02502"),
-    "ddpm": Sampler(ddpm, "ddpm", stochastic=True, scheduler="DDPM", reference="Ho et al. 2020, arXiv:2006.11239"),
+    "ddim": Sampler(ddim, "ddim", scheduler="DDIM", reference=_SONG),
+    "ddpm": Sampler(ddpm, "ddpm", stochastic=True, scheduler="DDPM", reference=_HO),
     "pndm": Sampler(pndm, "pndm", order=2, scheduler="PNDM", reference="Liu et al. 2022, arXiv:2202.09778"),
-    "dpmpp_2m": Sampler(dpmpp_2m, "multistep", order=2, scheduler="DPMSolverMultistep", reference=_LU),
+    "dpmpp_2m": Sampler(dpmpp_2m, "multistep", order=2, scheduler="DPMSolverMultistep", reference=_LU_B),
     "dpmpp_2m_sde": Sampler(
-        dpmpp_2m_sde,
-        "multistep",
-        order=2,
-        stochastic=True,
-        scheduler="DPMSolverMultistep:sde-dpmsolver++",
-        reference=_LU,
+        dpmpp_2m_sde, "multistep", 2, stochastic=True, scheduler="DPMSolverMultistep:sde-dpmsolver++", reference=_LU_B
     ),
-    "dpmpp_2s_a": Sampler(dpmpp_2s_ancestral, order=2, evaluations=2, stochastic=True, reference=_K),
-    "dpmpp_sde": Sampler(dpmpp_sde, order=2, evaluations=2, stochastic=True, scheduler="DPMSolverSDE", reference=_K),
+    "dpmpp_2s_a": _two(dpmpp_2s_ancestral, stochastic=True, reference=_K),
+    "dpmpp_sde": _two(dpmpp_sde, stochastic=True, scheduler="DPMSolverSDE", reference=_K),
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", order=2, stochastic=True, reference=_K),
-    "unipc": Sampler(
-        unipc, "multistep", order=2, scheduler="UniPCMultistep", reference="Zhao et al. 2023, arXiv:2302.04867"
-    ),
-    "deis": Sampler(deis, "deis", order=2, scheduler="DEISMultistep", reference="Zhang & Chen 2023, arXiv:2204.13902"),
-    "lcm": Sampler(
-        lcm, "lcm", stochastic=True, scheduler="LCM", reference="Luo et al. 2023, arXiv:2310.04378", consistency=True
-    ),
-    "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference="Zheng et al. 2024, arXiv:2402.19159"),
+    "unipc": Sampler(unipc, "multistep", order=2, scheduler="UniPCMultistep", reference=_ZHAO),
+    "deis": Sampler(deis, "deis", order=2, scheduler="DEISMultistep", reference=_ZHANG),
+    "lcm": Sampler(lcm, "lcm", stochastic=True, scheduler="LCM", reference=_LUO, consistency=True),
+    "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference=_ZHENG),
 }
 
 # The nearest samplers to scheduler classes that none here computes.
@@ -508,6 +460,8 @@ def read_name(name: str) -> tuple[str, str | None]:
 
     The schedule is None where the name has none. ValueError lists the samplers.
     """
+    if name in SAMPLERS:
+        return name, None
     key = _key(name)
     endings = [curve for curve in SCHEDULES if curve != "default" and key.endswith(_key(curve))]
     schedule = max(endings, key=len, default=None)  # "polyexponential" ends in "exponential" too
@@ -523,30 +477,36 @@ def _key(name: str) -> str:
     return "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
 
 
-def find_sampler(name: str | Callable[..., States]) -> Sampler:
-    """Return the row of a sampler's name, or a row for a sampler function; ValueError lists the names."""
-    return Sampler(name) if callable(name) else SAMPLERS[read_name(name)[0]]
+def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:
+    """Return the row of a sampler's name and the schedule in the name, or a row for a sampler function.
 
-
-def sampler_for(scheduler: str, algorithm: str | None = None) -> tuple[str, bool]:
-    """Return the sampler for a checkpoint's scheduler class, and True unless it is only the nearest one.
-
-    ``algorithm`` is the scheduler's ``algorithm_type``, where it has one.
+    Raises ValueError for an unknown name, and for a ``chosen`` option, not None, that the sampler does not take.
     """
+    if callable(sampler):
+        name, schedule, row = getattr(sampler, "__name__", repr(sampler)), None, Sampler(sampler)
+    else:
+        name, schedule = read_name(sampler)
+        row = SAMPLERS[name]
+    if unknown := {option for option, value in chosen.items() if value is not None} - row.option_names:
+        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
+    return row, schedule
+
+
+def sampler_for(config: ScheduleConfig) -> str:
+    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
     exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
-    scheduler = scheduler.removesuffix("Scheduler")
-    for key in (f"{scheduler}:{algorithm}", scheduler):
-        if key in exact or key in _NEAREST:
-            return (exact | _NEAREST)[key], key in exact
-    return "euler", False
+    scheduler = config.class_name.removesuffix("Scheduler")
+    keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
+    name = (exact | _NEAREST)[keys[0]] if keys else "euler"
+    if not keys or keys[0] in _NEAREST or config.not_followed:
+        wanted = ", ".join((config.class_name, *config.not_followed))
+        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", wanted, name)
+    return name
 
 
 def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
-    """Return the keyword arguments of a sampler for one run: the ``chosen`` ones, and those that the run decides.
-
-    Raises ValueError for a chosen one that the sampler does not take.
-    """
-    options = sampler.check_options(**chosen)
+    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's."""
+    options = {name: value for name, value in chosen.items() if value is not None}
     if not len(steps):
         return options
     of_run = {

@@ -1,58 +1,58 @@
 """The noise schedule: betas -> sigma table, the steps of a run, and sigma <-> t. Python floats, no arrays.
 
-Everything here lives in one space. A noisy latent is ``x = x0 + sigma * noise`` (Karras et al. 2022). A model trained
-on ``sqrt(a) * x0 + sqrt(1 - a) * noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with ``a``
-the cumulative product of ``1 - beta``.
+A noisy latent is ``x = x0 + sigma * noise`` (Karras et al. 2022). A model trained on ``sqrt(a) * x0 + sqrt(1 - a) *
+noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with ``a`` the cumulative product of
+``1 - beta``.
 """
 
 import math
 import operator
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+from ..models.config import fields_of
 from .curves import CURVES, TABLES, log_linear
-from .spacing import SPACING_RULES, SPACINGS, SpacingRule, distilled_timesteps, spaced_timesteps
 
 SCHEDULES = ("default", *CURVES, "sgm_uniform", *TABLES)
+SPACINGS = ("leading", "trailing", "linspace")  # Lin et al. 2024, table 2
 
 # With zero terminal SNR (Lin et al. 2024) the last sigma is infinite. In float32, 2^32 already is: x0 drowns in
 # rounding, and every formula below stays finite. Samplers other than DDIM cap it where diffusers does.
 _INFINITE = 2.0**32
 _CAPPED = math.sqrt((1 - 2.0**-24) / 2.0**-24)
 
-
-_SCHEDULE_CHOICES = {
+# Settings that change the noise levels or the timesteps, with the values that are computed here.
+_NOISE_SETTINGS: Mapping[str, tuple] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("leading", "trailing", "linspace", None),
+    "timestep_spacing": SPACINGS,
     "final_sigmas_type": ("zero", "sigma_min"),
-}
-
-# Settings that would change the noise levels or the timesteps, with the values that change nothing.
-_SCHEDULE_FIXED: Mapping[str, tuple] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "use_flow_sigmas": (),
-    "use_lu_lambdas": (),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
     "sigma_min": (),
     "sigma_max": (),
 }
 
 # Settings of a checkpoint's preferred sampler, with the values that the sampler here has; then those of its class.
-_SAMPLER_FIXED: Mapping[str, tuple] = {
+_SAMPLER_SETTINGS: Mapping[str, tuple] = {
     "thresholding": (False,),
     "clip_sample": (False,),
     "disable_corrector": ([],),
     "solver_p": (),
     "predict_x0": (True,),
 }
-_MULTISTEP_FIXED: Mapping[str, tuple] = {"solver_order": (2,), "solver_type": ("midpoint",)}
-_SAMPLER_OF_CLASS: Mapping[str, Mapping[str, tuple]] = {
-    "DPMSolverMultistepScheduler": _MULTISTEP_FIXED | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
+_CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
+    "DPMSolverMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    },
     "UniPCMultistepScheduler": {
         "solver_order": (2,),
         "solver_type": ("bh2", "midpoint", "heun", "logrho"),
@@ -62,7 +62,6 @@ _SAMPLER_OF_CLASS: Mapping[str, Mapping[str, tuple]] = {
     "PNDMScheduler": {"skip_prk_steps": (True,)},
     "DDPMScheduler": {"variance_type": ("fixed_small",)},
 }
-
 
 # The pipelines in which diffusers reads any steps_offset as 1: old files lack it, and were trained with 1.
 _OFFSET_ONE = {f"StableDiffusion{mode}Pipeline" for mode in ("", "Img2Img", "Inpaint")}
@@ -102,30 +101,61 @@ class ScheduleConfig:
 
         ``pipeline`` is the class of diffusers that the checkpoint is for.
         """
-        fields = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        fields = fields_of(cls, raw) | {"class_name": raw.get("_class_name", "DDIMScheduler")}
         if pipeline in _OFFSET_ONE:
             fields["steps_offset"] = 1
-        fields["class_name"] = raw.get("_class_name", "DDIMScheduler")
-        if fields.get("trained_betas") is not None:
-            fields["trained_betas"] = tuple(fields["trained_betas"])
         curves = [name for name in ("karras", "exponential", "beta") if raw.get(f"use_{name}_sigmas")]
         if len(curves) > 1:
             raise ValueError(f"scheduler config: only one of use_{'_sigmas, use_'.join(curves)}_sigmas can hold")
         fields["sigma_schedule"] = curves[0] if curves else "default"
-        for key, supported in _SCHEDULE_FIXED.items():
-            if raw.get(key) not in (None, False, *supported):
-                raise ValueError(f"scheduler config: {key}={raw[key]!r} is not supported")
-        followed = _SAMPLER_FIXED | _SAMPLER_OF_CLASS.get(fields["class_name"], {})
+        for key, supported in _NOISE_SETTINGS.items():
+            if raw.get(key) not in (None, *supported):
+                names = f" (supported: {', '.join(map(repr, supported))})" if supported else ""
+                raise ValueError(f"scheduler config: {key}={raw[key]!r} is not supported{names}")
+        followed = _SAMPLER_SETTINGS | _CLASS_SETTINGS.get(fields["class_name"], {})
         fields["not_followed"] = tuple(
             f"{key}={raw[key]!r}" for key, supported in followed.items() if raw.get(key) not in (None, *supported)
         )
         return cls(**fields)
 
-    def __post_init__(self) -> None:
-        for key, allowed in _SCHEDULE_CHOICES.items():
-            if (value := getattr(self, key)) not in allowed:
-                names = ", ".join(repr(a) for a in allowed if a)
-                raise ValueError(f"scheduler config: {key}={value!r} is not supported (supported: {names})")
+
+@dataclass(frozen=True)
+class SpacingRule:
+    """Describe how a family of samplers places its steps, beyond spacing and schedule."""
+
+    spacing: str  # the default, one of SPACINGS
+    integer_linspace: bool = True  # round the timesteps of "linspace"
+    unvisited_points: int = 0  # points that are spaced too and then left out, at the end of the run
+    keeps_infinite_sigma: bool = False  # and does not cap it
+    starts_at_sigma: bool = False  # times noise, unless the spacing is "leading", see Schedule.initial_scale
+    curves_span_training: bool = False  # lay curves over all training sigmas, not from the first to the last of the run
+    rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by the curve's name
+    final_sigma: str = "zero"  # or "first" (training sigma), or the key of the config that chooses between them
+    fixed_stride: bool = False  # go down num_train_timesteps // count timesteps, wherever the next step starts
+    distilled: bool = False  # take timesteps of those that the model was distilled for, unless a spacing is chosen
+
+
+_EULER_RULE = SpacingRule("linspace", integer_linspace=False, starts_at_sigma=True, final_sigma="final_sigmas_type")
+_MULTISTEP_RULE = SpacingRule(
+    "linspace",
+    unvisited_points=1,
+    curves_span_training=True,
+    rounding={"karras": round, "exponential": math.floor, "beta": math.floor},
+    final_sigma="final_sigmas_type",
+)
+_DISTILLED_RULE = SpacingRule("leading", keeps_infinite_sigma=True, distilled=True)
+
+SPACING_RULES = {
+    "euler": _EULER_RULE,
+    "dpm2": replace(_EULER_RULE, rounding={"karras": round}, final_sigma="zero"),
+    "ddim": SpacingRule("leading", keeps_infinite_sigma=True, final_sigma="set_alpha_to_one", fixed_stride=True),
+    "ddpm": SpacingRule("leading", keeps_infinite_sigma=True),
+    "pndm": SpacingRule("leading", final_sigma="set_alpha_to_one", fixed_stride=True),
+    "multistep": _MULTISTEP_RULE,
+    "deis": replace(_MULTISTEP_RULE, final_sigma="first"),
+    "lcm": _DISTILLED_RULE,
+    "tcd": replace(_DISTILLED_RULE, final_sigma="first"),
+}
 
 
 class Sigma(float):
@@ -134,19 +164,14 @@ class Sigma(float):
     Arithmetic gives plain floats. So a level that a sampler computes knows neither.
     """
 
-    __slots__ = ("step", "timestep")
     step: int
     timestep: float
 
-    def __new__(cls, sigma: float, step: int, timestep: float) -> "Sigma":
+    def __new__(cls, sigma: float, step: int = 0, timestep: float = 0.0) -> "Sigma":
         """Make the level ``sigma`` of one step."""
         self = super().__new__(cls, sigma)
         self.step, self.timestep = step, timestep
         return self
-
-    def __getnewargs__(self) -> tuple[float, int, float]:
-        """Return the arguments that copy and pickle make the level from."""
-        return float(self), self.step, self.timestep
 
 
 @dataclass(frozen=True)
@@ -171,8 +196,9 @@ class Steps:
 
     def last(self, count: int) -> "Steps":
         """Return the run of the last ``count`` steps: image to image starts in the middle."""
-        levels = self.sigmas[len(self) - count : -1]
-        return replace(self, sigmas=(*_numbered(levels, [level.timestep for level in levels]), self.sigmas[-1]))
+        first = len(self) - count
+        levels = [Sigma(sigma, sigma.step - first, sigma.timestep) for sigma in self.sigmas[first:-1]]
+        return replace(self, sigmas=(*levels, self.sigmas[-1]))
 
     def step_at(self, sigma: float) -> int:
         """Return the step that a noise level belongs to: a Sigma's own, or the last that starts at it or above."""
@@ -180,10 +206,6 @@ class Steps:
             return sigma.step
         rounded = sigma * (1 - 1e-6)  # a level of the run that went through float32 belongs to its step
         return max(sum(level >= rounded for level in self.sigmas[:-1]) - 1, 0)
-
-
-def _numbered(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Sigma]:
-    return [Sigma(sigma, step, t) for step, (sigma, t) in enumerate(zip(sigmas, timesteps, strict=True))]
 
 
 class Schedule:
@@ -196,19 +218,19 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        alphas_cumprod = _alphas_cumprod(config)
-        self.alphas_cumprod: tuple[float, ...] = tuple(alphas_cumprod)
-        complements = array("f", (1 - a for a in alphas_cumprod))
-        odds = array("f", (b / a if a > 0 else _INFINITE**2 for a, b in zip(alphas_cumprod, complements, strict=True)))
-        self.sigmas: tuple[float, ...] = tuple(array("f", map(math.sqrt, odds)))
-        self._finite = tuple(_CAPPED if a == 0 else s for a, s in zip(alphas_cumprod, self.sigmas, strict=True))
+        self.alphas_cumprod = tuple(_alphas_cumprod(config))
+        complements = array("f", (1 - a for a in self.alphas_cumprod))
+        pairs = zip(self.alphas_cumprod, complements, strict=True)
+        odds = array("f", (b / a if a > 0 else _INFINITE**2 for a, b in pairs))
+        self.sigmas = tuple(array("f", map(math.sqrt, odds)))
+        self._finite = tuple(_CAPPED if sigma == _INFINITE else sigma for sigma in self.sigmas)
         self._logs = tuple(array("f", map(math.log, self._finite)))
 
-    def sigma(self, t: float) -> float:
-        """Return the noise level at ``t``, linear in sigma between two training timesteps."""
+    def sigma(self, t: float, capped: bool = False) -> float:
+        """Return the noise level at ``t``, linear in sigma between two timesteps; an infinite one may be ``capped``."""
         low = min(max(math.floor(t), 0), len(self.sigmas) - 1)
         if low == t:
-            return self.sigmas[low]
+            return self._finite[low] if capped else self.sigmas[low]
         high = min(low + 1, len(self.sigmas) - 1)
         return self._finite[low] + (t - low) * (self._finite[high] - self._finite[low])
 
@@ -238,8 +260,7 @@ class Schedule:
                 stops one short of the last, the others lay the sigmas along a curve (see ``curves``). None is the
                 checkpoint's.
 
-        Raises:
-            ValueError: a number or name out of range.
+        Raises ValueError for a number or name out of range.
         """
         total, family = self.config.num_train_timesteps, SPACING_RULES[rule]
         if not 1 <= count <= total:
@@ -249,34 +270,33 @@ class Schedule:
             raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         timesteps = self._timesteps(count, family, spacing)
         if schedule == "default":
-            stride = total // count if family.fixed_stride else 0
-            return self._run(timesteps, self._levels(timesteps, family), family, stride)
-        sigmas = self._curve(
-            schedule, count, self._finite if family.curves_span_training else self._levels(timesteps[::-1], family)
-        )
-        timesteps = [self.timestep(sigma) for sigma in sigmas]
-        if schedule in family.rounding:
-            timesteps = [float(family.rounding[schedule](t)) for t in timesteps]
-        return self._run(timesteps, sigmas, family)
+            return self._run(timesteps, family, stride=total // count if family.fixed_stride else 0)
+        if schedule in CURVES:
+            ends = (total - 1, 0) if family.curves_span_training else (timesteps[0], timesteps[-1])
+            sigmas = CURVES[schedule](count, *(self.sigma(t, capped=True) for t in ends))
+        else:
+            sigmas = log_linear(TABLES.get(schedule, self._finite[::-1]), count + 1)[:-1]
+        rounding = family.rounding.get(schedule, float)
+        return self._run([float(rounding(self.timestep(sigma))) for sigma in sigmas], family, sigmas)
 
     def at_timesteps(self, timesteps: Sequence[float], rule: str = "euler") -> Steps:
         """Lay a run through descending ``timesteps``; it ends where the ``rule`` says."""
-        total, family = self.config.num_train_timesteps, SPACING_RULES[rule]
+        total = self.config.num_train_timesteps
         if not timesteps or any(a <= b for a, b in pairwise((total, *timesteps, -1))):
             raise ValueError(f"timesteps {list(timesteps)} must descend and lie in 0 ... {total - 1}")
-        return self._run([float(t) for t in timesteps], self._levels(timesteps, family), family)
+        return self._run([float(t) for t in timesteps], SPACING_RULES[rule])
 
     def at_sigmas(self, sigmas: Sequence[float]) -> Steps:
         """Lay a run through descending noise levels, of which the last, usually 0, is where it ends."""
         if len(sigmas) < 2 or sigmas[-1] < 0 or any(a <= b for a, b in pairwise(sigmas)):
             raise ValueError(f"sigmas {list(sigmas)} must descend and be at least two, of which the last is the end")
-        levels = _numbered(sigmas[:-1], [self.timestep(sigma) for sigma in sigmas[:-1]])
-        return Steps((*levels, float(sigmas[-1])), total=len(levels))
+        *levels, end = sigmas
+        return Steps((*map(Sigma, levels, range(len(levels)), map(self.timestep, levels)), float(end)), len(levels))
 
     def remaining(self, steps: Steps, share: float) -> int:
-        """Count the steps that are left when ``share`` of the training noise is gone: all at 0, none at 1."""
+        """Count the steps that are left when ``share`` of the training noise is gone, which is above 0."""
         total = self.config.num_train_timesteps
-        return len(steps) if share == 0 else sum(t < round(total - share * total) for t in steps.timesteps)
+        return sum(t < round(total - share * total) for t in steps.timesteps)
 
     def initial_scale(self, steps: Steps, rule: str = "euler", spacing: str | None = None) -> float:
         """Return the standard deviation of the latent that a run starts from.
@@ -285,7 +305,7 @@ class Schedule:
         its first step is the last training timestep.
         """
         sigma, family = steps.sigmas[0], SPACING_RULES[rule]
-        at_sigma = family.starts_at_sigma and self._spacing(family, spacing) != "leading"
+        at_sigma = family.starts_at_sigma and (spacing or self.config.timestep_spacing) != "leading"
         return float(sigma) if at_sigma else math.sqrt(sigma**2 + 1)
 
     def target_sigmas(self, steps: Steps) -> list[float]:
@@ -312,87 +332,70 @@ class Schedule:
         leaps = [self.sigma(math.floor(round((1 - gamma) * t, 4))) for t in timesteps]
         return [min(leap, target) for leap, target in zip(leaps, steps.sigmas[1:], strict=True)]
 
-    def _spacing(self, family: SpacingRule, spacing: str | None) -> str:
-        spacing = spacing or self.config.timestep_spacing or family.spacing
+    def _timesteps(self, count: int, rule: SpacingRule, spacing: str | None) -> list[float]:
+        """Return ``count`` descending timesteps, equal to diffusers' integers: float64, half rounded to even."""
+        total, original = self.config.num_train_timesteps, self.config.original_inference_steps
+        if rule.distilled and spacing is None:  # evenly spread over those of the distillation (Luo et al. 2023)
+            if count > original:
+                raise ValueError(f"{count} steps: the model was distilled for {original}; choose 1 to {original}")
+            return [float((original - int(i * (original / count))) * (total // original) - 1) for i in range(count)]
+        spacing = spacing or self.config.timestep_spacing or rule.spacing
         if spacing not in SPACINGS:
             raise ValueError(f"timestep spacing {spacing!r} is unknown; choose leading, trailing or linspace")
-        return spacing
+        if spacing == "trailing":
+            # Counted down from the end; one less, since training counts from 0. The ratio is rounded as NumPy's arange
+            # rounds it, which settles where a half goes.
+            ratio = total - (total - total / count)
+            return [float(round(total - i * ratio) - 1) for i in range(count)]
+        points = min(count + rule.unvisited_points, total)  # there are no more points than timesteps
+        if spacing == "leading":
+            ascending = [float(i * (total // points) + self.config.steps_offset) for i in range(points)]
+        else:
+            ratio = (total - 1) / (points - 1) if points > 1 else 0.0
+            ascending = [i * ratio for i in range(points - 1)] + [float(total - 1) if points > 1 else 0.0]
+            ascending = [float(round(t)) for t in ascending] if rule.integer_linspace else list(array("f", ascending))
+        return ascending[points - count :][::-1]
 
-    def _timesteps(self, count: int, family: SpacingRule, spacing: str | None) -> list[float]:
-        total = self.config.num_train_timesteps
-        if family.distilled and spacing is None:
-            return distilled_timesteps(count, total, self.config.original_inference_steps)
-        return spaced_timesteps(count, total, family, self._spacing(family, spacing), self.config.steps_offset)
-
-    def _levels(self, timesteps: Sequence[float], family: SpacingRule) -> list[float]:
-        sigmas = [self.sigma(t) for t in timesteps]
-        return sigmas if family.keeps_infinite_sigma else [_CAPPED if s == _INFINITE else s for s in sigmas]
-
-    def _curve(self, schedule: str, count: int, ascending: Sequence[float]) -> list[float]:
-        """Return ``count`` levels of a schedule that is no "default"; curves run between the ends of ``ascending``."""
-        if schedule in CURVES:
-            high = self._finite[-1] if ascending[-1] == _INFINITE else ascending[-1]
-            return CURVES[schedule](count, high, ascending[0])
-        if schedule in TABLES:
-            return log_linear(TABLES[schedule], count + 1)[:-1]
-        return [self._log_sigma((len(self._logs) - 1) * (1 - i / count)) for i in range(count)]
-
-    def _log_sigma(self, t: float) -> float:
-        """Return the noise level at ``t``, linear in log sigma: the inverse of :meth:`timestep`."""
-        low = min(int(t), len(self._logs) - 2)
-        below, above = self._logs[low : low + 2]
-        return math.exp(below + (t - low) * (above - below))
-
-    def _run(self, timesteps: Sequence[float], sigmas: Sequence[float], family: SpacingRule, stride: int = 0) -> Steps:
-        ends_at_first = {
-            "zero": False,
-            "first": True,
-            "final_sigmas_type": self.config.final_sigmas_type == "sigma_min",
-            "set_alpha_to_one": not self.config.set_alpha_to_one,
-        }
-        final = self.sigmas[0] if ends_at_first[family.final_sigma] else 0.0
-        return Steps((*_numbered(sigmas, timesteps), final), len(timesteps), stride)
+    def _run(
+        self, timesteps: Sequence[float], rule: SpacingRule, sigmas: Sequence[float] | None = None, stride: int = 0
+    ) -> Steps:
+        """Lay a run through ``timesteps``, whose levels are ``sigmas`` or those of the training."""
+        if sigmas is None:
+            sigmas = [self.sigma(t, capped=not rule.keeps_infinite_sigma) for t in timesteps]
+        # The value of the config's key, or "zero" or "first" itself.
+        final = getattr(self.config, rule.final_sigma, rule.final_sigma)
+        end = self.sigmas[0] if final in ("first", "sigma_min", False) else 0.0
+        count = len(timesteps)
+        return Steps((*map(Sigma, sigmas, range(count), timesteps), end), count, stride)
 
 
-def _alphas_cumprod(config: ScheduleConfig) -> Sequence[float]:
+def _alphas_cumprod(config: ScheduleConfig) -> array:
     """Return the cumulative products of 1 - beta, in float32 with a float64 accumulator as in training."""
-    alphas = array("f", (1 - beta for beta in _betas(config)))
-    if not config.rescale_betas_zero_snr:
-        return _cumulative_product(alphas)
-    # Lin et al. 2024, algorithm 1: shift sqrt(a) so that it ends in 0, scale so that it starts where it did.
-    roots = array("f", map(math.sqrt, _cumulative_product(alphas)))
-    first, last = roots[0], roots[-1]
-    shifted = array("f", (root - last for root in roots))
-    factor = array("f", [first / array("f", [first - last])[0]])[0]
+    count, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
+    if config.trained_betas is not None:
+        betas = array("f", config.trained_betas)
+    elif config.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17, with beta capped at 0.999
+        curve = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        betas = array("f", (min(1 - b / a, 0.999) for a, b in pairwise(curve)))
+    else:
+        scaled = config.beta_schedule == "scaled_linear"  # even roots of beta (Rombach et al. 2022)
+        first, last = array("f", map(math.sqrt, ends) if scaled else ends)
+        # From both ends to the middle, as the training code's linspace rounds.
+        step, half = array("f", [(last - first) / max(count - 1, 1)])[0], max(count // 2, 1)
+        even = array("f", (first + step * i if i < half else last - step * (count - 1 - i) for i in range(count)))
+        betas = array("f", (root * root for root in even)) if scaled else even
+    products = array("f", accumulate(array("f", (1 - beta for beta in betas)), operator.mul))
+    return _zero_terminal_snr(products) if config.rescale_betas_zero_snr else products
+
+
+def _zero_terminal_snr(products: array) -> array:
+    """Rescale cumulative products: their roots start where they did and end in 0 (Lin et al. 2024, algorithm 1)."""
+    roots = array("f", map(math.sqrt, products))
+    shifted = array("f", (root - roots[-1] for root in roots))
+    factor = array("f", [roots[0] / shifted[0]])[0]
     rescaled = array("f", (root * factor for root in shifted))
     squares = array("f", (root * root for root in rescaled))
     ratios = array("f", (b / a for a, b in pairwise(squares)))
     # Through betas and back, as the schedulers do: two more roundings.
     betas = array("f", (1 - a for a in (squares[0], *ratios)))
-    return _cumulative_product(array("f", (1 - beta for beta in betas)))
-
-
-def _cumulative_product(factors: Sequence[float]) -> array:
-    return array("f", accumulate(factors, operator.mul))
-
-
-def _betas(config: ScheduleConfig) -> Sequence[float]:
-    count, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
-    if config.trained_betas is not None:
-        return array("f", config.trained_betas)
-    if config.beta_schedule == "linear":
-        return _linspace(start, end, count)
-    if config.beta_schedule == "scaled_linear":  # Rombach et al. 2022
-        return array("f", (root * root for root in _linspace(math.sqrt(start), math.sqrt(end), count)))
-    # squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17, with beta capped at 0.999.
-    curve = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-    return array("f", (min(1 - curve[i + 1] / curve[i], 0.999) for i in range(count)))
-
-
-def _linspace(start: float, end: float, count: int) -> array:
-    """Return ``count`` even float32 numbers, from both ends to the middle as the training code's linspace rounds."""
-    if count == 1:
-        return array("f", [start])
-    first, last = array("f", [start, end])
-    step = array("f", [(last - first) / (count - 1)])[0]
-    return array("f", (first + step * i if i < count // 2 else last - step * (count - 1 - i) for i in range(count)))
+    return array("f", accumulate(array("f", (1 - beta for beta in betas)), operator.mul))

@@ -8,7 +8,6 @@ import pytest
 
 from oracle import normal, relative_error
 from stable_diffusion import Control, StableDiffusion
-from stable_diffusion.diffusion.deep_cache import DeepCache
 from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.models.layers import Context
@@ -216,13 +215,6 @@ def test_controlnets_act_where_something_is_computed(sd, unet):
 def test_numbers_that_make_no_sense(sd, every):
     with pytest.raises(ValueError, match=rf"deep_cache {every} is not a whole number of at least 1"):
         sd.generate_latents(PROMPT, deep_cache=every, **SMALL)
-
-
-def test_a_cycle_begins_empty():
-    first, second = DeepCache(2), DeepCache(2)
-    maps = first.at(0)
-    maps.append(mx.zeros(1))
-    assert first.at(1) is maps and first.at(2) == [] and second.at(1) == [] and DeepCache(1).at(0) is None
 
 
 def test_on_the_command_line(run, sd1_folder, tmp_path):

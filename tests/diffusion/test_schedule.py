@@ -14,8 +14,7 @@ import torch
 
 from stable_diffusion.diffusion import curves
 from stable_diffusion.diffusion.samplers import SAMPLERS
-from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig, Sigma
-from stable_diffusion.diffusion.spacing import SPACING_RULES, SPACINGS
+from stable_diffusion.diffusion.schedule import SCHEDULES, SPACING_RULES, SPACINGS, Schedule, ScheduleConfig, Sigma
 from stable_diffusion.models.config import readable
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -19,8 +19,7 @@ from oracle import normal, relative_error
 from stable_diffusion.diffusion.denoiser import Denoiser, consistency
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.samplers import SAMPLERS, run_options
-from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
-from stable_diffusion.diffusion.spacing import SPACING_RULES, SPACINGS
+from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.text.encode import Conditioning
 
 SHAPE, MOST = (2, 4, 4, 4), 25

@@ -19,7 +19,7 @@ from transformers import DPTImageProcessorPil
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d as OracleConv2d
 
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion.diffusion.initial import depth_latents
+from stable_diffusion.diffusion.sample import depth_latents
 from stable_diffusion.images.depth import estimate_depth, read_depth
 from stable_diffusion.models.bit import WeightStandardizedConv2d
 from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
