@@ -10,7 +10,7 @@ import struct
 from functools import cache
 from pathlib import Path
 
-HASH_KINDS = {"sha256", "sampled"}
+HASHES = {"sha256", "sampled"}
 _LARGEST = 256 * 10**6  # bytes of a file that is hashed completely
 _PIECES, _PIECE = 64, 2**16
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/")
@@ -24,8 +24,7 @@ def fingerprint(path: Path) -> dict[str, str]:
         path = path.resolve()
         if path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name):
             return {"sha256": path.name} | hub
-        state = _state(path)
-        return ({"sha256": _sha256(*state)} if state[1] <= _LARGEST else {"sampled": _sampled(*state)}) | hub
+        return _hash(path) | hub
     except OSError:
         return {}
 
@@ -48,32 +47,29 @@ def model_hash(path: Path) -> str | None:
 def lora_hash(path: Path) -> str | None:
     """Return the hash by which other programs look up a LoRA, twelve digits; None for large files, which take long."""
     try:
-        state, start = _state(path.resolve()), 0
+        start = 0
         if path.suffix == ".safetensors":
             with path.open("rb") as file:  # the hash is of what follows the header
                 start = 8 + struct.unpack("<Q", file.read(8))[0]
-        return _sha256(*state, start)[:12] if state[1] <= _LARGEST else None
+        digest = _hash(path.resolve(), start).get("sha256")
+        return digest and digest[:12]
     except (OSError, struct.error):
         return None
 
 
-def _state(path: Path) -> tuple[Path, int, int]:
+def _hash(path: Path, start: int = 0) -> dict[str, str]:
     status = path.stat()
-    return path, status.st_size, status.st_mtime_ns  # hashes are cached by these
+    return _hash_of_state(path, start, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def _sha256(path: Path, size: int, time: int, start: int = 0) -> str:
+def _hash_of_state(path: Path, start: int, size: int, time: int) -> dict[str, str]:
     with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@cache
-def _sampled(path: Path, size: int, time: int) -> str:
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
+        if size <= _LARGEST:
+            file.seek(start)
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
         for i in range(_PIECES):
             file.seek(i * (size - _PIECE) // (_PIECES - 1))
             digest.update(file.read(_PIECE))
-    return digest.hexdigest()
+        return {"sampled": digest.hexdigest()}

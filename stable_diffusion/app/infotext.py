@@ -10,7 +10,8 @@ the text has no other marks, a prompt with a line that begins with "Negative pro
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -21,56 +22,9 @@ _NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:,|$)')
 _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 
-# Names of the web UI that are not ours in capitals.
-_SAMPLERS = {
-    "euler_a": "Euler a",
-    "dpm2_a": "DPM2 a",
-    "pndm": "PLMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2s_a": "DPM++ 2S a",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "euler": "Euler",
-    "heun": "Heun",
-    "unipc": "UniPC",
-}
-_SCHEDULES = {
-    "default": "Uniform",
-    "sgm_uniform": "SGM Uniform",
-    "align_your_steps_xl": "Align Your Steps",
-}
-# Settings that are fields of a request: the web UI's name, the field, and the type of the value.
-_FLAGS = {
-    "Steps": ("steps", int),
-    "CFG scale": ("cfg", float),
-    "Image CFG scale": ("image_cfg", float),
-    "Seed": ("seed", int),
-    "Denoising strength": ("strength", float),
-    "Mask blur": ("mask_blur", float),
-    "Hires upscale": ("hires", float),
-    "Hires steps": ("hires_steps", lambda text: int(text) or None),  # 0 is as many as before
-    "Refiner switch at": ("refiner_start", float),
-}
-
-
-def sampler_name(sampler: str) -> str:
-    """Return the web UI's name of a sampler, of one that is known here by any name."""
-    name = read_name(sampler)[0]
-    return _SAMPLERS.get(name, name.upper())
-
-
-def schedule_name(schedule: str | None) -> str:
-    """Return the web UI's name of a schedule; None is the checkpoint's."""
-    schedule = schedule or "default"
-    return _SCHEDULES.get(schedule, schedule.replace("_", " ").title())
-
-
-def write(prompt: str, negative: str, settings: Mapping[str, Any]) -> str:
-    """Write the text of a picture; settings that are None are left out."""
-    lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
-    return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
+# Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
+_SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
+_SCHEDULES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
 
 
 def number(value: Any) -> str:
@@ -78,30 +32,87 @@ def number(value: Any) -> str:
     return format(Decimal(repr(value)), "f").removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _quoted(value: Any) -> str:
-    text = number(value)
+def sampler_name(sampler: str) -> str:
+    """Return the web UI's name of a sampler, of one that is known here by any name."""
+    return " ".join(_SAMPLER_WORDS.get(word, word.upper()) for word in read_name(sampler)[0].split("_"))
+
+
+def schedule_name(schedule: str) -> str:
+    """Return the web UI's name of a schedule; "default" is the checkpoint's."""
+    return _SCHEDULES.get(schedule, schedule.replace("_", " ").title())
+
+
+def _schedule(name: str) -> str | None:
+    """Return our name of a schedule of the web UI; ValueError for an unknown one."""
+    if name in ("Automatic", "Uniform"):
+        return None if name == "Automatic" else "default"
+    schedule = read_name(f"{next(iter(SAMPLERS))} {name}")[1]
+    if schedule is None:
+        raise ValueError(f"schedule {name!r} is unknown")
+    return schedule
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+# Settings that are fields of a request: the web UI's name -> the field, and how its value is read and written. A value
+# that is read as None is not set. "size" is width and height; a sampler may be read with its schedule.
+_FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
+    "Steps": ("steps", int, number),
+    "Sampler": ("sampler", read_name, sampler_name),
+    "Schedule type": ("schedule", _schedule, schedule_name),
+    "CFG scale": ("cfg", float, number),
+    "Image CFG scale": ("image_cfg", float, number),
+    "Seed": ("seed", int, number),
+    "Size": ("size", _size, lambda size: f"{size[0]}x{size[1]}"),
+    "Denoising strength": ("strength", float, number),
+    "Clip skip": ("clip_skip", lambda text: max(0, int(text) - 1), lambda skipped: number(skipped + 1)),  # from 1
+    "Mask blur": ("mask_blur", float, number),
+    "Hires upscale": ("hires", float, number),
+    "Hires steps": ("hires_steps", lambda text: int(text) or None, number),  # 0 is as many as before
+    "Hires upscaler": (
+        "hires_upscaler",
+        lambda text: "latents" if text.startswith("Latent") else "pixels",
+        {"latents": "Latent", "pixels": "Lanczos"}.__getitem__,
+    ),
+    "Refiner switch at": ("refiner_start", float, number),
+}
+
+
+def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Write the text of a picture: ``fields`` of its request, and ``others`` by the names of the web UI.
+
+    What is None is left out.
+    """
+    settings = {
+        name: to_text(fields[field]) for name, (field, _, to_text) in _FIELDS.items() if fields.get(field) is not None
+    }
+    settings |= {name: value for name, value in others.items() if value is not None}
+    lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
+    return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
+
+
+def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
 
 
 def read(text: str) -> tuple[str, str, dict[str, str]]:
     """Split a text into the prompt, the negative prompt and the settings."""
     *lines, last = text.strip().split("\n")
-    settings = {name: _unquoted(value) for name, value in _SETTING.findall(last)}
+    settings = {}
+    for name, value in _SETTING.findall(last):
+        settings[name] = value = value.strip()
+        if value.startswith('"'):
+            with suppress(ValueError):
+                settings[name] = str(json.loads(value))
     if len(settings) < _FEWEST_SETTINGS:
         lines, settings = [*lines, last], {}
     start = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE)
     return "\n".join(lines[:start]).strip(), negative.strip(), settings
-
-
-def _unquoted(value: str) -> str:
-    value = value.strip()
-    if value.startswith('"'):
-        try:
-            return str(json.loads(value))
-        except ValueError:
-            pass
-    return value
 
 
 def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -112,38 +123,19 @@ def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     prompt, negative, settings = read(text)
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
-    for name, value in settings.items():
+    for name, text in settings.items():
         try:
-            arguments |= _argument(name, value)
-        except (ValueError, KeyError):
-            other[name] = value
+            field, from_text, _ = _FIELDS[name]
+            value = from_text(text)
+        except (KeyError, ValueError):
+            other[name] = text
+        else:
+            arguments |= {} if value is None else {field: value}
+    if "size" in arguments:
+        arguments["width"], arguments["height"] = arguments.pop("size")
+    if "sampler" in arguments:
+        arguments["sampler"], schedule = arguments["sampler"]
+        arguments |= {"schedule": schedule} if schedule and "schedule" not in arguments else {}
     if "hires" in arguments and "strength" in arguments:
         arguments["hires_strength"] = arguments.pop("strength")
     return arguments, other
-
-
-def _argument(name: str, value: str) -> dict[str, Any]:
-    """Return a setting as fields; KeyError or ValueError for what is none."""
-    if name == "Size":
-        width, height = value.split("x")
-        return {"width": int(width), "height": int(height)}
-    if name == "Sampler":
-        sampler, schedule = read_name(value)
-        return {"sampler": sampler} | ({"schedule": schedule} if schedule else {})
-    if name == "Schedule type":
-        return {} if value == "Automatic" else {"schedule": "default" if value == "Uniform" else _schedule(value)}
-    if name == "Clip skip":  # counts from 1, which leaves out nothing
-        return {"clip_skip": max(0, int(value) - 1)}
-    if name == "Hires upscaler":
-        return {"hires_upscaler": "latents" if value.startswith("Latent") else "pixels"}
-    flag, kind = _FLAGS[name]
-    number = kind(value)
-    return {} if number is None else {flag: number}
-
-
-def _schedule(name: str) -> str:
-    """Return our name of a schedule of the web UI; ValueError for an unknown one."""
-    schedule = read_name(f"{next(iter(SAMPLERS))} {name}")[1]
-    if schedule is None:
-        raise ValueError(f"schedule {name!r} is unknown")
-    return schedule

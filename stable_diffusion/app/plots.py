@@ -3,11 +3,13 @@
 import logging
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -24,17 +26,6 @@ _DASHES = str.maketrans("–—−", "---")
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Describe something that differs among images. ``entries`` are (value, label) for each image.
-
-    A label that the font cannot show becomes ``name`` with a number.
-    """
-
-    name: str
-    entries: Sequence[tuple[Any, str]]
-
-
-@dataclass(frozen=True)
 class Plot:
     """Describe a grid: the labels of its columns and rows, and the index of the image in each cell (row, column).
 
@@ -48,45 +39,19 @@ class Plot:
     cells: dict[tuple[int, int], int]
 
 
-def axes_of(
-    options: Mapping[str, Sequence[Any]], prompts: Sequence[tuple[int, str]], seeds: Sequence[tuple[int, tuple]]
-) -> list[Axis]:
-    """Return the axes of images: options, then prompts, then several images of one setting; none without options.
+def compare(requests: Sequence[Request]) -> list[Plot]:
+    """Return the grids that show how the images of requests differ; none where no setting was swept.
 
-    Args:
-        options: for each option that had several values, name -> the value of each image.
-        prompts: (number, text) of each image's prompt.
-        seeds: (seed, seeds of all images with its prompt and options) of each image.
+    The first thing that differs makes the columns, the second the rows, and each combination of the others makes a
+    grid. Settings come first, then prompts, then several images of one setting.
     """
-    if not options:
-        return []
-    axes = [Axis(name, [(value, _label(name, value)) for value in column]) for name, column in options.items()]
-    if len({number for number, _ in prompts}) > 1:
-        axes.append(Axis("prompt", prompts))
-    if "seed" not in options and any(len(group) > 1 for _, group in seeds):
-        is_same = len({group for _, group in seeds}) == 1
-        places = [(group.index(seed), seed) for seed, group in seeds]
-        axes.append(Axis("image", [(i, f"seed {seed}" if is_same else f"image {i + 1}") for i, seed in places]))
-    return axes
-
-
-def _label(name: str, value: Any) -> str:
-    if value is None:
-        return f"{name} default"
-    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def compare(axes: Sequence[Axis]) -> list[Plot]:
-    """Return the grids that show how images differ; none without axes.
-
-    The first axis makes the columns, the second the rows, and each combination of the others makes a grid.
-    """
+    axes = _axes(requests)
     if not axes:
         return []
-    labels = [_labels(axis) for axis in axes]
+    labels = [dict(axis) for axis in axes]  # {value: label}
     columns, rows = list(labels[0]), list(labels[1]) if len(axes) > 1 else []
     cells: dict[tuple, dict[tuple[int, int], int]] = {}
-    for i, (column, *others) in enumerate(zip(*([value for value, _ in axis.entries] for axis in axes), strict=True)):
+    for i, (column, *others) in enumerate(zip(*([value for value, _ in axis] for axis in axes), strict=True)):
         row = rows.index(others[0]) if rows else 0
         cells.setdefault(tuple(others[1:]), {})[row, columns.index(column)] = i
     return [
@@ -100,10 +65,26 @@ def compare(axes: Sequence[Axis]) -> list[Plot]:
     ]
 
 
-def _labels(axis: Axis) -> dict[Any, str]:
-    """Return the label of each value, in letters that the font has."""
-    texts = dict(axis.entries)
-    return {value: _printable(text) or f"{axis.name} {i}" for i, (value, text) in enumerate(texts.items(), start=1)}
+def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
+    """Return (value, label) of each image for each thing that differs. Labels are in letters that the font has."""
+    variants = [request.variant for request in requests]
+    axes: dict[str, list[tuple[Any, str]]] = {}
+    for name in dict.fromkeys(name for variant in variants for name in variant.swept):
+        values = [request.value(name) for request in requests]
+        texts = ["default" if v is None else f"{v:g}" if isinstance(v, float) else f"{v}" for v in values]
+        axes[name] = [(value, f"{name} {text}") for value, text in zip(values, texts, strict=True)]
+    if not axes:
+        return []
+    if len({variant.prompt for variant in variants}) > 1:
+        axes["prompt"] = [(request.variant.prompt, request.text) for request in requests]
+    if "seed" not in axes and any(len(variant.seeds) > 1 for variant in variants):
+        is_same = len({variant.seeds for variant in variants}) == 1
+        images = [(request.variant.image, request.seed) for request in requests]
+        axes["image"] = [(i, f"seed {seed}" if is_same else f"image {i + 1}") for i, seed in images]
+    for name, entries in axes.items():
+        numbers = {value: i for i, value in enumerate(dict(entries), start=1)}
+        axes[name] = [(value, _printable(text) or f"{name} {numbers[value]}") for value, text in entries]
+    return list(axes.values())
 
 
 def _printable(text: str) -> str:

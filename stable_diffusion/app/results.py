@@ -1,28 +1,56 @@
-"""The files of a run: images as they come, their grid, and a record of each for programs."""
+"""The files of a run: images as they come, their grid, and a record of each for programs.
+
+========================= =========================== =========== ========================
+output                    images                      grid        of the next run
+========================= =========================== =========== ========================
+``cat.png``, one image    cat.png                                 cat-2.png
+``cat.png``, several      cat_1.png, cat_2.png, ...   cat.png     cat-2_1.png, ..., cat-2.png
+``{seed}.png``, a pattern 7.png, 8.png, ...           7_grid.png  7-2.png, ..., 7_grid-2.png
+``cats/``, a folder       by the pattern ``{date}_{time}_{i}_{seed}.png`` in it
+========================= =========================== =========== ========================
+
+A name is taken by the finished file only, so two processes may write into one folder.
+"""
 
 import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from PIL.Image import Image
 
+from ..images.files import check_output, save
 from ..images.image import grid
 from ..pipeline import StableDiffusion
 from .engine import Result
 from .metadata import describe
-from .outputs import NotWrittenError, Outputs
-from .plots import axes_of, compare, draw
+from .plots import compare, draw
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
+FIELDS = ("i", "seed", "prompt", "steps", "cfg", "sampler", "width", "height", "model", "date", "time")
+
+_IN_A_FOLDER = "{date}_{time}_{i}_{seed}.png"
+# Fields that only the model knows, before it is read.
+_UNKNOWN = {"steps": 0, "cfg": 0.0, "sampler": "", "width": 0, "height": 0}
+_LONGEST_FIELD, _LONGEST_NAME = 120, 220  # bytes: file systems end at 255, and marks and numbers follow
+# Characters that some file system refuses, blanks, and marks that change the direction of text.
+_UNSAFE = re.compile(r"[\0-\x20\x7f-\xa0<>:\"/\\|?*\ud800-\udfff\u2028-\u202e\u2066-\u2069]+")
+_EDGES = " ._-\u200d"  # a name that begins or ends with these would be hidden or look like a flag
+
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Hold where images go and in which form. ``output`` is a file, a folder or a pattern, see ``outputs``."""
+    """Hold where images go and in which form. ``output`` is a file, a folder or a pattern, see :class:`Outputs`."""
 
     output: str = "out.png"
     overwrite: bool = False
@@ -49,74 +77,204 @@ class ResultWriter:
 
     def __init__(self, requests: Sequence[Request], settings: OutputSettings):
         self._requests, self._settings = requests, settings
-        self._outputs = Outputs(settings.output, len(requests) > 1, settings.overwrite)
-        self._outputs.check([{"i": i} | _fields(request) for i, request in enumerate(requests, start=1)])
-        self._entries: list[dict[str, Any]] = []
+        self._fields = []  # of each image: what its request decides of its name
+        for i, request in enumerate(requests, start=1):
+            model = re.sub(r"\.(safetensors|ckpt)$", "", Path(request.model).name)
+            fields = {"i": i, "seed": request.seed, "prompt": request.text, "model": model}
+            chosen = {name: getattr(request, name) for name in ("steps", "cfg", "width", "height")}
+            chosen["sampler"] = request.options.sampler
+            self._fields.append(fields | {name: value for name, value in chosen.items() if value is not None})
+        self._outputs = Outputs(settings.output, self._fields, settings.overwrite)
+        self._records: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid
         self.error: OSError | None = None
 
     def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
         """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
-        request, image = result.request, result.image
-        size = {"i": len(self._entries) + 1, "width": image.width, "height": image.height}
-        fields = _fields(request, model) | size
+        request, image, settings = result.request, result.image, self._settings
+        defaults = {"steps": model.defaults.num_steps, "cfg": model.defaults.cfg_weight, "sampler": model.sampler}
+        fields = defaults | self._fields[len(self._records)] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
-        texts = None
-        if not self._settings.no_metadata:
-            texts = describe(model, result.batch, result.index, result.partial)
+        text = None if settings.no_metadata else describe(model, result.batch, result.index, result.partial)
         try:
-            path = self._outputs.write(image, fields, mark=mark, text=texts, quality=self._settings.quality)
+            path = self._outputs.write(image, fields, mark, text=text, quality=settings.quality)
         except NotWrittenError as error:
             self.error, path = self.error or error, error.kept
-        if self._has_grid():
+        if len(self._requests) > 1 and not settings.no_grid:
             self._images.append(image)
         record = {"kind": mark or "image", "path": str(path)} | fields
         record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
         record |= {"partial": result.partial} if result.partial else {}
-        self._entries.append(record)
+        self._records.append(record)
         if path is not None:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
 
     def finish(self) -> Iterator[Written]:
         """Draw the grids: those that compare swept settings, or the grid of several images of one size."""
-        if not self._has_grid() or not self._images:
+        if not self._images:
             return
-        plots = compare(_axes(self._requests))
-        for number, plot in enumerate(plots, start=1):
-            picture = draw(plot, self._images, self._settings.n_rows)
-            if picture is not None:
-                mark = "grid" if number == 1 else f"grid_{number}"
-                yield self._add_grid(picture, sorted(plot.cells.values()), mark)
+        n_rows = self._settings.n_rows
+        plots = compare(self._requests)
+        grids = ((draw(plot, self._images, n_rows), sorted(plot.cells.values())) for plot in plots)
         if not plots and len({image.size for image in self._images}) > 1:
             _log.warning("the images are of several sizes: there is no grid of them")
         elif not plots:
-            yield self._add_grid(grid(self._images, self._settings.n_rows), range(len(self._images)), "grid")
-
-    def _has_grid(self) -> bool:
-        return len(self._requests) > 1 and not self._settings.no_grid
-
-    def _add_grid(self, image: Image, shown: Sequence[int], mark: str) -> Written:
-        path = self._outputs.write(image, self._entries[shown[0]], mark=mark, quality=self._settings.quality)
-        paths = [self._entries[i]["path"] for i in shown]
-        size = {"width": image.width, "height": image.height}
-        return Written(str(path), {"kind": "grid", "path": str(path)} | size | {"images": paths})
+            grids = iter([(grid(self._images, n_rows), range(len(self._images)))])
+        for number, (image, shown) in enumerate(grids, start=1):
+            if image is not None:
+                mark = "grid" if number == 1 else f"grid_{number}"
+                path = self._outputs.write(image, self._records[shown[0]], mark, quality=self._settings.quality)
+                record = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height}
+                yield Written(str(path), record | {"images": [self._records[i]["path"] for i in shown]})
 
 
-def _fields(request: Request, model: StableDiffusion | None = None) -> dict[str, Any]:
-    """Return what is said of an image in its name; without a ``model`` only what the request decides."""
-    name = re.sub(r"\.(safetensors|ckpt)$", "", Path(request.model).name)
-    fields = {"seed": request.seed, "prompt": request.text, "model": name}
-    chosen = {"steps": request.steps, "cfg": request.cfg, "sampler": request.options.sampler}
-    if model is not None:
-        defaults = {"steps": model.defaults.num_steps, "cfg": model.defaults.cfg_weight, "sampler": model.sampler}
-        chosen = {key: defaults[key] if value is None else value for key, value in chosen.items()}
-    chosen |= {"width": request.width, "height": request.height}
-    return fields | {key: value for key, value in chosen.items() if value is not None}
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _axes(requests: Sequence[Request]) -> list[Any]:
-    names = dict.fromkeys(name for request in requests for name in request.variant.swept)
-    settings = {name: [request.value(name) for request in requests] for name in names}
-    prompts = [(request.variant.prompt, request.text) for request in requests]
-    return axes_of(settings, prompts, [(request.seed, request.variant.seeds) for request in requests])
+class NotWrittenError(OSError):
+    """Report an image that could not be written. ``kept`` is the path it has instead, None if it is lost."""
+
+    def __init__(self, reason: Exception, kept: Path | None):
+        super().__init__(f"{reason}; " + ("it is lost" if kept is None else f"it is kept as {kept}"))
+        self.kept = kept
+
+
+class Outputs:
+    """Write the images of a run under names made from ``output``.
+
+    Args:
+        output: a file; a folder, which exists or ends in a slash; or a pattern with ``FIELDS`` in braces, with format
+            specifications if needed, such as ``{i:03}``. The folder of a file must exist. Those of the others are
+            created with the first image.
+        images: the known fields of each, without date and time.
+        overwrite: replace existing files, except those of this run. Otherwise the next free number is taken: one for
+            all files of the run if ``output`` is a file, else one for each.
+
+    Raises ValueError or OSError, one line with the remedy, for an unknown field and names that cannot be written to.
+    """
+
+    def __init__(self, output: str, images: Sequence[Mapping[str, Any]], overwrite: bool = False):
+        is_folder = bool(output.strip()) and os.path.isdir(output)
+        if is_folder:  # its braces are part of its name
+            output = output.replace("{", "{{").replace("}", "}}")
+        if is_folder or output.endswith(os.sep):
+            output = os.path.join(output, _IN_A_FOLDER)
+        self._output, self._several, self._overwrite = output, len(images) > 1, overwrite
+        self._is_pattern = "{" in output or "}" in output
+        self._began, self._number = datetime.now(), 1
+        self._written: set[Any] = set()
+        if not self._is_pattern:
+            check_output(output)
+        images = [_UNKNOWN | dict(fields) for fields in images]
+        try:
+            paths = [self._path(fields) for fields in images]
+        except ValueError as error:
+            raise ValueError(f"the output {output} is no pattern: {error}") from None
+        for path in paths:
+            folder = path.parent
+            if self._is_pattern:
+                folder = next(parent for parent in path.parents if os.path.lexists(parent))
+                if not os.path.isdir(folder):
+                    raise ValueError(f"the output folder {folder} is a file; choose another name")
+            is_taken = not overwrite and os.path.isdir(folder / path.name)  # the next number is free
+            check_output(folder / (f"another{path.suffix}" if is_taken else path.name))
+        names = [] if self._is_pattern or overwrite else [({}, "grid"), *((fields, "") for fields in images)]
+        while any(os.path.lexists(self._path(fields, mark, self._number)) for fields, mark in names):
+            self._number += 1
+
+    def write(self, image: Image, fields: Mapping[str, Any], mark: str = "", **options: Any) -> Path:
+        """Write an image under its name, or the next free one, and return the path.
+
+        Args:
+            fields: all of ``FIELDS`` without date and time.
+            mark: a word to stand behind the name, such as "partial". "grid" is the grid of all images.
+            options: of :func:`stable_diffusion.images.files.save`.
+
+        Raises NotWrittenError, one line, if that fails. The image is then kept in the current folder or in the one for
+        temporary files, if possible.
+        """
+        try:
+            folder = self._path(fields, mark).parent
+            if self._is_pattern:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
+            paths = (self._path(fields, mark, number) for number in count(self._number))
+            skipped, path = _save_first(image, paths, self._written if self._overwrite else None, options)
+        except (OSError, ValueError) as error:
+            raise NotWrittenError(error, _keep(image, self._path(fields, mark).name, options)) from error
+        if not (self._is_pattern or self._overwrite):  # another process has begun with our number
+            self._number += skipped
+        self._written |= {_identity(path)} - {None}
+        return path
+
+    def _path(self, fields: Mapping[str, Any], mark: str = "", number: int = 1) -> Path:
+        """Return the path of an image in a run with this number."""
+        suffix = "" if number == 1 else f"-{number}"
+        if not self._is_pattern:
+            path = Path(self._output)
+            words = [str(fields["i"])] if self._several and not mark.startswith("grid") else []
+            words += [mark] if mark not in ("", "grid") else []
+            return path.with_stem("_".join([path.stem + suffix, *words]))
+        fields = {**fields, "date": f"{self._began:%Y-%m-%d}", "time": f"{self._began:%H-%M-%S}"}
+        *folders, name = (_Filler().vformat(part, (), fields) for part in self._output.split(os.sep))
+        stem, extension = os.path.splitext(name)
+        name = f"{_cut(stem, _LONGEST_NAME)}{'_' if mark else ''}{mark}{suffix}{extension}"
+        return Path(os.sep.join([*folders, name]))
+
+
+class _Filler(Formatter):
+    """Fill fields into a part of a path: numbers in their short form, text as a file name can hold it."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        if field_name not in FIELDS:
+            known = ", ".join(FIELDS)
+            raise ValueError(f"there is no field {{{field_name}}}; choose of {known}, and write {{{{ for a brace")
+        return kwargs[field_name], field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = format(value, format_spec or ("g" if isinstance(value, float) else ""))
+        if not isinstance(value, str):
+            return text
+        return _cut(_UNSAFE.sub("_", text).strip(_EDGES), _LONGEST_FIELD).rstrip(_EDGES) or "_"
+
+
+def _cut(text: str, limit: int) -> str:
+    """Cut text between letters to at most ``limit`` bytes."""
+    return text.encode(errors="surrogateescape")[:limit].decode(errors="ignore") if len(text) * 4 > limit else text
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Identify the file of this name: some file systems have several spellings for it, and use an inode again."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _save_first(
+    image: Image, paths: Iterable[Path], written: Collection[Any] | None, options: Mapping[str, Any]
+) -> tuple[int, Path]:
+    """Write an image to the first path that is not one of the files ``written``, or where that is None no file at all.
+
+    Returns how many paths were taken, and the path.
+    """
+    for skipped, path in enumerate(paths):
+        is_taken = os.path.lexists(path) if written is None else _identity(path) in written
+        if not is_taken:
+            with suppress(FileExistsError):  # another process was faster
+                save(image, path, overwrite=written is not None, **options)
+                return skipped, path
+    raise FileExistsError("no name is free")
+
+
+def _keep(image: Image, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Write an image to the current folder or the temporary one, and return its path."""
+    for folder in (os.getcwd, tempfile.gettempdir):
+        with suppress(OSError, ValueError):
+            path = Path(folder(), name)
+            numbered = (path.with_stem(f"{path.stem}-{n}") if n > 1 else path for n in count(1))
+            return _save_first(image, numbered, None, options)[1]
+    return None

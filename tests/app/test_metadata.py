@@ -13,9 +13,9 @@ import pytest
 from app.test_infotext import as_others_read
 from cli.test_images import noise, rectangle, write_lora
 from command_line import PROMPT, pixels
-from stable_diffusion.app import results
+from stable_diffusion.app import metadata, results
 from stable_diffusion.app.fingerprints import fingerprint, lora_hash
-from stable_diffusion.app.metadata import _files_of, describe, read_record
+from stable_diffusion.app.metadata import describe, read_record
 from stable_diffusion.app.request import KINDS, Request
 from stable_diffusion.app.results import OutputSettings
 from stable_diffusion.cli import arguments as cli_arguments
@@ -161,19 +161,14 @@ def parsed(script: str, *words: object) -> dict:
     return request.to_dict() | dict(sweep)
 
 
+COMMON = {"prompt": PROMPT, "n_images": 1, "seed": 7, "cfg": 3.0, "steps": 4, "negative_prompt": "x"}
+COMMON |= {"float16": False, "quantize": True}
+
+
 @pytest.fixture
 def picture(tmp_path) -> Path:
     """One that was made with a seed of 7 and guidance of 3, with LoRAs and in float32."""
-    said = {
-        "seed": 7,
-        "cfg": 3.0,
-        "lora": [["a", 0.5], ["b", 1.0]],
-        "float16": False,
-        "steps": 4,
-        "negative_prompt": "x",
-        "quantize": True,
-    }
-    return with_record(tmp_path / "picture.png", {"prompt": PROMPT, "n_images": 1} | said)
+    return with_record(tmp_path / "picture.png", COMMON | {"lora": [["a", 0.5], ["b", 1.0]]})
 
 
 @pytest.mark.parametrize(
@@ -194,18 +189,18 @@ def picture(tmp_path) -> Path:
     ],
 )
 def test_flags_and_prompts_take_the_place_of_what_is_recorded(picture, words, said):
-    common = {"prompt": PROMPT, "n_images": 1, "seed": 7, "cfg": 3.0, "steps": 4, "negative_prompt": "x"}
-    common |= {"lora": (("a", 0.5), ("b", 1.0)), "float16": False, "quantize": True}
-    wanted = {name: value for name, value in (common | said).items() if value is not None}
+    wanted = COMMON | {"lora": (("a", 0.5), ("b", 1.0))} | said
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     assert parsed("txt2image", "--from_image", picture, *words) == wanted
 
 
-@pytest.mark.parametrize("name", ["prompt", "output", "best", ""])
-def test_what_cannot_be_left_out(picture, run, no_model, name):
-    run("txt2image", "--from_image", picture, "--without", name).refused(
-        f"--without {name} is none of the flags", "the picture has cfg, float16, lora, negative_prompt, quantize, seed"
-    )
-    run("txt2image", PROMPT, "--without", name).refused("--without needs --from_image FILE")
+def test_what_cannot_be_left_out(picture, run, no_model):
+    for name in ("prompt", "output", "best", ""):
+        run("txt2image", "--from_image", picture, "--without", name).refused(
+            f"--without {name} is none of the flags",
+            "the picture has cfg, float16, lora, negative_prompt, quantize, seed",
+        )
+    run("txt2image", PROMPT, "--without", "cfg").refused("--without needs --from_image FILE")
 
 
 def remarks(script: str, *words: object) -> list[str]:
@@ -240,13 +235,12 @@ def _prog(draw: Draw) -> str:
     return draw.done.remarks[0].partition(":")[0]
 
 
-def test_without_metadata(draw, run, sd1_folder):
-    for suffix in (".png", ".jpg", ".webp"):
-        (path,) = draw(
-            "txt2image", PROMPT, "--model", sd1_folder, *QUICK, "--n_images", 1, "--no_metadata", suffix=suffix
-        )
-        assert read_text(path) == {}
-        run("txt2image", "--from_image", path).refused(str(path), "does not say how it was made", "write a prompt")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_without_metadata(draw, run, sd1_folder, suffix):
+    options = ["--model", sd1_folder, *QUICK, "--n_images", 1, "--no_metadata"]
+    (path,) = draw("txt2image", PROMPT, *options, suffix=suffix)
+    assert read_text(path) == {}
+    run("txt2image", "--from_image", path).refused(str(path), "does not say how it was made", "write a prompt")
 
 
 # --- what a picture says may be wrong --------------------------------------------------------------------------------
@@ -278,14 +272,8 @@ def test_a_record_that_cannot_be_followed(run, no_model, tmp_path, arguments, wo
 
 
 def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
-    evil = {
-        "output": str(tmp_path / "other.png"),
-        "overwrite": True,
-        "prompt_file": "x",
-        "no_metadata": True,
-        "n_images": 9,
-    }
-    path = with_record(tmp_path / "a.png", {"prompt": PROMPT} | evil)
+    evil = {"output": str(tmp_path / "other.png"), "overwrite": True, "prompt_file": "x", "no_metadata": True}
+    path = with_record(tmp_path / "a.png", {"prompt": PROMPT, "n_images": 9} | evil)
     command = cli_arguments.read("txt2image", ["--from_image", str(path)])
     assert command.output == OutputSettings() and command.lines[0][0] == Request(prompt=PROMPT, n_images=1)
 
@@ -302,12 +290,8 @@ def test_no_picture(run, no_model, tmp_path):
     run("txt2image", "--from_image", tmp_path / "none.png").refused("no image at", "none.png")
     (tmp_path / "a.txt").write_text("x")
     run("image2image", "--from_image", tmp_path / "a.txt").refused("a.txt is not an image")
-
-
-def test_no_image_to_start_from(run, no_model, tmp_path):
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT})
     run("image2image", "--from_image", path).refused("a.png names no image")
-    run("image2image").refused("image")
 
 
 def test_flags_of_another_version_are_named(tmp_path):
@@ -387,19 +371,8 @@ def test_what_we_say_is_read_as_that_of_another_program(draw, sd1_folder, files,
 
 def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path, monkeypatch):
     shutil.copy(files / "in.png", tmp_path / "in.png")
-    image = [
-        "in.png",
-        PROMPT,
-        "--model",
-        sd1_folder,
-        "--steps",
-        1,
-        "--n_images",
-        1,
-        "--lora",
-        files / "more.safetensors",
-    ]
-    (path,) = draw("image2image", *image)
+    lora = ["--lora", files / "more.safetensors"]
+    (path,) = draw("image2image", "in.png", PROMPT, "--model", sd1_folder, "--steps", 1, "--n_images", 1, *lora)
     noise(seed=5).save(tmp_path / "in.png")
     again(draw, "image2image", path)
     prog = _prog(draw)
@@ -420,7 +393,7 @@ def test_an_unfinished_image_and_files_that_are_gone(draw, sd1_folder, files, tm
     shutil.copytree(files / "loras", tmp_path / "loras")
     shutil.copy(files / "more.safetensors", tmp_path)
     shutil.copytree(files / "net", tmp_path / "net")
-    _files_of.cache_clear()
+    metadata._open_part.cache_clear()
 
     def late(*given, **options):
         for path in ("loras/paint.safetensors", "more.safetensors", "net/config.json"):
@@ -429,9 +402,8 @@ def test_an_unfinished_image_and_files_that_are_gone(draw, sd1_folder, files, tm
 
     monkeypatch.setattr(results, "describe", late)
     options = ["--lora_dir", "loras", "--lora", "more.safetensors", "--controlnet", "net", "--control_image"]
-    (path,) = draw(
-        "txt2image", "red <lora:paint:1>", "--model", sd1_folder, *QUICK, "--n_images", 1, *options, files / "hint.png"
-    )
+    options += [files / "hint.png", "--model", sd1_folder, *QUICK, "--n_images", 1]
+    (path,) = draw("txt2image", "red <lora:paint:1>", *options)
     record = dict(read_record(path).details)
     assert record["partial"] == as_others_read(read_text(path)["parameters"])[2]["Partial"] == "1 of 2 steps"
     assert record["arguments"]["lora"] == [["more.safetensors", 1.0]]
@@ -457,10 +429,8 @@ def test_others_read_prompts_as_they_were(draw, sd1_folder, prompt):
     said = read_record(path).arguments
     text, negative, settings = as_others_read(read_text(path)["parameters"])
     assert (text, negative) == (said["prompt"], said["negative_prompt"]) == (prompt, f"no {prompt}")
-    assert (
-        settings.pop("Model hash")
-        == fingerprint(sd1_folder / "unet" / "diffusion_pytorch_model.safetensors")["sha256"][:10]
-    )
+    weights = sd1_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert settings.pop("Model hash") == fingerprint(weights)["sha256"][:10]
     assert settings.pop("Version").startswith("stable-diffusion-mlx ") and settings.pop("Seed").isdecimal()
     named = {"Steps": "1", "Sampler": "DDIM", "Schedule type": "Uniform", "CFG scale": "7.5", "Size": "64x64"}
     assert settings == named | {"Model": sd1_folder.name}
@@ -476,9 +446,8 @@ def test_a_long_prompt_of_several_lines(draw, sd1_folder, tmp_path, monkeypatch)
     assert as_others_read(read_text(made)["parameters"])[0].split() == prompt.replace("\0", "").split()
     assert_same(made, again(draw, "txt2image", made))
     (jpeg,) = draw("txt2image", "--from_image", path, *common, suffix=".jpg")
-    assert draw.done.remarks[-1].endswith(
-        "has no room for all metadata: stable_diffusion, parameters is left out; a PNG has it"
-    )
+    remark = "has no room for all metadata: stable_diffusion, parameters is left out; a PNG has it"
+    assert draw.done.remarks[-1].endswith(remark)
     assert pixels(jpeg).shape == (64, 64, 3)
 
 

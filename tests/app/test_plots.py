@@ -1,34 +1,20 @@
 """Comparison grids: where each image stands, what is written there, and what cannot be drawn."""
 
-from collections.abc import Sequence
-from itertools import product
-
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from command_line import PROMPT, pixels
+from command_line import PROMPT
 from stable_diffusion.app import plots
-from stable_diffusion.app.plots import Axis, Plot, axes_of, compare, draw
+from stable_diffusion.app.plots import Plot, compare, draw
+from stable_diffusion.app.request import Request, Sweep, expand
 
 WHITE = 255
 
 
-def images(
-    options: dict[str, Sequence], prompts: Sequence[str] = ("a",), seeds: Sequence[Sequence[int]] = ((1,),)
-) -> list[Axis]:
-    """The axes of a run over options: settings, then prompts, then seeds, which are those of all prompts or of each."""
-    settings = {name: choices for name, choices in options.items() if name != "seed"}
-    rows = [
-        (*chosen, (number, prompt), (seed, tuple(group)))
-        for chosen in product(*settings.values())
-        for number, prompt in enumerate(prompts)
-        for group in [seeds[number % len(seeds)]]
-        for seed in group
-    ]
-    *columns, shown, used = zip(*rows, strict=True)
-    columns = dict(zip(settings, columns, strict=True)) | {"seed": [seed for seed, _ in used]}
-    return axes_of({name: columns[name] for name in options}, shown, used)
+def compared(sweep: dict[str, tuple], *requests: Request) -> list[Plot]:
+    """The grids of requests, whose settings are swept."""
+    return compare(expand([(request, Sweep(sweep)) for request in requests or (Request(prompt="a", seed=1),)]))
 
 
 def pictures(count: int, size: tuple[int, int] = (64, 48)) -> list[Image.Image]:
@@ -55,71 +41,64 @@ def ink(canvas: Image.Image, box: tuple[int, int, int, int]) -> int:
 
 
 def test_the_first_list_makes_columns_and_the_second_rows():
-    run = images({"sampler": ("euler", "DPM++ 2M Karras"), "steps": (10, 20, 30)})
-    (plot,) = compare(run)
+    (plot,) = compared({"sampler": ("euler", "DPM++ 2M Karras"), "steps": (10, 20, 30)})
     assert plot.columns == ("sampler euler", "sampler DPM++ 2M Karras")
     assert plot.rows == ("steps 10", "steps 20", "steps 30") and plot.title == ""
     assert plot.cells == {(row, column): 3 * column + row for row in range(3) for column in range(2)}
-    (plot,) = compare(images({"cfg": (3.0, 7.5, -0.25)}, seeds=[(4,)]))
+    (plot,) = compared({"cfg": (3.0, 7.5, -0.25)})
     assert (plot.columns, plot.rows) == (("cfg 3", "cfg 7.5", "cfg -0.25"), ())
     assert plot.cells == {(0, i): i for i in range(3)}
 
 
 def test_seeds_as_a_list_and_as_several_images():
-    (plot,) = compare(images({"seed": (), "strength": (0.3, 0.6)}, seeds=[(9, 2)]))
+    (plot,) = compared({"seed": (9, 2), "strength": (0.3, 0.6)}, Request(seed=(9, 2)))
     assert (plot.columns, plot.rows) == (("seed 9", "seed 2"), ("strength 0.3", "strength 0.6"))
     assert plot.cells == {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}
-    (plot,) = compare(images({"steps": (1, 2)}, seeds=[(5, 6)]))
+    (plot,) = compared({"steps": (1, 2)}, Request(seed=5, n_images=2))
     assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("seed 5", "seed 6"))
-    (plot,) = compare(images({"seed": ()}, seeds=[(5, 6, 9)]))
-    assert (plot.columns, plot.rows) == (("seed 5", "seed 6", "seed 9"), ())
 
 
 def test_prompts_are_a_list_too():
-    (plot,) = compare(images({"cfg": (1.0, 2.0)}, ["red", "blue"], [(5,), (6,)]))
+    (plot,) = compared({"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5))
     assert (plot.columns, plot.rows) == (("cfg 1", "cfg 2"), ("red", "blue"))
     assert plot.cells == {(0, 0): 0, (1, 0): 1, (0, 1): 2, (1, 1): 3}
-    by_prompt = compare(images({"cfg": (1.0, 2.0)}, ["red", "blue"], [(5, 6), (7, 8)]))
+    by_prompt = compared({"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5, n_images=2))
     assert [plot.title for plot in by_prompt] == ["image 1", "image 2"]  # of each prompt, whose seeds differ
     assert [plot.rows for plot in by_prompt] == [("red", "blue")] * 2
     assert by_prompt[1].cells == {(0, 0): 1, (1, 0): 3, (0, 1): 5, (1, 1): 7}
 
 
 def test_further_lists_make_a_grid_for_each_of_their_values():
-    run = images({"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}, ["red", "blue"])
-    steps, cfg, sampler, prompt = (axis.entries for axis in run)
-    shown = compare(run)
-    assert [plot.title for plot in shown] == [
-        "sampler euler, red",
-        "sampler euler, blue",
-        "sampler lms, red",
-        "sampler lms, blue",
-    ]
-    for plot in shown:
+    sweep = {"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}
+    request = Request(prompt="{red|blue}", seed=1)
+    images, plots = expand([(request, Sweep(sweep))]), compared(sweep, request)
+    assert len(plots) == 4 and plots[1].title == "sampler euler, blue"
+    for plot in plots:
         assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("cfg 3", "cfg 4"))
         for (row, column), i in plot.cells.items():
-            assert (steps[i][0], cfg[i][0]) == ((1, 2)[column], (3.0, 4.0)[row])
-            assert plot.title == f"{sampler[i][1]}, {prompt[i][1]}"
-    assert sorted(i for plot in shown for i in plot.cells.values()) == list(range(16))
+            assert (images[i].steps, images[i].cfg) == ((1, 2)[column], (3.0, 4.0)[row])
+            assert plot.title == f"sampler {images[i].options.sampler}, {images[i].text}"
+    assert sorted(i for plot in plots for i in plot.cells.values()) == list(range(16))
 
 
 def test_images_that_differ_in_their_lists_leave_cells_empty():
-    (plot,) = compare(axes_of({"steps": (1, 2, None)}, [(0, "a"), (0, "a"), (1, "b")], [(1, (1,))] * 3))
-    assert (plot.columns, plot.rows) == (("steps 1", "steps 2", "steps default"), ("a", "b"))
-    assert plot.cells == {(0, 0): 0, (0, 1): 1, (1, 2): 2}
+    lines = [(Request(prompt="a", seed=1), Sweep(steps=(1, 2))), (Request(prompt="b", seed=1, n_images=1), Sweep())]
+    (plot,) = compare(expand(lines))
+    assert (plot.columns, plot.rows) == (("steps 1", "steps default", "steps 2"), ("a", "b"))
+    assert plot.cells == {(0, 0): 0, (1, 1): 1, (0, 2): 2}
     canvas = draw(plot, pictures(3))
     assert ink(canvas, (0, 0, *canvas.size)) > 3 * 64 * 48
 
 
 def test_nothing_is_compared_without_lists():
-    assert compare(images({}, ["red", "blue"], [(1, 2), (3, 4)])) == []
+    assert compared({}, Request(prompt="{red|blue}", n_images=2)) == []
 
 
 # --- where it stands -------------------------------------------------------------------------------------------------
 
 
 def test_images_stand_under_their_columns_and_beside_their_rows():
-    (plot,) = compare(images({"steps": (1, 2, 3), "cfg": (1.0, 2.0)}))
+    (plot,) = compared({"steps": (1, 2, 3), "cfg": (1.0, 2.0)})
     made = pictures(6)
     canvas = draw(plot, made)
     places = {cell: found_in(canvas, made[i]) for cell, i in plot.cells.items()}
@@ -139,7 +118,7 @@ def test_images_stand_under_their_columns_and_beside_their_rows():
 
 
 def test_images_of_several_sizes_stand_in_the_middle_of_cells_of_the_largest():
-    (plot,) = compare(images({"steps": (1, 2), "cfg": (1.0, 2.0)}))
+    (plot,) = compared({"steps": (1, 2), "cfg": (1.0, 2.0)})
     sizes = [(320, 120), (160, 200), (200, 200), (64, 64)]
     made = [pictures(i + 1, size)[i] for i, size in enumerate(sizes)]
     canvas = draw(plot, made)
@@ -153,7 +132,7 @@ def test_images_of_several_sizes_stand_in_the_middle_of_cells_of_the_largest():
 
 @pytest.mark.parametrize("n_rows, across", [(1, 5), (2, 3), (3, 2), (5, 1), (9, 1)])
 def test_one_list_is_laid_in_rows(n_rows, across):
-    (plot,) = compare(images({"seed": ()}, seeds=[(1, 2, 3, 4, 5)]))
+    (plot,) = compared({"seed": (1, 2, 3, 4, 5)}, Request(seed=(1, 2, 3, 4, 5)))
     made = pictures(5, (160, 48))
     canvas = draw(plot, made, n_rows)
     places = [found_in(canvas, image) for image in made]
@@ -165,13 +144,13 @@ def test_one_list_is_laid_in_rows(n_rows, across):
 
 
 def test_large_images_have_large_letters():
-    (plot,) = compare(images({"steps": (1, 2)}))
+    (plot,) = compared({"steps": (1, 2)})
     small, large = (draw(plot, pictures(2, (side, 64))) for side in (256, 1024))
     assert ink(large, (0, 0, large.width, large.height - 72)) > 4 * ink(small, (0, 0, small.width, small.height - 72))
 
 
 def test_a_grid_that_is_too_large_is_left_out(caplog, monkeypatch):
-    (plot,) = compare(images({"steps": (1, 2)}))
+    (plot,) = compared({"steps": (1, 2)})
     made = pictures(2)
     whole = draw(plot, made)
     monkeypatch.setattr(plots, "_LARGEST_SIDE", max(whole.size))
@@ -200,7 +179,7 @@ def test_a_grid_that_is_too_large_is_left_out(caplog, monkeypatch):
     ],
 )
 def test_prompts_of_any_letters(prompt, label):
-    (plot,) = compare(images({"steps": (1, 2)}, ["first", prompt]))
+    (plot,) = compared({"steps": (1, 2)}, Request(prompt="first", seed=1), Request(prompt=prompt, seed=1))
     assert plot.rows == ("first", label)
     assert draw(plot, pictures(4)) is not None
 
@@ -231,29 +210,15 @@ def test_whatever_is_written_stays_inside():
     assert text.wrap(texts[1], 100, 4)[-1].endswith("…") and text.wrap("a b", 100, 4) == ["a b"]
 
 
-# --- as a script writes it -------------------------------------------------------------------------------------------
-
-
-def test_a_script_writes_the_grid(run, sd1_folder, tmp_path):
-    common = ["--model", sd1_folder, "--width", 64, "--height", 72, "--output", tmp_path / "out.png"]
-    done = run("txt2image", PROMPT, *common, "--cfg", "1,5,9", "--steps", "1,2", "--seed", 3).succeeded()
-    assert [line.rpartition(" ")[2] for line in done.out[:6]] == ["3"] * 6
-    assert done.out[6:] == [str(tmp_path / "out.png")] and done.remarks == []
-    canvas = Image.open(tmp_path / "out.png")
-    places = [found_in(canvas, Image.open(tmp_path / f"out_{i}.png")) for i in range(1, 7)]
-    columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
-    assert places == [(x, y) for x in columns for y in rows] and (len(columns), len(rows)) == (3, 2)
-    assert ink(canvas, (0, 0, canvas.width, rows[0])) > 50 < ink(canvas, (0, 0, columns[0], canvas.height))
-
-
 def test_a_script_writes_a_grid_for_each_further_value(run, sd1_folder, tmp_path):
-    lists = ["--cfg", "1,5", "--steps", "1,2", "--seed", "1,2"]
+    lists = ["--cfg", "1,5,9", "--steps", "1,2", "--seed", "1,2", "--width", 64, "--height", 72]
     done = run("txt2image", PROMPT, "--model", sd1_folder, *lists, "--output", tmp_path / "out.png").succeeded()
-    images, grids = done.out[:8], done.out[8:]
-    assert all(" seed " in line for line in images) and len(set(grids)) == 2
-    made = [Image.open(line.split(" seed ")[0]) for line in images]
-    for which, path in enumerate(grids):
-        for i, image in enumerate(made):
-            if i % 2 == which:
-                found_in(Image.open(path), image)
-    assert pixels(grids[0]).shape == pixels(grids[1]).shape
+    assert [line.rpartition(" ")[2] for line in done.out[:12]] == ["1", "2"] * 6 and done.remarks == []
+    assert done.out[12:] == [str(tmp_path / name) for name in ("out.png", "out_grid_2.png")]
+    made = [Image.open(line.split(" seed ")[0]) for line in done.out[:12]]
+    for which, path in enumerate(done.out[12:]):
+        canvas = Image.open(path)
+        places = [found_in(canvas, image) for image in made[which::2]]
+        columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
+        assert places == [(x, y) for x in columns for y in rows] and (len(columns), len(rows)) == (3, 2)
+        assert ink(canvas, (0, 0, canvas.width, rows[0])) > 50 < ink(canvas, (0, 0, columns[0], canvas.height))

@@ -16,7 +16,7 @@ from PIL import Image
 from command_line import PROMPT, SCRIPTS, Finished, names, pixels, process
 from stable_diffusion import SAMPLERS
 from stable_diffusion.app import engine
-from stable_diffusion.app.outputs import FIELDS
+from stable_diffusion.app.results import FIELDS
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 

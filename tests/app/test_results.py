@@ -12,19 +12,10 @@ import pytest
 from PIL import Image
 
 from command_line import names
-from stable_diffusion.app.outputs import FIELDS, NotWrittenError, Outputs
+from stable_diffusion.app.results import FIELDS, NotWrittenError, Outputs
 
-VALUES = {
-    "i": 1,
-    "seed": 7,
-    "prompt": "the red cat",
-    "steps": 20,
-    "cfg": 7.5,
-    "sampler": "dpmpp_2m",
-    "width": 64,
-    "height": 72,
-    "model": "tiny",
-}
+VALUES = {"i": 1, "seed": 7, "prompt": "the red cat", "steps": 20, "cfg": 7.5, "sampler": "dpmpp_2m", "model": "tiny"}
+VALUES |= {"width": 64, "height": 72}
 
 
 def picture(level: int = 0) -> Image.Image:
@@ -37,18 +28,23 @@ def level(path: Path) -> int:
         return int(np.asarray(image).mean())
 
 
+def opened(output: str, count: int = 1, overwrite: bool = False) -> Outputs:
+    """The outputs of a run of ``count`` images, before their model is read."""
+    known = {name: value for name, value in VALUES.items() if name not in ("steps", "cfg")}
+    return Outputs(output, [known | {"i": i} for i in range(1, count + 1)], overwrite)
+
+
 @pytest.fixture
 def write(tmp_path, monkeypatch) -> Callable[..., list[str]]:
     """Write ``count`` images, and their grid, as one run does; the names, seen from the folder of the test."""
     monkeypatch.chdir(tmp_path)
 
     def call(output: str, count: int = 1, grid: bool = False, overwrite: bool = False, **values) -> list[str]:
-        outputs = Outputs(output, count > 1, overwrite)
         images = [VALUES | {"i": i + 1, "seed": 7 + i} | values for i in range(count)]
-        outputs.check([{name: v for name, v in image.items() if name not in ("steps", "cfg")} for image in images])
+        outputs = Outputs(output, images, overwrite)
         paths = [outputs.write(picture(i), image) for i, image in enumerate(images)]
         if grid:
-            paths.append(outputs.write(picture(99), images[0], mark="grid"))
+            paths.append(outputs.write(picture(99), images[0], "grid"))
         assert [level(path) for path in paths] == [*range(count), *([99] if grid else [])]
         return [str(path) for path in paths]
 
@@ -58,16 +54,11 @@ def write(tmp_path, monkeypatch) -> Callable[..., list[str]]:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_one_image_or_the_grid_of_several(write):
-    assert write("cat.png") == ["cat.png"]
-    assert write("dog.webp", 2, grid=True) == ["dog_1.webp", "dog_2.webp", "dog.webp"]
-
-
 def test_the_next_run_has_the_next_number(write):
-    assert write("a.png", 2, grid=True) == ["a_1.png", "a_2.png", "a.png"]
-    assert write("a.png", 2, grid=True) == ["a-2_1.png", "a-2_2.png", "a-2.png"]
-    assert write("a.png", 3)[-1] == "a-3_3.png"
-    assert write("a.png") == ["a-3.png"]  # the run before had no grid
+    assert write("a.webp", 2, grid=True) == ["a_1.webp", "a_2.webp", "a.webp"]
+    assert write("a.webp", 2, grid=True) == ["a-2_1.webp", "a-2_2.webp", "a-2.webp"]
+    assert write("a.webp", 3)[-1] == "a-3_3.webp"
+    assert write("a.webp") == ["a-3.webp"]  # the run before had no grid
     Path("b_1.png").mkdir()
     assert write("b.png", 2)[0] == "b-2_1.png"
     Path("c_2.png").symlink_to("nowhere")
@@ -84,15 +75,14 @@ def test_overwriting(write, tmp_path):
 
 
 def test_other_words_follow_the_name(write):
-    plain, pattern = Outputs("a.png", True), Outputs("{seed}.png", True)
-    assert str(plain.write(picture(), VALUES | {"i": 3}, mark="partial")) == "a_3_partial.png"
-    assert str(Outputs("a.png", False).write(picture(), VALUES, mark="partial")) == "a_partial.png"
-    assert [str(pattern.write(picture(), VALUES, mark="grid")) for _ in range(2)] == ["7_grid.png", "7_grid-2.png"]
+    pattern = opened("{seed}.png", 2)
+    assert str(opened("a.png", 3).write(picture(), VALUES | {"i": 3}, "partial")) == "a_3_partial.png"
+    assert str(opened("a.png").write(picture(), VALUES, "partial")) == "a_partial.png"
+    assert [str(pattern.write(picture(), VALUES, "grid")) for _ in range(2)] == ["7_grid.png", "7_grid-2.png"]
 
 
 def test_every_field(write):
-    pattern = "_".join(f"{{{name}}}" for name in FIELDS) + ".png"
-    (name,) = write(pattern)
+    (name,) = write("_".join(f"{{{name}}}" for name in FIELDS) + ".png")
     assert re.fullmatch(r"1_7_the_red_cat_20_7\.5_dpmpp_2m_64_72_tiny_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.png", name), name
     assert write("{i:03}-{cfg:.2f}-{{x}}.jpg", 2) == ["001-7.50-{x}.jpg", "002-7.50-{x}.jpg"]
     assert write("{cfg}.png", cfg=0) == ["0.png"] and write("{cfg}.png", cfg=5.0) == ["5.png"]
@@ -121,7 +111,7 @@ def test_prompts_as_names(write, tmp_path, prompt, name):
 
 
 @pytest.mark.parametrize("prompt", ["x" * 5000, "猫" * 3000, "🐈\u200d⬛" * 999])
-def test_long_prompts_are_cut_between_letters(write, tmp_path, prompt):
+def test_long_prompts_are_cut_between_letters(write, prompt):
     (name,) = write("{prompt}.png", prompt=prompt)
     assert 100 < len(name.encode()) <= 124 and prompt.startswith(name.removesuffix(".png"))
     longest = [write("{prompt}{prompt}{prompt}.png", prompt=prompt)[0] for _ in range(12)][-1]
@@ -134,9 +124,6 @@ def test_folders(write, tmp_path):
         (name,) = write(output)
         assert re.fullmatch(rf"{re.escape(folder)}/\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_1_7(-2)?\.png", name), name
     assert re.search(r"_1_7_grid(-2)?\.png$", write("new/er", 2, grid=True)[-1])
-
-
-def test_folders_in_patterns(write, tmp_path):
     assert write("{model}/{prompt}/{seed}.png", prompt="..") == ["tiny/_/7.png"]
     assert write(f"{tmp_path}/deep/{{i}}.png", 2) == [f"{tmp_path}/deep/{i}.png" for i in (1, 2)]
 
@@ -174,22 +161,21 @@ def test_refused(write, tmp_path, output, words):
 
 def test_checking_makes_nothing(tmp_path):
     for output in (f"{tmp_path}/new/", f"{tmp_path}/{{seed}}/{{i}}.png", f"{tmp_path}/a.png"):
-        Outputs(output, True).check([VALUES])
+        opened(output)
     assert names(tmp_path) == []
 
 
 # --- others who write ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("output", ["a.png", "{prompt}.png", "new/{i}.png"])
+@pytest.mark.parametrize(
+    "output, links", [("a.png", True), ("a.png", False), ("{prompt}.png", True), ("n/{i}.png", False)]
+)
 def test_runs_at_the_same_time_lose_nothing(write, tmp_path, monkeypatch, output, links):
     """Eight runs of five images each, all of which have seen an empty folder."""
     if not links:
         monkeypatch.setattr(os, "link", _no_links)
-    runs = [Outputs(output, True) for _ in range(8)]
-    for run in runs:
-        run.check([VALUES | {"i": i} for i in range(1, 6)])
+    runs = [opened(output, 5) for _ in range(8)]
     written: list[tuple[Path, int]] = []
 
     def work(number: int) -> None:
@@ -211,14 +197,12 @@ def _no_links(source, target):
 
 
 def test_all_files_of_a_run_have_one_number(write):
-    first, second = Outputs("a.png", True), Outputs("a.png", True)
-    for run in (first, second):
-        run.check([VALUES | {"i": i} for i in (1, 2)])
+    first, second = opened("a.png", 2), opened("a.png", 2)
     assert str(second.write(picture(), VALUES)) == "a_1.png"
     images = [str(first.write(picture(), VALUES | {"i": i})) for i in (1, 2)]
     assert images == ["a-2_1.png", "a-2_2.png"]
-    assert str(first.write(picture(), VALUES, mark="grid")) == "a-2.png"
-    assert str(second.write(picture(), VALUES, mark="grid")) == "a.png"
+    assert str(first.write(picture(), VALUES, "grid")) == "a-2.png"
+    assert str(second.write(picture(), VALUES, "grid")) == "a.png"
 
 
 # --- what cannot be written ------------------------------------------------------------------------------------------
@@ -234,29 +218,27 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def lost(outputs: Outputs, message: str) -> Path | None:
+    """Fail to write a picture; returns where it is kept."""
+    with pytest.raises(NotWrittenError, match=message) as caught:
+        outputs.write(picture(5), VALUES)
+    assert caught.value.kept is None or level(caught.value.kept) == 5
+    return caught.value.kept
+
+
 def test_an_image_whose_folder_is_gone_is_kept_in_the_current_one(elsewhere):
     (elsewhere / "out").mkdir()
-    outputs = Outputs(f"{elsewhere}/out/a.png", True)
-    outputs.check([VALUES])
+    outputs = opened(f"{elsewhere}/out/a.png", 2)
     (elsewhere / "out").rmdir()
-    kept = []
-    for _ in range(2):
-        with pytest.raises(
-            NotWrittenError, match=r"out does not exist.*; it is kept as .*current/a_1(-2)?\.png"
-        ) as caught:
-            outputs.write(picture(5), VALUES)
-        kept.append(caught.value.kept)
-    assert [path.name for path in kept] == ["a_1.png", "a_1-2.png"] and [level(path) for path in kept] == [5, 5]
+    message = r"out does not exist.*; it is kept as .*current/a_1(-2)?\.png"
+    assert [lost(outputs, message).name for _ in range(2)] == ["a_1.png", "a_1-2.png"]
     assert names(elsewhere) == ["current", "temporary"]
 
 
 def test_an_image_without_a_current_folder_is_kept_in_the_temporary_one(elsewhere):
-    outputs = Outputs("a.png", False)
-    outputs.check([VALUES])
+    outputs = opened("a.png")
     (elsewhere / "current").rmdir()
-    with pytest.raises(NotWrittenError, match=r"kept as .*temporary/a\.png") as caught:
-        outputs.write(picture(5), VALUES)
-    assert level(caught.value.kept) == 5
+    assert lost(outputs, r"kept as .*temporary/a\.png")
 
 
 def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monkeypatch):
@@ -265,15 +247,11 @@ def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(NotWrittenError, match=r"No space left on device.*; it is lost") as caught:
-        Outputs("a.png", False).write(picture(5), VALUES)
-    assert caught.value.kept is None
+    assert lost(opened("a.png"), r"No space left on device.*; it is lost") is None
     assert [names(folder) for folder in elsewhere.iterdir()] == [[], []]
 
 
 def test_a_folder_that_a_file_took_the_place_of(elsewhere):
-    outputs = Outputs("new/{seed}.png", False)
-    outputs.check([VALUES])
+    outputs = opened("new/{seed}.png")
     Path("new").write_text("")
-    with pytest.raises(NotWrittenError, match=r"folder new could not be made.*kept as .*current/7\.png"):
-        outputs.write(picture(5), VALUES)
+    assert lost(outputs, r"folder new could not be made.*kept as .*current/7\.png")
