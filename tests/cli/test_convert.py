@@ -45,17 +45,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 # Of the bundled model 12 files are written: config.json and weights of 3 networks, 4 of the tokenizer, 2 more.
-@pytest.mark.parametrize(
-    "moment",
-    [("fsync", 1), ("contiguous", 1), ("contiguous", 250), ("fsync", 4), ("fsync", 11), ("rename", 1)],
-    ids=str,
-)
-def test_killed_and_started_again(tmp_path, moment):
+@pytest.mark.parametrize("moment, count", [("fsync", 1), ("contiguous", 250), ("fsync", 11), ("rename", 1)])
+def test_killed_and_started_again(tmp_path, moment, count):
     dest = tmp_path / "new"
-    killed = run("-c", _DIES, moment[0], str(moment[1]), "tiny", str(dest), "-q")
+    killed = run("-c", _DIES, moment, str(count), "tiny", str(dest), "-q")
     assert killed.returncode == -9, killed.stderr
     assert os.listdir(tmp_path) == [".new.partial"]
-    if moment[0] != "rename":  # by then all of it is there
+    if moment != "rename":  # by then all of it is there
         with pytest.raises(ValueError, match=r"has no model_index\.json"):
             open_checkpoint(tmp_path / ".new.partial")
     assert main(["tiny", str(dest), "-q"]) == 0
@@ -112,20 +108,11 @@ def test_what_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_without_room_is_seen_before(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: type("", (), {"free": 10_000_000})())
-    assert "needs 0.02 GB and its disk has 0.01 GB left: make room" in refused(capsys, "tiny", str(tmp_path / "new"))
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_destination_that_is_taken(tmp_path, capsys):
     """It is refused before the source is looked for."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
-    assert "is not empty: choose another name, or remove it" in refused(capsys, "nothing", str(tmp_path / "full"))
-    assert "is a file" in refused(capsys, "nothing", str(tmp_path / "full" / "mine"))
-    assert "there is no folder" in refused(capsys, "nothing", str(tmp_path / "no" / "where"))
-    assert os.listdir(tmp_path / "full") == ["mine"]
+    (tmp_path / "mine").write_text("x")
+    assert "is not empty: choose another name, or remove it" in refused(capsys, "nothing", str(tmp_path))
+    assert os.listdir(tmp_path) == ["mine"]
 
 
 @pytest.mark.parametrize(

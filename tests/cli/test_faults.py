@@ -5,7 +5,6 @@ it. In every case all files under a final name are whole, and but for kills no t
 cannot be written where it should is kept elsewhere, and no further batch is begun.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from command_line import PROMPT, ROOT
 
@@ -62,7 +60,6 @@ step = (UNet, "__call__")
 decode = (Model, "decode")
 write = (PIL.Image.Image, "save")
 """
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 RUN = "\nsys.exit(getattr(cli, sys.argv.pop(1))(sys.argv[1:]))\n"
 
 
@@ -79,83 +76,28 @@ class Case(NamedTuple):
 
 
 ALL = ("a.png", "a_1.png", "a_2.png")
-UNET, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
-CLIP, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+UNET = "unet/diffusion_pytorch_model.safetensors"
 STOPPED = ("interrupted",)
+TWICE = "lambda *_: (send(INT)(), send(INT)(), signal.pause())"
 
 CASES = [
     Case("nothing", left=ALL),
     # --- Ctrl-C and SIGTERM
     Case("Ctrl-C as the model is opened", "at(cli, 'open_model', 1, send(INT))", code=130, says=STOPPED),
-    Case("Ctrl-C as files are read", "at(cli, 'read_inputs', 1, send(INT))", code=130, says=STOPPED),
     Case("Ctrl-C as a prompt is encoded", "at(Model, 'encode_prompt', 1, send(INT))", code=130, says=STOPPED),
-    Case("Ctrl-C in the first step", "at(*step, 1, send(INT))", code=130, says=STOPPED, left=["a_1_partial.png"]),
-    Case("Ctrl-C in a middle step", "at(*step, 2, send(INT))", code=130, says=STOPPED, left=["a_1_partial.png"]),
-    Case("Ctrl-C in the last step", "at(*step, 3, send(INT))", code=130, says=STOPPED, left=["a_1.png"]),
-    Case(
-        "Ctrl-C in the second batch",
-        "at(*step, 5, send(INT))",
-        code=130,
-        says=STOPPED,
-        left=["a_1.png", "a_2_partial.png"],
-    ),
+    Case("Ctrl-C in a step", "at(*step, 2, send(INT))", code=130, says=STOPPED, left=["a_1_partial.png"]),
     Case("Ctrl-C in a decoding", "at(*decode, 1, send(INT))", code=130, says=STOPPED, left=["a_1.png"]),
-    Case("Ctrl-C in a writing", "at(*write, 1, send(INT))", code=130, says=STOPPED, left=["a_1.png"]),
     Case("Ctrl-C in the last writing", "at(*write, 2, send(INT))", code=130, says=STOPPED, left=["a_1.png", "a_2.png"]),
-    Case(
-        "Ctrl-C with --json",
-        "at(*step, 2, send(INT))",
-        "--json",
-        code=130,
-        says=STOPPED,
-        left=["a_1_partial.png"],
-    ),
-    Case(
-        "Ctrl-C in low memory",
-        "at(*step, 5, send(INT))",
-        "--low_memory",
-        code=130,
-        says=STOPPED,
-        left=["a_1.png", "a_2_partial.png"],
-    ),
-    Case(
-        "Ctrl-C in the second pass",
-        "at(*step, 4, send(INT))",
-        "--hires 1.5 --hires_strength 1",
-        code=130,
-        says=STOPPED,
-        left=["a_1_partial.png"],
-    ),
-    Case("Ctrl-C twice", "at(*step, 2, lambda *_: (send(INT)(), send(INT)(), signal.pause()))", code=130),
-    Case(
-        "Ctrl-C twice in the second batch",
-        "at(*step, 5, lambda *_: (send(INT)(), send(INT)(), signal.pause()))",
-        code=130,
-        left=["a_1.png"],
-    ),
-    Case(
-        "Ctrl-C twice in a writing",
-        "PIL.Image.Image.save = half_and(lambda: (send(INT)(), send(INT)(), signal.pause()))",
-        code=130,
-        tells=0,
-    ),
+    Case("Ctrl-C twice in the second batch", f"at(*step, 5, {TWICE})", code=130, left=["a_1.png"]),
+    Case("Ctrl-C twice in a writing", f"PIL.Image.Image.save = half_and({TWICE})", code=130, tells=0),
     Case("SIGTERM as the model is opened", "at(cli, 'open_model', 1, send(TERM))", code=143, says=STOPPED),
     Case("SIGTERM in a step", "at(*step, 2, send(TERM))", code=143, says=STOPPED, left=["a_1_partial.png"]),
     # --- killed
     Case("killed in a step", "at(*step, 5, send(KILL))", code=-9, left=["a_1.png"]),
-    Case("killed in the first writing", "PIL.Image.Image.save = half_and(send(KILL))", code=-9, left=[]),
     Case("killed in the second writing", "at(*write, 2, half_and(send(KILL)))", code=-9, left=["a_1.png"]),
     Case("killed as the grid is written", "at(*write, 3, half_and(send(KILL)))", code=-9, left=["a_1.png", "a_2.png"]),
     Case("killed as a preview is written", "at(*write, 1, half_and(send(KILL)))", "--preview OUT/p.png", code=-9),
     # --- disks and folders
-    Case(
-        "no space for the first image",
-        "at(*write, 1, fail(errno.ENOSPC))",
-        code=1,
-        says=["a_1.png", "No space left", "kept as"],
-        tells=1,
-        elsewhere=["a_1.png"],
-    ),
     Case(
         "no space for the second image",
         "at(*write, 2, fail(errno.ENOSPC))",
@@ -181,23 +123,6 @@ CASES = [
         says=["a_1.png", "it is lost"],
     ),
     Case(
-        "a file system that is read-only since",
-        "at(*write, 1, fail(errno.EROFS))",
-        code=1,
-        says=["a_1.png", "Read-only"],
-        tells=1,
-        elsewhere=["a_1.png"],
-    ),
-    Case(
-        "a disk with errors",
-        "at(*write, 2, fail(errno.EIO))",
-        code=1,
-        says=["a_2.png", "Input/output error"],
-        left=["a_1.png"],
-        tells=2,
-        elsewhere=["a_2.png"],
-    ),
-    Case(
         "the output folder vanishes",
         "at(*decode, 1, lambda *_: shutil.rmtree(out))",
         code=1,
@@ -205,44 +130,22 @@ CASES = [
         tells=1,
         elsewhere=["a_1.png"],
     ),
-    Case(
-        "a file takes its place",
-        "at(*decode, 1, lambda *_: (shutil.rmtree(out), out.write_text('')))",
-        code=1,
-        says=["a_1.png", "kept as"],
-        tells=1,
-        elsewhere=["a_1.png"],
-    ),
-    Case(
-        "a folder that may not be written to",
-        "os.access = lambda path, mode: False",
-        code=2,
-        says=["not writable", "choose another"],
-    ),
+    Case("a folder that may not be written to", "os.access = lambda path, mode: False", code=2, says=["not writable"]),
     Case("nobody reads stdout", "os.close(1); os.dup2(os.pipe()[1], 1); os.closerange(3, 64)", left=ALL, tells=0),
     Case("stdout is full", "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", says=["stdout"], left=ALL, tells=0),
     Case("the current folder is gone", "os.rmdir(os.getcwd())", left=ALL),
     # --- files of the model
     Case("weights cut off", damage=f"{UNET}:cut", code=2, says=["diffusion_pytorch_model.safetensors"]),
-    Case("weights of no bytes", damage=f"{UNET}:empty", code=2, says=["diffusion_pytorch_model.safetensors"]),
-    Case("weights that are text", damage=f"{CLIP}:text", code=2, says=["model.safetensors"]),
-    Case("weights that are gone", damage=f"{VAE}:gone", code=2, says=["vae"]),
-    Case("a config cut off", damage=f"{CONFIG}:cut", code=2, says=["config.json"]),
-    Case("a config of no bytes", damage=f"{CONFIG}:empty", code=2, says=["config.json"]),
+    Case("weights that are gone", damage="vae/diffusion_pytorch_model.safetensors:gone", code=2, says=["vae"]),
+    Case("a config cut off", damage="unet/config.json:cut", code=2, says=["config.json"]),
     Case("an index that is text", damage="model_index.json:text", code=2, says=["model_index.json"]),
-    Case("a vocabulary cut off", damage="tokenizer/vocab.json:cut", code=2, says=["vocab.json"]),
-    Case("merges that are gone", damage="tokenizer/merges.txt:gone", code=2, says=["merges.txt"]),
-    Case("a UNet that is not a number", damage=f"{UNET}:nan", code=1, says=["step 1", "not finite"]),
-    Case("a decoder that is not a number", damage=f"{VAE}:nan", code=1, says=["not finite"]),
+    Case("a vocabulary of no bytes", damage="tokenizer/vocab.json:empty", code=2, says=["vocab.json"]),
+    Case("a UNet that is not a number", damage=f"{UNET}:nan", code=1, says=["step 1", "not finite", "another --vae"]),
     # --- files of the user
     Case("a picture cut off", options="image2image IN/cut.png", code=2, says=["cut.png"]),
-    Case("a JPEG cut off", options="image2image IN/cut.jpg", code=2, says=["cut.jpg"]),
-    Case("a picture of no bytes", options="image2image IN/empty.png", code=2, says=["empty.png"]),
-    Case("a picture that is text", options="image2image IN/text.png", code=2, says=["text.png"]),
-    Case("a mask cut off", options="image2image IN/whole.png --mask IN/cut.png", code=2, says=["cut.png"]),
+    Case("a mask that is text", options="image2image IN/whole.png --mask IN/text.png", code=2, says=["text.png"]),
     Case("a picture that is whole", options="image2image IN/whole.png --strength 1", left=ALL),
     Case("a picture that tells nothing", options="--from_image IN/whole.png", code=2, says=["whole.png"]),
-    Case("a picture that tells nonsense", options="--from_image IN/nonsense.png", code=2, says=["nonsense.png"]),
     Case("prompts that are no text", options="--prompt_file IN/cut.png", code=2, says=["cut.png", "UTF-8"]),
     Case("a LoRA cut off", options="--lora IN/cut.safetensors", code=2, says=["cut.safetensors"]),
     Case("an embedding cut off", options="--embedding IN/cut.safetensors", code=2, says=["cut.safetensors"]),
@@ -255,16 +158,10 @@ def inputs(tmp_path_factory, sd1_folder) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     picture.save(folder / "whole.png")
-    picture.save(folder / "whole.jpg")
-    for kind in ("png", "jpg"):
-        whole = (folder / f"whole.{kind}").read_bytes()
-        (folder / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
-    (folder / "cut.safetensors").write_bytes((sd1_folder / VAE).read_bytes()[:1000])
-    (folder / "empty.png").write_bytes(b"")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cut.safetensors").write_bytes((sd1_folder / UNET).read_bytes()[:1000])
     (folder / "text.png").write_text("not a picture")
-    text = PngInfo()
-    text.add_text("stable_diffusion", '{"version": [[}')
-    picture.save(folder / "nonsense.png", pnginfo=text)
     return folder
 
 
@@ -285,8 +182,11 @@ def damaged(folder: Path, damage: str, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def command(fault: str, script: str, out: Path, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-c", PREPARE + fault + RUN, str(out), script, *arguments]
+def start(fault: str, script: str, out: Path, arguments: Sequence[str], current: Path) -> subprocess.Popen:
+    """Start a script, with a fault in its process."""
+    command = [sys.executable, "-c", PREPARE + fault + RUN, str(out), script, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=current, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
 
 
 def check_whole(folder: Path) -> list[str]:
@@ -316,53 +216,35 @@ def test_fault(case: Case, sd1_folder, inputs, tmp_path):
     size = ["--width", "64", "--height", "64", "--steps", "3", "--cfg", "1"]
     amount = ["--n_images", "2", "--batch_size", "1", "--seed", "1", "--output", f"{out}/a.png"]
     arguments = [*image, *prompt, "--model", str(model), *size, *amount, *options]
-    done = subprocess.run(
-        command(case.fault, script, out, arguments),
-        cwd=current,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == case.code, done.stderr
-    assert not [words for words in case.says if words not in done.stderr], done.stderr
-    assert "Traceback" not in done.stderr
+    process = start(case.fault, script, out, arguments, current)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == case.code, stderr
+    assert not [words for words in case.says if words not in stderr], stderr
+    assert "Traceback" not in stderr
     if case.code in (1, 2):
-        assert ": error: " in done.stderr.splitlines()[-1]
+        assert ": error: " in stderr.splitlines()[-1]
     assert check_whole(out) == sorted(case.left)
     told = len(case.left) if case.tells is None else case.tells
     if case.code >= 0:
-        assert len(done.stdout.splitlines()) == told, done.stdout
+        assert len(stdout.splitlines()) == told, stdout
     assert check_whole(current) == sorted(case.elsewhere)
-    if "--json" in options:
-        assert [json.loads(line)["kind"] for line in done.stdout.splitlines()] == ["partial"]
     if case.code >= 0:
         left = [path.name for folder in (out, current) if folder.is_dir() for path in folder.iterdir()]
         assert not [name for name in left if name.endswith(".tmp")]
 
 
+QUICK = ["--width", "64", "--height", "64", "--steps", "1", "--cfg", "1", "--no_grid", "--seed", "1"]
+
+
 @pytest.mark.parametrize("output", ["a.png", "{seed}.png", "folder/", "--overwrite"])
 def test_two_runs_write_to_one_folder_at_once(output, sd1_folder, tmp_path):
     """With --overwrite each name has a whole image of either run; without, the images of both are there."""
-    overwrite = [output] if output == "--overwrite" else []
-    where = tmp_path / ("a.png" if overwrite else output)
-    where = f"{where}/" if output.endswith("/") else str(where)
-    given = [PROMPT, "--model", str(sd1_folder), "--width", "64", "--height", "64", "--steps", "1", "--cfg", "1"]
-    given += ["--n_images", "3", "--no_grid", "--seed", "1", "--output", where, *overwrite]
-    runs = [
-        subprocess.Popen(
-            command("", "txt2image", tmp_path, given),
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    overwrite = output == "--overwrite"
+    where = f"{tmp_path}/a.png" if overwrite else f"{tmp_path}/{output}"
+    given = [PROMPT, "--model", str(sd1_folder), *QUICK, "--n_images", "3", "--output", where]
+    given += ["--overwrite"] if overwrite else []
     told = []
-    for process in runs:
+    for process in [start("", "txt2image", tmp_path, given, tmp_path) for _ in range(2)]:
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
         told += [line.split(" seed ")[0] for line in stdout.splitlines()]
@@ -373,17 +255,9 @@ def test_two_runs_write_to_one_folder_at_once(output, sd1_folder, tmp_path):
 
 def test_a_run_after_one_that_was_killed(sd1_folder, tmp_path):
     """What the killed one left half-written is in nobody's way."""
-    given = [PROMPT, "--model", str(sd1_folder), "--width", "64", "--height", "64", "--steps", "1", "--cfg", "1"]
-    given += ["--n_images", "1", "--seed", "1", "--output", f"{tmp_path}/a.png"]
+    given = [PROMPT, "--model", str(sd1_folder), *QUICK, "--n_images", "1", "--output", f"{tmp_path}/a.png"]
     for fault, code in (("PIL.Image.Image.save = half_and(send(KILL))", -9), ("", 0)):
-        done = subprocess.run(
-            command(fault, "txt2image", tmp_path, given),
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
+        process = start(fault, "txt2image", tmp_path, given, tmp_path)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == code, stderr
     assert check_whole(tmp_path) == ["a.png"]

@@ -15,8 +15,7 @@ from checkpoints import SCALED, make
 from command_line import PROMPT, SCRIPTS, pixels
 from oracle import perturb
 from stable_diffusion import StableDiffusion
-from stable_diffusion.cli.arguments import Command, read
-from stable_diffusion.images.inpaint import adjust_mask
+from stable_diffusion.cli.flags import FLAGS
 from test_parity_images import control_nets
 
 SIZE = (64, 64)
@@ -62,6 +61,7 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     write_lora(folder / "loras" / "paint.safetensors")
     write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
     write_lora(folder / "more.safetensors", "lora_unet_nowhere_in_this_model")
+    save_file({"emb_params": torch.ones((2, 32))}, folder / "word.safetensors")
     (folder / "words").mkdir()
     (folder / "words" / "colour.txt").write_text("red\nblue\n")
     return folder
@@ -114,12 +114,36 @@ def draw(run, files, tmp_path) -> Draw:
     return call
 
 
-# --- every flag: it changes the picture, with underscores and with hyphens --------------------------------------------
+# --- every flag changes the picture ----------------------------------------------------------------------------------
 
 MASK = "--mask {}/mask.png"
 NET = "--controlnet {}/net --control_image {}/hint.png"
+ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
 # flag and its value: (script, checkpoint, the options beside it)
-FLAGS = {
+CHANGES = {
+    "--negative_prompt blue": ("txt2image", "sd", "--cfg 4"),
+    "--width 72": ("txt2image", "sd", ""),
+    "--height 72": ("txt2image", "sd", ""),
+    "--seed 4": ("txt2image", "sd", ""),
+    "--steps 3": ("txt2image", "sd", ""),
+    "--cfg 4": ("txt2image", "sd", ""),
+    "--guidance_interval 0.5,1": ("txt2image", "sd", "--cfg 4"),
+    "--guidance_rescale 1": ("txt2image", "sd", "--cfg 4"),
+    "--deep_cache 2": ("txt2image", "sd", "--steps 4"),
+    "--token_merging 0.75": ("txt2image", "sd", ""),
+    "--sampler euler_a": ("txt2image", "sd", ""),
+    "--schedule karras": ("txt2image", "sd", "--steps 4"),
+    "--eta 1": ("txt2image", "sd", ""),
+    "--resize pad": ("image2image", "sd", "--width 64 --height 96"),
+    "--strength 1": ("image2image", "sd", ""),
+    "--clip_skip 1": ("txt2image", "sd", ""),
+    "--emphasis none": ("txt2image", "sd", ""),
+    "--weight_blocks": ("txt2image", "sd", ""),
+    "--truncate": ("txt2image", "sd", ""),
+    "--embedding {}/word.safetensors=red": ("txt2image", "sd", ""),
+    "--quantize": ("txt2image", "sd", ""),
+    "--unet_bits 4": ("txt2image", "sd", ""),
+    "--text_bits 4": ("txt2image", "sd", ""),
     "--mask {}/mask.png": ("image2image", "sd", ""),
     "--invert_mask": ("image2image", "sd", MASK),
     "--mask_blur 3": ("image2image", "sd", MASK),
@@ -147,10 +171,15 @@ FLAGS = {
     "--tokenizer {}/spelling": ("txt2image", "sd", ""),
     "--prediction v_prediction": ("txt2image", "sd", ""),
 }
+# Flags that change no picture, or how many there are, or that have tests of their own.
+OTHERS = {"--n_images", "--alternatives", "--prompt_file", "--from_image", "--without", "--wildcards", "--model"}
+OTHERS |= {"--revision", "--lora_partial", "--lora_dir", "--control_image"}
+OTHERS |= {usage.split()[0] for group in ("memory and time", "output", "preview") for usage in FLAGS[group]}
 
 
-def spelled(options: list[str], sign: str) -> list[str]:
-    return [option.replace("_", sign) if option.startswith("--") else option for option in options]
+def test_no_flag_is_left_out():
+    """A flag that is added must be added to one of the two tables."""
+    assert {usage.split()[0] for group in FLAGS.values() for usage in group} == {f.split()[0] for f in CHANGES} | OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -159,45 +188,23 @@ def plain() -> dict[tuple[str, str, str], np.ndarray]:
     return {}
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("flags", CHANGES)
 def test_every_flag_changes_the_picture(draw, plain, flags):
-    script, model, beside = FLAGS[flags]
-    if FLAGS[flags] not in plain:
-        plain[FLAGS[flags]] = draw(script, *beside.split(), model=model)
-    before, made = plain[FLAGS[flags]], draw(script, *beside.split(), *flags.split(), model=model)
+    script, model, beside = CHANGES[flags]
+    if CHANGES[flags] not in plain:
+        plain[CHANGES[flags]] = draw(script, *beside.split(), model=model, prompt=ODD_PROMPT)
+    before = plain[CHANGES[flags]]
+    made = draw(script, *beside.split(), *flags.split(), model=model, prompt=ODD_PROMPT)
     assert before.shape != made.shape or np.abs(before - made).max() > 1
 
 
-def settings(command: Command) -> tuple:
-    """All that a command is told but its parser."""
-    return command.lines, command.resources, command.output, command.preview
+# --- sizes and masks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [flags for flags in FLAGS if "_" in flags.partition(" ")[0]])
-def test_every_flag_with_hyphens(flags):
-    script, _, beside = FLAGS[flags]
-    given = ["in.png", PROMPT] if script == "image2image" else [PROMPT]
-    words = [*beside.split(), *flags.split()]
-    assert spelled(words, "-") != words
-    one, same = (read(script, [*given, *spelled(words, sign)]) for sign in "_-")
-    assert settings(one) == settings(same) != settings(read(script, [*given, *beside.split()]))
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["sd", "inpaint"])
-@pytest.mark.parametrize("options", ["", "--mask_padding 4", "--mask_blur 2", "--invert_mask"])
-@pytest.mark.parametrize("size", [SIZE, (75, 61)])
-def test_kept_pixels_are_those_of_the_file(draw, files, model, options, size):
-    picture, mask = noise(size, seed=4), rectangle((20, 10, 50, 40), size)
-    picture.save(files / "odd.png")
-    mask.save(files / "odd_mask.png")
-    made = draw("image2image", "--mask", "{}/odd_mask.png", *options.split(), model=model, image="odd.png")
-    values = np.asarray(adjust_mask(mask, invert="invert" in options, blur=2 if "blur" in options else 0))
-    same = (made == np.asarray(picture)).all(-1)
-    assert same[values == 0].all() and (values == 0).any()
-    assert same[values == 255].mean() < 0.1
+def test_sizes_of_pictures(draw, files):
+    noise((100, 50)).save(files / "wide.png")
+    for options, size in (("--width 160", (160, 80)), ("--height 64", (128, 64)), ("--width 64 --height 88", (64, 88))):
+        assert draw("image2image", *options.split(), image="wide.png").shape[1::-1] == size
 
 
 def test_a_black_mask_returns_the_file_and_says_so(run, files, tmp_path):
@@ -216,52 +223,18 @@ def test_a_black_mask_returns_the_file_and_says_so(run, files, tmp_path):
     assert raw[0].shape == (64, 80, 3) and np.array_equal(*raw)
 
 
+def test_a_model_made_for_masks_keeps_what_is_black(draw, files):
+    made, black = draw("image2image", *MASK.split(), model="inpaint"), np.asarray(Image.open(files / "mask.png")) == 0
+    same = (made == pixels(files / "in.png")).all(-1)
+    assert same[black].all() and same[~black].mean() < 0.1
+
+
 def test_a_white_mask_is_image_to_image(draw, files):
     Image.new("L", SIZE, 255).save(files / "white.png")
     plain = draw("image2image")
     assert np.array_equal(draw("image2image", "--mask", "{}/white.png"), plain)
     Image.new("L", SIZE).save(files / "black.png")
     assert np.array_equal(draw("image2image", "--mask", "{}/black.png", "--invert_mask"), plain)
-
-
-def test_masks_in_every_file_format(draw, files):
-    """What means the same gives the same picture; one of another size is resized."""
-    white = np.asarray(rectangle((32, 0, 64, 32)))
-    want = draw("image2image", "--mask", "{}/mask.png")
-    kinds = {
-        "bits.png": Image.fromarray(white > 0),
-        "deep.png": Image.fromarray(white.astype(np.uint16) * 257),
-        "colours.png": Image.fromarray(np.dstack([white] * 3)),
-        "alpha.png": Image.fromarray(np.dstack([white * 0 + 255] * 3 + [white])),
-        "palette.gif": Image.fromarray(white).convert("P"),
-    }
-    for name, image in kinds.items():
-        image.save(files / name)
-        assert np.array_equal(draw("image2image", "--mask", files / name), want), name
-    rectangle((16, 0, 32, 16), (32, 32)).save(files / "half.png")
-    resized = draw("image2image", "--mask", "{}/half.png")
-    assert np.array_equal(resized[36:], want[36:]) and np.array_equal(resized[:, :28], want[:, :28])
-
-
-@pytest.mark.parametrize("borders, size", [("8,0,0,0", (72, 64)), ("0,16,8,24", (72, 104)), ("3,2,1,5", (68, 71))])
-def test_borders_are_painted_around_the_very_picture(draw, files, borders, size):
-    left, top, _, _ = map(int, borders.split(","))
-    made = draw("image2image", "--expand", borders)
-    assert made.shape == (size[1], size[0], 3)
-    inner = made[top : top + 64, left : left + 64]
-    assert np.array_equal(inner, pixels(files / "in.png"))
-    assert not np.array_equal(
-        made, np.pad(inner, ((top, size[1] - top - 64), (left, size[0] - left - 64), (0, 0)), "edge")
-    )
-
-
-def test_several_masked_images_are_the_single_ones(run, draw, files, tmp_path):
-    options = ["--mask", files / "mask.png", "--mask_padding", 4, "--sampler", "euler_a", "--cfg", 3]
-    common = ["--model", files / "sd", "--steps", 2, "--strength", 0.5, "--output", tmp_path / "out.png", "--overwrite"]
-    run("image2image", files / "in.png", PROMPT, *common, *options, "--n_images", 3, "--seed", 3).succeeded()
-    for i in range(3):
-        single = draw("image2image", *options, "--seed", 3 + i)
-        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
 
 
 # --- depth, instructions ---------------------------------------------------------------------------------------------
@@ -272,12 +245,22 @@ def test_depth_of_8_and_of_16_bits(draw):
     assert np.abs(made[0] - made[1]).max() <= 2
 
 
-def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch):
+@pytest.mark.parametrize("name", ["own.png", "small.png"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--width 64 --height 64",
+        "--width 64 --height 128 --resize stretch",
+        "--width 128 --height 128 --resize pad",
+        "--mask {}/own_mask.png --mask_padding 8",
+    ],
+)
+def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch, name, options):
     """What the model is told beside each part of the picture is the depth there."""
     seen, generate = [], StableDiffusion.generate_latents_from_image
 
     def spied(self, image, *args, depth, **kwargs):
-        seen.append((np.asarray(image).astype(int)[..., 0], np.asarray(depth).astype(int)))
+        seen.append((np.asarray(image).astype(int)[..., 0], np.asarray(depth).astype(np.float32)))
         return generate(self, image, *args, depth=depth, **kwargs)
 
     monkeypatch.setattr(StableDiffusion, "generate_latents_from_image", spied)
@@ -286,21 +269,11 @@ def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch):
     levels.save(files / "own.png")
     levels.resize((64, 32), Image.Resampling.BOX).save(files / "small.png")
     rectangle((80, 10, 100, 20), (128, 64)).save(files / "own_mask.png")
-    for options in (
-        [],
-        ["--width", 64, "--height", 64],
-        ["--width", 64, "--height", 128, "--resize", "stretch"],
-        ["--width", 128, "--height", 128, "--resize", "pad"],
-        ["--mask", files / "own_mask.png", "--mask_padding", 8],
-        ["--mask", files / "own_mask.png", "--width", 64, "--height", 64],
-    ):
-        for name in ("own.png", "small.png"):
-            draw("image2image", "--steps", 1, "--depth", files / name, *options, model="depth", image="own.png")
-            image, depth = seen[-1]
-            depth = np.asarray(Image.fromarray(depth.astype(np.float32)).resize(image.shape[::-1]))
-            if "pad" in options:
-                image, depth = image[36:92], depth[36:92]
-            assert np.abs(image - depth)[4:-4, 4:-4].max() <= 8, options
+    draw("image2image", "--steps", 1, "--depth", files / name, *options.split(), model="depth", image="own.png")
+    ((image, depth),) = seen
+    depth = np.asarray(Image.fromarray(depth).resize(image.shape[::-1]))
+    rows = slice(40, 88) if "pad" in options else slice(4, -4)
+    assert np.abs(image - depth)[rows, 4:-4].max() <= 8
 
 
 def test_estimated_depth(draw, files, monkeypatch):
@@ -323,28 +296,23 @@ def test_estimated_depth(draw, files, monkeypatch):
 def test_controlnets_with_scales(draw):
     plain, image = draw("txt2image"), ["--control_image", "{}/hint.png"]
     assert np.array_equal(draw("txt2image", "--controlnet", "{}/net:0", *image), plain)
-    one, half = (draw("txt2image", "--controlnet", f"{{}}/net{scale}", *image) for scale in ("", ":0.5"))
-    assert np.abs(one - plain).max() > 1 and np.abs(one - half).max() > 1
+    one = draw("txt2image", "--controlnet", "{}/net", *image)
     twice = ["--controlnet", "{}/net:0.5"] * 2
     assert np.abs(draw("txt2image", *twice, *image) - one).max() <= 1
-    assert np.abs(draw("txt2image", *twice, *image, *image) - one).max() <= 1
     # each has its own picture, its own beginning and its own end
     two = ["--controlnet", "{}/net", "--controlnet", "{}/net2", *image, "--control_image", "{}/in.png"]
-    both = draw("txt2image", *two)
-    assert np.abs(both - one).max() > 1
-    ended = draw("txt2image", *two, "--control_end", 1, "--control_end", 0.01)
-    assert np.array_equal(ended, one)
-    started = draw("txt2image", *two, "--control_start", 0, "--control_start", 0.99)
-    assert np.array_equal(started, one)
+    assert np.abs(draw("txt2image", *two) - one).max() > 1
+    assert np.array_equal(draw("txt2image", *two, "--control_end", 1, "--control_end", 0.01), one)
+    assert np.array_equal(draw("txt2image", *two, "--control_start", 0, "--control_start", 0.99), one)
     assert np.array_equal(draw("txt2image", *two, "--control_start", 0.99), plain)  # once for all
 
 
 def test_controlnets_with_masks_and_with_a_second_pass(draw, files):
-    net = ["--controlnet", "{}/net", "--control_image", "{}/hint.png"]
-    masked = draw("image2image", "--mask", "{}/mask.png", "--mask_padding", 4, *net)
+    net, mask = NET.split(), ["--mask", "{}/mask.png", "--mask_padding", 4]
+    masked = draw("image2image", *mask, *net)
     black = np.asarray(Image.open(files / "mask.png")) == 0
     assert np.array_equal(masked[black], pixels(files / "in.png")[black])
-    assert np.abs(masked - draw("image2image", "--mask", "{}/mask.png", "--mask_padding", 4)).max() > 1
+    assert np.abs(masked - draw("image2image", *mask)).max() > 1
     larger = draw("txt2image", "--hires", 1.5, *net)
     assert larger.shape == (96, 96, 3) and np.abs(larger - draw("txt2image", "--hires", 1.5)).max() > 1
 
@@ -352,21 +320,10 @@ def test_controlnets_with_masks_and_with_a_second_pass(draw, files):
 # --- second passes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_second_pass_of_the_same_size(draw):
-    """As the strength goes to zero, one last small step is left, and that changes little."""
-    plain = draw("txt2image", "--steps", 4)
-    near, far = (
-        np.abs(draw("txt2image", "--steps", 4, "--hires", 1, "--hires_strength", s, "--hires_steps", n) - plain).mean()
-        for s, n in ((0.001, 1000), (1, 4))
-    )
-    assert near < far / 4
-
-
 def test_a_refiner_that_begins_at_the_end(draw):
     plain = draw("txt2image", "--steps", 3, model="xl")
-    assert np.array_equal(
-        draw("txt2image", "--steps", 3, "--refiner", "{}/refiner", "--refiner_start", 1, model="xl"), plain
-    )
+    refiner = ["--refiner", "{}/refiner", "--refiner_start", 1]
+    assert np.array_equal(draw("txt2image", "--steps", 3, *refiner, model="xl"), plain)
 
 
 def test_another_autoencoder_decodes_what_a_refiner_made(draw):
@@ -386,20 +343,14 @@ def test_the_same_model_as_refiner_changes_nothing(draw):
 # --- LoRAs and parts -------------------------------------------------------------------------------------------------
 
 
-def test_loras(draw, run, files, tmp_path):
+def test_loras(draw):
     plain, file = draw("txt2image"), "{}/loras/paint.safetensors"
     assert np.array_equal(draw("txt2image", "--lora", f"{file}:0"), plain)
     half, minus = (draw("txt2image", "--lora", f"{file}:{scale}") for scale in ("0.5", "-1"))
     assert np.abs(half - minus).max() > 1
     assert np.abs(draw("txt2image", "--lora", f"{file}:0.25", "--lora", f"{file}:0.25") - half).max() <= 1
-    for spelling in ("--lora_dir", "--lora-dir"):
-        for prompt in (
-            f"{PROMPT}<lora:paint:0.5>",
-            "the <lora:paint.safetensors:.5> red cat",
-            f"({PROMPT}:1.0) <lora:paint:0.5>",
-        ):
-            assert np.abs(draw("txt2image", spelling, "{}/loras", prompt=prompt) - half).max() <= 1
-    assert np.array_equal(draw("txt2image", "--lora_dir", "{}/loras", prompt=f"{PROMPT} <lora:paint:0>"), plain)
+    for prompt in (f"({PROMPT}:1.0) <lora:paint:0.5>", "the <lora:paint.safetensors:.5> red cat"):
+        assert np.abs(draw("txt2image", "--lora_dir", "{}/loras", prompt=prompt) - half).max() <= 1
     under = draw("txt2image", "--lora_dir", "{}/loras", prompt=f"{PROMPT} <lora:__paint__>")
     assert np.abs(under - plain).max() > 1 and np.abs(under - half).max() > 1
 
@@ -419,8 +370,7 @@ def test_loras_of_prompts_in_one_file(run, draw, files, tmp_path):
 def test_a_lora_that_fits_in_part(run, draw, files):
     more, whole = files / "more.safetensors", draw("txt2image", "--lora", "{}/loras/paint.safetensors")
     run("txt2image", PROMPT, "--model", files / "sd", "--lora", more).refused("nowhere_in_this_model", "--lora_partial")
-    for spelling in ("--lora_partial", "--lora-partial"):
-        assert np.array_equal(draw("txt2image", "--lora", more, spelling), whole)
+    assert np.array_equal(draw("txt2image", "--lora", more, "--lora_partial"), whole)
 
 
 def test_parts_of_the_checkpoint_itself(draw, files):
@@ -454,7 +404,7 @@ def test_results_do_not_depend_on_the_size_of_batches(run, files, tmp_path, scri
     results = []
     for size in (1, 3, 20):
         output = tmp_path / f"of{size}.png"
-        options = ["--batch-size" if size == 3 else "--batch_size", size, "--seed", 3, "--cfg", 3, "--n_images", 2]
+        options = ["--batch_size", size, "--seed", 3, "--cfg", 3, "--n_images", 2]
         done = run(script, *common, *options, "--output", output).succeeded()
         results.append([pixels(tmp_path / f"of{size}_{i}.png") for i in range(1, 15)])
         assert [int(line.split()[-1]) for line in done.out[:14]] == list(range(3, 17))
@@ -468,28 +418,22 @@ def test_results_do_not_depend_on_the_size_of_batches(run, files, tmp_path, scri
 TEXT_REFUSED = [
     ("--control_image {}/hint.png", "--control_image needs --controlnet"),
     ("--controlnet {}/net", "--control_image is needed once for each"),
-    ("--controlnet {}/net --control_image {}/in.png --control_image {}/in.png", "--control_image is needed once"),
     (NET + " --control_end 1 --control_end 1", "--control_start and --control_end are given once for each"),
     (NET + " --control_start 1.5", "'1.5'", "a number from 0 to 1"),
     ("--controlnet {}/net --control_image {}/none.png", "no image at", "none.png"),
-    ("--controlnet {}/net --control_image {}/words", "is a folder"),
     ("--hires 0.5", "'0.5'", "a number from 1 to 8"),
-    ("--hires 9", "'9'", "a number from 1 to 8"),
     ("--hires 2 --hires_strength 0", "'0'", "above 0 and at most 1"),
-    ("--hires 2 --hires_steps 0", "'0'", "a whole number from 1"),
     ("--hires 2 --hires_upscaler both", "'both'", "latents", "pixels"),
     ("--hires 2 --refiner {}/refiner", "--hires and --refiner do not go together"),
     ("--refiner {}/refiner --refiner_start 0", "'0'", "above 0 and at most 1"),
     ("--refiner {}/none", "none", "no such folder"),
     ("--wildcards {}/none", "no folder of wildcards"),
     ("--prediction magic", "'magic'", "v_prediction"),
-    ("--batch_size 0", "'0'", "a whole number from 1"),
 ]
 IMAGE_REFUSED = [
     ("--invert_mask", "--invert_mask needs --mask"),
     ("--mask_blur 2", "need --mask or --expand"),
     ("--mask_padding 0", "need --mask or --expand"),
-    ("--invert_mask --expand 8,8,8,8", "--invert_mask needs --mask"),
     (MASK + " --mask_blur -1", "'-1'", "a number from 0"),
     (MASK + " --mask_padding -1", "'-1'", "a whole number from 0"),
     (MASK + " --refiner {}/refiner", "--refiner does not go together with --mask"),
@@ -499,15 +443,15 @@ IMAGE_REFUSED = [
     ("--expand=-8,0,0,0", "'-8,0,0,0'", "left,top,right,bottom"),
     ("--expand 99999,0,0,0", "'99999,0,0,0'", "left,top,right,bottom"),
     ("--mask {}/none.png", "no image at", "none.png"),
-    ("--mask {}/words", "is a folder"),
     ("--mask {}/words/colour.txt", "not an image"),
-    ("--mask {}/wide.png", "wide.png of 128x64 does not fit an image of 64x64", "same aspect ratio"),
+    ("--mask {}/wide_mask.png", "wide_mask.png of 128x64 does not fit an image of 64x64", "same aspect ratio"),
     ("--mask {}/nothing.png --mask_padding 8", "black everywhere", "leave out the padding"),
-    ("--depth {}/none.png", "no image at", "none.png"),
     ("--depth {}/in.png", "a picture in colour"),
     ("--depth {}/nothing.png", "everywhere"),
     ("--depth {}/depth8.png --expand 8,8,8,8", "--depth and --expand do not go together"),
     ("--image_cfg nan", "'nan'", "a number"),
+    ("--strength 0", "--strength", "'0'", "above 0 and at most 1"),
+    ("--strength nan", "--strength", "'nan'", "above 0 and at most 1"),
     ("--hires 2", "--hires"),
 ]
 CASES = [("txt2image", *row) for row in TEXT_REFUSED] + [("image2image", *row) for row in IMAGE_REFUSED]
@@ -516,7 +460,7 @@ CASES = [("txt2image", *row) for row in TEXT_REFUSED] + [("image2image", *row) f
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
 def test_refused_before_a_model_is_read(run, no_model, files, tmp_path, case):
     script, options, *words = case
-    rectangle((0, 0, 9, 9), (128, 64)).save(files / "wide.png")
+    rectangle((0, 0, 9, 9), (128, 64)).save(files / "wide_mask.png")
     Image.new("L", SIZE).save(files / "nothing.png")
     image = [files / "in.png"] if script == "image2image" else []
     given = [option.replace("{}", str(files)) for option in options.split()]
@@ -529,14 +473,10 @@ MODEL_REFUSED = [
     ("txt2image", "sd", "--controlnet {}/sd --control_image {}/in.png", "controlnet"),
     ("txt2image", "xl", NET, "ControlNet"),
     ("txt2image", "sd", "--lora {}/none.safetensors", "none.safetensors"),
-    ("txt2image", "sd", "--lora {}/in.png", "in.png"),
     ("txt2image", "xl", "--lora {}/loras/paint.safetensors", "paint.safetensors is a LoRA for"),
-    ("txt2image", "sd", "--vae {}/none", "none"),
     ("txt2image", "sd", "--unet {}/xl", "64 wide", "32 wide", "one family of models"),
     ("image2image", "xl", "--steps 20 --strength 0.1 --refiner {}/refiner", "--strength 0.1", "--refiner_start 0.8"),
     ("txt2image", "sd", "--tokenizer {}/words", "vocab.json"),
-    ("txt2image", "inpaint", "", "image"),
-    ("txt2image", "depth", "", "image"),
     ("txt2image", "pix2pix", "", "image"),
     ("image2image", "sd", "--depth {}/depth8.png", "--depth has no effect"),
     ("image2image", "sd", "--image_cfg 2", "--image_cfg has no effect"),
@@ -569,9 +509,8 @@ def test_a_star_is_painted_into_a_corner(run, tmp_path):
     """What is not masked stays the very picture, and in the mask it is green on white, not red."""
     given = ["--model", "tiny", "--n_images", 1]
     base, star = tmp_path / "base.png", tmp_path / "star.png"
-    run(
-        "txt2image", "a red circle at the left on a white background", *given, "--seed", 3, "--output", base
-    ).succeeded()
+    prompt = "a red circle at the left on a white background"
+    run("txt2image", prompt, *given, "--seed", 3, "--output", base).succeeded()
     rectangle((40, 0, 64, 24)).save(tmp_path / "corner.png")
     mask = ["--mask", tmp_path / "corner.png", "--mask_padding", 4, "--seed", 5, "--output", star]
     run("image2image", base, "a green star on a white background", *given, *mask).succeeded()
