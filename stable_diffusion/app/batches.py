@@ -1,8 +1,8 @@
-"""From requests to batches: which images are generated together, their encoded prompts, sizes and inputs."""
+"""From requests to batches: the images that are generated together, their encoded prompts, sizes, inputs and passes."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -11,8 +11,6 @@ import mlx.core as mx
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas
-from ..lora.files import find_in
-from ..lora.layers import AttachedLoRA
 from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
@@ -23,29 +21,25 @@ from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
-
-@dataclass(frozen=True)
-class Setup:
-    """Hold what all images of one setting share: their size (width, height), canvas, strength and controls."""
-
-    size: tuple[int, int]
-    canvas: Canvas | None = None
-    strength: float = 1.0
-    depth: Any = None
-    controls: tuple[Control, ...] = ()
+Networks = Sequence[ControlNetModel | T2IAdapter]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Hold images that are generated together: requests of one image each, which differ in prompt and seed alone.
 
-    ``text`` and ``negative_text`` are the encoded prompts, one for all images or one for each.
+    ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts, one for all images or
+    one for each. Images that start from another one have its ``canvas``, and a ``strength``.
     """
 
     requests: tuple[Request, ...]
-    setup: Setup
+    size: tuple[int, int]
     text: Conditioning
     negative_text: Conditioning | str
+    canvas: Canvas | None = None
+    strength: float = 1.0
+    depth: Any = None
+    controls: tuple[Control, ...] = ()
     index: str = ""  # "2/3", among several batches
 
     @property
@@ -58,50 +52,6 @@ class Batch:
         """Return the seed of each image."""
         return tuple(request.seed for request in self.requests)
 
-    def conditioning(self) -> list[mx.array]:
-        """Return the arrays of the encoded prompts."""
-        tables = [t for t in (self.text, self.negative_text) if isinstance(t, Conditioning)]
-        return [array for table in tables for array in table.arrays().values()]
-
-    def split(self, most: int) -> "Iterator[Batch]":
-        """Yield the images in batches of at most ``most``."""
-        for i in range(0, len(self.requests), most):
-            part = slice(i, i + most)
-            texts = [t.select(part) if len(t) > 1 else t for t in (self.text, self.negative_text)]
-            yield replace(self, requests=self.requests[part], text=texts[0], negative_text=texts[1])
-
-
-@dataclass
-class PromptLoRAs:
-    """Hold the LoRAs that prompts name, attached to a model; each has an effect in the batches that name it."""
-
-    attached: dict[str, AttachedLoRA] = field(default_factory=dict)
-
-    @classmethod
-    def attach(cls, model: StableDiffusion, requests: Sequence[Request]) -> "PromptLoRAs":
-        """Attach the LoRAs of all prompts, without effect yet. ValueError for a name without a file."""
-        folders = {name: request for request in requests for name, _ in request.prompt_loras}
-        attached = {}
-        for name, request in folders.items():
-            if request.lora_dir is None:
-                text = f"the prompt asks for the LoRA {name}; say where LoRAs are: lora_dir DIR"
-                raise SettingError(text, "lora_dir")
-            path = find_in(request.lora_dir, name)
-            attached[name] = model.load_lora(path, 0.0, partial=request.lora_partial)
-        return cls(attached)
-
-    def apply(self, request: Request) -> None:
-        """Give the LoRAs the scales that a prompt asks for."""
-        scales = dict(request.prompt_loras)
-        for name, lora in self.attached.items():
-            lora.scale = scales.get(name, 0.0)
-
-    def detach(self) -> None:
-        """Remove the LoRAs from the model."""
-        for lora in self.attached.values():
-            lora.detach()
-        self.attached = {}
-
 
 def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
     """Group requests for one image each, in order, into those that can be generated together.
@@ -109,47 +59,36 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     They differ in prompt and seed alone, and their prompts have the same number of chunks: a prompt that is padded to
     another's length gives another image.
     """
-    counts: dict[tuple, int] = {}
-
-    def chunks(request: Request) -> int:
-        key = (request.text, request.negative_prompt, *request.reading.values())
-        if key not in counts:
-            texts = (request.text, request.negative_prompt)
-            counts[key] = max(model.count_chunks(text, **request.reading) for text in texts)
-        return counts[key]
-
-    def settings(request: Request) -> tuple:
+    chunks: dict[tuple, int] = {}
+    settings = []
+    for request in requests:
+        prompts, reading = (request.text, request.negative_prompt), request.reading
+        key = (*prompts, *reading.values())
+        if key not in chunks:
+            chunks[key] = max(model.count_chunks(text, **reading) for text in prompts)
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
-        return same, bool(request.negative_prompt), request.prompt_loras, chunks(request)
+        settings.append((same, bool(request.negative_prompt), request.prompt_loras, chunks[key]))
+    pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
+    return [tuple(request for _, request in images) for _, images in pairs]
 
-    return [tuple(images) for _, images in groupby(requests, settings)]
 
-
-def prepare(
-    model: StableDiffusion,
-    requests: tuple[Request, ...],
-    inputs: Inputs,
-    networks: Sequence[ControlNetModel | T2IAdapter],
-    loras: PromptLoRAs,
-) -> Batch:
+def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, networks: Networks) -> Batch:
     """Encode the prompts of images of one setting and decide their size and inputs.
 
     Raises ValueError for settings that do not go together with the model.
     """
     request = requests[0]
-    loras.apply(request)  # prompts are encoded with them
     height, width = (side * model.pixels_per_latent for side in model.default_latent_size)
-    if inputs.image is None:
-        size = (request.width or width, request.height or height)
-        setup = Setup(size, controls=controls(request, networks, inputs, size))
-    else:
+    size, place, strength, depth = (request.width or width, request.height or height), None, 1.0, None
+    if inputs.image is not None:
         place = image_canvas(model, request, inputs)
+        size, depth = place.size, depth_map(model, request, inputs, place)
         is_noise = request.expand or model.mode in ("masks", "instructions")
         strength = request.strength if request.strength is not None else 1.0 if is_noise else 0.9
-        steered = controls(request, networks, inputs, place.size, place)
-        setup = Setup(place.size, place, strength, depth_map(model, request, inputs, place), steered)
-        _check_refiner(model, request, strength)
-    return Batch(requests, setup, *_encode(model, requests))
+        if request.refiner is not None:
+            _check_refiner(model, request, strength)
+    steered = controls(request, networks, inputs, size, place) if networks else ()
+    return Batch(requests, size, *_encode(model, requests), place, strength, depth, steered)
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
@@ -166,35 +105,28 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
-    if request.refiner is None:
-        return
     keywords = {"sampler": request.options.sampler, "schedule": request.options.schedule}
     last_steps = model.number_of_steps(request.steps, denoising_start=request.refiner_start, **keywords)
     if model.number_of_steps(request.steps, strength, **keywords) < last_steps:
-        raise SettingError(
-            f"strength {strength:g} begins with less noise than the refiner at refiner_start "
-            f"{request.refiner_start:g}; raise one of them",
-            "strength",
-            "refiner_start",
-        )
+        text = f"strength {strength:g} begins with less noise than the refiner at refiner_start"
+        text += f" {request.refiner_start:g}; raise one of them"
+        raise SettingError(text, "strength", "refiner_start")
 
 
 def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     """Describe what a batch needs memory for."""
     request = batch.request
-    height, width = (side // model.pixels_per_latent for side in reversed(batch.setup.size))
+    height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
-    larger = None
-    if request.hires:
-        larger = (round(height * request.hires), round(width * request.hires))
+    larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
     return RunShape(
         len(batch.requests),
         (height, width),
         chunks=batch.text.context.shape[1] // 77,
         rows=1 if guidance <= 1 else 3 if model.mode == "instructions" else 2,
-        networks=[control.network for control in batch.setup.controls],
+        networks=[control.network for control in batch.controls],
         larger=larger,
-        encodes=batch.setup.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),
+        encodes=batch.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),
     )
 
 
@@ -203,36 +135,26 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
 
 def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     """Begin the run of a batch; nothing is computed here."""
-    request, setup = batch.request, batch.setup
+    request, unit, place = batch.request, model.pixels_per_latent, batch.canvas
     end = request.refiner_start if request.refiner else 1.0
-    keywords = _keywords(batch) | {"options": replace(request.options, controls=setup.controls, denoising_end=end)}
-    if setup.canvas is None:
-        unit = model.pixels_per_latent
-        size = (setup.size[1] // unit, setup.size[0] // unit)
-        return model.generate_latents(latent_size=size, **keywords)
-    place = setup.canvas
+    keywords = _keywords(batch, controls=batch.controls, denoising_end=end)
+    if place is None:
+        return model.generate_latents(latent_size=(batch.size[1] // unit, batch.size[0] // unit), **keywords)
     return model.generate_latents_from_image(
         place.crop(place.image),
-        strength=setup.strength,
+        strength=batch.strength,
         mask=None if place.mask is None else place.crop(place.mask),
-        depth=setup.depth,
+        depth=batch.depth,
         image_cfg_weight=request.image_cfg,
         **keywords,
     )
 
 
-def hires_pass(
-    model: StableDiffusion,
-    batch: Batch,
-    x: mx.array,
-    inputs: Inputs,
-    networks: Sequence[ControlNetModel | T2IAdapter],
-) -> Latents:
+def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs, networks: Networks) -> Latents:
     """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
     height, width = (max(1, round(side * request.hires)) for side in x.shape[1:3])
-    steered = controls(request, networks, inputs, (width * unit, height * unit))
-    keywords = _keywords(batch) | {"options": replace(request.options, controls=steered)}
+    keywords = _keywords(batch, controls=controls(request, networks, inputs, (width * unit, height * unit)))
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
     larger = upscale(model, x, (height, width), request.hires_upscaler)
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
@@ -240,14 +162,14 @@ def hires_pass(
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
     """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
-    request = batch.request
     text, negative_text = _encode(refiner, batch.requests)
-    options = replace(request.options, denoising_start=request.refiner_start, latents=x)
-    keywords = _keywords(replace(batch, text=text, negative_text=negative_text)) | {"options": options}
+    batch = replace(batch, text=text, negative_text=negative_text)
+    keywords = _keywords(batch, denoising_start=batch.request.refiner_start, latents=x)
     return refiner.generate_latents(latent_size=x.shape[1:3], **keywords)
 
 
-def _keywords(batch: Batch) -> dict[str, Any]:
+def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
+    """Return the keywords of the methods that generate, with ``options`` in place of the request's."""
     request = batch.request
     return {
         "text": batch.text,
@@ -256,4 +178,5 @@ def _keywords(batch: Batch) -> dict[str, Any]:
         "num_steps": request.steps,
         "cfg_weight": request.cfg,
         "seed": batch.seeds,
+        "options": replace(request.options, **options),
     }

@@ -5,10 +5,11 @@ goes through a first pass, perhaps a second one in larger size, perhaps a refine
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -17,38 +18,35 @@ from PIL.Image import Image
 
 from ..diffusion.sample import Latents
 from ..images.image import from_array
+from ..lora.files import find_in
+from ..lora.layers import AttachedLoRA
+from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..weights.files import open_checkpoint
+from ..weights.parts import NETWORKS
 from . import memory
-from .batches import Batch, PromptLoRAs, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
+from .batches import Batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
 from .inputs import Inputs, read_inputs
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
 TEXT_BITS, UNET_BITS = 4, 8  # of ``Request.quantize``
-_PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
-
-
-class Release(Enum):
-    """Choose when networks are freed: after their last use in a run (a script), or never (a server)."""
-
-    AFTER_USE = auto()
-    NEVER = auto()
 
 
 @dataclass(frozen=True)
 class Resources:
     """Hold how a machine is used, which decides nothing about the images.
 
-    ``memory_limit`` is in bytes, None is most of the machine's memory. ``batch_size`` None is what fits.
+    ``memory_limit`` is in bytes, None is most of the machine's memory. ``batch_size`` None is what fits. A server keeps
+    its networks (``keeps_networks``), a script frees each after its last use in a run.
     """
 
     low_memory: bool = False
     memory_limit: float | None = None
     batch_size: int | None = None
     decoding_batch_size: int = 1
-    release: Release = Release.AFTER_USE
+    keeps_networks: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Step:
     """Describe a step that has been computed: its number of ``total``, and the steps of the passes still to come.
 
     ``predicted`` [n, h, w, 4] is the estimate of the clean latents. Step 0 is before the first one. ``is_retry`` says
-    that a pass is computed again in float32.
+    that a pass is computed again, in float32 or with fewer rows at once.
     """
 
     batch: Batch
@@ -88,19 +86,12 @@ class Result:
     model: StableDiffusion
 
 
-def chosen_bits(request: Request) -> dict[str, int]:
-    """Return ``unet_bits`` and ``text_bits`` where a request quantizes."""
+def chosen_networks(request: Request) -> dict[str, Any]:
+    """Return ``parts``, ``unet_bits`` and ``text_bits`` of a request, keywords of :class:`StableDiffusion`."""
+    names = (*NETWORKS, "unet_bits", "text_bits")
+    chosen = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     bits = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if request.quantize else {}
-    return bits | _present(request, ("unet_bits", "text_bits"))
-
-
-def chosen_parts(request: Request) -> dict[str, str]:
-    """Return the networks that a request takes from elsewhere, and from where."""
-    return _present(request, _PARTS)
-
-
-def _present(request: Request, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    return {"parts": {name: chosen.pop(name) for name in NETWORKS if name in chosen}} | bits | chosen
 
 
 def computes_in_half(request: Request) -> bool:
@@ -108,37 +99,49 @@ def computes_in_half(request: Request) -> bool:
     return request.float16 and mx.default_device() == mx.gpu
 
 
-def open_model(request: Request, low_memory: bool = False, refiner: bool = False) -> StableDiffusion:
-    """Open the model of a request, or its refiner, which shares nothing with it but the autoencoder.
+def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
+    """Open the model of a request. Its refiner has to be there too, which is opened when it is needed.
 
     Raises ValueError or OSError, one line, for what cannot be found, read or run.
     """
     float16 = computes_in_half(request)
-    parts, bits = chosen_parts(request), chosen_bits(request)
-    if refiner:
-        parts = {name: source for name, source in parts.items() if name == "vae"}
-        return StableDiffusion(request.refiner, float16, parts=parts, low_memory=low_memory, **bits)
+    if request.refiner:
+        open_checkpoint(request.refiner, float16=float16)
     model = StableDiffusion(
         request.model,
         float16,
         revision=request.revision,
-        parts=parts,
         tokenizer=request.tokenizer,
         prediction=request.prediction,
         loras=request.lora,
         lora_partial=request.lora_partial,
         low_memory=low_memory,
-        **bits,
+        **chosen_networks(request),
     )
     for embedding in request.embedding:
         model.load_embedding(*embedding.rsplit("=", 1))
     return model
 
 
-def check_refiner(request: Request) -> None:
-    """Raise ValueError or OSError for a refiner that cannot be found; it is opened when it is needed."""
-    if request.refiner:
-        open_checkpoint(request.refiner, float16=computes_in_half(request))
+def open_refiner(request: Request, low_memory: bool = False) -> StableDiffusion:
+    """Open the refiner of a request, which shares nothing with its model but the autoencoder."""
+    chosen = chosen_networks(request)
+    chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
+    return StableDiffusion(request.refiner, computes_in_half(request), low_memory=low_memory, **chosen)
+
+
+@dataclass
+class _Run:
+    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step."""
+
+    batch: Batch
+    prepared: Latents | None = None
+    latents: mx.array | None = None
+    seconds: float = 0.0
+    partial: str = ""
+
+
+Begin = Callable[[_Run], Latents]
 
 
 class Engine:
@@ -161,43 +164,42 @@ class Engine:
         resources: Resources = Resources(),
         inputs: Inputs | None = None,
     ):
-        self.model, self._resources = model, resources
-        self._request = requests[0]
+        self.model, self._resources, self._request = model, resources, requests[0]
         self._inputs = read_inputs(self._request) if inputs is None else inputs
-        check_refiner(self._request)
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
         self._networks = [model.load_controlnet(path) for path, _ in self._request.controlnet]
-        self._loras = PromptLoRAs.attach(model, requests)
-        prepared = [
-            prepare(model, images, self._inputs, self._networks, self._loras) for images in group(model, requests)
-        ]
-        self.batches = self._numbered([part for batch in prepared for part in self._split(batch)])
-        largest = max(self.batches, key=lambda batch: len(batch.requests) * batch.setup.size[0] * batch.setup.size[1])
-        stages = memory.fit(model, run_shape(model, largest), self._limit, resources.memory_limit is not None)
-        together = memory.fits_together(model, stages, self._limit)
-        self._one_by_one = len(self.batches) > 1 and together and not model.low_memory
-        self._first = self._prepared(first_pass(model, batch) for batch in self.batches)
-        self._stopped = False
+        named = {name: request for request in requests for name, _ in request.prompt_loras}
+        self._loras = {name: _attach(model, name, request) for name, request in named.items()}
+        batches = [batch for images in group(model, requests) for batch in self._batches(images)]
+        count = len(batches)
+        self.batches = [replace(b, index=f"{i}/{count}" if count > 1 else "") for i, b in enumerate(batches, start=1)]
+        shapes = [run_shape(model, batch) for batch in batches]
+        largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
+        self._rows_at_once = model.rows_at_once  # as they are found, for the next engine
+        stages = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
+        is_separate = count == 1 or model.low_memory
+        self._one_by_one = not is_separate and memory.fits_together(model, stages, self._limit)
+        self._runs = [_Run(batch, first_pass(model, batch)) for batch in self.batches]
+        for run in self._runs:
+            run.prepared.prepare()
+        self._stopped = self._is_over = False
 
-    def _split(self, batch: Batch) -> Iterator[Batch]:
-        """Split a batch into those that are wanted, or that fit the memory."""
+    def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
+        """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
+        self._scale_loras(requests[0])  # prompts are encoded with them
+        batch = prepare(self.model, requests, self._inputs, self._networks)
         most = self._resources.batch_size
         if most is None:
-            self._loras.apply(batch.request)
             most = memory.images_that_fit(self.model, run_shape(self.model, batch), self._limit)
-        return batch.split(most)
+        for first in range(0, len(requests), most):
+            part = slice(first, first + most)
+            texts = [t.select(part) if len(t) > 1 else t for t in (batch.text, batch.negative_text)]
+            yield replace(batch, requests=requests[part], text=texts[0], negative_text=texts[1])
 
-    @staticmethod
-    def _numbered(batches: list[Batch]) -> list[Batch]:
-        count = len(batches)
-        return [replace(b, index=f"{i}/{count}" if count > 1 else "") for i, b in enumerate(batches, start=1)]
-
-    @staticmethod
-    def _prepared(passes: Iterator[Latents]) -> list[Latents]:
-        passes = list(passes)
-        for latents in passes:
-            latents.prepare()
-        return passes
+    def _scale_loras(self, request: Request) -> None:
+        """Give the LoRAs that prompts name the scales that this one asks for."""
+        for name, lora in self._loras.items():
+            lora.scale = dict(request.prompt_loras).get(name, 0.0)
 
     def run(self, on_step: OnStep = lambda step: None) -> Iterator[Result]:
         """Generate the images in batches and yield each as soon as it is decoded.
@@ -206,144 +208,129 @@ class Engine:
         FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
         again afterwards.
         """
-        if not self._first:
+        if self._is_over:
             raise ValueError("this engine has run already; make another one of the same model")
-        mx.eval([batch.conditioning() for batch in self.batches])
+        self._is_over = True
         self._free("unet", "autoencoder")
+        base, refiner, inputs, networks = self.model, self._request.refiner, self._inputs, self._networks
         try:
-            if self._request.refiner:
-                begun = [one for group in self._denoised(on_step, one_by_one=False) for one in group]
-                yield from self._refined(begun, on_step)
-            else:
-                for group_of_runs in self._denoised(on_step, self._one_by_one):
-                    yield from self._decoded(group_of_runs, keep=self._one_by_one)
+            for runs in self._groups(self._one_by_one and not refiner):
+                self._pass(runs, on_step, lambda run: first_pass(base, run.batch))
+                if self._request.hires:
+                    self._pass(runs, on_step, lambda run: hires_pass(base, run.batch, run.latents, inputs, networks))
+                if not refiner:
+                    yield from self._decoded(runs)
+            if refiner and not self._stopped:
+                self._change_to_refiner()
+            for runs in self._groups(self._one_by_one) if refiner else ():
+                self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
+                yield from self._decoded(runs)
         finally:
-            self._loras.detach()
+            base.rows_at_once = self._rows_at_once
+            for lora in self._loras.values():
+                lora.detach()
+
+    def _groups(self, one_by_one: bool) -> list[list[_Run]]:
+        """Return the runs that go through a pass together, before any of them goes through the next."""
+        return [[run] for run in self._runs] if one_by_one else [self._runs]
 
     def _free(self, *kept: str) -> None:
-        if self._resources.release is Release.AFTER_USE:
+        if not self._resources.keeps_networks:
             self.model.release(*kept)
 
-    def _denoised(self, on_step: OnStep, one_by_one: bool) -> "Iterator[list[_Run]]":
-        """Yield the batches after their passes by the base model: one after the other, or all together."""
-        runs = [_Run(batch) for batch in self.batches]
-        for chunk in [[run] for run in runs] if one_by_one else [runs]:
-            chunk = self._pass(chunk, on_step, lambda run: first_pass(self.model, run.batch), self._first)
-            if self._request.hires:
-                chunk = self._pass(chunk, on_step, self._hires)
-            yield chunk
+    def _change_to_refiner(self) -> None:
+        """Open the refiner in place of the model, of which nothing is needed any more."""
+        self._networks = []
+        for run in self._runs:
+            run.batch = replace(run.batch, controls=())
+        self.batches = [run.batch for run in self._runs]
+        self._free()
+        self.model = open_refiner(self._request, self.model.low_memory)
+        shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
+        stages = memory.fit(self.model, shape, self._limit, is_strict=False)
+        self._one_by_one = self._one_by_one and memory.fits_together(self.model, stages, self._limit)
 
-    def _hires(self, run: "_Run") -> Latents:
-        return hires_pass(self.model, run.batch, run.latents, self._inputs, self._networks)
-
-    def _refined(self, runs: "list[_Run]", on_step: OnStep) -> Iterator[Result]:
-        """Yield the images as the refiner finishes them; it is opened when the base has done its part."""
-        if not self._stopped:
-            base, self._networks = self.model, []
-            runs = [replace(run, batch=replace(run.batch, setup=replace(run.batch.setup, controls=()))) for run in runs]
-            self.batches = [run.batch for run in runs]
-            self._free()
-            self.model = open_model(self._request, base.low_memory, refiner=True)
-            shape = replace(run_shape(self.model, runs[0].batch), larger=None, encodes=False)
-            stages = memory.fit(self.model, shape, self._limit, is_strict=False)
-            self._one_by_one = self._one_by_one and memory.fits_together(self.model, stages, self._limit)
-        for chunk in [[run] for run in runs] if self._one_by_one else [runs]:
-            chunk = self._pass(chunk, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
-            yield from self._decoded(chunk, keep=self._one_by_one)
-
-    def _pass(
-        self,
-        runs: "Sequence[_Run]",
-        on_step: OnStep,
-        begin: "Callable[[_Run], Latents]",
-        passes: list[Latents] | None = None,
-    ) -> "list[_Run]":
-        """Take the runs through a pass; ``passes`` are those that have been prepared, of these runs first."""
-        if passes is None:
-            passes = [] if self._stopped else self._prepared(begin(run) for run in runs)
-        done = []
+    def _pass(self, runs: Sequence[_Run], on_step: OnStep, begin: Begin) -> None:
+        """Take runs through a pass; ``begin`` gives it where it is not prepared."""
+        for run in runs if not self._stopped else ():
+            if run.prepared is None:
+                run.prepared = begin(run)
+                run.prepared.prepare()
         for run in runs:
+            start, before = perf_counter(), run.latents
             if not self._stopped:
-                self._loras.apply(run.batch.request)
-                start = perf_counter()
-                attempts = _Attempts(self, run, on_step, partial(begin, run), passes)
-                latents, stopped_at = self.model.retry_in_float32("unet", attempts)
-                if latents is not None:
-                    seconds = run.seconds + perf_counter() - start
-                    done.append(replace(run, latents=latents, seconds=seconds, partial=stopped_at))
-                    continue
-            done.append(run if run.partial or run.latents is None else replace(run, partial="the first pass"))
-        return done
+                self._scale_loras(run.batch.request)
+                self._retrying(run, partial(self._steps, run, on_step, begin))
+                run.seconds += perf_counter() - start
+            if self._stopped and before is not None and run.latents is before:
+                run.partial = run.partial or "the first pass"
 
-    def _decoded(self, runs: "Sequence[_Run]", keep: bool) -> Iterator[Result]:
-        """Decode the images of the runs that have begun. The UNet is freed before, unless the next batch needs it."""
-        if not keep:
-            self._free("autoencoder")
-        for run in runs:
-            if run.latents is None:
-                continue
-            count = len(run.batch.requests)
-            for i, pixels in enumerate(self._pixels(run.latents)):
-                image = from_array(pixels)
-                if run.batch.setup.canvas is not None and not run.batch.request.no_composite:
-                    image = run.batch.setup.canvas.paste(image)
-                seconds = round(run.seconds / count, 3)
-                request = run.batch.requests[i]
-                yield Result(request, image, run.batch, i, seconds, run.partial, run.latents, self.model)
+    def _retrying(self, run: _Run, compute: Callable[[], None]) -> None:
+        """Compute a pass, again in float32 where it overflows, and with fewer rows at once where memory runs out."""
+        while True:
+            try:
+                return self.model.retry_in_float32("unet", compute)
+            except (RuntimeError, MemoryError) as error:
+                is_full = isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE)
+                if not is_full or not self._run_fewer_rows(run.batch, 0.5, f"memory ran out ({error})"):
+                    raise
+            mx.clear_cache()
 
-    def _pixels(self, latents: mx.array) -> Iterator[mx.array]:
-        """Yield the pixels [H, W, 3] of each image, in float32 where the autoencoder overflows in half precision."""
-        size = self._resources.decoding_batch_size
-        for start in range(0, len(latents), size):
-            part = latents[start : start + size]
-            yield from self.model.retry_in_float32(
-                "autoencoder", lambda part=part: self.model.check(self.model.decode(part))
-            )
+    def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
+        """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""
+        shape = run_shape(self.model, batch)
+        rows = min(shape.rows * shape.n_images, self.model.rows_at_once or shape.rows * shape.n_images)
+        if rows == 1:
+            return False
+        self.model.rows_at_once = max(1, int(rows * fraction))
+        _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
+        return True
 
-
-@dataclass(frozen=True)
-class _Run:
-    """Hold a batch and its latents so far, None before its first step."""
-
-    batch: Batch
-    latents: mx.array | None = None
-    seconds: float = 0.0
-    partial: str = ""
-
-
-class _Attempts:
-    """Compute a pass of a batch: first the one that is prepared, and when it is called again a new one."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        run: _Run,
-        on_step: OnStep,
-        begin: Callable[[], Latents],
-        passes: list[Latents],
-    ):
-        self._engine, self._run, self._on_step, self._begin, self._passes = engine, run, on_step, begin, passes
-        self._is_first = True
-
-    def __call__(self) -> tuple[mx.array | None, str]:
-        """Return the last latents, and how far the run came if it was stopped; FloatingPointError on overflow.
-
-        There are no latents where it was stopped before its first step.
-        """
-        is_retry, self._is_first = not self._is_first, False
-        if is_retry:
-            for network in self._engine._networks:
-                network.set_dtype(mx.float32)
-        # Nothing else holds a run that is over, or its networks would stay in memory.
-        latents = self._begin() if is_retry else self._passes.pop(0)
-        total, later = latents.n_steps, sum(later.n_steps for later in self._passes)
-        if self._on_step(Step(self._run.batch, 0, total, later, is_retry=is_retry)):
-            self._engine._stopped = True
-            return None, ""
+    def _steps(self, run: _Run, on_step: OnStep, begin: Begin) -> None:
+        """Make the steps of a pass; where that is done again, it begins anew."""
+        is_retry = run.prepared is None
+        for network in self._networks if is_retry else ():
+            network.set_dtype(self.model.dtype)
+        # Nothing else holds a pass that is over, or its networks would stay in memory.
+        latents, run.prepared = begin(run) if is_retry else run.prepared, None
+        total, later = latents.n_steps, sum(other.prepared.n_steps for other in self._runs if other.prepared)
+        if on_step(Step(run.batch, 0, total, later, is_retry=is_retry)):
+            self._stopped = True
+            return
+        before = max(mx.get_peak_memory(), self._limit)
         for number, x_t in enumerate(latents, start=1):
-            self._engine.model.check(x_t)
-            stop = self._on_step(Step(self._run.batch, number, total, later, latents.predicted))
-            self._engine._stopped = self._engine._stopped or bool(stop)
+            self.model.check(x_t)
+            if number == 1 and (peak := mx.get_peak_memory()) > before:
+                weights = mx.get_active_memory()
+                fraction = max(self._limit - weights, 0) / (peak - weights)
+                reason = f"a step took {peak / 1e9:.2f} GB of {self._limit / 1e9:.2f}"
+                self._run_fewer_rows(run.batch, fraction, reason)
+            stop = on_step(Step(run.batch, number, total, later, latents.predicted))
+            self._stopped = self._stopped or bool(stop)
             if stop and number < total:
-                return latents.predicted, f"step {number} of {total}"
-        return x_t, ""
+                run.latents, run.partial = latents.predicted, f"step {number} of {total}"
+                return
+        run.latents = x_t
+
+    def _decoded(self, runs: Sequence[_Run]) -> Iterator[Result]:
+        """Decode the images of the runs that have begun. The UNet is freed before, unless the next batch needs it."""
+        if not self._one_by_one:
+            self._free("autoencoder")
+        model, size = self.model, self._resources.decoding_batch_size
+        for run in (run for run in runs if run.latents is not None):
+            parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
+            decoders = (lambda part=part: model.check(model.decode(part)) for part in parts)
+            decoded = chain.from_iterable(model.retry_in_float32("autoencoder", decode) for decode in decoders)
+            for i, pixels in enumerate(decoded):
+                image, batch = from_array(pixels), run.batch
+                if batch.canvas is not None and not batch.request.no_composite:
+                    image = batch.canvas.paste(image)
+                seconds = round(run.seconds / len(batch.requests), 3)
+                yield Result(batch.requests[i], image, batch, i, seconds, run.partial, run.latents, model)
+
+
+def _attach(model: StableDiffusion, name: str, request: Request) -> AttachedLoRA:
+    """Attach a LoRA that a prompt names, without effect yet. ValueError for a name without a file."""
+    if request.lora_dir is None:
+        raise SettingError(f"the prompt asks for the LoRA {name}; say where LoRAs are: lora_dir DIR", "lora_dir")
+    return model.load_lora(find_in(request.lora_dir, name), 0.0, partial=request.lora_partial)

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import mlx.core as mx
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from ..diffusion.controls import Control
 from ..images.canny import canny
@@ -65,41 +66,6 @@ def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Ca
     return result
 
 
-def controls(
-    request: Request,
-    networks: Sequence[ControlNetModel | T2IAdapter],
-    inputs: Inputs,
-    size: tuple[int, int],
-    place: Canvas | None = None,
-) -> tuple[Control, ...]:
-    """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
-    if not networks:
-        return ()
-
-    def for_each(numbers: Sequence[Any], default: Any) -> list[Any]:
-        """Return one value for each network, of one for each, one for all, or none."""
-        return list(numbers) if len(numbers) == len(networks) else list(numbers or [default]) * len(networks)
-
-    fitted = [
-        fit(image, *size, mode=request.resize) if place is None else place.crop(image, mode=request.resize)
-        for image in inputs.control_images
-    ]
-    arrays = [_canny_hint(image) if request.canny else mx.array(to_array(image) / 2 + 0.5) for image in fitted]
-    scales = [scale for _, scale in request.controlnet]
-    starts, ends = for_each(request.control_start, 0.0), for_each(request.control_end, 1.0)
-    return tuple(
-        Control(network, image, scale, start, end, request.guess_mode)
-        for network, image, scale, start, end in zip(
-            networks, for_each(arrays, None), scales, starts, ends, strict=True
-        )
-    )
-
-
-def _canny_hint(image: Image) -> mx.array:
-    """Return the edges of an image as [H, W, 3] in [0, 1]."""
-    return mx.repeat(mx.array(canny(image))[..., None] / 255, 3, axis=-1)
-
-
 def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, place: Canvas) -> Any:
     """Return the depth map of what is worked on, given or estimated; None for models without depth."""
     if model.mode != "depth":
@@ -110,6 +76,28 @@ def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, place: C
         return model.estimate_depth(place.crop(place.image))
     except (ValueError, OSError) as error:
         raise SettingError(f"{error}; give a depth map: depth FILE", "depth") from error
+
+
+def controls(
+    request: Request,
+    networks: Sequence[ControlNetModel | T2IAdapter],
+    inputs: Inputs,
+    size: tuple[int, int],
+    place: Canvas | None = None,
+) -> tuple[Control, ...]:
+    """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
+    images = []
+    for image in inputs.control_images:
+        image = fit(image, *size, mode=request.resize) if place is None else place.crop(image, mode=request.resize)
+        image = fromarray(canny(image)).convert("RGB") if request.canny else image
+        images.append(mx.array(to_array(image) / 2 + 0.5))
+    # Of each there is one for each network, or one for all.
+    starts, ends = cycle(request.control_start or (0.0,)), cycle(request.control_end or (1.0,))
+    settings = zip(networks, cycle(images), request.controlnet, starts, ends, strict=False)
+    return tuple(
+        Control(network, image, scale, start, end, request.guess_mode)
+        for network, image, (_, scale), start, end in settings
+    )
 
 
 def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: str) -> mx.array:

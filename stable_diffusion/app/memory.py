@@ -1,7 +1,7 @@
 """The memory that a run takes, by measured constants, and the batch that fits.
 
 A step of the UNet takes memory in proportion to the rows of its batch and to the positions of the latents; attention is
-cut into pieces of a fixed size. So one constant for each backend is enough, and the first step of a run corrects it.
+cut into pieces of a fixed size. So a few constants for each backend are enough, and a run corrects what they miss.
 """
 
 import logging
@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -24,24 +25,23 @@ _MOST_IMAGES = 8  # in a batch; more of them save little time
 _FRACTION = 0.75  # of the machine's memory that a run may take: the system and other programs need some
 _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Macs below 36 GB
 
-# Bytes of a step for each row and position of the latents, as a multiple of the widths of the UNet's first two blocks.
-# Measured on the CPU over SD 1.5 and SDXL at 512 to 1536 pixels (benchmarks/memory.py): 1.45 x 36 where MLX does not
-# work ahead (a memory limit of 0), 2.2 times as much where it does.
-_CPU, _CPU_AHEAD = 1.45 * 36, 2.2 * 1.45 * 36
-# On Metal, by the rules of MLX 0.32's allocator and not measured: 12,200 bytes for each row and position of SDXL, and
-# up to 1.3 GB in command buffers where MLX works ahead.
-_METAL, _METAL_AHEAD, _METAL_MOST_AHEAD = 12.7, 94, 1.3e9
-_STEP = 1.5e6  # bytes that each step takes besides
+# Bytes of a step for each row, position of the latents and channel of the UNet's first two blocks: those of its maps,
+# those of the maps that MLX computes ahead of the device, and the most that the latter come to.
+# CPU: measured with SD 1.5 and SDXL from 256 to 1536 pixels (benchmarks/memory.py).
+# GPU: by the rules of MLX 0.32's Metal allocator, not measured: 12,200 bytes for each row and position of SDXL, and up
+# to 1.3 GB in the command buffers that wait.
+_STEP = {mx.cpu: (52, 63, math.inf), mx.gpu: (12.7, 94, 1.3e9)}
+_EACH_STEP = 1.5e6  # bytes that a step takes besides
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """Describe a batch as far as its memory goes.
+    """Describe a batch as far as its memory goes: sizes are (height, width) of latents, ``larger`` in a second pass.
 
-    ``size`` is (height, width) of the latents, ``larger`` the size in a second pass. ``rows`` are the UNet's rows for
-    one image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether images are encoded.
+    ``rows`` are the UNet's for one image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether
+    images are encoded.
     """
 
     n_images: int
@@ -53,22 +53,12 @@ class RunShape:
     encodes: bool = False
 
 
-@dataclass(frozen=True)
-class StageMemory:
+class StageMemory(NamedTuple):
     """Hold the bytes of a stage: the weights in memory meanwhile, and what it computes."""
 
     stage: str
     weights: int
     working: int
-
-    @property
-    def total(self) -> int:
-        """Return both together, the peak of the stage."""
-        return self.weights + self.working
-
-    def __str__(self) -> str:
-        weights, working = self.weights / 1e9, self.working / 1e9
-        return f"{self.stage}: {weights:.2f} GB of weights + {working:.2f} GB = {weights + working:.2f} GB"
 
 
 def set_limits(memory: float | None, low_memory: bool) -> int:
@@ -89,54 +79,45 @@ def set_limits(memory: float | None, low_memory: bool) -> int:
 
 def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[int, int]) -> int:
     """Return the bytes of a step with this number of ``rows`` at ``size``, weights not included."""
-    widths = sum(model.unet_config.block_out_channels[:2])
-    positions = rows * math.prod(size) * widths
-    if mx.default_device() == mx.cpu:
-        step = positions * (_CPU if mx.get_memory_limit() == 0 else _CPU_AHEAD)
-    else:
-        step = positions * _METAL + min(positions * _METAL_AHEAD, _METAL_MOST_AHEAD)
-    return int(_STEP + step * (1 + _CONTROLNET * len(shape.networks)))
+    maps, ahead, most_ahead = _STEP[mx.default_device().type]
+    values = rows * math.prod(size) * sum(model.unet_config.block_out_channels[:2])
+    ahead = 0 if mx.get_memory_limit() == 0 else min(values * ahead, most_ahead)
+    return int(_EACH_STEP + (values * maps + ahead) * (1 + _CONTROLNET * len(shape.networks)))
 
 
 def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
-    text = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    unet, vae = sizes.pop("unet"), sizes.pop("autoencoder")
+    text, networks = sum(sizes.values()), sum(size_in_bytes(network) for network in shape.networks)
     # Quantized weights are in memory from the start, and the autoencoder's from its first use.
-    early = 0 if model.low_memory or model.sources["unet"].quantization is None else sizes["unet"]
-    stays = 0 if model.low_memory or not shape.encodes else sizes["autoencoder"]
-    networks = sum(size_in_bytes(network) for network in shape.networks)
-    largest = shape.larger or shape.size
-    pixels = (model.pixels_per_latent * largest[0], model.pixels_per_latent * largest[1])
+    early = 0 if model.low_memory or model.sources["unet"].quantization is None else unet
+    stays = 0 if model.low_memory or not shape.encodes else vae
+    rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
+    largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size
     stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * shape.chunks))]
     if shape.encodes:
-        weights = sizes["autoencoder"] + early + networks + (0 if model.low_memory else text)
-        stages.append(StageMemory("encoding", weights, _autoencoder_bytes(model, "encoder", pixels, limit - weights)))
-    weights, rows = sizes["unet"] + networks + stays, shape.rows * shape.n_images
-    rows = min(rows, model.rows_at_once or rows)
+        weights = vae + early + networks + (0 if model.low_memory else text)
+        pixels = (1, *(side * model.pixels_per_latent for side in largest))
+        peak = tiling.plan(model.vae_config, "encoder", pixels, limit - weights, itemsize).peak
+        stages.append(StageMemory("encoding", weights, int(peak)))
     for stage, size in (("a step of the UNet", shape.size), ("a step of the second pass", shape.larger)):
         if size is not None:
-            stages.append(StageMemory(stage, weights, step_bytes(model, shape, rows, size)))
-    decoding = _autoencoder_bytes(model, "decoder", largest, limit - sizes["autoencoder"])
-    return [*stages, StageMemory("decoding", sizes["autoencoder"], decoding)]
+            stages.append(StageMemory(stage, unet + networks + stays, step_bytes(model, shape, rows, size)))
+    peak = tiling.plan(model.vae_config, "decoder", (1, *largest), limit - vae, itemsize).peak
+    return [*stages, StageMemory("decoding", vae, int(peak))]
 
 
-def _autoencoder_bytes(model: StableDiffusion, half: str, size: tuple[int, int], room: int) -> int:
-    itemsize = model.sources["autoencoder"].dtype.size
-    return int(tiling.plan(model.vae_config, half, (1, *size), room, itemsize).peak)
-
-
-def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int, correction: float = 1.0) -> int:
+def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
     """Return how many of ``shape.n_images`` to generate together: those that fit, in batches of about one size.
 
-    Where the rows run one by one a batch saves no time. ``correction`` is the measured memory of a step over
-    the planned.
+    Where the rows run one by one a batch saves no time.
     """
     if shape.n_images == 1 or model.rows_at_once:
         return 1
     weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
     room = limit - weights - sum(size_in_bytes(network) for network in shape.networks)
-    each = correction * step_bytes(model, shape, shape.rows, shape.larger or shape.size)
+    each = step_bytes(model, shape, shape.rows, shape.larger or shape.size)
     most = max(1, min(shape.n_images, _MOST_IMAGES, int(room // each)))
     return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
 
@@ -149,19 +130,21 @@ def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) ->
     """
     model.memory_limit = limit
     stages = plan(model, shape, limit)
-    if max(stage.total for stage in stages[:-1]) > limit and model.rows_at_once != 1:
+    if model.rows_at_once != 1 and max(weights + working for _, weights, working in stages[:-1]) > limit:
         model.rows_at_once = 1
         _log.info("memory is short: the rows of the UNet's batch run one by one")
         stages = plan(model, shape, limit)
-    largest = max(stages, key=lambda stage: stage.total)
-    if largest.total > limit:
-        text = f"{largest.stage} needs about {largest.total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
-        remedy = "quantize, use low_memory, fewer images at once or a smaller size"
+    for stage, weights, working in stages:
+        total = weights + working
+        text = "memory for %s: %.2f GB of weights + %.2f GB = %.2f GB"
+        _log.info(text, stage, weights / 1e9, working / 1e9, total / 1e9)
+    total, stage = max((weights + working, stage) for stage, weights, working in stages)
+    if total > limit:
+        text = f"{stage} needs about {total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
+        text += ": quantize, use low_memory, fewer images at once or a smaller size"
         if is_strict:
-            raise SettingError(f"{text}: {remedy}", "quantize", "low_memory")
-        _log.warning("%s: %s", text, remedy)
-    for stage in stages:
-        _log.info("memory for %s", stage)
+            raise SettingError(text, "quantize", "low_memory")
+        _log.warning("%s", text)
     return stages
 
 

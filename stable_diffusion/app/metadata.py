@@ -114,15 +114,15 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
 
 
 def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]:
-    request, setup, defaults = batch.requests[index], batch.setup, model.defaults
+    request, defaults = batch.requests[index], model.defaults
     steps = defaults.num_steps if request.steps is None else request.steps
     guidance = defaults.cfg_weight if request.cfg is None else request.cfg
     sampler = request.options.sampler or defaults.sampler
     arguments = request.to_dict() | {"model": request.model, "n_images": 1, "seed": request.seed, "steps": steps}
-    if setup.canvas is None:
-        arguments["width"], arguments["height"] = setup.size
+    if batch.canvas is None:
+        arguments["width"], arguments["height"] = batch.size
     else:
-        arguments["strength"] = setup.strength
+        arguments["strength"] = batch.strength
     if not (request.refiner or request.lora or request.prompt_loras):  # these have defaults of their own
         arguments |= {"cfg": guidance, "sampler": sampler}
     components = {source.component.name: source for source in model.sources.values()}
@@ -131,7 +131,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]
         "script": "txt2image" if request.image is None else "image2image",
         "arguments": {name: arguments[name] for name in KINDS if name in arguments},
         "made": {
-            "size": setup.size,
+            "size": batch.size,
             "guidance": guidance,
             "sampler": read_name(sampler)[0],
             "schedule": request.options.schedule or read_name(sampler)[1] or model.schedule.config.sigma_schedule,

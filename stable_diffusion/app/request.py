@@ -1,11 +1,12 @@
 """A request: everything that decides the pixels of an image, as one record from flags, metadata, JSON or HTTP."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import product
-from types import NoneType
+from itertools import product, repeat
+from math import prod
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..options import NUMBERS as OPTION_NUMBERS
@@ -130,8 +131,7 @@ class Request:
     unet_bits: int | None = None
     text_bits: int | None = None
     float16: bool = True
-    # set by ``expand``, and not recorded
-    variant: Variant | None = field(default=None, metadata={"recorded": False})
+    variant: Variant | None = None  # set by ``expand``, and not recorded
 
     def __post_init__(self) -> None:
         for name, number in NUMBERS.items():
@@ -143,9 +143,26 @@ class Request:
             if getattr(self, name) not in choices:
                 text = f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}"
                 raise SettingError(text, name)
-        for names, is_violated, message in _CONFLICTS:
-            if is_violated(self):
-                raise SettingError(message, *names)
+        adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
+        networks = len(self.controlnet)
+        mistakes = {
+            "mask_blur and mask_padding need mask or expand": adjusts and not paints,
+            "invert_mask needs mask": self.invert_mask and not self.mask,
+            "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
+                self.depth and self.expand
+            ),
+            "control_image needs controlnet: an id, a folder or a file": self.control_image and not networks,
+            "control_image is needed once for each controlnet, or once for all": (
+                networks and len(self.control_image) not in (1, networks)
+            ),
+            "control_start and control_end are given once for each controlnet, or once for all": (
+                not {len(self.control_start), len(self.control_end)} <= {0, 1, networks}
+            ),
+            "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
+            "refiner does not go together with mask and expand: it does not know what is kept": self.refiner and paints,
+        }
+        for message in (message for message, is_made in mistakes.items() if is_made):
+            raise SettingError(message, *(word for word in re.findall(r"\w+", message) if word in KINDS))
 
     # --- records -----------------------------------------------------------------------------------------------------
 
@@ -199,104 +216,38 @@ class Request:
 
 
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))
-
-
-def _kinds() -> dict[str, Any]:
-    """Return the types of all fields and options that are recorded: those of plain values."""
-    kinds = {one.name: kind for one, kind in zip(fields(Request), get_type_hints(Request).values(), strict=True)}
-    kinds = {one.name: kinds[one.name] for one in fields(Request) if one.metadata.get("recorded", True)}
-    options = {name: kind for name, kind in get_type_hints(Options).items() if name in _OPTION_NAMES}
-    return {name: kind for name, kind in (kinds | options).items() if _is_plain(kind)}
-
-
-def _is_plain(kind: Any) -> bool:
-    """Return whether values of a type, or of one of its alternatives, are numbers, texts, truths or tuples of them."""
-    if get_origin(kind) in (tuple, Sequence):
-        return all(one is ... or _is_plain(one) for one in get_args(kind))
-    if isinstance(kind, type):
-        return kind in (int, float, str, bool)
-    return any(_is_plain(one) for one in get_args(kind))
+_NOT_RECORDED = {"options", "variant", "size_conditioning", "controls", "latents", "noise"}
+# The types of the fields and options that are recorded: texts, numbers, truths, and tuples of them.
+KINDS: dict[str, Any] = {
+    name: kind
+    for name, kind in (get_type_hints(Request) | get_type_hints(Options)).items()
+    if name in (*Request.__dataclass_fields__, *_OPTION_NAMES) and name not in _NOT_RECORDED
+}
 
 
 def _converted(value: Any, kind: Any) -> Any:
     """Return a value of JSON in a type of Python: lists become tuples. Raises TypeError for another kind of value."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (tuple, Sequence):
-        if not isinstance(value, list | tuple):
+        is_open = origin is Sequence or arguments[-1] is ...
+        if not isinstance(value, list | tuple) or not (is_open or len(value) == len(arguments)):
             raise TypeError
-        is_open = origin is Sequence or arguments[-1:] == (...,)
-        kinds = arguments[:1] * len(value) if is_open else arguments
-        if len(kinds) != len(value):
-            raise TypeError
-        return tuple(_converted(one, one_kind) for one, one_kind in zip(value, kinds, strict=True))
-    if isinstance(kind, type):
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise TypeError
-        return value
-    for one in arguments:
-        if one is NoneType and value is None:
-            return None
-        try:
+        kinds = repeat(arguments[0]) if is_open else arguments
+        return tuple(_converted(one, one_kind) for one, one_kind in zip(value, kinds, strict=False))
+    for one in arguments:  # of a union
+        with suppress(TypeError):
             return _converted(value, one)
-        except TypeError:
-            continue
-    raise TypeError
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
 
-
-KINDS = _kinds()
-
-
-def _fits(count: int, networks: int) -> bool:
-    return count in (0, 1, networks)
-
-
-# Fields that exclude or need each other: their names, the condition, the message.
-_CONFLICTS: tuple[tuple[tuple[str, ...], Callable[[Request], Any], str], ...] = (
-    (
-        ("mask_blur", "mask_padding", "mask", "expand"),
-        lambda r: (r.mask_blur or r.mask_padding is not None) and not (r.mask or r.expand),
-        "mask_blur and mask_padding need mask or expand",
-    ),
-    (("invert_mask", "mask"), lambda r: r.invert_mask and not r.mask, "invert_mask needs mask"),
-    (
-        ("depth", "expand"),
-        lambda r: r.depth and r.expand,
-        "depth and expand do not go together: the map does not show the borders; without it, it is estimated",
-    ),
-    (
-        ("control_image", "controlnet"),
-        lambda r: r.control_image and not r.controlnet,
-        "control_image needs controlnet: an id, a folder or a file",
-    ),
-    (
-        ("control_image", "controlnet"),
-        lambda r: r.controlnet and len(r.control_image) not in (1, len(r.controlnet)),
-        "control_image is needed once for each controlnet, or once for all",
-    ),
-    (
-        ("control_start", "control_end", "controlnet"),
-        lambda r: not all(_fits(len(ends), len(r.controlnet)) for ends in (r.control_start, r.control_end)),
-        "control_start and control_end are given once for each controlnet, or once for all",
-    ),
-    (
-        ("hires", "refiner"),
-        lambda r: r.refiner and r.hires,
-        "hires and refiner do not go together: run one after the other",
-    ),
-    (
-        ("refiner", "mask", "expand"),
-        lambda r: r.refiner and (r.mask or r.expand),
-        "refiner does not go together with mask and expand: it does not know what is kept",
-    ),
-)
 
 _DEFAULT = Request()
 
 
-class Sweep(dict[str, tuple[Any, ...]]):
-    """Map the names of settings with several values to these, in the order in which they were given."""
+Sweep = dict[str, tuple[Any, ...]]  # the settings that have several values, in the order in which they were given
 
 
 def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
@@ -311,42 +262,28 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
     images: list[tuple[int, Request]] = []
     next_seed, number = None, 0
     for request, sweep in lines:
-        settings, count = _settings(sweep), _images_per_prompt(request, sweep)
-        _check_count(count * len(settings))
+        swept = {name: values for name, values in sweep.items() if name != "seed"}
+        given = request.seed if isinstance(request.seed, tuple) else None
+        count = len(given or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
+        if request.n_images not in (None, count):
+            text = f"n_images {request.n_images} is not the number of the {count} seeds; leave it out"
+            raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
-            next_seed = image_seeds(request.seed if isinstance(request.seed, int) else None, 1)[0]
+            next_seed = image_seeds(request.seed if given is None else None, 1)[0]
         for prompt in _prompts(request, next_seed):
-            seeds = request.seed if isinstance(request.seed, tuple) else tuple(range(next_seed, next_seed + count))
+            if len(images) + count * prod(map(len, swept.values())) > MOST_IMAGES:
+                text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
+                raise SettingError(text, "n_images")
+            seeds = given or tuple(range(next_seed, next_seed + count))
             resolved = None if prompt == request.prompt else prompt
-            for place, setting in enumerate(settings):
+            for place, chosen in enumerate(product(*swept.values())):
                 for i, seed in enumerate(seeds):
                     variant = Variant(number, i, seeds, tuple(sweep))
                     single = {"seed": seed, "n_images": 1, "resolved_prompt": resolved, "variant": variant}
+                    setting = dict(zip(swept, chosen, strict=True))
                     images.append((place, request.with_values(**single, **setting)))
             next_seed, number = seeds[-1] + 1, number + 1
-            _check_count(len(images))
     return [image for _, image in sorted(images, key=lambda pair: pair[0])]
-
-
-def _settings(sweep: Sweep) -> list[dict[str, Any]]:
-    names = [name for name in sweep if name != "seed"]
-    return [dict(zip(names, chosen, strict=True)) for chosen in product(*(sweep[name] for name in names))]
-
-
-def _images_per_prompt(request: Request, sweep: Sweep) -> int:
-    if isinstance(request.seed, tuple):
-        if request.n_images not in (None, len(request.seed)):
-            text = f"n_images {request.n_images} is not the number of the {len(request.seed)} seeds; leave it out"
-            raise SettingError(text, "n_images")
-        return len(request.seed)
-    default = 1 if sweep else DEFAULT_IMAGES
-    return default if request.n_images is None else request.n_images
-
-
-def _check_count(images: int) -> None:
-    if images > MOST_IMAGES:
-        message = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
-        raise SettingError(message, "n_images")
 
 
 def _prompts(request: Request, seed: int) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..app.convert import DTYPES, MAX_SHARD_SIZE, convert
-from ..app.engine import chosen_bits, chosen_parts
+from ..app.engine import chosen_networks
 from ..app.request import Request
 from .arguments import line_of
 from .flags import FLAGS
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             args.source,
             args.dest,
             dtype=args.dtype,
-            **chosen_bits(request),
+            **chosen_networks(request),
             loras=request.lora,
             lora_partial=request.lora_partial,
             revision=request.revision,
@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr, flush=True),
             tokenizer=request.tokenizer,
             prediction=request.prediction,
-            parts=chosen_parts(request),
         )
     except (ValueError, OSError) as error:
         parser.error(error)

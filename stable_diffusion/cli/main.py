@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..app.engine import Engine, Result, Step, check_refiner, open_model
+from ..app.engine import Engine, Result, Step, open_model
 from ..app.inputs import read_inputs
 from ..app.metadata import changes
 from ..app.preview import PreviewWriter
@@ -77,7 +77,6 @@ class Script:
         self._writer = ResultWriter(requests, command.output)
         self._previews = PreviewWriter(command.preview, self._on_preview)
         inputs = read_inputs(requests[0])
-        check_refiner(requests[0])
         self._model = open_model(requests[0], command.resources.low_memory)
         if command.preload_models:
             self._model.ensure_models_are_loaded()
