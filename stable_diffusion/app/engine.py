@@ -272,7 +272,9 @@ class Engine:
                 return self.model.retry_in_float32("unet", compute)
             except (RuntimeError, MemoryError) as error:
                 is_full = isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE)
-                if not is_full or not self._run_fewer_rows(run.batch, 0.5, f"memory ran out ({error})"):
+                if not is_full or not self._run_fewer_rows(
+                    run.batch, 0.5, f"memory ran out ({' '.join(str(error).split())})"
+                ):
                     raise
             mx.clear_cache()
 

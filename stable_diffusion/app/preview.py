@@ -7,7 +7,6 @@ the pixels themselves.
 
 import logging
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 from PIL.Image import Image
 
-from ..images.files import UNFINISHED, check_output, save
+from ..images.files import check_output, save, unfinished
 from ..images.image import fit, grid, to_images
 from ..models import tiling
 from ..models.taesd import AutoencoderTiny
@@ -64,6 +63,41 @@ _LONGEST_SIDE = 1024  # of an animation, in pixels
 _PLAYED, _SHORTEST, _LONGEST, _LAST = 4000, 60, 500, 2000  # milliseconds: all frames, one of them, the last one
 
 
+def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None) -> Decode:
+    """Return a function that shows the latents of a model without its autoencoder, which is large.
+
+    Args:
+        vae: a Hub id, folder or file of a TAESD, or of any VAE. None is a linear map of each latent to one pixel,
+            unless the model's autoencoder is a TAESD. Unknown latents become grey.
+
+    Raises ValueError or OSError, one line, for a ``vae`` that cannot be found or read, or is for other latents.
+    """
+    network, dtype = load_component(model.sources["autoencoder"].component), mx.float32
+    channels, scale = kind = (network.latent_channels, network.config.scale)
+    if vae is not None:
+        component = open_part(vae, "vae", float16=model.dtype == mx.float16)
+        dtype = mx.float32 if component.config.get("force_upcast", True) else model.dtype
+        network = load_component(component, dtype)
+        other = (network.latent_channels, network.config.scale)
+        if other != kind:
+            ours, theirs = (f"{channels} channels, {scale} pixels for each latent" for channels, scale in (kind, other))
+            raise ValueError(f"{vae} is for other latents ({theirs}) than this model's ({ours}); give another one")
+    elif not isinstance(network, AutoencoderTiny):
+        factors = FACTORS.get((scale, network.config.scaling_factor), ())
+        if len(factors) != channels + 1:
+            _log.warning("this model's latents are unknown: previews show one channel, in grey")
+            factors = [(1 / 3,) * 3] + [(0.0,) * 3] * channels
+        return partial(project, factors=factors)
+    read_weights(network)
+    return lambda x: mx.clip(tiling.decode(network, x.astype(dtype)).astype(mx.float32) / 2 + 0.5, 0, 1)
+
+
+def project(latents: mx.array, factors: Factors) -> mx.array:
+    """Map latents [n, h, w, C] to pixels [n, h, w, 3] in [0, 1] by the ``factors`` of C channels and the bias."""
+    *matrix, bias = mx.array(factors)
+    return mx.clip((latents @ mx.stack(matrix) + bias) / 2 + 0.5, 0, 1)
+
+
 @dataclass(frozen=True)
 class PreviewSettings:
     """Hold where previews and animations go. ``preview`` is a file or a folder, ``stepwise`` a .gif or .webp."""
@@ -74,50 +108,6 @@ class PreviewSettings:
     stepwise: str | None = None
     n_rows: int = 1
     overwrite: bool = False
-
-
-def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None) -> Decode:
-    """Return a function that shows the latents of a model without its autoencoder, which is large.
-
-    Args:
-        vae: a Hub id, folder or file of a TAESD, or of any VAE. None is a linear map of each latent to one pixel,
-            unless the model's autoencoder is a TAESD. Unknown latents become grey.
-
-    Raises ValueError or OSError, one line, for a ``vae`` that cannot be found or read, or is for other latents.
-    """
-    source = model.sources["autoencoder"]
-    network, dtype = load_component(source.component), mx.float32
-    kind = (network.latent_channels, network.config.scale)
-    if vae is not None:
-        component = open_part(vae, "vae", float16=model.dtype == mx.float16)
-        dtype = mx.float32 if component.config.get("force_upcast", True) else model.dtype
-        network = load_component(component, dtype)
-        other = (network.latent_channels, network.config.scale)
-        if other != kind:
-            ours, theirs = (f"{channels} channels, {scale} pixels for each latent" for channels, scale in (kind, other))
-            raise ValueError(f"{vae} is for other latents ({theirs}) than this model's ({ours}); give another one")
-    elif not isinstance(network, AutoencoderTiny):
-        return partial(project, factors=_factors(*kind, network.config.scaling_factor))
-    read_weights(network)
-    return partial(_decode, network, dtype)
-
-
-def _decode(network: AutoencoderTiny, dtype: mx.Dtype, latents: mx.array) -> mx.array:
-    return mx.clip(tiling.decode(network, latents.astype(dtype)).astype(mx.float32) / 2 + 0.5, 0, 1)
-
-
-def _factors(channels: int, scale: int, scaling_factor: float) -> Factors:
-    factors = FACTORS.get((scale, scaling_factor))
-    if factors is None or len(factors) != channels + 1:
-        _log.warning("this model's latents are unknown: previews show one channel, in grey")
-        return [(1 / 3,) * 3] + [(0.0,) * 3] * channels
-    return factors
-
-
-def project(latents: mx.array, factors: Factors) -> mx.array:
-    """Map latents [n, h, w, C] to pixels [n, h, w, 3] in [0, 1] by the ``factors`` of C channels and the bias."""
-    *matrix, bias = mx.array(factors)
-    return mx.clip((latents @ mx.stack(matrix) + bias) / 2 + 0.5, 0, 1)
 
 
 class PreviewWriter:
@@ -132,8 +122,8 @@ class PreviewWriter:
         self._preview = None if settings.preview is None else _check_preview(settings.preview)
         self._animation = None if settings.stepwise is None else _check_animation(settings.stepwise)
         self._decoder: Decode | None = None
-        self._pass = 0
-        self._frames: dict[tuple, list[list[mx.array]]] = {}  # of each pass, by the seeds and number of the batch
+        self._pass = self._begun = 0  # the number of the pass, and of the frames before it
+        self._frames: dict[str, list[mx.array]] = {}  # by the index of the batch
         self._written: list[Path] = []
 
     def open(self, model: StableDiffusion) -> None:
@@ -143,32 +133,30 @@ class PreviewWriter:
 
     def __call__(self, step: Step) -> None:
         """Show a step; step 0 begins a pass of a batch."""
-        passes = self._frames.setdefault(_key(step), [])
+        frames = self._frames.setdefault(step.batch.index, [])
         if step.number == 0 and step.is_retry:
-            passes[-1].clear()
+            del frames[self._begun :]
         elif step.number == 0:
-            self._pass += 1
-            passes.append([])
-        if step.number == 0:
+            self._pass, self._begun = self._pass + 1, len(frames)
+        elif self._animation is not None:
+            frames.append(step.predicted)
+        is_shown = step.number and (step.number % self._settings.preview_every == 0 or step.number == step.total)
+        if self._preview is None or not is_shown:
             return
-        if self._animation is not None:
-            passes[-1].append(step.predicted)
-        if self._preview is None or (step.number % self._settings.preview_every and step.number < step.total):
-            return
-        path = self._preview
+        path, (height, width) = self._preview, step.predicted.shape[1:3]
         if os.path.isdir(path):
             path = path / f"{self._pass:02}_{step.number:03}.jpg"
         try:
             images = to_images(self._decoder(step.predicted))
-            sides = zip(images[0].size, step.predicted.shape[2:0:-1], strict=True)
-            save(self._grid(images, [max(shown, _ENLARGED * side) for shown, side in sides]), path)
+            size = (max(images[0].width, _ENLARGED * width), max(images[0].height, _ENLARGED * height))
+            save(self._grid(images, size), path)
         except (OSError, ValueError) as error:  # a run is worth more than its previews
             _log.warning("%s; there will be no more previews", error)
             self._preview = None
         else:
             self._on_preview(path, step.number, step.total)
 
-    def _grid(self, images: Sequence[Image], size: Sequence[int]) -> Image:
+    def _grid(self, images: Sequence[Image], size: tuple[int, int]) -> Image:
         return grid([fit(image, *size, "stretch") for image in images], self._settings.n_rows)
 
     def finish(self, result: Result) -> Path | None:
@@ -177,35 +165,28 @@ class PreviewWriter:
         It is decoded like the images, or by the VAE for previews. All passes get the size of the last one, at most 1024
         pixels. Raises OSError, one line.
         """
-        frames = list(chain.from_iterable(self._frames.pop(_key(result), [])))
+        frames = self._frames.pop(result.batch.index, [])
         if not frames:
             return None
         frames[-1] = result.latents  # multistep samplers end beside their last estimate
         decode = self._decoder if self._settings.preview_vae is not None else result.model.decode
-        size = [result.model.pixels_per_latent * side for side in result.latents.shape[2:0:-1]]
-        paths = chain([self._animation], (self._animation.with_stem(f"{self._animation.stem}-{n}") for n in count(2)))
-        path = next(path for path in paths if not self._is_taken(path))
+        height, width = (result.model.pixels_per_latent * side for side in result.latents.shape[1:3])
+        is_taken = self._written.__contains__ if self._settings.overwrite else os.path.lexists
+        first = self._animation
+        paths = chain([first], (first.with_stem(f"{first.stem}-{number}") for number in count(2)))
+        path = next(path for path in paths if not is_taken(path))
+        pictures = []
         try:
-            pictures = [
-                _at_most(self._grid([i for one in x for i in to_images(decode(one[None]))], size)) for x in frames
-            ]
+            for x in frames:
+                images = [image for latents in x for image in to_images(decode(latents[None]))]
+                picture = self._grid(images, (width, height))
+                shrink = min(1, _LONGEST_SIDE / max(picture.size))
+                pictures.append(fit(picture, *(round(side * shrink) for side in picture.size), mode="stretch"))
         except ValueError as error:  # pixels that are not finite
             raise OSError(f"the animation {path} could not be made ({error})") from error
         write_animation(pictures, path)
         self._written.append(path)
         return path
-
-    def _is_taken(self, path: Path) -> bool:
-        return path in self._written if self._settings.overwrite else os.path.lexists(path)
-
-
-def _key(event: Step | Result) -> tuple:
-    return event.batch.index, event.batch.seeds
-
-
-def _at_most(image: Image, longest: int = _LONGEST_SIDE) -> Image:
-    shrink = min(1, longest / max(image.size))
-    return fit(image, *(round(side * shrink) for side in image.size), mode="stretch")
 
 
 def write_animation(frames: Sequence[Image], path: Path) -> None:
@@ -216,17 +197,12 @@ def write_animation(frames: Sequence[Image], path: Path) -> None:
     first, *rest = frames
     each = min(max(_PLAYED // len(frames), _SHORTEST), _LONGEST)
     options = _ANIMATIONS[path.suffix.lower()] | {"duration": [each] * len(rest) + [_LAST], "loop": 0}
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    UNFINISHED.add(temporary)
     try:
-        with open(temporary, "xb") as file:
-            first.save(file, format=path.suffix[1:], save_all=True, append_images=rest, **options)
-        os.replace(temporary, path)
+        with unfinished(path) as temporary:
+            first.save(temporary, format=path.suffix[1:], save_all=True, append_images=rest, **options)
+            os.replace(temporary, path)
     except (OSError, ValueError) as error:
         raise OSError(f"the animation {path} could not be written ({error}); try another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        UNFINISHED.discard(temporary)
 
 
 def _check_preview(path: str) -> Path:

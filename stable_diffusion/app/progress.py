@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from contextlib import suppress
-from statistics import fmean
 from time import perf_counter
 
 import mlx.core as mx
@@ -18,36 +17,28 @@ _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 class ProgressBar:
     """Show a bar on stderr for each pass of a batch, where stderr is a terminal; for ``Engine.run(on_step=...)``."""
 
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
-        self._last = 0.0
+    _bar: tqdm | None = None
 
     def __call__(self, step: Step) -> None:
         """Begin a bar at step 0, else move it."""
-        now = perf_counter()
         if step.number == 0:
             self.close()
             name = f"{step.batch.index} " if step.batch.index else ""
             self._bar = tqdm(total=step.total, desc=name, bar_format=_FORMAT, disable=None, dynamic_ncols=True)
-        else:
-            self._seconds.append(now - self._last)
-            remaining = step.total - step.number + step.later
-            self._bar.set_postfix_str(_figures(fmean(self._seconds), remaining), refresh=False)
-            self._bar.update()
-        self._last = now
+            self._times = deque([perf_counter()], maxlen=_RECENT + 1)
+            return
+        self._times.append(perf_counter())
+        seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        left = tqdm.format_interval(seconds * (step.total - step.number + step.later))
+        active, peak = mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9
+        figures = f"{seconds:.2f} s/step, {left} left, {active:.2f} GB (peak {peak:.2f})"
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update()
 
     def close(self) -> None:
         """End the bar that is shown."""
         if self._bar is not None:
             self._bar.close()
-        self._seconds.clear()
-
-
-def _figures(step: float, remaining: int) -> str:
-    """Return the seconds of a step, the remaining time, and the memory in use and at its peak."""
-    active, peak = mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9
-    return f"{step:.2f} s/step, {tqdm.format_interval(step * remaining)} left, {active:.2f} GB (peak {peak:.2f})"
 
 
 class TqdmHandler(logging.StreamHandler):

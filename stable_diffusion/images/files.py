@@ -158,21 +158,29 @@ def save(
     format_, options = _format_options(path, text, quality)
     if format_ == "JPEG" and image.mode != "L":
         image = to_rgb(image)
-    # Not tempfile: its files are readable by their owner only, and would stay so.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    UNFINISHED.add(temporary)
     try:
-        with open(temporary, "xb") as file:
-            image.save(file, format=format_, **options)
-            file.flush()
-            os.fsync(file.fileno())  # or the name could survive a power cut without its content
-        (os.replace if overwrite else _rename_new)(temporary, path)
+        with unfinished(path) as temporary:
+            with open(temporary, "xb") as file:
+                image.save(file, format=format_, **options)
+                file.flush()
+                os.fsync(file.fileno())  # or the name could survive a power cut without its content
+            (os.replace if overwrite else _rename_new)(temporary, path)
     except FileExistsError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise OSError(f"the image {path} could not be written ({error}); try another folder or format") from error
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Give a hidden path beside ``path`` to write to before it is renamed; what is left there is removed."""
+    # Not tempfile: its files are readable by their owner only, and would stay so.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    UNFINISHED.add(temporary)
+    try:
+        yield temporary
     finally:
-        with suppress(OSError):  # the folder may be gone; the error above says so
+        with suppress(OSError):  # the folder may be gone; an error says so
             temporary.unlink(missing_ok=True)
         UNFINISHED.discard(temporary)
 

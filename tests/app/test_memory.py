@@ -1,14 +1,20 @@
-"""The memory plan: constants against what MLX reports, batches that fit, limits that are kept or refused."""
+"""The memory plan: constants against what MLX reports, batches that fit, limits that are kept, refused or exceeded."""
+
+import time
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from command_line import PROMPT
 from oracle import normal
 from peaks import peaks
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import memory
+from stable_diffusion.app.engine import Engine, Resources
 from stable_diffusion.app.memory import RunShape, fit, fits_together, images_that_fit, plan, set_limits, step_bytes
+from stable_diffusion.app.request import Request, expand
+from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.options import SettingError
 
 
@@ -21,8 +27,7 @@ def limits():
     mx.set_cache_limit(cache)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 16), (24, 24), (32, 32)])
-@pytest.mark.parametrize("rows_at_once", [None, 1])
+@pytest.mark.parametrize("size, rows_at_once", [((16, 16), None), ((24, 16), 1), ((24, 24), None), ((32, 32), None)])
 def test_a_step_takes_what_was_planned(size, rows_at_once):
     """The bundled model at four sizes; MLX computes in place or not as the machine is busy, so the most is taken."""
     sd = StableDiffusion("tiny")
@@ -47,7 +52,9 @@ def test_a_run_is_planned_and_fitted(xl_folder, caplog):
     set_limits(8e9, low_memory=False)
     shape = RunShape(2, (24, 24))
     caplog.set_level("INFO", "stable_diffusion")
+    start = time.process_time()
     stages = plan(sd, shape, 10**12)
+    assert time.process_time() - start < 0.2
     assert [stage.stage for stage in stages] == ["text encoding", "a step of the UNet", "decoding"]
     assert stages[0].weights > stages[1].weights == sd.sources["unet"].size
     assert fit(sd, shape, 10**12, False) == stages and sd.rows_at_once is None and sd.memory_limit == 10**12
@@ -63,8 +70,9 @@ def test_a_run_is_planned_and_fitted(xl_folder, caplog):
         fit(sd, shape, 10**6, True)
 
 
-def test_a_limit_that_cannot_be_kept_is_refused(run, sd1_folder, tmp_path):
-    done = run("txt2image", "x", "--model", sd1_folder, "--memory_limit", 0.002, "--output", tmp_path / "a.png")
+@pytest.mark.parametrize("options", [("--memory_limit", 0.01), ("--memory_limit", 0.002, "--low_memory")])
+def test_a_limit_that_cannot_be_kept_is_refused(run, tmp_path, options):
+    done = run("txt2image", "x", "--model", "tiny", *options, "--output", tmp_path / "a.png")
     done.refused("needs about", "the limit is", "--quantize", "--low_memory")
 
 
@@ -95,13 +103,94 @@ def test_batches_fill_the_memory(xl_folder):
     assert images_that_fit(sd, RunShape(5, size), weights + 5 * one) == 5
     assert images_that_fit(sd, RunShape(6, size), weights + 5 * one) == 3  # and 3, rather than 5 and 1
     assert images_that_fit(sd, RunShape(9, size), 10**12) == 5  # and 4, or the first would wait for the ninth
-    assert images_that_fit(sd, RunShape(4, size), weights + 4 * one, correction=2.0) == 2
     sd.rows_at_once = 1
     assert images_that_fit(sd, RunShape(5, size), 10**12) == 1
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("half", ["decode", "encode"])
+# --- what the plan has missed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(monkeypatch) -> list[int]:
+    """The rows of each call of the UNet."""
+    seen, unet = [], UNet2DConditionModel.__call__
+
+    def spied(self, x, *args, **kwargs):
+        seen.append(len(x))
+        return unet(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", spied)
+    return seen
+
+
+def engine_for(sd: StableDiffusion, n_images: int, **resources) -> Engine:
+    request = Request(prompt=PROMPT, seed=1, n_images=n_images, width=64, height=64, steps=2, cfg=4.0)
+    return Engine(sd, expand([(request, {})]), Resources(keeps_networks=True, **resources))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[metal::malloc] Attempting to allocate 9663676416 bytes which is greater than the maximum"),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBuffer...)"),
+        MemoryError(),
+    ],
+)
+def test_where_memory_runs_out_fewer_rows_run_at_once(sd1_folder, monkeypatch, caplog, rows, error):
+    sd = StableDiffusion(sd1_folder)
+    wanted = [np.array(result.image) for result in engine_for(sd, 6, batch_size=3).run()]
+    assert set(rows) == {6}
+    unet = UNet2DConditionModel.__call__
+
+    def breaks(self, x, *args, **kwargs):
+        if len(x) > 2:
+            raise error
+        return unet(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", breaks)
+    rows.clear()
+    begun = []
+    images = [r.image for r in engine_for(sd, 6, batch_size=3).run(lambda s: begun.append((s.number, s.is_retry)))]
+    assert rows == [1] * 24  # 6 became 3, which are too many, and 1; the second batch begins with 1
+    assert begun == [(0, False), (0, True), (0, True), (1, False), (2, False), (0, False), (1, False), (2, False)]
+    assert all(np.abs(np.array(a).astype(int) - b).max() <= 1 for a, b in zip(images, wanted, strict=True))
+    assert [line.rpartition(": ")[2] for line in caplog.messages] == [
+        "of 6 rows of the UNet's batch 3 run at once now",
+        "of 3 rows of the UNet's batch 1 run at once now",
+    ]
+    assert all("memory ran out" in line for line in caplog.messages) and sd.rows_at_once is None
+
+
+def test_other_errors_are_not_tried_again(sd1_folder, monkeypatch, caplog):
+    def breaks(self, *args, **kwargs):
+        raise RuntimeError("[metal] the device is gone")
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", breaks)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(engine_for(StableDiffusion(sd1_folder), 2).run())
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("excess, wanted", [(0.9, [4] * 8), (2.0, [4] * 2 + [2] * 12), (9.0, [4] * 2 + [1] * 24)])
+def test_the_first_step_corrects_the_plan(sd1_folder, monkeypatch, caplog, rows, excess, wanted):
+    """Where a step takes twice what is left beside the weights, the next batches run half as many rows at once."""
+    sd = StableDiffusion(sd1_folder)
+    engine = engine_for(sd, 8, batch_size=2)
+    mx.reset_peak_memory()
+    monkeypatch.setattr(
+        mx, "get_peak_memory", lambda: 0 if len(rows) < 1 else 10**6 + int(excess * (engine._limit - 10**6))
+    )
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**6)
+    list(engine.run())
+    assert rows == wanted and sd.rows_at_once is None
+    assert len(caplog.messages) == (excess > 1)
+    assert all("a step took" in line for line in caplog.messages)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half, low_memory", [("decode", False), ("encode", True)])
 def test_decoding_and_encoding_keep_to_the_limit(xl_folder, half, low_memory):
     sd = StableDiffusionXL(xl_folder, low_memory=low_memory)
     given = mx.array(normal(1, 48, 56, 4) if half == "decode" else np.clip(normal(1, 384, 448, 3), -1, 1))

@@ -30,6 +30,7 @@ from stable_diffusion.app.preview import (
     write_animation,
 )
 from stable_diffusion.diffusion.denoiser import Denoiser
+from stable_diffusion.images import files
 from tools.tiny import data
 
 
@@ -398,7 +399,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match=r"the animation .*film.gif could not be written \(disk full\)"):
         write_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "film.gif")
-    assert names(tmp_path) == [] and not preview.UNFINISHED
+    assert names(tmp_path) == [] and not files.UNFINISHED
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
