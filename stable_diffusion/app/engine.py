@@ -179,9 +179,9 @@ class Engine:
         stages = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
         is_separate = count == 1 or model.low_memory
         self._one_by_one = not is_separate and memory.fits_together(model, stages, self._limit)
-        self._runs = [_Run(batch, first_pass(model, batch)) for batch in self.batches]
+        self._runs = [_Run(batch) for batch in self.batches]
         for run in self._runs:
-            run.prepared.prepare()
+            self._prepare(run, lambda run: first_pass(model, run.batch))
         self._stopped = self._is_over = False
 
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
@@ -212,9 +212,10 @@ class Engine:
             raise ValueError("this engine has run already; make another one of the same model")
         self._is_over = True
         self._free("unet", "autoencoder")
-        base, refiner, inputs, networks = self.model, self._request.refiner, self._inputs, self._networks
+        base, inputs, networks = self.model, self._inputs, self._networks
+        refiner, one_by_one, together = self._request.refiner, [[run] for run in self._runs], [self._runs]
         try:
-            for runs in self._groups(self._one_by_one and not refiner):
+            for runs in one_by_one if self._one_by_one and not refiner else together:
                 self._pass(runs, on_step, lambda run: first_pass(base, run.batch))
                 if self._request.hires:
                     self._pass(runs, on_step, lambda run: hires_pass(base, run.batch, run.latents, inputs, networks))
@@ -222,17 +223,13 @@ class Engine:
                     yield from self._decoded(runs)
             if refiner and not self._stopped:
                 self._change_to_refiner()
-            for runs in self._groups(self._one_by_one) if refiner else ():
+            for runs in (one_by_one if self._one_by_one else together) if refiner else ():
                 self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
                 yield from self._decoded(runs)
         finally:
             base.rows_at_once = self._rows_at_once
             for lora in self._loras.values():
                 lora.detach()
-
-    def _groups(self, one_by_one: bool) -> list[list[_Run]]:
-        """Return the runs that go through a pass together, before any of them goes through the next."""
-        return [[run] for run in self._runs] if one_by_one else [self._runs]
 
     def _free(self, *kept: str) -> None:
         if not self._resources.keeps_networks:
@@ -250,12 +247,16 @@ class Engine:
         stages = memory.fit(self.model, shape, self._limit, is_strict=False)
         self._one_by_one = self._one_by_one and memory.fits_together(self.model, stages, self._limit)
 
+    def _prepare(self, run: _Run, begin: Begin) -> None:
+        self._scale_loras(run.batch.request)
+        run.prepared = begin(run)
+        run.prepared.prepare()
+
     def _pass(self, runs: Sequence[_Run], on_step: OnStep, begin: Begin) -> None:
         """Take runs through a pass; ``begin`` gives it where it is not prepared."""
         for run in runs if not self._stopped else ():
             if run.prepared is None:
-                run.prepared = begin(run)
-                run.prepared.prepare()
+                self._prepare(run, begin)
         for run in runs:
             start, before = perf_counter(), run.latents
             if not self._stopped:
@@ -272,9 +273,8 @@ class Engine:
                 return self.model.retry_in_float32("unet", compute)
             except (RuntimeError, MemoryError) as error:
                 is_full = isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE)
-                if not is_full or not self._run_fewer_rows(
-                    run.batch, 0.5, f"memory ran out ({' '.join(str(error).split())})"
-                ):
+                reason = " ".join(f"memory ran out ({str(error) or 'MemoryError'})".split())
+                if not is_full or not self._run_fewer_rows(run.batch, 0.5, reason):
                     raise
             mx.clear_cache()
 
@@ -282,11 +282,10 @@ class Engine:
         """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""
         shape = run_shape(self.model, batch)
         rows = min(shape.rows * shape.n_images, self.model.rows_at_once or shape.rows * shape.n_images)
-        if rows == 1:
-            return False
-        self.model.rows_at_once = max(1, int(rows * fraction))
-        _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
-        return True
+        if rows > 1:
+            self.model.rows_at_once = max(1, int(rows * fraction))
+            _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
+        return rows > 1
 
     def _steps(self, run: _Run, on_step: OnStep, begin: Begin) -> None:
         """Make the steps of a pass; where that is done again, it begins anew."""
@@ -299,10 +298,10 @@ class Engine:
         if on_step(Step(run.batch, 0, total, later, is_retry=is_retry)):
             self._stopped = True
             return
-        before = max(mx.get_peak_memory(), self._limit)
+        allowed = max(mx.get_peak_memory(), self._limit)
         for number, x_t in enumerate(latents, start=1):
             self.model.check(x_t)
-            if number == 1 and (peak := mx.get_peak_memory()) > before:
+            if number == 1 and (peak := mx.get_peak_memory()) > allowed:
                 weights = mx.get_active_memory()
                 fraction = max(self._limit - weights, 0) / (peak - weights)
                 reason = f"a step took {peak / 1e9:.2f} GB of {self._limit / 1e9:.2f}"
