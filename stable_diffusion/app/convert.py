@@ -5,22 +5,22 @@ memory for one of them is enough.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..lora.files import read_lora
+from ..lora.files import LoRAWeights, read_lora
 from ..lora.layers import fuse
 from ..weights import catalog, layout
-from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
+from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
 from ..weights.load import load_component
 from ..weights.parts import PARTS
 from ..weights.quantize import quantize_lazily, read_quantization, remaining_quantization
-from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_bytes, write_json, write_weights
+from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_json, write_weights
 
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
@@ -76,16 +76,21 @@ def convert(
     dest = check_new(Path(dest))  # before anything is downloaded
     checkpoint = open_checkpoint(source, float16=dtype == "float16", revision=revision, **options)
     bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
-    networks = _networks(checkpoint, DTYPES[dtype], bits, loras, lora_partial)
+    weights = [(read_lora(path), scale) for path, scale in loras]
+    networks = _networks(checkpoint, DTYPES[dtype], bits, weights, lora_partial)
     entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
     if isinstance(entry, list) and any(entry):
         estimator = open_part(source, "depth_estimator", float16=dtype == "float16", revision=revision)
-        networks.append(_Network(estimator.name, estimator.config, read_tensors(estimator)))
+        networks.append(_Network(estimator.name, estimator.config, dict(read_tensors(estimator))))
     check_space(dest, sum(network.size for network in networks) + _SMALL_FILES)
     with new_folder(dest) as folder:
         for network in networks:
-            report(_write_network(folder, network, max_shard_size))
-        _write_small_files(folder, checkpoint, networks)
+            report(_write_network(folder / network.name, network, max_shard_size))
+        for name, tokenizer in checkpoint.tokenizers.items():
+            _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
+        (folder / "scheduler").mkdir()
+        write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
+        write_json(folder / layout.INDEX, _index(checkpoint, networks))
     return dest
 
 
@@ -93,42 +98,43 @@ def _networks(
     checkpoint: Checkpoint,
     dtype: mx.Dtype,
     bits: Mapping[str, int | None],
-    loras: Sequence[tuple[str | os.PathLike, float]],
+    loras: Sequence[tuple[LoRAWeights, float]],
     partial: bool,
 ) -> list[_Network]:
     """Prepare the networks to write. Nothing of their weights is read yet."""
     components = checkpoint.components
-    modules = {
-        # Most autoencoders are computed in float32 in any case: rounding them would change the images.
-        name: load_component(component, None if name == "vae" else dtype)
-        for name, component in components.items()
-    }
-    if loras:
-        fuse(modules, [(read_lora(path), scale) for path, scale in loras], partial=partial)
-    return [_network(components[name], module, bits.get(name)) for name, module in modules.items()]
+    # Most autoencoders are computed in float32 in any case: rounding them would change the images.
+    modules = {name: load_component(part, None if name == "vae" else dtype) for name, part in components.items()}
+    fuse(modules, loras, partial=partial)
+    networks = []
+    for name, module in modules.items():
+        config = dict(components[name].config)
+        library, class_name = _library_and_class(name, config)
+        # Other programs need the name of the class, which some configs lack.
+        config |= {"_class_name": class_name} if library == "diffusers" else {"architectures": [class_name]}
+        if bits.get(name) is not None:
+            try:
+                remaining = remaining_quantization(name, config, bits[name])
+            except ValueError as error:
+                raise ValueError(f"{name} of {components[name].files[0].parent}: {error}") from error
+            if remaining is not None:
+                quantize_lazily(module, *remaining)
+                config["quantization"] = dict(zip(("bits", "group_size"), remaining, strict=True))
+        networks.append(_Network(name, config, stored_tensors(module)))
+    return networks
 
 
-def _network(component: Component, module: nn.Module, bits: int | None) -> _Network:
-    library, name = _library_and_class(component.name, component.config)
-    # Other programs need the name of the class, which some configs lack.
-    config = dict(component.config) | ({"_class_name": name} if library == "diffusers" else {"architectures": [name]})
-    try:
-        remaining = None if bits is None else remaining_quantization(component.name, config, bits)
-    except ValueError as error:
-        raise ValueError(f"{component.name} of {component.files[0].parent}: {error}") from error
-    if remaining is not None:
-        quantize_lazily(module, *remaining)
-        config["quantization"] = {"bits": remaining[0], "group_size": remaining[1]}
-    return _Network(component.name, config, stored_tensors(module))
+def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
+    part = PARTS[name]
+    return [part.library, config.get("_class_name") or (config.get("architectures") or list(part.classes))[0]]
 
 
 def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
     """Write a network, and return a line about it."""
-    folder, size = folder / network.name, network.size
+    size = network.size  # its tensors are taken as they are written
     folder.mkdir()
     write_json(folder / "config.json", network.config)
-    stem = "diffusion_pytorch_model" if PARTS[network.name].library == "diffusers" else "model"
-    files = write_weights(folder, stem, network.tensors, max_shard_size)
+    files = write_weights(folder, PARTS[network.name].stem, network.tensors, max_shard_size)
     quantization = read_quantization(network.config)
     details = [f"{size / 1e6:,.1f} MB"]
     details += [f"{quantization[0]} bits"] if quantization else []
@@ -136,20 +142,12 @@ def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
     return f"{network.name}: {', '.join(details)}"
 
 
-def _write_small_files(folder: Path, checkpoint: Checkpoint, networks: Sequence[_Network]) -> None:
-    for name, tokenizer in checkpoint.tokenizers.items():
-        _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
-    (folder / "scheduler").mkdir()
-    write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
-    write_json(folder / layout.INDEX, _index(checkpoint, networks))  # last: without it there is no checkpoint
-
-
 def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
     """Copy a tokenizer's files, with ``pad_token`` in place of the one in them."""
     folder.mkdir()
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
-            write_bytes(folder / name, (source / name).read_bytes())
+            shutil.copyfile(source / name, folder / name)
     if pad_token is not None:
         path = folder / "special_tokens_map.json"
         write_json(path, (layout.read_json(path) if path.is_file() else {}) | {"pad_token": pad_token})
@@ -157,10 +155,9 @@ def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
 
 def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, Any]:
     """Return the model_index.json of what is written; parts that are not are null, as in diffusers' files."""
-    null = {name: [None, None] for name, entry in checkpoint.index.items() if isinstance(entry, list)}
-    written = {network.name: _library_and_class(network.name, network.config) for network in networks}
-    written |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
-    index = checkpoint.index | null | written
+    index = {name: [None, None] if isinstance(entry, list) else entry for name, entry in checkpoint.index.items()}
+    index |= {network.name: _library_and_class(network.name, network.config) for network in networks}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
     index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
@@ -168,8 +165,3 @@ def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, An
     if defaults != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
         index["_defaults"] = {"steps": defaults[0], "guidance": defaults[1]}  # the catalog's, for the source
     return index
-
-
-def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
-    part = PARTS[name]
-    return [part.library, config.get("_class_name") or (config.get("architectures") or list(part.classes))[0]]

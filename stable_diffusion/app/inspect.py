@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..images.files import SUFFIXES as IMAGES
 from ..images.files import read_text
 from ..lora.delta import LoRADelta, rank_of
-from ..lora.files import locate, read_lora
+from ..lora.files import read_lora
 from ..lora.names import read_key
 from ..models.config import readable
 from ..weights import layout
@@ -58,20 +58,17 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
 
 def _inspect_file(path: Path) -> Report:
     if path.suffix.lower() in IMAGES:
-        return _inspect_image(path)
+        texts: Report = read_text(path)
+        with suppress(ValueError, RecursionError):
+            texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
+        return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
     if path.suffix not in layout.SUFFIXES:
         raise ValueError(f"{path} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
     try:
         return _inspect_checkpoint(open_checkpoint(path, tokenizer=path.parent))
     except ValueError as error:
         reason = str(error)  # a network is missing, or it is no checkpoint
-    try:
-        tensors = read_tensors(Component("file", {}, (path,)))
-    except ValueError:
-        if path.suffix != ".safetensors":
-            with suppress(ValueError):
-                return _inspect_embedding(path)
-        raise
+    tensors = read_tensors(Component("file", {}, (path,)))
     if any(map(read_key, tensors)):
         return _inspect_lora(path)
     if len(tensors) <= 2:
@@ -86,7 +83,7 @@ def _inspect_file(path: Path) -> Report:
     return {"kind": "parts of a checkpoint", "note": reason} | _sizes(components)
 
 
-# --- checkpoints and networks ------------------------------------------------------------------------------------
+# --- checkpoints and networks ----------------------------------------------------------------------------------------
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Report:
@@ -123,32 +120,27 @@ def _inspect_network(component: Component) -> Report:
 
 
 def _sizes(components: Iterable[Component]) -> Report:
-    parts = {component.name: _size(component) for component in components}
+    """Report sizes and types of networks' weights. Quantized weights count as their unquantized ones."""
+    parts: dict[str, Report] = {}
+    for component in components:
+        tensors, quantization = read_tensors(component), read_quantization(component.config)
+        parameters = sum(tensor.size for tensor in tensors.values())
+        for layer in (name.removesuffix(".scales") for name in tensors if quantization and name.endswith(".scales")):
+            packed = (f"{layer}.{role}" for role in ("weight", "scales", "biases"))
+            parameters -= sum(tensors[name].size for name in packed if name in tensors)
+            parameters += tensors[f"{layer}.scales"].size * quantization[1]
+        types: Counter[str] = Counter()
+        for tensor in tensors.values():
+            types[_type(tensor)] += tensor.nbytes
+        parts[component.name] = {
+            "class": _class_name(component.config),
+            "parameters": parameters,
+            "bytes": sum(types.values()),
+            "types": dict(types.most_common()),
+            "files": len(component.files),
+            **(dict(zip(("bits", "group_size"), quantization, strict=True)) if quantization else {}),
+        }
     return {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")} | {"parts": parts}
-
-
-def _size(component: Component) -> Report:
-    """Report sizes and types of a network's weights. Quantized weights count as their unquantized ones."""
-    tensors, quantization = read_tensors(component), read_quantization(component.config)
-    quantized = {name.removesuffix(".scales") for name in tensors if quantization and name.endswith(".scales")}
-    parameters = 0
-    for name, tensor in tensors.items():
-        layer, _, role = name.rpartition(".")
-        if layer not in quantized or role not in ("weight", "scales", "biases"):
-            parameters += tensor.size
-        elif role == "scales":
-            parameters += tensor.size * quantization[1]
-    types: Counter[str] = Counter()
-    for tensor in tensors.values():
-        types[_type(tensor)] += tensor.nbytes
-    return {
-        "class": _class_name(component.config),
-        "parameters": parameters,
-        "bytes": sum(types.values()),
-        "types": dict(types.most_common()),
-        "files": len(component.files),
-        **(dict(zip(("bits", "group_size"), quantization, strict=True)) if quantization else {}),
-    }
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
@@ -159,14 +151,7 @@ def _type(tensor: mx.array) -> str:
     return str(tensor.dtype).removeprefix("mlx.core.")
 
 
-# --- images, embeddings, LoRAs -----------------------------------------------------------------------------------
-
-
-def _inspect_image(path: Path) -> Report:
-    texts: Report = read_text(path)
-    with suppress(ValueError, RecursionError):
-        texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
-    return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
+# --- embeddings and LoRAs --------------------------------------------------------------------------------------------
 
 
 def _inspect_embedding(path: Path) -> Report:
@@ -177,30 +162,32 @@ def _inspect_embedding(path: Path) -> Report:
 
 
 def _inspect_lora(source: str | os.PathLike) -> Report:
-    lora = read_lora(locate(source))
-    tensors = [factor for delta in lora.deltas for factor in delta.values()]
-    ranks = [(delta, rank) for delta in lora.deltas if (rank := rank_of(delta)) is not None]
-    networks: dict[str, Counter[str]] = {}
+    lora = read_lora(source)
+    kinds, ranks, alphas = set(), set(), set()
+    targets: dict[str, Counter[str]] = {}
     for delta in lora.deltas:
+        kind = next(
+            (kind for sign, kind in _LORA_KINDS.items() if any(role.startswith(sign) for role in delta)), "LoRA"
+        )
+        kinds.add(f"{kind} (DoRA)" if {"dora_scale", "lora_magnitude_vector"} & delta.keys() else kind)
+        if rank := rank_of(delta):
+            ranks.add(rank)
+            alphas.add(round(delta.multiplier * rank, 6))
         match = _LAYERS.search(delta.layer)
-        networks.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
+        targets.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
+    tensors = [factor for delta in lora.deltas for factor in delta.values()]
     report = {
-        "kind": " and ".join(sorted(set(map(_lora_kind, lora.deltas)))),
+        "kind": " and ".join(sorted(kinds)),
         "family": _lora_family(lora.deltas),
-        "ranks": sorted({rank for _, rank in ranks}),
-        "alphas": sorted({round(delta.multiplier * rank, 6) for delta, rank in ranks if rank}),
+        "ranks": sorted(ranks),
+        "alphas": sorted(alphas),
         "parameters": sum(factor.size for factor in tensors),
         "bytes": sum(factor.nbytes for factor in tensors),
         "types": dict(Counter(map(_type, tensors))),
-        "targets": {network: dict(sorted(layers.items())) for network, layers in networks.items()},
+        "targets": {network: dict(sorted(layers.items())) for network, layers in targets.items()},
     }
     report |= {"not recognised": list(lora.unknown)} if lora.unknown else {}
     return report | {key: lora.metadata[key] for key in _METADATA if key in lora.metadata}
-
-
-def _lora_kind(factors: LoRADelta) -> str:
-    kinds = (kind for sign, kind in _LORA_KINDS.items() if any(role.startswith(sign) for role in factors))
-    return next(kinds, "LoRA") + (" (DoRA)" if {"dora_scale", "lora_magnitude_vector"} & factors.keys() else "")
 
 
 def _lora_family(deltas: Iterable[LoRADelta]) -> str:

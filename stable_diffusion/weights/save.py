@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .formats.safetensors import to_disk, write_safetensors
+from .formats.safetensors import write_safetensors
 
 # Linears that are 1×1 convolutions in diffusers' files; the projections are only where the config does not say Linear.
 _CONVOLUTIONS = re.compile(r"(^|\.)(conv_shortcut|(post_)?quant_conv|controlnet_(down_blocks\.\d+|mid_block))\.weight$")
@@ -56,18 +56,16 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_sha
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """
     shards: list[list[str]] = [[]]
-    room = max_shard_size
+    size = 0
     for name in sorted(tensors):
-        size = tensors[name].nbytes
-        if shards[-1] and size > room:
+        size += tensors[name].nbytes
+        if shards[-1] and size > max_shard_size:
             shards.append([])
-            room = max_shard_size
+            size = tensors[name].nbytes
         shards[-1].append(name)
-        room -= size
-    files = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [folder / f"{stem}.safetensors"]
-    else:
+    files = [folder / f"{stem}.safetensors"]
+    if len(shards) > 1:
+        files = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index = {
             "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
             "weight_map": {name: file.name for names, file in zip(shards, files, strict=True) for name in names},
@@ -79,23 +77,16 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_sha
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, and see it to the disk."""
-    write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file, and see it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        to_disk(file)
+    """Write a JSON file as diffusers does."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
 
-    It stands beside ``path`` until it is complete and on the disk. What a killed run left of the same folder is
-    removed. Raises ValueError when there is something at ``path`` or another run is writing it.
+    It stands beside ``path`` until all of it is on the disk. What a killed run left of the same folder is removed.
+    Raises ValueError when there is something at ``path`` or another run is writing it.
     """
     path = check_new(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -112,10 +103,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             for child in partial.iterdir():
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
             yield partial
-            for folder in (*(child for child in partial.iterdir() if child.is_dir()), partial):
-                _sync_folder(folder)
+            for written in (*partial.rglob("*"), partial):
+                _sync(written)
             partial.rename(check_new(path))
-            _sync_folder(path.parent)
+            _sync(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -125,13 +116,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_new(path: Path) -> Path:
     """Make ``path`` absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
-    path = Path(path).expanduser().resolve()
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: choose another name, or remove it")
-    elif path.exists():
+    path = path.expanduser().resolve()
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty: choose another name, or remove it")
+    if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose another name for the folder")
-    elif not path.parent.is_dir():
+    if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to make {path.name} in: make it, or choose another place")
     return path
 
@@ -144,8 +134,9 @@ def check_space(path: Path, size: int) -> None:
         raise OSError(f"{sizes}: make room, or choose another place")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """See a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

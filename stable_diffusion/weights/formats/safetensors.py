@@ -3,12 +3,11 @@
 import json
 import math
 import operator
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 
@@ -99,10 +98,3 @@ def write_safetensors(path: Path, names: Iterable[str], tensors: dict[str, mx.ar
             if freed > _CLEAR_EVERY:
                 mx.clear_cache()
                 freed = 0
-        to_disk(file)
-
-
-def to_disk(file: BinaryIO) -> None:
-    """Write what the system buffers of a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
