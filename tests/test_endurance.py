@@ -4,7 +4,6 @@ import gc
 
 import mlx.core as mx
 import pytest
-from PIL import Image
 
 from command_line import PROMPT
 from stable_diffusion import StableDiffusion
@@ -55,21 +54,16 @@ def test_models_that_come_and_go(sd1_folder):
     assert counts[-1][0] - before < 1e6  # their weights are gone with them
 
 
-@pytest.mark.parametrize("options", [(), ("--low_memory", "--hires", 1.25)], ids=["plain", "two passes"])
-def test_runs_of_the_script(run, sd1_folder, tmp_path, options):
+@pytest.mark.parametrize(
+    "count, options",
+    [(10, ()), (10, ("--low_memory", "--hires", 1.25)), (5, ("--steps", 2000))],
+    ids=["plain", "two passes", "refused"],
+)
+def test_runs_of_the_script(run, sd1_folder, tmp_path, count, options):
     given = ["--model", sd1_folder, "--width", 64, "--height", 64, "--steps", 1, "--n_images", 1]
-    given += ["--overwrite", "--output", tmp_path / "out.png"]
     counts = []
-    for seed in range(10):
-        run("txt2image", PROMPT, *given, "--seed", seed, *options).succeeded()
-        counts.append(held())
-    assert_steady(counts)
-
-
-def test_refused_runs_leave_nothing(run, sd1_folder, tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
-    counts = []
-    for _ in range(5):
-        run("image2image", tmp_path / "in.png", PROMPT, "--model", sd1_folder, "--steps", 2000).refused("2000")
+    for seed in range(count):
+        done = run("txt2image", PROMPT, *given, "--seed", seed, *options, "--overwrite", "--output", tmp_path / "o.png")
+        done.refused("2000") if 2000 in options else done.succeeded()
         counts.append(held())
     assert_steady(counts)

@@ -123,13 +123,6 @@ def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
     return model
 
 
-def open_refiner(request: Request, low_memory: bool = False) -> StableDiffusion:
-    """Open the refiner of a request, which shares nothing with its model but the autoencoder."""
-    chosen = chosen_networks(request)
-    chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
-    return StableDiffusion(request.refiner, computes_in_half(request), low_memory=low_memory, **chosen)
-
-
 @dataclass
 class _Run:
     """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step."""
@@ -236,13 +229,16 @@ class Engine:
             self.model.release(*kept)
 
     def _change_to_refiner(self) -> None:
-        """Open the refiner in place of the model, of which nothing is needed any more."""
+        """Open the refiner in place of the model, of which it takes the autoencoder alone."""
         self._networks = []
         for run in self._runs:
             run.batch = replace(run.batch, controls=())
         self.batches = [run.batch for run in self._runs]
         self._free()
-        self.model = open_refiner(self._request, self.model.low_memory)
+        request, chosen = self._request, chosen_networks(self._request)
+        chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
+        options = chosen | {"low_memory": self.model.low_memory}
+        self.model = StableDiffusion(request.refiner, computes_in_half(request), **options)
         shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
         stages = memory.fit(self.model, shape, self._limit, is_strict=False)
         self._one_by_one = self._one_by_one and memory.fits_together(self.model, stages, self._limit)

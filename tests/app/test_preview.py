@@ -3,7 +3,6 @@
 import json
 import math
 import threading
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +20,7 @@ from oracle import nchw, nhwc, normal, perturb, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion, to_images
 from stable_diffusion.app import preview
 from stable_diffusion.app.engine import Step
-from stable_diffusion.app.preview import (
-    FACTORS,
-    PreviewSettings,
-    PreviewWriter,
-    preview_decoder,
-    project,
-    write_animation,
-)
+from stable_diffusion.app.preview import FACTORS, PreviewSettings, PreviewWriter, preview_decoder
 from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.images import files
 from tools.tiny import data
@@ -59,11 +51,7 @@ def see(writer: PreviewWriter, steps: int, latents, is_retry: bool = False) -> N
         writer(Step(BATCH, number, steps, 0, latents(number)))
 
 
-def result(model, latents: mx.array) -> SimpleNamespace:
-    return SimpleNamespace(batch=BATCH, model=model, latents=latents)
-
-
-# --- what a step takes for the image ---------------------------------------------------------------------------------
+# --- the estimate of the image ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -79,16 +67,6 @@ def test_predicted_is_the_last_estimate_of_the_step(sd, sampler, monkeypatch):
     assert relative_error(run.predicted, np.array(x_t)) <= (2.0 if beside else 1e-6)
 
 
-def test_predicted_by_the_steps_of_euler(sd):
-    """x0 from two latents and their noise levels."""
-    run = sd.generate_latents(PROMPT, num_steps=4, latent_size=(4, 6), seed=1, cfg_weight=3.0, sampler="euler")
-    sigmas = sd.schedule.steps(4, "euler").sigmas
-    states = [(np.array(x), np.array(run.predicted)) for x in run]
-    for ((x, _), (after, predicted)), (sigma, target) in zip(pairwise(states), pairwise(sigmas[1:]), strict=True):
-        x, after = x * math.sqrt(sigma**2 + 1), after * math.sqrt(target**2 + 1)
-        assert relative_error(predicted, (after * sigma - x * target) / (sigma - target)) <= 1e-4
-
-
 def test_predicted_keeps_what_a_mask_keeps(sd):
     image = mx.clip(mx.array(normal(32, 48, 3, scale=0.3)), -1, 1)
     mask = mx.zeros((32, 48))
@@ -98,29 +76,19 @@ def test_predicted_keeps_what_a_mask_keeps(sd):
     kept = np.array(sd.encode(image[None]))
     assert np.allclose(run.predicted[:, :, :3], kept[:, :, :3], atol=1e-5)
     assert not np.allclose(run.predicted[:, :, 3:], kept[:, :, 3:], atol=1e-1)
-
-
-def test_predicted_of_a_run_without_steps_is_the_image(sd):
-    run = sd.generate_latents_from_image(mx.zeros((32, 32, 3)), PROMPT, strength=0)
-    assert np.array_equal(next(run), run.predicted)
+    run = sd.generate_latents_from_image(image, PROMPT, strength=0)
+    assert np.array_equal(next(run), run.predicted)  # the image itself
 
 
 # --- from latents to colours -----------------------------------------------------------------------------------------
 
 
-def test_projection_of_known_values():
+def test_latents_become_the_colours_of_their_family(sd, xl_folder):
     latents = mx.array([[[[0.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0.5, -1, 2, 0], [-9, 0, 0, 0], [9, 0, 0, 0]]]])
-    sd1 = project(latents, FACTORS[8, 0.18215])
-    want = [
-        [0.5, 0.5, 0.5],
-        [0.6756, 0.61485, 0.66135],
-        [0.394, 0.3692, 0.14115],
-        [0.1424, 0.484925, 0.735275],
-        [0, 0, 0],
-        [1, 1, 1],
-    ]
-    assert sd1.shape == (1, 1, 6, 3) and np.allclose(sd1[0, 0], want, atol=1e-6)
-    xl = project(latents, FACTORS[8, 0.13025])
+    want = [[0.5, 0.5, 0.5], [0.6756, 0.61485, 0.66135], [0.394, 0.3692, 0.14115], [0.1424, 0.484925, 0.735275]]
+    shown = preview_decoder(sd)(latents)
+    assert shown.shape == (1, 1, 6, 3) and np.allclose(shown[0, 0], [*want, [0] * 3, [1] * 3], atol=1e-6)
+    xl = preview_decoder(StableDiffusion(xl_folder))(latents)
     assert np.allclose(xl[0, 0, :2], [[0.5542, 0.49125, 0.49945], [0.73675, 0.70285, 0.7165]], atol=1e-6)
 
 
@@ -134,12 +102,6 @@ def test_colours_of_the_bundled_model():
     assert all(np.corrcoef(shown[..., i].ravel(), small[..., i].ravel())[0, 1] >= 0.94 for i in range(3))
 
 
-def test_the_family_is_that_of_the_autoencoder(sd, xl_folder):
-    latents = mx.array(normal(2, 3, 5, 4))
-    assert np.array_equal(preview_decoder(sd)(latents), project(latents, FACTORS[8, 0.18215]))
-    assert np.array_equal(preview_decoder(StableDiffusion(xl_folder))(latents), project(latents, FACTORS[8, 0.13025]))
-
-
 @pytest.mark.parametrize("known", [{}, {(8, 0.18215): FACTORS[8, 0.18215][1:]}], ids=["family", "channels"])
 def test_unknown_latents_are_grey(sd, monkeypatch, caplog, known):
     monkeypatch.setattr(preview, "FACTORS", known)
@@ -148,29 +110,14 @@ def test_unknown_latents_are_grey(sd, monkeypatch, caplog, known):
     assert len(caplog.messages) == 1 and "previews show one channel, in grey" in caplog.messages[0]
 
 
-def test_taesd_decodes_to_pixels(sd, taesd):
+def test_taesd_decodes_to_pixels(sd, sd1_folder, taesd):
     latents = normal(2, 3, 5, 4)
     oracle = diffusers.AutoencoderTiny.from_pretrained(taesd)
     want = (nhwc(oracle.decode(nchw(latents)).sample) / 2 + 0.5).clip(0, 1)
     shown = preview_decoder(sd, taesd)(mx.array(latents))
     assert shown.shape == (2, 24, 40, 3) and np.abs(np.array(shown) - want).max() <= 1e-4
-
-
-def test_a_model_whose_own_vae_is_a_taesd_shows_pixels(sd1_folder, taesd):
-    latents = mx.array(normal(1, 3, 5, 4))
     model = StableDiffusion(sd1_folder, parts={"vae": taesd})
-    assert np.array_equal(preview_decoder(model)(latents), preview_decoder(model, taesd)(latents))
-
-
-def test_a_vae_for_other_latents_is_refused(sd, tmp_path):
-    diffusers.AutoencoderTiny.from_config(SMALL).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"5 channels, 4 pixels.* than this model's \(4 channels, 8 pixels"):
-        preview_decoder(sd, tmp_path)
-
-
-def test_to_images():
-    first, second = to_images(mx.array([[[[0.0, 0.5, 1.0]]], [[[1.0, 0.2, 0.0]]]]))
-    assert (first.getpixel((0, 0)), second.getpixel((0, 0))) == ((0, 128, 255), (255, 51, 0))
+    assert np.array_equal(preview_decoder(model)(mx.array(latents)), shown)
 
 
 # --- previews --------------------------------------------------------------------------------------------------------
@@ -180,18 +127,32 @@ def test_to_images():
 def made(run, sd1_folder, tmp_path):
     """Run txt2image for two images of 64x72 pixels in three steps; returns what was said."""
 
-    def call(*options, model=sd1_folder):
+    def call(*options):
         small = ["--width", 64, "--height", 72, "--steps", 3, "--n_images", 2, "--seed", 1, "--cfg", 3]
-        return run("txt2image", PROMPT, "--model", model, "--output", tmp_path / "out.png", *small, *options)
+        return run("txt2image", PROMPT, "--model", sd1_folder, "--output", tmp_path / "out.png", *small, *options)
 
     return call
 
 
-def test_a_folder_gets_a_file_each_time(made, tmp_path):
+def full(*args):
+    raise OSError("the disk is full")
+
+
+def test_a_folder_gets_a_file_each_time_and_programs_are_told(made, tmp_path):
     folder = tmp_path / "deep" / "previews"
-    made("--preview", folder, "--preview_every", 2, "--batch_size", 1).succeeded()
-    assert names(folder) == [f"{run:02}_{step:03}.jpg" for run in (1, 2) for step in (2, 3)]
+    options = ["--preview", folder, "--preview_every", 2, "--batch_size", 1]
+    assert len(made(*options).succeeded().out) == 3
+    files_of = [f"{run:02}_{step:03}.jpg" for run in (1, 2) for step in (2, 3)]
+    assert names(folder) == files_of
     assert {pixels(path).shape for path in folder.iterdir()} == {(36, 32, 3)}  # a latent is 4 pixels
+    records = [json.loads(line) for line in made(*options, "--json").succeeded().out]
+    kinds = ["preview", "preview", "image"] * 2 + ["grid"]
+    assert [record["kind"] for record in records] == kinds
+    told = [record for record in records if record["kind"] == "preview"]
+    assert [(Path(record["path"]).name, record["step"]) for record in told] == list(
+        zip(files_of, [2, 3] * 2, strict=True)
+    )
+    assert all(record["steps"] == 3 for record in told)
 
 
 def test_a_preview_is_a_grid_of_the_batch(made, tmp_path, sd):
@@ -212,24 +173,15 @@ def test_every_five_steps_where_nothing_else_is_said(tmp_path):
     assert names(tmp_path / "previews") == ["01_005.jpg", "01_010.jpg", "01_012.jpg"]
 
 
-def test_taesd_makes_previews_of_full_size(made, taesd, tmp_path):
-    made("--preview", tmp_path / "preview.webp", "--preview_vae", taesd).succeeded()
-    assert pixels(tmp_path / "preview.webp").shape == (72, 136, 3)
+def test_previews_by_taesd_in_low_memory_too(made, taesd, tmp_path):
+    plain, low = tmp_path / "plain.webp", tmp_path / "low.webp"
+    made("--preview", plain, "--preview_vae", taesd, "--n_images", 1).succeeded()
+    made("--preview", low, "--preview_vae", taesd, "--n_images", 1, "--low_memory").succeeded()
+    assert pixels(plain).shape == (72, 64, 3) and np.abs(pixels(plain) - pixels(low)).max() <= 1
 
 
-def test_low_memory_and_previews(made, taesd, tmp_path):
-    small = ("--n_images", 1, "--steps", 1)
-    for options in ((), ("--preview_vae", taesd)):
-        plain, low = tmp_path / "plain.png", tmp_path / "low.png"
-        made("--preview", plain, *small, *options).succeeded()
-        made("--preview", low, "--low_memory", *small, *options).succeeded()
-        assert np.abs(pixels(plain) - pixels(low)).max() <= 1
-
-
-@contextmanager
-def reader(path: Path):
-    """Reads a picture again and again meanwhile; gives the list of what was seen."""
-    seen, over = [], threading.Event()
+def test_a_preview_is_whole_at_all_times(made, tmp_path):
+    path, seen, over = tmp_path / "preview.png", [], threading.Event()
 
     def read() -> None:
         while not over.is_set():
@@ -242,37 +194,14 @@ def reader(path: Path):
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        yield seen
+        made("--preview", path, "--preview_every", 1, "--n_images", 1, "--steps", 20).succeeded()
     finally:
         over.set()
         thread.join()
-
-
-def test_a_preview_is_whole_at_all_times(made, tmp_path):
-    path = tmp_path / "preview.png"
-    with reader(path) as seen:
-        made("--preview", path, "--preview_every", 1, "--n_images", 1, "--steps", 20).succeeded()
     assert len(seen) > 10 and set(seen) == {(36, 32, 3)}
 
 
-def test_programs_are_told_of_previews(made, tmp_path):
-    options = ["--preview", tmp_path / "seen", "--preview_every", 2, "--batch_size", 1]
-    (tmp_path / "seen").mkdir()
-    records = [json.loads(line) for line in made(*options, "--json").succeeded().out]
-    assert [(record["kind"], record.get("step")) for record in records] == [
-        *[("preview", 2), ("preview", 3), ("image", None)] * 2,
-        ("grid", None),
-    ]
-    told = [record for record in records if record["kind"] == "preview"]
-    assert [Path(record["path"]).name for record in told] == names(tmp_path / "seen")
-    assert all(record["steps"] == 3 for record in told)
-    assert len(made(*options, "--overwrite").succeeded().out) == 3
-
-
 def test_a_run_goes_on_where_previews_cannot_be_written(made, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError("the disk is full")
-
     monkeypatch.setattr(preview, "save", full)
     done = made("--preview", tmp_path / "preview.png", "--preview_every", 1).succeeded()
     assert len(done.remarks) == 1 and "the disk is full; there will be no more previews" in done.remarks[0]
@@ -290,19 +219,6 @@ def frames(path: Path) -> tuple[list[np.ndarray], list[int]]:
     return [frame for frame, _ in found], [duration for _, duration in found]
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_an_animation_has_a_frame_for_each_step(made, tmp_path, suffix):
-    film = tmp_path / f"film.{suffix}"
-    assert str(film) in made("--stepwise", film).succeeded().out
-    shown, durations = frames(film)
-    assert {frame.shape for frame in shown} == {(72, 136, 3)}
-    if suffix == "webp":  # frames that look alike are one, shown for as long as all of them
-        assert 1 < len(shown) <= 3 and sum(durations) == 3000
-    else:
-        assert durations == [500, 500, 2000]
-    assert [name for name in names(tmp_path) if name.endswith(".tmp")] == []
-
-
 @pytest.fixture
 def pictures(monkeypatch) -> list[np.ndarray]:
     """The frames of animations, as they were before they were written."""
@@ -311,18 +227,14 @@ def pictures(monkeypatch) -> list[np.ndarray]:
     return found
 
 
-def test_the_last_frame_is_the_picture(made, pictures, tmp_path):
+def test_frames_show_what_was_predicted_and_at_last_the_picture(made, pictures, tmp_path, sd):
     """Also of samplers that end beside what they took for the image."""
-    made("--stepwise", tmp_path / "film.gif", "--sampler", "pndm").succeeded()
-    assert len(pictures) == 3 and np.array_equal(pictures[-1], pixels(tmp_path / "out.png"))
-    assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in pairwise(pictures))
-
-
-def test_frames_show_what_was_predicted(made, pictures, tmp_path, sd):
-    made("--stepwise", tmp_path / "film.gif", "--n_images", 1).succeeded()
-    run = sd.generate_latents(PROMPT, 1, 3, 3.0, latent_size=(9, 8), seed=1)
+    made("--stepwise", tmp_path / "film.gif", "--sampler", "pndm", "--n_images", 1).succeeded()
+    run = sd.generate_latents(PROMPT, 1, 3, 3.0, latent_size=(9, 8), seed=1, sampler="pndm")
     want = [np.asarray(to_images(sd.decode(run.predicted))[0]) for _ in run]
-    assert all(np.array_equal(a, b) for a, b in zip(pictures[:-1], want[:-1], strict=True))
+    want[-1] = pixels(tmp_path / "out.png")
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, want, strict=True))
+    assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in pairwise(pictures))
 
 
 def test_steps_of_all_passes_are_in_one_animation(made, pictures, tmp_path):
@@ -337,10 +249,12 @@ def test_an_animation_of_each_batch(made, tmp_path):
     done = made("--stepwise", film, "--batch_size", 1, "--json").succeeded()
     written = [record["path"] for record in map(json.loads, done.out) if record["kind"] == "animation"]
     assert written == [str(tmp_path / f"film-{n}.gif") for n in (2, 3)] and film.read_bytes() == b"mine"
-    assert [frames(Path(path))[0][0].shape for path in written] == [(72, 64, 3)] * 2
+    shown, durations = frames(Path(written[0]))
+    assert {frame.shape for frame in shown} == {(72, 64, 3)} and durations == [500, 500, 2000]
     done = made("--stepwise", film, "--batch_size", 1, "--overwrite").succeeded()
     assert str(film) in done.out and str(tmp_path / "film-2.gif") in done.out
     assert len(frames(film)[0]) == 3 and not np.array_equal(frames(film)[0][-1], frames(tmp_path / "film-2.gif")[0][-1])
+    assert not any(name.endswith(".tmp") for name in names(tmp_path))
 
 
 def test_taesd_decodes_an_animation(made, taesd, tmp_path, monkeypatch):
@@ -354,51 +268,49 @@ def test_taesd_decodes_an_animation(made, taesd, tmp_path, monkeypatch):
     assert decoded == [1] * 8  # and with previews that are coarse, the frames
 
 
+def animated(path: Path, model=None, shape=(1, 2, 2, 4)) -> Path | None:
+    """The animation of a pass of two steps, which is begun again, and of a second one of two."""
+    writer = PreviewWriter(PreviewSettings(stepwise=str(path)))
+    for first, is_retry in ((1, False), (1, True), (3, False)):
+        see(writer, 2, lambda number, first=first: mx.array(normal(*shape, seed=first + number)), is_retry)
+    result = SimpleNamespace(batch=BATCH, model=model, latents=mx.array(normal(*shape)))
+    written = writer.finish(result)
+    assert writer.finish(result) is None  # its frames are dropped
+    return written
+
+
 def test_a_pass_that_is_begun_again_shows_its_steps_once(sd, tmp_path):
     """As where half precision overflows, and it begins again in float32."""
     path = tmp_path / "film.gif"
-    writer = PreviewWriter(PreviewSettings(stepwise=str(path)))
-    for first, is_retry in ((1, False), (1, True), (3, False)):  # two steps and again; then a second pass
-        see(writer, 2, lambda number, first=first: mx.array(normal(1, 2, 2, 4, seed=first + number)), is_retry)
-    last = mx.array(normal(1, 2, 2, 4))
-    assert writer.finish(result(sd, last)) == path and len(frames(path)[0]) == 4
-    assert writer.finish(result(sd, last)) is None  # its frames are dropped
+    assert animated(path, sd) == path and len(frames(path)[0]) == 4
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp"])
-@pytest.mark.parametrize("count", [1, 2, 100])
+def test_large_frames_are_made_smaller(tmp_path):
+    white = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.ones((1, 8 * 130, 8 * 260, 3)))
+    with Image.open(animated(tmp_path / "film.webp", white, (1, 130, 260, 4))) as found:
+        assert found.size == (1024, 512)
+
+
+def test_frames_that_are_not_finite_are_an_error_of_the_animation(tmp_path):
+    broken = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.full((1, 16, 16, 3), math.nan))
+    with pytest.raises(OSError, match=r"film.gif could not be made \(768 of 768 values .* not finite"):
+        animated(tmp_path / "film.gif", broken)
+
+
+@pytest.mark.parametrize("suffix, count", [("gif", 1), ("gif", 2), ("webp", 2), ("webp", 100)])
 def test_times_of_frames(tmp_path, suffix, count):
     film = tmp_path / f"film.{suffix}"
-    write_animation([Image.effect_noise((30, 20), 200).convert("RGB") for _ in range(count)], film)
+    preview.write_animation([Image.effect_noise((30, 20), 200).convert("RGB") for _ in range(count)], film)
     with Image.open(film) as found:
         assert found.size == (30, 20) and found.n_frames == count
     if count > 1:
         assert frames(film)[1] == [{2: 500, 100: 60}[count]] * (count - 1) + [2000]
 
 
-def test_large_frames_are_made_smaller(tmp_path):
-    writer, latents = PreviewWriter(PreviewSettings(stepwise=str(tmp_path / "film.webp"))), mx.zeros((1, 130, 260, 4))
-    white = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.ones((1, 8 * 130, 8 * 260, 3)))
-    see(writer, 1, lambda number: latents)
-    with Image.open(writer.finish(result(white, latents))) as found:
-        assert found.size == (1024, 512)
-
-
-def test_frames_that_are_not_finite_are_an_error_of_the_animation(tmp_path):
-    writer, latents = PreviewWriter(PreviewSettings(stepwise=str(tmp_path / "film.gif"))), mx.zeros((1, 2, 2, 4))
-    broken = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.full((1, 16, 16, 3), math.nan))
-    see(writer, 1, lambda number: latents)
-    with pytest.raises(OSError, match=r"film.gif could not be made \(768 of 768 values .* not finite"):
-        writer.finish(result(broken, latents))
-
-
 def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError("disk full")
-
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match=r"the animation .*film.gif could not be written \(disk full\)"):
-        write_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "film.gif")
+    with pytest.raises(OSError, match=r"the animation .*film.gif could not be written \(the disk is full\)"):
+        preview.write_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "film.gif")
     assert names(tmp_path) == [] and not files.UNFINISHED
 
 
@@ -413,7 +325,6 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
         (["--preview_vae", "taesd"], ["--preview_vae needs --preview", "--stepwise"]),
         (["--preview", ""], ["the output path is empty"]),
         (["--preview", "p.bmp"], [".bmp", ".png"]),
-        (["--preview", "nowhere/p.png"], ["nowhere", "does not exist"]),
         (["--preview", "file/previews"], ["file/previews", "could not be made"]),
         (["--preview", "./out.png"], ["--preview and --output both name ./out.png"]),
         (["--stepwise", "film.mp4"], ["'film.mp4'", ".gif or .webp"]),
@@ -430,5 +341,6 @@ def test_what_is_refused_before_a_model_is_opened(run, no_model, tmp_path, monke
 
 def test_what_is_refused_before_the_first_step(made, tmp_path):
     diffusers.AutoencoderTiny.from_config(SMALL).save_pretrained(tmp_path / "vae")
-    made("--preview", tmp_path / "p.png", "--preview_vae", tmp_path / "vae").refused("for other latents")
+    words = ["5 channels, 4 pixels", "for other latents", "than this model's (4 channels, 8 pixels"]
+    made("--preview", tmp_path / "p.png", "--preview_vae", tmp_path / "vae").refused(*words)
     made("--stepwise", tmp_path / "f.gif", "--preview_vae", tmp_path / "none").refused("none")

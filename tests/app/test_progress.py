@@ -19,11 +19,6 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    @property
-    def lines(self) -> list[str]:
-        """What was shown, one after the other."""
-        return [line.strip() for line in self.getvalue().split("\r") if line.strip()]
-
 
 class Eager(tqdm):
     """A bar that is drawn after every step, however short it was."""
@@ -33,68 +28,67 @@ class Eager(tqdm):
 
 
 @pytest.fixture
-def terminal(monkeypatch) -> Terminal:
-    """A terminal, on a machine with 5.25 GB in use."""
+def watched(monkeypatch):
+    """Show a run whose steps take so many seconds; returns the stream, on a machine with 5.25 GB in use."""
     monkeypatch.setattr(progress, "tqdm", Eager)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 5.25e9)
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 6.5e9)
-    return Terminal()
+
+    def call(seconds, later=0, index="", stream=None, on_begin=lambda: None):
+        clock, batch, stream = [100.0], SimpleNamespace(index=index), stream or Terminal()
+        monkeypatch.setattr(progress, "perf_counter", lambda: clock[0])
+        with redirect_stderr(stream):
+            bar = progress.ProgressBar()
+            bar(Step(batch, 0, len(seconds), later))
+            on_begin()
+            for number, length in enumerate(seconds, start=1):
+                clock[0] += length
+                bar(Step(batch, number, len(seconds), later))
+            bar.close()
+        return stream.getvalue()
+
+    return call
 
 
-def watched(terminal: Terminal, monkeypatch, seconds: list[float], later: int = 0, index: str = "") -> list[str]:
-    """The lines of a run whose steps take so many seconds by the clock."""
-    clock, batch = [100.0], SimpleNamespace(index=index)
-    monkeypatch.setattr(progress, "perf_counter", lambda: clock[0])
-    with redirect_stderr(terminal):
-        bar = progress.ProgressBar()
-        bar(Step(batch, 0, len(seconds), later))
-        for number, length in enumerate(seconds, start=1):
-            clock[0] += length
-            bar(Step(batch, number, len(seconds), later))
-        bar.close()
-    return terminal.lines
+def lines(shown: str) -> list[str]:
+    return [line.strip() for line in shown.split("\r") if line.strip()]
 
 
-def test_what_a_line_says(terminal, monkeypatch):
-    lines = watched(terminal, monkeypatch, [2.0, 2.5, 1.5])
-    assert lines[0].startswith("0%|") and lines[0].endswith("| 0/3")
-    assert lines[1].endswith("| 1/3, 2.00 s/step, 00:04 left, 5.25 GB (peak 6.50)")
-    assert lines[2].endswith("| 2/3, 2.25 s/step, 00:02 left, 5.25 GB (peak 6.50)")
-    assert lines[3].endswith("| 3/3, 2.00 s/step, 00:00 left, 5.25 GB (peak 6.50)")
-    assert lines[2].startswith("67%|") and terminal.getvalue().endswith("\n")
+def test_what_a_line_says(watched):
+    shown = watched([2.0, 2.5, 1.5])
+    first, *others = lines(shown)
+    assert first.startswith("0%|") and first.endswith("| 0/3") and shown.endswith("\n")
+    assert [line.rpartition("| ")[2] for line in others[:3]] == [
+        "1/3, 2.00 s/step, 00:04 left, 5.25 GB (peak 6.50)",
+        "2/3, 2.25 s/step, 00:02 left, 5.25 GB (peak 6.50)",
+        "3/3, 2.00 s/step, 00:00 left, 5.25 GB (peak 6.50)",
+    ]
 
 
-def test_a_step_lasts_as_long_as_the_last_five(terminal, monkeypatch):
+def test_a_step_lasts_as_long_as_the_last_five(watched):
     """The first step reads weights: it is forgotten."""
-    lines = watched(terminal, monkeypatch, [600.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
-    assert "600.00 s/step, 1:00:00 left" in lines[1] and "300.50 s/step" in lines[2]
-    assert "| 6/7, 1.00 s/step, 00:01 left" in lines[6] and "1.40 s/step" in lines[7]
+    shown = lines(watched([600.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0]))
+    assert "600.00 s/step, 1:00:00 left" in shown[1] and "300.50 s/step" in shown[2]
+    assert "| 6/7, 1.00 s/step, 00:01 left" in shown[6] and "1.40 s/step" in shown[7]
 
 
-def test_time_that_is_left_counts_the_runs_to_come(terminal, monkeypatch):
-    lines = watched(terminal, monkeypatch, [2.0, 2.0], later=30, index="2/3")
-    assert all(line.startswith("2/3 ") for line in lines)
-    assert "01:02 left" in lines[1] and "01:00 left" in lines[2]
+def test_time_that_is_left_counts_the_runs_to_come(watched):
+    shown = lines(watched([2.0, 2.0], later=30, index="2/3"))
+    assert all(line.startswith("2/3 ") for line in shown)
+    assert "01:02 left" in shown[1] and "01:00 left" in shown[2]
 
 
-def test_nothing_is_written_where_there_is_no_terminal():
-    log = io.StringIO()
-    with redirect_stderr(log):
-        bar = progress.ProgressBar()
-        for number in range(3):
-            bar(Step(SimpleNamespace(index=""), number, 2, 0))
-        bar.close()
-    assert log.getvalue() == ""
+def test_nothing_is_written_where_there_is_no_terminal(watched):
+    assert watched([1.0, 1.0], stream=io.StringIO()) == ""
 
 
-def test_remarks_stand_on_lines_of_their_own_and_are_said_once(terminal):
+def test_remarks_stand_on_lines_of_their_own_and_are_said_once(watched):
     log = logging.Logger("remarks")
-    with redirect_stderr(terminal):
+
+    def remark() -> None:
         log.addHandler(progress.TqdmHandler())
-        bar = progress.ProgressBar()
-        bar(Step(SimpleNamespace(index=""), 0, 1, 0))
         for _ in range(2):
             log.warning("something to know")
-        bar.close()
-    before, _, after = terminal.getvalue().partition("something to know\n")
+
+    before, _, after = watched([1.0], on_begin=remark).partition("something to know\n")
     assert before.endswith(" \r") and after.startswith("\r") and "something" not in after
