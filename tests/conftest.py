@@ -17,9 +17,8 @@ from stable_diffusion.models import cpu  # first: it loads OpenBLAS before anyth
 import mlx.core as mx
 
 from command_line import SCRIPTS, Finished
+from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import engine
-
-cpu.tune()
 
 cpu.tune()
 _LIMITS = {set_limit: set_limit(0) for set_limit in (mx.set_memory_limit, mx.set_cache_limit)}  # what they were before
@@ -84,6 +83,16 @@ def xl_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("xl") / "xl"
     make(folder, "xl", diffusers.EulerAncestralDiscreteScheduler(**SCALED, timestep_spacing="trailing"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def sd(sd1_folder) -> StableDiffusion:
+    return StableDiffusion(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def xl(xl_folder) -> StableDiffusionXL:
+    return StableDiffusionXL(xl_folder)
 
 
 @pytest.fixture(autouse=True)

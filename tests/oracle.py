@@ -43,6 +43,16 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
+def picture(height: int = 48, width: int = 64, seed: int = 0) -> mx.array:
+    """A random picture [H, W, 3] in -1 ... 1."""
+    return mx.clip(mx.array(normal(height, width, 3, seed=seed, scale=0.3)), -1, 1)
+
+
+def last(latents) -> np.ndarray:
+    """The last latents of a run."""
+    return np.array(list(latents)[-1])
+
+
 def nchw(x: np.ndarray) -> torch.Tensor:
     """NHWC array -> NCHW tensor."""
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oracle import normal, relative_error
+from oracle import last, normal, picture, relative_error
 from stable_diffusion import SAMPLERS, Control, StableDiffusion
 from stable_diffusion.app.inputs import upscale
 from test_parity_images import control_nets
@@ -16,21 +16,8 @@ SMALL = (HEIGHT // 8, WIDTH // 8)
 
 
 @pytest.fixture(scope="module")
-def sd(sd1_folder) -> StableDiffusion:
-    return StableDiffusion(sd1_folder)
-
-
-@pytest.fixture(scope="module")
 def net():
     return control_nets("sd1", 1)[1][0]
-
-
-def last(latents) -> np.ndarray:
-    return np.array(list(latents)[-1])
-
-
-def picture(seed: int = 0) -> mx.array:
-    return mx.clip(mx.array(normal(HEIGHT, WIDTH, 3, seed=seed, scale=0.3)), -1, 1)
 
 
 def flat(value: float) -> mx.array:
@@ -81,7 +68,9 @@ def test_what_is_kept_bears_the_noise_of_the_step_until_the_end(sd):
 def test_the_network_sees_what_is_kept(sd):
     """What is made anew depends on the image around it also where all of it is noise in the beginning."""
     given = {"mask": corner(), "strength": 1.0, "seed": 3, "num_steps": 4, "cfg_weight": 3.0}
-    one, other = (last(sd.generate_latents_from_image(picture(seed), PROMPT, **given))[:, :3, :4] for seed in (0, 1))
+    one, other = (
+        last(sd.generate_latents_from_image(picture(seed=seed), PROMPT, **given))[:, :3, :4] for seed in (0, 1)
+    )
     assert relative_error(one, other) > 1e-3
 
 
@@ -90,7 +79,7 @@ def test_grey_is_between_old_and_new(sd):
     assert 0 < np.abs(grey - black).mean() < np.abs(white - black).mean()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m", "dpmpp_sde"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde"])
 def test_a_masked_image_does_not_depend_on_its_batch(sd, sampler):
     given = {"mask": corner(), "sampler": sampler, "num_steps": 3}
     together = last(from_image(sd, n_images=3, seed=7, **given))
@@ -102,25 +91,11 @@ def test_a_masked_image_does_not_depend_on_its_batch(sd, sampler):
     assert relative_error(together[:1, :3, :4], together[1:2, :3, :4]) > 0.1
 
 
-def test_kinds_of_masks(sd):
-    values = np.array(corner())
-    want = last(from_image(sd, mask=corner(), num_steps=2))
-    for mask in (
-        values,
-        values.astype(np.float64),
-        values.astype(np.int32),
-        values.astype(bool),
-        Image.fromarray((values * 255).astype(np.uint8)),
-        Image.fromarray(values.astype(bool)),
-        Image.fromarray(np.dstack([(values * 255).astype(np.uint8)] * 3)),
-    ):
-        assert np.array_equal(last(from_image(sd, mask=mask, num_steps=2)), want)
-
-
 def test_one_pixel_of_a_mask_is_a_latent(sd):
+    """The mask may be a picture."""
     pixel, cell = np.zeros((2, HEIGHT, WIDTH), dtype=np.float32)
     pixel[17, 33] = cell[16:24, 32:40] = 1
-    made = last(from_image(sd, mask=pixel))
+    made = last(from_image(sd, mask=Image.fromarray((pixel * 255).astype(np.uint8))))
     new = made != np.array(sd.encode(picture()[None]))
     assert new[0, 2, 4].all() and new.sum() == 4
     assert np.array_equal(made, last(from_image(sd, mask=cell)))
@@ -129,7 +104,7 @@ def test_one_pixel_of_a_mask_is_a_latent(sd):
 # --- ControlNets -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_a_controlnet_without_effect(sd, net, sampler):
     given = {"sampler": sampler, "num_steps": 3, "seed": 1, "latent_size": SMALL}
     plain = last(sd.generate_latents(PROMPT, **given))
@@ -179,7 +154,7 @@ def test_masks_controls_and_weighted_prompts_together(sd, net):
 
 @pytest.mark.parametrize(
     "sampler, share",
-    [*(("euler", share) for share in (0.001, 0.3, 0.5, 0.75, 0.999, 1.0)), ("ddim", 0.6), ("heun", 0.4)],
+    [*(("euler", share) for share in (0.001, 0.5, 0.999, 1.0)), ("ddim", 0.6), ("heun", 0.4)],
 )
 def test_a_run_that_goes_on_is_one_run(sd, sampler, share):
     """With the same model and a sampler that remembers nothing; at 1 the first run is all of it."""
@@ -188,10 +163,7 @@ def test_a_run_that_goes_on_is_one_run(sd, sampler, share):
     first = list(sd.generate_latents(PROMPT, denoising_end=share, **given))
     second = list(sd.generate_latents(PROMPT, denoising_start=share, latents=first[-1], **given))
     assert relative_error(second[-1], whole[-1]) <= 1e-4
-    counts = [
-        sd.number_of_steps(5, sampler=sampler, denoising_end=share),
-        sd.number_of_steps(5, sampler=sampler, denoising_start=share),
-    ]
+    counts = [sd.number_of_steps(5, sampler=sampler, **{f"denoising_{at}": share}) for at in ("end", "start")]
     assert sum(counts) == 5 and [len(first), len(second)] == [max(count, 1) for count in counts]
     if share == 1:
         assert all(np.array_equal(*pair) for pair in zip(first, whole, strict=True))
@@ -230,18 +202,14 @@ def test_latents_to_work_on_one_for_each_image_or_one_for_all(sd):
     assert relative_error(shared[:1], each[:1]) <= 1e-4 and relative_error(shared[1:], each[1:]) > 1e-2
 
 
-@pytest.mark.parametrize("how, near", [("latents", 1e-6), ("pixels", None)])
-def test_enlarged(sd, how, near):
+def test_enlarged(sd):
     x = mx.array(normal(2, *SMALL, 4))
-    larger = upscale(sd, x, (12, 16), how)
-    assert larger.shape == (2, 12, 16, 4)
-    if near:  # the middle of four is their mean
-        assert (
-            relative_error(np.array(upscale(sd, mx.ones((1, *SMALL, 4)), (9, 11), "latents")), np.ones((1, 9, 11, 4)))
-            <= near
-        )
-    apart = mx.concatenate([upscale(sd, x[i : i + 1], (12, 16), how) for i in range(2)])
-    assert relative_error(larger, apart) <= 1e-4
+    for how in ("latents", "pixels"):
+        larger = upscale(sd, x, (12, 16), how)
+        apart = mx.concatenate([upscale(sd, x[i : i + 1], (12, 16), how) for i in range(2)])
+        assert larger.shape == (2, 12, 16, 4) and relative_error(larger, apart) <= 1e-4
+    ones = upscale(sd, mx.ones((1, *SMALL, 4)), (9, 11), "latents")  # the middle of four is their mean
+    assert relative_error(ones, np.ones((1, 9, 11, 4))) <= 1e-6
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -249,16 +217,8 @@ def test_enlarged(sd, how, near):
 LATENTS = mx.zeros((1, *SMALL, 4))
 BAD_FROM_IMAGE = [
     ({"mask": mx.zeros((HEIGHT, WIDTH + 8))}, r"mask of shape \(48, 72\) must be \(48, 64\)"),
-    ({"mask": mx.zeros(SMALL)}, r"mask of shape \(6, 8\) must be"),
-    ({"mask": mx.zeros((HEIGHT, WIDTH, 1))}, r"mask of shape \(48, 64, 1\) must be"),
-    ({"mask": Image.new("L", (HEIGHT, WIDTH))}, r"mask of shape \(64, 48\) must be"),
     ({"mask": flat(1.01)}, "values of a mask must be from 0"),
-    ({"mask": flat(-0.01)}, "values of a mask must be from 0"),
-    ({"mask": flat(float("nan"))}, "values of a mask must be from 0"),
-    ({"mask": mx.full((HEIGHT, WIDTH), 255)}, "values of a mask must be from 0"),
-    ({"strength": 1.5}, "strength 1.5 is not a number from 0 to 1"),
     ({"seed": [1, 2]}, "2 seeds for 1 images"),
-    ({"seed": [1], "n_images": 2}, "1 seeds for 2 images"),
     ({"latents": mx.zeros((2, *SMALL, 4))}, "do not fit"),
     ({"denoising_end": 0.0}, "from 0.0 to 0.0 of the noise"),
     ({"denoising_end": 1.5}, "denoising_end 1.5 is not a number from 0 to 1"),
@@ -276,7 +236,6 @@ BAD_RUNS = [
     ({"denoising_start": -0.1, "latents": LATENTS}, "denoising_start -0.1 is not a number from 0 to 1"),
     ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": LATENTS}, "cannot go from 0.8 to 0.5"),
     ({"denoising_start": 0.5, "latents": LATENTS[:, :2]}, "do not fit"),
-    ({"seed": [1, 2, 3], "n_images": 2}, "3 seeds for 2 images"),
     ({"seed": []}, "0 seeds for 1 images"),
 ]
 
@@ -294,7 +253,7 @@ def test_a_mask_needs_an_image(sd):
         sd.generate_latents_from_image(mx.zeros((2, *SMALL, 4)), PROMPT, n_images=3)
 
 
-@pytest.mark.parametrize("shape", [(HEIGHT, WIDTH + 8, 3), (WIDTH, HEIGHT, 3), (HEIGHT, WIDTH), (1, HEIGHT, WIDTH, 3)])
+@pytest.mark.parametrize("shape", [(WIDTH, HEIGHT, 3), (1, HEIGHT, WIDTH, 3)])
 def test_control_images_of_the_wrong_size(sd, net, shape):
     controls = [Control(net, mx.zeros(shape))]
     message = r"a control image of shape .* does not fit: this run needs \(48, 64, 3\)"

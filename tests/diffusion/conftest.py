@@ -1,4 +1,4 @@
-"""A small random model, and the calls of its UNet."""
+"""The calls of a small random model's UNet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,13 +6,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-
-from stable_diffusion import StableDiffusion
-
-
-@pytest.fixture(scope="module")
-def sd(sd1_folder) -> StableDiffusion:
-    return StableDiffusion(sd1_folder)
 
 
 @dataclass

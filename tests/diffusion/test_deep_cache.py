@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from oracle import normal, relative_error
-from stable_diffusion import Control, StableDiffusion
+from oracle import last, normal, relative_error
+from stable_diffusion import Control
 from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.models.layers import Context
@@ -17,30 +17,21 @@ PROMPT = "the red cat"
 SMALL = {"latent_size": (6, 8), "seed": 3, "cfg_weight": 5.0}
 
 
-@pytest.fixture(scope="module")
-def xl(xl_folder) -> StableDiffusion:
-    return StableDiffusion(xl_folder)
-
-
-def last(latents) -> np.ndarray:
-    return np.array(list(latents)[-1])
-
-
 def full(unet) -> list[bool]:
     """True for each call in which all of the UNet ran."""
     return [call.full for call in unet.calls]
 
 
-def inputs(unet, rows: int, seed: int) -> dict:
-    """Arguments of a UNet for ``rows`` latents of a size that is no multiple of 8."""
+def inputs(unet, seed: int) -> dict:
+    """Arguments of a UNet for two latents of a size that is no multiple of 8."""
     config, text_time = unet.config, None
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        text_time = mx.array(normal(rows, pooled, seed=8)), mx.ones((rows, 6)) * 64
+        text_time = mx.array(normal(2, pooled, seed=8)), mx.ones((2, 6)) * 64
     return {
-        "x": mx.array(normal(rows, 10, 14, config.in_channels, seed=seed)),
+        "x": mx.array(normal(2, 10, 14, config.in_channels, seed=seed)),
         "temb": unet.embed_time(500.0 + seed, mx.float32, text_time),
-        "context": Context(mx.array(normal(rows, 77, config.cross_attention_dim[0], seed=7))),
+        "context": Context(mx.array(normal(2, 77, config.cross_attention_dim[0], seed=7))),
     }
 
 
@@ -48,23 +39,13 @@ def by_hand(unet, second: dict, first: dict) -> mx.array:
     """The definition: the last layer, at the second latents and time, takes what came into it at the first."""
     *_, last_block = unet.up_blocks
     resnet, seen = last_block.resnets[-1], []
-
-    class Recorded:
-        """Stands in the place of the last resnet and notes its input."""
-
-        def __call__(self, x, *more):
-            seen.append((x, more))
-            return resnet(x, *more)
-
-    last_block.resnets[-1] = Recorded()
+    last_block.resnets[-1] = lambda x, *more: seen.append((x, more)) or resnet(x, *more)
     try:
         unet(**first)
         unet(**second)
     finally:
         last_block.resnets[-1] = resnet
-    width = last_block.resnets[-1].conv1.weight.shape[0]
     (before, _), (now, more) = seen
-    assert before.shape[-1] > width
     deep = before.shape[-1] - unet.conv_in.weight.shape[0]
     x = resnet(mx.concatenate([before[..., :deep], now[..., deep:]], axis=-1), *more)
     if "attentions" in last_block:
@@ -74,10 +55,9 @@ def by_hand(unet, second: dict, first: dict) -> mx.array:
 
 
 @pytest.mark.parametrize("model", ["sd", "xl"])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_last_layer_takes_the_cached_map(request, model, rows):
+def test_the_last_layer_takes_the_cached_map(request, model):
     unet = request.getfixturevalue(model).unet
-    first, second = inputs(unet, rows, seed=0), inputs(unet, rows, seed=1)
+    first, second = inputs(unet, seed=0), inputs(unet, seed=1)
     cache: list[mx.array] = []
     assert mx.array_equal(unet(**first, cache=cache), unet(**first)) and len(cache) == 1
     out = unet(**second, cache=cache)
@@ -90,7 +70,7 @@ def test_the_last_layer_takes_the_cached_map(request, model, rows):
 
 def test_nothing_else_is_computed(sd, tmp_path):
     """With a cached map, the output depends on no weight of the middle, and its graph is a part of the whole."""
-    arguments, cache = inputs(sd.unet, 2, seed=0), []
+    arguments, cache = inputs(sd.unet, seed=0), []
     mx.eval(sd.unet.parameters(), arguments["x"], arguments["temb"], sd.unet(**arguments, cache=cache), cache)
 
     def operations(**more) -> int:
@@ -110,19 +90,12 @@ def test_nothing_else_is_computed(sd, tmp_path):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_a", "lms"])
-def test_every_step_is_exact_at_1(sd, sampler):
-    options = SMALL | {"num_steps": 4, "sampler": sampler}
-    exact = [np.array(x) for x in sd.generate_latents(PROMPT, **options)]
-    one = [np.array(x) for x in sd.generate_latents(PROMPT, deep_cache=1, **options)]
-    assert all(np.array_equal(a, b) for a, b in zip(exact, one, strict=True))
-
-
-@pytest.mark.parametrize("every", [2, 3, 9])
+@pytest.mark.parametrize("every", [2, 9])
 def test_all_of_the_unet_runs_in_every_nth_step(sd, unet, every):
-    cached = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=7, deep_cache=every, **SMALL)]
-    assert full(unet) == [step % every == 0 for step in range(7)]
-    exact = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=7, **SMALL)]
+    cached = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=5, deep_cache=every, **SMALL)]
+    assert full(unet) == [step % every == 0 for step in range(5)]
+    exact = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=5, deep_cache=1, **SMALL)]
+    assert all(full(unet)[5:])
     assert np.array_equal(cached[0], exact[0]) and relative_error(cached[1], exact[1]) > 1e-5
 
 
@@ -138,47 +111,31 @@ def test_full_steps_are_exact(sd):
 
 
 def test_where_the_rows_change_all_of_the_unet_runs(sd, unet):
-    options = {"num_steps": 8, "deep_cache": 3, "guidance_interval": (0.25, 0.75)}
-    last(sd.generate_latents(PROMPT, **options, **SMALL))
+    last(sd.generate_latents(PROMPT, num_steps=8, deep_cache=3, guidance_interval=(0.25, 0.75), **SMALL))
     assert full(unet) == [True, False, True, False, False, True, True, False]
     assert [call.rows for call in unet.calls] == [1, 1, 2, 2, 2, 2, 1, 1]
 
 
-def test_each_part_of_a_batch_has_its_map(sd, unet):
+def test_each_part_of_a_batch_has_its_map(sd, unet, monkeypatch):
     together = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL))
     assert full(unet) == [True, False] * 2
-    sd.rows_at_once = 1
-    try:
-        parts = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL))
-    finally:
-        sd.rows_at_once = None
+    monkeypatch.setattr(sd, "rows_at_once", 1)
+    parts = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL))
     assert full(unet)[4:] == [True, True, False, False] * 2
     assert relative_error(parts, together) <= 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm2_a", "dpmpp_sde"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_sde"])
 def test_samplers_with_two_evaluations(sd, unet, sampler):
     """A cycle has two evaluations for each of its steps, of which the first is full."""
-    run = SMALL | {"num_steps": 6, "sampler": sampler}
-    cached = last(sd.generate_latents(PROMPT, deep_cache=3, **run))
-    assert sum(full(unet)) == 2 and len(unet.calls) == 11
-    exact = last(sd.generate_latents(PROMPT, **run))
-    assert np.isfinite(cached).all() and relative_error(cached, exact) < 1
+    cached = last(sd.generate_latents(PROMPT, num_steps=6, sampler=sampler, deep_cache=3, **SMALL))
+    assert np.isfinite(cached).all() and sum(full(unet)) == 2 and len(unet.calls) == 11
 
 
 def test_a_batch_is_its_images(sd):
     batch = last(sd.generate_latents(PROMPT, n_images=2, num_steps=4, deep_cache=2, **SMALL))
     single = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL | {"seed": 4}))
     assert relative_error(batch[1:], single) <= 1e-4
-
-
-def test_from_an_image_in_xl(xl):
-    image = mx.array(np.clip(normal(48, 64, 3, seed=0, scale=0.3), -1, 1))
-    run = {"strength": 0.75, "num_steps": 8, "seed": 1, "cfg_weight": 3.0}
-    exact = [np.array(x) for x in xl.generate_latents_from_image(image, PROMPT, **run)]
-    cached = [np.array(x) for x in xl.generate_latents_from_image(image, PROMPT, deep_cache=3, **run)]
-    assert len(cached) == 6 and np.array_equal(cached[0], exact[0])
-    assert 1e-5 < relative_error(cached[-1], exact[-1]) < 1
 
 
 class Net:
@@ -188,10 +145,7 @@ class Net:
 
     def __init__(self, unet, outermost: float):
         self._unet, self._outermost, self._calls = unet, outermost, 0
-        self.embed_time = unet.embed_time
-
-    def embed(self, image: mx.array) -> mx.array:
-        return image
+        self.embed_time, self.embed = unet.embed_time, lambda image: image
 
     def __call__(self, x, temb, context, embedded):
         (first, *rest), middle = self._unet.encode(self._unet.conv_in(x), temb, context)
@@ -209,17 +163,3 @@ def test_controlnets_act_where_something_is_computed(sd, unet):
     quiet, loud = latents(0.0), latents(1.0)
     assert full(unet) == [True, False] * 2
     assert all(relative_error(a, b) > 1e-4 for a, b in zip(loud, quiet, strict=True))
-
-
-@pytest.mark.parametrize("every", [0, -1])
-def test_numbers_that_make_no_sense(sd, every):
-    with pytest.raises(ValueError, match=rf"deep_cache {every} is not a whole number of at least 1"):
-        sd.generate_latents(PROMPT, deep_cache=every, **SMALL)
-
-
-def test_on_the_command_line(run, sd1_folder, tmp_path):
-    options = ["--model", sd1_folder, "--steps", 4, "--seed", 1, "--n_images", 1, "--width", 64, "--height", 64]
-    files = [tmp_path / f"{every}.png" for every in (1, 3)]
-    for every, file in zip((1, 3), files, strict=True):
-        run("txt2image", PROMPT, *options, "--deep-cache", every, "--output", file).succeeded()
-    assert files[0].read_bytes() != files[1].read_bytes()

@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from checkpoints import SCALED, Recorder, make
-from oracle import nchw, nhwc, normal, relative_error
+from checkpoints import SCALED, both, make
+from oracle import last, nchw, nhwc, normal, picture, relative_error
 from stable_diffusion import StableDiffusion
-from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
-from stable_diffusion.diffusion.samplers import SAMPLERS, run_options
-from stable_diffusion.text.encode import Conditioning, PromptRow, SizeConditioning, with_sizes
+from stable_diffusion.text.encode import Conditioning, PromptRow
 
-PROMPT, NEGATIVE = "the red cat", "blue"
+PROMPT = "the red cat"
 SMALL = {"num_steps": 4, "latent_size": (6, 8), "seed": 3}
 GUIDED = {"cfg_weight": 7.0, "negative_text": "blue"}
-
-
-def last(latents) -> np.ndarray:
-    return np.array(list(latents)[-1])
 
 
 def table(*rows: PromptRow, seed: int = 0) -> Conditioning:
@@ -103,7 +97,7 @@ def test_parts_of_a_batch(max_rows, sizes):
 # --- rescaling -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 def test_rescaling_is_that_of_diffusers(rescale):
     (batch,) = guidance_batches(
         5, 2, table(PromptRow(0), PromptRow(1)), table(PromptRow(), seed=1), 7.5, rescale=rescale
@@ -124,45 +118,15 @@ def test_rescaling_by_the_mean_of_a_prompts_parts():
     assert mx.std(batch.combine(out)).item() == pytest.approx(mx.std(mean).item(), rel=1e-5)
 
 
-def test_no_rescaling_is_guidance_to_the_bit():
-    tables = table(PromptRow()), table(PromptRow(), seed=1)
-    (off,), (on,) = (guidance_batches(5, 1, *tables, 7.5, rescale=rescale) for rescale in (0.0, 1e-9))
-    out = outputs(2)
-    guided = (off.weights @ out.reshape(2, -1)).reshape(1, 3, 2, 4)
-    assert mx.array_equal(off.combine(out), guided) and off.cond_weights is None
-    assert relative_error(on.combine(out), guided) <= 1e-6
-
-
-@pytest.mark.parametrize("family, prediction", [("sd1", "epsilon"), ("sd1", "v_prediction"), ("xl", "epsilon")])
+@pytest.mark.parametrize("family, prediction", [("sd1", "v_prediction"), ("xl", "epsilon")])
 def test_rescaling_in_a_pipeline(tmp_path, family, prediction):
-    xl = family == "xl"
-    kind = diffusers.EulerDiscreteScheduler if xl else diffusers.DDIMScheduler
+    kind = diffusers.EulerDiscreteScheduler if family == "xl" else diffusers.DDIMScheduler
     scheduler = kind(**SCALED, prediction_type=prediction, timestep_spacing="leading", steps_offset=1)
     pipe = make(tmp_path / "sd", family, scheduler)
-    noise, recorder = normal(1, 8, 12, 4, seed=1), Recorder(pipe)
-    run = {"height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 7.5, "guidance_rescale": 0.7}
-    recorder(prompt=PROMPT, negative_prompt=NEGATIVE, latents=nchw(noise), **run)
-    sd = StableDiffusion(tmp_path / "sd")
-    tables = sd.encode_prompts(PROMPT, NEGATIVE)
-    if xl:
-        tables = [with_sizes(each, (64, 96), SizeConditioning(), None) for each in tables]
-    sampler = SAMPLERS[sd.sampler]
-    steps = sd.schedule.steps(4, sampler.spacing_rule)
-    denoise = Denoiser(sd.unet, sd.schedule, steps, sd.dtype, guidance_batches(4, 1, *tables, 7.5, rescale=0.7))
-    x = sd.schedule.initial_scale(steps, sampler.spacing_rule) * mx.array(noise)
-    options = run_options(sampler, sd.schedule, steps)
-    states = sampler.run(denoise, x, steps.sigmas, lambda draw, shape: mx.zeros(shape), **options)
-    for state, sigma, want in zip(states, steps.sigmas[1:], recorder.steps, strict=True):
-        assert relative_error(state / (sigma**2 + 1) ** 0.5, want) <= 1e-3
+    both(pipe, StableDiffusion(tmp_path / "sd"), steps=4, guidance_rescale=0.7, theirs={"guidance_rescale": 0.7})
 
 
 # --- the interval ----------------------------------------------------------------------------------------------------
-
-
-def test_an_interval_of_all_steps_is_ordinary_guidance(sd, unet):
-    without = last(sd.generate_latents(PROMPT, **GUIDED, **SMALL))
-    interval = last(sd.generate_latents(PROMPT, guidance_interval=(0, 1), **GUIDED, **SMALL))
-    assert np.array_equal(without, interval) and [call.rows for call in unet.calls] == [2] * 8
 
 
 @pytest.mark.parametrize("interval", [(0, 0), (0.5, 0.5), (1, 1)])
@@ -188,13 +152,6 @@ def test_steps_outside_the_interval_have_the_rows_of_the_prompt(sd, unet, interv
 
 
 def test_the_interval_is_of_the_steps_that_an_image_takes(sd, unet):
-    image = mx.array(np.clip(normal(48, 64, 3, seed=0, scale=0.3), -1, 1))
     run = {"strength": 0.5, "num_steps": 8, "seed": 1, "guidance_interval": (0.5, 1)}
-    last(sd.generate_latents_from_image(image, PROMPT, **GUIDED, **run))
+    last(sd.generate_latents_from_image(picture(), PROMPT, **GUIDED, **run))
     assert [call.rows for call in unet.calls] == [1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("interval", [(-0.1, 1), (0, 1.1), (0.6, 0.5), (0.5,), (float("nan"), 1)])
-def test_intervals_that_make_no_sense(sd, interval):
-    with pytest.raises(ValueError, match=r"guidance_interval .* 0 <= start <= end <= 1"):
-        sd.generate_latents(PROMPT, guidance_interval=interval, **SMALL)

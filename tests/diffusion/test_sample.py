@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from checkpoints import SCALED, Recorder, make
-from oracle import nchw, normal, relative_error
-from stable_diffusion import SAMPLERS, StableDiffusion, StableDiffusionXL
+from checkpoints import SCALED, Recorder, both, make
+from oracle import nchw, normal, picture, relative_error
+from stable_diffusion import SAMPLERS, StableDiffusion
 from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
-from stable_diffusion.diffusion.samplers import dpmpp_2m
+from stable_diffusion.diffusion.samplers import dpmpp_2m, euler
 
 PROMPT = "the red cat"
 SMALL = {"latent_size": (4, 6), "seed": 1, "cfg_weight": 3.0}
@@ -22,15 +22,11 @@ def states(sd: StableDiffusion, **given) -> np.ndarray:
     return np.array(list(sd.generate_latents(PROMPT, **SMALL | given)))
 
 
-def picture(height: int = 32, width: int = 48) -> mx.array:
-    return mx.clip(mx.array(normal(height, width, 3, scale=0.3)), -1, 1)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_yield_a_step_whatever_the_evaluations(sd, sampler):
     assert len(states(sd, num_steps=3, sampler=sampler)) == sd.number_of_steps(3) == 3
     given = {"num_steps": 5, "strength": 0.7, "seed": 1, "sampler": sampler}
-    latents = np.array(list(sd.generate_latents_from_image(picture(), PROMPT, **given)))
+    latents = np.array(list(sd.generate_latents_from_image(picture(32, 48), PROMPT, **given)))
     assert len(latents) == sd.number_of_steps(5, 0.7) == 3 and np.isfinite(latents).all()
 
 
@@ -42,22 +38,20 @@ def test_a_name_can_say_the_schedule(sd):
     assert not np.array_equal(want, plain)
 
 
-def test_align_your_steps_has_a_table_for_xl(sd, xl_folder):
-    for model, name in ((sd, "align_your_steps"), (StableDiffusionXL(xl_folder), "align_your_steps_xl")):
-        auto, named = (states(model, num_steps=3, sampler="euler", schedule=s) for s in ("align_your_steps", name))
-        assert np.array_equal(auto, named)
-        assert np.array_equal(states(model, num_steps=3, sampler="Euler Align Your Steps"), named)
+def test_align_your_steps_has_a_table_for_xl(sd, xl):
+    for model, name in ((sd, "align_your_steps"), (xl, "align_your_steps_xl")):
+        want = states(model, num_steps=3, sampler="euler", schedule=name)
+        for given in ({"sampler": "euler", "schedule": "align_your_steps"}, {"sampler": "Euler Align Your Steps"}):
+            assert np.array_equal(states(model, num_steps=3, **given), want)
 
 
 def test_given_timesteps_and_sigmas(sd):
-    timesteps = sd.schedule.steps(4, "euler").timesteps
+    steps = sd.schedule.steps(4, "euler")
     want = states(sd, num_steps=4, sampler="euler")
-    assert np.array_equal(states(sd, sampler="euler", timesteps=timesteps), want)
-    sigmas = sd.schedule.steps(4, "euler").sigmas
-    assert np.array_equal(states(sd, sampler="euler", sigmas=sigmas), want)
-    plain = [float(sigma) for sigma in sigmas]
+    assert np.array_equal(states(sd, sampler="euler", timesteps=steps.timesteps), want)
+    assert np.array_equal(states(sd, sampler="euler", sigmas=steps.sigmas, num_steps=4), want)
+    plain = [float(sigma) for sigma in steps.sigmas]
     assert relative_error(states(sd, sampler="euler", sigmas=plain), want) <= 1e-5
-    assert len(states(sd, sampler="euler", sigmas=sigmas, num_steps=4)) == 4
 
 
 @pytest.mark.parametrize(
@@ -78,17 +72,8 @@ def test_arguments_that_do_not_fit(sd, given, message):
         sd.generate_latents(PROMPT, **given)
 
 
-def test_a_function_is_a_sampler(sd):
-    def mine(denoise, x, sigmas, noise):
-        for sigma, target in pairwise(sigmas):
-            x0 = denoise(x, sigma)
-            x = x0 + (target / sigma) * (x - x0)
-            yield x
-
-    assert np.array_equal(states(sd, num_steps=3, sampler=mine), states(sd, num_steps=3, sampler="euler"))
-
-
-def test_a_function_gets_the_options_of_the_run(sd):
+def test_a_function_is_a_sampler_and_gets_the_options_of_the_run(sd):
+    assert np.array_equal(states(sd, num_steps=3, sampler=euler), states(sd, num_steps=3, sampler="euler"))
     options = {}
 
     def mine(denoise, x, sigmas, noise, *, velocity, target_sigmas, eta=1.0):
@@ -100,7 +85,7 @@ def test_a_function_gets_the_options_of_the_run(sd):
 
 
 def test_a_loop_of_ones_own(sd):
-    """As the README shows it."""
+    """As docs/samplers.md shows it."""
     steps = sd.schedule.steps(3, schedule="karras")
     prompt, negative = sd.encode_prompt(PROMPT), sd.encode_prompt("")
     batches = guidance_batches(len(steps), 1, prompt, negative, 3.0)
@@ -114,11 +99,13 @@ def test_a_loop_of_ones_own(sd):
     assert np.array_equal(x, want[-1])
 
 
-def test_pndm_in_a_whole_pipeline(tmp_path):
+# --- the samplers that checkpoints ask for, in whole pipelines -------------------------------------------------------
+
+
+def test_pndm(tmp_path):
     """Stable Diffusion 1's own scheduler; it shows both halves of the first step, and we yield the second."""
     scheduler = diffusers.PNDMScheduler(**SCALED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    pipe = make(tmp_path / "sd", "sd1", scheduler)
-    recorder, noise = Recorder(pipe), normal(1, 8, 8, 4, seed=1)
+    recorder, noise = Recorder(make(tmp_path / "sd", "sd1", scheduler)), normal(1, 8, 8, 4, seed=1)
     run = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 5.0}
     recorder(prompt=PROMPT, latents=nchw(noise), **run)
     sd = StableDiffusion(tmp_path / "sd")
@@ -128,41 +115,16 @@ def test_pndm_in_a_whole_pipeline(tmp_path):
         assert relative_error(x, want) <= 1e-3
 
 
-def test_lcm_in_a_whole_pipeline(tmp_path):
-    pipe = make(tmp_path / "lcm", "lcm", diffusers.LCMScheduler(**SCALED))
-    noise, added = normal(1, 8, 8, 4, seed=1), normal(4, 1, 8, 8, 4, seed=2)
-    recorder = Recorder(pipe, added)
-    recorder(prompt=PROMPT, latents=nchw(noise), height=64, width=64, num_inference_steps=4, guidance_scale=8.5)
-    sd = StableDiffusion(tmp_path / "lcm")
-    assert sd.sampler == "lcm"
-    ours = sd.generate_latents(
-        PROMPT,
-        num_steps=4,
-        cfg_weight=8.5,
-        latent_size=(8, 8),
-        latents=mx.array(noise),
-        noise=lambda step, shape: mx.array(added[step]),
-    )
-    for x, want in zip(ours, recorder.steps, strict=True):
-        assert relative_error(x, want) <= 1e-3
+KARRAS = diffusers.DPMSolverMultistepScheduler(**SCALED, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
 
 
-def test_a_checkpoint_that_asks_for_karras(tmp_path):
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SCALED, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++"
-    )
-    pipe = make(tmp_path / "sd", "sd1", scheduler)
-    noise, added = normal(1, 8, 8, 4, seed=1), normal(5, 1, 8, 8, 4, seed=2)
-    recorder = Recorder(pipe, added)
-    recorder(prompt=PROMPT, latents=nchw(noise), height=64, width=64, num_inference_steps=5, guidance_scale=5.0)
+@pytest.mark.parametrize(
+    "family, scheduler, sampler",
+    [("lcm", diffusers.LCMScheduler(**SCALED), "lcm"), ("sd1", KARRAS, "dpmpp_2m_sde")],
+    ids=["lcm", "karras"],
+)
+def test_stochastic(tmp_path, family, scheduler, sampler):
+    pipe = make(tmp_path / "sd", family, scheduler)
     sd = StableDiffusion(tmp_path / "sd")
-    ours = sd.generate_latents(
-        PROMPT,
-        num_steps=5,
-        cfg_weight=5.0,
-        latent_size=(8, 8),
-        latents=mx.array(noise),
-        noise=lambda step, shape: mx.array(added[step]),
-    )
-    for x, want in zip(ours, recorder.steps, strict=True):
-        assert relative_error(x, want) <= 1e-3
+    assert sd.sampler == sampler
+    both(pipe, sd, steps=4, negative_text="", added=True)
