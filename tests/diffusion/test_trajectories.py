@@ -25,7 +25,7 @@ from stable_diffusion.text.encode import Conditioning
 SHAPE, MOST = (2, 4, 4, 4), 25
 START, NOISE = normal(*SHAPE, seed=1), normal(2 * MOST, *SHAPE, seed=2)
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-COUNTS = (1, 2, 4, 10, 25)
+COUNTS = (1, 2, 3, 7, 25)  # of which some do not divide 1000
 BOUND = 1e-5
 
 
@@ -44,24 +44,10 @@ class KDPM2Ancestral(ForNumPy2, diffusers.KDPM2AncestralDiscreteScheduler):
     pass
 
 
-CLASSES = {
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "dpm2": KDPM2,
-    "dpm2_a": KDPM2Ancestral,
-    "lms": diffusers.LMSDiscreteScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "dpmpp_2m_sde": diffusers.DPMSolverMultistepScheduler,
-    "dpmpp_sde": diffusers.DPMSolverSDEScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "deis": diffusers.DEISMultistepScheduler,
-    "lcm": diffusers.LCMScheduler,
-    "tcd": diffusers.TCDScheduler,
-}
+CLASSES = {"dpm2": KDPM2, "dpm2_a": KDPM2Ancestral}
+for _name, _row in SAMPLERS.items():
+    if _row.scheduler:
+        CLASSES.setdefault(_name, getattr(diffusers, f"{_row.scheduler.partition(':')[0]}Scheduler"))
 OF_CLASS = {
     "ddim": {"clip_sample": False},
     "ddpm": {"clip_sample": False},
@@ -76,9 +62,8 @@ def make(name: str, **config) -> diffusers.SchedulerMixin:
 
 def model(xp, z, t: float):
     """The network: bounded, smooth, and different at every place and time."""
-    return xp.tanh(1.2 * z - 0.3 * z[..., ::-1].copy() if xp is np else 1.2 * z - 0.3 * z[..., ::-1]) + 0.3 * math.sin(
-        t / 150
-    )
+    mirrored = z[..., ::-1].copy() if xp is np else z[..., ::-1]
+    return xp.tanh(1.2 * z - 0.3 * mirrored) + 0.3 * math.sin(t / 150)
 
 
 class UNet:
@@ -94,14 +79,12 @@ class UNet:
 def ours(name: str, config: dict, count: int, start: int = 0, custom: dict | None = None, **chosen) -> list[np.ndarray]:
     """The states after every step, in variance-preserving scale, the initial one first."""
     schedule, sampler = Schedule(ScheduleConfig.from_dict(config)), SAMPLERS[name]
-    steps = schedule.steps(count, sampler.spacing_rule)
-    if custom:
-        by_time = "timesteps" in custom
-        steps = (
-            schedule.at_timesteps(custom["timesteps"], sampler.spacing_rule)
-            if by_time
-            else schedule.at_sigmas(custom["sigmas"])
-        )
+    if custom is None:
+        steps = schedule.steps(count, sampler.spacing_rule)
+    elif "sigmas" in custom:
+        steps = schedule.at_sigmas(custom["sigmas"])
+    else:
+        steps = schedule.at_timesteps(custom["timesteps"], sampler.spacing_rule)
     scale = schedule.initial_scale(steps, sampler.spacing_rule)
     steps = steps.last(count - start)
     x = scale * mx.array(START) if not start else mx.array(IMAGE) + steps.sigmas[0] * mx.array(START)
@@ -255,72 +238,40 @@ def test_from_the_middle(name, start):
     compare(name, [10], start, timestep_spacing="leading", steps_offset=1)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(
-    "name", ["euler", "heun", "lms", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis", "lcm", "tcd"]
-)
-def test_models_that_predict_the_sample(name, spacing):
-    compare(name, prediction_type="sample", timestep_spacing=spacing, float64=True)
+V, ONE = {"prediction_type": "v_prediction"}, {"prediction_type": "sample", "float64": True}
+# The first sigma is infinite, or 4096 where diffusers caps it; a model of such noise predicts v.
+ZERO_SNR = V | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "float64": True}
+KINDS = {
+    "sample": (ONE, "euler heun lms ddim ddpm dpmpp_2m dpmpp_2m_sde unipc deis lcm tcd"),
+    "sample, trailing": (
+        ONE | {"timestep_spacing": "trailing"},
+        "euler heun lms ddim ddpm dpmpp_2m unipc deis lcm tcd",
+    ),
+    "zero SNR": (ZERO_SNR, "euler euler_a ddim ddpm dpmpp_2m dpmpp_2m_sde unipc lcm tcd"),
+    "zero SNR, karras": (ZERO_SNR | {"use_karras_sigmas": True}, "euler dpmpp_2m unipc"),
+    "zero SNR, exponential": (ZERO_SNR | {"use_exponential_sigmas": True}, "euler dpmpp_2m unipc"),
+    "to the first sigma": ({"final_sigmas_type": "sigma_min"}, "euler dpmpp_2m dpmpp_2m_sde unipc"),
+    "as Stable Diffusion ends": ({"set_alpha_to_one": False, "steps_offset": 1}, "ddim pndm"),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2", "float64": True} | V, "euler ddim unipc"),
+    "first order": ({"chosen": {"order": 1}, "solver_order": 1}, "unipc deis"),
+    "third order": ({"chosen": {"order": 3}, "solver_order": 3} | V, "unipc deis"),
+    "lms, order 1": ({"chosen": {"order": 1}, "at_step": {"order": 1}}, "lms"),
+    "lms, order 3": ({"chosen": {"order": 3}, "at_step": {"order": 3}}, "lms"),
+    "timesteps": ({"counts": [5], "custom": {"timesteps": [999, 799, 459, 19, 1]}}, "euler heun dpmpp_2m ddpm lcm tcd"),
+    "sigmas": ({"counts": [5], "custom": {"sigmas": [14.615, 6.3, 2.2, 0.55, 0.1, 0.0]}}, "euler"),
+}
 
 
-@pytest.mark.parametrize(
-    "name", ["euler", "euler_a", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
-)
-def test_zero_terminal_snr(name):
-    """The first sigma is infinite, or 4096 where diffusers caps it; a model of such noise predicts v."""
-    compare(
-        name, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, float64=True
-    )
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, (_, names) in KINDS.items() for name in names.split()])
+def test_every_step_of_other_models_and_runs(kind, name):
+    compare(name, **KINDS[kind][0])
 
 
-@pytest.mark.parametrize("curve", ["karras", "exponential"])
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc"])
-def test_zero_terminal_snr_along_a_curve(name, curve):
-    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    compare(name, **config, float64=True, **{f"use_{curve}_sigmas": True})
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, spacing, eta):
     compare(name, at_step={"eta": eta}, chosen={"eta": eta}, timestep_spacing=spacing)
-
-
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_a_run_that_ends_at_the_first_sigma(name, spacing):
-    compare(name, timestep_spacing=spacing, final_sigmas_type="sigma_min")
-
-
-@pytest.mark.parametrize("name", ["ddim", "pndm"])
-def test_the_end_that_stable_diffusion_asks_for(name):
-    compare(name, set_alpha_to_one=False, steps_offset=1)
-
-
-@pytest.mark.parametrize("name, order", [("unipc", 1), ("unipc", 3), ("deis", 1), ("deis", 3)])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_other_orders(name, order, prediction):
-    compare(name, chosen={"order": order}, solver_order=order, prediction_type=prediction)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_other_orders_of_lms(order):
-    compare("lms", at_step={"order": order}, chosen={"order": order})
-
-
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ddpm", "lcm", "tcd"])
-def test_custom_timesteps(name):
-    compare(name, [5], custom={"timesteps": [999, 799, 459, 19, 1]})
-
-
-def test_custom_sigmas():
-    compare("euler", [5], custom={"sigmas": [14.615, 6.3, 2.2, 0.55, 0.1, 0.0]})
-
-
-def test_the_squared_cosine():
-    for name in ("euler", "ddim", "unipc"):
-        compare(name, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", float64=True)
 
 
 # k-diffusion's samplers that diffusers does not have, in its own variables: t = -log(sigma), in float64.
@@ -339,24 +290,6 @@ def k_dpmpp_2s_ancestral(denoise, x, sigmas, noise, eta):
             x0 = denoise(middle / sigma * x - math.expm1(-h / 2) * x0, middle)
             x = down / sigma * x - math.expm1(-h) * x0
         yield (x := x + noise[i] * up)
-
-
-def k_dpmpp_2m_sde(denoise, x, sigmas, noise, eta):
-    old, h_last = None, None
-    for i, (sigma, target) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        if target == 0:
-            x = x0
-        else:
-            h = math.log(sigma / target)
-            gain = -math.expm1(-h - eta * h)
-            x = target / sigma * math.exp(-eta * h) * x + gain * x0
-            if old is not None:
-                x = x + 0.5 * gain * (h / h_last) * (x0 - old)
-            x = x + noise[i] * target * math.sqrt(-math.expm1(-2 * eta * h))
-            h_last = h
-        old = x0
-        yield x
 
 
 def k_dpmpp_3m_sde(denoise, x, sigmas, noise, eta):
@@ -381,15 +314,11 @@ def k_dpmpp_3m_sde(denoise, x, sigmas, noise, eta):
         old, older, h_1, h_2 = x0, old, h, h_1
 
 
-REFERENCES = {
-    "dpmpp_2s_a": k_dpmpp_2s_ancestral,
-    "dpmpp_2m_sde": k_dpmpp_2m_sde,
-    "dpmpp_3m_sde": k_dpmpp_3m_sde,
-}
+REFERENCES = {"dpmpp_2s_a": k_dpmpp_2s_ancestral, "dpmpp_3m_sde": k_dpmpp_3m_sde}
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("curve", ["default", "karras", "exponential"])
+@pytest.mark.parametrize("curve", ["default", "karras"])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_k_diffusion(name, curve, eta):
     schedule = Schedule(ScheduleConfig(**SCALED))
