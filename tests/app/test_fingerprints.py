@@ -10,15 +10,16 @@ from stable_diffusion.app import fingerprints
 from stable_diffusion.app.fingerprints import fingerprint, lora_hash, model_hash
 
 
-def test_hashes_of_small_files(tmp_path):
+def test_hashes_of_small_files(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
-    path.write_bytes(b"abc" * 1000)
-    whole = hashlib.sha256(b"abc" * 1000).hexdigest()
-    assert fingerprint(path) == {"sha256": whole} and model_hash(path) == whole[:10]
-    path.write_bytes(b"abd" * 1000)
-    assert fingerprint(path)["sha256"] != whole
+    for data in (b"abc" * 1000, b"abd" * 1000):
+        path.write_bytes(data)
+        whole = hashlib.sha256(data).hexdigest()
+        assert fingerprint(path) == {"sha256": whole} and model_hash(path) == whole[:10]
     assert fingerprint(tmp_path / "none") == {} and model_hash(tmp_path / "none") is None
     assert fingerprint(tmp_path) == {}
+    monkeypatch.setattr(hashlib, "file_digest", None)  # a file is read once
+    assert fingerprint(path) == {"sha256": whole}
 
 
 def test_hashes_of_large_files(tmp_path, monkeypatch):
@@ -61,17 +62,7 @@ def test_hashes_of_loras_are_of_what_follows_the_header(tmp_path):
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     assert lora_hash(path) == hashlib.sha256(data[start:]).hexdigest()[:12]
-    pickle = tmp_path / "a.pt"
-    pickle.write_bytes(b"xyz")
-    assert lora_hash(pickle) == hashlib.sha256(b"xyz").hexdigest()[:12]
-    short = tmp_path / "a.safetensors"
-    short.write_bytes(b"x")
-    assert lora_hash(short) is None and lora_hash(tmp_path / "none.safetensors") is None
-
-
-def test_a_file_is_read_once(tmp_path, monkeypatch):
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"x")
-    first = fingerprint(path)
-    monkeypatch.setattr(hashlib, "file_digest", None)
-    assert fingerprint(path) == first
+    for name, expected in (("a.pt", hashlib.sha256(b"xyz").hexdigest()[:12]), ("short.safetensors", None)):
+        (tmp_path / name).write_bytes(b"xyz")
+        assert lora_hash(tmp_path / name) == expected
+    assert lora_hash(tmp_path / "none.safetensors") is None

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -9,57 +10,23 @@ from stable_diffusion import SAMPLERS
 from stable_diffusion.app.infotext import as_arguments, number, read, sampler_name, schedule_name, write
 from stable_diffusion.diffusion.schedule import SCHEDULES
 
+_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the web UI's own
+
 
 def as_others_read(text: str) -> tuple[str, str, dict[str, str]]:
-    """What the web UI's own grammar makes of a text, written down character by character.
-
-    The last line is one of settings if it holds three or more. A setting is a name (a letter, digit or underscore, then
-    such, blanks, hyphens and slashes), a colon, and a string of JSON or all up to the next comma.
-    """
+    """What the web UI makes of a text: line by line, and the last line is one of settings if it holds three or more."""
     lines = text.strip().split("\n")
-    settings = settings_of(lines[-1])
-    if len(settings) >= 3:
-        lines.pop()
-    else:
-        settings = {}
+    settings = _SETTING.findall(lines[-1])
+    settings = {
+        name: json.loads(value) if value[:1] == '"' else value for name, value in settings if len(settings) >= 3
+    }
     sides: tuple[list[str], list[str]] = ([], [])
     side = 0
-    for line in lines:
-        line = line.strip()
+    for line in map(str.strip, lines[:-1] if settings else lines):
         if line.startswith("Negative prompt:"):
-            side, line = 1, line[len("Negative prompt:") :].strip()
+            side, line = 1, line.removeprefix("Negative prompt:").strip()
         sides[side].append(line)
     return "\n".join(sides[0]), "\n".join(sides[1]), settings
-
-
-def settings_of(line: str) -> dict[str, str]:
-    found, position = {}, 0
-    while position < len(line):
-        start = position
-        while start < len(line) and line[start].isspace():
-            start += 1
-        end = start
-        while end < len(line) and (line[end].isalnum() or line[end] == "_" or (end > start and line[end] in " -/")):
-            end += 1
-        if end == start or end == len(line) or line[end] != ":":
-            position += 1
-            continue
-        value = end + 1
-        while value < len(line) and line[value].isspace():
-            value += 1
-        close = value
-        if line[value : value + 1] == '"':
-            close += 1
-            while close < len(line) and line[close] != '"':
-                close += 2 if line[close] == "\\" else 1
-            close += 1
-        if close == value or line[close : close + 1] not in ("", ","):
-            close = line.find(",", value)
-            close = len(line) if close < 0 else close
-        text = line[value:close]
-        found[line[start:end]] = json.loads(text) if text.startswith('"') and text.endswith('"') else text
-        position = close + 1
-    return found
 
 
 FIELDS = {"steps": 20, "sampler": "dpmpp_2m", "cfg": 7.5, "seed": 1, "size": (512, 768)}

@@ -34,26 +34,17 @@ def save(path: Path, **tensors: mx.array) -> Path:
 
 def test_a_folder(xl_folder):
     report = inspect(xl_folder)
-    shown = {key: report[key] for key in ("kind", "family", "pipeline", "prediction", "scheduler")}
-    assert shown == {
-        "kind": "checkpoint",
-        "family": "Stable Diffusion XL",
-        "pipeline": "StableDiffusionXLPipeline",
-        "prediction": "epsilon",
-        "scheduler": "EulerAncestralDiscreteScheduler",
-    }
+    assert [report[key] for key in ("kind", "family", "pipeline", "prediction", "scheduler")] == [
+        *("checkpoint", "Stable Diffusion XL", "StableDiffusionXLPipeline", "epsilon"),
+        "EulerAncestralDiscreteScheduler",
+    ]
     assert list(report["parts"]) == ["unet", "vae", "text_encoder", "text_encoder_2"]
     unet = diffusers.UNet2DConditionModel.from_pretrained(xl_folder / "unet")
     count = sum(value.numel() for value in unet.parameters())
-    assert report["parts"]["unet"] == {
-        "class": "UNet2DConditionModel",
-        "parameters": count,
-        "bytes": 4 * count,
-        "types": {"float32": 4 * count},
-        "files": 1,
-    }
-    assert report["parameters"] == sum(part["parameters"] for part in report["parts"].values())
-    assert report["bytes"] == sum(part["bytes"] for part in report["parts"].values())
+    sizes = {"parameters": count, "bytes": 4 * count, "types": {"float32": 4 * count}, "files": 1}
+    assert report["parts"]["unet"] == {"class": "UNet2DConditionModel"} | sizes
+    for key in ("parameters", "bytes"):
+        assert report[key] == sum(part[key] for part in report["parts"].values())
 
 
 def test_quantized_weights_count_as_what_they_stand_for(tmp_path):
@@ -99,11 +90,8 @@ def test_families(tmp_path, sd1_folder, name, family, reads):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_single_file(tmp_path, sd1_folder, suffix):
-    tensors = {
-        f"{name}.{key}": value
-        for name, part in open_checkpoint(sd1_folder).components.items()
-        for key, value in read_tensors(part).items()
-    }
+    components = open_checkpoint(sd1_folder).components
+    tensors = {f"{name}.{key}": value for name, part in components.items() for key, value in read_tensors(part).items()}
     path = tmp_path / f"one{suffix}"
 
     def write(kept: dict[str, mx.array]) -> None:
@@ -115,9 +103,8 @@ def test_a_single_file(tmp_path, sd1_folder, suffix):
     write(tensors)
     report, folder = inspect(path), inspect(sd1_folder)
     assert (report["kind"], report["pipeline"]) == ("checkpoint", "StableDiffusionPipeline")
-    assert {name: part["parameters"] for name, part in report["parts"].items()} == {
-        name: part["parameters"] for name, part in folder["parts"].items()
-    }
+    counts, expected = ({n: part["parameters"] for n, part in r["parts"].items()} for r in (report, folder))
+    assert counts == expected
     write({name: value for name, value in tensors.items() if not name.startswith("vae.")})
     report = inspect(path)
     assert report["kind"] == "parts of a checkpoint" and list(report["parts"]) == ["unet", "text_encoder"]
@@ -144,17 +131,13 @@ def test_a_network_in_a_file_or_a_folder(tmp_path, kind, config, cls):
     assert inspect(file).get("family") == {"controlnet": "Stable Diffusion 1"}.get(kind)
 
 
-def test_an_adapter_says_nothing_of_its_family(tmp_path):
+def test_what_families_have_in_common_says_nothing_of_them(tmp_path, xl_folder, sd1_folder):
     config = {"_class_name": "T2IAdapter", "channels": [32, 64], "num_res_blocks": 1, "downscale_factor": 8}
     diffusers.T2IAdapter.from_config(config).save_pretrained(tmp_path)
     report = inspect(tmp_path)
     assert (report["kind"], report["parts"]["controlnet"]["class"]) == ("controlnet", "T2IAdapter")
-    assert "family" not in report
-
-
-def test_vaes_are_told_apart(xl_folder, sd1_folder):
+    assert "family" not in report and "family" not in inspect(sd1_folder / "vae")
     assert inspect(xl_folder / "vae")["family"] == "Stable Diffusion XL"
-    assert "family" not in inspect(sd1_folder / "vae")
 
 
 # --- LoRAs and embeddings ----------------------------------------------------------------------------------------
@@ -210,15 +193,12 @@ def test_kinds_of_lora(tmp_path):
 
 def test_what_a_trainer_says(tmp_path):
     path = tmp_path / "a.safetensors"
-    told = {
-        "modelspec.title": "Red things",
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_tag_frequency": "x" * 10_000,
-    }
-    mx.save_safetensors(str(path), lora() | {"odd.name": mx.zeros(1)}, metadata=told)
+    said = {"modelspec.title": "Red things", "ss_base_model_version": "sdxl_base_v1-0"}
+    texts = said | {"ss_tag_frequency": "x" * 10_000}
+    mx.save_safetensors(str(path), lora() | {"odd.name": mx.zeros(1)}, metadata=texts)
     report = inspect(path)
-    assert report["modelspec.title"] == "Red things" and report["ss_base_model_version"] == "sdxl_base_v1-0"
-    assert "ss_tag_frequency" not in report and report["not recognised"] == ["odd.name"]
+    assert said.items() < report.items() and "ss_tag_frequency" not in report
+    assert report["not recognised"] == ["odd.name"]
 
 
 @pytest.mark.parametrize(
@@ -234,12 +214,8 @@ def test_an_embedding(tmp_path, tensors, widths, family):
     report = inspect(path)
     assert (report["kind"], report["family"], report["widths"]) == ("embedding", family, widths)
     assert report["word"] == ("<cat>" if "<cat>" in tensors else "cat")
-
-
-def test_an_embedding_that_is_a_pickle(tmp_path):
-    path = tmp_path / "cat.pt"
-    torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, path)
-    report = inspect(path)
+    torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, tmp_path / "cat.pt")
+    report = inspect(tmp_path / "cat.pt")
     assert (report["kind"], report["word"], report["vectors"]) == ("embedding", "kitten", 3)
 
 
@@ -254,19 +230,16 @@ RECORD = {
 SAID = "a\ncat\x1b[2J\nSteps: 1"
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "WEBP"])
-def test_a_picture(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
+def test_a_picture(tmp_path):
+    path = tmp_path / "a.WEBP"
     save_image(Image.new("RGB", (8, 8)), path, {"parameters": SAID, "stable_diffusion": json.dumps(RECORD)})
     assert inspect(path) == {"kind": "image", "parameters": SAID, "stable_diffusion": RECORD}
-
-
-def test_a_picture_that_says_nothing_or_nonsense(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert inspect(tmp_path / "a.png") == {"kind": "image", "note": "it does not say how it was made"}
+    path = tmp_path / "a.png"
     for text in ("{", "[" * 100_000, "3", '["x"]'):
-        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"stable_diffusion": text})
-        assert "stable_diffusion" in inspect(tmp_path / "a.png")
+        save_image(Image.new("RGB", (8, 8)), path, {"stable_diffusion": text})
+        assert "stable_diffusion" in inspect(path)
+    Image.new("RGB", (8, 8)).save(path)
+    assert inspect(path) == {"kind": "image", "note": "it does not say how it was made"}
     (tmp_path / "b.jpg").write_text("x")
     with pytest.raises(ValueError, match=r"b\.jpg is not an image"):
         inspect(tmp_path / "b.jpg")

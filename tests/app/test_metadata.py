@@ -139,14 +139,11 @@ def test_a_controlnet_and_a_second_pass(draw, sd1_folder, files):
     assert settings["ControlNet 0"] == "Model: net, Weight: 0.5" and settings["Hires upscale"] == "1.5"
 
 
-def test_xl(draw, xl_folder):
+def test_the_defaults_of_a_model(draw, xl_folder):
     (path,) = draw("txt2image", PROMPT, "--model", xl_folder, "--n_images", 1, "--height", 64)
     said = read_record(path).arguments
     assert (said["width"], said["height"], said["steps"], said["cfg"], said["sampler"]) == (128, 64, 2, 0, "euler_a")
     assert_same(path, again(draw, "txt2image", path))
-
-
-def test_the_bundled_model(draw):
     (path,) = draw("txt2image", "a red circle", "--model", "tiny", "--n_images", 1, "--steps", 3)
     assert_same(path, again(draw, "txt2image", path))
     assert "tiny unet/diffusion_pytorch_model.safetensors" in read_record(path).details["files"]
