@@ -48,13 +48,10 @@ def checkpoint_files(
     halves: tuple[str, ...] = ("",),
     mark: float = 1.0,
 ) -> dict[str, bytes]:
-    """A minimal checkpoint in diffusers layout, as {file name: bytes}.
+    """A minimal checkpoint in diffusers layout, as {file name: bytes}; no two are equal, or the cache downloads one.
 
-    No two files are equal, because the cache downloads equal files once.
-
-    Args:
-        halves: the weight files of each network: "" for float32, ".fp16" for float16.
-        mark: the value of every weight, to tell checkpoints apart.
+    ``halves`` are the weight files of each network, "" for float32, ".fp16" for float16; ``mark`` is the value of every
+    weight, to tell checkpoints apart.
     """
     files = {"model_index.json": to_json({"_class_name": pipeline, "requires_safety_checker": True, **parts})}
     for part, (_, cls) in parts.items():
@@ -96,43 +93,30 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def to_json(value: dict) -> bytes:
+def to_json(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
 class Hub:
-    """The server, as a context manager. Set its attributes to make it misbehave; read `requests` to see what was asked.
-
-    Attributes:
-        repos: {repository: {revision: files}}; a revision also answers to its commit.
-        locked: {repository: (status, X-Error-Code or None)} that requests about it are answered with. The code
-            "GatedRepo" leaves the list of its files public, as the Hub does.
-        cuts: {file name: how often its body still breaks off in the middle}.
-        ignores_range: answer a request for the rest of a file with all of it.
-        delay: seconds before each answer.
-        afterwards: {file name: what to do once its contents have been sent}.
-        requests: (method, path, headers) of each request, in order.
-    """
+    """The server, as a context manager. Its attributes make it misbehave; `requests` is what it was asked."""
 
     def __init__(self) -> None:
-        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # by repository and revision, which also is a commit
+        # {repository: (status, X-Error-Code) of all answers}; "GatedRepo" leaves the list of files public, as the Hub.
         self.locked: dict[str, tuple[int, str | None]] = {}
-        self.cuts: dict[str, int] = {}
-        self.ignores_range = False
-        self.delay = 0.0
-        self.afterwards: dict[str, Callable[[], None]] = {}
-        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.cuts: dict[str, int] = {}  # {file: how often its body still breaks off in the middle}
+        self.ignores_range = False  # answer a request for the rest of a file with all of it
+        self.delay = 0.0  # seconds before each answer
+        self.afterwards: dict[str, Callable[[], None]] = {}  # {file: what to do once its contents have been sent}
+        self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
 
     def add(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
         self.repos.setdefault(repo, {})[revision] = files
 
     def fetched(self) -> list[str]:
         """The names of the files whose contents were asked for, sorted."""
-        return sorted(
-            path.split("/resolve/")[1].partition("/")[2]
-            for method, path, _ in self.requests
-            if method == "GET" and "/resolve/" in path
-        )
+        paths = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
+        return sorted(path.split("/resolve/")[1].partition("/")[2] for path in paths)
 
     @staticmethod
     def commit(files: dict[str, bytes]) -> str:
@@ -183,14 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
         if (files := self.checked(repo, revision)) is None:
             return
         if what == "tree":
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in files.items()
-            ]
-            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+            sizes = {name: (len(data), hashlib.sha1(data).hexdigest()) for name, data in files.items()}
+            info = [{"type": "file", "path": name, "size": size, "oid": oid} for name, (size, oid) in sizes.items()]
         else:
             info = {"id": repo, "sha": self.hub.commit(files), "siblings": [{"rfilename": name} for name in files]}
-            self.answer(200, to_json(info), {"Content-Type": "application/json"})
+        self.answer(200, to_json(info), {"Content-Type": "application/json"})
 
     def file(self, repo: str, revision: str, name: str) -> None:
         """Answer with a file, or the rest of it."""

@@ -6,7 +6,7 @@ opened without a network call; a folder never needs the client.
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -86,22 +86,15 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # the one that works so, which no shape says
             config["global_pool_conditions"] = True
         return Component(kind, config, (path,), prefix)
-
-    def found(folder: Path, names: Collection[str], where: str) -> tuple[dict[str, Component], list[str]]:
-        place = next((place for place in (f"{kind}/", "") if f"{place}config.json" in names), None)
-        if place is None:
-            raise ValueError(f"{where} has no {kind}: {folder} holds neither {kind}/config.json nor config.json")
-        return Listing(folder, names, float16, where).find({kind: place})
-
     if path is None:
         spec = hub.DownloadSpec(
             what=f"a repository of a {kind}",
             entries=(f"{kind}/config.json", "config.json"),
-            missing_files=lambda *place: found(*place)[1],
+            missing_files=lambda *place: Listing(*place, float16).find_part(kind)[1],
             remedy="connect once, or use a local folder",
         )
         path = hub.fetch(entry.repos, spec, revision)[1]
-    components, missing = found(path, files_in(path), name)
+    components, missing = Listing(path, files_in(path), name, float16).find_part(kind)
     if missing:
         raise ValueError(f"{name} is not complete: {path} has no {', '.join(missing)}")
     return components[kind]
@@ -129,8 +122,8 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
         owner, repo, file = [*name.split("/", 2), "", ""][:3]
         if not file:
             raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
-        remedy = "connect once, or give a file on this machine"
-        spec = hub.DownloadSpec(f"a repository with the file {file}", (file,), lambda *_: [], remedy)
+        what, remedy = f"a repository with the file {file}", "connect once, or give a file on this machine"
+        spec = hub.DownloadSpec(what=what, entries=(file,), missing_files=lambda *place: [], remedy=remedy)
         return hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file, None
     else:
         return None, catalog.find(name)
@@ -141,16 +134,10 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
 
 def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, replaced: Mapping[str, Component]) -> Path:
     """Bring a checkpoint into the Hub's cache, except for networks that come from elsewhere; return its folder."""
-
-    def missing_files(folder: Path, names: Collection[str], repo: str) -> list[str]:
-        listing = Listing(folder, names, float16, repo)
-        index = listing.read_index(replaced)
-        return listing.find(index.networks, index.small)[1]
-
     spec = hub.DownloadSpec(
         what="a checkpoint in diffusers layout",
         entries=(layout.INDEX,),
-        missing_files=missing_files,
+        missing_files=lambda *place: Listing(*place, float16).read_index(replaced).missing,
         remedy="connect once, or use a local folder or the bundled model, tiny",
         best_files=layout.best_files(float16),
     )
@@ -174,13 +161,12 @@ def _read_folder(
     folder: Path, name: str, float16: bool, entry: catalog.Entry | None, replaced: Mapping[str, Component]
 ) -> Checkpoint:
     """Read the configuration of a complete folder and choose its weight files."""
-    listing = Listing(folder, files_in(folder), float16, name)
+    listing = Listing(folder, files_in(folder), name, float16)
     if layout.INDEX not in listing.names:
         raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
     index = listing.read_index(replaced)
-    components, missing = listing.find(index.networks, index.small)
-    if missing:
-        raise ValueError(f"{name} is not complete: {folder} has no {', '.join(missing)}")
+    if index.missing:
+        raise ValueError(f"{name} is not complete: {folder} has no {', '.join(index.missing)}")
     scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
     if entry is not None and entry.steps is not None:
         steps, guidance = entry.steps, entry.guidance
@@ -195,7 +181,7 @@ def _read_folder(
         pipeline=index.contents["_class_name"],
         index=index.contents,
         scheduler=scheduler,
-        components={**replaced, **components},
+        components={**replaced, **index.components},
         tokenizers={part: folder / part for part in index.tokenizers},
         steps=steps,
         guidance=guidance,

@@ -1,6 +1,6 @@
 """Bring files from the Hub, through the cache of ``huggingface_hub``: what is complete there needs no network.
 
-The client is imported where it is used: who reads local files never needs it.
+The client is imported where it is used, so that local files can be read without it.
 """
 
 import errno
@@ -22,13 +22,13 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 class DownloadSpec:
     """Describe which files of a repository are needed.
 
-    ``missing_files`` takes (folder, all files of the repository, repository) and lists the files still to bring: small
-    ones, and when these are there the weights. It raises ValueError for a repository that is not supported.
+    ``missing_files`` lists those that its folder lacks: small ones, and when these are there the weights. It raises
+    ValueError for a repository that is not supported.
     """
 
     what: str  # the kind of repository, for messages
     entries: tuple[str, ...]  # files that say which others are needed; the first that a repository has counts
-    missing_files: Callable[[Path, set[str], str], list[str]]
+    missing_files: Callable[[Path, set[str], str], list[str]]  # of (folder, names of all files, repository)
     remedy: str  # where there is neither network nor cache, for messages
     best_files: frozenset[str] = frozenset()  # if these are at hand, no listing of the repository is needed
 
@@ -48,17 +48,13 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
         folder, missing = _cached(repo, spec, revision)
         if folder is not None and not missing:
             return repo, folder
-    unreachable: ConnectionError | None = None
+    errors: list[Exception] = []
     for repo in repos:
         try:
             return repo, _download(repo, spec, revision)
-        except NotOnHub:
-            if repo == repos[-1]:
-                raise
-        except ConnectionError as error:  # the cache may hold another of them, in either precision
-            unreachable = unreachable or error
-    assert unreachable is not None
-    raise unreachable
+        except (NotOnHub, ConnectionError) as error:  # a mirror may be there, or in the cache in either precision
+            errors.append(error)
+    raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
 
 
 def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path | None, list[str]]:

@@ -12,7 +12,7 @@ is published alone has its files in the root of its repository, or in a subfolde
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -69,9 +69,9 @@ class Index:
     """Hold a model_index.json and its parts that are used; all else in it (a safety checker...) is not."""
 
     contents: dict
-    networks: dict[str, str]  # {network: its subfolder, "unet/"}
     tokenizers: list[str]
-    small: list[str]  # files that are needed beside those of the networks
+    components: dict[str, Component]  # where nothing is missing
+    missing: list[str]  # needed files that are not on this machine: small ones, or where these are there, weights
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Listing:
 
     folder: Path  # with the files that are on this machine, perhaps not all of them
     names: Collection[str]
-    float16: bool  # prefer weights in half precision
     where: str  # the checkpoint's name, for messages
+    float16: bool  # prefer weights in half precision
 
     def read_index(self, replaced: Collection[str] = ()) -> Index:
         """Read model_index.json, whose entries are [library, class], or [null, null] for a missing part.
@@ -114,15 +114,22 @@ class Listing:
             is_single = f"{name}/{VOCABULARY[0]}" not in self.names and f"{name}/tokenizer.json" in self.names
             small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
             small += [f"{name}/{file}" for file in _SPECIAL_TOKENS if f"{name}/{file}" in self.names]
-        return Index(index, {part: f"{part}/" for part in present if part in NETWORKS}, tokenizers, small)
+        return Index(index, tokenizers, *self._find({part: f"{part}/" for part in present if part in NETWORKS}, small))
 
-    def find(self, networks: Mapping[str, str], small: Sequence[str] = ()) -> tuple[dict[str, Component], list[str]]:
-        """Return (networks, missing files): where the folder lacks files, no network.
+    def find_part(self, kind: str) -> tuple[dict[str, Component], list[str]]:
+        """Return ({kind: network}, []), or ({}, missing files), of a part in a folder ``kind`` or by itself.
 
-        ``networks`` is {network: its subfolder, "unet/" or ""}; ``small`` are files that are needed beside theirs. The
-        missing files are small ones, or where these are there, weights. Raises ValueError for networks without weights.
+        Raises ValueError where there is none, or none of its weights.
         """
-        weights = {kind: self.weight_files(kind, place) for kind, place in networks.items()}
+        place = next((place for place in (f"{kind}/", "") if f"{place}config.json" in self.names), None)
+        if place is None:
+            folder = f"{self.folder} holds neither {kind}/config.json nor config.json"
+            raise ValueError(f"{self.where} has no {kind}: {folder}")
+        return self._find({kind: place}, [])
+
+    def _find(self, networks: Mapping[str, str], small: list[str]) -> tuple[dict[str, Component], list[str]]:
+        """Return (components, missing files) of {network: its subfolder}, and of small files beside theirs."""
+        weights = {kind: self._weight_files(kind, place) for kind, place in networks.items()}
         needed = [*small, *(f"{place}config.json" for place in networks.values()), *chain(*weights.values())]
         if missing := [file for file in needed if not (self.folder / file).is_file()]:
             return {}, [file for file in missing if file.endswith((".json", ".txt"))] or missing
@@ -134,7 +141,7 @@ class Listing:
             components[kind] = Component(kind, config, tuple(self.folder / file for file in files))
         return components, []
 
-    def weight_files(self, network: str, place: str) -> list[str]:
+    def _weight_files(self, network: str, place: str) -> list[str]:
         """Return the best files for a network, or the index of its shards where this is not on this machine.
 
         Safetensors of either precision come before pickles. Raises ValueError where there are none, or the index of
@@ -161,11 +168,6 @@ class Listing:
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
                 raise ValueError(f"{path} names {shard!r}, which is not a {suffix[1:]} file beside it")
         return [f"{place}{shard}" for shard in sorted(set(shards.values()))]
-
-
-def subfolder(kind: str, names: Collection[str]) -> str | None:
-    """Return where a repository with these files has a part: "unet/", "" for its root, None when it has none."""
-    return next((place for place in (f"{kind}/", "") if f"{place}config.json" in names), None)
 
 
 def best_files(float16: bool) -> frozenset[str]:
