@@ -14,8 +14,10 @@ from PIL import Image
 from command_line import PROMPT, SCRIPTS, names, pixels, process
 from stable_diffusion import SAMPLERS
 from stable_diffusion.app import engine
+from stable_diffusion.cli.arguments import read
 from stable_diffusion.cli.flags import FLAGS, FOREIGN
 from stable_diffusion.cli.parser import script_parser
+from stable_diffusion.images.files import save
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
@@ -130,6 +132,7 @@ def test_bad_prompts(run, no_model):
         ("# only a remark\n", ["holds no prompt"]),
         ("a\nb --steps 0", ["line 2", "--steps", "'0'"]),
         ("a --model sd15", ["line 1", "--model"]),
+        ("a --prompt_file more.txt", ["line 1", "--prompt_file"]),
         ("a --negative_prompt 'open", ["line 1", "closing quotation"]),
         (b"\xff\xfe\x00", ["prompts.txt", "UTF-8"]),
     ],
@@ -140,6 +143,14 @@ def test_bad_files_of_prompts(run, no_model, tmp_path, text, words):
     run("txt2image", "--prompt_file", file).refused(*words)
     run("txt2image", "a", "--prompt_file", file).refused("a prompt or a file of them")
     run("txt2image", "--prompt_file", tmp_path / "none.txt").refused("none.txt", "cannot be read")
+
+
+def test_a_prompt_takes_the_place_of_what_alternatives_of_a_picture_came_to(tmp_path):
+    record = {"arguments": {"prompt": "{red|blue}", "resolved_prompt": "red"}}
+    save(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"stable_diffusion": json.dumps(record)})
+    for words, text in (([], "red"), (["green"], "green")):
+        ((request, _),) = read("txt2image", ["--from_image", str(tmp_path / "a.png"), *words]).lines
+        assert request.text == text
 
 
 # --- refused by the loader -------------------------------------------------------------------------------------------
