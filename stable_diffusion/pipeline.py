@@ -84,7 +84,7 @@ class StableDiffusion(Networks):
             self.source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
         )
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
-        super().__init__(checkpoint, mx.float16 if float16 else mx.float32, low_memory, bits)
+        super().__init__(checkpoint, mx.float16 if float16 else mx.float32, low_memory, bits, loras, lora_partial)
         with readable("scheduler config"):
             self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
         sampler = sampler_for(self.schedule.config)
@@ -92,12 +92,6 @@ class StableDiffusion(Networks):
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_configs()
-        self._fuse(loras, lora_partial)
-        if low_memory:  # all parts have been checked; each is built at its first use
-            for name in self.sources:
-                delattr(self, name)
-        else:
-            self._quantize()
 
     def _read_configs(self) -> None:
         """Derive from the networks' configs how a run goes; ValueError for parts that do not fit together."""
@@ -140,7 +134,8 @@ class StableDiffusion(Networks):
 
     @sampler.setter
     def sampler(self, name: str) -> None:
-        self._defaults, self._few_step = replace(self.defaults, sampler=name), []
+        self._defaults = replace(self._defaults, sampler=name)
+        self._few_step = [(lora, replace(defaults, sampler=name)) for lora, defaults in self._few_step]
 
     @sampler.deleter
     def sampler(self) -> None:
@@ -311,9 +306,10 @@ class StableDiffusion(Networks):
             yield x, x
             return
         arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
-        self._computed(arrays)
+        if self.low_memory:  # so that the networks that they come from can be freed
+            mx.eval(arrays)
         positive, negative, uncond_image = tables = self._condition(prompts, options, first)
-        yield self._computed([*arrays, *(table.arrays() for table in tables if table is not None)])
+        yield [*arrays, *(table.arrays() for table in tables if table is not None)]
         (unet,) = self._use("unet")
         batches = guidance_batches(
             len(run.steps),

@@ -97,99 +97,40 @@ def layers(model: Model) -> Iterator[tuple[str, str, torch.Tensor]]:
 # --- kinds: random factors, and the change that they stand for --------------------------------------------------------
 
 RANK, ALPHA = 4, 3.0
+# Kinds of changes, with the size of their factors: products of more factors need larger ones to show.
+KINDS = {"lora": 0.1, "locon-tucker": 0.3, "loha": 0.3, "loha-tucker": 0.5}
+KINDS |= {"lokr": 0.3, "lokr-factored": 0.3, "lokr-tucker": 0.5, "diff": 0.03}
+_WITHOUT_CORE = {"locon-tucker": "lora", "loha-tucker": "loha", "lokr-tucker": "lokr-factored"}  # of matrices
 
 
-def _random(*shape: int, generator: torch.Generator, scale: float = 0.1) -> torch.Tensor:
-    return scale * torch.randn(shape, generator=generator)
-
-
-def lora(shape, generator) -> Tensors:
-    kernel = [1] * (len(shape) - 2)
-    return {
-        "down": _random(RANK, *shape[1:], generator=generator),
-        "up": _random(shape[0], RANK, *kernel, generator=generator),
-    }
-
-
-def tucker(shape, generator) -> Tensors:
-    if len(shape) == 2 or shape[2] == 1:
-        return lora(shape, generator)
-    return {
-        "down": _random(RANK, shape[1], 1, 1, generator=generator, scale=0.3),
-        "mid": _random(RANK, RANK, *shape[2:], generator=generator, scale=0.3),
-        "up": _random(shape[0], RANK, 1, 1, generator=generator, scale=0.3),
-    }
-
-
-def loha(shape, generator) -> Tensors:
-    width = int(np.prod(shape[1:]))
-    return {
-        role: _random(*size, generator=generator, scale=0.3)
-        for part in "12"
-        for role, size in ((f"hada_w{part}_a", (shape[0], RANK)), (f"hada_w{part}_b", (RANK, width)))
-    }
-
-
-def loha_tucker(shape, generator) -> Tensors:
-    if len(shape) == 2 or shape[2] == 1:
-        return loha(shape, generator)
-    factors = {}
-    for part in "12":
-        factors[f"hada_t{part}"] = _random(RANK, RANK, *shape[2:], generator=generator, scale=0.5)
-        factors[f"hada_w{part}_a"] = _random(RANK, shape[0], generator=generator, scale=0.5)
-        factors[f"hada_w{part}_b"] = _random(RANK, shape[1], generator=generator, scale=0.5)
-    return factors
-
-
-def _split(n: int) -> tuple[int, int]:
-    return (2, n // 2) if n % 2 == 0 else (1, n)
-
-
-def lokr(shape, generator) -> Tensors:
-    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
-    return {
-        "lokr_w1": _random(a, b, generator=generator, scale=0.3),
-        "lokr_w2": _random(c, d, *shape[2:], generator=generator, scale=0.3),
-    }
-
-
-def lokr_factored(shape, generator) -> Tensors:
-    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
-    kernel = int(np.prod(shape[2:]))
-    return {
-        "lokr_w1_a": _random(a, RANK, generator=generator, scale=0.3),
-        "lokr_w1_b": _random(RANK, b, generator=generator, scale=0.3),
-        "lokr_w2_a": _random(c, RANK, generator=generator, scale=0.3),
-        "lokr_w2_b": _random(RANK, d * kernel, generator=generator, scale=0.3),
-    }
-
-
-def lokr_tucker(shape, generator) -> Tensors:
-    if len(shape) == 2 or shape[2] == 1:
-        return lokr_factored(shape, generator)
-    (a, c), (b, d) = _split(shape[0]), _split(shape[1])
-    return {
-        "lokr_w1": _random(a, b, generator=generator, scale=0.5),
-        "lokr_t2": _random(RANK, RANK, *shape[2:], generator=generator, scale=0.5),
-        "lokr_w2_a": _random(RANK, c, generator=generator, scale=0.5),
-        "lokr_w2_b": _random(RANK, d, generator=generator, scale=0.5),
-    }
-
-
-def full(shape, generator) -> Tensors:
-    return {"diff": _random(*shape, generator=generator, scale=0.03)}
-
-
-KINDS = {
-    "lora": lora,
-    "locon-tucker": tucker,
-    "loha": loha,
-    "loha-tucker": loha_tucker,
-    "lokr": lokr,
-    "lokr-factored": lokr_factored,
-    "lokr-tucker": lokr_tucker,
-    "diff": full,
-}
+def _shapes(kind: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The factors that trainers make of a kind for a weight [out, in, ...]."""
+    (out, into), kernel = shape[:2], shape[2:]
+    if kernel in ((), (1, 1)):
+        kind = _WITHOUT_CORE.get(kind, kind)
+    a, b = (2 if n % 2 == 0 else 1 for n in (out, into))  # of a Kronecker product
+    c, d, positions, ones = out // a, into // b, int(np.prod(kernel)), (1,) * len(kernel)
+    match kind:
+        case "lora":
+            return {"down": (RANK, into, *kernel), "up": (out, RANK, *ones)}
+        case "locon-tucker":
+            return {"down": (RANK, into, 1, 1), "mid": (RANK, RANK, *kernel), "up": (out, RANK, 1, 1)}
+        case "loha":
+            pair = {"a": (out, RANK), "b": (RANK, into * positions)}
+            return {f"hada_w{i}_{side}": size for i in "12" for side, size in pair.items()}
+        case "loha-tucker":
+            factors = {"t{}": (RANK, RANK, *kernel), "w{}_a": (RANK, out), "w{}_b": (RANK, into)}
+            return {f"hada_{role.format(i)}": size for i in "12" for role, size in factors.items()}
+        case "lokr":
+            return {"lokr_w1": (a, b), "lokr_w2": (c, d, *kernel)}
+        case "lokr-factored":
+            w1 = {"lokr_w1_a": (a, RANK), "lokr_w1_b": (RANK, b)}
+            return w1 | {"lokr_w2_a": (c, RANK), "lokr_w2_b": (RANK, d * positions)}
+        case "lokr-tucker":
+            w1 = {"lokr_w1": (a, b), "lokr_t2": (RANK, RANK, *kernel)}
+            return w1 | {"lokr_w2_a": (RANK, c), "lokr_w2_b": (RANK, d)}
+        case _:
+            return {"diff": shape}
 
 
 def _combine(t: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
@@ -367,7 +308,8 @@ def make(
         prefix = prefix_of(network, path)
         if prefix is None or not only(network, path):
             continue
-        factors = KINDS[kind](tuple(weight.shape), generator)
+        shapes = _shapes(kind, tuple(weight.shape))
+        factors = {role: KINDS[kind] * torch.randn(size, generator=generator) for role, size in shapes.items()}
         tensors |= {f"{prefix}.{roles.get(role, role)}": value for role, value in factors.items()}
         if alpha is not None and kind != "diff":
             tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
@@ -376,7 +318,7 @@ def make(
             along = [axis for axis in range(weight.ndim) if axis != ("rows", "columns").index(dora)]
             new = weight.detach().double() + delta
             norm = new.square().sum(dim=along, keepdim=True).sqrt()
-            lengths = (norm * (1 + _random(*norm.shape, generator=generator, scale=0.2))).float()
+            lengths = (norm * (1 + 0.2 * torch.randn(norm.shape, generator=generator))).float()
             tensors[f"{prefix}.{roles.get('dora_scale', 'dora_scale')}"] = lengths
             delta = lengths / norm * new - weight.detach()
         deltas[network, path] = delta.detach()

@@ -10,7 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from oracle import normal, relative_error
-from stable_diffusion import StableDiffusion, StableDiffusionXL
+from stable_diffusion import StableDiffusionXL
+from stable_diffusion.lora.files import read_lora
+from stable_diffusion.lora.layers import attach
 from stable_diffusion.weights.quantize import quantize
 
 PROMPT = "the red cat"
@@ -18,13 +20,14 @@ RUN = {"num_steps": 2, "latent_size": (6, 8), "seed": 3, "cfg_weight": 4.0, "neg
 NETWORKS = ("text_encoder_1", "text_encoder_2", "unet", "autoencoder")
 
 
-def last(latents) -> np.ndarray:
-    return np.array(list(latents)[-1])
+def drawn(sd: StableDiffusionXL, prompt: str = PROMPT) -> np.ndarray:
+    """The last latents of a run."""
+    return np.array(list(sd.generate_latents(prompt, **RUN))[-1])
 
 
-def held(sd: StableDiffusion) -> set[str]:
-    """The networks that are in memory."""
-    return {name for name in (*NETWORKS, "text_encoder") if name in vars(sd)}
+def held(sd: StableDiffusionXL) -> set[str]:
+    """The networks that are in memory, or that would be read into it where they stand."""
+    return {name for name in NETWORKS if name in vars(sd)}
 
 
 @pytest.fixture
@@ -32,28 +35,35 @@ def low(xl_folder) -> StableDiffusionXL:
     return StableDiffusionXL(xl_folder, low_memory=True)
 
 
-def test_two_whole_runs_give_what_an_ordinary_pipeline_gives(xl_folder, low):
-    plain = StableDiffusionXL(xl_folder)
-    plain.rows_at_once = 1
-    for prompt in (PROMPT, "a cat on the blue"):
-        ours, theirs = (last(sd.generate_latents(prompt, **RUN)) for sd in (low, plain))
-        assert np.array_equal(ours, theirs)
-        assert np.array_equal(low.decode(mx.array(ours)), plain.decode(mx.array(theirs)))
+def plain(folder: Path, **options) -> StableDiffusionXL:
+    """A pipeline that keeps its networks, and whose UNet runs as in low memory."""
+    sd = StableDiffusionXL(folder, **options)
+    sd.rows_at_once = 1
+    return sd
 
 
-def test_a_run_from_an_image_too(xl_folder, low):
-    image = mx.array(np.clip(normal(48, 64, 3, seed=0, scale=0.3), -1, 1))
-    run = {"strength": 0.5, "num_steps": 4, "seed": 1, "cfg_weight": 3.0}
-    plain = StableDiffusionXL(xl_folder)
-    plain.rows_at_once = 1
-    ours, theirs = (last(sd.generate_latents_from_image(image, PROMPT, **run)) for sd in (low, plain))
-    assert np.array_equal(ours, theirs) and held(low) == {"unet"}
+def adapter(folder: Path, seed: int = 0) -> Path:
+    """A LoRA for a layer of the UNet, and one of the second text encoder."""
+    layers = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 64,
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": 32,
+    }
+    tensors = {}
+    for i, (layer, width) in enumerate(layers.items(), start=seed):
+        tensors[f"{layer}.lora_A.weight"] = mx.array(normal(4, width, seed=i))
+        tensors[f"{layer}.lora_B.weight"] = mx.array(normal(width, 4, seed=10 + i))
+    mx.save_safetensors(str(folder / f"{seed}.safetensors"), tensors)
+    return folder / f"{seed}.safetensors"
+
+
+# --- which are in memory ---------------------------------------------------------------------------------------------
 
 
 def test_each_stage_holds_its_networks_alone(low):
-    assert held(low) == set()
+    before = mx.get_active_memory()
     latents = low.generate_latents(PROMPT, **RUN)
-    assert held(low) == set()
+    assert hasattr(low, "unet") and low.unet.config.in_channels == 4
+    assert mx.get_active_memory() - before < 2**16  # nothing is read before it is used
     latents.prepare()
     assert held(low) == {"text_encoder_1", "text_encoder_2"}
     for x_t in latents:
@@ -85,6 +95,21 @@ def test_the_memory_is_free_again(low):
     assert mx.get_active_memory() - before < 2**17
 
 
+# --- what comes back -------------------------------------------------------------------------------------------------
+
+
+def test_runs_give_what_an_ordinary_pipeline_gives(xl_folder, low):
+    image = mx.array(np.clip(normal(48, 64, 3, seed=0, scale=0.3), -1, 1))
+    run = {"strength": 0.5, "num_steps": 4, "seed": 1, "cfg_weight": 3.0}
+    other = plain(xl_folder)
+    for prompt in (PROMPT, "a cat on the blue"):
+        ours, theirs = drawn(low, prompt), drawn(other, prompt)
+        assert np.array_equal(ours, theirs)
+        assert np.array_equal(low.decode(mx.array(ours)), other.decode(mx.array(theirs)))
+        ours, theirs = (list(sd.generate_latents_from_image(image, prompt, **run))[-1] for sd in (low, other))
+        assert np.array_equal(ours, theirs) and held(low) == {"unet"}
+
+
 def test_networks_come_back_quantized(xl_folder):
     sd = StableDiffusionXL(xl_folder, low_memory=True, unet_bits=8, text_bits=4)
     want = {name: tree_flatten(getattr(sd, name).parameters()) for name in NETWORKS}
@@ -96,49 +121,46 @@ def test_networks_come_back_quantized(xl_folder):
         assert sd.sources[name].size == sum(value.nbytes for _, value in again)
 
 
-def adapter(folder: Path) -> Path:
-    """A LoRA for a layer of the UNet, one of the second text encoder, and one that is in no model."""
-    layers = {
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 64,
-        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": 32,
-    }
-    tensors = {}
-    for i, (layer, width) in enumerate(layers.items()):
-        tensors[f"{layer}.lora_A.weight"] = mx.array(normal(4, width, seed=i))
-        tensors[f"{layer}.lora_B.weight"] = mx.array(normal(width, 4, seed=10 + i))
-    mx.save_safetensors(str(folder / "lora.safetensors"), tensors)
-    return folder / "lora.safetensors"
-
-
-def test_networks_come_back_with_the_loras_in_their_weights(xl_folder, tmp_path):
-    options = {"loras": [(adapter(tmp_path), 0.7)], "unet_bits": 8}
-    low, plain = (StableDiffusionXL(xl_folder, low_memory=low, **options) for low in (True, False))
-    plain.rows_at_once = 1
-    want = last(plain.generate_latents(PROMPT, **RUN))
+@pytest.mark.parametrize("options", [{"unet_bits": 8}, {"float16": True}], ids=str)
+def test_networks_come_back_with_the_loras_in_their_weights(xl_folder, tmp_path, options):
+    loras = [(adapter(tmp_path), 0.7), (adapter(tmp_path, seed=5), -0.4)]  # for the same layers: rounded once
+    low, other = StableDiffusionXL(xl_folder, low_memory=True, loras=loras, **options), plain(xl_folder, **options)
+    want = drawn(plain(xl_folder, loras=loras, **options))
+    assert relative_error(drawn(other), want) > 1e-3
     for _ in range(2):
-        assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), want)
-    bare = last(StableDiffusionXL(xl_folder, unet_bits=8).generate_latents(PROMPT, **RUN))
-    assert relative_error(bare, want) > 1e-3
+        assert np.array_equal(drawn(low), want)
 
 
 @pytest.mark.parametrize("loaded", [True, False])
 def test_networks_come_back_with_the_loras_beside_their_weights(low, tmp_path, loaded, caplog):
-    none = last(low.generate_latents(PROMPT, **RUN))
+    none = drawn(low)
     if not loaded:
         low.release()
     before = mx.get_active_memory()
     attachment = low.load_lora(adapter(tmp_path), 0.7)
     assert mx.get_active_memory() - before < 2**16  # no network is read for it
-    first = last(low.generate_latents(PROMPT, **RUN))
+    first = drawn(low)
     assert relative_error(first, none) > 1e-3
-    assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), first)
+    assert np.array_equal(drawn(low), first)
     attachment.scale = 0.0
-    assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), none)
+    assert np.array_equal(drawn(low), none)
     attachment.scale = 0.7
     attachment.detach()
     for _ in range(2):
-        assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), none)
+        assert np.array_equal(drawn(low), none)
     assert "by hand" not in caplog.text
+
+
+def test_factors_come_back_as_they_were_trained(low, tmp_path):
+    low.load_lora(adapter(tmp_path))
+    first = drawn(low)
+    factors = {name: 2 * factor for name, factor in tree_flatten(low.unet.trainable_parameters())}
+    assert len(factors) == 2
+    low.unet.load_weights(list(factors.items()), strict=False)
+    trained = drawn(low)
+    low.release()
+    assert held(low) == set()
+    assert np.array_equal(drawn(low), trained) and not np.array_equal(trained, first)
 
 
 def test_new_words_come_back(low, tmp_path):
@@ -152,20 +174,19 @@ def test_new_words_come_back(low, tmp_path):
     assert not np.array_equal(low.encode_prompt("a cat").context, first)
 
 
-def test_deleted_networks_come_back(low):
-    first = last(low.generate_latents(PROMPT, **RUN))
-    del low.unet
-    assert held(low) == set()
-    assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), first)
-
-
-def test_without_low_memory_released_and_deleted_networks_come_back(xl_folder, tmp_path):
-    sd = StableDiffusionXL(xl_folder, unet_bits=8, loras=[(adapter(tmp_path), 0.7)], lora_partial=True)
-    first = last(sd.generate_latents(PROMPT, **RUN))
-    del sd.text_encoder_1
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_released_and_deleted_networks_come_back(xl_folder, low_memory, tmp_path):
+    sd = StableDiffusionXL(xl_folder, unet_bits=8, loras=[(adapter(tmp_path), 0.7)], low_memory=low_memory)
+    first = drawn(sd)
+    del sd.unet
+    assert "unet" not in held(sd)
+    assert np.array_equal(drawn(sd), first)
     sd.release("autoencoder")
-    assert held(sd) == {"autoencoder"}
-    assert np.array_equal(last(sd.generate_latents(PROMPT, **RUN)), first)
+    assert held(sd) <= {"autoencoder"}
+    assert np.array_equal(drawn(sd), first)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 class Doubled:
@@ -178,19 +199,21 @@ class Doubled:
         return 2 * self.unet(*args, **options)
 
 
-@pytest.mark.parametrize("how", ["quantized", "weights", "replaced"])
-def test_a_network_that_was_changed_by_hand_stays(low, how, caplog):
+@pytest.mark.parametrize("how", ["quantized", "weights", "replaced", "LoRA"])
+def test_a_network_that_was_changed_by_hand_stays(low, how, caplog, tmp_path):
     if how == "quantized":
         quantize(low.unet, 8, 32)
     elif how == "weights":
         low.unet.conv_out.bias = low.unet.conv_out.bias + 1
-    else:
+    elif how == "replaced":
         low.unet = Doubled(low.unet)
+    else:
+        attach({"unet": low.unet}, read_lora(adapter(tmp_path)), partial=True)
     changed = low.unet
-    first = last(low.generate_latents(PROMPT, **RUN))
+    first = drawn(low)
     with caplog.at_level(logging.WARNING, "stable_diffusion"):
         low.decode(mx.array(first))
     assert low.unet is changed and "unet was changed by hand" in caplog.text
-    assert np.array_equal(last(low.generate_latents(PROMPT, **RUN)), first)
+    assert np.array_equal(drawn(low), first)
     del low.unet
-    assert not np.array_equal(last(low.generate_latents(PROMPT, **RUN)), first)
+    assert not np.array_equal(drawn(low), first)

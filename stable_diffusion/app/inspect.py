@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from ..images.files import SUFFIXES as IMAGES
 from ..images.files import read_text
-from ..lora.delta import LoRADelta, rank_of
-from ..lora.files import read_lora
+from ..lora.delta import rank_of
+from ..lora.files import LoRAWeights, read_lora
 from ..lora.names import read_key
 from ..models.config import readable
 from ..weights import layout
@@ -178,7 +178,7 @@ def _inspect_lora(source: str | os.PathLike) -> Report:
     tensors = [factor for delta in lora.deltas for factor in delta.values()]
     report = {
         "kind": " and ".join(sorted(kinds)),
-        "family": _lora_family(lora.deltas),
+        "family": _lora_family(lora),
         "ranks": sorted(ranks),
         "alphas": sorted(alphas),
         "parameters": sum(factor.size for factor in tensors),
@@ -190,11 +190,10 @@ def _inspect_lora(source: str | os.PathLike) -> Report:
     return report | {key: lora.metadata[key] for key in _METADATA if key in lora.metadata}
 
 
-def _lora_family(deltas: Iterable[LoRADelta]) -> str:
+def _lora_family(lora: LoRAWeights) -> str:
     """Return the family by the width of the prompt that cross-attention reads, or else by a second text encoder."""
-    for delta in deltas:
-        if delta.network == "unet" and delta.layer.endswith("attn2_to_k") and "down" in delta:
-            width = delta["down"].shape[1]
-            title = family_title(width)
-            return f"unknown (prompts {width} wide)" if title == "unknown" else title
-    return FAMILIES["xl"].title if any(delta.network == "text_encoder_2" for delta in deltas) else "unknown"
+    width = lora.context_width
+    if width is not None:
+        title = family_title(width)
+        return f"unknown (prompts {width} wide)" if title == "unknown" else title
+    return FAMILIES["xl"].title if any(delta.network == "text_encoder_2" for delta in lora.deltas) else "unknown"

@@ -90,14 +90,12 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     sizes = {name: source.size for name, source in model.sources.items()}
     unet, vae = sizes.pop("unet"), sizes.pop("autoencoder")
     text, networks = sum(sizes.values()), sum(size_in_bytes(network) for network in shape.networks)
-    # Quantized weights are in memory from the start, and the autoencoder's from its first use.
-    early = 0 if model.low_memory or model.sources["unet"].quantization is None else unet
     stays = 0 if model.low_memory or not shape.encodes else vae
     rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size
-    stages = [StageMemory("text encoding", early + text + networks, int(_TEXT * shape.chunks))]
+    stages = [StageMemory("text encoding", text + networks, int(_TEXT * shape.chunks))]
     if shape.encodes:
-        weights = vae + early + networks + (0 if model.low_memory else text)
+        weights = vae + networks + (0 if model.low_memory else text)
         pixels = (1, *(side * model.pixels_per_latent for side in largest))
         peak = tiling.plan(model.vae_config, "encoder", pixels, limit - weights, itemsize).peak
         stages.append(StageMemory("encoding", weights, int(peak)))

@@ -13,22 +13,19 @@ Other scales than 1 multiply this total, so every LoRA is linear in its scale, a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-# The factors of each kind. A change has those of one kind, or "diff_b" alone.
-KINDS = (
-    {"down", "up"},
-    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-    {"lokr_w1", "lokr_w2"},
-    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
-    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
-    {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
-    {"diff"},
-)
+
+def is_complete(roles: Iterable[str]) -> bool:
+    """Return whether these are all factors of a change: of one kind, or of a bias alone."""
+    whole = set(roles) - {"alpha"}
+    whole |= {role.removesuffix("_a") for role in whole if role.endswith("_a") and f"{role[:-1]}b" in whole}
+    kinds = ({"down", "up"}, {"hada_w1", "hada_w2"}, {"lokr_w1", "lokr_w2"}, {"diff"})
+    return whole == {"diff_b"} or any(kind <= whole for kind in kinds)
 
 
 def rank_of(factors: Mapping[str, mx.array]) -> int | None:
@@ -56,6 +53,11 @@ class LoRADelta(nn.Module):
     def name(self) -> str:
         """Return the name for messages."""
         return f"{self.network}.{self.layer}"
+
+    @property
+    def has_two_factors(self) -> bool:
+        """Return whether ΔW is up @ down and no more, so that it need not be computed."""
+        return self.keys() == {"down", "up"}
 
     def delta(self, layer: nn.Module) -> dict[str, mx.array]:
         """Return what to add to a layer's "weight" and "bias" at scale 1: float32, in the layout of the layer.
@@ -96,15 +98,15 @@ class LoRADelta(nn.Module):
         try:
             if "diff" in f:
                 change = f["diff"]
-            elif "mid" in f:
-                change = _factored(f["up"].reshape(len(f["up"]), -1).T, f["down"].reshape(len(f["down"]), -1), f["mid"])
             elif "up" in f:
-                product = f["up"].reshape(len(f["up"]), -1) @ f["down"].reshape(len(f["down"]), -1)
-                change = product.reshape(-1, *f["down"].shape[1:])
+                up, down = (f[role].reshape(len(f[role]), -1) for role in ("up", "down"))
+                kernel = f["down"].shape[1:]
+                change = _factored(up.T, down, f["mid"]) if "mid" in f else (up @ down).reshape(-1, *kernel)
             elif "hada_w1_a" in f:
                 change = _matrix(f, "hada_{}1") * _matrix(f, "hada_{}2")
             else:
-                change = _kronecker(_matrix(f, "lokr_{}1"), _matrix(f, "lokr_{}2"))
+                w1, w2 = _matrix(f, "lokr_{}1"), _matrix(f, "lokr_{}2")
+                change = mx.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{self.name}: its factors do not fit each other") from error
         if change.ndim == 4 and len(shape) == 2 and change.shape[2:] == (1, 1):
@@ -125,13 +127,6 @@ def _matrix(f: Mapping[str, mx.array], name: str) -> mx.array:
 def _factored(a: mx.array, b: mx.array, core: mx.array | None) -> mx.array:
     """[out, r] and [r, in] -> [out, in], or, around a core [r, r, kh, kw], [r, out] and [r, in] -> a kernel."""
     return a @ b if core is None else mx.einsum("ijkl,io,jn->onkl", core, a, b)
-
-
-def _kronecker(w1: mx.array, w2: mx.array) -> mx.array:
-    """[a, b] and [c, d, ...] -> [a c, b d, ...]; a matrix w2 has the positions of a kernel within its d."""
-    (a, b), (c, d, *kernel) = w1.shape, w2.shape
-    product = w1.reshape(a, 1, b, 1, 1) * w2.reshape(1, c, 1, d, -1)
-    return product.reshape(a * c, b * d, *kernel)
 
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:

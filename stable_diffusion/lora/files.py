@@ -15,7 +15,7 @@ from ..weights import hub
 from ..weights.files import read_file
 from ..weights.formats.safetensors import loading_stream
 from ..weights.layout import SUFFIXES
-from .delta import KINDS, LoRADelta, rank_of
+from .delta import LoRADelta, is_complete, rank_of
 from .names import read_key
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
@@ -31,6 +31,13 @@ class LoRAWeights:
     deltas: tuple[LoRADelta, ...]
     unknown: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def context_width(self) -> int | None:
+        """Return the width of the encoded prompt that cross-attention reads, by which families of models differ."""
+        readers = [d for d in self.deltas if d.network == "unet" and d.layer.endswith("attn2_to_k")]
+        factors = (d[role] for d in readers for role in ("down", "hada_w1_b", "diff") if role in d)
+        return next((factor.shape[1] for factor in factors if factor.ndim > 1), None)
 
 
 def read_lora(source: str | os.PathLike) -> LoRAWeights:
@@ -58,7 +65,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
         if "lora_magnitude_vector" in name:  # PEFT's lengths are always those of rows, whatever their shape looks like
             tensor = mx.flatten(tensor, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
-    if incomplete := [".".join(layer) for layer, factors in grouped.items() if not _is_complete(factors)]:
+    if incomplete := [".".join(layer) for layer, factors in grouped.items() if not is_complete(factors)]:
         raise ValueError(f"{path} lacks factors of its changes of {', '.join(incomplete)}")
     if not grouped:
         raise ValueError(f"{path} is not a LoRA: it holds {', '.join(unknown[:3]) or 'nothing'}")
@@ -82,7 +89,11 @@ def locate(source: str | os.PathLike) -> Path:
     if hub_file is None or (hub_file["file"] is None and path.suffix in SUFFIXES):
         raise FileNotFoundError(f"there is no LoRA at {name}; give a file, a folder, or a Hub id as owner/name:file")
     files = _FILES if hub_file["file"] is None else (hub_file["file"],)
-    spec = hub.DownloadSpec("a LoRA", files, _missing_files, "connect once, or give a local file")
+
+    def missing_files(folder: Path, names: set[str], repo: str) -> list[str]:
+        return [_PEFT_CONFIG] if _PEFT_CONFIG in names and not (folder / _PEFT_CONFIG).is_file() else []
+
+    spec = hub.DownloadSpec("a LoRA", files, missing_files, "connect once, or give a local file")
     folder = hub.fetch((hub_file["repo"],), spec)[1]
     return next(folder / file for file in files if (folder / file).is_file())
 
@@ -93,14 +104,6 @@ def find_in(folder: str | os.PathLike, name: str) -> Path:
     if not paths:
         raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
     return paths[0]
-
-
-def _missing_files(folder: Path, names: set[str], repo: str) -> list[str]:
-    return [_PEFT_CONFIG] if _PEFT_CONFIG in names and not (folder / _PEFT_CONFIG).is_file() else []
-
-
-def _is_complete(factors: Mapping[str, mx.array]) -> bool:
-    return any(kind <= factors.keys() for kind in KINDS) or factors.keys() - {"alpha"} == {"diff_b"}
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:

@@ -9,7 +9,7 @@ Attached, a layer ``to_q`` has the parameters ``to_q.base.weight``, ``to_q.loras
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from weakref import ref
 
@@ -27,7 +27,7 @@ from .names import layer_names
 _log = logging.getLogger("stable_diffusion")
 
 _Model = Mapping[str, nn.Module]  # its networks by name
-_Matched = list[tuple[str, LoRADelta]]  # (path of the layer, its change)
+_Scaled = list[tuple[LoRADelta, float]]  # changes of a layer with their scales, which are not 0
 
 
 class LoRALayer(nn.Module):
@@ -42,6 +42,10 @@ class LoRALayer(nn.Module):
         """Return the weight of the wrapped layer."""
         return self.base.weight
 
+    def scaled(self) -> _Scaled:
+        """Return the changes that have an effect, with their scales."""
+        return [(delta, delta.lora.scale) for delta in self.loras if delta.lora.scale != 0]
+
 
 class LoRALinear(LoRALayer):
     """Wrap a Linear or a QuantizedLinear.
@@ -50,15 +54,15 @@ class LoRALinear(LoRALayer):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        scaled = [(delta, delta.lora.scale) for delta in self.loras if delta.lora.scale != 0]
-        changed = _changed_parameters(self.base, [pair for pair in scaled if pair[0].keys() != {"down", "up"}])
+        scaled = self.scaled()
+        changed = _changed_parameters(self.base, [pair for pair in scaled if not pair[0].has_two_factors])
         if changed:
             weight = changed.get("weight", weight_of(self.base))
             y = self._apply(x, weight.astype(x.dtype)) + changed.get("bias", self.base.get("bias", 0))
         else:
             y = self.base(x)
         for delta, scale in scaled:
-            if delta.keys() == {"down", "up"}:
+            if delta.has_two_factors:
                 down = delta["down"].reshape(-1, *shape_of(self.base)[1:])
                 up = delta["up"].reshape(-1, len(down)).astype(x.dtype)
                 y = y + (scale * delta.multiplier * self._apply(x, to_layer(down).astype(x.dtype))) @ up.T
@@ -87,7 +91,7 @@ class LoRANorm(LoRALayer):
 
     def _changed(self) -> nn.Module:
         norm = copy(self.base)
-        norm.update(_changed_parameters(norm, [(delta, delta.lora.scale) for delta in self.loras]))
+        norm.update(_changed_parameters(norm, self.scaled()))
         return norm
 
 
@@ -100,21 +104,15 @@ _WRAPPERS = {
 }
 
 
-def _changed_parameters(layer: nn.Module, scaled: Iterable[tuple[LoRADelta, float]]) -> dict[str, mx.array]:
+def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array]:
     """W + Σ scale ΔW for each parameter that is changed: summed in float32, in the type of the layer."""
     totals: dict[str, mx.array] = {}
     for delta, scale in scaled:
-        for key, change in delta.delta(layer).items() if scale != 0 else ():
+        for key, change in delta.delta(layer).items():
             before = weight_of(layer) if key == "weight" else layer[key].astype(mx.float32)
             totals[key] = totals.get(key, before) + scale * change
     dtype = layer.get("scales", layer["weight"]).dtype
     return {key: total.astype(dtype) for key, total in totals.items()}
-
-
-def _layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers that LoRAs may change, without their wrappers, by path."""
-    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, tuple(_WRAPPERS)))
-    return {path.removesuffix(".base"): layer for path, layer in layers}
 
 
 def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -122,102 +120,89 @@ def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     return ((path, layer) for path, layer in network.named_modules() if isinstance(layer, LoRALayer))
 
 
-def _match(networks: _Model, lora: LoRAWeights, partial: bool) -> tuple[dict[str, _Matched], tuple[str, ...]]:
-    """The changes of each network, and the names of changes without a layer; raises ValueError as `attach` says."""
-    layers = {name: _layers(network) for name, network in networks.items()}
-    paths = {name: layer_names(name, layers[name]) for name in layers}
-    _check_family(lora, layers.get("unet", {}))
-    matched: dict[str, _Matched] = {name: [] for name in networks}
-    unmatched, misshapen = list(lora.unknown), []
-    for delta in lora.deltas:
-        path = paths.get(delta.network, {}).get(delta.layer)
-        if path is None:
-            unmatched.append(delta.name)
-            continue
-        try:
-            delta.delta(layers[delta.network][path])
-        except ValueError as error:
-            misshapen.append(str(error))
-        matched[delta.network].append((path, delta))
-    total = len(lora.deltas) + len(lora.unknown)
+def targets(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
+    """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
+    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, tuple(_WRAPPERS)))
+    layers = {path.removesuffix(".base"): layer for path, layer in layers}
+    paths = layer_names(name, layers)
+    found = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
+    return [(path, layers[path], delta) for path, delta in found]
+
+
+def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) -> None:
+    """Raise ValueError as :func:`attach` does; with ``partial`` the log names what is left out."""
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
+    read = lora.context_width
+    width = read if "unet" not in networks else max(networks["unet"].config.cross_attention_dim)
+    if read not in (None, width):
+        family, model = (f"{family_title(w)} (prompts {w} wide)" for w in (read, width))
+        raise ValueError(f"{lora.path} is a LoRA for {family} and this model is {model}: choose one made for it")
+    matched, misshapen = set(), []
+    for name, network in networks.items():
+        for _, layer, delta in targets(name, network, lora.deltas):
+            matched.add(delta.name)
+            try:
+                delta.delta(layer)
+            except ValueError as error:
+                misshapen.append(str(error))
     if misshapen:
         raise ValueError(f"{lora.path} does not fit this model: {len(misshapen)} misshapen: {', '.join(misshapen)}")
-    if not any(matched.values()):
-        raise ValueError(
-            f"{lora.path} is for another kind of model: this one has none of its {total} parts, {unmatched[0]}..."
-        )
+    unmatched = (*lora.unknown, *(delta.name for delta in lora.deltas if delta.name not in matched))
+    total = f"its {len(lora.deltas) + len(lora.unknown)} parts"
+    if not matched:
+        raise ValueError(f"{lora.path} is for another kind of model: this one has none of {total}, {unmatched[0]}...")
     if unmatched:
-        rest = f"{lora.path}: {len(unmatched)} of its {total} parts are not in this model: {', '.join(unmatched)}"
+        rest = f"{lora.path}: {len(unmatched)} of {total} are not in this model: {', '.join(unmatched)}"
         if not partial:
             raise ValueError(f"{rest}; apply the others with partial=True, or choose a LoRA made for this model")
         _log.warning("%s; applying the others", rest)
-    return matched, tuple(unmatched)
-
-
-def _check_family(lora: LoRAWeights, unet: Mapping[str, nn.Module]) -> None:
-    """Compare the widths of the encoded prompt, which cross-attention reads and which tells the families apart."""
-    of_model = {shape_of(layer)[1] for path, layer in unet.items() if path.endswith("attn2.to_k")}
-    readers = [delta for delta in lora.deltas if delta.network == "unet" and delta.layer.endswith("attn2_to_k")]
-    of_lora = {d[role].shape[1] for d in readers for role in ("down", "hada_w1_b", "diff") if role in d}
-    if of_model and of_lora and not of_model & of_lora:
-        family, model = (
-            " or ".join(f"{family_title(width)} (prompts {width} wide)" for width in sorted(widths))
-            for widths in (of_lora, of_model)
-        )
-        raise ValueError(f"{lora.path} is a LoRA for {family} and this model is {model}: choose one made for it")
 
 
 class AttachedLoRA:
     """Control a LoRA that runs beside the weights.
 
-    ``scale`` may be set between runs; within a run, values computed once for all steps keep the old one. ``unmatched``
-    names the parts that are not in the model.
+    ``scale`` may be set between runs; within a run, values computed once for all steps keep the old one. ``deltas``
+    hold the factors, as they are now when they are trained.
     """
 
-    def __init__(self, scale: float, matched: Mapping[str, _Matched], unmatched: tuple[str, ...]):
-        self.scale, self.unmatched = scale, unmatched
-        self._matched = matched
+    def __init__(self, lora: LoRAWeights, scale: float):
+        self.scale = scale
+        self.deltas = [LoRADelta(d.network, d.layer, d, d.multiplier, self) for d in lora.deltas]
         self._networks: dict[str, ref[nn.Module]] = {}  # weak: a network that all others delete is freed at once
 
     @property
     def is_attached(self) -> bool:
         """Return whether the LoRA runs: ``detach`` has not been called."""
-        return bool(self._matched)
+        return bool(self.deltas)
 
-    def reattach(self, name: str, network: nn.Module) -> None:
-        """Attach the LoRA to a network that was loaded again, in the same layers as before."""
-        layers, wrappers = _layers(network), dict(wrapped_layers(network))
-        if not wrappers and self._matched.get(name):
+    def wrap(self, name: str, network: nn.Module) -> None:
+        """Wrap the layers that the LoRA changes in a network, which may be one that was loaded again."""
+        found, wrappers = targets(name, network, self.deltas), dict(wrapped_layers(network))
+        if found and not wrappers:
             network._trainable = tuple(key for key, _ in tree_flatten(network.trainable_parameters()))
             network.freeze()
-        for path, delta in self._matched.get(name, ()):
+        for path, layer, delta in found:
             if path not in wrappers:
-                layer = layers[path]
-                wrappers[path] = next(wrap(layer) for kind, wrap in _WRAPPERS.items() if isinstance(layer, kind))
-            wrappers[path].loras.append(LoRADelta(name, delta.layer, delta, delta.multiplier, self))
+                wrappers[path] = next(wrapper(layer) for kind, wrapper in _WRAPPERS.items() if isinstance(layer, kind))
+            wrappers[path].loras.append(delta)
         network.update_modules(tree_unflatten(list(wrappers.items())))
         self._networks[name] = ref(network)
 
     def detach(self) -> None:
         """Remove the LoRA. Without others, each layer is again the object that it was, frozen or not as before."""
         for network in filter(None, (network() for network in self._networks.values())):
-            bare = {}
-            for path, layer in wrapped_layers(network):
+            wrappers = dict(wrapped_layers(network))
+            for layer in wrappers.values():
                 layer.loras = [delta for delta in layer.loras if delta.lora is not self]
-                if not layer.loras:
-                    bare[path] = layer.base
+            bare = {path: layer.base for path, layer in wrappers.items() if not layer.loras}
             network.update_modules(tree_unflatten(list(bare.items())))
-            if bare and not attached(network):
+            if bare and len(bare) == len(wrappers):
                 modules = dict(network.named_modules())
                 for path, _, key in (name.rpartition(".") for name in network._trainable):
                     modules[path].unfreeze(recurse=False, keys=[key])
                 del network._trainable
-        self._matched, self._networks = {}, {}
-
-
-def attached(network: nn.Module) -> set[AttachedLoRA]:
-    """Return the LoRAs that run beside a network's weights."""
-    return {delta.lora for _, layer in wrapped_layers(network) for delta in layer.loras}
+        self.deltas, self._networks = [], {}
 
 
 def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: bool = False) -> AttachedLoRA:
@@ -225,48 +210,36 @@ def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: 
 
     The factors become the only trainable parameters of the networks that the LoRA changes, until it is detached. They
     take memory as they are in the file. LoHa, LoKr, Tucker factors and diff compute ΔW in each call and drop it.
+    ``partial`` applies a LoRA of which the model lacks some layers; otherwise that is an error.
 
-    Args:
-        networks: the model, changed in place; its layers may be quantized, now or later.
-        lora: the LoRA; several are attached one after the other.
-        scale: its strength: 0 is none, negative scales lead away from it.
-        partial: apply it even if the model lacks some of its layers; otherwise that is an error.
-
-    Raises:
-        ValueError: the LoRA is for another family of models, or its shapes do not fit; parts of it are not in the
-            model, all of them named; or nothing of it is. The model is then unchanged.
+    Raises ValueError, with the model unchanged, for a LoRA of another family of models; for shapes that do not fit and
+    for parts that are not in the model, all of them named; and where nothing of it is in the model.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
-    result = AttachedLoRA(scale, *_match(networks, lora, partial))
+    check_fit(networks, lora, scale, partial)
+    result = AttachedLoRA(lora, scale)
     for name, network in networks.items():
-        result.reattach(name, network)
+        result.wrap(name, network)
     return result
 
 
-def fuse(networks: _Model, loras: Iterable[tuple[LoRAWeights, float]], *, partial: bool = False) -> tuple[str, ...]:
+def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]], *, partial: bool | None = False) -> None:
     """Add LoRAs to the weights: W becomes W + Σ scale ΔW, summed in float32 and cast back to the type of W.
 
     Nothing is computed before a weight is used: quantizing or saving matrix by matrix afterwards never holds more than
-    one matrix in float32. ``loras`` come with their scales; 0 leaves every bit as it is. Returns the names of the parts
-    that are not in the model. Raises ValueError for a quantized layer, and as :func:`attach`; the model is then
-    unchanged.
+    one matrix in float32. ``loras`` come with their scales; 0 leaves every bit as it is. ``partial`` is that of
+    :func:`attach`, None for LoRAs that have been checked. Raises ValueError for a quantized layer, and as that; the
+    model is then unchanged.
     """
-    fused: list[AttachedLoRA] = []
-    try:
+    for lora, scale in loras if partial is not None else ():
+        check_fit(networks, lora, scale, partial)
+    changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
+    for name, network in networks.items():
         for lora, scale in loras:
-            fused.append(attach(networks, lora, scale, partial=partial))
-        changed = []
-        for name, network in networks.items():
-            for path, layer in wrapped_layers(network):
-                scaled = [(delta, delta.lora.scale) for delta in layer.loras if delta.lora in fused]
-                if scaled and isinstance(layer.base, nn.QuantizedLinear):
-                    raise ValueError(f"{name}.{path} is quantized: fuse before quantizing, or attach the LoRA instead")
-                with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate them
-                    changed.append((layer.base, _changed_parameters(layer.base, scaled)))
-        for layer, parameters in changed:
-            layer.update(parameters)
-    finally:
-        for lora in fused:
-            lora.detach()
-    return tuple(name for lora in fused for name in lora.unmatched)
+            for path, layer, delta in targets(name, network, lora.deltas) if scale != 0 else ():
+                changes.setdefault((name, path), (layer, []))[1].append((delta, scale))
+    for path, (layer, _) in changes.items():
+        if isinstance(layer, nn.QuantizedLinear):
+            raise ValueError(f"{'.'.join(path)} is quantized: fuse before quantizing, or attach the LoRA instead")
+    with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate them
+        for layer, scaled in changes.values():
+            layer.update(_changed_parameters(layer, scaled))

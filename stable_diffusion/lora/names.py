@@ -13,8 +13,8 @@ underscores for all separators, a layer has one of a few names, so a table made 
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from itertools import count
 
 from ..weights.formats.original import RESNET_NAMES, UNET_NAMES
 
@@ -106,28 +106,26 @@ def _original(path: str, blocks: Mapping[str, str]) -> str | None:
 
 
 _RESNET = {ours: original for original, ours in RESNET_NAMES.items()}
+_FIRST_CONV = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.resnets\.\d+\.conv1")
 
 
 def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
     """{a block of the UNet: its original name}. There, blocks are numbered through, each resnet with its attention."""
-    prefixes = {".".join(path.split(".")[:end]) for path in paths for end in (1, 2, 3, 4)}
     names = {ours: original for original, ours in UNET_NAMES.items()}
+    resnets = Counter(match.groups() for path in paths if (match := _FIRST_CONV.fullmatch(path)))
     for side, original, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
-        for i in count():
-            if f"{side}.{i}" not in prefixes:
-                break
-            for j in count():
-                if f"{side}.{i}.resnets.{j}" not in prefixes:
-                    break
-                names[f"{side}.{i}.resnets.{j}"] = f"{original}.{number}.0"
-                names[f"{side}.{i}.attentions.{j}"] = f"{original}.{number}.1"
+        for level in range(sum(side == found for found, _ in resnets)):
+            block = f"{side}.{level}"
+            for i in range(resnets[side, str(level)]):
+                names[f"{block}.resnets.{i}"] = f"{original}.{number}.0"
+                names[f"{block}.attentions.{i}"] = f"{original}.{number}.1"
                 number += 1
             if side == "down_blocks":
-                names[f"{side}.{i}.downsamplers.0.conv"] = f"{original}.{number}.0.op"
+                names[f"{block}.downsamplers.0.conv"] = f"{original}.{number}.0.op"
                 number += 1
             else:  # in the block of the last resnet, after its attention if it has one
-                position = 2 if f"{side}.{i}.attentions.0" in prefixes else 1
-                names[f"{side}.{i}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
+                position = 2 if any(path.startswith(f"{block}.attentions.") for path in paths) else 1
+                names[f"{block}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
     return names
 
 
@@ -146,9 +144,9 @@ _FEW_STEPS: dict[str, dict[str, str | int | float]] = {
 def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str | int | float] | None:
     """Return the settings that the authors of a few-step LoRA recommend; None for any other LoRA.
 
-    It is known by the name of its file, or by the name that its trainer wrote into the metadata. Where the file has the
-    name that diffusers gives to every LoRA, the folder and the repository in the Hub's cache count. The settings are
-    "sampler", "num_steps", "cfg_weight" and, where they matter, "spacing" and "eta", for ``generate_latents``.
+    It is known by the name of its file, or the name in the metadata; where the file has the name that diffusers gives
+    to every LoRA, by the folder and the repository in the Hub's cache. The settings are "sampler", "num_steps",
+    "cfg_weight" and, where they matter, "spacing" and "eta", for ``generate_latents``.
     """
     *folders, name = path.split("/")
     texts = [name, *(metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata)]

@@ -5,26 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 import loras
-from loras import KINDS, make, write
+from loras import KINDS, make
 from oracle import relative_error
 from stable_diffusion.lora.files import read_lora
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def sd1(sd1_folder):
-    return loras.load(sd1_folder, "sd1")
-
-
-@pytest.fixture(scope="module")
-def xl(xl_folder):
-    return loras.load(xl_folder, "xl")
-
-
-@pytest.fixture(params=["sd1", "xl"])
-def model(request):
-    return request.getfixturevalue(request.param)
 
 
 def check(model, path, wanted, scale=1.0, unchanged=()):
@@ -53,57 +38,58 @@ READ_BY_DIFFUSERS = dict.fromkeys(loras.NAMES, few)
 READ_BY_DIFFUSERS["kohya-original"] = lambda network, path: not path.startswith("add_embedding")
 
 
-@pytest.mark.parametrize("names", ["kohya", "kohya-sd1", "kohya-original", "peft", "processor", "linear-layer"])
-def test_names(model, names, tmp_path):
-    if names == "kohya-original" and model.family != "xl":
-        names = "kohya-sd1"
-    alpha = None if names in ("processor", "linear-layer", "peft") else loras.ALPHA
+@pytest.mark.parametrize(
+    "family, names",
+    [
+        *(("sd1", names) for names in ("kohya-sd1", "peft", "processor", "linear-layer")),
+        *(("xl", names) for names in ("kohya", "kohya-original", "peft")),
+    ],
+)
+def test_names(request, family, names, write):
+    model = request.getfixturevalue(family)
+    alpha = loras.ALPHA if names.startswith("kohya") else None
     tensors, _ = make(model, names, alpha=alpha, only=READ_BY_DIFFUSERS[names])
-    path = write(tmp_path, tensors)
+    path = write(tensors)
     check(model, path, loras.through_diffusers(model, path, 0.7), 0.7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds(sd1, kind, tmp_path):
+def test_kinds(sd1, kind, write):
     tensors, deltas = make(sd1, "kohya", kind)
     with loras.changed(sd1, deltas, -0.6):
         wanted = sd1.theirs()
-    check(sd1, write(tmp_path, tensors), wanted, -0.6)
+    check(sd1, write(tensors), wanted, -0.6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("lengths_of", ["rows", "columns"])
-def test_dora(sd1, kind, lengths_of, tmp_path):
+def test_dora(sd1, kind, lengths_of, write):
     tensors, deltas = make(sd1, "kohya", kind, dora=lengths_of, only=few)
     with loras.changed(sd1, deltas, 0.4):
         wanted = sd1.theirs()
-    check(sd1, write(tmp_path, tensors), wanted, 0.4)
+    check(sd1, write(tensors), wanted, 0.4)
 
 
 # As diffusers' training scripts do it: peft in the networks, saved by the pipeline with its settings.
-TRAINED = {
-    "alpha": {"lora_alpha": 6},
-    "rslora": {"lora_alpha": 6, "use_rslora": True},
-    "patterns": {"lora_alpha": 6},
-    "dora": {"lora_alpha": 6, "use_dora": True},
-}
+TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "q_proj", "fc1"]
 PATTERNS = {
     "unet": {"alpha_pattern": {"attn1.to_q": 2}, "rank_pattern": {"attn2.to_k": 2}},
     "text_encoder": {"alpha_pattern": {"fc1": 1}},
     "text_encoder_2": {"alpha_pattern": {"layers.0.mlp.fc1": 1}},
 }
-TARGETS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", "q_proj", "fc1"]
 
 
-@pytest.mark.parametrize("family, settings", [("xl", "alpha"), ("xl", "patterns"), ("sd1", "rslora"), ("sd1", "dora")])
+@pytest.mark.parametrize(
+    "family, settings", [("xl", None), ("xl", "patterns"), ("sd1", "use_rslora"), ("sd1", "use_dora")]
+)
 def test_trained_with_diffusers(request, family, settings, tmp_path):
     model = request.getfixturevalue(family)
     generator = torch.Generator().manual_seed(0)
     saved = {}
     try:
         for network, module in model.modules.items():
-            patterns = PATTERNS[network] if settings == "patterns" else {}
-            config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **TRAINED[settings], **patterns)
+            more = PATTERNS[network] if settings == "patterns" else {settings: True} if settings else {}
+            config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, **more)
             module.add_adapter(config, "it")
             for name, parameter in module.named_parameters():
                 if "lora_magnitude_vector" in name:

@@ -21,7 +21,8 @@ LAYERS = ["attn1.to_q", "attn2.to_k", "to_out.0", "resnets.1.conv1", "proj_in", 
 
 
 @pytest.fixture(params=["sd1", "xl"])
-def model(request):
+def model(request) -> loras.Model:
+    """One of the test's own, whose torch networks get adapters and gradients."""
     return loras.load(request.getfixturevalue(f"{request.param}_folder"), request.param)
 
 
