@@ -54,11 +54,6 @@ class LoRADelta(nn.Module):
         """Return the name for messages."""
         return f"{self.network}.{self.layer}"
 
-    @property
-    def has_two_factors(self) -> bool:
-        """Return whether ΔW is up @ down and no more, so that it need not be computed."""
-        return self.keys() == {"down", "up"}
-
     def delta(self, layer: nn.Module) -> dict[str, mx.array]:
         """Return what to add to a layer's "weight" and "bias" at scale 1: float32, in the layout of the layer.
 

@@ -108,12 +108,11 @@ def find_in(folder: str | os.PathLike, name: str) -> Path:
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
     """The settings of the training, in the file (diffusers) or beside it (PEFT): {"unet.lora_alpha": 8, ...}."""
-    config = path.with_name(_PEFT_CONFIG)
+    config, text = path.with_name(_PEFT_CONFIG), metadata.get("lora_adapter_metadata", "{}")
     try:
         if path.name == _FILES[1] and config.is_file():
-            settings = json.loads(config.read_text(encoding="utf-8"))
-        else:
-            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            text = config.read_text(encoding="utf-8")
+        settings = json.loads(text)
     except ValueError as error:
         raise ValueError(f"the settings of the LoRA {path} are not valid JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}

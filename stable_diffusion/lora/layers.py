@@ -55,17 +55,16 @@ class LoRALinear(LoRALayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         scaled = self.scaled()
-        changed = _changed_parameters(self.base, [pair for pair in scaled if not pair[0].has_two_factors])
+        changed = _changed_parameters(self.base, [pair for pair in scaled if pair[0].keys() != {"down", "up"}])
         if changed:
             weight = changed.get("weight", weight_of(self.base))
             y = self._apply(x, weight.astype(x.dtype)) + changed.get("bias", self.base.get("bias", 0))
         else:
             y = self.base(x)
-        for delta, scale in scaled:
-            if delta.has_two_factors:
-                down = delta["down"].reshape(-1, *shape_of(self.base)[1:])
-                up = delta["up"].reshape(-1, len(down)).astype(x.dtype)
-                y = y + (scale * delta.multiplier * self._apply(x, to_layer(down).astype(x.dtype))) @ up.T
+        for delta, scale in (pair for pair in scaled if pair[0].keys() == {"down", "up"}):
+            down = delta["down"].reshape(-1, *shape_of(self.base)[1:])
+            up = delta["up"].reshape(-1, len(down)).astype(x.dtype)
+            y = y + (scale * delta.multiplier * self._apply(x, to_layer(down).astype(x.dtype))) @ up.T
         return y
 
     def _apply(self, x: mx.array, weight: mx.array) -> mx.array:

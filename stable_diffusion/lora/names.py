@@ -98,11 +98,12 @@ def _aliases(path: str, blocks: Mapping[str, str]) -> Iterator[str]:
 
 def _original(path: str, blocks: Mapping[str, str]) -> str | None:
     """The name of a layer in the code of Rombach et al., in which kohya's trainer writes XL's blocks."""
-    block, inner = path, ""
-    while block and block not in blocks:
-        block, _, part = block.rpartition(".")
-        inner = f"{part}.{inner}".rstrip(".")
-    return f"{blocks[block]}.{_RESNET.get(inner, inner)}".rstrip(".") if block else None
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        if block := blocks.get(".".join(parts[:end])):
+            inner = ".".join(parts[end:])
+            return ".".join(filter(None, (block, _RESNET.get(inner, inner))))
+    return None
 
 
 _RESNET = {ours: original for original, ours in RESNET_NAMES.items()}
