@@ -342,7 +342,8 @@ class Networks:
             raise ValueError(f"{path} has vectors for {len(vectors)} text encoders; this model has {count}")
         try:
             for (tokenizer, encoder), table in zip(self._encoders, vectors, strict=True):
-                with self._lock, mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
+                # On the stream of the loader, so that any thread can evaluate it.
+                with self._lock, mx.stream(loading_stream(mx.default_device().type)):
                     ids = getattr(self, encoder).text_model.embeddings.add(table)
                     self.sources[encoder].words.append(table)
                 getattr(self, tokenizer).add(word, ids)

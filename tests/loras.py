@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from oracle import nchw, nhwc, normal
 from stable_diffusion.lora.files import read_lora
 from stable_diffusion.lora.layers import attach, fuse
+from stable_diffusion.lora.names import write_keys
 from stable_diffusion.weights.files import open_checkpoint
 from stable_diffusion.weights.load import load_component
 
@@ -207,85 +208,27 @@ def through_diffusers(model: Model, path: Path, scale: float = 1.0) -> dict[str,
 
 # --- names: (network, path) -> a prefix, and how the roles are spelt --------------------------------------------------
 
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_KOHYA_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
-_PEFT_ROLES = {"down": "lora_A.weight", "up": "lora_B.weight"}
-_OLD_ROLES = {"down": "down.weight", "up": "up.weight"}
-
-
-def kohya(network: str, path: str) -> str:
-    return _KOHYA[network] + path.replace(".", "_")
-
-
-def kohya_sd1(network: str, path: str) -> str:
-    return kohya(network, path).replace("lora_te1_", "lora_te_")
-
-
-# diffusers' blocks, two resnets each, in the numbering of the original UNet.
-_ORIGINAL = [
-    *((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{3 * i + j + 1}.0") for i in range(3) for j in range(2)),
-    *((f"down_blocks.{i}.attentions.{j}", f"input_blocks.{3 * i + j + 1}.1") for i in range(3) for j in range(2)),
-    *((f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{3 * i + 3}.0.op") for i in range(2)),
-    *((f"up_blocks.{i}.resnets.{j}", f"output_blocks.{3 * i + j}.0") for i in range(3) for j in range(3)),
-    *((f"up_blocks.{i}.attentions.{j}", f"output_blocks.{3 * i + j}.1") for i in range(3) for j in range(3)),
-    *((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{3 * i + 2}.2.conv") for i in range(2)),
-    ("mid_block.resnets.0", "middle_block.0"),
-    ("mid_block.attentions.0", "middle_block.1"),
-    ("mid_block.resnets.1", "middle_block.2"),
-    ("conv_in", "input_blocks.0.0"),
-    ("conv_out", "out.2"),
-    ("time_embedding.linear_1", "time_embed.0"),
-    ("time_embedding.linear_2", "time_embed.2"),
-    ("add_embedding.linear_1", "label_emb.0.0"),
-    ("add_embedding.linear_2", "label_emb.0.2"),
-    ("conv1", "in_layers.2"),
-    ("conv2", "out_layers.3"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("conv_shortcut", "skip_connection"),
-]
-
-
-def original(path: str) -> str:
-    """A path of XL's UNet in the original names."""
-    for ours, theirs in _ORIGINAL:
-        if path.startswith(f"{ours}.") or path == ours or path.endswith(f".{ours}"):
-            path = path.replace(ours, theirs)
-    return path
-
-
-def kohya_original(network: str, path: str) -> str:
-    return kohya(network, original(path) if network == "unet" else path)
-
-
-def dotted(network: str, path: str) -> str:
-    return f"{network}.{path}"
-
-
+_KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
+_PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_OLD = {"down": "down.weight", "up": "up.weight"}
+NAMES = {"kohya": _KOHYA, "kohya-sd1": _KOHYA, "kohya-original": _KOHYA}
+NAMES |= {"peft": _PEFT, "processor": _OLD, "linear-layer": _OLD}
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def processor(network: str, path: str) -> str | None:
-    """The names of attention processors; None for layers that have none."""
+def _prefix(names: str, network: str, path: str) -> str | None:
+    """The name of a layer; None for one that has none: only projections of attention had processors."""
+    if names.startswith("kohya"):
+        encoder = "lora_te_" if names == "kohya-sd1" else "lora_te1_"
+        prefixes = {"unet": "lora_unet_", "text_encoder": encoder, "text_encoder_2": "lora_te2_"}
+        return prefixes[network] + path.replace(".", "_")
     block, _, projection = path.removesuffix(".0").rpartition(".")
-    if network == "unet" and projection.startswith("to_"):
-        return f"unet.{block}.processor.{projection}_lora"
-    if projection in _PROJECTIONS:
-        return f"{network}.{block}.{_PROJECTIONS[projection]}_lora"
-    return None
-
-
-def linear_layers(network: str, path: str) -> str:
-    return f"{network}.{path}.{'lora' if network == 'unet' else 'lora_linear_layer'}"
-
-
-NAMES = {
-    "kohya": (kohya, _KOHYA_ROLES),
-    "kohya-sd1": (kohya_sd1, _KOHYA_ROLES),
-    "kohya-original": (kohya_original, _KOHYA_ROLES),
-    "peft": (dotted, _PEFT_ROLES),
-    "processor": (processor, _OLD_ROLES),
-    "linear-layer": (linear_layers, _OLD_ROLES),
-}
+    if names == "processor" and network == "unet":
+        return f"unet.{block}.processor.{projection}_lora" if projection.startswith("to_") else None
+    if names == "processor":
+        return f"{network}.{block}.{_PROJECTIONS[projection]}_lora" if projection in _PROJECTIONS else None
+    ending = {"peft": "", "linear-layer": ".lora" if network == "unet" else ".lora_linear_layer"}[names]
+    return f"{network}.{path}{ending}"
 
 
 def make(
@@ -301,11 +244,11 @@ def make(
 
     ``dora`` adds lengths for the "rows" of the changed weights, or for their "columns".
     """
-    prefix_of, roles = NAMES[names]
-    generator = torch.Generator().manual_seed(seed)
-    tensors, deltas = {}, {}
+    roles, generator = NAMES[names], torch.Generator().manual_seed(seed)
+    tensors, deltas, unet = {}, {}, [path for network, path, _ in layers(model) if network == "unet"]
+    original = write_keys("kohya-xl", "unet", unet) if names == "kohya-original" else {}
     for network, path, weight in layers(model):
-        prefix = prefix_of(network, path)
+        prefix = original[path] if original and network == "unet" else _prefix(names, network, path)
         if prefix is None or not only(network, path):
             continue
         shapes = _shapes(kind, tuple(weight.shape))

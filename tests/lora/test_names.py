@@ -14,7 +14,7 @@ import pytest
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS
 from stable_diffusion.lora.delta import shape_of
 from stable_diffusion.lora.files import locate, read_lora
-from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key
+from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key, write_keys
 from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
 from tests.hub_server import Hub, safetensors
@@ -54,8 +54,9 @@ def test_original_names_of_published_unets(listed, model, published):
             assert (network, role) == ("unet", "down")
             path = names[layer]
             assert list(shape_of(ours[path])) == shape[: max(2, ours[path].weight.ndim)], name
-            found[path] = name
+            found[path] = key.removesuffix(".lora_down.weight")
     assert found.keys() == ours.keys()
+    assert write_keys("kohya-xl", "unet", ours) == found
 
 
 @pytest.mark.parametrize("model", REAL_UNETS)
