@@ -76,7 +76,8 @@ def test_each_stage_holds_its_networks_alone(low):
         check("text_encoder_1", "text_encoder_2")
         for x_t in latents:
             mx.eval(x_t)
-            check("unet")
+            assert held(low) == {"unet"}
+        check("unet")
         low.decode(x_t)
         check("autoencoder")
     low.encode_prompt(PROMPT)
