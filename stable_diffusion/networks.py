@@ -18,7 +18,6 @@ from .lora.layers import AttachedLoRA, attach, check_fit, fuse
 from .lora.names import few_step_defaults
 from .models import cpu, tiling
 from .models.controlnet import ControlNetModel, T2IAdapter
-from .models.threads import clear_streams_at_thread_end
 from .options import Prompt, RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
 from .text.tokenizer import Tokenizer
@@ -157,7 +156,7 @@ class Networks:
 
     def _use(self, *names: str) -> list[Any]:
         """Begin a stage of a run: read the weights of its networks, and in low memory free all others."""
-        clear_streams_at_thread_end()
+        cpu.clear_streams_at_thread_end()
         with self._lock:
             if self.low_memory:
                 self.release(*names)

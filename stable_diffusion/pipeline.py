@@ -322,24 +322,25 @@ class StableDiffusion(Networks):
             interval=options.guidance_interval,
             rescale=options.guidance_rescale,
         )
-        with cpu.ONE_STREAM if self.rows_at_once else cpu.CPUStreams() as streams:
-            denoise: Denoise = Denoiser(
-                unet,
-                self.schedule,
-                run.steps,
-                self.dtype,
-                batches,
-                controls=options.controls,
-                max_rows=self.rows_at_once,
-                deep_cache=options.deep_cache,
-                tome_ratio=options.token_merging,
-                streams=streams,
-            )
-            if run.sampler.consistency:
-                denoise = consistency(denoise, self.schedule)
-            if first.mask is not None:
-                denoise = inpainting(denoise, first.mask)
+        denoise: Denoise = Denoiser(
+            unet,
+            self.schedule,
+            run.steps,
+            self.dtype,
+            batches,
+            controls=options.controls,
+            max_rows=self.rows_at_once,
+            deep_cache=options.deep_cache,
+            tome_ratio=options.token_merging,
+        )
+        if run.sampler.consistency:
+            denoise = consistency(denoise, self.schedule)
+        if first.mask is not None:
+            denoise = inpainting(denoise, first.mask)
+        try:
             yield from sample(denoise, run, first)
+        finally:
+            cpu.all_cores()
 
     def _condition(
         self, prompts: Prompts, options: Options, first: InitialLatents

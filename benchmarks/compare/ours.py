@@ -12,7 +12,6 @@ from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
 from stable_diffusion.models import cpu
-from stable_diffusion.models.cpu import ONE_STREAM, CPUStreams
 from stable_diffusion.models.tiling import decode, encode, plan
 from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
@@ -48,13 +47,13 @@ def _unet(case: Case, folder: Path) -> Work:
     schedule = Schedule(ScheduleConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     steps = schedule.steps(STEPS)
     batches = guidance_batches(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
-    streams, dtype = CPUStreams(), getattr(mx, case.dtype)
-    batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, streams=choice) for choice in (ONE_STREAM, streams))
+    dtype = getattr(mx, case.dtype)
+    batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, max_rows=rows) for rows in (case.rows, None))
     x = random(1, case.latent, case.latent, unet.config.in_channels)
 
     def run() -> None:
-        with streams:
-            mx.eval(aside(x, steps.sigmas[0]))
+        mx.eval(aside(x, steps.sigmas[0]))
+        cpu.all_cores()
 
     return Work(run, size(unet), graph=lambda: batch(x, steps.sigmas[0]))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -40,7 +41,6 @@ class Denoiser:
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
             on the output of the first convolution at the step's own latents.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
-        streams: CPU streams in which parts of a batch run side by side.
     """
 
     def __init__(
@@ -55,16 +55,14 @@ class Denoiser:
         max_rows: int | None = None,
         deep_cache: int = 1,
         tome_ratio: float = 0.0,
-        streams: cpu.CPUStreams = cpu.ONE_STREAM,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
         self._max_rows, self._deep_cache, self._tome_ratio = max_rows, deep_cache, tome_ratio
-        self._streams = streams
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
         for batch in batches:
             count = len(batch.images)
-            rows_at_once = max_rows or count // streams.parts(count)
+            rows_at_once = max_rows or count // cpu.parts(count)
             parts = batch.split(rows_at_once) if rows_at_once < count else [batch]
             contexts = [Context(part.conditioning.context, part.conditioning.v_context) for part in parts]
             self._batches.append((batch, list(map(_Part, parts, contexts))))
@@ -80,7 +78,7 @@ class Denoiser:
             if self._max_rows is not None and outputs:
                 # Each part waits for the one before, or MLX would compute them together, in the memory of all.
                 x_in = mx.depends(x_in, outputs[-1])
-            with self._streams.enter(i, len(parts)):
+            with nullcontext() if self._max_rows else cpu.stream_of(i, len(parts)):
                 outputs.append(self._predict(x_in[part.rows.images], sigma, part))
         prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
         return to_x0(prediction, x, sigma, self._schedule.config.prediction_type)

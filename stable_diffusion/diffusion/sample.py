@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..models import cpu
 from ..models.layers import resample
-from ..models.threads import clear_streams_at_thread_end
 from .denoiser import InpaintMask
 from .samplers import Denoise, Noise, Sampler
 from .schedule import Steps
@@ -157,14 +157,14 @@ class Latents(Iterator[mx.array]):
         """Encode the prompts and the image now, so that the text encoders can be freed before the first step."""
         if not self._is_prepared:
             self._is_prepared = True
-            clear_streams_at_thread_end()
+            cpu.clear_streams_at_thread_end()
             mx.eval(next(self._pairs))  # the first step may be made in another thread
 
     def __next__(self) -> mx.array:
         if not self._is_prepared:
             self._is_prepared = True
             next(self._pairs)
-        clear_streams_at_thread_end()  # this may be another thread than the one before
+        cpu.clear_streams_at_thread_end()  # this may be another thread than the one before
         x_t, self.predicted = next(self._pairs)
         self._step += 1
         _steps[id(x_t)] = self._step

@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from ..models.config import fields_of
+from ..models.config import Config
 from .curves import CURVES, TABLES, log_linear
 
 SCHEDULES = ("default", *CURVES, "sgm_uniform", *TABLES)
@@ -68,13 +68,15 @@ _OFFSET_ONE = {f"StableDiffusion{mode}Pipeline" for mode in ("", "Img2Img", "Inp
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Config):
     """Describe the noise that a model was trained on and its preferred sampler, from ``scheduler_config.json``.
 
     ``timestep_spacing`` is None where the file has none: the default then depends on the sampler. ``sigma_schedule``
     gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. ``not_followed`` lists
     settings of the preferred sampler, such as "solver_order=3", that the samplers here do not have.
     """
+
+    kind: ClassVar[str] = "scheduler"
 
     class_name: str = "DDIMScheduler"
     num_train_timesteps: int = 1000
@@ -96,12 +98,12 @@ class ScheduleConfig:
     not_followed: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], pipeline: str = "") -> "ScheduleConfig":
+    def from_dict(cls, raw: Mapping[str, Any], pipeline: str = "") -> Self:
         """Read a scheduler's JSON; ValueError names a setting of the noise that is not computed here.
 
         ``pipeline`` is the class of diffusers that the checkpoint is for.
         """
-        fields = fields_of(cls, raw) | {"class_name": raw.get("_class_name", "DDIMScheduler")}
+        fields = {**raw, "class_name": raw.get("_class_name", "DDIMScheduler")}
         if pipeline in _OFFSET_ONE:
             fields["steps_offset"] = 1
         curves = [name for name in ("karras", "exponential", "beta") if raw.get(f"use_{name}_sigmas")]
@@ -116,7 +118,7 @@ class ScheduleConfig:
         fields["not_followed"] = tuple(
             f"{key}={raw[key]!r}" for key, supported in followed.items() if raw.get(key) not in (None, *supported)
         )
-        return cls(**fields)
+        return super().from_dict(fields)
 
 
 @dataclass(frozen=True)

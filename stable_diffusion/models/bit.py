@@ -6,37 +6,35 @@ stage comes out at a sixteenth of the image's size, rounded up.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import Supported, check, fields_of
+from .config import Config, Supported
 from .layers import GroupNorm
 
 _NORM_EPS = 1e-5
 _WEIGHT_EPS = 1e-8
 _STAGES = ("stage1", "stage2", "stage3")
 
-_SUPPORTED: Supported = {
-    "model_type": ("bit",),
-    "layer_type": ("bottleneck",),
-    "global_padding": ("SAME", "same"),
-    "embedding_dynamic_padding": (True,),
-    "hidden_act": ("relu",),
-    "num_channels": (3,),
-    "output_stride": (16, 32),  # below 16 the last stages are dilated
-    "width_factor": (1,),
-    "out_features": (_STAGES,),
-}
-# transformers' defaults that are not computed here
-_DEFAULTS = {"layer_type": "preactivation", "global_padding": None, "embedding_dynamic_padding": False}
-_DEFAULTS |= {"out_features": None}
-
 
 @dataclass(frozen=True)
-class BitConfig:
+class BitConfig(Config):
     """Hold the backbone's part of a depth estimator's config; the defaults are the hybrid DPT's."""
+
+    kind: ClassVar[str] = "depth estimator backbone"
+    supported: ClassVar[Supported] = {
+        "model_type": ("bit",),
+        "layer_type": ("bottleneck",),
+        "global_padding": ("SAME", "same"),
+        "embedding_dynamic_padding": (True,),
+        "hidden_act": ("relu",),
+        "num_channels": (3,),
+        "output_stride": (16, 32),  # below 16 the last stages are dilated
+        "width_factor": (1,),
+        "out_features": (_STAGES,),
+    }
 
     embedding_size: int = 64
     hidden_sizes: tuple[int, ...] = (256, 512, 1024)
@@ -44,20 +42,23 @@ class BitConfig:
     num_groups: int = 32
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "BitConfig":
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read ``backbone_config``; ValueError names every key whose value this library cannot compute."""
-        check("depth estimator backbone", _DEFAULTS | raw, _SUPPORTED)
-        depths = tuple(raw.get("depths") or (3, 4, 6, 3))
-        if len(depths) != len(_STAGES):
-            raise ValueError(f"depth estimator backbone config: depths={depths!r} (supported: {len(_STAGES)} stages)")
-        # transformers keeps the sizes of the classifier's four stages, whatever the number of depths.
-        hidden_sizes = tuple(raw.get("hidden_sizes") or (256, 512, 1024))[: len(depths)]
-        if len(hidden_sizes) != len(depths) or any(size % 32 for size in hidden_sizes):
-            raise ValueError(
-                f"depth estimator backbone config: hidden_sizes={hidden_sizes!r} (supported: {len(depths)} or more "
-                "multiples of 32)"
-            )
-        return cls(**fields_of(cls, raw) | {"hidden_sizes": hidden_sizes, "depths": depths})
+        absent = {  # transformers' defaults; it keeps the sizes of the classifier's four stages with any depths
+            "layer_type": "preactivation",
+            "global_padding": None,
+            "embedding_dynamic_padding": False,
+            "out_features": None,
+            "depths": (3, 4, 6, 3),
+        }
+        return super().from_dict({**absent, **raw, "hidden_sizes": (raw.get("hidden_sizes") or cls.hidden_sizes)[:3]})
+
+    def __post_init__(self) -> None:
+        kind, sizes, count = "depth estimator backbone config", self.hidden_sizes, len(_STAGES)
+        if len(self.depths) != count:
+            raise ValueError(f"{kind}: depths={self.depths!r} (supported: {count} stages)")
+        if len(sizes) != count or any(size % 32 for size in sizes):
+            raise ValueError(f"{kind}: hidden_sizes={sizes!r} (supported: {count} or more multiples of 32)")
 
 
 class WeightStandardizedConv2d(nn.Module):

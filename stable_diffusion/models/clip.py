@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import CLIPTextConfig
-from .layers import LayerNorm
+from .layers import Group, LayerNorm
 
-_ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
+ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
 
 
 @dataclass
@@ -25,54 +25,32 @@ class CLIPOutput:
     pooled_output: mx.array
 
 
-class CLIPAttention(nn.Module):
-    """Compute causal multi-head self-attention."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"text encoder width {dim} does not divide into {heads} heads")
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-        self._heads = heads
-
-    def __call__(self, x: mx.array) -> mx.array:
-        b, n, c = x.shape
-        heads = (
-            p(x).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = mx.fast.scaled_dot_product_attention(*heads, scale=(c // self._heads) ** -0.5, mask="causal")
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(b, n, c))
-
-
-class CLIPMLP(nn.Module):
-    """Run the two-layer perceptron of an encoder layer."""
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self._activation = _ACTIVATIONS[config.hidden_act]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self._activation(self.fc1(x)))
-
-
 class CLIPEncoderLayer(nn.Module):
-    """Run a pre-norm transformer layer."""
+    """Run a pre-norm transformer layer with causal attention."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
+        dim, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        if dim % config.num_attention_heads:
+            raise ValueError(f"text encoder width {dim} does not divide into {config.num_attention_heads} heads")
+        projections = {name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        self.layer_norm1 = LayerNorm(dim, eps=eps)
+        self.self_attn = Group(**projections)
+        self.layer_norm2 = LayerNorm(dim, eps=eps)
+        self.mlp = Group(fc1=nn.Linear(dim, inner), fc2=nn.Linear(inner, dim))
+        self._heads = config.num_attention_heads
+        self._activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        (b, n, c), attn, mlp = x.shape, self.self_attn, self.mlp
+        y = self.layer_norm1(x)
+        q, k, v = (
+            project(y).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._heads) ** -0.5, mask="causal")
+        x = x + attn.out_proj(y.transpose(0, 2, 1, 3).reshape(b, n, c))
+        return x + mlp.fc2(self._activation(mlp.fc1(self.layer_norm2(x))))
 
 
 class CLIPEmbeddings(nn.Module):
@@ -110,47 +88,26 @@ class CLIPEmbeddings(nn.Module):
         return tokens + self.position_embedding(mx.arange(n))
 
 
-class CLIPEncoder(nn.Module):
-    """Run the stack of layers and return the state after each."""
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-
-    def __call__(self, x: mx.array) -> list[mx.array]:
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return states
-
-
-class CLIPTextTransformer(nn.Module):
-    """Hold embeddings, layers and the final norm, without the projection."""
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.embeddings = CLIPEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def __call__(self, ids: mx.array) -> list[mx.array]:
-        return self.encoder(self.embeddings(ids))
-
-
 class CLIPTextModel(nn.Module):
     """Encode token ids [B, N] to a :class:`CLIPOutput`: the text encoder of every Stable Diffusion."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.text_model = CLIPTextTransformer(config)
+        self.text_model = Group(
+            embeddings=CLIPEmbeddings(config),
+            encoder=Group(layers=[CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]),
+            final_layer_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        )
         if config.with_projection:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self._eos_token_id = config.eos_token_id
         self._vocabulary = config.vocab_size
 
     def __call__(self, ids: mx.array) -> CLIPOutput:
-        states = self.text_model(ids)
-        last = self.normalise(states[-1])
+        states = [self.text_model.embeddings(ids)]
+        for layer in self.text_model.encoder.layers:
+            states.append(layer(states[-1]))
+        last = self.text_model.final_layer_norm(states[-1])
         # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the vocabulary's last.
         vocabulary_ids = mx.where(ids < self._vocabulary, ids, 0)
         end = mx.argmax(vocabulary_ids if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
@@ -158,7 +115,3 @@ class CLIPTextModel(nn.Module):
         if "text_projection" in self:
             pooled = self.text_projection(pooled)
         return CLIPOutput(last, states, pooled)
-
-    def normalise(self, state: mx.array) -> mx.array:
-        """Apply the final layer norm to a hidden state, as SD 1 and 2 do to one below the last ("clip skip")."""
-        return self.text_model.final_layer_norm(state)

@@ -7,15 +7,15 @@ library does not compute is refused by name.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self
 
-Supported = Mapping[str, Collection[Any]]  # the values that are computed here
+Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed here}
 
 # Keys about files, training, storage and the moving average of the weights; they change nothing that is computed.
-_WITHOUT_EFFECT = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"}
-_WITHOUT_EFFECT |= {"model_type", "decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step"}
-_WITHOUT_EFFECT |= {"optimization_step"}
+WITHOUT_EFFECT = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"}
+WITHOUT_EFFECT |= {"model_type", "decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step"}
+WITHOUT_EFFECT |= {"optimization_step"}
 
 
 @contextmanager
@@ -28,45 +28,60 @@ def readable(kind: str) -> Iterator[None]:
         raise ValueError(f"{kind}: a value is not what it should be ({reason}); take it from its source") from error
 
 
-def check(kind: str, raw: Mapping[str, Any], supported: Supported, known: Collection[str] | None = None) -> None:
-    """Raise ValueError for values that are not ``supported``, and for unknown keys that are not off.
+class Config:
+    """Read a dataclass from a JSON object, named ``kind`` in errors. Null is as good as absent; lists become tuples.
 
-    ``known`` are the other keys that have a meaning here; None lets all other keys pass.
+    ``supported`` limits the values of fields and other keys. Keys ``per_block`` have one value for each of
+    ``block_out_channels``, by default the one given here. All others must be fields, off or ``ignored``; None ignores
+    them all.
     """
-    problems = []
-    for key, value in raw.items():
-        if key in supported:
-            if (tuple(value) if isinstance(value, list) else value) not in supported[key]:
-                problems.append(f"{key}={value!r} (supported: {' or '.join(map(repr, supported[key]))})")
-        elif known is not None and key not in known and not key.startswith("_") and value not in (None, False, [], ()):
-            problems.append(f"{key}={value!r} (unknown)")
-    if problems:
-        raise ValueError(f"{kind} config: this library cannot compute {'; '.join(problems)}")
+
+    kind: ClassVar[str]
+    supported: ClassVar[Supported] = {}
+    per_block: ClassVar[Mapping[str, Any]] = {}
+    ignored: ClassVar[Collection[str] | None] = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read a part's JSON; ValueError names every key that is missing, or whose value is not computed here."""
+        known = {field.name: field for field in fields(cls)}
+        required = [key for key in known if known[key].default is MISSING and cls.per_block.get(key) is None]
+        if missing := [key for key in required if raw.get(key) is None]:
+            raise ValueError(f"{cls.kind} config: missing {', '.join(missing)}")
+        problems = []
+        for key, value in raw.items():
+            if key in cls.supported:
+                entries = value if key in cls.per_block and isinstance(value, list | tuple) else [value]
+                if wrong := [entry for entry in entries if _as_tuple(entry) not in cls.supported[key]]:
+                    names = " or ".join(map(repr, cls.supported[key]))
+                    problems.append(f"{key}={wrong[0]!r} (supported: {names})")
+            elif cls.ignored is None or key in known or key in cls.ignored or key.startswith("_"):
+                continue
+            elif value not in (None, False, [], ()):
+                problems.append(f"{key}={value!r} (unknown)")
+        if problems:
+            raise ValueError(f"{cls.kind} config: this library cannot compute {'; '.join(problems)}")
+        # None is a value of one key: pruned models have no middle.
+        values = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
+        for key, default in cls.per_block.items():
+            value = values.get(key, default)
+            count = len(values["block_out_channels"])
+            if isinstance(value, tuple) and len(value) != count:
+                raise ValueError(f"{cls.kind} config: {key}={raw[key]!r} has {len(value)} entries for {count} blocks")
+            values[key] = value if isinstance(value, tuple) else (value,) * count
+        return cls(**{key: value for key, value in values.items() if key in known})
 
 
-def fields_of(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file says about the fields of a config class, lists as tuples; null is as good as absent."""
-    present = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in present.items()}
-
-
-def _per_block(kind: str, key: str, value: Any, count: int) -> tuple:
-    """Repeat one value for each block; a list must have ``count`` entries, and nested ones become tuples."""
-    if not isinstance(value, (list, tuple)):
-        return (value,) * count
-    if len(value) != count:
-        raise ValueError(f"{kind} config: {key}={value!r} has {len(value)} entries for {count} blocks")
-    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
-
-
-def _required(kind: str, raw: Mapping[str, Any], *keys: str) -> None:
-    if missing := [key for key in keys if raw.get(key) is None]:
-        raise ValueError(f"{kind} config: missing {', '.join(missing)}")
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(Config):
     """Hold the config of a CLIP text encoder (Radford et al. 2021); names and defaults of transformers' class."""
+
+    kind: ClassVar[str] = "text encoder"
+    supported: ClassVar[Supported] = {"hidden_act": ("quick_gelu", "gelu")}
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -81,43 +96,17 @@ class CLIPTextConfig:
     with_projection: bool = False
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read a text encoder's ``config.json``; ValueError for an activation or model class not computed here."""
         architectures = tuple(raw.get("architectures") or ("CLIPTextModel",))
         for name in architectures:
             if name not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
                 raise ValueError(f"text encoder config: architecture {name!r} is not a CLIP text model")
-        check("text encoder", raw, {"hidden_act": ("quick_gelu", "gelu")})
-        return cls(**fields_of(cls, raw) | {"with_projection": "CLIPTextModelWithProjection" in architectures})
-
-
-_BLOCK_TYPES: Supported = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
-# diffusers options outside the family: only the value that means "off" is computed here.
-_UNET_SUPPORTED: Supported = {
-    "act_fn": ("silu", "swish"),
-    "addition_embed_type": ("text_time", None),
-    "attention_type": ("default", None),
-    "center_input_sample": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1, 1.0),
-    "only_cross_attention": (False, None),
-    "resnet_out_scale_factor": (1, 1.0, None),
-    "resnet_time_scale_shift": ("default", None),
-    "time_embedding_type": ("positional", None),
-    "addition_embed_type_num_heads": (64, None),
-    "mid_block_only_cross_attention": (None, False),
-}
+        return super().from_dict({**raw, "with_projection": "CLIPTextModelWithProjection" in architectures})
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Config):
     """Hold the config of a UNet's first half, which a ControlNet copies. Tuples run from the finest block on.
 
     ``num_attention_heads`` is the number of heads; checkpoints store it under the misleading name
@@ -125,14 +114,39 @@ class EncoderConfig:
     the block.
     """
 
-    _kind: ClassVar[str]
-    _supported: ClassVar[Supported]
+    # Of diffusers' options outside the family, only the value that means "off" is computed here.
+    supported: ClassVar[Supported] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+        "act_fn": ("silu", "swish"),
+        "addition_embed_type": ("text_time", None),
+        "addition_embed_type_num_heads": (64, None),
+        "attention_type": ("default", None),
+        "center_input_sample": (False,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "downsample_padding": (1,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1, 1.0),
+        "only_cross_attention": (False, None),
+        "resnet_out_scale_factor": (1, 1.0, None),
+        "resnet_time_scale_shift": ("default", None),
+        "time_embedding_type": ("positional", None),
+    }
+    per_block: ClassVar[Mapping[str, Any]] = {
+        "layers_per_block": 2,
+        "down_block_types": None,
+        "num_attention_heads": 8,
+        "cross_attention_dim": None,
+        "transformer_layers_per_block": 1,
+    }
+    ignored: ClassVar[Collection[str]] = WITHOUT_EFFECT | {"attention_head_dim"}
 
-    in_channels: int
+    in_channels: int = 4
     block_out_channels: tuple[int, ...]
     layers_per_block: tuple[int, ...]
     down_block_types: tuple[str, ...]
-    mid_block_type: str | None
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     num_attention_heads: tuple[int, ...]
     cross_attention_dim: tuple[int, ...]
     transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
@@ -147,37 +161,11 @@ class EncoderConfig:
     projection_class_embeddings_input_dim: int | None = None
 
     @classmethod
-    def _read(cls, raw: Mapping[str, Any], *required: str) -> dict[str, Any]:
-        """Read all fields of a file that has every key; ValueError names every key that cannot be computed."""
-        _required(cls._kind, raw, "block_out_channels", "down_block_types", "cross_attention_dim", *required)
-        known = cls.__dataclass_fields__.keys() | _WITHOUT_EFFECT | {"attention_head_dim"}
-        check(cls._kind, raw, cls._supported, known)
-        heads = raw.get("attention_head_dim")
-        per_block = {
-            "layers_per_block": 2,
-            "down_block_types": None,
-            "up_block_types": None,
-            "num_attention_heads": 8 if heads is None else heads,
-            "cross_attention_dim": None,
-            "transformer_layers_per_block": 1,
-            "reverse_transformer_layers_per_block": None,
-        }
-        fields = {"in_channels": 4, "mid_block_type": "UNetMidBlock2DCrossAttn"} | fields_of(cls, raw)
-        if "mid_block_type" in raw:
-            fields["mid_block_type"] = raw["mid_block_type"]  # None is a value
-        for key, default in per_block.items():
-            value = default if raw.get(key) is None else raw[key]
-            if value is not None:
-                fields[key] = _per_block(cls._kind, key, value, len(raw["block_out_channels"]))
-        return fields
-
-    def __post_init__(self) -> None:
-        for key, supported in _BLOCK_TYPES.items():
-            value = getattr(self, key, ())
-            for name in value if isinstance(value, tuple) else (value,):
-                if name not in supported:
-                    names = " or ".join(map(repr, supported))
-                    raise ValueError(f"{self._kind} config: {name!r} in {key} is not supported (supported: {names})")
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read a part's JSON; ValueError names every key that this library cannot compute."""
+        if raw.get("num_attention_heads") is None:
+            raw = {**raw, "num_attention_heads": raw.get("attention_head_dim")}
+        return super().from_dict(raw)
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
@@ -196,8 +184,12 @@ class UNetConfig(EncoderConfig):
     ``reverse_transformer_layers_per_block`` gives the transformers' layers for the up path, coarsest block first.
     """
 
-    _kind: ClassVar[str] = "unet"
-    _supported: ClassVar[Supported] = _UNET_SUPPORTED
+    kind: ClassVar[str] = "unet"
+    supported: ClassVar[Supported] = EncoderConfig.supported | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    per_block: ClassVar[Mapping[str, Any]] = EncoderConfig.per_block | {
+        "up_block_types": None,
+        "reverse_transformer_layers_per_block": 1,
+    }
 
     out_channels: int = 4
     sample_size: int | None = None
@@ -206,73 +198,28 @@ class UNetConfig(EncoderConfig):
     time_cond_proj_dim: int | None = None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":
-        """Read ``unet/config.json``; ValueError names every key whose value this library cannot compute."""
-        fields = cls._read(raw, "up_block_types")
-        layers = fields["transformer_layers_per_block"]
-        if "reverse_transformer_layers_per_block" not in fields and any(isinstance(n, tuple) for n in layers):
-            raise ValueError(
-                "unet config: nested transformer_layers_per_block needs reverse_transformer_layers_per_block"
-            )
-        return cls(**{"reverse_transformer_layers_per_block": layers[::-1]} | fields)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlNetConfig(EncoderConfig):
-    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image.
-
-    ``conditioning_embedding_out_channels`` are the widths of the embedding's stages, each of which after the first
-    halves the control image. ``global_pool_conditions`` means that only the mean of each result counts ("shuffle").
-    """
-
-    _kind: ClassVar[str] = "controlnet"
-    _supported: ClassVar[Supported] = _UNET_SUPPORTED | {
-        "controlnet_conditioning_channel_order": ("rgb", "bgr", None),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
-    }
-
-    conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
-    controlnet_conditioning_channel_order: str = "rgb"
-    global_pool_conditions: bool = False
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "ControlNetConfig":
-        """Read a ControlNet's ``config.json``; ValueError names its class, or every key, that is not computed here."""
-        name = raw.get("_class_name", "ControlNetModel")
-        if name != "ControlNetModel" or raw.get("num_control_type") is not None:
-            kind = "a ControlNet for several kinds of images (union)" if name == "ControlNetModel" else f"a {name}"
-            raise ValueError(f"controlnet config: this is {kind}; this library runs a ControlNetModel for one kind")
-        return cls(**cls._read(raw))
-
-    @property
-    def scale(self) -> int:
-        """Return the pixels of the control image per latent, in each direction: 8 for every published checkpoint."""
-        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
-
-    def check_fits(self, unet: UNetConfig) -> None:
-        """Raise ValueError unless this ControlNet's results can be added to the maps of ``unet``."""
-        sizes, unet_sizes = (config.projection_class_embeddings_input_dim for config in (self, unet))
-        for what, mine, needed in (
-            ("latent channels", self.in_channels, unet.out_channels),
-            ("maps with channels", self.skip_channels, unet.skip_channels),
-            ("prompts of width", max(self.cross_attention_dim), max(unet.cross_attention_dim)),
-            ("sizes and pooled prompts of width", sizes, unet_sizes),
-        ):
-            if mine != needed:
-                raise misfit("ControlNet", f"it is for {what} {mine}, the model has {needed}")
-
-
-def misfit(network: str, reason: str) -> ValueError:
-    """Return the error for a ControlNet or T2I-Adapter of another family than the model's."""
-    return ValueError(
-        f"the {network} does not fit the model: {reason}; take one that was trained for this family (SD 1, SD 2 or XL)"
-    )
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read ``unet/config.json``, whose up path by default has the transformers of the down path."""
+        key, layers = "reverse_transformer_layers_per_block", raw.get("transformer_layers_per_block")
+        if raw.get(key) is None and isinstance(layers, list | tuple):
+            if any(isinstance(n, list | tuple) for n in layers):
+                raise ValueError(f"unet config: nested transformer_layers_per_block needs {key}")
+            layers = layers[::-1]
+        return super().from_dict({**raw, key: raw.get(key) or layers})
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Config):
     """Hold the config of an ``AutoencoderKL`` (Rombach et al. 2022). ``scaling_factor`` multiplies latents."""
+
+    kind: ClassVar[str] = "vae"
+    supported: ClassVar[Supported] = {
+        "act_fn": ("silu", "swish"),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    }
+    per_block: ClassVar[Mapping[str, Any]] = {"down_block_types": None, "up_block_types": None}
+    ignored: ClassVar[Collection[str]] = WITHOUT_EFFECT
 
     block_out_channels: tuple[int, ...]
     in_channels: int = 3
@@ -285,19 +232,6 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "AutoencoderConfig":
-        """Read ``vae/config.json``; ValueError names every key whose value this library cannot compute."""
-        _required("vae", raw, "block_out_channels")
-        blocks = len(raw["block_out_channels"])
-        supported = {
-            "act_fn": ("silu", "swish"),
-            "down_block_types": (("DownEncoderBlock2D",) * blocks,),
-            "up_block_types": (("UpDecoderBlock2D",) * blocks,),
-        }
-        check("vae", raw, supported, cls.__dataclass_fields__.keys() | _WITHOUT_EFFECT)
-        return cls(**fields_of(cls, raw))
 
     @property
     def scale(self) -> int:

@@ -5,17 +5,70 @@ that training starts at zero. A T2I-Adapter (Mou et al. 2023) is small and runs 
 diffusers' ``ControlNetModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import ControlNetConfig, Supported, UNetConfig, check, fields_of, misfit
+from .config import Config, EncoderConfig, Supported, UNetConfig
 from .layers import Context
 from .unet import Encoder, Residuals
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(EncoderConfig):
+    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image.
+
+    ``conditioning_embedding_out_channels`` are the widths of the embedding's stages, each of which after the first
+    halves the control image. ``global_pool_conditions`` means that only the mean of each result counts ("shuffle").
+    """
+
+    kind: ClassVar[str] = "controlnet"
+    supported: ClassVar[Supported] = EncoderConfig.supported | {
+        "controlnet_conditioning_channel_order": ("rgb", "bgr", None),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+    }
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: str = "rgb"
+    global_pool_conditions: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read a ControlNet's ``config.json``; ValueError names its class, or every key, that is not computed here."""
+        name = raw.get("_class_name", "ControlNetModel")
+        if name != "ControlNetModel" or raw.get("num_control_type") is not None:
+            kind = "a ControlNet for several kinds of images (union)" if name == "ControlNetModel" else f"a {name}"
+            raise ValueError(f"controlnet config: this is {kind}; this library runs a ControlNetModel for one kind")
+        return super().from_dict(raw)
+
+    @property
+    def scale(self) -> int:
+        """Return the pixels of the control image per latent, in each direction: 8 for every published checkpoint."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    def check_fits(self, unet: UNetConfig) -> None:
+        """Raise ValueError unless this ControlNet's results can be added to the maps of ``unet``."""
+        sizes, unet_sizes = (config.projection_class_embeddings_input_dim for config in (self, unet))
+        for what, mine, needed in (
+            ("latent channels", self.in_channels, unet.out_channels),
+            ("maps with channels", self.skip_channels, unet.skip_channels),
+            ("prompts of width", max(self.cross_attention_dim), max(unet.cross_attention_dim)),
+            ("sizes and pooled prompts of width", sizes, unet_sizes),
+        ):
+            if mine != needed:
+                raise misfit("ControlNet", f"it is for {what} {mine}, the model has {needed}")
+
+
+def misfit(network: str, reason: str) -> ValueError:
+    """Return the error for a ControlNet or T2I-Adapter of another family than the model's."""
+    return ValueError(
+        f"the {network} does not fit the model: {reason}; take one that was trained for this family (SD 1, SD 2 or XL)"
+    )
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -104,20 +157,18 @@ def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[lis
 
 
 @dataclass(frozen=True)
-class T2IAdapterConfig:
+class T2IAdapterConfig(Config):
     """Hold the config of diffusers' ``T2IAdapter``; ``channels`` are the widths of its stages, the finest first."""
+
+    kind: ClassVar[str] = "adapter"
+    supported: ClassVar[Supported] = {"adapter_type": ("full_adapter", "full_adapter_xl", "light_adapter", None)}
+    ignored: ClassVar[Collection[str]] = ()
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     in_channels: int = 3
     num_res_blocks: int = 2
     downscale_factor: int = 8
     adapter_type: str = "full_adapter"
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "T2IAdapterConfig":
-        """Read an adapter's ``config.json``; ValueError names every key whose value this library cannot compute."""
-        check("adapter", raw, _ADAPTER_SUPPORTED, cls.__dataclass_fields__)
-        return cls(**fields_of(cls, raw))
 
     def check_fits(self, unet: UNetConfig) -> None:
         """Raise ValueError unless each of the features has its down block in ``unet``, and XL's last one the middle."""
@@ -128,9 +179,6 @@ class T2IAdapterConfig:
             raise misfit(
                 "T2I-Adapter", f"its features ({self.adapter_type}) have widths {widths}, the model's {needed}"
             )
-
-
-_ADAPTER_SUPPORTED: Supported = {"adapter_type": ("full_adapter", "full_adapter_xl", "light_adapter", None)}
 
 
 class AdapterResnetBlock(nn.Module):

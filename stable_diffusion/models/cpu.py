@@ -11,10 +11,12 @@ import ctypes
 import math
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
-_openblas = None
+_openblas: Any = None
 if sys.platform == "linux":
     with suppress(OSError):
         _openblas = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
@@ -24,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _cores = 1  # for products and streams; tune() counts them
+_thread = threading.local()  # MLX's streams belong to threads
 
 
 def tune() -> None:
@@ -43,66 +46,60 @@ def tune() -> None:
     _cores = 1 if count is None else count()
 
 
-def all_cores() -> None:
-    """Let products use all cores again, after streams have shared them. It does nothing before :func:`tune`."""
-    if _cores > 1:
-        _set_threads(_cores)
-
-
-def _set_threads(count: int) -> None:
-    if _openblas is not None:
-        _openblas.openblas_set_num_threads(count)
-
-
-class CPUStreams:
-    """Compute equal parts of a batch side by side on a CPU, each on one core.
+def parts(rows: int) -> int:
+    """Return in how many equal parts to compute a batch of ``rows`` side by side, each on one core.
 
     OpenBLAS gives a product all cores, but MLX computes what lies between products on one of them. Parts on different
-    streams run at the same time: on two cores a step of SD 2.1 with guidance takes four fifths of the time.
-    Leaving the context gives products all ``cores`` back. None are those that :func:`tune` has counted, before it one.
+    streams run at the same time: on two cores a step of SD 2.1 with guidance takes four fifths of the time. There is
+    one part where the rows do not divide by the cores, on a GPU, and in low memory, where MLX must not work ahead.
     """
-
-    def __init__(self, cores: int | None = None):
-        self._cores = _cores if cores is None else cores
-
-    def __enter__(self) -> "CPUStreams":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._cores > 1:
-            _set_threads(self._cores)
-
-    def parts(self, rows: int) -> int:
-        """Return the number of parts for a batch of ``rows``: one for each core, or 1 where the rows do not divide.
-
-        It is 1 on a GPU too, and in low memory, where MLX must not work ahead.
-        """
-        if mx.default_device() != mx.cpu or mx.get_memory_limit() == 0 or rows % self._cores:
-            return 1
-        return self._cores
-
-    def enter(self, part: int, parts: int) -> AbstractContextManager:
-        """Build the graph of a part within this context, on the stream of the part."""
-        if self._cores > 1:
-            _set_threads(self._cores // parts)
-        return mx.stream(_stream(part)) if part and self._cores > 1 else nullcontext()
+    divides = mx.default_device() == mx.cpu and mx.get_memory_limit() > 0 and rows % _cores == 0
+    return _cores if divides else 1
 
 
-ONE_STREAM = CPUStreams(1)
-_thread = threading.local()  # MLX's streams belong to threads
-
-
-def _stream(part: int) -> mx.Stream:
-    """Return the stream of a part beside the first, which has the default stream."""
+def stream_of(part: int, count: int) -> AbstractContextManager:
+    """Build the graph of one of ``count`` parts within this context: on its stream, with its share of the cores."""
+    if _cores == 1:
+        return nullcontext()
+    _openblas.openblas_set_num_threads(_cores // count)
+    if part == 0:
+        return nullcontext()
     streams = _thread.__dict__.setdefault("streams", {})
     if part not in streams:
         streams[part] = mx.new_stream(mx.cpu)
-    return streams[part]
+    return mx.stream(streams[part])
 
 
-def computes(x: mx.array) -> bool:
-    """Return whether the kernels below compute ``x``: float32, where the CPU is the default device."""
-    return mx.default_device() == mx.cpu and x.dtype == mx.float32
+def all_cores() -> None:
+    """Let products use all cores again, after parts have shared them. It does nothing before :func:`tune`."""
+    if _cores > 1:
+        _openblas.openblas_set_num_threads(_cores)
+
+
+class _AtThreadEnd:
+    """Clear MLX's streams of the thread that holds this object, when the thread ends and drops it."""
+
+    def __del__(self) -> None:
+        mx.synchronize()
+        mx.clear_streams()
+
+
+def clear_streams_at_thread_end() -> None:
+    """Have MLX's streams of this thread cleared when it ends.
+
+    Otherwise MLX (0.32) aborts the process at exit once a worker thread has computed. The main thread needs nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() and not hasattr(_thread, "end"):
+        _thread.end = _AtThreadEnd()
+
+
+def for_float32(kernel: Callable[..., mx.array], otherwise: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return a function that is ``kernel`` for float32 where the CPU is the default device, and else ``otherwise``."""
+
+    def choose(x: mx.array, *args: Any) -> mx.array:
+        return (kernel if mx.default_device() == mx.cpu and x.dtype == mx.float32 else otherwise)(x, *args)
+
+    return choose
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -134,7 +131,7 @@ def gelu(x: mx.array) -> mx.array:
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Normalize the last axis. Products with ones sum it, ten times closer to float64 than MLX's kernel."""
     width = x.shape[-1]
-    ones, one_part = _ones(width), mx.array(1 / width)
+    ones, one_part = mx.ones((width, 1)), mx.array(1 / width)
     y = x.reshape(-1, width)
     y, squares = _centred(y, y @ ones, one_part)
     scale = _over_deviation(squares @ ones, one_part, mx.array(eps))
@@ -149,13 +146,6 @@ def sum_positions(x: mx.array) -> mx.array:
     return x.sum(axis=1, keepdims=True).sum(axis=2, keepdims=True)
 
 
-@cache
-def _ones(width: int) -> mx.array:
-    ones = mx.ones((width, 1))
-    mx.eval(ones)
-    return ones
-
-
 def _exp(x: mx.array) -> mx.array:
     """exp(x) for -32 <= x <= 0, to 1e-6 of the largest value 1: Taylor's polynomial of x / 16, to the power of 16."""
     return _sixteenth_power(_taylor(x))
@@ -164,13 +154,11 @@ def _exp(x: mx.array) -> mx.array:
 # Each function below becomes one loop. mx.compile fuses chains of at most 11 operations, and a maximum keeps the C
 # compiler from vectorizing what stands in the same loop, so they are cut where a chain would become longer.
 
-_TAYLOR = [1 / (16**k * math.factorial(k)) for k in range(1, 8)]
-
 
 @mx.compile
 def _taylor(x: mx.array) -> mx.array:
     """exp(x / 16) - 1, in which the last bits of an exponential near 1 are not lost."""
-    a, b, c, d, e, f, g = _TAYLOR
+    a, b, c, d, e, f, g = (1 / (16**k * math.factorial(k)) for k in range(1, 8))
     x2 = x * x
     return ((a + b * x) + (c + d * x) * x2 + ((e + f * x) + g * x2) * (x2 * x2)) * x
 

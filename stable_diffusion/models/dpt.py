@@ -7,38 +7,39 @@ vision transformer reads the smallest; the two larger ones and two of its states
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .bit import BitBackbone, BitConfig
-from .config import Supported, check, fields_of
+from .config import Config, Supported
 from .layers import resample
 
 _PATCH = 16  # pixels per token: what the backbone reduces
 
-_SUPPORTED: Supported = {
-    "is_hybrid": (True,),
-    "patch_size": (_PATCH,),
-    "num_channels": (3,),
-    "hidden_act": ("gelu",),
-    "readout_type": ("project",),
-    "neck_ignore_stages": ((0, 1),),
-    "head_in_index": (-1,),
-    "add_projection": (False, None),
-    "use_batch_norm_in_fusion_residual": (False, None),
-    "use_bias_in_fusion_residual": (True, None),
-}
-
 
 @dataclass(frozen=True)
-class DPTConfig:
+class DPTConfig(Config):
     """Hold the config of a hybrid depth estimator; names and defaults of transformers' ``DPTConfig``.
 
     ``backbone_out_indices`` are the two layers of the transformer whose states are read; files name four, of which the
     first two stand for the backbone's maps.
     """
+
+    kind: ClassVar[str] = "depth estimator"
+    supported: ClassVar[Supported] = {
+        "is_hybrid": (True,),
+        "patch_size": (_PATCH,),
+        "num_channels": (3,),
+        "hidden_act": ("gelu",),
+        "readout_type": ("project",),
+        "neck_ignore_stages": ((0, 1),),
+        "head_in_index": (-1,),
+        "add_projection": (False, None),
+        "use_batch_norm_in_fusion_residual": (False, None),
+        "use_bias_in_fusion_residual": (True, None),
+    }
 
     backbone_config: BitConfig
     hidden_size: int = 768
@@ -53,17 +54,18 @@ class DPTConfig:
     fusion_hidden_size: int = 256
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "DPTConfig":
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read ``depth_estimator/config.json``; ValueError names every key whose value this library cannot compute."""
-        check("depth estimator", {"is_hybrid": False} | raw, _SUPPORTED)
-        fields = fields_of(cls, raw)
-        fields["backbone_out_indices"] = tuple(raw.get("backbone_out_indices") or (2, 5, 8, 11))[2:]
-        backbone = raw.get("backbone_config")
-        fields["backbone_config"] = BitConfig() if backbone is None else BitConfig.from_dict(backbone)
         factors = tuple(raw.get("reassemble_factors") or (4, 2, 1, 0.5))[2:]
         if factors != (1, 0.5):  # the first two are not used
             raise ValueError(f"depth estimator config: reassemble_factors end in {factors!r} (supported: (1, 0.5))")
-        return cls(**fields)
+        backbone = raw.get("backbone_config")
+        fields = {
+            "is_hybrid": raw.get("is_hybrid", False),
+            "backbone_out_indices": (raw.get("backbone_out_indices") or (2, 5, 8, 11))[2:],
+            "backbone_config": BitConfig() if backbone is None else BitConfig.from_dict(backbone),
+        }
+        return super().from_dict({**raw, **fields})
 
     def __post_init__(self) -> None:
         kind, sizes, layers = "depth estimator config", self.neck_hidden_sizes, self.backbone_out_indices

@@ -1,14 +1,86 @@
-"""Layers that the text encoders, the UNet and the autoencoder share. Images are NHWC, sequences [B, N, C]."""
+"""Layers and kernels that the networks share. Images are NHWC, sequences [B, N, C].
+
+``cpu`` replaces a kernel where a CPU computes float32.
+"""
 
 import math
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import attention, layer_norm, scaled, scaled_silu, sum_positions
+from . import cpu
+
+# The widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
+_FUSED = (64, 72, 80, 96, 128)
+
+
+class Group(nn.Module):
+    """Hold modules under a name of the checkpoint, and compute nothing."""
+
+    def __init__(self, **modules: nn.Module | list[nn.Module]):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+silu = cpu.for_float32(cpu.silu, nn.silu)
+gelu = cpu.for_float32(cpu.gelu, nn.gelu)
+layer_norm = cpu.for_float32(cpu.layer_norm, mx.fast.layer_norm)
+sum_positions = cpu.for_float32(cpu.sum_positions, lambda x: x.sum(axis=(1, 2), keepdims=True))
+
+
+@mx.compile
+def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Compute x * scale + shift in float32, in the type of x."""
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@mx.compile
+def _scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    y = x.astype(mx.float32) * scale + shift
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+scaled_silu = cpu.for_float32(cpu.scaled_silu, _scaled_silu)
+
+
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off."""
+    dim = q.shape[-1]
+    width = next((fused for fused in _FUSED if fused >= dim), dim)
+    if width > dim:
+        q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - dim)]) for x in (q, k, v))
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)[..., :dim]
+
+
+_attend = cpu.for_float32(cpu.attention, _fused_attention)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, axis: int = 0) -> mx.array:
+    """Compute scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
+
+    Where the scores of all pairs would stand in memory, as many images, heads or queries are computed at a time as have
+    scores of at most ``largest`` bytes. Images and heads are parted first: products with few rows are slow.
+    """
+    stand_in_memory = mx.default_device() == mx.cpu or q.shape[-1] > _FUSED[-1]
+    scores = math.prod(q.shape[:3]) * k.shape[2] * q.itemsize
+    if axis > 2 or scores <= largest or not stand_in_memory:
+        return _attend(q, k, v)
+    length = q.shape[axis]
+    step = max(int(length * largest // scores), 1)
+    cuts = list(range(step, length, step))
+    queries = mx.split(q, cuts, axis)
+    k, v = (mx.split(x, cuts, axis) if axis < 2 else [x] * len(queries) for x in (k, v))
+    results: list[mx.array] = []
+    for q, *kv in zip(queries, k, v, strict=True):
+        # One after the other, or the scores of all would be in memory at once.
+        q = mx.depends(q, results[-1]) if results else q
+        results.append(attention(q, *kv, largest, axis + 1))
+    return mx.concatenate(results, axis=axis)
 
 
 class GroupNorm(nn.Module):
@@ -119,30 +191,26 @@ def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list
     """The matrix [new, old] that interpolates ``old`` values in a line, constant beyond its ends, at ``new`` places.
 
     Places are rounded to float32 where torch rounds them: at 4000 values the last bit moves a place by 2e-4.
+    Cubic convolution (Keys 1981) is with a = -3/4 instead of the paper's -1/2.
     """
-    if align_corners:
-        scale = array("f", [(old - 1) / max(new - 1, 1)])[0]
-        places = array("f", (scale * i for i in range(new)))
-    else:
-        scale = array("f", [old / new])[0]
-        places = array("f", (scale * (i + 0.5) - 0.5 for i in range(new)))
+    scale = array("f", [(old - 1) / max(new - 1, 1) if align_corners else old / new])[0]
+    places = array("f", (scale * i if align_corners else scale * (i + 0.5) - 0.5 for i in range(new)))
     matrix = [[0.0] * old for _ in places]
     for row, place in zip(matrix, places, strict=True):
         before = math.floor(place)
         for i in range(before - 1, before + 3):
-            distance = abs(place - i)
-            row[min(max(i, 0), old - 1)] += _cubic(distance) if cubic else max(1 - distance, 0)
+            d = abs(place - i)
+            if not cubic:
+                weight = max(1 - d, 0)
+            elif d <= 1:
+                weight = 1.25 * d**3 - 2.25 * d**2 + 1
+            else:
+                weight = -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            row[min(max(i, 0), old - 1)] += weight
     return matrix
 
 
-def _cubic(distance: float) -> float:
-    """The weight of a value in cubic convolution (Keys 1981), with a = -3/4 instead of the paper's -1/2."""
-    a, d = -0.75, distance
-    if d <= 1:
-        return (a + 2) * d**3 - (a + 3) * d**2 + 1
-    return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
-
-
+@dataclass
 class Context:
     """Hold an encoded prompt [B, M, D], and the cross-attention keys and values that each layer makes of it.
 
@@ -150,18 +218,19 @@ class Context:
     every call. Where ``v_encoded`` is given, the values come from that and only the keys from ``encoded``.
     """
 
-    def __init__(self, encoded: mx.array, v_encoded: mx.array | None = None):
-        self.encoded = encoded
-        self.v_encoded = encoded if v_encoded is None else v_encoded
-        self._cache: dict[int, tuple[mx.array, mx.array]] = {}
+    encoded: mx.array
+    v_encoded: mx.array | None = None
+    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
         """Return a layer's keys and values, both [B, heads, M, C / heads]."""
-        if layer.training:
-            return layer.keys_and_values(self.encoded, self.v_encoded, len(self.encoded))
-        if layer.number not in self._cache:
-            self._cache[layer.number] = layer.keys_and_values(self.encoded, self.v_encoded, len(self.encoded))
-        return self._cache[layer.number]
+        if not layer.training and layer.number in self._cache:
+            return self._cache[layer.number]
+        values = self.encoded if self.v_encoded is None else self.v_encoded
+        pair = layer.keys_and_values(self.encoded, values, len(self.encoded))
+        if not layer.training:
+            self._cache[layer.number] = pair
+        return pair
 
 
 _layer_numbers = count()

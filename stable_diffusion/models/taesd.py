@@ -5,34 +5,33 @@ costs a fraction of the time and the memory, for previews and wherever these are
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import Supported, check, fields_of
-from .layers import upsample_nearest
-
-Network = Callable[[mx.array], mx.array]
-
-_SUPPORTED: Supported = {
-    "act_fn": ("relu", None),
-    "upsample_fn": ("nearest", None),
-    "upsampling_scaling_factor": (2, None),
-    "shift_factor": (0, None),
-}
-_WITHOUT_EFFECT = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}
+from .config import Config, Supported
+from .vae import Network
 
 
 @dataclass(frozen=True)
-class AutoencoderTinyConfig:
+class AutoencoderTinyConfig(Config):
     """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
 
     The widths are those of the stages, finest first in the encoder and last in the decoder; all of a side are equal.
     The numbers of blocks count each stage's residual blocks.
     """
+
+    kind: ClassVar[str] = "tiny vae"
+    supported: ClassVar[Supported] = {
+        "act_fn": ("relu", None),
+        "upsample_fn": ("nearest", None),
+        "upsampling_scaling_factor": (2, None),
+        "shift_factor": (0, None),
+    }
+    ignored: ClassVar[Collection[str]] = ("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
 
     encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
     decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
@@ -42,12 +41,6 @@ class AutoencoderTinyConfig:
     out_channels: int = 3
     latent_channels: int = 4
     scaling_factor: float = 1.0
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "AutoencoderTinyConfig":
-        """Read a ``config.json``; ValueError names every key whose value this library cannot compute."""
-        check("tiny vae", raw, _SUPPORTED, cls.__dataclass_fields__.keys() | _WITHOUT_EFFECT)
-        return cls(**fields_of(cls, raw))
 
     def __post_init__(self) -> None:
         for side in ("encoder", "decoder"):
@@ -85,47 +78,29 @@ class TinyBlock(nn.Module):
         return nn.relu(self.conv[-1](y) + x)
 
 
-class Upsample(nn.Module):
-    """Double height and width by repetition."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return upsample_nearest(x)
-
-
-def _encoder(config: AutoencoderTinyConfig) -> nn.Sequential:
-    """Pixels [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_channels]."""
-    width = config.encoder_block_out_channels[0]
-    layers: list[nn.Module] = []
-    for i, blocks in enumerate(config.num_encoder_blocks):
-        if i == 0:
-            layers.append(nn.Conv2d(config.in_channels, width, 3, padding=1))
-        else:
-            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
-        layers += [TinyBlock(width) for _ in range(blocks)]
-    return nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
-
-
-def _decoder(config: AutoencoderTinyConfig) -> nn.Sequential:
-    """Latents [B, h, w, latent_channels] -> pixels [B, H, W, 3] in [0, 1]."""
-    width = config.decoder_block_out_channels[0]
-    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
-    *doubled, last = config.num_decoder_blocks
-    for blocks in doubled:
-        layers += [TinyBlock(width) for _ in range(blocks)]
-        layers += [Upsample(), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-    layers += [TinyBlock(width) for _ in range(last)]
-    return nn.Sequential(*layers, nn.Conv2d(width, config.out_channels, 3, padding=1))
-
-
 class AutoencoderTiny(nn.Module):
-    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them, as ``AutoencoderKL`` does."""
+    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them, as ``AutoencoderKL`` does.
+
+    The networks within know pixels in [0, 1].
+    """
 
     def __init__(self, config: AutoencoderTinyConfig):
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
-        self.encoder = _encoder(config)
-        self.decoder = _decoder(config)
+        width, layers = config.encoder_block_out_channels[0], []
+        for i, blocks in enumerate(config.num_encoder_blocks):
+            into, stride = (width, 2) if i else (config.in_channels, 1)
+            layers.append(nn.Conv2d(into, width, 3, stride=stride, padding=1, bias=not i))
+            layers += [TinyBlock(width) for _ in range(blocks)]
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
+        width = config.decoder_block_out_channels[0]
+        layers = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        for i, blocks in enumerate(config.num_decoder_blocks):
+            if i:
+                layers += [nn.Upsample(2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+            layers += [TinyBlock(width) for _ in range(blocks)]
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
         """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4].

@@ -20,8 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .kernels import silu
-from .layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, upsample_nearest
+from .layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu, upsample_nearest
 from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
 from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
 

@@ -19,13 +19,17 @@ def _indices(height: int, width: int) -> tuple[mx.array, mx.array]:
     return mx.array(into), mx.array(sorted(set(range(height * width)) - set(into)))
 
 
-def attend_merged(attend: Callable[[mx.array], mx.array], x: mx.array, size: tuple[int, int], ratio: float) -> mx.array:
-    """Compute ``attend(x)`` [B, N, C] approximately, with ``ratio`` of a map's N positions merged into others.
+def attend_merged(
+    attend: Callable[[mx.array, int], mx.array], x: mx.array, size: tuple[int, int, int], ratio: float
+) -> mx.array:
+    """Compute ``attend(x, b)`` approximately, with ``ratio`` of each map's positions merged into others.
 
-    Those are merged that are most like one of the others (by the cosine between them), into their mean. ``size`` is the
-    map's (height, width).
+    Those are merged that are most like one of the others (by the cosine between them), into their mean. ``x``
+    [B * H * W, C] are the positions of maps of ``size`` (B, H, W), one map after the other.
     """
-    into, rest = _indices(*size)
+    shape, (b, *map_size) = x.shape, size
+    x = x.reshape(b, -1, shape[-1])
+    into, rest = _indices(*map_size)
     count = min(int(ratio * x.shape[1]), rest.size)
     rows = mx.arange(len(x))[:, None]
     unit = x / mx.linalg.norm(x, axis=-1, keepdims=True)
@@ -37,10 +41,11 @@ def attend_merged(attend: Callable[[mx.array], mx.array], x: mx.array, size: tup
     merged, alone = rest[merged], rest[alone]  # positions in the map
     number = mx.ones((len(x), into.size, 1), x.dtype).at[rows, target].add(1)
     means = x[:, into].at[rows, target].add(x[rows, merged]) / number
-    y = attend(mx.concatenate([x[rows, alone], means], axis=1))
+    positions = mx.concatenate([x[rows, alone], means], axis=1)
+    y = attend(positions.reshape(-1, shape[-1]), b).reshape(positions.shape)
     y, means = mx.split(y, [alone.shape[1]], axis=1)
     out = mx.zeros_like(x)
     out[:, into] = means
     out[rows, alone] = y
     out[rows, merged] = means[rows, target]
-    return out
+    return out.reshape(shape)

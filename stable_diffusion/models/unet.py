@@ -4,22 +4,23 @@ Module names are those of diffusers' ``UNet2DConditionModel``. In every block, p
 attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import EncoderConfig, UNetConfig
-from .kernels import gelu
 from .layers import (
     Attention,
     Context,
     Downsample2D,
+    Group,
     GroupNorm,
     LayerNorm,
     ResnetBlock2D,
     Upsample2D,
+    gelu,
     timestep_embedding,
 )
 from .token_merging import attend_merged
@@ -43,29 +44,6 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(nn.silu(self.linear_1(x)))
 
 
-class GEGLU(nn.Module):
-    """Gate one half of a projection by GELU of the other (Shazeer 2020)."""
-
-    def __init__(self, dim: int, inner: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x, gate = mx.split(self.proj(x), 2, axis=-1)
-        return x * gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """Transform positions one by one; slot 1 is where diffusers has its dropout."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = [GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.net[2](self.net[0](x))
-
-
 class BasicTransformerBlock(nn.Module):
     """Compute self-attention, cross-attention to the prompt and feed-forward, each pre-normed and residual.
 
@@ -79,22 +57,17 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context_dim, upcast=upcast)
         self.norm3 = LayerNorm(dim)
-        self.ff = FeedForward(dim)
+        # Slot 1 is where diffusers has its dropout.
+        self.ff = Group(net=[Group(proj=nn.Linear(dim, 8 * dim)), nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def __call__(self, x: mx.array, size: tuple[int, int, int], context: Context, tome_ratio: float = 0.0) -> mx.array:
         """``x`` [B * H * W, C], the positions of maps of ``size`` (B, H, W) -> the same."""
         y = self.norm1(x)
-        x = x + (self._attend_merged(y, size, tome_ratio) if tome_ratio else self.attn1(y, size[0]))
+        x = x + (attend_merged(self.attn1, y, size, tome_ratio) if tome_ratio else self.attn1(y, size[0]))
         x = x + self.attn2(self.norm2(x), size[0], context)
-        return x + self.ff(self.norm3(x))
-
-    def _attend_merged(self, x: mx.array, size: tuple[int, int, int], ratio: float) -> mx.array:
-        b, *map_size = size
-
-        def attend(y: mx.array) -> mx.array:
-            return self.attn1(y.reshape(-1, y.shape[-1]), b).reshape(y.shape)
-
-        return attend_merged(attend, x.reshape(b, -1, x.shape[-1]), tuple(map_size), ratio).reshape(x.shape)
+        project, _, out = self.ff.net
+        y, gate = mx.split(project.proj(self.norm3(x)), 2, axis=-1)
+        return x + out(y * gelu(gate))  # GEGLU (Shazeer 2020)
 
 
 class Transformer2DModel(nn.Module):
@@ -121,18 +94,33 @@ class Transformer2DModel(nn.Module):
 class UNetBlock(nn.Module):
     """Hold the resnets of a block, and a transformer after each of them where the block has ``attentions``.
 
-    ``channels`` lists (in, out) of each resnet; ``attention`` is None or (heads, context_dim, layers per transformer).
+    Args:
+        level: the block's place in the tuples of ``config``.
+        channels: (in, out) of each resnet.
+        layers: of each transformer, or one number for all; None in a block without attention.
+        resample: "down" or "up" where the block changes the size at its end.
     """
 
-    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        level: int,
+        channels: Iterable[tuple[int, int]],
+        layers: int | tuple[int, ...] | None,
+        resample: str | None = None,
+    ):
         super().__init__()
-        temb_dim = 4 * config.block_out_channels[0]
+        heads, context_dim = config.num_attention_heads[level], config.cross_attention_dim[level]
+        width, temb_dim = config.block_out_channels[level], 4 * config.block_out_channels[0]
         groups, eps = config.norm_num_groups, config.norm_eps
         self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=eps, temb_dim=temb_dim) for i, o in channels]
-        if attention is not None:
-            heads, context_dim, depths = attention
-            dim = channels[-1][1]
-            self.attentions = [Transformer2DModel(config, dim, heads, context_dim, depth) for depth in depths]
+        if layers is not None:
+            depths = layers if isinstance(layers, tuple) else (layers,) * len(self.resnets)
+            self.attentions = [Transformer2DModel(config, width, heads, context_dim, depth) for depth in depths]
+        if resample == "down":
+            self.downsamplers = [Downsample2D(width)]
+        elif resample == "up":
+            self.upsamplers = [Upsample2D(width)]
 
     def layer(self, i: int, x: mx.array, temb: mx.array, context: Context, tome_ratio: float) -> mx.array:
         """Run resnet ``i``, with its transformer if there is one."""
@@ -146,11 +134,6 @@ class DownBlock(UNetBlock):
     A T2I-Adapter's ``feature`` is added where adapters are trained: to the last map before downsampling in a block with
     attention, and to the map after it in a block without.
     """
-
-    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
-        super().__init__(config, channels, attention)
-        if not last:
-            self.downsamplers = [Downsample2D(channels[-1][1])]
 
     def __call__(
         self,
@@ -191,11 +174,6 @@ class UpBlock(UNetBlock):
     ``cache`` is DeepCache's: an empty list receives the input of the last resnet, any other list replaces it.
     """
 
-    def __init__(self, config: EncoderConfig, channels: list[tuple[int, int]], attention: tuple | None, last: bool):
-        super().__init__(config, channels, attention)
-        if not last:
-            self.upsamplers = [Upsample2D(channels[-1][1])]
-
     def __call__(
         self,
         x: mx.array,
@@ -218,11 +196,6 @@ class UpBlock(UNetBlock):
         return x
 
 
-def _depths(layers: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return the transformer layers of each of a block's ``count`` attentions."""
-    return layers if isinstance(layers, tuple) else (layers,) * count
-
-
 class Encoder(nn.Module):
     """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle.
 
@@ -232,39 +205,25 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, time_cond_dim: int | None = None):
         super().__init__()
         self.config = config
-        channels = config.block_out_channels
-        temb_dim = 4 * channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], temb_dim, time_cond_dim)
+        widths, layers = config.block_out_channels, config.transformer_layers_per_block
+        temb_dim = 4 * widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], temb_dim, time_cond_dim)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
-        self.down_blocks = self._build_down(config)
-        if config.mid_block_type is not None:
-            self.mid_block = self._build_mid(config)
+        self.down_blocks = []
+        for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            channels = pairwise([before] + [width] * config.layers_per_block[i])
+            depths = layers[i] if config.down_block_types[i].startswith("CrossAttn") else None
+            resample = None if i == len(widths) - 1 else "down"
+            self.down_blocks.append(DownBlock(config, i, channels, depths, resample))
+        if config.mid_block_type == "UNetMidBlock2D":
+            self.mid_block = MidBlock(config, -1, [(widths[-1], widths[-1])], None)
+        elif config.mid_block_type is not None:
+            depth = layers[-1][0] if isinstance(layers[-1], tuple) else layers[-1]
+            self.mid_block = MidBlock(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
         # The first block with attention has the largest maps, the only ones in which positions are merged.
         self._outermost = next((i for i, block in enumerate(self.down_blocks) if "attentions" in block), None)
-
-    @staticmethod
-    def _build_down(config: EncoderConfig) -> list[DownBlock]:
-        blocks, width = [], config.block_out_channels[0]
-        for i, (kind, out) in enumerate(zip(config.down_block_types, config.block_out_channels, strict=True)):
-            count = config.layers_per_block[i]
-            channels = [(width, out)] + [(out, out)] * (count - 1)
-            depths = _depths(config.transformer_layers_per_block[i], count)
-            attention = (config.num_attention_heads[i], config.cross_attention_dim[i], depths)
-            last = i == len(config.block_out_channels) - 1
-            blocks.append(DownBlock(config, channels, attention if kind.startswith("CrossAttn") else None, last))
-            width = out
-        return blocks
-
-    @staticmethod
-    def _build_mid(config: EncoderConfig) -> MidBlock:
-        width = config.block_out_channels[-1]
-        if config.mid_block_type == "UNetMidBlock2D":
-            return MidBlock(config, [(width, width)], None)
-        depths = _depths(config.transformer_layers_per_block[-1], 1)[:1]
-        attention = (config.num_attention_heads[-1], config.cross_attention_dim[-1], depths)
-        return MidBlock(config, [(width, width)] * 2, attention)
 
     def embed_time(
         self,
@@ -338,28 +297,21 @@ class UNet2DConditionModel(Encoder):
 
     def __init__(self, config: UNetConfig):
         super().__init__(config, config.time_cond_proj_dim)
-        channels = config.block_out_channels
-        self.up_blocks = self._build_up(config)
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        widths = config.block_out_channels[::-1]
+        befores, finers = widths[:1] + widths[:-1], widths[1:] + widths[-1:]
+        self.up_blocks = []
+        # Skips come back in reverse, the last of a block from the next finer level.
+        for i, (before, width, finer) in enumerate(zip(befores, widths, finers, strict=True)):
+            count = config.layers_per_block[-1 - i]
+            inputs, skips = [before] + [width] * count, [width] * count + [finer]
+            channels = [(x + skip, width) for x, skip in zip(inputs, skips, strict=True)]
+            attends = config.up_block_types[i].startswith("CrossAttn")
+            depths = config.reverse_transformer_layers_per_block[i] if attends else None
+            resample = None if i == len(widths) - 1 else "up"
+            self.up_blocks.append(UpBlock(config, -1 - i, channels, depths, resample))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.eval()
-
-    @staticmethod
-    def _build_up(config: UNetConfig) -> list[UpBlock]:
-        """Build the up blocks. Skips come back in reverse, the last of a block from the next finer level."""
-        blocks, width = [], config.block_out_channels[-1]
-        reverse = config.block_out_channels[::-1]
-        for i, (kind, out) in enumerate(zip(config.up_block_types, reverse, strict=True)):
-            count = config.layers_per_block[-1 - i] + 1
-            finer = reverse[min(i + 1, len(reverse) - 1)]
-            skips = [out] * (count - 1) + [finer]
-            channels = [(before + skip, out) for before, skip in zip([width] + [out] * (count - 1), skips, strict=True)]
-            depths = _depths(config.reverse_transformer_layers_per_block[i], count)
-            attention = (config.num_attention_heads[-1 - i], config.cross_attention_dim[-1 - i], depths)
-            last = i == len(reverse) - 1
-            blocks.append(UpBlock(config, channels, attention if kind.startswith("CrossAttn") else None, last))
-            width = out
-        return blocks
 
     def __call__(
         self,

@@ -4,20 +4,18 @@ Encoder and decoder are a list of layers each, run one after the other. ``tiling
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .kernels import silu
-from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu
 
 Network = Callable[[mx.array], mx.array]
 
-_EPS = 1e-6  # of every GroupNorm in the autoencoder
-
-
 LARGEST_SCORES = 2**25  # bytes of attention that are computed at once
+_EPS = 1e-6  # of every GroupNorm in the autoencoder
 
 
 class SpatialAttention(Attention):
@@ -32,86 +30,65 @@ class SpatialAttention(Attention):
 
 
 class AutoencoderBlock(nn.Module):
-    """Hold several resnets, and a halving or doubling at their end if there is one."""
+    """Hold resnets, an attention after the first if ``attends``, and a halving or doubling at the end if there is one.
 
-    def __init__(self, channels: list[tuple[int, int]], groups: int, resample: str | None = None):
+    ``widths`` are the channels of the input and of each resnet's output.
+    """
+
+    def __init__(self, widths: list[int], groups: int, resample: str | None = None, attends: bool = False):
         super().__init__()
-        self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=_EPS) for i, o in channels]
-        width = channels[-1][1]
+        self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=_EPS) for i, o in pairwise(widths)]
+        if attends:
+            self.attentions = [SpatialAttention(widths[-1], groups)]
         if resample == "down":
-            self.downsamplers = [Downsample2D(width, pad_end=True)]
+            self.downsamplers = [Downsample2D(widths[-1], pad_end=True)]
         elif resample == "up":
-            self.upsamplers = [Upsample2D(width)]
+            self.upsamplers = [Upsample2D(widths[-1])]
 
     @property
     def layers(self) -> list[Network]:
-        return [*self.resnets, *self.get("downsamplers", []), *self.get("upsamplers", [])]
+        """Return what runs one after the other."""
+        samplers = self.get("downsamplers", []) + self.get("upsamplers", [])
+        return [self.resnets[0], *self.get("attentions", []), *self.resnets[1:], *samplers]
 
 
-class MidBlock(nn.Module):
-    """Hold two resnets around an attention, at the smallest size."""
+class Half(nn.Module):
+    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents [B, h, w, 2 * latent_channels].
 
-    def __init__(self, config: AutoencoderConfig):
+    Or the decoder: latents -> pixels, with the widths in reverse and one more resnet in each block.
+    """
+
+    def __init__(self, config: AutoencoderConfig, half: str):
         super().__init__()
-        width, groups = config.block_out_channels[-1], config.norm_num_groups
-        self.resnets = [ResnetBlock2D(width, width, groups=groups, eps=_EPS) for _ in range(2)]
-        if config.mid_block_add_attention:
-            self.attentions = [SpatialAttention(width, groups)]
+        encodes, groups, widths = half == "encoder", config.norm_num_groups, config.block_out_channels
+        middle = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
+        into, out = config.in_channels, 2 * config.latent_channels
+        if not encodes:
+            into, out, widths = config.latent_channels, config.out_channels, widths[::-1]
+        blocks = []
+        for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            resample = None if i == len(widths) - 1 else "down" if encodes else "up"
+            channels = [before] + [width] * (config.layers_per_block if encodes else config.layers_per_block + 1)
+            blocks.append(AutoencoderBlock(channels, groups, resample))
+        self.conv_in = nn.Conv2d(into, widths[0], 3, padding=1)
+        self.mid_block = middle
+        if encodes:
+            self.down_blocks = blocks
+        else:
+            self.up_blocks = blocks
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
 
     @property
     def layers(self) -> list[Network]:
-        return [self.resnets[0], *self.get("attentions", []), self.resnets[1]]
-
-
-class _Layered(nn.Module):
-    """Run ``layers`` one after the other."""
+        """Return what runs one after the other."""
+        blocks = [*self.get("down_blocks", []), self.mid_block, *self.get("up_blocks", [])]
+        return [self.conv_in, *(layer for b in blocks for layer in b.layers), self.conv_norm_out, silu, self.conv_out]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-class Encoder(_Layered):
-    """Encode pixels [B, H, W, 3] to mean and log variance of the latents [B, h, w, 2 * latent_channels]."""
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = []
-        for i, (before, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            channels = [(before, out)] + [(out, out)] * (config.layers_per_block - 1)
-            self.down_blocks.append(AutoencoderBlock(channels, groups, "down" if i < len(widths) - 1 else None))
-        self.mid_block = MidBlock(config)
-        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    @property
-    def layers(self) -> list[Network]:
-        blocks = [layer for block in (*self.down_blocks, self.mid_block) for layer in block.layers]
-        return [self.conv_in, *blocks, self.conv_norm_out, silu, self.conv_out]
-
-
-class Decoder(_Layered):
-    """Decode latents [B, h, w, latent_channels] to pixels [B, H, W, 3]."""
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(config)
-        self.up_blocks = []
-        for i, (before, out) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            channels = [(before, out)] + [(out, out)] * config.layers_per_block
-            self.up_blocks.append(AutoencoderBlock(channels, groups, "up" if i < len(widths) - 1 else None))
-        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
-
-    @property
-    def layers(self) -> list[Network]:
-        blocks = [layer for block in (self.mid_block, *self.up_blocks) for layer in block.layers]
-        return [self.conv_in, *blocks, self.conv_norm_out, silu, self.conv_out]
 
 
 class AutoencoderKL(nn.Module):
@@ -121,8 +98,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Half(config, "encoder")
+        self.decoder = Half(config, "decoder")
         if config.use_quant_conv:
             self.quant_conv = nn.Linear(2 * config.latent_channels, 2 * config.latent_channels)
         if config.use_post_quant_conv:

@@ -229,7 +229,7 @@ def _encode_pieces(
         if xl:
             state, pooled = output.hidden_states[-2 - clip_skip], output.pooled_output[:1]
         elif clip_skip:
-            state = encoder.normalise(output.hidden_states[-1 - clip_skip])
+            state = encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
         else:
             state = output.last_hidden_state
         states.append(state)

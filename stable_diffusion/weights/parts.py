@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models.clip import CLIPTextModel
-from ..models.config import AutoencoderConfig, CLIPTextConfig, ControlNetConfig, UNetConfig
-from ..models.controlnet import ControlNetModel, T2IAdapter, T2IAdapterConfig
+from ..models.config import AutoencoderConfig, CLIPTextConfig, UNetConfig
+from ..models.controlnet import ControlNetConfig, ControlNetModel, T2IAdapter, T2IAdapterConfig
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel

@@ -7,8 +7,8 @@ import torch
 
 from oracle import normal, relative_error
 from peaks import peaks
-from stable_diffusion.models import cpu, kernels
-from stable_diffusion.models.kernels import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
+from stable_diffusion.models import layers
+from stable_diffusion.models.layers import attention, gelu, layer_norm, scaled, scaled_silu, silu, sum_positions
 
 # From far below what the polynomial covers to far above, with 0, -0 and the smallest numbers.
 RANGE = np.concatenate([np.linspace(-200, 200, 40001), np.linspace(-1e-3, 1e-3, 101), [-0.0, 1e-38]]).astype(np.float32)
@@ -88,9 +88,8 @@ def test_norms(backend, size):
 def test_scores_in_pieces(backend, rows, sizes, monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
     asked = []
-    for module, name in ((cpu, "attention"), (kernels, "_fused_attention")):
-        attend = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda q, *kv, attend=attend: asked.append(q.shape[:3]) or attend(q, *kv))
+    attend = layers._attend
+    monkeypatch.setattr(layers, "_attend", lambda q, *kv: asked.append(q.shape[:3]) or attend(q, *kv))
     for width, seen in ((160, sizes), (32, sizes if backend == "cpu" else [(3, 2, 50)])):
         q, k, v = (mx.array(normal(3, 2, n, width, seed=n)) for n in (50, 77, 77))
         assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
 from oracle import SCALES, nchw, nhwc, normal, relative_error
-from stable_diffusion.models.clip import _ACTIVATIONS
+from stable_diffusion.models.clip import ACTIVATIONS
 from stable_diffusion.models.layers import (
     Attention,
     Context,
@@ -80,7 +80,7 @@ def test_downsample(pad_end):
 @pytest.mark.parametrize("name, oracle", [("gelu", F.gelu), ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x))])
 def test_activations(name, oracle):
     x = normal(1000, scale=3.0)
-    assert relative_error(_ACTIVATIONS[name](mx.array(x)), oracle(torch.from_numpy(x))) <= 1e-6
+    assert relative_error(ACTIVATIONS[name](mx.array(x)), oracle(torch.from_numpy(x))) <= 1e-6
 
 
 def test_the_keys_and_values_of_a_prompt_are_computed_once_but_not_in_training():
