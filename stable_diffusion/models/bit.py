@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, Supported
-from .layers import GroupNorm
+from .layers import Group, GroupNorm
 
 _NORM_EPS = 1e-5
 _WEIGHT_EPS = 1e-8
@@ -87,18 +87,6 @@ def pad_same(x: mx.array, kernel: int, stride: int) -> mx.array:
     return mx.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in needed), (0, 0)]) if any(needed) else x
 
 
-class BitDownsample(nn.Module):
-    """Project the input of a stage's first block to the width and size of its output."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int):
-        super().__init__()
-        self.conv = WeightStandardizedConv2d(in_channels, out_channels, 1, stride)
-        self.norm = GroupNorm(groups, out_channels, _NORM_EPS)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.norm(self.conv(x))
-
-
 class BitBottleneck(nn.Module):
     """Run a bottleneck block (He et al. 2016) with the stride in its 3×3 convolution; its middle is a quarter wide."""
 
@@ -106,7 +94,8 @@ class BitBottleneck(nn.Module):
         super().__init__()
         narrow = out_channels // 4
         if first:
-            self.downsample = BitDownsample(in_channels, out_channels, stride, groups)
+            conv = WeightStandardizedConv2d(in_channels, out_channels, 1, stride)
+            self.downsample = Group(conv=conv, norm=GroupNorm(groups, out_channels, _NORM_EPS))
         self.conv1 = WeightStandardizedConv2d(in_channels, narrow, 1)
         self.norm1 = GroupNorm(groups, narrow, _NORM_EPS)
         self.conv2 = WeightStandardizedConv2d(narrow, narrow, 3, stride)
@@ -118,38 +107,9 @@ class BitBottleneck(nn.Module):
         y = nn.relu(self.norm1(self.conv1(x)))
         y = nn.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(y))
-        return nn.relu(y + (self.downsample(x) if "downsample" in self else x))
-
-
-class BitStage(nn.Module):
-    """Run several bottlenecks; every stage except the first halves height and width."""
-
-    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int, groups: int):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * (depth - 1)
-        self.layers = [
-            BitBottleneck(width, out_channels, 1 if i else stride, groups, first=i == 0)
-            for i, width in enumerate(widths)
-        ]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class BitEmbeddings(nn.Module):
-    """Embed pixels in the stem: [B, H, W, 3] -> [B, H / 4, W / 4, C]."""
-
-    def __init__(self, config: BitConfig):
-        super().__init__()
-        self.convolution = WeightStandardizedConv2d(3, config.embedding_size, 7, stride=2)
-        self.norm = GroupNorm(config.num_groups, config.embedding_size, _NORM_EPS)
-        self._pool = nn.MaxPool2d(3, stride=2)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        # Zeros are as good as minus infinity below a maximum of what a ReLU returns.
-        return self._pool(pad_same(nn.relu(self.norm(self.convolution(x))), 3, 2))
+        if "downsample" in self:
+            x = self.downsample.norm(self.downsample.conv(x))
+        return nn.relu(y + x)
 
 
 class BitBackbone(nn.Module):
@@ -157,17 +117,26 @@ class BitBackbone(nn.Module):
 
     def __init__(self, config: BitConfig):
         super().__init__()
-        widths = (config.embedding_size, *config.hidden_sizes)
-        stages = [
-            BitStage(widths[i], widths[i + 1], depth, 2 if i else 1, config.num_groups)
-            for i, depth in enumerate(config.depths)
-        ]
-        self.bit = {"embedder": BitEmbeddings(config), "encoder": {"stages": stages}}
+        width, groups, stages = config.embedding_size, config.num_groups, []
+        embedder = Group(
+            convolution=WeightStandardizedConv2d(3, width, 7, stride=2), norm=GroupNorm(groups, width, _NORM_EPS)
+        )
+        for stage, (out, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+            widths = [width] + [out] * (depth - 1)
+            strides = [2 if stage else 1] + [1] * (depth - 1)
+            blocks = [BitBottleneck(w, out, strides[i], groups, first=i == 0) for i, w in enumerate(widths)]
+            stages.append(Group(layers=blocks))
+            width = out
+        self.bit = Group(embedder=embedder, encoder=Group(stages=stages))
+        self._pool = nn.MaxPool2d(3, stride=2)
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        x = self.bit["embedder"](x)
+        embedder = self.bit.embedder
+        # Zeros are as good as minus infinity below a maximum of what a ReLU returns.
+        x = self._pool(pad_same(nn.relu(embedder.norm(embedder.convolution(x))), 3, 2))
         maps = []
-        for stage in self.bit["encoder"]["stages"]:
-            x = stage(x)
+        for stage in self.bit.encoder.stages:
+            for block in stage.layers:
+                x = block(x)
             maps.append(x)
         return maps

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, EncoderConfig, Supported, UNetConfig
-from .layers import Context
+from .layers import Context, Group
 from .unet import Encoder, Residuals
 
 
@@ -71,24 +71,6 @@ def misfit(network: str, reason: str) -> ValueError:
     )
 
 
-class ControlNetConditioningEmbedding(nn.Module):
-    """Embed a control image [B, H, W, 3] at the size and first width of the UNet; every second block halves it."""
-
-    def __init__(self, config: ControlNetConfig):
-        super().__init__()
-        widths = config.conditioning_embedding_out_channels
-        self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
-        self.blocks = []
-        for width, out in pairwise(widths):
-            self.blocks += [nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, out, 3, stride=2, padding=1)]
-        self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for conv in (self.conv_in, *self.blocks):
-            x = nn.silu(conv(x))
-        return self.conv_out(x)
-
-
 class ControlNetModel(Encoder):
     """Compute what to add to the UNet's maps, so that its image follows a control image.
 
@@ -105,7 +87,14 @@ class ControlNetModel(Encoder):
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
-        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config)
+        widths, blocks = config.conditioning_embedding_out_channels, []
+        for width, out in pairwise(widths):
+            blocks += [nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, out, 3, stride=2, padding=1)]
+        self.controlnet_cond_embedding = Group(
+            conv_in=nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1),
+            blocks=blocks,
+            conv_out=nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1),
+        )
         self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
         self.controlnet_mid_block = nn.Linear(config.block_out_channels[-1], config.block_out_channels[-1])
         self.eval()
@@ -122,7 +111,10 @@ class ControlNetModel(Encoder):
             )
         if self.config.controlnet_conditioning_channel_order == "bgr":
             image = image[..., ::-1]
-        return self.controlnet_cond_embedding(image.astype(self.conv_in.weight.dtype))
+        x, embedding = image.astype(self.conv_in.weight.dtype), self.controlnet_cond_embedding
+        for conv in (embedding.conv_in, *embedding.blocks):
+            x = nn.silu(conv(x))
+        return embedding.conv_out(x)
 
     def __call__(
         self, x: mx.array, temb: mx.array, context: mx.array | Context, image_embedding: mx.array
@@ -181,18 +173,6 @@ class T2IAdapterConfig(Config):
             )
 
 
-class AdapterResnetBlock(nn.Module):
-    """Run two convolutions with a ReLU between, residual; the second is 1×1 except in light adapters."""
-
-    def __init__(self, channels: int, light: bool):
-        super().__init__()
-        self.block1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.block2 = nn.Conv2d(channels, channels, 3, padding=1) if light else nn.Linear(channels, channels)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x + self.block2(nn.relu(self.block1(x)))
-
-
 class AdapterBlock(nn.Module):
     """Halve a map if ``down``, change its width and refine it; light adapters refine a quarter of the width."""
 
@@ -201,7 +181,13 @@ class AdapterBlock(nn.Module):
         width = out_channels // 4 if light else out_channels
         if light or in_channels != width:
             self.in_conv = nn.Linear(in_channels, width)
-        self.resnets = [AdapterResnetBlock(width, light) for _ in range(count)]
+        self.resnets = [
+            Group(
+                block1=nn.Conv2d(width, width, 3, padding=1),
+                block2=nn.Conv2d(width, width, 3, padding=1) if light else nn.Linear(width, width),
+            )
+            for _ in range(count)
+        ]
         if light:
             self.out_conv = nn.Linear(width, out_channels)
         self._down = down
@@ -214,37 +200,8 @@ class AdapterBlock(nn.Module):
         if "in_conv" in self:
             x = self.in_conv(x)
         for resnet in self.resnets:
-            x = resnet(x)
+            x = x + resnet.block2(nn.relu(resnet.block1(x)))
         return self.out_conv(x) if "out_conv" in self else x
-
-
-class Adapter(nn.Module):
-    """Run the blocks of an adapter; its type decides which blocks there are, and which of them halve the map."""
-
-    def __init__(self, config: T2IAdapterConfig):
-        super().__init__()
-        light, xl = (config.adapter_type == kind for kind in ("light_adapter", "full_adapter_xl"))
-        channels, unshuffled = config.channels, config.in_channels * config.downscale_factor**2
-        if not light:
-            self.conv_in = nn.Conv2d(unshuffled, channels[0], 3, padding=1)
-        widths = [unshuffled, *channels, channels[-1]] if light else [channels[0], *channels]
-        self.body = [
-            AdapterBlock(width, out, config.num_res_blocks, down=i == 2 if xl else i > 0, light=light)
-            for i, (width, out) in enumerate(pairwise(widths))
-        ]
-        self._factor = config.downscale_factor
-
-    def __call__(self, x: mx.array) -> list[mx.array]:
-        b, h, w, c = x.shape
-        f = self._factor
-        x = x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // f, w // f, c * f * f)
-        if "conv_in" in self:
-            x = self.conv_in(x)
-        features = []
-        for block in self.body:
-            x = block(x)
-            features.append(x)
-        return features
 
 
 class T2IAdapter(nn.Module):
@@ -253,7 +210,16 @@ class T2IAdapter(nn.Module):
     def __init__(self, config: T2IAdapterConfig):
         super().__init__()
         self.config = config
-        self.adapter = Adapter(config)
+        light, xl = (config.adapter_type == kind for kind in ("light_adapter", "full_adapter_xl"))
+        channels, unshuffled = config.channels, config.in_channels * config.downscale_factor**2
+        widths = [unshuffled, *channels, channels[-1]] if light else [channels[0], *channels]
+        body = [
+            AdapterBlock(width, out, config.num_res_blocks, down=i == 2 if xl else i > 0, light=light)
+            for i, (width, out) in enumerate(pairwise(widths))
+        ]
+        self.adapter = Group(body=body)
+        if not light:
+            self.adapter.conv_in = nn.Conv2d(unshuffled, channels[0], 3, padding=1)
 
     def embed(self, image: mx.array) -> list[mx.array]:
         """Compute the UNet's ``features`` for a control image [B, H, W, 3] in [0, 1], at full strength.
@@ -269,4 +235,13 @@ class T2IAdapter(nn.Module):
                 f"a control image of shape {image.shape} is not the [B, H, W, {channels}] that this adapter takes, "
                 f"with sides that are multiples of {factor}"
             )
-        return self.adapter(image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype))
+        x, f = image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype), factor
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // f, w // f, c * f * f)
+        if "conv_in" in self.adapter:
+            x = self.adapter.conv_in(x)
+        features = []
+        for block in self.adapter.body:
+            x = block(x)
+            features.append(x)
+        return features

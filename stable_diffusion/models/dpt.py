@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from .bit import BitBackbone, BitConfig
 from .config import Config, Supported
-from .layers import resample
+from .layers import Group, resample
 
 _PATCH = 16  # pixels per token: what the backbone reduces
 
@@ -85,46 +85,25 @@ class ViTLayer(nn.Module):
 
     def __init__(self, config: DPTConfig):
         super().__init__()
-        c, eps = config.hidden_size, config.layer_norm_eps
+        c, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        projections = {name: nn.Linear(c, c, bias=config.qkv_bias) for name in ("query", "key", "value")}
         self.layernorm_before = nn.LayerNorm(c, eps=eps)
-        self.attention = {
-            "attention": {name: nn.Linear(c, c, bias=config.qkv_bias) for name in ("query", "key", "value")},
-            "output": {"dense": nn.Linear(c, c)},
-        }
+        self.attention = Group(attention=Group(**projections), output=Group(dense=nn.Linear(c, c)))
         self.layernorm_after = nn.LayerNorm(c, eps=eps)
-        self.intermediate = {"dense": nn.Linear(c, config.intermediate_size)}
-        self.output = {"dense": nn.Linear(config.intermediate_size, c)}
+        self.intermediate = Group(dense=nn.Linear(c, inner))
+        self.output = Group(dense=nn.Linear(inner, c))
         self._heads = config.num_attention_heads
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self._attend(self.layernorm_before(x))
-        return x + self.output["dense"](nn.gelu(self.intermediate["dense"](self.layernorm_after(x))))
-
-    def _attend(self, x: mx.array) -> mx.array:
-        b, n, c = x.shape
-        project = self.attention["attention"]
+        (b, n, c), project = x.shape, self.attention.attention
+        y = self.layernorm_before(x)
         q, k, v = (
-            project[name](x).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3) for name in ("query", "key", "value")
+            linear(y).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
+            for linear in (project.query, project.key, project.value)
         )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        return self.attention["output"]["dense"](out.transpose(0, 2, 1, 3).reshape(b, n, c))
-
-
-class HybridEmbeddings(nn.Module):
-    """Embed pixels: tokens of the backbone's last map, behind one for the picture, and the first two maps."""
-
-    def __init__(self, config: DPTConfig):
-        super().__init__()
-        self.backbone = BitBackbone(config.backbone_config)
-        self.projection = nn.Linear(config.backbone_config.hidden_sizes[-1], config.hidden_size)
-        self.cls_token = mx.zeros((1, 1, config.hidden_size))
-        self.position_embeddings = mx.zeros((1, (config.image_size // _PATCH) ** 2 + 1, config.hidden_size))
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, list[mx.array]]:
-        *maps, last = self.backbone(x)
-        tokens = self.projection(last.flatten(1, 2))
-        first = mx.broadcast_to(self.cls_token, (len(tokens), 1, tokens.shape[-1]))
-        return mx.concatenate([first, tokens], axis=1) + self.position_embeddings, maps
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        x = x + self.attention.output.dense(y.transpose(0, 2, 1, 3).reshape(b, n, c))
+        return x + self.output.dense(nn.gelu(self.intermediate.dense(self.layernorm_after(x))))
 
 
 class HybridTransformer(nn.Module):
@@ -132,42 +111,29 @@ class HybridTransformer(nn.Module):
 
     def __init__(self, config: DPTConfig):
         super().__init__()
-        self.embeddings = HybridEmbeddings(config)
-        self.encoder = {"layer": [ViTLayer(config) for _ in range(config.num_hidden_layers)]}
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # stored, not used for depth
+        c, positions = config.hidden_size, (config.image_size // _PATCH) ** 2 + 1
+        self.embeddings = Group(
+            backbone=BitBackbone(config.backbone_config),
+            projection=nn.Linear(config.backbone_config.hidden_sizes[-1], c),
+            cls_token=mx.zeros((1, 1, c)),
+            position_embeddings=mx.zeros((1, positions, c)),
+        )
+        self.encoder = Group(layer=[ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(c, eps=config.layer_norm_eps)  # stored, not used for depth
         self._layers = config.backbone_out_indices
 
     def __call__(self, x: mx.array) -> tuple[list[mx.array], list[mx.array]]:
-        x, maps = self.embeddings(x)
+        embeddings = self.embeddings
+        *maps, last = embeddings.backbone(x)
+        tokens = embeddings.projection(last.flatten(1, 2))
+        first = mx.broadcast_to(embeddings.cls_token, (len(tokens), 1, tokens.shape[-1]))
+        x = mx.concatenate([first, tokens], axis=1) + embeddings.position_embeddings
         states = []
-        for i, layer in enumerate(self.encoder["layer"][: self._layers[-1] + 1]):
+        for i, layer in enumerate(self.encoder.layer[: self._layers[-1] + 1]):
             x = layer(x)
             if i in self._layers:
                 states.append(x)
         return maps, states
-
-
-class ReassembleStage(nn.Module):
-    """Turn transformer states [B, N + 1, C] into maps [B, h, w, C_i], the second halved; the backbone's are maps."""
-
-    def __init__(self, config: DPTConfig):
-        super().__init__()
-        c, widths = config.hidden_size, config.neck_hidden_sizes[2:]
-        as_they_are = [nn.Identity(), nn.Identity()]
-        self.readout_projects = [*as_they_are, *([nn.Linear(2 * c, c)] for _ in widths)]
-        self.layers = [*as_they_are, *({"projection": nn.Linear(c, width)} for width in widths)]
-        self.layers[-1]["resize"] = nn.Conv2d(widths[-1], widths[-1], 3, stride=2, padding=1)
-
-    def __call__(self, states: list[mx.array]) -> list[mx.array]:
-        maps = []
-        for x, readout, layer in zip(states, self.readout_projects[2:], self.layers[2:], strict=True):
-            tokens = x[:, 1:]
-            picture = mx.broadcast_to(x[:, :1], tokens.shape)
-            tokens = layer["projection"](nn.gelu(readout[0](mx.concatenate([tokens, picture], axis=-1))))
-            side = round(tokens.shape[1] ** 0.5)
-            y = tokens.reshape(len(x), side, side, -1)
-            maps.append(layer["resize"](y) if "resize" in layer else y)
-        return maps
 
 
 class ResidualUnit(nn.Module):
@@ -199,18 +165,34 @@ class FusionLayer(nn.Module):
 
 
 class Neck(nn.Module):
-    """Fuse maps of four sizes, finest first, into one map [B, 2H, 2W, C], twice as large as the finest."""
+    """Fuse maps of four sizes, finest first, into one map [B, 2H, 2W, C], twice as large as the finest.
+
+    The first two are the backbone's; transformer states [B, N + 1, C] become the others, of which the last is halved.
+    """
 
     def __init__(self, config: DPTConfig):
         super().__init__()
-        width = config.fusion_hidden_size
-        self.reassemble_stage = ReassembleStage(config)
-        self.convs = [nn.Conv2d(size, width, 3, padding=1, bias=False) for size in config.neck_hidden_sizes]
-        self.fusion_stage = {"layers": [FusionLayer(width) for _ in config.neck_hidden_sizes]}
+        c, width, sizes = config.hidden_size, config.fusion_hidden_size, config.neck_hidden_sizes
+        layers = [Group(projection=nn.Linear(c, size)) for size in sizes[2:]]
+        layers[-1].resize = nn.Conv2d(sizes[-1], sizes[-1], 3, stride=2, padding=1)
+        self.reassemble_stage = Group(
+            readout_projects=[nn.Identity(), nn.Identity(), *([nn.Linear(2 * c, c)] for _ in layers)],
+            layers=[nn.Identity(), nn.Identity(), *layers],
+        )
+        self.convs = [nn.Conv2d(size, width, 3, padding=1, bias=False) for size in sizes]
+        self.fusion_stage = Group(layers=[FusionLayer(width) for _ in sizes])
 
     def __call__(self, maps: list[mx.array], states: list[mx.array]) -> mx.array:
-        maps = [conv(x) for conv, x in zip(self.convs, maps + self.reassemble_stage(states), strict=True)]
-        coarsest, *others = self.fusion_stage["layers"]
+        stage = self.reassemble_stage
+        for x, readout, layer in zip(states, stage.readout_projects[2:], stage.layers[2:], strict=True):
+            tokens = x[:, 1:]
+            picture = mx.broadcast_to(x[:, :1], tokens.shape)
+            tokens = layer.projection(nn.gelu(readout[0](mx.concatenate([tokens, picture], axis=-1))))
+            side = round(tokens.shape[1] ** 0.5)
+            y = tokens.reshape(len(x), side, side, -1)
+            maps = [*maps, layer.resize(y) if "resize" in layer else y]
+        maps = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        coarsest, *others = self.fusion_stage.layers
         x = coarsest(maps.pop())
         for layer in others:
             x = layer(x, maps.pop())
@@ -227,7 +209,7 @@ class DPTForDepthEstimation(nn.Module):
         self.neck = Neck(config)
         width, none = config.fusion_hidden_size, nn.Identity()
         convolutions = nn.Conv2d(width, width // 2, 3, padding=1), nn.Conv2d(width // 2, 32, 3, padding=1)
-        self.head = {"head": [convolutions[0], none, convolutions[1], none, nn.Linear(32, 1)]}
+        self.head = Group(head=[convolutions[0], none, convolutions[1], none, nn.Linear(32, 1)])
 
     def __call__(self, x: mx.array) -> mx.array:
         size = self.config.image_size
@@ -235,7 +217,7 @@ class DPTForDepthEstimation(nn.Module):
             raise ValueError(
                 f"the depth estimator takes pixels [B, {size}, {size}, 3], not {list(x.shape)}; resize them"
             )
-        first, _, second, _, last = self.head["head"]
+        first, _, second, _, last = self.head.head
         x = double(first(self.neck(*self.dpt(x))))
         return nn.relu(last(nn.relu(second(x))))[..., 0]
 

@@ -1,30 +1,30 @@
-"""Layers and kernels that the networks share. Images are NHWC, sequences [B, N, C].
-
-``cpu`` replaces a kernel where a CPU computes float32.
-"""
+"""Layers and kernels that the networks share. Images are NHWC, sequences [B, N, C]."""
 
 import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu
 
-# The widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
+Kernel = Callable[..., mx.array]
+
+# Widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
 _FUSED = (64, 72, 80, 96, 128)
 
 
 class Group(nn.Module):
-    """Hold modules under a name of the checkpoint, and compute nothing."""
+    """Hold modules and parameters under a name of the checkpoint, and compute nothing."""
 
-    def __init__(self, **modules: nn.Module | list[nn.Module]):
+    def __init__(self, **children: Any):
         super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
+        for name, child in children.items():
+            setattr(self, name, child)
 
 
 silu = cpu.for_float32(cpu.silu, nn.silu)
@@ -97,32 +97,29 @@ class GroupNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._apply(scaled, x, *self._sums(x))
+        return self.normalize(x, *self._sums(x))
 
     def activated(self, x: mx.array) -> mx.array:
         """Normalize ``x`` and compute SiLU of it, in one pass over the map where that can be."""
-        return self._apply(scaled_silu, x, *self._sums(x))
+        return self.normalize(x, *self._sums(x), kernel=scaled_silu)
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and the same along a group."""
         total, squares, fraction = self._sums(x)
         return total * fraction, squares * fraction
 
-    def normalize(self, x: mx.array, mean: mx.array, variance: mx.array) -> mx.array:
-        """Normalize ``x`` [B, H, W, C] by the moments of a map, of which it may be a part."""
-        return self._apply(scaled, x, mean, variance, mx.array(1.0))
-
-    def _apply(
-        self, kernel: Callable[..., mx.array], x: mx.array, total: mx.array, squares: mx.array, fraction: mx.array
+    def normalize(
+        self, x: mx.array, total: mx.array, squares: mx.array, fraction: float = 1.0, kernel: Kernel = scaled
     ) -> mx.array:
-        scale, shift = _scale_and_shift(total, squares, fraction, mx.array(self._eps), self.weight, self.bias)
-        return kernel(x, scale, shift)
+        """Normalize ``x``, a map or a part of it, by its map's moments, which are ``fraction`` of the sums."""
+        scalars = mx.array(fraction), mx.array(self._eps)
+        return kernel(x, *_scale_and_shift(total, squares, *scalars, self.weight, self.bias))
 
-    def _sums(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def _sums(self, x: mx.array) -> tuple[mx.array, mx.array, float]:
         """Sum each group of ``x``, and its squared distances from the mean; one value is a ``fraction`` of a group."""
-        x, fraction = x.astype(mx.float32), mx.array(self._groups * len(x) / x.size)
+        x, fraction = x.astype(mx.float32), self._groups * len(x) / x.size
         total = self._sum(x)
-        return total, self._sum(_squared_distance(x, total, fraction)), fraction
+        return total, self._sum(_squared_distance(x, total, mx.array(fraction))), fraction
 
     def _sum(self, x: mx.array) -> mx.array:
         """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""

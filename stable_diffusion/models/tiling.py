@@ -59,28 +59,26 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     device, scale = mx.default_device().type, config.scale
     if budget is None:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    room = budget / _MARGIN
     n, *sides = shape[:3]
     height, width = (side * scale for side in sides) if half == "decoder" else sides
     channels = config.widest(half)
     graph = _GRAPH[device] * channels * n * height * width
-    if _MARGIN * graph <= min(_LARGEST_GRAPH[device], budget):
+    if graph <= min(_LARGEST_GRAPH[device] / _MARGIN, room):
         return VAEPlan(graph)
     rows = max(_SLICE[device] // width, 1)
-    slices = _WORK[device] * channels * max(_SLICE[device], width)
-    peak = max(itemsize * channels * height * width + slices, _scores(height * width / scale**2))
-    if _MARGIN * peak <= budget:
-        return VAEPlan(peak, rows)
-    blended = 32 * height * width  # the result
-    area = max(budget / _MARGIN - slices - blended, 0) / (itemsize * channels * scale**2)
-    if _scores(area) > budget / _MARGIN - blended:
-        area = math.sqrt(max(budget / _MARGIN - blended, 0) / 8)
-    side = max(int(math.sqrt(area)) // 8 * 8, _SMALLEST_TILE)
-    return VAEPlan(max(itemsize * channels * (side * scale) ** 2 + slices, _scores(side**2)) + blended, rows, side)
 
+    def peak(positions: float) -> float:
+        """The bytes of a map of latents in slices: two layers' maps, or scores in pieces, twice for the softmax."""
+        slices = _WORK[device] * channels * max(_SLICE[device], width)
+        return max(itemsize * channels * scale**2 * positions + slices, min(8 * positions**2, 2 * LARGEST_SCORES))
 
-def _scores(positions: float) -> float:
-    """Return the bytes of the attention scores between latents, twice for the softmax, in float32 and in pieces."""
-    return min(8 * positions**2, 2 * LARGEST_SCORES)
+    positions, blended = height * width / scale**2, 32 * height * width  # the last is the result
+    if peak(positions) <= room:
+        return VAEPlan(peak(positions), rows)
+    sides = range(int(math.sqrt(positions)) // 8 * 8, _SMALLEST_TILE, -8)
+    side = next((side for side in sides if peak(side**2) + blended <= room), _SMALLEST_TILE)
+    return VAEPlan(peak(side**2) + blended, rows, side)
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:

@@ -92,7 +92,9 @@ class Transformer2DModel(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Hold the resnets of a block, and a transformer after each of them where the block has ``attentions``.
+    """Hold the layers of a block: resnets, and where it has ``attentions`` a transformer after each.
+
+    The middle has one attention between two resnets, or in pruned models one resnet.
 
     Args:
         level: the block's place in the tuples of ``config``.
@@ -128,74 +130,6 @@ class UNetBlock(nn.Module):
         return self.attentions[i](x, context, tome_ratio) if "attentions" in self else x
 
 
-class DownBlock(UNetBlock):
-    """Run ``DownBlock2D`` or ``CrossAttnDownBlock2D`` and append each of its maps to ``skips``.
-
-    A T2I-Adapter's ``feature`` is added where adapters are trained: to the last map before downsampling in a block with
-    attention, and to the map after it in a block without.
-    """
-
-    def __call__(
-        self,
-        x: mx.array,
-        temb: mx.array,
-        context: Context,
-        skips: list[mx.array],
-        *,
-        feature: mx.array | None = None,
-        tome_ratio: float = 0.0,
-    ) -> mx.array:
-        for i in range(len(self.resnets)):
-            x = self.layer(i, x, temb, context, tome_ratio)
-            skips.append(x)
-        if feature is not None and "attentions" in self:
-            x = skips[-1] = x + feature
-        if "downsamplers" in self:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        if feature is not None and "attentions" not in self:
-            x = skips[-1] = x + feature
-        return x
-
-
-class MidBlock(UNetBlock):
-    """Run ``UNetMidBlock2DCrossAttn``, or the one resnet that pruned models keep of it (``UNetMidBlock2D``)."""
-
-    def __call__(self, x: mx.array, temb: mx.array, context: Context) -> mx.array:
-        x = self.resnets[0](x, temb)
-        if "attentions" in self:
-            x = self.resnets[1](self.attentions[0](x, context), temb)
-        return x
-
-
-class UpBlock(UNetBlock):
-    """Run ``UpBlock2D`` or ``CrossAttnUpBlock2D``, which takes one of ``skips`` for each resnet.
-
-    ``cache`` is DeepCache's: an empty list receives the input of the last resnet, any other list replaces it.
-    """
-
-    def __call__(
-        self,
-        x: mx.array,
-        temb: mx.array,
-        context: Context,
-        skips: list[mx.array],
-        *,
-        cache: list[mx.array] | None = None,
-        tome_ratio: float = 0.0,
-    ) -> mx.array:
-        for i in range(len(self.resnets)):
-            if cache is not None and i == len(self.resnets) - 1:
-                if not cache:
-                    cache.append(x)
-                x = cache[0]
-            x = self.layer(i, mx.concatenate([x, skips.pop()], axis=-1), temb, context, tome_ratio)
-        if "upsamplers" in self:
-            _, h, w, _ = skips[-1].shape
-            x = self.upsamplers[0](x, (h, w))
-        return x
-
-
 class Encoder(nn.Module):
     """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle.
 
@@ -216,12 +150,12 @@ class Encoder(nn.Module):
             channels = pairwise([before] + [width] * config.layers_per_block[i])
             depths = layers[i] if config.down_block_types[i].startswith("CrossAttn") else None
             resample = None if i == len(widths) - 1 else "down"
-            self.down_blocks.append(DownBlock(config, i, channels, depths, resample))
+            self.down_blocks.append(UNetBlock(config, i, channels, depths, resample))
         if config.mid_block_type == "UNetMidBlock2D":
-            self.mid_block = MidBlock(config, -1, [(widths[-1], widths[-1])], None)
+            self.mid_block = UNetBlock(config, -1, [(widths[-1], widths[-1])], None)
         elif config.mid_block_type is not None:
             depth = layers[-1][0] if isinstance(layers[-1], tuple) else layers[-1]
-            self.mid_block = MidBlock(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
+            self.mid_block = UNetBlock(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
         # The first block with attention has the largest maps, the only ones in which positions are merged.
         self._outermost = next((i for i, block in enumerate(self.down_blocks) if "attentions" in block), None)
 
@@ -262,17 +196,28 @@ class Encoder(nn.Module):
     ) -> tuple[list[mx.array], mx.array]:
         """Run the first half: ``x`` [B, h, w, C], after ``conv_in`` -> (skips for the second half, the middle's map).
 
-        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle.
+        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle. They are added where
+        adapters are trained: in a block with attention before downsampling, and in a block without after it.
         """
         count = len(self.down_blocks)
         if len(features) > count + ("mid_block" in self):
             raise ValueError(f"{len(features)} features for a UNet of {count} down blocks: the adapter does not fit it")
         skips = [x]
         for i, (block, feature) in enumerate(zip_longest(self.down_blocks, features[:count])):
-            ratio = tome_ratio if i == self._outermost else 0.0
-            x = block(x, temb, context, skips, feature=feature, tome_ratio=ratio)
+            for j in range(len(block.resnets)):
+                x = block.layer(j, x, temb, context, tome_ratio if i == self._outermost else 0.0)
+                skips.append(x)
+            if feature is not None and "attentions" in block:
+                x = skips[-1] = x + feature
+            if "downsamplers" in block:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+            if feature is not None and "attentions" not in block:
+                x = skips[-1] = x + feature
         if "mid_block" in self:
-            x = self.mid_block(x, temb, context)
+            x = self.mid_block.resnets[0](x, temb)
+            if "attentions" in self.mid_block:
+                x = self.mid_block.resnets[1](self.mid_block.attentions[0](x, context), temb)
             for feature in features[count:]:
                 x = x + feature
         return skips, x
@@ -308,7 +253,7 @@ class UNet2DConditionModel(Encoder):
             attends = config.up_block_types[i].startswith("CrossAttn")
             depths = config.reverse_transformer_layers_per_block[i] if attends else None
             resample = None if i == len(widths) - 1 else "up"
-            self.up_blocks.append(UpBlock(config, -1 - i, channels, depths, resample))
+            self.up_blocks.append(UNetBlock(config, -1 - i, channels, depths, resample))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.eval()
@@ -336,6 +281,13 @@ class UNet2DConditionModel(Encoder):
             x = x + middle
         last = len(self.up_blocks) - 1
         for i, block in enumerate(self.up_blocks):
-            ratio = tome_ratio if last - i == self._outermost else 0.0
-            x = block(x, temb, context, skips, cache=cache if i == last else None, tome_ratio=ratio)
+            for j in range(len(block.resnets)):
+                if cache is not None and i == last and j == len(block.resnets) - 1:
+                    if not cache:
+                        cache.append(x)
+                    x = cache[0]
+                x = mx.concatenate([x, skips.pop()], axis=-1)
+                x = block.layer(j, x, temb, context, tome_ratio if last - i == self._outermost else 0.0)
+            if "upsamplers" in block:
+                x = block.upsamplers[0](x, skips[-1].shape[1:3])
         return self.conv_out(self.conv_norm_out.activated(x))
