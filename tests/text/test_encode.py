@@ -12,7 +12,6 @@ from checkpoints import SCALED, make
 from oracle import normal, relative_error
 from stable_diffusion import Conditioning, StableDiffusion, StableDiffusionXL
 from stable_diffusion.models.layers import Attention, Context
-from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.text.encode import concatenate, count_chunks, encode, same_length
 
 LONG = " ".join(["the red cat on the blue"] * 40)  # 240 tokens: four chunks
@@ -55,20 +54,15 @@ def test_without_weights_nothing_changes(sd, text):
 
 
 def test_weights_follow_the_formula_of_the_web_ui(sd):
-    plain = context(sd, "the red cat")
-    weighted = plain.copy()
-    weighted[:, 2] *= 1.4  # start, "the", "red"
-    weighted *= plain.mean() / weighted.mean()
-    for text in ("the (red:1.4) cat", "the (red):1.4 cat"):
-        assert relative_error(context(sd, text), weighted) <= 1e-5
-
-
-def test_the_mean_is_restored_in_each_chunk_apart(sd):
+    """The mean is restored in each chunk apart."""
     plain = context(sd, "the red BREAK cat on")
     weighted = plain.copy()
-    weighted[:, 78:80] *= np.array([1.4, 0.3])[None, :, None]  # behind the start of the second chunk
-    weighted[:, 77:] *= plain[:, 77:].mean() / weighted[:, 77:].mean()
-    assert relative_error(context(sd, "the red BREAK (cat:1.4) (on:0.3)"), weighted) <= 1e-5
+    weighted[:, 2] *= 1.4  # start, "the", "red"
+    weighted[:, 78:80] *= np.array([0.3, -2])[None, :, None]  # behind the start of the second chunk
+    for chunk in (slice(77), slice(77, 154)):
+        weighted[:, chunk] *= plain[:, chunk].mean() / weighted[:, chunk].mean()
+    for text in ("the (red:1.4) BREAK (cat:0.3) (on:-2)", "the (red):1.4 BREAK (cat:0.3) (on):-2"):
+        assert relative_error(context(sd, text), weighted) <= 1e-5
 
 
 def test_weights_of_both_encoders_of_xl(xl):
@@ -89,15 +83,9 @@ def test_emphasis_on_values_leaves_the_keys(sd):
     wanted[:, 2] *= -2
     assert np.array_equal(ours.context, plain) and relative_error(ours.v_context, wanted) <= 1e-6
     layer = Attention(16, 2, 32)
-    x, keys, values = (mx.array(normal(1, n, c, seed=n)) for n, c in ((5, 16), (7, 32), (7, 32)))
-    weights = mx.array([1.0, -2.0, 1.0, 0.0, 1.0, 1.0, 1.0])[None, :, None]
-    q, k, v = (
-        a.reshape(1, -1, 2, 8).transpose(0, 2, 1, 3)
-        for a in (layer.to_q(x), layer.to_k(keys), layer.to_v(values) * weights)
-    )
-    out = mx.softmax(q @ k.transpose(0, 1, 3, 2) * 8**-0.5, axis=-1) @ v
-    want = layer.to_out[0](out.transpose(0, 2, 1, 3).reshape(1, 5, 16))
-    assert relative_error(layer(x[0], 1, Context(keys, values * weights)), want[0]) <= 1e-5
+    x, keys = mx.array(normal(1, 5, 16)), mx.array(normal(1, 7, 32))
+    plain, ours = (layer(x[0], 1, Context(keys, v)) - layer.to_out[0].bias for v in (keys, -2 * keys))
+    assert relative_error(ours, -2 * plain) <= 1e-5
 
 
 def test_emphasis_on_values_reaches_the_picture(sd):
@@ -217,40 +205,13 @@ def test_parts_guide_together(sd):
     """One step of DDIM is linear in the answer: a AND b = a + b - the negative prompt alone."""
     run = {"num_steps": 1, "latent_size": (4, 4), "seed": 1}
     guided = {"cfg_weight": 3.0, "negative_text": "on", **run}
-    a, b, both, half = (
-        last(sd.generate_latents(t, **guided))
-        for t in ("the red", "cat", "the red AND cat", "the red :0.5 AND the red:0.5")
-    )
+    a, b, less = (last(sd.generate_latents(t, **guided)) for t in ("the red", "cat", "the red AND cat:-0.5"))
     alone = last(sd.generate_latents("on", cfg_weight=1.0, **run))
-    assert relative_error(both, a + b - alone) <= 1e-4
-    assert relative_error(half, a) <= 1e-4
-    less = last(sd.generate_latents("the red AND cat:-0.5", **guided))
     assert relative_error(less, a - 0.5 * (b - alone)) <= 1e-4
-    mean = last(sd.generate_latents("the red AND cat:3", cfg_weight=1.0, **run))
-    plain = [last(sd.generate_latents(t, cfg_weight=1.0, **run)) for t in ("the red", "cat")]
-    assert relative_error(mean, 0.25 * plain[0] + 0.75 * plain[1]) <= 1e-4
+    mean, a, b = (last(sd.generate_latents(t, cfg_weight=1.0, **run)) for t in ("the red AND cat:3", "the red", "cat"))
+    assert relative_error(mean, 0.25 * a + 0.75 * b) <= 1e-4
     with pytest.raises(ValueError, match="sum to 0"):
         next(sd.generate_latents("the red AND cat:-1", cfg_weight=1.0, **run))
-
-
-@pytest.mark.parametrize(("cfg", "sampler"), [(1.0, "ddim"), (3.0, "dpmpp_2m")])
-def test_prompts_change_on_the_way(sd, cfg, sampler, monkeypatch):
-    seen = []
-    call = UNet2DConditionModel.__call__
-
-    def watched(unet, x, temb, context, **kwargs):
-        seen.append(np.array(context.encoded))
-        return call(unet, x, temb, context, **kwargs)
-
-    monkeypatch.setattr(UNet2DConditionModel, "__call__", watched)
-    prompts = ["the [red:blue:0.3] cat", "the cat"]
-    list(sd.generate_latents(prompts, num_steps=10, latent_size=(4, 4), cfg_weight=cfg, sampler=sampler))
-    row = 0
-    for step, told in enumerate(seen):
-        colour = "red" if step < 3 else "blue"
-        assert relative_error(told[row], context(sd, f"the {colour} cat")[0]) <= 1e-5
-        assert any(relative_error(other, context(sd, "the cat")[0]) <= 1e-5 for other in told[1:])
-    assert len(seen) == 10
 
 
 def test_changes_at_the_ends_are_none(sd):
