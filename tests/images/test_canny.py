@@ -46,8 +46,15 @@ def test_a_step_is_one_line_and_counts_four_times_its_height():
     np.testing.assert_array_equal(np.unique(np.nonzero(canny(image, 100, 199))[1]), [4])
     assert (canny(image, 100, 199)[:, 4] == 255).all()
     assert not canny(image, 100, 200).any() and not canny(image[:, :5]).any()
+    np.testing.assert_array_equal(canny(image.transpose(1, 0, 2), 100, 199), canny(image, 100, 199).T)
     image[5:, 5:, 1] += 10  # 240 from the seventh row on; both thresholds are to be exceeded
     assert canny(image, 199, 239)[:3].any() and not canny(image, 200, 239)[:3].any()
+
+
+def test_of_equal_neighbours_on_a_diagonal_neither_stays():
+    y, x = np.mgrid[:15, :15]
+    edges = canny((60 + 40 * (x + y > 10) + 40 * (x + y > 13)).astype(np.uint8), 100, 150)
+    assert set((x + y)[3:-3, 3:-3][edges[3:-3, 3:-3] > 0]) == {10, 14}  # and not 11 and 13, which are as strong
 
 
 def spiral(size: int) -> tuple[np.ndarray, int]:
