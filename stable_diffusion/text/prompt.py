@@ -37,7 +37,7 @@ _SIGNS = frozenset("()[]{}|:\\")
 _DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
 _NUMBER = rf"[+-]?{_DIGITS}"
 _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*")
-_WEIGHT_FIRST = re.compile(rf"({_NUMBER})(?![\w.])")
+_WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
 _SHARE = re.compile(rf"\s*({_DIGITS})\s*")
 _KEYWORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
 _MEANING = re.compile(r"[()\[\]{}\\]|AND|BREAK")  # text without any of these is one piece
@@ -238,12 +238,12 @@ class _Reader:
             self.open.pop()
             if group.size.length > _LONGEST:
                 raise ValueError(f"the wildcard __{name}__ grows beyond {_LONGEST} characters; use fewer in its lines")
+            self._check_depth(group.size.depth)
             self.known[name] = group
-        self._check_depth(self.known[name].size.depth)
         return self.known[name]
 
     def _check_depth(self, depth: int) -> None:
-        """Raise ValueError where brackets and wildcards are nested too deep; ``depth`` are those inside."""
+        """Raise ValueError for ``depth`` brackets and wildcards inside those that are open, if these are too many."""
         if len(self.open) + depth > _DEEPEST:
             place = f" at __{self.open[-1]}__" if self.open else ""
             raise ValueError(
@@ -265,11 +265,11 @@ def _weigh(items: _Items) -> _Items:
     """Give each "(words)" its weight: the number behind it, as in "(words):1.3", or 1.1."""
     for i, item in enumerate(items):
         if isinstance(item, _Group) and item.number is None:
-            behind = items[i + 1 : i + 3]
-            after = len(behind) == 2 and behind[0] == ":" and _WEIGHT_FIRST.match(str(behind[1]))
+            behind = "".join(text for text in items[i + 1 : i + 3] if isinstance(text, str))
+            after = _WEIGHT_AFTER.match(behind)
             items[i] = replace(item, number=float(after[1]) if after else _EMPHASIS)
             if after:
-                items[i + 1 : i + 3] = ["", behind[1][after.end() :]]
+                items[i + 1 : i + 3] = ["", behind[after.end() :]]
     return items
 
 
