@@ -4,6 +4,7 @@ import os
 import stat
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -147,13 +148,6 @@ def test_cmyk_has_its_colours(tmp_path):
             assert np.abs(pixels(open_image(path)) - colour).max() <= 2, ink
 
 
-def test_ycbcr_and_hsv(tmp_path):
-    picture = smooth(32, 32)
-    assert np.abs(pixels(to_rgb(picture.convert("YCbCr"))) - pixels(picture)).max() <= 3
-    assert np.abs(pixels(to_rgb(picture.convert("HSV"))) - pixels(picture)).max() <= 12
-    assert np.abs(pixels(open_image(write(picture, tmp_path / "a.jpg", quality=95))) - pixels(picture)).mean() < 3
-
-
 def test_mode_without_a_conversion():
     with pytest.raises(ValueError, match="LAB"):
         to_rgb(Image.new("LAB", (2, 2)))
@@ -169,21 +163,14 @@ def test_profile_and_text_are_not_carried_over(tmp_path):
         assert "icc_profile" not in copy.info
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
-    picture, exif = smooth(48, 32), Image.Exif()
-    exif[0x0112] = orientation
-    upright = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-        8: lambda a: np.rot90(a, 1),
-    }[orientation]  # fmt: skip
+def test_a_picture_that_lies_on_its_side(tmp_path):
+    exif, deep = Image.Exif(), np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    exif[0x0112] = 6  # what is stored on the left is the top
     for name in ("a.jpg", "a.png", "a.tiff"):
-        got, expected = pixels(open_image(write(picture, tmp_path / name, exif=exif))), upright(pixels(picture))
-        assert got.shape == expected.shape and np.abs(got - expected).mean() < 3
-    values = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
-    got = pixels(open_image(write(Image.fromarray(values), tmp_path / "deep.png", exif=exif)))
-    assert np.array_equal(got[..., 0], upright(values) // 257)
+        got = pixels(open_image(write(smooth(48, 32), tmp_path / name, exif=exif)))
+        assert got.shape == (48, 32, 3) and np.abs(got - np.rot90(pixels(smooth(48, 32)), -1)).mean() < 3
+    got = pixels(open_image(write(Image.fromarray(deep), tmp_path / "deep.png", exif=exif)))
+    assert got[..., 0].tolist() == [[200, 0], [255, 100]]
 
 
 def test_animated_files_give_their_first_frame(tmp_path):
@@ -203,20 +190,19 @@ def test_a_hundred_megapixels_are_read_and_a_bomb_is_not(tmp_path, monkeypatch):
     assert str(path) in str(error.value)
 
 
-def unreadable_files(folder):
-    full = write(noise(64, 64), folder / "full.png").read_bytes()
-    (folder / "cut.png").write_bytes(full[: len(full) // 2])
-    jpeg = write(noise(64, 64), folder / "full.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
-    (folder / "head.png").write_bytes(full[:20])
-    (folder / "flipped.png").write_bytes(full[:200] + bytes(b ^ 0xFF for b in full[200:260]) + full[260:])
-    (folder / "text.png").write_text("this is not an image")
-    (folder / "empty.png").write_bytes(b"")
-    return [folder / name for name in ("cut.png", "cut.jpg", "head.png", "flipped.png", "text.png", "empty.png")]
-
-
 def test_what_cannot_be_read(tmp_path):
-    for path in [*unreadable_files(tmp_path), tmp_path / "missing.png", tmp_path / ("a" * 5000), tmp_path]:
+    png, jpeg = (write(noise(64, 64), tmp_path / name).read_bytes() for name in ("full.png", "full.jpg"))
+    contents = {
+        "cut.png": png[: len(png) // 2],
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "head.png": png[:20],
+        "flipped.png": png[:200] + bytes(byte ^ 0xFF for byte in png[200:260]) + png[260:],
+        "text.png": b"this is not an image",
+        "empty.png": b"",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for path in (*(tmp_path / name for name in contents), tmp_path / "missing.png", tmp_path / ("a" * 5000), tmp_path):
         with pytest.raises(ValueError) as error:
             open_image(path)
         message = str(error.value)
@@ -275,25 +261,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     save(noise(8, 8), path)
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    for where, name in ((files.os, "replace"), (Image.Image, "save")):
+    full = OSError(28, "No space left on device")
+    for where, name, failure in (
+        (files.os, "replace", full),
+        (Image.Image, "save", full),
+        (Image.Image, "save", KeyboardInterrupt("No space left")),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(where, name, lambda *args, **kwargs: fail())
-            with pytest.raises(OSError, match="No space left") as error:
+            patch.setattr(where, name, Mock(side_effect=failure))
+            with pytest.raises(type(failure), match="No space left") as error:
                 save(noise(8, 8, seed=1), path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        if failure is full:
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
         assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     assert np.array_equal(pixels(open_image(path)), pixels(noise(8, 8)))
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save(noise(8, 8), tmp_path / "b.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_an_image_too_large_for_its_format(tmp_path):
