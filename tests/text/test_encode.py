@@ -137,6 +137,7 @@ def test_what_is_cut_is_said_once(xl, caplog):
         cut = xl.encode_prompt(" ".join(["cat"] * 75 + ["blue", "red"]), truncate=True)
         assert cut.context.shape[1] == 77
         xl.encode_prompt(LONG)
+        xl.encode_prompt("cat", truncate=True)
     (record,) = caplog.records
     assert "this part of it is ignored: 'blue red'" in record.getMessage()
 
@@ -148,6 +149,10 @@ def test_the_log_says_how_a_prompt_was_read(xl, caplog):
         "prompt, chunk 1 of 2, 3 tokens: the | red:1.3 | cat",
         "prompt, chunk 2 of 2, 1 tokens: blue:0.909",
     ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "stable_diffusion"):
+        xl.encode_prompt("the BREAK cat", truncate=True)
+    assert caplog.records[1].getMessage() == "prompt, chunk 1 of 1, 1 tokens: the" and len(caplog.records) == 2
 
 
 def test_weight_blocks_are_a_mean(sd, xl):

@@ -19,6 +19,8 @@ TEXTS = {
     "a (cat): b": [("a ", 1), ("cat", 1.1), (": b", 1)],
     "a (cat):1.5x": [("a ", 1), ("cat", 1.1), (":1.5x", 1)],
     "(cat)": [("cat", 1.1)],
+    "(2)": [("2", 1.1)],
+    "[cat] 3:2": [("cat", 1 / 1.1), (" 3:2", 1)],
     "((cat))": [("cat", 1.1 * 1.1)],
     "[cat]": [("cat", 1 / 1.1)],
     "(a [b] (c:2) d:0.5)": [("a ", 0.5), ("b", 0.5 / 1.1), ("c", 1.0), (" d", 0.5)],
@@ -115,6 +117,7 @@ def test_a_wildcard_stands_for_the_lines_of_its_list():
     assert wild("{a|__colour__}") == ["a", "red", "light blue", "dark blue"]
     assert wild("[__colour__:x:0.5]")[0] == "[red:x:0.5]"
     assert wild("__colour____colour__")[0] == "redred" and wild("_a__colour___")[0] == "_ared_"
+    assert wild("(__odd/one__:0.5)") == [r"(a \| b\: c\):0.5)"]
     assert wild("__odd/one__") == [r"a \| b: c\)"] and pieces(r"a \| b: c\)") == [Piece("a | b: c)")]
 
 
@@ -159,6 +162,9 @@ def test_wildcards_within_wildcards_have_limits(seed):
         expand("__0__", seed, chain("__{}__", "end", 64))
     with pytest.raises(ValueError, match="nested more than 64 deep"):  # also where it was read nearer to the surface
         expand("__0__ " + "(" * 10 + "__0__" + ")" * 10, seed, chain("__{}__", "end", 60))
+    with pytest.raises(ValueError, match="nested more than 64 deep"):
+        deep = {"deep": ["(" * 10 + "x" + ")" * 10]}
+        expand("__deep__ __0__", seed, lambda name: deep.get(name) or chain("__{}__", "__deep__", 60)(name))
     with pytest.raises(ValueError, match="__47__ grows beyond 100000 characters"):
         expand("__0__", seed, chain("__{0}__ __{0}__", "end", 62))
     with pytest.raises(ValueError, match="__45__ grows beyond 100000 characters"):
