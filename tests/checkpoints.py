@@ -26,20 +26,8 @@ def write_vocabulary(folder: Path, pad_token: str = "<|endoftext|>") -> Path:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    merges = [
-        "r e",
-        "re d</w>",
-        "c a",
-        "ca t</w>",
-        "t h",
-        "th e</w>",
-        "o n</w>",
-        "i n",
-        "b l",
-        "bl u",
-        "blu e</w>",
-        "a n</w>",
-    ]
+    merges = ["r e", "re d</w>", "c a", "ca t</w>", "t h", "th e</w>", "o n</w>", "i n"]
+    merges += ["b l", "bl u", "blu e</w>", "a n</w>"]
     tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
