@@ -114,6 +114,11 @@ def test_missing_file_is_named(tmp_path, files, name):
     assert f"has no {name}" in refused(write(tmp_path, files))
 
 
+def test_vocabulary_in_one_file(tmp_path, files):
+    del files["tokenizer/vocab.json"], files["tokenizer/merges.txt"]
+    assert open_checkpoint(write(tmp_path, files)).tokenizers == {"tokenizer": tmp_path / "tokenizer"}
+
+
 def test_missing_weights_are_named(tmp_path, files):
     del files["vae/diffusion_pytorch_model.safetensors"], files["vae/diffusion_pytorch_model.bin"]
     assert "vae/diffusion_pytorch_model.safetensors is missing" in refused(write(tmp_path / "b", files))

@@ -1,4 +1,4 @@
-"""Small damages to files, as disks, connections and attackers do them: refused in one line, or read as what they are."""
+"""Small damages to files, as disks, connections and attackers do them: refused in one line, or read rightly."""
 
 import io
 import json
