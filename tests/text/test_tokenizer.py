@@ -328,11 +328,25 @@ def test_broken_folders(bpe, tmp_path, name, content, message):
 
 @pytest.mark.parametrize("pair", ["a b</w>", ["a", "b</w>"]])
 def test_merges_are_strings_or_pairs(tmp_path, pair):
-    """tokenizer.json has held both."""
+    """tokenizer.json has held both. Special tokens that do not say it are not looked for after normalisation."""
     vocab = {token: i for i, token in enumerate(["a", "b</w>", "ab</w>", BOS, EOS])}
     model = {"type": "BPE", "vocab": vocab, "merges": [pair]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
-    assert Tokenizer.from_folder(tmp_path).encode("ab") == [2]
+    added = [{"content": BOS, "special": True}, {"content": "<New>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.encode(f"ab{BOS}<new>") == [2, 3, 5] and ours.encode(BOS.upper())[0] != 3
+
+
+def test_words_of_embeddings_stand_alone(bpe):
+    ours = Tokenizer(*bpe)
+    plain = ours.encode("xcat cats")
+    ours.add("cat", [9000, 9001])
+    ours.add("<cat>", [9002])
+    assert ours.encode("xcat cats") == plain
+    assert ours.encode("cat, a<cat>b") == [9000, 9001, *ours.encode(", a"), 9002, *ours.encode("b")]
+    assert ours.decode([9000, 9001, 9002]) == "cat <cat>"
+    with pytest.raises(ValueError, match="' ' cannot name an embedding"):
+        ours.add(" ", [9003])
 
 
 def test_words_added_after_training_in_the_old_file(bpe, tmp_path):
