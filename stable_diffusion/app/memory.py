@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -25,13 +25,14 @@ _MOST_IMAGES = 8  # in a batch; more of them save little time
 _FRACTION = 0.75  # of the machine's memory that a run may take: the system and other programs need some
 _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Macs below 36 GB
 
-# Bytes of a step for each row, position of the latents and channel of the UNet's first two blocks: those of its maps,
-# those of the maps that MLX computes ahead of the device, and the most that the latter come to.
-# CPU: measured with SD 1.5 and SDXL from 256 to 1536 pixels (benchmarks/memory.py).
+# Bytes of a step for each row, position of the latents (padded as by a convolution) and channel of the UNet's first two
+# blocks: those of its maps, those that MLX computes ahead of the device, and the most that the latter come to.
+# CPU: measured with the bundled model, SD 1.5 and SDXL from 256 to 1536 pixels (benchmarks/memory.py).
 # GPU: by the rules of MLX 0.32's Metal allocator, not measured: 12,200 bytes for each row and position of SDXL, and up
 # to 1.3 GB in the command buffers that wait.
-_STEP = {mx.cpu: (52, 63, math.inf), mx.gpu: (12.7, 94, 1.3e9)}
-_EACH_STEP = 1.5e6  # bytes that a step takes besides
+_STEP = {mx.cpu: (51, 62, math.inf), mx.gpu: (12.7, 94, 1.3e9)}
+_SCORES, _BESIDE_SCORES = 2**26, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
+_EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
 
@@ -80,9 +81,15 @@ def set_limits(memory: float | None, low_memory: bool) -> int:
 def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[int, int]) -> int:
     """Return the bytes of a step with this number of ``rows`` at ``size``, weights not included."""
     maps, ahead, most_ahead = _STEP[mx.default_device().type]
-    values = rows * math.prod(size) * sum(model.unet_config.block_out_channels[:2])
-    ahead = 0 if mx.get_memory_limit() == 0 else min(values * ahead, most_ahead)
-    return int(_EACH_STEP + (values * maps + ahead) * (1 + _CONTROLNET * len(shape.networks)))
+    config, (height, width) = model.unet_config, size
+    values = rows * (height + 2) * (width + 2) * sum(config.block_out_channels[:2])
+    needed = values * maps
+    level = next((i for i, kind in enumerate(config.down_block_types) if kind.startswith("CrossAttn")), None)
+    if mx.default_device() == mx.cpu and level is not None:
+        scores = 4 * rows * config.num_attention_heads[level] * (height * width // 4**level) ** 2
+        needed = max(needed, 2 * min(scores, _SCORES) + values * _BESIDE_SCORES)
+    needed += 0 if mx.get_memory_limit() == 0 else min(values * ahead, most_ahead)
+    return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.networks)))
 
 
 def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
@@ -115,7 +122,7 @@ def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
         return 1
     weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
     room = limit - weights - sum(size_in_bytes(network) for network in shape.networks)
-    each = step_bytes(model, shape, shape.rows, shape.larger or shape.size)
+    each = step_bytes(model, replace(shape, n_images=1), shape.rows, shape.larger or shape.size)
     most = max(1, min(shape.n_images, _MOST_IMAGES, int(room // each)))
     return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
 
