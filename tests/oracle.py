@@ -1,11 +1,14 @@
 """Bridges between this library and its numerical oracles, torch with diffusers and transformers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import torch
 
 from stable_diffusion.weights.formats.original import to_diffusers
-from stable_diffusion.weights.load import fill
+from stable_diffusion.weights.load import build, fill
 
 SCALES = (1.0, 1e-2, 1e-3)  # a wrong GroupNorm epsilon is invisible at scale 1 and half the signal at 1e-3
 
@@ -36,6 +39,13 @@ def twin(mlx_module, torch_module):
     """Give ``mlx_module`` the weights of ``torch_module``, through the library's own loader."""
     fill(mlx_module, to_diffusers("", tensors(torch_module)))
     return mlx_module
+
+
+def pair(part: str, config: dict, make: Callable[[], torch.nn.Module], seed: int = 0) -> tuple[Any, Any]:
+    """Build a part of a checkpoint and its oracle, with the same weights, of which none has its initial value."""
+    torch.manual_seed(seed)
+    oracle = perturb(make(), seed)
+    return twin(build(part, config), oracle), oracle
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:

@@ -12,10 +12,9 @@ from typing import Any, ClassVar, Self
 
 Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed here}
 
-# Keys about files, training, storage and the moving average of the weights; they change nothing that is computed.
-WITHOUT_EFFECT = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor"}
-WITHOUT_EFFECT |= {"model_type", "decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step"}
-WITHOUT_EFFECT |= {"optimization_step"}
+# Keys about training and the moving average of the weights, which change nothing that is computed.
+_IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
+_IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
 
 
 @contextmanager
@@ -140,7 +139,7 @@ class EncoderConfig(Config):
         "cross_attention_dim": None,
         "transformer_layers_per_block": 1,
     }
-    ignored: ClassVar[Collection[str]] = WITHOUT_EFFECT | {"attention_head_dim"}
+    ignored: ClassVar[Collection[str]] = _IGNORED | {"attention_head_dim"}
 
     in_channels: int = 4
     block_out_channels: tuple[int, ...]
@@ -219,7 +218,7 @@ class AutoencoderConfig(Config):
         "up_block_types": ("UpDecoderBlock2D",),
     }
     per_block: ClassVar[Mapping[str, Any]] = {"down_block_types": None, "up_block_types": None}
-    ignored: ClassVar[Collection[str]] = WITHOUT_EFFECT
+    ignored: ClassVar[Collection[str]] = _IGNORED
 
     block_out_channels: tuple[int, ...]
     in_channels: int = 3

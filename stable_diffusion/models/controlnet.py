@@ -137,9 +137,8 @@ class ControlNetModel(Encoder):
 def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
     """Multiply residuals by ``scale``, and in guess mode the finest by 0.1 and each coarser one by more, up to 1.
 
-    Guess mode lets a control image act without a prompt (Zhang et al. 2023): the coarse maps, which hold the content,
-    count more than the fine ones, which hold the positions. The factors are evenly spaced in their logarithm. Residuals
-    of one pixel have no positions and are not weighted.
+    Guess mode lets a control image act without a prompt (Zhang et al. 2023): coarse maps hold the content, fine ones
+    the positions, which residuals of one pixel do not have. The factors are evenly spaced in their logarithm.
     """
     down, middle = residuals
     count = len(down)

@@ -32,9 +32,9 @@ _thread = threading.local()  # MLX's streams belong to threads
 def tune() -> None:
     """Set this process up for computing on a CPU: memory allocator, threads of products and streams side by side.
 
-    Call it once, before the first run. It does nothing on a Mac. MLX frees an array as soon as it is not needed, and
-    glibc returns arrays above 32 MB to the system, which costs ten times as much as a product of each of their values.
-    So glibc keeps them: the process stays at the most memory that it has needed.
+    Call it once, before the first run. It does nothing on a Mac. glibc would return freed arrays above 32 MB to the
+    system, which costs ten times as much as a product of each of their values. So it keeps them: the process stays at
+    the most memory that it has needed.
     """
     global _cores
     if sys.platform == "linux":
@@ -112,18 +112,15 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """Compute SiLU, x * sigmoid(x)."""
     return _silu(x, _exp(_minus_size(x)))
 
 
 def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """Compute SiLU of x * scale + shift."""
     y, exponent = _scaled_and_minus_size(x, scale, shift)
     return _silu(y, _exp(exponent))
 
 
 def gelu(x: mx.array) -> mx.array:
-    """Compute GELU, x * (1 + erf(x / sqrt(2))) / 2."""
     x = x + 0.0  # a copy in one piece: loops over half of a wider array, as it is in GEGLU, are not vectorized
     return _gelu(x, _erf_polynomial(x), _exp(_minus_half_square(x)))
 

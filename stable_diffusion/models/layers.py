@@ -27,9 +27,9 @@ class Group(nn.Module):
             setattr(self, name, child)
 
 
-silu = cpu.for_float32(cpu.silu, nn.silu)
-gelu = cpu.for_float32(cpu.gelu, nn.gelu)
-layer_norm = cpu.for_float32(cpu.layer_norm, mx.fast.layer_norm)
+silu = cpu.for_float32(cpu.silu, nn.silu)  # x * sigmoid(x) (Elfwing et al. 2018)
+gelu = cpu.for_float32(cpu.gelu, nn.gelu)  # x * (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016)
+layer_norm = cpu.for_float32(cpu.layer_norm, mx.fast.layer_norm)  # Ba et al. 2016
 sum_positions = cpu.for_float32(cpu.sum_positions, lambda x: x.sum(axis=(1, 2), keepdims=True))
 
 
@@ -84,10 +84,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, 
 
 
 class GroupNorm(nn.Module):
-    """Normalize groups of channels of NHWC maps (Wu & He 2018), in float32 and without transposes.
-
-    The epsilon matters: it is 1e-5 in the UNet's resnets, and 1e-6 in its transformers and in the autoencoder.
-    """
+    """Normalize groups of channels of NHWC maps (Wu & He 2018), in float32 and without transposes."""
 
     def __init__(self, groups: int, channels: int, eps: float):
         super().__init__()
@@ -209,10 +206,10 @@ def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list
 
 @dataclass
 class Context:
-    """Hold an encoded prompt [B, M, D], and the cross-attention keys and values that each layer makes of it.
+    """Cache the cross-attention keys and values that each layer makes of an encoded prompt [B, M, D].
 
-    A prompt is the same in all steps of a run, so each layer projects it once. Layers in training mode project it at
-    every call. Where ``v_encoded`` is given, the values come from that and only the keys from ``encoded``.
+    A prompt is the same in all steps of a run. Layers in training mode project it at every call. Values come from
+    ``v_encoded`` where it is given.
     """
 
     encoded: mx.array

@@ -20,8 +20,7 @@ from .vae import Network
 class AutoencoderTinyConfig(Config):
     """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
 
-    The widths are those of the stages, finest first in the encoder and last in the decoder; all of a side are equal.
-    The numbers of blocks count each stage's residual blocks.
+    Widths and numbers of residual blocks are those of the stages, finest first in the encoder and last in the decoder.
     """
 
     kind: ClassVar[str] = "tiny vae"
@@ -68,8 +67,7 @@ class TinyBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         # The slots between them are the rectifiers', which hold no weights.
-        slots = (nn.Conv2d(width, width, 3, padding=1) if i % 2 == 0 else nn.Identity() for i in range(5))
-        self.conv = list(slots)
+        self.conv = [nn.Identity() if i % 2 else nn.Conv2d(width, width, 3, padding=1) for i in range(5)]
 
     def __call__(self, x: mx.array) -> mx.array:
         y = x
@@ -106,16 +104,12 @@ class AutoencoderTiny(nn.Module):
         """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4].
 
         There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
-        ``encoder`` runs in the place of this network's encoder, such as the same one in slices.
         """
         z = (encoder or self.encoder)((x + 1) / 2) * self.config.scaling_factor
         return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
-        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
-
-        ``decoder`` runs in the place of this network's decoder, such as the same one in slices.
-        """
+        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
         z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # outliers are held within what it was trained on
         return (decoder or self.decoder)(z) * 2 - 1
 

@@ -1,10 +1,10 @@
 """Decode and encode pictures of any size within a budget of memory, in one of three ways.
 
 1. As one graph, which MLX evaluates as it likes: a decoded picture of 512 × 512 takes gigabytes.
-2. In slices of a few rows, evaluated one after the other and freed when they were used last. A convolution needs one
-   row of its neighbours, and a group norm the mean and variance of all slices: the result is exact.
-3. In overlapping tiles, each of them in slices. Norms and attention see a tile instead of the picture: this is an
-   approximation, for pictures whose maps do not fit.
+2. In slices of a few rows, evaluated one after the other and freed after their last use. A convolution needs one row of
+   its neighbours, and a group norm the mean and variance of all slices: the result is exact.
+3. In overlapping tiles, each in slices, for pictures whose maps do not fit. It is an approximation: norms and attention
+   see a tile instead of the picture.
 """
 
 import logging
@@ -41,7 +41,7 @@ _SMALLEST_TILE = 16  # latents: less would show nothing of what is around
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """Describe how an encoder or decoder runs, and the bytes that it takes at most beside the weights.
+    """Describe how an encoder or decoder runs, and its peak of memory in bytes beside the weights.
 
     ``rows`` is the height of a slice, None for one graph; ``tile`` is the side of tiles in latents, None for none.
     """
@@ -118,8 +118,9 @@ def in_tiles(layers: list[Network], x: mx.array, chosen: VAEPlan, down: int, up:
     blended, total = mx.zeros((1, h * up, w * up, layers[-1].weight.shape[0])), mx.zeros((1, h * up, w * up, 1))
     for (top, bottom), (left, right) in product(spans(h, chosen.tile), spans(w, chosen.tile)):
         tile = in_slices(layers, x[:, top * down : bottom * down, left * down : right * down], chosen.rows)
+        rise, across = (mx.minimum(mx.arange(n) + 0.5, mx.arange(n, 0, -1) - 0.5) for n in tile.shape[1:3])
+        weights = rise[:, None, None] * across[:, None]
         here = slice(None), slice(top * up, bottom * up), slice(left * up, right * up)
-        weights = _ramps(tile.shape[1])[:, None, None] * _ramps(tile.shape[2])[:, None]
         blended[here] += tile * weights
         total[here] += weights
         mx.eval(blended, total)  # or all tiles would be computed together
@@ -132,11 +133,6 @@ def spans(length: int, side: int) -> list[tuple[int, int]]:
     gaps = math.ceil((length - side) / max(side * 3 // 4, 1))
     starts = [i * (length - side) // max(gaps, 1) for i in range(gaps + 1)]
     return [(start, start + side) for start in starts]
-
-
-def _ramps(length: int) -> mx.array:
-    """Return weights that rise from both ends to the middle."""
-    return mx.minimum(mx.arange(length) + 0.5, mx.arange(length, 0, -1) - 0.5)
 
 
 def in_slices(layers: Iterable[Network], x: mx.array, rows: int) -> mx.array:
@@ -152,7 +148,7 @@ def in_slices(layers: Iterable[Network], x: mx.array, rows: int) -> mx.array:
 
 
 def _now(x: mx.array) -> mx.array:
-    """Evaluate a slice, so that what it was made of can be freed: that is what slices are for."""
+    """Evaluate a slice, so that its inputs can be freed."""
     mx.eval(x)
     return x
 
@@ -200,7 +196,7 @@ def _resnet(block: ResnetBlock2D, slices: Slices, rows: int) -> Iterator[mx.arra
 
 
 def _attention(block: SpatialAttention, slices: Slices, rows: int) -> Iterator[mx.array]:
-    """Attend on all rows together: they are at the smallest size, where maps take little."""
+    """Attend on all rows together, at the smallest size."""
     x = _now(block(mx.concatenate(list(slices), axis=1)))
     return iter(mx.split(x, list(range(rows, x.shape[1], rows)), axis=1))
 

@@ -230,10 +230,10 @@ class UNet2DConditionModel(Encoder):
         x: the latents and their extra channels [B, h, w, in_channels], any h and w.
         temb: the embedded timestep, from ``embed_time``.
         context: the encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
-        residuals: what ControlNets add to each map that the second half takes back, and to the middle's.
-        features: what T2I-Adapters add to each down block and, in XL, to the middle.
-        cache: DeepCache's list. An empty one receives the map that comes into the last resnet. Given to another call,
-            it saves all that comes before: nothing is computed that no result depends on.
+        residuals: from ControlNets, for each map that the second half takes back and for the middle's.
+        features: from T2I-Adapters, for each down block and, in XL, for the middle.
+        cache: DeepCache's list. An empty one receives the map that comes into the last resnet. In another call it
+            replaces all that comes before, which then is not computed.
         tome_ratio: the share of positions that the largest self-attentions merge, see ``token_merging``.
 
     Returns:

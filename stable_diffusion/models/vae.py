@@ -108,8 +108,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
         """Encode pixels [B, H, W, 3] to (mean, log variance) of the latents, each [B, H / 8, W / 8, 4].
 
-        Both are in the UNet's scale, so ``mean + exp(logvar / 2) * noise`` is a sample of the posterior.
-        ``encoder`` runs in the place of this network's encoder, such as the same one in slices.
+        ``mean + exp(logvar / 2) * noise`` is a sample of the posterior, in the UNet's scale. ``encoder`` replaces this
+        network's encoder, as by the same one in slices.
         """
         moments = (encoder or self.encoder)(x)
         if "quant_conv" in self:
@@ -120,10 +120,7 @@ class AutoencoderKL(nn.Module):
         return mean * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(mx.array(scale, dtype=mean.dtype))
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
-        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped.
-
-        ``decoder`` runs in the place of this network's decoder, such as the same one in slices.
-        """
+        """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
         z = z / self.config.scaling_factor
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)

@@ -96,19 +96,17 @@ def test_each_part_has_its_stream_and_products_one_core(sd, two_cores, calls):
     assert two_cores == [1] * 6 + [2]
 
 
-@pytest.mark.parametrize("limit, options, rows", [(None, {"cfg_weight": 1.0}, 1), (0, {}, 2)])
-def test_one_row_and_low_memory_have_all_cores(sd, two_cores, calls, limit, options, rows):
-    if limit is not None:
-        mx.set_memory_limit(limit)
-    last(sd.generate_latents(PROMPT, **SMALL, **options))
-    assert calls == [(rows, str(mx.default_stream(mx.cpu)))] * 3
-    assert set(two_cores) == {2}
-
-
-def test_rows_one_by_one_stay_so(sd, two_cores, calls, monkeypatch):
-    monkeypatch.setattr(sd, "rows_at_once", 1)
-    last(sd.generate_latents(PROMPT, **SMALL))
-    assert calls == [(1, str(mx.default_stream(mx.cpu)))] * 6 and two_cores == [2]
+@pytest.mark.parametrize(
+    "setting, rows, count, cores",
+    [("guidance of 1", 1, 3, {2}), ("low memory", 2, 3, {2}), ("rows one by one", 1, 6, {2})],
+)
+def test_batches_that_are_not_parted_have_all_cores(setting, rows, count, cores, sd, two_cores, calls, monkeypatch):
+    if setting == "low memory":
+        mx.set_memory_limit(0)
+    monkeypatch.setattr(sd, "rows_at_once", 1 if setting == "rows one by one" else None)
+    last(sd.generate_latents(PROMPT, **SMALL, cfg_weight=1.0 if setting == "guidance of 1" else 7.5))
+    assert calls == [(rows, str(mx.default_stream(mx.cpu)))] * count
+    assert set(two_cores) == cores
 
 
 def test_products_get_their_cores_back(sd, two_cores):
@@ -130,14 +128,7 @@ def test_a_run_in_another_thread(sd, two_cores):
 
 def test_before_tuning_nothing_is_touched(sd, threads, calls):
     last(sd.generate_latents(PROMPT, **SMALL))
-    cpu.all_cores()
     assert [rows for rows, _ in calls] == [2] * 3 and not threads
-
-
-def test_after_tuning_products_can_have_all_cores(two_cores):
-    cpu.stream_of(0, 2)
-    cpu.all_cores()
-    assert two_cores == [1, 2]
 
 
 @pytest.mark.skipif(cpu._openblas is None, reason="there is no OpenBLAS")

@@ -26,6 +26,7 @@ from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
 from stable_diffusion.models.layers import resample
 from stable_diffusion.weights.files import open_part
 from stable_diffusion.weights.load import build, load_component
+from test_full_size import check
 
 _BACKBONE = {
     "model_type": "bit",
@@ -54,51 +55,16 @@ CONFIGS = {
     "large-picture": TINY | {"image_size": 96, "backbone_featmap_shape": [1, 96, 6, 6]},
     "first-layers": TINY | {"backbone_out_indices": [0, 0, 0, 2], "qkv_bias": False, "layer_norm_eps": 0.1},
 }
-# The published file, without most of what it says of text generation and labels.
+# The published file, without what it says of text generation, labels and training.
 REAL = {
-    "architectures": ["DPTForDepthEstimation"],
-    "attention_probs_dropout_prob": 0.0,
-    "auxiliary_loss_weight": 0.4,
-    "backbone_config": _BACKBONE
-    | {
-        "architectures": None,
-        "chunk_size_feed_forward": 0,
-        "depths": [3, 4, 9],
-        "drop_path_rate": 0.0,
-        "embedding_size": 64,
-        "hidden_act": "relu",
-        "hidden_sizes": [256, 512, 1024, 2048],
-        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
-        "length_penalty": 1.0,
-        "max_length": 20,
-        "num_channels": 3,
-        "num_groups": 32,
-        "output_stride": 32,
-        "top_k": 50,
-        "width_factor": 1,
-    },
+    "backbone_config": _BACKBONE | {"depths": [3, 4, 9], "hidden_sizes": [256, 512, 1024, 2048], "output_stride": 32},
     "backbone_featmap_shape": [1, 1024, 24, 24],
-    "backbone_out_indices": [2, 5, 8, 11],
-    "fusion_hidden_size": 256,
-    "head_in_index": -1,
-    "hidden_act": "gelu",
-    "hidden_size": 768,
-    "image_size": 384,
-    "intermediate_size": 3072,
     "is_hybrid": True,
-    "layer_norm_eps": 1e-12,
     "model_type": "dpt",
     "neck_hidden_sizes": [256, 512, 768, 768],
     "neck_ignore_stages": [0, 1],
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "num_hidden_layers": 12,
-    "patch_size": 16,
-    "qkv_bias": True,
     "readout_type": "project",
     "reassemble_factors": [1, 1, 1, 0.5],
-    "use_auxiliary_head": True,
-    "use_batch_norm_in_fusion_residual": False,
 }
 
 
@@ -166,20 +132,7 @@ def test_equals_transformers(name):
         assert relative_error(ours(mx.array(x)), want) <= 1e-4
 
 
-def test_maps_and_states_equal_transformers():
-    oracle = oracle_of("tiny")
-    ours = twin(DPTForDepthEstimation(DPTConfig.from_dict(TINY)), oracle)
-    for i, scale in enumerate(SCALES):
-        x = normal(2, 64, 64, 3, seed=i, scale=scale)
-        want = oracle.dpt(nchw(x), output_hidden_states=True)
-        maps, states = ours.dpt(mx.array(x))
-        for got, expected in zip(maps, want.intermediate_activations, strict=True):
-            assert relative_error(got, nhwc(expected)) <= 1e-4
-        for got, layer in zip(states, (1, 3), strict=True):
-            assert relative_error(got, want.hidden_states[layer + 1]) <= 1e-4
-
-
-@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("kernel, stride", [(1, 2), (3, 1), (3, 2), (7, 2)])
 @pytest.mark.parametrize("size", [(8, 12), (9, 13)])
 def test_convolution_with_standardised_weights(kernel, stride, size):
     torch.manual_seed(0)
@@ -204,15 +157,9 @@ def test_standardised_weights_in_half_precision():
 def test_parameters_are_those_of_the_published_checkpoint():
     with torch.device("meta"):
         oracle = Oracle(OracleConfig(**copy.deepcopy(REAL)))
-    ours = build("depth_estimator", REAL)
-    assert ours.config == DPTConfig.from_dict(oracle.config.to_dict())
     stored = {name: tuple(value.shape) for name, value in oracle.state_dict().items()}
-    shapes = {name: value.shape for name, value in tree_flatten(ours.parameters())}
-    assert shapes.keys() == stored.keys()
-    for name, shape in shapes.items():
-        out, inside, *kernel = stored[name] if len(stored[name]) > 1 else (*stored[name], None)
-        laid_out = (out, *kernel, inside) if len(stored[name]) == 4 else stored[name]
-        assert shape == (laid_out if len(shape) == len(laid_out) else (out, inside)), name
+    check("depth_estimator", REAL, stored)
+    assert DPTConfig.from_dict(REAL) == DPTConfig.from_dict(oracle.config.to_dict())
     size = 4 * sum(np.prod(shape) for shape in stored.values())
     assert round(size / 1e6) == 490  # megabytes, as the Hub shows them for depth_estimator/model.safetensors
 
@@ -262,8 +209,7 @@ def test_configs_that_cannot_be_computed_are_refused_by_name(change, message):
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("cubic", [False, True])
 @pytest.mark.parametrize(
-    "old, new",
-    [((384, 50), (64, 96)), ((97, 31), (72, 61)), ((24, 5), (48, 10)), ((1, 7), (64, 96)), ((97, 31), (1, 8))],
+    "old, new", [((384, 50), (64, 96)), ((24, 5), (48, 10)), ((1, 31), (64, 61)), ((97, 7), (1, 8))]
 )
 def test_resampling_equals_torch(old, new, cubic, align_corners):
     x = normal(2, *old, 3)
@@ -316,8 +262,9 @@ def prepare_depth_map(image: Image.Image, depth: np.ndarray | None) -> np.ndarra
     return nhwc(prepare(pipe, image, given, 1, False, torch.float32, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("shape", [(384, 384), (72, 100), (5, 6), (1000, 640)])
-@pytest.mark.parametrize("size", [(512, 512), (200, 72)])
+@pytest.mark.parametrize(
+    "shape, size", [((384, 384), (512, 512)), ((72, 100), (200, 72)), ((5, 6), (512, 512)), ((1000, 640), (200, 72))]
+)
 def test_the_channel_equals_diffusers(shape, size):
     depth = 300 * normal(*shape) + 1000
     want = prepare_depth_map(picture(*size), depth)

@@ -19,8 +19,7 @@ from stable_diffusion.models.layers import (
 )
 
 
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("eps, offset", [(1e-5, 0.0), (1e-6, 3.0)])
 def test_group_norm(eps, offset):
     weight, bias = normal(32, seed=1), normal(32, seed=2)
     norm = GroupNorm(8, 32, eps)
@@ -47,7 +46,7 @@ def test_group_norm_in_half_precision_does_not_overflow():
 
 
 @pytest.mark.parametrize("flip, shift", [(True, 0), (False, 1)])
-@pytest.mark.parametrize("dim", [32, 320, 33])
+@pytest.mark.parametrize("dim", [320, 33])
 def test_timestep_embedding(dim, flip, shift, monkeypatch):
     t = np.array([0, 1, 37.5, 500, 966.66669, 999], dtype=np.float32)
     ours = timestep_embedding(mx.array(t), dim, flip_sin_to_cos=flip, freq_shift=shift)

@@ -40,9 +40,7 @@ def in_rows(attend):
     return lambda y, b: attend(y.reshape(b, -1, y.shape[-1])).reshape(y.shape)
 
 
-@pytest.mark.parametrize(
-    "size, ratio", [((4, 6), 0.0), ((4, 6), 0.25), ((5, 7), 0.5), ((5, 7), 0.75), ((1, 4), 0.5), ((2, 2), 0.75)]
-)
+@pytest.mark.parametrize("size, ratio", [((4, 6), 0.0), ((4, 6), 0.25), ((5, 7), 0.75), ((1, 4), 0.5)])
 def test_against_a_loop(size, ratio):
     x = normal(2, size[0] * size[1], 16, seed=1)
 
@@ -59,8 +57,7 @@ def test_in_half_precision():
     assert half.dtype == mx.float16 and half.shape == x.shape
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5])
-def test_only_the_largest_self_attentions_of_the_unet_see_less(sd, ratio, monkeypatch):
+def test_only_the_largest_self_attentions_of_the_unet_see_less(sd, monkeypatch):
     seen: dict[int, set[int]] = {}
     attention = type(sd.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1)
     call = attention.__call__
@@ -73,29 +70,23 @@ def test_only_the_largest_self_attentions_of_the_unet_see_less(sd, ratio, monkey
     monkeypatch.setattr(attention, "__call__", watched)
     x, context = mx.array(normal(1, 8, 12, 4, seed=0)), mx.array(normal(1, 77, 32, seed=1))
     temb = sd.unet.embed_time(500.0, mx.float32)
-    out = sd.unet(x, temb, context, tome_ratio=ratio)
+    out = sd.unet(x, temb, context, tome_ratio=0.5)
     merged = {number for numbers in seen.values() for number in numbers}
-    layers = len(seen)
     seen.clear()
     exact = sd.unet(x, temb, context)
     all_positions = {number for numbers in seen.values() for number in numbers}
-    assert merged == (all_positions - {96}) | {96 - int(ratio * 96)} and len(seen) == layers
+    assert merged == (all_positions - {96}) | {48}
     assert relative_error(out, exact) > 1e-4
 
 
-def test_nothing_merged_is_exact(sd):
-    plain = list(sd.generate_latents(PROMPT, **SMALL))[-1]
-    none = list(sd.generate_latents(PROMPT, token_merging=0.0, **SMALL))[-1]
-    some = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL))[-1]
-    again = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL))[-1]
-    assert mx.array_equal(plain, none) and mx.array_equal(some, again)
-    assert 1e-5 < relative_error(some, plain) < 1
-
-
-def test_a_batch_is_its_images(sd):
-    batch = list(sd.generate_latents(PROMPT, n_images=2, token_merging=0.5, **SMALL))[-1]
+def test_nothing_merged_is_exact_and_an_image_depends_on_no_other(sd):
+    plain, none, batch = (
+        list(sd.generate_latents(PROMPT, n_images=2, **SMALL | options))[-1]
+        for options in ({}, {"token_merging": 0.0}, {"token_merging": 0.5})
+    )
     single = list(sd.generate_latents(PROMPT, token_merging=0.5, **SMALL | {"seed": 4}))[-1]
-    assert relative_error(batch[1:], single) <= 1e-3
+    assert mx.array_equal(plain, none) and relative_error(batch[1:], single) <= 1e-3
+    assert 1e-5 < relative_error(batch, plain) < 1
 
 
 def test_in_xl(xl_folder):

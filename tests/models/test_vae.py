@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from diffusers import AutoencoderKL as Oracle
 
-from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, tensors, twin
+from oracle import SCALES, nchw, nhwc, normal, pair, relative_error, tensors
 from stable_diffusion.models.config import AutoencoderConfig
 from stable_diffusion.models.vae import AutoencoderKL
 from stable_diffusion.weights.formats.original import to_diffusers
@@ -28,15 +27,13 @@ CONFIGS = {
 }
 
 
-def pair(config: dict) -> tuple[AutoencoderKL, Oracle]:
-    torch.manual_seed(0)
-    oracle = perturb(Oracle(**config))
-    return twin(AutoencoderKL(AutoencoderConfig.from_dict(config)), oracle), oracle
+def vaes(config: dict) -> tuple[AutoencoderKL, Oracle]:
+    return pair("vae", config, lambda: Oracle(**config))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_equals_diffusers(name):
-    ours, oracle = pair(CONFIGS[name])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_equals_diffusers(config):
+    ours, oracle = vaes(config)
     factor = oracle.config.scaling_factor
     for i, scale in enumerate(SCALES):
         x = normal(i + 1, 16, 40, 3, seed=i, scale=scale)
@@ -49,14 +46,14 @@ def test_equals_diffusers(name):
 
 
 def test_sizes_that_are_no_multiple_of_eight_are_cut_like_diffusers():
-    ours, oracle = pair(SD)
+    ours, oracle = vaes(SD)
     x = normal(1, 35, 52, 3)
     assert relative_error(ours.encode(mx.array(x))[0], nhwc(oracle.encode(nchw(x)).latent_dist.mean) * 0.18215) <= 1e-4
 
 
 @pytest.mark.parametrize("as_convolution", [False, True])
 def test_attention_names_of_old_files(as_convolution):
-    ours, oracle = pair(SD)
+    ours, oracle = vaes(SD)
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
     for name, value in tensors(oracle).items():
