@@ -61,14 +61,12 @@ def convert(
     Args:
         source: whatever ``StableDiffusion`` opens.
         dest: the folder to write. It must not exist, or be empty.
-        dtype: of the UNet and the text encoders: "float16", "float32" or "bfloat16". The autoencoder keeps its type.
-        unet_bits, text_bits: quantize the UNet or the text encoders to this many bits. None does not.
-        loras: (source, scale) of LoRAs to fuse, see :func:`stable_diffusion.lora.files.read_lora`.
-        lora_partial: fuse what fits of a LoRA if some of it does not.
-        revision: branch, tag or commit of a Hub repository.
+        dtype: of the UNet and the text encoders, one of ``DTYPES``. The autoencoder keeps its type.
+        unet_bits, text_bits: quantize to this many bits. None does not.
+        loras: (source, scale) of LoRAs to fuse; ``lora_partial`` fuses what fits if some of it does not.
         max_shard_size: bytes of a weight file, beyond which it is split.
         report: called with a line about each network.
-        options: ``tokenizer``, ``prediction`` and ``parts`` of :func:`stable_diffusion.weights.files.open_checkpoint`.
+        options: further ones of :func:`stable_diffusion.weights.files.open_checkpoint`.
 
     Raises ValueError or OSError, one line, for a source that cannot be read, a destination that is taken, weights that
     overflow in ``dtype``, or a full disk; then nothing is left of the destination.

@@ -27,16 +27,12 @@ _DASHES = str.maketrans("–—−", "---")
 
 @dataclass(frozen=True)
 class Plot:
-    """Describe a grid: the labels of its columns and rows, and the index of the image in each cell (row, column).
+    """Describe a comparison of images by the labels of its columns and rows."""
 
-    ``rows`` is empty if one thing differs only. ``title`` says what the images of this grid share, if there are several
-    grids.
-    """
-
-    title: str
+    title: str  # of what the images share, if there are several grids
     columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    cells: dict[tuple[int, int], int]
+    rows: tuple[str, ...]  # none if one thing differs only
+    cells: dict[tuple[int, int], int]  # (row, column) -> the index of the image
 
 
 def compare(requests: Sequence[Request]) -> list[Plot]:
@@ -105,10 +101,13 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
     text = _Text(min(max(round(width * _FONT_SHARE), _FONT_SIZES[0]), _FONT_SIZES[1]))
     label_width = _LABEL_WIDTH * text.size
     column = max(width, min(max(map(text.width, plot.columns)), label_width))
+    labels = [text.wrap(label, column, _MOST_LINES) for label in plot.columns]
     sides = [text.wrap(row, max(width, label_width), max(1, height // text.line)) for row in plot.rows]
-    headers, cells = _headers(plot, [text.wrap(label, column, _MOST_LINES) for label in plot.columns], n_rows)
+    across = len(labels) if plot.rows else math.ceil(len(labels) / n_rows)
+    headers = [labels[i : i + across] for i in range(0, len(labels), across)]  # above the images of each row
+    headers += [[]] * (len(plot.rows) - 1)
     left = _GAP + max((text.width(line) + _GAP for side in sides for line in side), default=0)
-    right = left + len(headers[0]) * (column + _GAP)
+    right = left + across * (column + _GAP)
     title = text.wrap(plot.title, right - 2 * _GAP, _MOST_LINES)
     bottom = _GAP + len(title) * text.line
     tops = []  # of the images of each row
@@ -122,23 +121,15 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
     text.write(canvas, title, _GAP, _GAP)
     for side, top in zip(sides, tops, strict=False):
         text.write(canvas, side, _GAP, top + (height - len(side) * text.line) // 2)
-    middles = [left + i * (column + _GAP) + column // 2 for i in range(len(headers[0]))]
+    middles = [left + i * (column + _GAP) + column // 2 for i in range(across)]
     for header, top in zip(headers, tops, strict=True):
         for label, middle in zip(header, middles, strict=False):
             text.write(canvas, label, middle, top - _GAP // 2 - len(label) * text.line, centred=True)
-    for (row, place), i in cells.items():
+    for (row, place), i in plot.cells.items():
+        row, place = row + place // across, place % across
         x, y = middles[place] - images[i].width // 2, tops[row] + (height - images[i].height) // 2
         canvas.paste(images[i], (x, y))
     return canvas
-
-
-def _headers(plot: Plot, labels: list[Any], n_rows: int) -> tuple[list[list[Any]], dict[tuple[int, int], int]]:
-    """Return the labels above the images of each row, and the index of the image in each cell (row, column)."""
-    if plot.rows:
-        return [labels, *([[]] * (len(plot.rows) - 1))], plot.cells
-    across = math.ceil(len(labels) / n_rows)
-    headers = [labels[i : i + across] for i in range(0, len(labels), across)]
-    return headers, {divmod(column, across): i for (_, column), i in plot.cells.items()}
 
 
 class _Text:

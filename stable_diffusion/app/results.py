@@ -186,10 +186,8 @@ class Outputs:
     def write(self, image: Image, fields: Mapping[str, Any], mark: str = "", **options: Any) -> Path:
         """Write an image under its name, or the next free one, and return the path.
 
-        Args:
-            fields: all of ``FIELDS`` without date and time.
-            mark: a word to stand behind the name, such as "partial". "grid" is the grid of all images.
-            options: of :func:`stable_diffusion.images.files.save`.
+        ``fields`` are all of ``FIELDS`` without date and time. ``mark`` stands behind the name: "partial", or "grid"
+        for the grid of all images. ``options`` are those of :func:`stable_diffusion.images.files.save`.
 
         Raises NotWrittenError, one line, if that fails. The image is then kept in the current folder or in the one for
         temporary files, if possible.
@@ -257,7 +255,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 def _save_first(
     image: Image, paths: Iterable[Path], written: Collection[Any] | None, options: Mapping[str, Any]
 ) -> tuple[int, Path]:
-    """Write an image to the first path that is not one of the files ``written``, or where that is None no file at all.
+    """Write an image to the first path that is no file (of those ``written``, or of any if None).
 
     Returns how many paths were taken, and the path.
     """
