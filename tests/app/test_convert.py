@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import diffusers
 import mlx.core as mx
@@ -153,7 +154,10 @@ def test_a_single_file(tmp_path, sd1_folder):
     tensors = {f"{name}.{key}": value for name, part in parts for key, value in read_tensors(part).items()}
     attention = "vae.encoder.mid_block.attentions.0.to_q.weight"  # a 1×1 convolution in files of the original code
     mx.save_safetensors(str(tmp_path / "one.safetensors"), tensors | {attention: tensors[attention][..., None, None]})
-    folder, vocabulary = tmp_path / "new", str(checkpoint.tokenizers["tokenizer"])
+    folder, vocabulary = tmp_path / "new", tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(checkpoint.tokenizers["tokenizer"] / name, vocabulary)
     convert(tmp_path / "one.safetensors", folder, dtype="float32", tokenizer=vocabulary)
     index = json.loads((folder / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["tokenizer"] == ["transformers", "CLIPTokenizer"]

@@ -78,6 +78,7 @@ def test_a_text_of_another_program():
         ("Hires steps: 0, Hires upscaler: Latent (nearest)", {"hires_upscaler": "latents"}),
         ("Hires steps: 12, Hires upscaler: 4x-UltraSharp", {"hires_steps": 12, "hires_upscaler": "pixels"}),
         ("Clip skip: 1", {"clip_skip": 0}),
+        ("Sampler: Euler a", {"sampler": "euler_a"}),
         ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", {"sampler": "dpmpp_2m", "schedule": "karras"}),
         ("Image CFG scale: 1.5, Mask blur: 4", {"image_cfg": 1.5, "mask_blur": 4.0}),
     ],

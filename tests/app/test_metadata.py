@@ -136,7 +136,8 @@ def test_a_controlnet_and_a_second_pass(draw, sd1_folder, files):
     assert_same(path, again(draw, "txt2image", path))
     assert any("net controlnet/" in name for name in read_record(path).details["files"])
     settings = as_others_read(read_text(path)["parameters"])[2]
-    assert settings["ControlNet 0"] == "Model: net, Weight: 0.5" and settings["Hires upscale"] == "1.5"
+    shown = {"ControlNet 0": "Model: net, Weight: 0.5", "Denoising strength": "0.5", "Hires upscale": "1.5"}
+    assert shown.items() < settings.items() and settings["Hires upscaler"] == "Lanczos"
 
 
 def test_the_defaults_of_a_model(draw, xl_folder):
@@ -144,8 +145,10 @@ def test_the_defaults_of_a_model(draw, xl_folder):
     said = read_record(path).arguments
     assert (said["width"], said["height"], said["steps"], said["cfg"], said["sampler"]) == (128, 64, 2, 0, "euler_a")
     assert_same(path, again(draw, "txt2image", path))
-    (path,) = draw("txt2image", "a red circle", "--model", "tiny", "--n_images", 1, "--steps", 3)
+    (path,) = draw("txt2image", "a red circle", "--model", "tiny", "--n_images", 1, "--steps", 3, "--refiner", "tiny")
     assert_same(path, again(draw, "txt2image", path))
+    shown = {"Model": "tiny", "Refiner": "tiny", "Refiner switch at": "0.8", "CFG scale": "4"}
+    assert shown.items() < as_others_read(read_text(path)["parameters"])[2].items()
     assert "tiny unet/diffusion_pytorch_model.safetensors" in read_record(path).details["files"]
 
 

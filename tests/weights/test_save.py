@@ -180,15 +180,17 @@ def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_folder_appears_when_it_is_complete(tmp_path, is_there):
-    dest = tmp_path / "new"
+def test_a_folder_appears_when_it_is_complete(tmp_path, monkeypatch, is_there):
+    dest, synced = tmp_path / "new", []
+    monkeypatch.setattr(os, "fsync", synced.append)
     if is_there:  # and empty
         dest.mkdir()
     with new_folder(dest) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("x")
         assert not dest.exists() or os.listdir(dest) == []
-    assert (dest / "sub" / "file").read_text() == "x"
+        assert synced == []
+    assert (dest / "sub" / "file").read_text() == "x" and len(synced) == 4  # the file and the folders around it
     assert os.listdir(tmp_path) == ["new"]
 
 
