@@ -35,29 +35,27 @@ def _levels(tensors: Tensors, side: str) -> list[list[int]]:
 def _half_unet(tensors: Tensors) -> dict[str, Any]:
     """Read what a UNet and a ControlNet share."""
     down, middle = _levels(tensors, "down"), _depths(tensors, "mid_block")
-    first = tensors["conv_in.weight"]
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(down) or 1)]
     contexts = [value.shape[1] for name, value in tensors.items() if name.endswith(".attn2.to_k.weight")]
     linear = any(v.ndim == 2 for name, v in tensors.items() if name.endswith(".proj_in.weight"))
+    resnets = [count(tensors, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(len(down))]
     layers = [_one_for_all(block) if block else 1 for block in down]
     if middle and not down[-1]:
         layers[-1] = middle[0]  # which is where configs have it
+    has_middle = "mid_block.resnets.0.conv1.weight" in tensors
+    mid_block = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
     config: dict[str, Any] = {
-        "in_channels": first.shape[1],
+        "in_channels": tensors["conv_in.weight"].shape[1],
         "block_out_channels": widths,
-        "layers_per_block": _one_for_all(
-            [count(tensors, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(len(down))]
-        ),
+        "layers_per_block": _one_for_all(resnets),
         "down_block_types": ["CrossAttnDownBlock2D" if block else "DownBlock2D" for block in down],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "mid_block_type": mid_block if has_middle else None,
         "transformer_layers_per_block": layers,
         "cross_attention_dim": contexts[0] if contexts else 2048,  # a small ControlNet of XL reads no prompt
         # Stable Diffusion 1 has 8 heads everywhere, all later ones have heads of 64 channels.
         "attention_head_dim": [max(width // 64, 1) for width in widths] if linear else 8,
         "use_linear_projection": linear,
     }
-    if "mid_block.resnets.0.conv1.weight" not in tensors:
-        config["mid_block_type"] = None
     if "add_embedding.linear_1.weight" in tensors:
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 256
@@ -98,11 +96,10 @@ def _vae(tensors: Tensors) -> dict[str, Any]:
     latent = tensors["decoder.conv_in.weight"].shape[1]
     if latent != 4:
         raise ValueError(f"the VAE makes latents of {latent} channels, those of Stable Diffusion 1, 2 and XL have 4")
+    widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels or 1)]
     return {
         "_class_name": "AutoencoderKL",
-        "block_out_channels": [
-            tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels or 1)
-        ],
+        "block_out_channels": widths,
         "layers_per_block": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": latent,
         "scaling_factor": None,  # is that of its family
@@ -122,20 +119,12 @@ def _text_encoder(tensors: Tensors) -> dict[str, Any]:
         "hidden_act": "quick_gelu" if width <= 768 else "gelu",
         "eos_token_id": min(49407, vocabulary - 1),
     }
-    if "text_projection.weight" in tensors:
-        config |= {
-            "architectures": ["CLIPTextModelWithProjection"],
-            "projection_dim": tensors["text_projection.weight"].shape[0],
-        }
+    if (projection := tensors.get("text_projection.weight")) is not None:
+        config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": projection.shape[0]}
     return config
 
 
 # From the tensors of a network to its config. They raise KeyError with the name of a missing tensor, ValueError for a
 # network that cannot be run here.
-READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {
-    "unet": _unet,
-    "vae": _vae,
-    "text_encoder": _text_encoder,
-    "text_encoder_2": _text_encoder,
-    "controlnet": _controlnet,
-}
+READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {"unet": _unet, "vae": _vae, "controlnet": _controlnet}
+READERS |= dict.fromkeys(("text_encoder", "text_encoder_2"), _text_encoder)

@@ -122,11 +122,7 @@ def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str
 def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[str, str]:
     """Find the networks of a file: {network: the prefix of its names}; a single network may have the prefix "".
 
-    Args:
-        tensors: the names of all tensors of the file.
-        where: the file's name, for messages.
-        kind: the one network that is needed: then all else in the file does not matter.
-
+    ``where`` is the file's name, for messages. Where only the network ``kind`` is needed, all else does not matter.
     Raises ValueError when there is none, or for tensors that belong to none.
     """
     networks = {
