@@ -29,12 +29,12 @@ _UNTITLED = ("positional arguments", "options", "optional arguments")  # what ar
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    """The long names of a parser's flags."""
+    """Return the long names of a parser's flags."""
     return {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
 
 
 def tables() -> str:
-    """All flags in Markdown: a heading for each command, a table for each group."""
+    """Return all flags in Markdown: a heading for each command, a table for each group."""
     lines = [line for title, parsers in COMMANDS.items() for line in ("", f"## {title}", *_groups(parsers))]
     return "\n".join([*lines, "", ""])
 
@@ -58,7 +58,7 @@ def _groups(parsers: Parsers) -> Iterator[str]:
 
 
 def _row(action: argparse.Action) -> list[tuple[str, str]]:
-    """[(flag with its value, what it does)] of all but --help."""
+    """Return [(flag with its value, what it does)]; nothing of --help."""
     if isinstance(action, argparse._HelpAction):
         return []
     value = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
@@ -69,7 +69,7 @@ def _row(action: argparse.Action) -> list[tuple[str, str]]:
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown takes as it is."""
+    """Return text that Markdown shows as it is."""
     return re.sub(r"([|<*]|__)", r"\\\1", " ".join(text.replace("%%", "%").split()))
 
 
@@ -79,7 +79,7 @@ def write(document: Path = DOCUMENT) -> None:
 
 
 def renewed(text: str) -> str:
-    """The text of the document with the tables as they are to be."""
+    """Return the text of the document with the tables of today."""
     return _PLACE.sub(lambda _: tables(), text)
 
 

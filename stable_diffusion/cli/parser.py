@@ -41,12 +41,87 @@ _EXAMPLES = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Parse flags that are named with underscores and may be given with hyphens.
+
+    Only flags that are given are in the result. An error begins with ``where`` the arguments come from.
+    """
+
+    where = ""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
+        if self.add_help:
+            version = f"stable-diffusion-mlx {__version__}"
+            self.add_argument("--version", action="version", version=version, help="print the version and leave")
+
+    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str]) -> None:
+        """Add a group of flags (usage -> help), but for those with the names ``left_out``."""
+        group = None
+        for usage, help_text in flags.items():
+            words = usage.removesuffix(" ...").split()
+            names = [word for word in words if word.startswith("-")]
+            name = names[0].removeprefix("--")
+            if name in left_out:
+                continue
+            options = {"type": _TYPES.get(name), "choices": _CHOICES.get(name)}
+            if len(words) > len(names):
+                options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
+            elif name not in _CHOICES:
+                options = {"action": "store_true"}
+            if name == "no_float16":
+                options = {"action": "store_false", "dest": "float16"}
+            group = group or self.add_argument_group(title, about)
+            group.add_argument(*names, help=help_text, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse arguments after hyphens in flags have become underscores."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        words[:end] = [_HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word) for word in words[:end]]
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str | Exception) -> NoReturn:
+        """Exit with code 2 and one line."""
+        self.fail(2, message)
+
+    def fail(self, code: int, message: str | Exception) -> NoReturn:
+        """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
+        text = " ".join(str(message).splitlines()).replace("partial=True", "--lora_partial")
+        if isinstance(message, SettingError):
+            text = re.sub(rf"\b({'|'.join(message.names)})\b", r"--\1", text)
+        self.exit(code, f"{self.prog}: error: {self.where}{text}\n")
+
+
+def script_parser(script: str, prog: str | None = None) -> Parser:
+    """Return the parser of "txt2image" or "image2image", under the name ``prog`` (None: the process's)."""
+    from_image = script == "image2image"
+    parser = Parser(
+        prog=prog,
+        usage='%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]',
+        description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
+        epilog=_EPILOG.format(_EXAMPLES[script]),
+    )
+    if from_image:
+        parser.add_argument("image", nargs="?", default=None, help="the image to start from (PNG, JPEG, WebP, ...)")
+    parser.add_argument("prompt", type=text, nargs="?", default=None, help="what to show")
+    parser.add_argument("--list_samplers", action="store_true", help="print the samplers and leave")
+    for title, about in ABOUT.items():
+        parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    return parser
+
+
 # --- types: each reads a value from text, or says in one line what is wrong with it -----------------------------------
 
 
 def number(limits: Number, value: str) -> float:
     """Return a number within limits."""
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):  # of text, and of hundreds of digits
         if limits.accepts(read := limits.kind(value)):
             return read
     raise argparse.ArgumentTypeError(f"{value!r} is not {limits}")
@@ -126,81 +201,3 @@ _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMB
 _TYPES |= {"negative_prompt": text, "sampler": sampler, "guidance_interval": interval, "expand": borders}
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
 _TYPES |= {"lora": weighted, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}
-
-
-# --- parsers ----------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Parse flags that are named with underscores and may be given with hyphens.
-
-    Only flags that are given are in the result. An error begins with ``where`` the arguments come from.
-    """
-
-    where = ""
-
-    def __init__(self, **options: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
-        if self.add_help:
-            version = f"stable-diffusion-mlx {__version__}"
-            self.add_argument("--version", action="version", version=version, help="print the version and leave")
-
-    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str]) -> None:
-        """Add a group of flags (usage -> help), but for those with the names ``left_out``."""
-        group = None
-        for usage, help_text in flags.items():
-            words = usage.removesuffix(" ...").split()
-            names = [word for word in words if word.startswith("-")]
-            name = names[0].removeprefix("--")
-            if name in left_out:
-                continue
-            options = {"type": _TYPES.get(name), "choices": _CHOICES.get(name)}
-            if len(words) > len(names):
-                options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
-            elif name not in _CHOICES:
-                options = {"action": "store_true"}
-            if name == "no_float16":
-                options = {"action": "store_false", "dest": "float16"}
-            group = group or self.add_argument_group(title, about)
-            group.add_argument(*names, help=help_text, **options)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments after hyphens in flags have become underscores."""
-        words = list(sys.argv[1:] if args is None else args)
-        end = words.index("--") if "--" in words else len(words)
-        words[:end] = [_HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word) for word in words[:end]]
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str | Exception) -> NoReturn:
-        """Exit with code 2 and one line."""
-        self.fail(2, message)
-
-    def fail(self, code: int, message: str | Exception) -> NoReturn:
-        """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
-        text = " ".join(str(message).splitlines()).replace("partial=True", "--lora_partial")
-        if isinstance(message, SettingError):
-            text = re.sub(rf"\b({'|'.join(message.names)})\b", r"--\1", text)
-        self.exit(code, f"{self.prog}: error: {self.where}{text}\n")
-
-
-def script_parser(script: str, prog: str | None = None) -> Parser:
-    """Return the parser of "txt2image" or "image2image", under the name ``prog`` (None: the process's)."""
-    from_image = script == "image2image"
-    parser = Parser(
-        prog=prog,
-        usage='%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]',
-        description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
-        epilog=_EPILOG.format(_EXAMPLES[script]),
-    )
-    if from_image:
-        parser.add_argument("image", nargs="?", default=None, help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=text, nargs="?", default=None, help="what to show")
-    parser.add_argument("--list_samplers", action="store_true", help="print the samplers and leave")
-    for title, about in ABOUT.items():
-        parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
-    return parser

@@ -79,6 +79,7 @@ REFUSED = [
     ("--height 16392", "--height", "'16392'", "to 16384"),
     ("--steps 2.5", "--steps", "'2.5'", COUNT),
     ("--n_images 99999999999999999999", "--n_images", "'99999999999999999999'", COUNT),
+    ("--n_images " + "9" * 400, "--n_images", COUNT),
     ("--n_rows 0", "--n_rows", "'0'", COUNT),
     ("--batch_size 0", "--batch_size", "'0'", COUNT),
     ("--decoding_batch_size 0", "--decoding_batch_size", "'0'", COUNT),

@@ -194,17 +194,18 @@ def test_in_the_only_batch(interrupted):
     assert [(record["kind"], record["partial"]) for record in records] == [("partial", "step 1 of 3")] * 2
 
 
-def test_in_the_last_step_nothing_is_partial(interrupted):
-    done, left, calls = interrupted(3, "--n_images", 1, "--steps", 3)
+@pytest.mark.parametrize(
+    "at, options, left",
+    [
+        (3, ["--n_images", 1], ["a.png"]),  # in the last step nothing is partial
+        (4, ["--n_images", 3, "--batch_size", 1, "--low_memory"], ["a_1.png", "a_2_partial.png"]),
+    ],
+)
+def test_what_is_left(interrupted, at, options, left):
+    """In low memory the batches are decoded after the last pass; those that have not begun are left out."""
+    done, found, _ = interrupted(at, "--steps", 3, *options)
     stopped(done, 130)
-    assert calls == 3 and left == ["a.png"]
-
-
-def test_in_low_memory(interrupted):
-    """There the batches are decoded after the last pass; those that have not begun are left out."""
-    done, left, _ = interrupted(4, "--n_images", 3, "--batch_size", 1, "--steps", 3, "--low_memory")
-    stopped(done, 130)
-    assert left == ["a_1.png", "a_2_partial.png"]
+    assert found == left
 
 
 @pytest.mark.parametrize("at, calls, until", [(1, 1, "step 1 of 2"), (2, 2, "the first pass"), (3, 3, "step 1 of 2")])
