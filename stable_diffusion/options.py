@@ -273,12 +273,18 @@ def plan_run(
     if options.denoising_start > 0:
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps
+    if not len(steps):
+        scale = 1.0
+    elif options.denoising_start > 0:  # the latents of the run before are in the scale of training
+        scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
+    else:
+        scale = schedule.initial_scale(steps, rule, spacing)
     return Run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
         sampler_options=run_options(sampler, schedule, steps, eta=eta, s_noise=options.s_noise),
-        initial_scale=schedule.initial_scale(steps, rule, spacing) if len(steps) else 0.0,
+        initial_scale=scale,
         seeds=seeds,
         latents=options.latents,
         noise=options.noise,

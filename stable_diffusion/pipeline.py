@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from .diffusion.denoiser import Denoiser, consistency, inpainting
 from .diffusion.guidance import guidance_batches
-from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, from_noise, sample
+from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
 from .diffusion.samplers import Denoise, sampler_for
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
@@ -209,8 +209,9 @@ class StableDiffusion(Networks):
         if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
             raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
         self._check_shapes(options, run, tuple(size))
-        initial = partial(from_noise, run, size, self._latent_channels, options.denoising_start > 0)
-        return Latents(self._run(run, prompts, options, initial), run.length)
+        shape = (*size, self._latent_channels)
+        pairs = self._run(run, prompts, options, lambda: InitialLatents(run.initial_scale * run.initial_noise(shape)))
+        return Latents(pairs, run.length)
 
     def generate_latents_from_image(
         self,

@@ -25,9 +25,10 @@ MODES = {0: "text", 1: "depth", 4: "instructions", 5: "masks"}
 class Run:
     """Hold the decisions of a run: steps, sampler and random numbers.
 
-    Of the ``steps`` the first ``length`` are made. ``initial_scale`` is the deviation of the noise that text to image
-    starts from. Image i has two random streams from ``seeds[i]``: one for its first noise and one for the noise that
-    samplers add. So neither the batch nor the order of calls matters. ``latents`` and ``noise`` replace them.
+    Of the ``steps`` the first ``length`` are made. ``initial_scale`` is the factor on the noise that a run starts from,
+    or on the latents that it continues from. Image i has two random streams from ``seeds[i]``: one for its first noise
+    and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
+    ``noise`` replace them.
     """
 
     steps: Steps
@@ -67,17 +68,6 @@ class InitialLatents:
     mask: InpaintMask | None = None
     channels: mx.array | None = None
     uncond_channels: mx.array | None = None
-
-
-def from_noise(run: Run, size: tuple[int, int], channels: int, is_continued: bool) -> InitialLatents:
-    """Draw the noise that text to image starts from, or take the latents that another run has left.
-
-    ``size`` is (h, w) of the latents. A run that is continued begins with ``run.latents`` in the scale of training.
-    """
-    x = run.initial_noise((*size, channels))
-    if not is_continued:
-        return InitialLatents(run.initial_scale * x)
-    return InitialLatents(math.sqrt(run.steps.sigmas[0] ** 2 + 1) * x if len(run.steps) else x)
 
 
 def from_image(

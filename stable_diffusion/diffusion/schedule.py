@@ -319,7 +319,7 @@ class Schedule:
         """
         if not steps.stride:
             return list(steps.sigmas[1:])
-        below = [t - steps.stride for t in steps.timesteps]
+        below = [sigma.timestep - steps.stride for sigma in steps.sigmas[:-1]]
         return [self.sigma(t) if t >= 0 else steps.sigmas[-1] for t in below]
 
     def repeat_sigma(self, steps: Steps) -> float:
