@@ -84,6 +84,21 @@ def test_a_function_is_a_sampler_and_gets_the_options_of_the_run(sd):
     assert options == {"velocity": False, "target_sigmas": list(sd.schedule.steps(3).sigmas[1:]), "eta": 0.25}
 
 
+def test_every_image_and_step_draws_noise_of_its_own(sd):
+    """It depends on the image's seed and the step alone, and none of it is the first latents' again."""
+    draws = []
+
+    def mine(denoise, x, sigmas, noise):
+        draws.append([x, noise(0, x.shape), noise(1, x.shape)])
+        yield from [x, x]
+
+    for seed in (3, 4):
+        states(sd, sampler=mine, n_images=2, num_steps=2, seed=seed)
+    ours, next_seed = np.array(draws)
+    assert np.array_equal(ours[:, 1], next_seed[:, 0])
+    assert np.allclose(np.corrcoef(ours.reshape(6, -1)), np.eye(6), atol=0.5)
+
+
 def test_a_loop_of_ones_own(sd):
     """As docs/samplers.md shows it."""
     steps = sd.schedule.steps(3, schedule="karras")
