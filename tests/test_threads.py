@@ -127,12 +127,12 @@ def test_a_lora_a_controlnet_a_word_and_a_prompt_from_elsewhere(sd1_folder, lora
     mx.save_safetensors(str(tmp_path / "word.safetensors"), {"emb_params": mx.array(normal(2, 32))})
 
     def load(sd: StableDiffusion) -> tuple:
-        sd.load_embedding(tmp_path / "word.safetensors")
         sd.load_lora(lora, 0.7)
-        return sd.load_controlnet(tmp_path / "net"), *sd.encode_prompts(f"{PROMPT}, word", "blue")
+        loaded = sd.load_controlnet(tmp_path / "net"), *sd.encode_prompts(PROMPT, "blue")
+        sd.load_embedding(tmp_path / "word.safetensors")  # last: nothing computes it in this thread
+        return loaded
 
     def run(sd: StableDiffusion, network, positive, negative) -> np.ndarray:
-        # The negative prompt is encoded here: by networks that another thread has prepared.
         assert np.array_equal(sd.encode_prompts("a word", "blue")[1].context, negative.context)
         controls = [Control(network, image)]
         return last(sd.generate_latents(positive, negative_text=negative, controls=controls, **RUN))
