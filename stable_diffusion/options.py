@@ -228,6 +228,14 @@ class RunDefaults:
     spacing: str | None = None
     eta: float | None = None
 
+    def settings(self, options: Options) -> tuple[str | SamplerFunction, str | None, float | None]:
+        """Return the sampler, spacing and eta of ``options``, or these where the options name no sampler."""
+        if options.sampler is not None:
+            return options.sampler, options.spacing, options.eta
+        is_placed = any(value is not None for value in (options.spacing, options.timesteps, options.sigmas))
+        spacing, eta = options.spacing if is_placed else self.spacing, self.eta if options.eta is None else options.eta
+        return self.sampler, spacing, eta
+
 
 def plan_run(
     schedule: Schedule,
@@ -250,11 +258,7 @@ def plan_run(
     """
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)
-    name, spacing, eta = options.sampler, options.spacing, options.eta
-    if name is None:
-        name, eta = defaults.sampler, defaults.eta if eta is None else eta
-        if spacing is None and options.timesteps is None and options.sigmas is None:
-            spacing = defaults.spacing
+    name, spacing, eta = defaults.settings(options)
     sampler, curve = find_sampler(name, eta=eta, s_noise=options.s_noise)
     curve = curve if options.schedule is None else options.schedule
     rule = sampler.spacing_rule
@@ -273,12 +277,9 @@ def plan_run(
     if options.denoising_start > 0:
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps
-    if not len(steps):
-        scale = 1.0
-    elif options.denoising_start > 0:  # the latents of the run before are in the scale of training
+    scale = schedule.initial_scale(steps, rule, spacing) if len(steps) else 1.0
+    if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
         scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
-    else:
-        scale = schedule.initial_scale(steps, rule, spacing)
     return Run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
