@@ -1,11 +1,13 @@
 """The memory plan: constants against what MLX reports, batches that fit, limits that are kept, refused or exceeded."""
 
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks.shapes import SHAPES
 from command_line import PROMPT
 from oracle import normal
 from peaks import peaks
@@ -14,6 +16,7 @@ from stable_diffusion.app import memory
 from stable_diffusion.app.engine import Engine, Resources
 from stable_diffusion.app.memory import RunShape, fit, fits_together, images_that_fit, plan, set_limits, step_bytes
 from stable_diffusion.app.request import Request, expand
+from stable_diffusion.models.config import UNetConfig
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.options import SettingError
 
@@ -45,6 +48,25 @@ def test_a_step_takes_what_was_planned(size, rows_at_once):
             mx.eval(x_t)
         found.append(mx.get_peak_memory() - before)
     assert planned == pytest.approx(max(found), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "shape, side, rows, measured",
+    [
+        ("sd15", 32, 1, 80e6),
+        ("sd15", 32, 2, 160e6),
+        ("sd15", 64, 1, 221e6),
+        ("sd15", 64, 2, 442e6),
+        ("sdxl", 64, 2, 411e6),
+    ],
+)
+def test_a_step_of_a_published_shape(shape, side, rows, measured):
+    """As ``python -m benchmarks.memory`` has measured them: at 256 pixels SD 1.5's attention takes the most."""
+    mx.set_memory_limit(0)
+    model = SimpleNamespace(unet_config=UNetConfig.from_dict(SHAPES[shape]["unet"]))
+    assert step_bytes(model, RunShape(1, (side, side), rows=rows), rows, (side, side)) == pytest.approx(
+        measured, rel=0.25
+    )
 
 
 def test_a_run_is_planned_and_fitted(xl_folder, caplog):
