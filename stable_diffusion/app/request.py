@@ -13,7 +13,7 @@ from ..options import NUMBERS as OPTION_NUMBERS
 from ..options import Number, Options, SettingError, image_seeds
 from ..text.prompt import EMPHASES
 from ..text.prompt import expand as expand_prompt
-from ..text.wildcards import read_wildcards
+from .wildcards import read_wildcards
 
 MOST_IMAGES = 9999
 DEFAULT_IMAGES = 4  # of a prompt, where nothing else is specified

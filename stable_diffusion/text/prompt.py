@@ -70,8 +70,8 @@ def expand(text: str, seed: int | None = None, wildcards: Callable[[str], Sequen
     A prompt without alternatives comes back just as typed.
 
     Args:
-        wildcards: a wildcard's name -> its lines, at least one, each in the prompt language
-            (:func:`stable_diffusion.text.wildcards.read_wildcards`); None leaves ``__name__`` as text.
+        wildcards: a wildcard's name -> its lines, at least one, each in the prompt language; None leaves ``__name__``
+            as text.
 
     Raises ValueError for brackets and wildcards nested more than 64 deep, for more than 10,000 prompts, for wildcards
     that lead back to themselves or grow beyond 100,000 characters, and what ``wildcards`` raises.

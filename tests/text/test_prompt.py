@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import pytest
 
+from stable_diffusion.app.wildcards import read_wildcards
 from stable_diffusion.text.prompt import Part, Piece, expand, parts
-from stable_diffusion.text.wildcards import read_wildcards
 
 BREAK = (None, 1.0)
 TEXTS = {
