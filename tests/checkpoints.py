@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from configs import UNETS
 from models.test_vae import SD as VAE
 from oracle import nchw, normal, perturb, relative_error
+from stable_diffusion.weights.files import open_checkpoint, read_tensors
 
 PROMPT, NEGATIVE = "the red cat on the blue — café 猫", "the blue"
 NAMES = {"image": "image", "mask": "mask_image", "strength": "strength", "image_cfg_weight": "image_guidance_scale"}
@@ -182,3 +183,9 @@ def compare(steps, recorder: Recorder, images, decode) -> None:
         assert relative_error(ours, theirs) <= 1e-3
     levels = np.round(np.array(decode(steps[-1])) * 255) - np.round(images * 255)
     assert np.abs(levels).max() <= 1
+
+
+def as_single_file(folder: Path) -> dict[str, mx.array]:
+    """Read all weights of a folder in diffusers layout, under the names that one file has for them."""
+    parts = open_checkpoint(folder).components.items()
+    return {f"{name}.{key}": value for name, part in parts for key, value in read_tensors(part).items()}

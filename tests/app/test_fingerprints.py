@@ -16,8 +16,7 @@ def test_hashes_of_small_files(tmp_path, monkeypatch):
         path.write_bytes(data)
         whole = hashlib.sha256(data).hexdigest()
         assert fingerprint(path) == {"sha256": whole} and model_hash(path) == whole[:10]
-    assert fingerprint(tmp_path / "none") == {} and model_hash(tmp_path / "none") is None
-    assert fingerprint(tmp_path) == {}
+    assert fingerprint(tmp_path / "none") == fingerprint(tmp_path) == {} and model_hash(tmp_path / "none") is None
     monkeypatch.setattr(hashlib, "file_digest", None)  # a file is read once
     assert fingerprint(path) == {"sha256": whole}
 
@@ -43,17 +42,15 @@ def test_hashes_of_large_files(tmp_path, monkeypatch):
 
 
 def test_files_of_the_hub_are_not_read(tmp_path):
-    digest = "0123456789abcdef" * 4
-    folder = tmp_path / "models--some--one"
+    digest, folder = "0123456789abcdef" * 4, tmp_path / "models--some--one"
     snapshot = folder / "snapshots" / "abc123" / "unet"
     snapshot.mkdir(parents=True)
     (folder / "blobs").mkdir()
-    (folder / "blobs" / digest).write_bytes(b"x")
-    (snapshot / "a.safetensors").symlink_to(folder / "blobs" / digest)
-    assert fingerprint(snapshot / "a.safetensors") == {"sha256": digest, "hub": "some/one@abc123"}
-    (folder / "blobs" / "short").write_bytes(b"x")  # small files are named by another hash
-    (snapshot / "b.json").symlink_to(folder / "blobs" / "short")
-    assert fingerprint(snapshot / "b.json") == {"sha256": hashlib.sha256(b"x").hexdigest(), "hub": "some/one@abc123"}
+    # Small files are named by another hash.
+    for name, blob, sha256 in (("a", digest, digest), ("b", "short", hashlib.sha256(b"x").hexdigest())):
+        (folder / "blobs" / blob).write_bytes(b"x")
+        (snapshot / name).symlink_to(folder / "blobs" / blob)
+        assert fingerprint(snapshot / name) == {"sha256": sha256, "hub": "some/one@abc123"}
 
 
 def test_hashes_of_loras_are_of_what_follows_the_header(tmp_path):

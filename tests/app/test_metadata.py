@@ -63,6 +63,11 @@ def again(draw: Draw, script: str, path: Path, *options) -> Path:
     return made
 
 
+def said_by(draw: Draw) -> list[str]:
+    """Return the remarks of the last run, without the program's name."""
+    return [line.partition(": ")[2] for line in draw.done.remarks]
+
+
 def assert_same(one: Path, other: Path, levels: int = 0) -> None:
     """The same pixels, and the same said of them. What was made in a batch is rounded otherwise in another one."""
     assert np.abs(pixels(one) - pixels(other)).max() <= levels
@@ -167,7 +172,6 @@ COMMON |= {"float16": False, "quantize": True}
 
 @pytest.fixture
 def picture(tmp_path) -> Path:
-    """One that was made with a seed of 7 and guidance of 3, with LoRAs and in float32."""
     return with_record(tmp_path / "picture.png", COMMON | {"lora": [["a", 0.5], ["b", 1.0]]})
 
 
@@ -175,16 +179,12 @@ def picture(tmp_path) -> Path:
     "words, said",
     [
         ([], {}),
-        (["--seed", "8"], {"seed": 8}),
-        (["--cfg=2", "--negative-prompt", ""], {"cfg": 2.0, "negative_prompt": None}),
+        (["a dog", "--cfg=2", "--negative-prompt", ""], {"prompt": "a dog", "cfg": 2.0, "negative_prompt": None}),
         (["--steps", "1,2", "--sampler", "euler"], {"steps": (1, 2), "sampler": "euler"}),
-        (["--lora", "c"], {"lora": (("c", 1.0),)}),
+        (["--lora", "c", "--n_images", "3"], {"lora": (("c", 1.0),), "n_images": 3}),
         (["--without", "lora", "--without=--quantize"], {"lora": None, "quantize": None}),
         (["--without", "negative-prompt", "--without", "vae"], {"negative_prompt": None}),
         (["--without", "cfg", "--cfg", "2"], {"cfg": 2.0}),
-        (["--lora", "b", "--lora", "a:.5"], {"lora": (("b", 1.0), ("a", 0.5))}),
-        (["a dog"], {"prompt": "a dog"}),
-        (["--n_images", "3"], {"n_images": 3}),
         (["--seed", "4,2"], {"seed": (4, 2), "n_images": None}),
     ],
 )
@@ -195,7 +195,7 @@ def test_flags_and_prompts_take_the_place_of_what_is_recorded(picture, words, sa
 
 
 def test_what_cannot_be_left_out(picture, run, no_model):
-    for name in ("prompt", "output", "best", ""):
+    for name in ("prompt", "output", ""):
         run("txt2image", "--from_image", picture, "--without", name).refused(
             f"--without {name} is none of the flags",
             "the picture has cfg, float16, lora, negative_prompt, quantize, seed",
@@ -209,36 +209,30 @@ def remarks(script: str, *words: object) -> list[str]:
 
 
 def test_the_other_script(picture, tmp_path):
-    noise().save(tmp_path / "in.png")
-    args = parsed("image2image", tmp_path / "in.png", "--from_image", picture, "--strength", 0.5)
-    assert (args["image"], args["prompt"], args["seed"]) == (str(tmp_path / "in.png"), PROMPT, 7)
-    (line,) = remarks("image2image", tmp_path / "in.png", "--from_image", picture)
-    assert line == f"{picture} was made with txt2image; what only that has is left out"
+    image = str(tmp_path / "in.png")
+    noise().save(image)
+    args = parsed("image2image", image, "--from_image", picture, "--strength", 0.5)
+    assert (args["image"], args["prompt"], args["seed"]) == (image, PROMPT, 7)
+    left_out = f"{picture} was made with txt2image; what only that has is left out"
+    assert remarks("image2image", image, "--from_image", picture) == [left_out]
     path = with_record(tmp_path / "a.png", {"image": "x.png", "prompt": PROMPT, "strength": 0.5}, script="image2image")
-    for words, image, prompt in (
-        ([], "x.png", PROMPT),
-        (["y.png"], "y.png", PROMPT),
-        ([str(tmp_path / "in.png")], str(tmp_path / "in.png"), PROMPT),
-        (["a dog"], "x.png", "a dog"),
-        (["y.png", "a dog"], "y.png", "a dog"),
-        (["y", "a dog"], "y", "a dog"),
-    ):
+    for words, found in {
+        (): ("x.png", PROMPT),
+        ("y.png",): ("y.png", PROMPT),
+        (image,): (image, PROMPT),
+        ("a dog",): ("x.png", "a dog"),
+        ("y", "a dog"): ("y", "a dog"),
+    }.items():
         args = parsed("image2image", "--from_image", path, *words)
-        assert (args["image"], args["prompt"], args["strength"]) == (image, prompt, 0.5)
+        assert (args["image"], args["prompt"], args["strength"]) == (*found, 0.5)
         assert remarks("image2image", "--from_image", path, *words) == []
     assert parsed("txt2image", "--from_image", path)["prompt"] == PROMPT
     (line,) = remarks("txt2image", "--from_image", path)
     assert "was made with image2image; what" in line
 
 
-def _prog(draw: Draw) -> str:
-    return draw.done.remarks[0].partition(":")[0]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_without_metadata(draw, run, sd1_folder, suffix):
-    options = ["--model", sd1_folder, *QUICK, "--n_images", 1, "--no_metadata"]
-    (path,) = draw("txt2image", PROMPT, *options, suffix=suffix)
+def test_without_metadata(draw, run, sd1_folder):
+    (path,) = draw("txt2image", PROMPT, "--model", sd1_folder, *QUICK, "--n_images", 1, "--no_metadata")
     assert read_text(path) == {}
     run("txt2image", "--from_image", path).refused(str(path), "does not say how it was made", "write a prompt")
 
@@ -254,21 +248,19 @@ def with_record(path: Path, arguments: object, **more: object) -> Path:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"steps": 0}, ["--steps 0 is not a whole number"]),
-        ({"steps": "many"}, ["--steps 'many' is of the wrong kind"]),
-        ({"steps": {}}, ["--steps {} is of the wrong kind"]),
-        ({"width": 100}, ["--width 100 is not a multiple of 8"]),
-        ({"sampler": "best"}, ["sampler 'best'"]),
-        ({"canny": "yes"}, ["--canny"]),
-        ({"vae": True}, ["--vae"]),
-        ({"prompt": 3}, ["prompt 3 is of the wrong kind"]),
-        ({"prompt": None}, ["prompt None is of the wrong kind"]),
-        ({"hires": [1, 2]}, ["--hires [1, 2] is of the wrong kind"]),
+        ({"steps": 0}, "--steps 0 is not a whole number"),
+        ({"steps": "many"}, "--steps 'many' is of the wrong kind"),
+        ({"width": 100}, "--width 100 is not a multiple of 8"),
+        ({"sampler": "best"}, "sampler 'best'"),
+        ({"canny": "yes"}, "--canny"),
+        ({"vae": True}, "--vae"),
+        ({"prompt": None}, "prompt None is of the wrong kind"),
+        ({"hires": [1, 2]}, "--hires [1, 2] is of the wrong kind"),
     ],
 )
 def test_a_record_that_cannot_be_followed(run, no_model, tmp_path, arguments, words):
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT} | arguments)
-    run("txt2image", "--from_image", path).refused("a.png", *words)
+    run("txt2image", "--from_image", path).refused("a.png", words)
 
 
 def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
@@ -278,7 +270,7 @@ def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
     assert command.output == OutputSettings() and command.lines[0][0] == Request(prompt=PROMPT, n_images=1)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"arguments": 3}', '"' * 9, "[" * 100_000, ""])
+@pytest.mark.parametrize("text", ["{", "[]", '{"arguments": 3}', "[" * 100_000, ""])
 def test_a_record_that_is_none(run, no_model, tmp_path, text):
     save(noise(), tmp_path / "a.png", {"stable_diffusion": text})
     run("txt2image", "--from_image", tmp_path / "a.png").refused("a.png does not say how it was made")
@@ -342,19 +334,14 @@ Clip skip: 2, ENSD: 31337"""
 
 def test_a_picture_of_another_program(draw, sd1_folder, tmp_path):
     save(noise(), tmp_path / "other.png", {"parameters": FOREIGN})
+    assert "was made with the model dreams; --model chooses one" in remarks("txt2image", "--from_image", "other.png")[0]
     (path,) = draw("txt2image", "--from_image", "other.png", "--model", sd1_folder)
     remark = "other.png is by another program, whose noise is another; not used: Model hash 6ce0161689, ENSD 31337"
-    assert draw.done.remarks == [f"{_prog(draw)}: {remark}"]
+    assert said_by(draw) == [remark]
     said = ["--negative_prompt", "blue", "--steps", 2, "--sampler", "dpmpp_2m", "--schedule", "karras", "--cfg", 3]
     said += ["--seed", 5, "--width", 64, "--height", 72, "--clip_skip", 1, "--n_images", 1]
     (wanted,) = draw("txt2image", "the red cat", "--model", sd1_folder, *said)
     assert_same(path, wanted)
-
-
-def test_the_model_of_another_program_is_named(tmp_path):
-    save(noise(), tmp_path / "other.png", {"parameters": FOREIGN})
-    line, _ = remarks("txt2image", "--from_image", tmp_path / "other.png")
-    assert "was made with the model dreams; --model chooses one" in line
 
 
 def test_what_we_say_is_read_as_that_of_another_program(draw, sd1_folder, files, tmp_path):
@@ -369,22 +356,21 @@ def test_what_we_say_is_read_as_that_of_another_program(draw, sd1_folder, files,
 # --- what is not as it was -------------------------------------------------------------------------------------------
 
 
-def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path, monkeypatch):
+def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path):
     shutil.copy(files / "in.png", tmp_path / "in.png")
     lora = ["--lora", files / "more.safetensors"]
     (path,) = draw("image2image", "in.png", PROMPT, "--model", sd1_folder, "--steps", 1, "--n_images", 1, *lora)
     noise(seed=5).save(tmp_path / "in.png")
     again(draw, "image2image", path)
-    prog = _prog(draw)
-    assert draw.done.remarks == [f"{prog}: not the files that {path} was made from: in.png"]
+    assert said_by(draw) == [f"not the files that {path} was made from: in.png"]
     again(draw, "image2image", path, files / "hint.png")  # in place of the one that changed
-    assert draw.done.remarks == []
+    assert said_by(draw) == []
     record = dict(read_record(path).details)
     record["software"] |= {"mlx": "0.1", "device": "gpu"}
     save(noise(), tmp_path / "old.png", {"stable_diffusion": json.dumps(record)})
     draw("image2image", "--from_image", "old.png", files / "hint.png")
-    (line,) = draw.done.remarks
-    assert line.startswith(f"{prog}: old.png was made with mlx 0.1 (now ") and line.endswith("the picture may differ")
+    (line,) = said_by(draw)
+    assert line.startswith("old.png was made with mlx 0.1 (now ") and line.endswith("the picture may differ")
     assert "device gpu (now " in line
 
 
@@ -416,11 +402,8 @@ def test_an_unfinished_image_and_files_that_are_gone(draw, sd1_folder, files, tm
 @pytest.mark.parametrize(
     "prompt",
     [
-        "cat, Steps: 3, Sampler: Euler, Seed: 5",
         "Steps: 3, Sampler: Euler, Seed: 5, Size: 8x8",
         "a \"quoted\": cat, 'red'; ünïcödé 富士山 \U0001f600 \u202e\u0301",
-        "colon: and, comma\\(escaped\\)",
-        "x" * 500,
     ],
 )
 def test_others_read_prompts_as_they_were(draw, sd1_folder, prompt):
@@ -453,5 +436,4 @@ def test_a_long_prompt_of_several_lines(draw, sd1_folder, tmp_path, monkeypatch)
 
 def test_bad_quality(run, no_model):
     run("txt2image", PROMPT, "--quality", 80).refused("--quality", "JPEG", ".jpg")
-    for value in ("0", "101", "x"):
-        run("txt2image", PROMPT, "--quality", value, "--output", "a.jpg").refused("--quality", repr(value), "1 to 100")
+    run("txt2image", PROMPT, "--quality", 101, "--output", "a.jpg").refused("--quality", "'101'", "1 to 100")

@@ -9,8 +9,6 @@ from stable_diffusion.app import plots
 from stable_diffusion.app.plots import Plot, compare, draw
 from stable_diffusion.app.request import Request, Sweep, expand
 
-WHITE = 255
-
 
 def compared(sweep: dict[str, tuple], *requests: Request) -> list[Plot]:
     """The grids of requests, whose settings are swept."""
@@ -34,7 +32,7 @@ def found_in(canvas: Image.Image, image: Image.Image) -> tuple[int, int]:
 
 def ink(canvas: Image.Image, box: tuple[int, int, int, int]) -> int:
     """How many pixels of a box are not white."""
-    return int((np.asarray(canvas.crop(box)).min(axis=-1) < WHITE).sum())
+    return int((np.asarray(canvas.crop(box)).min(axis=-1) < 255).sum())
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
@@ -59,26 +57,24 @@ def test_seeds_as_a_list_and_as_several_images():
 
 
 def test_prompts_are_a_list_too():
-    (plot,) = compared({"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5))
+    sweep, request = {"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5)
+    (plot,) = compared(sweep, request)
     assert (plot.columns, plot.rows) == (("cfg 1", "cfg 2"), ("red", "blue"))
     assert plot.cells == {(0, 0): 0, (1, 0): 1, (0, 1): 2, (1, 1): 3}
-    by_prompt = compared({"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5, n_images=2))
+    by_prompt = compared(sweep, request.with_values(n_images=2))
     assert [plot.title for plot in by_prompt] == ["image 1", "image 2"]  # of each prompt, whose seeds differ
     assert [plot.rows for plot in by_prompt] == [("red", "blue")] * 2
     assert by_prompt[1].cells == {(0, 0): 1, (1, 0): 3, (0, 1): 5, (1, 1): 7}
+    assert compared({}, request) == []  # without lists nothing is compared
 
 
 def test_further_lists_make_a_grid_for_each_of_their_values():
-    sweep = {"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}
-    request = Request(prompt="{red|blue}", seed=1)
-    images, plots = expand([(request, Sweep(sweep))]), compared(sweep, request)
-    assert len(plots) == 4 and plots[1].title == "sampler euler, blue"
-    for plot in plots:
+    plots = compared({"steps": (1, 2), "cfg": (3.0, 4.0), "sampler": ("euler", "lms")}, Request(prompt="{red|blue}"))
+    assert len(plots) == 4
+    for n, plot in enumerate(plots):
         assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("cfg 3", "cfg 4"))
-        for (row, column), i in plot.cells.items():
-            assert (images[i].steps, images[i].cfg) == ((1, 2)[column], (3.0, 4.0)[row])
-            assert plot.title == f"sampler {images[i].options.sampler}, {images[i].text}"
-    assert sorted(i for plot in plots for i in plot.cells.values()) == list(range(16))
+        assert plot.title == ("sampler euler, red", "sampler euler, blue", "sampler lms, red", "sampler lms, blue")[n]
+        assert plot.cells == {(row, column): 8 * column + 4 * row + n for row in (0, 1) for column in (0, 1)}
 
 
 def test_images_that_differ_in_their_lists_leave_cells_empty():
@@ -90,47 +86,35 @@ def test_images_that_differ_in_their_lists_leave_cells_empty():
     assert ink(canvas, (0, 0, *canvas.size)) > 3 * 64 * 48
 
 
-def test_nothing_is_compared_without_lists():
-    assert compared({}, Request(prompt="{red|blue}", n_images=2)) == []
-
-
 # --- where it stands -------------------------------------------------------------------------------------------------
 
 
 def test_images_stand_under_their_columns_and_beside_their_rows():
+    """Margins and gaps are white, and written on above and at the left only."""
     (plot,) = compared({"steps": (1, 2, 3), "cfg": (1.0, 2.0)})
     made = pictures(6)
     canvas = draw(plot, made)
     places = {cell: found_in(canvas, made[i]) for cell, i in plot.cells.items()}
-    assert len({x for x, _ in places.values()}) == 3 and len({y for _, y in places.values()}) == 2
-    for (row, column), (x, y) in places.items():
-        assert (x, y) == (places[0, column][0], places[row, 0][1])
-    # Margins and gaps are white, and written on above and at the left only.
-    (x0, y0), (x1, y1) = places[0, 0], places[1, 2]
-    assert places[0, 1][0] - x0 >= 64 + 8 and y1 - y0 == 48 + 8
-    assert canvas.width >= x1 + 64 + 8 and canvas.height == y1 + 48 + 8
-    assert ink(canvas, (x0, y0, *canvas.size)) == 6 * 64 * 48
-    assert ink(canvas, (0, 0, x0, y0)) == 0
-    for column in range(3):
-        assert ink(canvas, (places[0, column][0], 0, places[0, column][0] + 64, y0)) > 20
-    for row in range(2):
-        assert ink(canvas, (0, places[row, 0][1], x0, places[row, 0][1] + 48)) > 20
+    xs, ys = (sorted({place[axis] for place in places.values()}) for axis in (0, 1))
+    assert places == {(row, column): (x, y) for row, y in enumerate(ys) for column, x in enumerate(xs)}
+    assert xs[1] - xs[0] >= 64 + 8 and ys[1] - ys[0] == 48 + 8
+    assert canvas.width >= xs[2] + 64 + 8 and canvas.height == ys[1] + 48 + 8
+    assert ink(canvas, (xs[0], ys[0], *canvas.size)) == 6 * 64 * 48
+    assert ink(canvas, (0, 0, xs[0], ys[0])) == 0
+    assert all(ink(canvas, (x, 0, x + 64, ys[0])) > 20 for x in xs)
+    assert all(ink(canvas, (0, y, xs[0], y + 48)) > 20 for y in ys)
 
 
 def test_images_of_several_sizes_stand_in_the_middle_of_cells_of_the_largest():
     (plot,) = compared({"steps": (1, 2), "cfg": (1.0, 2.0)})
-    sizes = [(320, 120), (160, 200), (200, 200), (64, 64)]
-    made = [pictures(i + 1, size)[i] for i, size in enumerate(sizes)]
+    made = [pictures(i + 1, size)[i] for i, size in enumerate([(320, 120), (160, 200), (200, 200), (64, 64)])]
     canvas = draw(plot, made)
-    middles = {}
-    for cell, i in plot.cells.items():
-        x, y = found_in(canvas, made[i])
-        middles[cell] = x + sizes[i][0] / 2, y + sizes[i][1] / 2
-    assert middles[0, 1][0] - middles[0, 0][0] == middles[1, 1][0] - middles[1, 0][0] == 320 + 8
-    assert middles[1, 0][1] - middles[0, 0][1] == middles[1, 1][1] - middles[0, 1][1] == 200 + 8
+    middles = {cell: np.array(found_in(canvas, made[i])) + np.array(made[i].size) / 2 for cell, i in plot.cells.items()}
+    for i in (0, 1):
+        assert (middles[i, 1] - middles[i, 0])[0] == 320 + 8 and (middles[1, i] - middles[0, i])[1] == 200 + 8
 
 
-@pytest.mark.parametrize("n_rows, across", [(1, 5), (2, 3), (3, 2), (5, 1), (9, 1)])
+@pytest.mark.parametrize("n_rows, across", [(1, 5), (2, 3), (9, 1)])
 def test_one_list_is_laid_in_rows(n_rows, across):
     (plot,) = compared({"seed": (1, 2, 3, 4, 5)}, Request(seed=(1, 2, 3, 4, 5)))
     made = pictures(5, (160, 48))
@@ -139,8 +123,7 @@ def test_one_list_is_laid_in_rows(n_rows, across):
     columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
     assert places == [(columns[i % across], rows[i // across]) for i in range(5)]
     assert canvas.width == columns[-1] + 160 + 8 and columns[0] == 8
-    for x, y in places:
-        assert ink(canvas, (x, y - 20, x + 160, y)) > 20
+    assert all(ink(canvas, (x, y - 20, x + 160, y)) > 20 for x, y in places)
 
 
 def test_large_images_have_large_letters():
@@ -166,13 +149,9 @@ def test_a_grid_that_is_too_large_is_left_out(caplog, monkeypatch):
 @pytest.mark.parametrize(
     "prompt, label",
     [
-        ("a red cat", "a red cat"),
         ("  two\n lines\tand a tab ", "two lines and a tab"),
-        ("Éire — “ça va” naïve", "Eire - “ca va” naive"),
-        ("ein Straßenbild", "ein Stra?enbild"),
-        ("a cat 🐈", "a cat ?"),
+        ("Éire — “ça va” Straße 🐈", "Eire - “ca va” Stra?e ?"),
         ("日本の猫", "prompt 2"),
-        ("кот", "prompt 2"),
         ("", "prompt 2"),
         ("\x00\x07", "prompt 2"),
         ("a" * 10**5, "a" * 400),
@@ -185,29 +164,22 @@ def test_prompts_of_any_letters(prompt, label):
 
 
 def test_the_font_has_the_letters_that_are_written():
-    font = ImageFont.load_default(20)
-
-    def drawn(letter: str) -> bytes:
-        return bytes(font.getmask(letter))
-
+    drawn = ImageFont.load_default(20).getmask
     letters = [chr(c) for c in range(33, 127)] + list(plots._MORE_LETTERS)
-    assert [c for c in letters if drawn(c) == drawn("\uffff")] == []
+    assert [c for c in letters if bytes(drawn(c)) == bytes(drawn("\uffff"))] == []
 
 
 def test_whatever_is_written_stays_inside():
-    texts = ["x" * 300, "word " * 80, "\ud800 🐈 \u202e\u0301", "W", ""]
-    made = pictures(25)
-    labels = Plot("title " * 40, tuple(texts), tuple(texts), {divmod(i, 5): i for i in range(25)})
-    canvas = draw(labels, made)
-    places = [found_in(canvas, made[i]) for i in range(25)]
-    assert ink(canvas, (places[0][0], places[0][1], *canvas.size)) == 25 * 64 * 48
+    texts, made = ["x" * 300, "word " * 80, "\ud800 🐈 \u202e\u0301", "W", ""], pictures(25)
+    canvas = draw(Plot("title " * 40, tuple(texts), tuple(texts), {divmod(i, 5): i for i in range(25)}), made)
+    places = [found_in(canvas, image) for image in made]
+    assert ink(canvas, (*places[0], *canvas.size)) == 25 * 64 * 48
     assert ink(canvas, (0, 0, 6, canvas.height)) == 0 and ink(canvas, (0, 0, canvas.width, 6)) == 0
-    # Dots at the end of what is cut.
     text = plots._Text(12)
-    for cut in text.wrap(texts[0], 100, 4) + text.wrap(texts[1], 100, 4):
-        assert text.width(cut) <= 100
-    assert text.wrap(texts[0], 100, 4)[-1].endswith("…") and len(text.wrap(texts[1], 100, 4)) == 4
-    assert text.wrap(texts[1], 100, 4)[-1].endswith("…") and text.wrap("a b", 100, 4) == ["a b"]
+    for long, lines in zip(texts[:2], (1, 4), strict=True):  # dots at the end of what is cut
+        wrapped = text.wrap(long, 100, 4)
+        assert len(wrapped) == lines and wrapped[-1].endswith("…") and max(map(text.width, wrapped)) <= 100
+    assert text.wrap("a b", 100, 4) == ["a b"]
 
 
 def test_a_script_writes_a_grid_for_each_further_value(run, sd1_folder, tmp_path):

@@ -3,9 +3,11 @@
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,26 +93,21 @@ def test_every_field(write):
 @pytest.mark.parametrize(
     "prompt, name",
     [
-        ("a/b\\c:d", "a_b_c_d"),
         ("../../etc/passwd", "etc_passwd"),
         ("..", "_"),
-        ("", "_"),
         (" . a . ", "a"),
-        ("a\nb\tc\0d\x1b[31m", "a_b_c_d_[31m"),
+        ("a\nb\\c\0d\x1b[31m", "a_b_c_d_[31m"),
         ("a\u202egnp.exe", "a_gnp.exe"),
         ("ein Kätzchen, 猫 🐈\u200d⬛", "ein_Kätzchen,_猫_🐈\u200d⬛"),
         ('<>:"|?*', "_"),
-        ("-rf", "rf"),
-        ("{seed}", "{seed}"),
-        ("\udcff", "_"),
+        ("-rf {seed}\udcff", "rf_{seed}"),
     ],
 )
 def test_prompts_as_names(write, tmp_path, prompt, name):
-    assert write("{prompt}.png", prompt=prompt) == [f"{name}.png"]
-    assert names(tmp_path) == [f"{name}.png"]
+    assert write("{prompt}.png", prompt=prompt) == names(tmp_path) == [f"{name}.png"]
 
 
-@pytest.mark.parametrize("prompt", ["x" * 5000, "猫" * 3000, "🐈\u200d⬛" * 999])
+@pytest.mark.parametrize("prompt", ["x" * 5000, "🐈\u200d⬛" * 999])
 def test_long_prompts_are_cut_between_letters(write, prompt):
     (name,) = write("{prompt}.png", prompt=prompt)
     assert 100 < len(name.encode()) <= 124 and prompt.startswith(name.removesuffix(".png"))
@@ -139,12 +136,9 @@ def test_folders(write, tmp_path):
         ("{seed.real}.png", ["{seed.real}"]),
         ("{i:q}.png", ["{i:q}.png", "'q'"]),
         ("{i.png", ["{i.png is no pattern"]),
-        ("i}.png", ["i}.png is no pattern"]),
         ("", ["empty"]),
         ("none/a.png", ["folder none does not exist", "create it"]),
-        ("a.tga", ["'.tga'", ".png"]),
         ("{seed}", ["''", ".png"]),
-        ("file/{seed}.png", ["file is a file"]),
         ("file/", ["file is a file"]),
         ("file/more/{seed}.png", ["file is a file"]),
         ("a" * 300 + ".png", ["could not be written", "another name"]),
@@ -174,26 +168,15 @@ def test_checking_makes_nothing(tmp_path):
 def test_runs_at_the_same_time_lose_nothing(write, tmp_path, monkeypatch, output, links):
     """Eight runs of five images each, all of which have seen an empty folder."""
     if not links:
-        monkeypatch.setattr(os, "link", _no_links)
-    runs = [opened(output, 5) for _ in range(8)]
-    written: list[tuple[Path, int]] = []
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
 
-    def work(number: int) -> None:
-        for i in range(1, 6):
-            written.append((runs[number].write(picture(10 * number + i), VALUES | {"i": i}), 10 * number + i))
+    def work(number: int, outputs: Outputs) -> list[tuple[Path, int]]:
+        return [(outputs.write(picture(10 * number + i), VALUES | {"i": i}), 10 * number + i) for i in range(1, 6)]
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({path for path, _ in written}) == 40
-    assert all(level(path) == shown for path, shown in written)
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 40
-
-
-def _no_links(source, target):
-    raise PermissionError(1, "Operation not permitted")
+    with ThreadPoolExecutor(8) as pool:
+        written = dict(chain.from_iterable(pool.map(work, range(8), [opened(output, 5) for _ in range(8)])))
+    assert len(written) == len([path for path in tmp_path.rglob("*") if path.is_file()]) == 40
+    assert all(level(path) == shown for path, shown in written.items())
 
 
 def test_all_files_of_a_run_have_one_number(write):
@@ -210,7 +193,7 @@ def test_all_files_of_a_run_have_one_number(write):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> Path:
-    """The folder for temporary files is a new one; the current folder too."""
+    """A folder with a new current folder and a new one for temporary files."""
     (tmp_path / "current").mkdir()
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path / "current")
