@@ -34,9 +34,6 @@ def same(a: StableDiffusion, b: StableDiffusion) -> bool:
     )
 
 
-# --- the same images ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("float16", [True, False])
 def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_folder, float16):
     dtype, bits = ("float16" if float16 else "float32"), {"unet_bits": 8, "text_bits": 4}
@@ -84,9 +81,6 @@ def test_a_converted_folder_converts_again(tmp_path, sd1_folder):
     assert sorted(os.listdir(tmp_path)) == ["again", "once"]
 
 
-# --- other programs ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "family, cls", [("sd1", diffusers.StableDiffusionPipeline), ("xl", diffusers.StableDiffusionXLPipeline)]
 )
@@ -110,9 +104,6 @@ def test_the_small_files(tmp_path):
     source = open_checkpoint("tiny").folder
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
         assert (folder / "tokenizer" / name).read_bytes() == (source / "tokenizer" / name).read_bytes()
-
-
-# --- other sources, and LoRAs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [None, 8])

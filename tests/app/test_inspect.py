@@ -11,17 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints import as_single_file
 from configs import REAL_UNETS, UNETS
-from models.test_taesd import PUBLISHED as TAESD
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.inspect import inspect
 from stable_diffusion.images.files import save as save_image
-from stable_diffusion.weights.files import open_checkpoint, read_tensors
-from stable_diffusion.weights.load import build
-from stable_diffusion.weights.save import stored_tensors
 from test_full_size import oracle_shapes, write_sparse
-
-ROOT = Path(__file__).parents[2]
+from test_parity_images import control_nets
 
 
 def save(path: Path, **tensors: mx.array) -> Path:
@@ -34,10 +30,9 @@ def save(path: Path, **tensors: mx.array) -> Path:
 
 def test_a_folder(xl_folder):
     report = inspect(xl_folder)
-    assert [report[key] for key in ("kind", "family", "pipeline", "prediction", "scheduler")] == [
-        *("checkpoint", "Stable Diffusion XL", "StableDiffusionXLPipeline", "epsilon"),
-        "EulerAncestralDiscreteScheduler",
-    ]
+    told = [report[key] for key in ("kind", "family", "pipeline", "prediction")]
+    assert told == ["checkpoint", "Stable Diffusion XL", "StableDiffusionXLPipeline", "epsilon"]
+    assert report["scheduler"] == "EulerAncestralDiscreteScheduler"
     assert list(report["parts"]) == ["unet", "vae", "text_encoder", "text_encoder_2"]
     unet = diffusers.UNet2DConditionModel.from_pretrained(xl_folder / "unet")
     count = sum(value.numel() for value in unet.parameters())
@@ -67,10 +62,16 @@ def test_nothing_is_read(tmp_path):
     assert (report["kind"], report["family"], report["parameters"]) == ("unet", "Stable Diffusion XL", 2_567_463_684)
 
 
+def with_unet(folder: Path, sd1_folder: Path, config: dict) -> Path:
+    """A checkpoint whose UNet has another configuration."""
+    shutil.copytree(sd1_folder, folder)
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize(
     "name, family, reads",
     [
-        ("sd1", "Stable Diffusion 1", None),
         ("sd2", "Stable Diffusion 2", None),
         ("inpaint", "Stable Diffusion 1", "masked images"),
         ("pix2pix", "Stable Diffusion 1", "images to edit"),
@@ -78,21 +79,17 @@ def test_nothing_is_read(tmp_path):
     ],
 )
 def test_families(tmp_path, sd1_folder, name, family, reads):
-    folder = tmp_path / "new"
-    shutil.copytree(sd1_folder, folder)
     width = {"refiner": 1280}.get(name, UNETS[name]["cross_attention_dim"])
-    (folder / "unet" / "config.json").write_text(json.dumps(UNETS[name] | {"cross_attention_dim": width}))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"prediction_type": "sample"}))
+    folder = with_unet(tmp_path / "new", sd1_folder, UNETS[name] | {"cross_attention_dim": width})
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     report = inspect(folder)
     assert (report["family"], report.get("reads"), report["prediction"]) == (family, reads, "sample")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_single_file(tmp_path, sd1_folder, suffix):
-    components = open_checkpoint(sd1_folder).components
-    tensors = {f"{name}.{key}": value for name, part in components.items() for key, value in read_tensors(part).items()}
-    path = tmp_path / f"one{suffix}"
+    tensors, path = as_single_file(sd1_folder), tmp_path / f"one{suffix}"
 
     def write(kept: dict[str, mx.array]) -> None:
         if suffix == ".ckpt":
@@ -115,20 +112,19 @@ def test_a_single_file(tmp_path, sd1_folder, suffix):
 
 
 @pytest.mark.parametrize(
-    "kind, config, cls",
-    [("vae", TAESD, "AutoencoderTiny"), ("controlnet", UNETS["sd1"], "ControlNetModel")],
+    "kind, make, family",
+    [
+        ("vae", diffusers.AutoencoderTiny, None),
+        ("controlnet", lambda: control_nets("sd1", 1)[0][0], "Stable Diffusion 1"),
+    ],
 )
-def test_a_network_in_a_file_or_a_folder(tmp_path, kind, config, cls):
-    module = build(kind, {key: value for key, value in config.items() if key not in ("up_block_types", "out_channels")})
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    file = save(folder / "diffusion_pytorch_model.safetensors", **stored_tensors(module))
-    (folder / "config.json").write_text(json.dumps({"_class_name": cls} | config))
-    for report in (inspect(file), inspect(folder)):
-        assert report["kind"] == kind and list(report["parts"]) == [kind]
-        assert report["parts"][kind]["class"] == cls
-        assert report["parts"][kind]["parameters"] == sum(value.size for value in mx.load(str(file)).values())
-    assert inspect(file).get("family") == {"controlnet": "Stable Diffusion 1"}.get(kind)
+def test_a_network_in_a_file_or_a_folder(tmp_path, kind, make, family):
+    network = make()
+    network.save_pretrained(tmp_path)
+    for report in (inspect(tmp_path / "diffusion_pytorch_model.safetensors"), inspect(tmp_path)):
+        assert report["kind"] == kind and list(report["parts"]) == [kind] and report.get("family") == family
+        assert report["parts"][kind]["class"] == type(network).__name__
+        assert report["parts"][kind]["parameters"] == network.num_parameters()
 
 
 def test_what_families_have_in_common_says_nothing_of_them(tmp_path, xl_folder, sd1_folder):
@@ -158,7 +154,6 @@ def lora(width: int = 768, rank: int = 4) -> dict[str, mx.array]:
     "width, family",
     [
         (768, "Stable Diffusion 1"),
-        (1024, "Stable Diffusion 2"),
         (2048, "Stable Diffusion XL"),
         (1280, "Stable Diffusion XL refiner"),
         (512, "unknown (prompts 512 wide)"),
@@ -173,19 +168,14 @@ def test_a_lora(tmp_path, width, family):
 
 
 def test_kinds_of_lora(tmp_path):
-    k = f"{_LAYER}_attn1_to_k"
-    hada = {
-        f"{k}.hada_w{i}_{side}": mx.zeros(shape) for i in (1, 2) for side, shape in {"a": (8, 3), "b": (3, 8)}.items()
-    }
+    k, text = f"{_LAYER}_attn1_to_k", "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    shapes = {"a": (8, 3), "b": (3, 8)}
+    hada = {f"{k}.hada_w{i}_{side}": mx.zeros(shape) for i in (1, 2) for side, shape in shapes.items()}
     lokr = {f"{k}.lokr_w1": mx.zeros((2, 2)), f"{k}.lokr_w2": mx.zeros((4, 4))}
     dora = lora() | {f"{_LAYER}_ff_net_2.dora_scale": mx.zeros((320, 1))}
-    text = {f"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_{s}.weight": mx.zeros((2, 2)) for s in ("up", "down")}
-    for tensors, kind, ranks in (
-        (hada, "LoHa", [3]),
-        (lokr, "LoKr", []),
-        (dora, "LoRA and LoRA (DoRA)", [4]),
-        (text, "LoRA", [2]),
-    ):
+    second = {f"{text}.lora_{side}.weight": mx.zeros((2, 2)) for side in ("up", "down")}
+    kinds = (hada, "LoHa", [3]), (lokr, "LoKr", []), (dora, "LoRA and LoRA (DoRA)", [4]), (second, "LoRA", [2])
+    for tensors, kind, ranks in kinds:
         report = inspect(save(tmp_path / "a.safetensors", **tensors))
         assert (report["kind"], report["ranks"]) == (kind, ranks)
     assert report["family"] == "Stable Diffusion XL" and report["targets"] == {"text_encoder_2": {"mlp": 1}}
@@ -204,22 +194,21 @@ def test_what_a_trainer_says(tmp_path):
 @pytest.mark.parametrize(
     "tensors, widths, family",
     [
-        ({"emb_params": (2, 768)}, [768], "Stable Diffusion 1"),
         ({"<cat>": (1024,)}, [1024], "Stable Diffusion 2"),
         ({"clip_l": (2, 768), "clip_g": (2, 1280)}, [768, 1280], "Stable Diffusion XL"),
     ],
 )
 def test_an_embedding(tmp_path, tensors, widths, family):
-    path = save(tmp_path / "cat.safetensors", **{name: mx.zeros(shape) for name, shape in tensors.items()})
-    report = inspect(path)
+    report = inspect(save(tmp_path / "cat.safetensors", **{name: mx.zeros(shape) for name, shape in tensors.items()}))
     assert (report["kind"], report["family"], report["widths"]) == ("embedding", family, widths)
     assert report["word"] == ("<cat>" if "<cat>" in tensors else "cat")
+
+
+def test_an_embedding_of_the_web_ui(tmp_path):
     torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, tmp_path / "cat.pt")
     report = inspect(tmp_path / "cat.pt")
     assert (report["kind"], report["word"], report["vectors"]) == ("embedding", "kitten", 3)
 
-
-# --- pictures ----------------------------------------------------------------------------------------------------
 
 RECORD = {
     "script": "txt2image",
@@ -245,14 +234,8 @@ def test_a_picture(tmp_path):
         inspect(tmp_path / "b.jpg")
 
 
-# --- what it is not ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("change", [{"architectures": 3}, {"cross_attention_dim": ["wide", 3]}, {"in_channels": [4]}])
 def test_configs_with_values_of_the_wrong_kind_are_one_line(tmp_path, sd1_folder, change):
-    shutil.copytree(sd1_folder, tmp_path / "new")
-    config = UNETS["sd1"] | change
-    (tmp_path / "new" / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="a value is not what it should be") as error:
-        inspect(tmp_path / "new")
+        inspect(with_unet(tmp_path / "new", sd1_folder, UNETS["sd1"] | change))
     assert "\n" not in str(error.value)

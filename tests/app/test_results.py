@@ -125,9 +125,6 @@ def test_folders(write, tmp_path):
     assert write(f"{tmp_path}/deep/{{i}}.png", 2) == [f"{tmp_path}/deep/{i}.png" for i in (1, 2)]
 
 
-# --- refused, and nothing made ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "output, words",
     [
