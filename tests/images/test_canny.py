@@ -5,19 +5,12 @@ import pytest
 
 from stable_diffusion.images.canny import canny
 
-# What cv2.Canny of OpenCV 5.0.0 makes of `picture()`, one bit a pixel, rows after each other.
-OPENCV = {
-    (100, 200): (
-        "000055254a0000d26c52000390c9d40006919209001c1404930060ad092401c319324903041160920e144641a53025a6932a"
-        "c86311a2140046202d25001c2d28431830a852943069123501c1c42a05430308c4a21406118924211c63624a4230c64cd004"
-        "618c582569c31992c94a1e31325a85026b248aa9"
-    ),
-    (150, 700): (
-        "000000000a000000001200000000140000000009000000001300000000240000000049000000009200000001a5000000132a"
-        "00000022140000002d250000002843000000529400000035010000000543000000a21400000124210000024a4200000cd004"
-        "0000182569000012c94a0000325a850000248aa9"
-    ),
-}
+# What cv2.Canny of OpenCV 5.0.0 makes of `picture()` between 100 and 200, one bit a pixel, rows after each other.
+OPENCV = (
+    "000055254a0000d26c52000390c9d40006919209001c1404930060ad092401c319324903041160920e144641a53025a6932a"
+    "c86311a2140046202d25001c2d28431830a852943069123501c1c42a05430308c4a21406118924211c63624a4230c64cd004"
+    "618c582569c31992c94a1e31325a85026b248aa9"
+)
 
 
 def picture() -> np.ndarray:
@@ -27,15 +20,11 @@ def picture() -> np.ndarray:
     return np.stack([wave * (2 * y + x + 6) // 92 for wave in waves], axis=2).astype(np.uint8)
 
 
-@pytest.mark.parametrize("low, high", OPENCV)
-def test_pixel_for_pixel_opencv(low, high):
-    expected = np.unpackbits(np.frombuffer(bytes.fromhex(OPENCV[low, high]), np.uint8)).reshape(24, 40) * 255
-    edges = canny(picture(), low, high)
+def test_pixel_for_pixel_opencv():
+    expected = np.unpackbits(np.frombuffer(bytes.fromhex(OPENCV), np.uint8)).reshape(24, 40) * 255
+    edges = canny(picture(), 100, 200)
     assert edges.dtype == np.uint8
     np.testing.assert_array_equal(edges, expected)
-
-
-def test_grey_is_three_equal_colours():
     grey = picture()[..., 0]
     np.testing.assert_array_equal(canny(grey), canny(np.stack([grey] * 3, axis=2)))
 
@@ -77,21 +66,20 @@ def test_weak_edges_are_kept_all_along_a_path_that_is_strong_at_one_end():
     assert canny(image, 100, 200).sum() / 255 > length
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 3), (7, 1), (2, 2)])
-def test_the_smallest_pictures(shape):
-    assert canny(np.full(shape, 200, np.uint8)).shape == shape[:2]
+def test_the_smallest_pictures():
+    for shape in ((1, 1, 3), (1, 9, 3), (7, 1), (2, 2)):
+        assert canny(np.full(shape, 200, np.uint8)).shape == shape[:2]
 
 
 @pytest.mark.parametrize(
-    "image, low, high, message",
+    "shape, dtype, low, message",
     [
-        (np.zeros((4, 4, 3), np.float32), 100, 200, "not float32 [4, 4, 3]"),
-        (np.zeros((4,), np.uint8), 100, 200, "not uint8 [4]"),
-        (np.zeros((0, 4, 3), np.uint8), 100, 200, "not uint8 [0, 4, 3]"),
-        (np.zeros((4, 4, 3), np.uint8), 200, 100, "the low threshold 200 is above the high one, 100"),
+        ((4, 4, 3), np.float32, 100, r"not float32 \[4, 4, 3\]"),
+        ((4,), np.uint8, 100, r"not uint8 \[4\]"),
+        ((0, 4, 3), np.uint8, 100, r"not uint8 \[0, 4, 3\]"),
+        ((4, 4, 3), np.uint8, 300, "the low threshold 300 is above the high one, 200"),
     ],
 )
-def test_what_it_does_not_take(image, low, high, message):
-    with pytest.raises(ValueError) as caught:
-        canny(image, low, high)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+def test_what_it_does_not_take(shape, dtype, low, message):
+    with pytest.raises(ValueError, match=message):
+        canny(np.zeros(shape, dtype), low, 200)

@@ -45,17 +45,15 @@ def read(image: Image.Image, path, background=WHITE, **options) -> list:
 
 def test_rgb_grey_and_one_bit_are_read_as_they_are(tmp_path):
     picture, ramp = noise(16, 16), np.arange(256, dtype=np.uint8).reshape(16, 16)
-    for name in ("a.png", "a.bmp", "a.tiff", "a.PNG"):
+    for name in ("a.png", "a.tiff", "a.PNG"):
         assert np.array_equal(pixels(open_image(str(write(picture, tmp_path / name)))), pixels(picture))
         for image, levels in ((Image.fromarray(ramp), ramp), (Image.fromarray(ramp > 100), (ramp > 100) * 255)):
             assert (pixels(open_image(write(image, tmp_path / name))) == levels[..., None]).all()
 
 
 def test_palette_with_and_without_transparency(tmp_path):
-    palette = Image.new("P", (3, 1))
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     palette.putpalette([*RED, *GREEN, *BLUE])
-    for x in range(3):
-        palette.putpixel((x, 0), x)
     assert read(palette, tmp_path / "plain.png") == [[*RED], [*GREEN], [*BLUE]]
     assert read(palette, tmp_path / "one.png", BLACK, transparency=1) == [[*RED], [*BLACK], [*BLUE]]
     several = read(palette, tmp_path / "several.png", transparency=bytes([255, 0, 51]))
@@ -64,30 +62,29 @@ def test_palette_with_and_without_transparency(tmp_path):
 
 
 def test_transparent_colour_of_rgb_and_grey(tmp_path):
-    picture = Image.new("RGB", (2, 1), RED)
-    picture.putpixel((1, 0), GREEN)
+    picture, grey = (
+        Image.fromarray(np.array([[RED, GREEN]], np.uint8)),
+        Image.fromarray(np.array([[10, 200]], np.uint8)),
+    )
     assert read(picture, tmp_path / "rgb.png", transparency=GREEN) == [[*RED], [*WHITE]]
-    grey = Image.fromarray(np.array([[10, 200]], np.uint8))
     assert read(grey, tmp_path / "grey.png", BLUE, transparency=10) == [[*BLUE], [200] * 3]
 
 
 def test_alpha_shows_the_background_and_not_what_hides_below(tmp_path):
-    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 128]]], np.uint8)
-    image, grey = Image.fromarray(rgba), Image.fromarray(rgba).convert("LA")
+    image = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 128]]], np.uint8))
     assert read(image, tmp_path / "rgba.png") == [[255, 0, 0], [255, 255, 255], [255, 127, 127]]
     assert read(image, tmp_path / "rgba.png", BLUE) == [[255, 0, 0], [0, 0, 255], [128, 0, 127]]
-    assert read(grey, tmp_path / "la.png")[1] == [*WHITE]
+    assert read(image.convert("LA"), tmp_path / "la.png")[1] == [*WHITE]
     for hidden in (image.convert("RGBa").crop((1, 0, 2, 1)), Image.new("La", (1, 1)), Image.new("PA", (1, 1))):
         assert pixels(to_rgb(hidden, BLUE)).tolist() == [[[*BLUE]]]
 
 
-def chunk(tag: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG file."""
-    return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
-
 def png_16_bit(array: np.ndarray) -> bytes:
     """A PNG with 16 bits for each of 2 to 4 channels, by hand: Pillow writes none for colour."""
+
+    def chunk(tag: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
     height, width, channels = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -118,25 +115,21 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
         (np.int32([-5, -5, -5]), [0, 0, 0]),
         (np.float32([0.0, 0.5, 1.0]), [0, 128, 255]),
         (np.float32([0.0, 10.0, 255.0]), [0, 10, 255]),
-        (np.float32([0.0, 25700.0, 65535.0]), [0, 100, 255]),
         (np.float32([-1.0, 0.0, 1.0]), [0, 128, 255]),
-        (np.float32([0, 0, 0]), [0, 0, 0]),
     ],
 )
 def test_integer_and_float_grey(tmp_path, values, expected):
     assert read(Image.fromarray(values[None]), tmp_path / "deep.tiff") == [[level] * 3 for level in expected]
 
 
-def test_integer_grey_of_a_png_has_sixteen_bits():
+def test_other_grey(tmp_path):
     image = Image.fromarray(np.int32([[0, 200]]))  # what older Pillow makes of a 16-bit PNG
     image.format = "PNG"
     assert pixels(to_rgb(image)).max() == 1
-
-
-def test_float_grey_that_is_not_finite(tmp_path):
-    path = write(Image.fromarray(np.array([[0, np.nan]], np.float32)), tmp_path / "nan.tiff")
     with pytest.raises(ValueError, match="not finite"):
-        open_image(path)
+        read(Image.fromarray(np.float32([[0, np.nan]])), tmp_path / "nan.tiff")
+    with pytest.raises(ValueError, match="LAB"):
+        to_rgb(Image.new("LAB", (2, 2)))
 
 
 def test_cmyk_has_its_colours(tmp_path):
@@ -144,13 +137,8 @@ def test_cmyk_has_its_colours(tmp_path):
     inks = {(255, 0, 0, 0): (0, 255, 255), (0, 255, 255, 0): RED, (0, 0, 0, 255): BLACK, (0, 0, 0, 0): WHITE}
     for ink, colour in inks.items():
         for name in ("a.jpg", "a.tiff"):
-            path = write(Image.new("CMYK", (16, 16), ink), tmp_path / name)
-            assert np.abs(pixels(open_image(path)) - colour).max() <= 2, ink
-
-
-def test_mode_without_a_conversion():
-    with pytest.raises(ValueError, match="LAB"):
-        to_rgb(Image.new("LAB", (2, 2)))
+            found = read(Image.new("CMYK", (16, 16), ink), tmp_path / name)
+            assert np.abs(np.subtract(found, colour)).max() <= 2, ink
 
 
 def test_profile_and_text_are_not_carried_over(tmp_path):
@@ -169,8 +157,7 @@ def test_a_picture_that_lies_on_its_side(tmp_path):
     for name in ("a.jpg", "a.png", "a.tiff"):
         got = pixels(open_image(write(smooth(48, 32), tmp_path / name, exif=exif)))
         assert got.shape == (48, 32, 3) and np.abs(got - np.rot90(pixels(smooth(48, 32)), -1)).mean() < 3
-    got = pixels(open_image(write(Image.fromarray(deep), tmp_path / "deep.png", exif=exif)))
-    assert got[..., 0].tolist() == [[200, 0], [255, 100]]
+    assert read(Image.fromarray(deep), tmp_path / "deep.png", exif=exif) == [[200] * 3, [0] * 3]
 
 
 def test_animated_files_give_their_first_frame(tmp_path):
@@ -222,10 +209,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "format_"),
-    [("a.png", "PNG"), ("two.dots.jpeg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG"), ("b.JPG", "JPEG")],
-)
+@pytest.mark.parametrize(("name", "format_"), [("A.PNG", "PNG"), ("two.dots.jpeg", "JPEG"), ("a.webp", "WEBP")])
 def test_save(tmp_path, name, format_):
     picture = smooth(40, 24)
     save(picture, tmp_path / name)
@@ -243,25 +227,18 @@ def test_a_jpeg_keeps_its_colours_sharp(tmp_path):
 
 
 def test_save_replaces_and_has_the_usual_permissions(tmp_path):
-    save(noise(8, 8), tmp_path / "a.png")
+    for mode in ("L", "RGBA", "P", "I;16", "1"):
+        save(Image.new(mode, (8, 8)), tmp_path / "a.jpg")
+        save(Image.new(mode, (8, 8)), tmp_path / "a.png")
     save(noise(8, 8, seed=1), str(tmp_path / "a.png"))
     assert np.array_equal(pixels(open_image(tmp_path / "a.png")), pixels(noise(8, 8, seed=1)))
     (tmp_path / "plain").write_text("")
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_other_modes_are_saved(tmp_path):
-    for mode in ("L", "RGBA", "P", "I;16", "1"):
-        save(Image.new(mode, (8, 8)), tmp_path / "a.jpg")
-        save(Image.new(mode, (8, 8)), tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png").size == (8, 8)
-
-
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
+    path, full = tmp_path / "a.png", OSError(28, "No space left on device")
     save(noise(8, 8), path)
-
-    full = OSError(28, "No space left on device")
     for where, name, failure in (
         (files.os, "replace", full),
         (Image.Image, "save", full),
@@ -286,20 +263,16 @@ def test_an_image_too_large_for_its_format(tmp_path):
 
 
 def test_check_output(tmp_path, monkeypatch):
-    assert check_output(str(tmp_path / "a.png")) == tmp_path / "a.png"
-    assert check_output(tmp_path / "A.WebP") == tmp_path / "A.WebP"
+    assert check_output(str(tmp_path / "A.WebP")) == tmp_path / "A.WebP"
     monkeypatch.chdir(tmp_path)
     assert str(check_output("out.png")) == "out.png"
     assert not list(tmp_path.iterdir())  # checking writes nothing
-    (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     for path, message in (
         ("", "path is empty"),
         (tmp_path, "is a folder"),
-        (tmp_path / "folder.png", "is a folder"),
         (tmp_path / "a.gif", "'.gif'"),
-        (tmp_path / "a", "choose one of .png, .jpg, .jpeg, .webp"),
-        (tmp_path / ".png", "suffix ''"),
+        (tmp_path / ".png", "suffix ''; choose one of .png, .jpg, .jpeg, .webp"),
         (tmp_path / "nowhere" / "a.png", "does not exist; create it"),
         (tmp_path / "file" / "a.png", "does not exist"),
         (tmp_path / ("a" * 5000) / "a.png", "does not exist"),
@@ -321,19 +294,14 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_texts_come_back(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
-    save(noise(8, 8), path, TEXTS)
-    assert read_text(path) == TEXTS
-    for name, text in TEXTS.items():
-        save(noise(8, 8), path, {name: text})
-        assert read_text(path) == {name: text}
-    for nothing in (None, {}):
-        save(noise(8, 8), path, nothing)
-        assert read_text(path) == {}
-        with Image.open(path) as file:
-            assert not file.getexif()
+    for texts in (TEXTS, *({name: text} for name, text in TEXTS.items()), None, {}):
+        save(noise(8, 8), path, texts)
+        assert read_text(path) == (texts or {})
+    with Image.open(path) as file:
+        assert not file.getexif()
 
 
 def test_texts_of_a_png_are_where_others_look(tmp_path):
@@ -353,33 +321,26 @@ def test_texts_in_exif_are_where_others_look(tmp_path, suffix):
     with Image.open(tmp_path / f"a.{suffix}") as file:
         data, exif = file.info["exif"].removeprefix(b"Exif\0\0"), file.getexif()
         comment = exif.get_ifd(0x8769)[0x9286]
-        assert exif[0x010E] == TEXTS["stable_diffusion"]
-    assert data.startswith(b"MM\0*")  # big-endian, and so is the text
-    assert comment == b"UNICODE\0" + TEXTS["parameters"].encode("utf-16-be")
+    assert data.startswith(b"MM\0*") and exif[0x010E] == TEXTS["stable_diffusion"]
+    assert comment == b"UNICODE\0" + TEXTS["parameters"].encode("utf-16-be")  # big-endian, as all of it is
     assert struct.pack(">HHI", 0x9286, 7, len(comment)) in data
 
 
-def with_comment(path, comment: bytes):
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = comment
-    noise(8, 8).save(path, exif=exif.tobytes())
-    return path
-
-
 @pytest.mark.parametrize(
-    "comment",
+    "start, encoding",
     [
-        b"UNICODE\0" + "a: é, 富".encode("utf-16-be"),
-        b"UNICODE\0" + "a: é, 富".encode("utf-16-le"),
-        b"UNICODE\0\xff\xfe" + "a: é, 富".encode("utf-16-le"),
-        b"UNICODE\0\xfe\xff" + "a: é, 富".encode("utf-16-be"),
-        bytes(8) + "a: é, 富".encode(),
-        b"ASCII\0\0\0" + "a: é, 富\0".encode(),
-        "a: é, 富".encode(),
+        (b"UNICODE\0", "utf-16-be"),
+        (b"UNICODE\0", "utf-16-le"),
+        (b"UNICODE\0\xff\xfe", "utf-16-le"),
+        (bytes(8), "utf-8"),
+        (b"ASCII\0\0\0", "utf-8"),
+        (b"", "utf-8"),
     ],
 )
-def test_comments_as_others_write_them(tmp_path, comment):
-    assert read_text(with_comment(tmp_path / "a.jpg", comment)) == {"parameters": "a: é, 富"}
+def test_comments_as_others_write_them(tmp_path, start, encoding):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = start + "a: é, 富".encode(encoding)
+    assert read_text(write(noise(8, 8), tmp_path / "a.jpg", exif=exif.tobytes())) == {"parameters": "a: é, 富"}
 
 
 def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
@@ -388,7 +349,6 @@ def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
     for text, record, kept in (
         (15_000, 30_000, ["parameters", "stable_diffusion"]),
         (20_000, 30_000, ["stable_diffusion"]),
-        (40_000, 65_000, ["stable_diffusion"]),
         (20_000, 70_000, ["parameters"]),
         (40_000, 70_000, []),
     ):
@@ -399,12 +359,11 @@ def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
         assert pixels(open_image(path)).shape == (8, 8, 3)
         left = [name for name in ("stable_diffusion", "parameters") if name not in kept]
         lines = [f"a.jpg has no room for all metadata: {', '.join(left)} is left out; a PNG has it"] if left else []
-        assert [record.message for record in caplog.records] == lines
-    caplog.clear()
+        assert caplog.messages == lines
     for name in ("a.png", "a.webp"):
         save(noise(8, 8), tmp_path / name, texts)
         assert read_text(tmp_path / name) == texts
-    assert not caplog.records
+    assert caplog.messages == lines
 
 
 def test_texts_of_other_programs(tmp_path):
@@ -413,11 +372,9 @@ def test_texts_of_other_programs(tmp_path):
     chunks.add_itxt("prompt", "富", zip=True)
     path = write(noise(8, 8), tmp_path / "a.png", pnginfo=chunks, dpi=(72, 72))
     assert read_text(path) == {"Comment": "é", "prompt": "富"}
-    data = path.read_bytes()
-    path.write_bytes(data[:-12] + chunk(b"tEXt", b"parameters\0last") + data[-12:])  # before IEND, behind the pixels
-    assert read_text(path)["parameters"] == "last"
-    write(noise(8, 8), tmp_path / "a.gif", comment=b"x")
-    assert read_text(tmp_path / "a.gif") == {}
+    chunks.add(b"tEXt", b"parameters\0last", after_idat=True)
+    assert read_text(write(noise(8, 8), path, pnginfo=chunks))["parameters"] == "last"
+    assert read_text(write(noise(8, 8), tmp_path / "a.gif", comment=b"x")) == {}
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
@@ -438,13 +395,6 @@ def test_damaged_metadata_is_left_out(tmp_path, name):
             assert name == "a.png" and name in str(error) and "\n" not in str(error)
 
 
-def test_texts_of_no_picture(tmp_path):
-    (tmp_path / "a.png").write_text("no")
-    for path, message in ((tmp_path / "none.png", "there is no image"), (tmp_path / "a.png", "is not an image")):
-        with pytest.raises(ValueError, match=message):
-            read_text(path)
-
-
 def test_texts_of_any_letters(tmp_path):
     """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
     generator = np.random.default_rng(1)
@@ -463,8 +413,6 @@ def test_quality(tmp_path):
             save(noise(64, 64), path, quality=quality)
             sizes[quality] = path.stat().st_size
         assert sizes[1] < sizes[50] < sizes[None] == sizes[95] < sizes[100]
-        for quality in (0, 101):
-            with pytest.raises(ValueError, match=f"a quality of {quality} for a.{suffix}: it is 1 to 100"):
-                save(noise(8, 8), path, quality=quality)
-    with pytest.raises(ValueError, match=r"a quality of 95 for a.png: it is 1 to 100, for JPEG and WebP"):
-        save(noise(8, 8), tmp_path / "a.png", quality=95)
+    for name, quality in (("a.jpg", 0), ("a.webp", 101), ("a.png", 95)):
+        with pytest.raises(ValueError, match=f"a quality of {quality} for {name}: it is 1 to 100, for JPEG and WebP"):
+            save(noise(8, 8), tmp_path / name, quality=quality)

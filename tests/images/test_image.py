@@ -14,27 +14,22 @@ from stable_diffusion.images.image import fit, from_array, grid, mask_of, pixels
 
 
 @pytest.mark.parametrize(
-    ("size", "width", "height", "native", "expected"),
+    ("size", "width", "height", "expected"),
     [
-        ((512, 512), None, None, 512, (512, 512)),
-        ((500, 333), None, None, 512, (504, 336)),
-        ((1000, 1000), None, None, 512, (1000, 1000)),
-        ((4096, 4096), None, None, 512, (1024, 1024)),
-        ((4032, 3024), None, None, 512, (1176, 888)),
-        ((3024, 4032), None, None, 512, (888, 1176)),
-        ((20, 40), None, None, 512, (64, 128)),
-        ((1, 1), None, None, 512, (64, 64)),
-        ((640, 480), 320, None, 512, (320, 240)),
-        ((640, 480), None, 240, 512, (320, 240)),
-        ((480, 640), 512, None, 512, (512, 680)),
-        ((5000, 1), 512, None, 512, (512, 64)),
-        ((640, 480), 100, 7, 512, (100, 7)),
-        ((5000, 1), None, None, 512, (16384, 64)),
-        ((1, 5000), None, None, 512, (64, 16384)),
+        ((500, 333), None, None, (504, 336)),
+        ((4096, 4096), None, None, (1024, 1024)),
+        ((4032, 3024), None, None, (1176, 888)),
+        ((20, 40), None, None, (64, 128)),
+        ((640, 480), 320, None, (320, 240)),
+        ((640, 480), None, 240, (320, 240)),
+        ((640, 480), 100, 7, (100, 7)),
+        ((5000, 1), 512, None, (512, 64)),
+        ((5000, 1), None, None, (16384, 64)),
+        ((1, 5000), None, None, (64, 16384)),
     ],
 )
-def test_target_size(size, width, height, native, expected):
-    assert target_size(size, width, height, native) == expected
+def test_target_size(size, width, height, expected):
+    assert target_size(size, width, height, 512) == expected
 
 
 def test_properties_of_target_sizes():
@@ -56,8 +51,7 @@ BANDS = np.repeat(np.array([RED, GREEN, BLUE]), 100, axis=0).astype(np.uint8)  #
 
 @pytest.mark.parametrize("upright", [False, True])
 @pytest.mark.parametrize(
-    ("mode", "bands"),
-    [("crop", [GREEN] * 60), ("stretch", [RED] * 20 + [GREEN] * 20 + [BLUE] * 20)],
+    ("mode", "bands"), [("crop", [GREEN] * 60), ("stretch", [RED] * 20 + [GREEN] * 20 + [BLUE] * 20)]
 )
 def test_fit_crops_the_middle_or_stretches(mode, bands, upright):
     picture = np.tile(BANDS, (100, 1, 1))
@@ -75,24 +69,21 @@ def test_fit_pads():
     assert (pixels(fit(Image.new("RGB", (10, 30), RED), 30, 30, "pad"))[:, :10] == WHITE).all()
 
 
-def test_fit_keeps_what_fits_and_uses_lanczos():
-    picture = noise(40, 24)
-    for mode in ("crop", "stretch", "pad"):
-        assert np.array_equal(pixels(fit(picture, 40, 24, mode)), pixels(picture))
-        expected = picture.resize((80, 48), Image.Resampling.LANCZOS)
-        assert np.array_equal(pixels(fit(picture, 80, 48, mode)), pixels(expected))
-
-
 @pytest.mark.parametrize("mode", ["crop", "stretch", "pad"])
 def test_fit_of_any_size(mode):
-    for size in ((1, 1), (1, 900), (5000, 1), (5000, 3000), (7, 13), (333, 64)):
-        for target in ((64, 64), (72, 200), (1, 1), (513, 64)):
+    """What fits is kept; the rest is Lanczos."""
+    picture = noise(40, 24)
+    assert np.array_equal(pixels(fit(picture, 40, 24, mode)), pixels(picture))
+    expected = picture.resize((80, 48), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(fit(picture, 80, 48, mode)), pixels(expected))
+    for size in ((1, 1), (1, 900), (5000, 1), (5000, 3000)):
+        for target in ((64, 64), (1, 1), (513, 64)):
             assert fit(Image.new("RGB", size, RED), *target, mode).size == target
 
 
 def test_fit_of_masks_and_other_modes():
-    mask = Image.new("L", (30, 10), 200)
-    assert fit(mask, 20, 20, "pad", 0).mode == "L" and fit(mask, 20, 20, "pad", 0).getpixel((0, 0)) == 0
+    mask = fit(Image.new("L", (30, 10), 200), 20, 20, "pad", 0)
+    assert mask.mode == "L" and mask.getpixel((0, 0)) == 0
     assert fit(Image.new("RGBA", (30, 10), (255, 0, 0, 0)), 20, 20).getpixel((5, 5)) == WHITE
     assert fit(Image.new("1", (30, 10), 1), 20, 20).mode == "RGB"
 
@@ -111,33 +102,28 @@ def test_fit_refuses():
 def test_arrays_are_exact():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     array = to_array(Image.fromarray(levels))
-    assert array.dtype == np.float32 and array.shape == (16, 16, 3) and array.min() == -1 and array.max() == 1
-    assert np.array_equal(array, 2.0 * (levels.astype(np.float32) / 255.0) - 1.0)  # as diffusers computes it
-    for back in (array / 2 + 0.5, (array + 1) / 2, mx.array(array) / 2 + 0.5, (array / 2 + 0.5).astype(np.float64)):
+    assert array.dtype == np.float32 and np.array_equal(array, 2.0 * (levels.astype(np.float32) / 255.0) - 1.0)
+    for back in (array / 2 + 0.5, mx.array(array) / 2 + 0.5, (array / 2 + 0.5).astype(np.float64)):
         assert np.array_equal(pixels(from_array(back)), levels)
     assert to_array(Image.new("L", (5, 4), 255)).shape == (4, 5, 3)
     array[:] = 0  # ours to change
 
 
 def test_arrays_are_rounded_and_clipped():
-    row = np.array([0.5, 1.49, 1.51, 254.49, 254.51, 300, -20, 0.49]) / 255
+    row = np.array([1.49, 1.51, 254.49, 254.51, 300, -20, 0.49]) / 255
     got = pixels(from_array(np.repeat(row[None, :, None], 3, -1)))[0, :, 0]
-    assert got.tolist()[1:] == [1, 2, 254, 255, 255, 0, 0]
-    assert pixels(from_array(np.full((1, 1, 3), 0.999))).tolist() == [[[255] * 3]]  # truncation gives 254
+    assert got.tolist() == [1, 2, 254, 255, 255, 0, 0]
     assert pixels(from_array(mx.full((2, 3, 3), 0.5, mx.float16))).shape == (2, 3, 3)
     assert pixels(from_array([[[0.0, 0.5, 1.0]]])).tolist() == [[[0, 128, 255]]]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(bad):
-    array = np.zeros((4, 4, 3))
-    array[1, 2, 0] = bad
-    for given in (array.astype(np.float16), array.astype(np.float32), array, mx.array(array)):
-        with pytest.raises(ValueError, match="1 of 48 values of the image are not finite"):
-            from_array(given)
-
-
-def test_arrays_of_another_kind_are_refused():
+def test_arrays_that_are_refused():
+    for bad in (np.nan, np.inf, -np.inf):
+        array = np.zeros((4, 4, 3))
+        array[1, 2, 0] = bad
+        for given in (array.astype(np.float16), array, mx.array(array)):
+            with pytest.raises(ValueError, match="1 of 48 values of the image are not finite"):
+                from_array(given)
     for shape in ((4, 4), (1, 4, 4, 3), (4, 4, 4), (0, 4, 3)):
         with pytest.raises(ValueError, match=r"\[height, width, 3\]"):
             from_array(np.zeros(shape, np.float32))
@@ -181,15 +167,8 @@ def colours(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (10, 6), (i + 1, 0, 0)) for i in range(count)]
 
 
-def test_one_image_is_a_grid_without_a_border():
-    picture = noise(10, 6)
-    for rows in (1, 2, 7):
-        assert np.array_equal(pixels(grid([picture], rows)), pixels(picture))
-
-
 @pytest.mark.parametrize(
-    ("count", "rows", "columns", "used"),
-    [(4, 2, 2, 2), (4, 1, 4, 1), (4, 4, 1, 4), (4, 3, 2, 2), (5, 2, 3, 2), (7, 3, 3, 3), (3, 9, 1, 3), (2, 2, 1, 2)],
+    ("count", "rows", "columns", "used"), [(1, 7, 1, 1), (4, 2, 2, 2), (4, 1, 4, 1), (5, 2, 3, 2), (3, 9, 1, 3)]
 )
 def test_grid(count, rows, columns, used):
     got = pixels(grid(colours(count), rows))
@@ -203,10 +182,11 @@ def test_grid(count, rows, columns, used):
 
 
 def test_grids_that_cannot_be():
-    for rows in (0, -1):
-        with pytest.raises(ValueError, match=f"{rows} rows"):
-            grid(colours(2), rows)
-    with pytest.raises(ValueError, match="no images"):
-        grid([], 1)
-    with pytest.raises(ValueError, match="one size"):
-        grid([noise(8, 8), noise(8, 16)], 1)
+    for images, rows, message in (
+        (colours(2), 0, "0 rows"),
+        (colours(2), -1, "-1 rows"),
+        ([], 1, "no images"),
+        ([noise(8, 8), noise(8, 16)], 1, "one size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grid(images, rows)

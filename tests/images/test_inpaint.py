@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.test_files import noise
+from images.test_files import noise, smooth
 from stable_diffusion.images.image import fit
 from stable_diffusion.images.inpaint import Canvas, add_borders, adjust_mask, make_canvas, read_mask
 
@@ -25,30 +25,25 @@ def array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
 HALF = np.zeros((SIZE[1], SIZE[0]), dtype=np.uint8)
 HALF[:, 48:] = 1  # the right half
 
 
-def _rgba(colour: int, alpha: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.dstack([np.full_like(HALF, colour)] * 3 + [alpha]))
+def half(*bands: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack(bands).squeeze())
 
 
-MASKS = {
-    "between.png": (Image.fromarray(HALF * 80 + 20), 20, 100),
-    "faint.png": (Image.fromarray(HALF.astype(np.uint16) * 0x4000), 0, 64),  # never stretched to the whole range
-    "red.png": (Image.fromarray(np.dstack([HALF * 255, HALF * 0, HALF * 0])), 0, 76),  # its brightness, ITU-R 601
-    "transparent_white.png": (_rgba(255, HALF * 0), 0, 0),
-    "half_transparent.png": (_rgba(255, HALF * 128), 0, 128),
-    "grey_alpha.png": (Image.fromarray(np.dstack([HALF * 0 + 200, HALF * 255])).convert("LA"), 0, 200),
-    "lossy.jpg": (Image.fromarray(HALF * 255), 0, 255),
-}
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_masks_of_every_kind(tmp_path, name):
-    image, left, right = MASKS[name]
+@pytest.mark.parametrize(
+    "name, image, left, right",
+    [
+        ("between.png", half(HALF * 80 + 20), 20, 100),
+        ("faint.png", half(HALF.astype(np.uint16) * 0x4000), 0, 64),  # never stretched to the whole range
+        ("red.png", half(HALF * 255, HALF * 0, HALF * 0), 0, 76),  # its brightness, ITU-R 601
+        ("half_transparent.png", half(*[HALF * 0 + 255] * 3, HALF * 128), 0, 128),
+        ("lossy.jpg", half(HALF * 255), 0, 255),
+    ],
+)
+def test_masks_of_every_kind(tmp_path, name, image, left, right):
     image.save(tmp_path / name)
     mask = read_mask(tmp_path / name, SIZE)
     assert (mask.mode, mask.size) == ("L", SIZE)
@@ -56,49 +51,38 @@ def test_masks_of_every_kind(tmp_path, name):
     assert set(values[:, :40].flat) == {left} and set(values[:, 56:].flat) == {right}
 
 
-@pytest.mark.parametrize("size", [(48, 32), (97, 64), (900, 600)])
-def test_a_mask_of_another_size_is_resized(tmp_path, size):
-    rectangle((size[0] // 2, 0, *size), size).save(tmp_path / "mask.png")
-    values = array(read_mask(tmp_path / "mask.png", SIZE))
-    assert values.shape == (64, 96)
-    assert (values[:, :44] == 0).all() and (values[:, 52:] == 255).all()
-    assert (np.diff(values, axis=1) >= 0).all()  # no ringing: black stays black up to the edge
+HALF[:, 48:] = 1  # the right half
 
 
-def test_a_mask_of_another_aspect_ratio(tmp_path):
+def test_a_mask_of_another_size_is_resized(tmp_path):
+    for size in ((48, 32), (97, 64), (900, 600)):
+        rectangle((size[0] // 2, 0, *size), size).save(tmp_path / "mask.png")
+        values = array(read_mask(tmp_path / "mask.png", SIZE))
+        assert values.shape == (64, 96)
+        assert (values[:, :44] == 0).all() and (values[:, 52:] == 255).all()
+        assert (np.diff(values, axis=1) >= 0).all()  # no ringing: black stays black up to the edge
     for size in ((64, 96), (100, 64), (1, 1)):
         rectangle((0, 0, 1, 1), size).save(tmp_path / "mask.png")
         with pytest.raises(ValueError, match=rf"mask .*mask.png of {size[0]}x{size[1]} does not fit an image of 96x64"):
             read_mask(tmp_path / "mask.png", SIZE)
 
 
-# --- black and white changed, soft edges -----------------------------------------------------------------------------
-
-
 def test_inverted():
     values = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0]) % 256
     mask = Image.fromarray(values.astype(np.uint8))
     assert np.array_equal(array(adjust_mask(mask, invert=True)), 255 - values)
-    assert np.array_equal(array(adjust_mask(adjust_mask(mask, invert=True), invert=True)), values)
     assert np.array_equal(array(adjust_mask(mask)), values)
+    assert set(array(adjust_mask(Image.new("L", SIZE, 100), invert=True, blur=9)).flat) == {155}
 
 
-@pytest.mark.parametrize("blur", [0.5, 2, 5])
+@pytest.mark.parametrize("blur", [0.5, 5])
 def test_soft_edges_end_within_three_deviations(blur):
     values = array(adjust_mask(rectangle((48, 0, 96, 64)), blur=blur))
     reach = math.ceil(3 * blur) + 1
     assert (values[:, : 48 - reach] == 0).all() and (values[:, 48 + reach :] == 255).all()
-    assert (np.diff(values, axis=1) >= 0).all()
-    middle = values[:, 48 - reach : 48 + reach].astype(float)
-    assert len(set(middle[0])) >= 3 and 100 <= middle.mean() <= 155
-    # the deviation of the step's slope
-    slope = np.diff(values[0].astype(float)) / 255
-    where = np.arange(1, 96) - 0.5 - 47.5
-    assert math.sqrt((slope * where**2).sum()) == pytest.approx(blur, rel=0.2)
-
-
-def test_blur_leaves_what_is_the_same_everywhere():
-    assert set(array(adjust_mask(Image.new("L", SIZE, 100), invert=True, blur=9)).flat) == {155}
+    slope, where = np.diff(values, axis=1) / 255, np.arange(1, 96) - 48
+    assert (slope >= 0).all()
+    assert math.sqrt((slope[0] * where**2).sum()) == pytest.approx(blur, rel=0.2)
 
 
 # --- what is worked on -----------------------------------------------------------------------------------------------
@@ -107,11 +91,8 @@ def test_blur_leaves_what_is_the_same_everywhere():
 @pytest.mark.parametrize(
     "size, width, height, worked_on",
     [
-        ((96, 64), None, None, (96, 64)),
         ((97, 65), None, None, (96, 64)),
-        ((30, 20), None, None, (96, 64)),
         ((512, 256), None, None, (184, 88)),  # at most twice as large as what the model was trained on
-        ((96, 64), 128, None, (128, 88)),
         ((96, 64), None, 128, (192, 128)),
         ((96, 64), 64, 64, (64, 64)),
     ],
@@ -151,17 +132,13 @@ def test_a_masked_picture_that_is_given_a_size(resize):
 @pytest.mark.parametrize(
     "box, padding, cropped",
     [
-        ((40, 24, 56, 40), 0, (40, 24, 56, 40)),
         ((40, 24, 56, 40), 8, (32, 16, 64, 48)),
         ((40, 24, 56, 40), 500, (0, 0, 96, 64)),  # more than there is
         ((0, 0, 16, 16), 4, (0, 0, 24, 24)),  # at a corner it moves inwards and keeps its size
-        ((80, 48, 96, 64), 4, (72, 40, 96, 64)),
         ((86, 20, 96, 30), 7, (72, 13, 96, 37)),
         ((40, 30, 41, 31), 0, (40, 30, 41, 31)),  # one pixel
-        ((40, 30, 41, 31), 16, (24, 14, 57, 47)),
         ((20, 30, 60, 31), 0, (20, 10, 60, 50)),  # a line is widened to the aspect ratio of the model
         ((30, 10, 31, 50), 2, (8, 8, 52, 52)),
-        ((0, 30, 96, 31), 0, (0, 0, 96, 64)),
     ],
 )
 def test_the_part_around_a_mask(box, padding, cropped):
@@ -170,26 +147,23 @@ def test_the_part_around_a_mask(box, padding, cropped):
     assert place.box == cropped and place.image is picture and place.mask is mask
     width, height = cropped[2] - cropped[0], cropped[3] - cropped[1]
     assert place.size == ((64, 64) if width == height else (80, 64))
-    part = place.crop(picture)
-    assert part.size == place.size
-    assert np.array_equal(array(part), array(fit(picture.crop(cropped), *place.size, mode="stretch")))
+    expected = fit(picture.crop(cropped), *place.size, mode="stretch")
+    assert np.array_equal(array(place.crop(picture)), array(expected))
 
 
-@pytest.mark.parametrize("width, height", [(256, 128), (192, None), (None, 192)])
+@pytest.mark.parametrize("width, height", [(256, 128), (None, 192)])
 def test_the_part_around_a_mask_takes_the_aspect_ratio_asked_for(width, height):
     """The aspect ratio of the box is that of what is worked on, and the area is the one asked for."""
     place = make_canvas(noise(400, 300), rectangle((200, 150, 220, 170), (400, 300)), width, height, 128, padding=5)
-    wanted = (width or 128, height or 128)
-    box = (place.box[2] - place.box[0], place.box[3] - place.box[1])
-    assert min(box) == 30 and box[0] / box[1] == pytest.approx(wanted[0] / wanted[1], rel=0.05)
-    assert place.size == wanted
+    left, top, right, bottom = place.box
+    assert place.size == (width or 128, height or 128) and min(right - left, bottom - top) == 30
+    assert (right - left) / (bottom - top) == pytest.approx(place.size[0] / place.size[1], rel=0.05)
 
 
 def test_grey_counts_as_masked_and_black_does_not():
     mask = Image.new("L", SIZE)
-    for padding in (0, 1000):
-        with pytest.raises(ValueError, match="mask is black everywhere"):
-            make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=padding)
+    with pytest.raises(ValueError, match="mask is black everywhere"):
+        make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0)
     mask.paste(1, (40, 20, 50, 30))
     assert make_canvas(noise(*SIZE), mask, None, None, NATIVE, padding=0).box == (40, 20, 50, 30)
 
@@ -212,18 +186,17 @@ def test_hints_go_with_the_picture():
 # --- and back --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(97, 65), (50, 40)])
-@pytest.mark.parametrize(("padding", "blur"), [(None, 0), (None, 1.5), (0, 1.5), (7, 0)])
+@pytest.mark.parametrize(
+    "size, padding, blur", [((97, 65), None, 0), ((50, 40), None, 1.5), ((97, 65), 0, 1.5), ((50, 40), 7, 0)]
+)
 def test_kept_pixels_are_the_very_same(size, padding, blur):
     picture = noise(*size)
     mask = adjust_mask(rectangle((20, 10, 40, 31), size), blur=blur)
     place = make_canvas(picture, mask, None, None, NATIVE, padding=padding)
-    made = Image.new("RGB", place.size, (10, 200, 30))
-    result, values = place.paste(made), array(mask)
+    result, values = place.paste(Image.new("RGB", place.size, (10, 200, 30))), array(mask)
     assert result.size == size
     assert np.array_equal(array(result)[values == 0], array(picture)[values == 0])
     assert (array(result)[values == 255] == (10, 200, 30)).all() and (values == 255).any()
-    assert not np.array_equal(array(picture)[values == 255], array(result)[values == 255])
 
 
 def test_grey_blends_and_without_a_mask_nothing_is_kept():
@@ -237,11 +210,9 @@ def test_grey_blends_and_without_a_mask_nothing_is_kept():
 
 def test_what_was_made_comes_back_where_it_belongs():
     """A picture that is worked on and not changed is itself again, but for the resizing."""
-    x, y = np.meshgrid(np.linspace(0, 255, 120), np.linspace(0, 255, 90))
-    picture = Image.fromarray(np.rint(np.dstack([x, y, 255 - x])).astype(np.uint8))
+    picture = smooth(120, 90)
     place = make_canvas(picture, rectangle((70, 50, 110, 80), (120, 90)), None, None, NATIVE, padding=3)
-    result = place.paste(place.crop(picture))
-    assert np.abs(array(result) - array(picture)).max() <= 6
+    assert np.abs(array(place.paste(place.crop(picture))) - array(picture)).max() <= 6
 
 
 # --- borders ---------------------------------------------------------------------------------------------------------
@@ -252,12 +223,9 @@ def test_borders(borders):
     left, top, right, bottom = borders
     picture = noise(*SIZE)
     wider, mask = add_borders(picture, None, borders)
-    assert wider.size == mask.size == (96 + left + right, 64 + top + bottom)
     assert (wider.mode, mask.mode) == ("RGB", "L")
-    inner = (left, top, left + 96, top + 64)
-    assert np.array_equal(array(wider.crop(inner)), array(picture))
-    assert array(mask.crop(inner)).max() == 0
-    assert (array(mask) == 255).sum() == mask.width * mask.height - 96 * 64
+    inside = np.pad(np.zeros((64, 96)), ((top, bottom), (left, right)), constant_values=255)
+    assert np.array_equal(array(mask), inside)
     rows, columns = np.clip(np.arange(wider.height) - top, 0, 63), np.clip(np.arange(wider.width) - left, 0, 95)
     assert np.array_equal(array(wider), array(picture)[rows][:, columns])  # the last pixels, again and again
 
@@ -267,13 +235,3 @@ def test_borders_around_a_mask():
     values = array(mask)
     assert (values[:, :8] == 255).all() and (values[10:20, 18:28] == 255).all()
     assert (values == 255).sum() == 8 * 64 + 100
-
-
-def test_borders_come_back_around_the_very_picture():
-    picture = noise(61, 43)
-    wider, mask = add_borders(picture, None, (5, 0, 30, 7))
-    place = make_canvas(wider, mask, None, None, NATIVE)
-    result = place.paste(Image.new("RGB", place.size, (1, 2, 3)))
-    assert result.size == (96, 50)
-    assert np.array_equal(array(result.crop((5, 0, 66, 43))), array(picture))
-    assert (array(result)[43:] == (1, 2, 3)).all() and (array(result)[:, 66:] == (1, 2, 3)).all()
