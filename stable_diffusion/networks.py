@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Unpack
@@ -65,7 +65,7 @@ class NetworkSource:
     def is_edited(self, network: Any) -> bool:
         """Return whether ``network`` is not the one that was built: replaced, quantized or with other weights.
 
-        Values written into an array of it are not seen.
+        Arrays are compared by identity, not by their values.
         """
         return not isinstance(network, nn.Module) or self._identify(network) != self._arrays
 
@@ -138,15 +138,15 @@ class Networks:
                 setattr(self, name, source.build())
             return vars(self)[name]
 
-    def release(self, *kept: str) -> None:
-        """Free all networks except those named, and the memory that MLX keeps for reuse.
+    def release(self, keep: Collection[str] = ()) -> None:
+        """Free all networks but those to ``keep``, such as "unet", and the memory that MLX holds for reuse.
 
         They are loaded again at their next use. A network that was changed by hand (quantized, or with other weights)
         stays, and the log says so.
         """
         with self._lock:
             for name, source in self.sources.items():
-                if name in kept or name not in vars(self):
+                if name in keep or name not in vars(self):
                     continue
                 if source.is_edited(vars(self)[name]):
                     _log.warning("the %s was changed by hand and stays in memory; del frees it and its changes", name)
@@ -159,7 +159,7 @@ class Networks:
         cpu.clear_streams_at_thread_end()
         with self._lock:
             if self.low_memory:
-                self.release(*names)
+                self.release(keep=names)
             networks = [getattr(self, name) for name in names]
         for network in networks:
             if isinstance(network, nn.Module):
@@ -239,8 +239,14 @@ class Networks:
 
         They are the means of the posterior: its spread is far below one grey level.
         """
-        mean, _ = self._autoencode(tiling.encode, pixels)
-        return mean.astype(mx.float32)
+
+        def compute() -> mx.array:
+            mean, _ = self._autoencode(tiling.encode, pixels)
+            return mean.astype(mx.float32)
+
+        if self.sources["autoencoder"].dtype == mx.float32:
+            return compute()
+        return self.retry_in_float32("autoencoder", lambda: self.check(compute()))
 
     def _autoencode(self, half: Callable[..., Any], inputs: mx.array) -> Any:
         """Run a half of the autoencoder, in what ``memory_limit`` leaves."""

@@ -330,7 +330,7 @@ class StableDiffusion(Networks):
             self.dtype,
             batches,
             controls=options.controls,
-            max_rows=self.rows_at_once,
+            rows_at_once=self.rows_at_once,
             deep_cache=options.deep_cache,
             tome_ratio=options.token_merging,
         )

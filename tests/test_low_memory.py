@@ -172,7 +172,7 @@ def test_released_and_deleted_networks_come_back(xl_folder, low_memory, tmp_path
     del sd.unet
     assert "unet" not in held(sd)
     assert np.array_equal(drawn(sd), first)
-    sd.release("autoencoder")
+    sd.release(keep=["autoencoder"])
     assert held(sd) <= {"autoencoder"}
     assert np.array_equal(drawn(sd), first)
 

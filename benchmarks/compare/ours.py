@@ -48,7 +48,7 @@ def _unet(case: Case, folder: Path) -> Work:
     steps = schedule.steps(STEPS)
     batches = guidance_batches(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
     dtype = getattr(mx, case.dtype)
-    batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, max_rows=rows) for rows in (case.rows, None))
+    batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, rows_at_once=rows) for rows in (case.rows, None))
     x = random(1, case.latent, case.latent, unet.config.in_channels)
 
     def run() -> None:

@@ -79,16 +79,16 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
     """
     request = requests[0]
     height, width = (side * model.pixels_per_latent for side in model.default_latent_size)
-    size, place, strength, depth = (request.width or width, request.height or height), None, 1.0, None
+    size, canvas, strength, depth = (request.width or width, request.height or height), None, 1.0, None
     if inputs.image is not None:
-        place = image_canvas(model, request, inputs)
-        size, depth = place.size, depth_map(model, request, inputs, place)
+        canvas = image_canvas(model, request, inputs)
+        size, depth = canvas.size, depth_map(model, request, inputs, canvas)
         is_noise = request.expand or model.mode in ("masks", "instructions")
         strength = request.strength if request.strength is not None else 1.0 if is_noise else 0.9
         if request.refiner is not None:
             _check_refiner(model, request, strength)
-    steered = controls(request, networks, inputs, size, place) if networks else ()
-    return Batch(requests, size, *_encode(model, requests), place, strength, depth, steered)
+    steered = controls(request, networks, inputs, size, canvas) if networks else ()
+    return Batch(requests, size, *_encode(model, requests), canvas, strength, depth, steered)
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
@@ -135,15 +135,15 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
 
 def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     """Begin the run of a batch; nothing is computed here."""
-    request, unit, place = batch.request, model.pixels_per_latent, batch.canvas
+    request, unit, canvas = batch.request, model.pixels_per_latent, batch.canvas
     end = request.refiner_start if request.refiner else 1.0
     keywords = _keywords(batch, controls=batch.controls, denoising_end=end)
-    if place is None:
+    if canvas is None:
         return model.generate_latents(latent_size=(batch.size[1] // unit, batch.size[0] // unit), **keywords)
     return model.generate_latents_from_image(
-        place.crop(place.image),
+        canvas.crop(canvas.image),
         strength=batch.strength,
-        mask=None if place.mask is None else place.crop(place.mask),
+        mask=None if canvas.mask is None else canvas.crop(canvas.mask),
         depth=batch.depth,
         image_cfg_weight=request.image_cfg,
         **keywords,

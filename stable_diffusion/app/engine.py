@@ -168,10 +168,11 @@ class Engine:
         self.batches = [replace(b, index=f"{i}/{count}" if count > 1 else "") for i, b in enumerate(batches, start=1)]
         shapes = [run_shape(model, batch) for batch in batches]
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
-        self._rows_at_once = model.rows_at_once  # as they are found, for the next engine
+        self._rows_at_once = model.rows_at_once  # restored at the end of the run
         stages = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
-        is_separate = count == 1 or model.low_memory
-        self._one_by_one = not is_separate and memory.fits_together(model, stages, self._limit)
+        # Each batch is finished before the next begins where the networks of all stages fit into memory.
+        self._finishes_each = count > 1 and not model.low_memory
+        self._finishes_each &= memory.fits_together(model, largest, stages, self._limit)
         self._runs = [_Run(batch) for batch in self.batches]
         for run in self._runs:
             self._prepare(run, lambda run: first_pass(model, run.batch))
@@ -204,19 +205,19 @@ class Engine:
         if self._is_over:
             raise ValueError("this engine has run already; make another one of the same model")
         self._is_over = True
-        self._free("unet", "autoencoder")
-        base, inputs, networks = self.model, self._inputs, self._networks
-        refiner, one_by_one, together = self._request.refiner, [[run] for run in self._runs], [self._runs]
+        self._release("unet", "autoencoder")
+        base, inputs = self.model, self._inputs
+        refiner, each, together = self._request.refiner, [[run] for run in self._runs], [self._runs]
         try:
-            for runs in one_by_one if self._one_by_one and not refiner else together:
+            for runs in each if self._finishes_each and not refiner else together:
                 self._pass(runs, on_step, lambda run: first_pass(base, run.batch))
                 if self._request.hires:
-                    self._pass(runs, on_step, lambda run: hires_pass(base, run.batch, run.latents, inputs, networks))
+                    self._pass(runs, on_step, lambda r: hires_pass(base, r.batch, r.latents, inputs, self._networks))
                 if not refiner:
                     yield from self._decoded(runs)
             if refiner and not self._stopped:
                 self._change_to_refiner()
-            for runs in (one_by_one if self._one_by_one else together) if refiner else ():
+            for runs in (each if self._finishes_each else together) if refiner else ():
                 self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
                 yield from self._decoded(runs)
         finally:
@@ -224,24 +225,28 @@ class Engine:
             for lora in self._loras.values():
                 lora.detach()
 
-    def _free(self, *kept: str) -> None:
+    def _release(self, *keep: str) -> None:
         if not self._resources.keeps_networks:
-            self.model.release(*kept)
+            self.model.release(keep)
 
-    def _change_to_refiner(self) -> None:
-        """Open the refiner in place of the model, of which it takes the autoencoder alone."""
+    def _drop_controls(self) -> None:
+        """Let go of the ControlNets, which are not needed after the last step."""
         self._networks = []
         for run in self._runs:
             run.batch = replace(run.batch, controls=())
         self.batches = [run.batch for run in self._runs]
-        self._free()
+
+    def _change_to_refiner(self) -> None:
+        """Open the refiner in place of the model, of which it takes the autoencoder alone."""
+        self._drop_controls()
+        self._release()
         request, chosen = self._request, chosen_networks(self._request)
         chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
         options = chosen | {"low_memory": self.model.low_memory}
         self.model = StableDiffusion(request.refiner, computes_in_half(request), **options)
         shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
         stages = memory.fit(self.model, shape, self._limit, is_strict=False)
-        self._one_by_one = self._one_by_one and memory.fits_together(self.model, stages, self._limit)
+        self._finishes_each = self._finishes_each and memory.fits_together(self.model, shape, stages, self._limit)
 
     def _prepare(self, run: _Run, begin: Begin) -> None:
         self._scale_loras(run.batch.request)
@@ -311,8 +316,9 @@ class Engine:
 
     def _decoded(self, runs: Sequence[_Run]) -> Iterator[Result]:
         """Decode the images of the runs that have begun. The UNet is freed before, unless the next batch needs it."""
-        if not self._one_by_one:
-            self._free("autoencoder")
+        if not self._finishes_each:
+            self._drop_controls()
+            self._release("autoencoder")
         model, size = self.model, self._resources.decoding_batch_size
         for run in (run for run in runs if run.latents is not None):
             parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))

@@ -66,14 +66,14 @@ def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Ca
     return result
 
 
-def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, place: Canvas) -> Any:
+def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: Canvas) -> Any:
     """Return the depth map of what is worked on, given or estimated; None for models without depth."""
     if model.mode != "depth":
         return None
     if inputs.depth is not None:
-        return crop_depth(inputs.depth, inputs.image.size, place, request.resize)
+        return crop_depth(inputs.depth, inputs.image.size, canvas, request.resize)
     try:
-        return model.estimate_depth(place.crop(place.image))
+        return model.estimate_depth(canvas.crop(canvas.image))
     except (ValueError, OSError) as error:
         raise SettingError(f"{error}; give a depth map: depth FILE", "depth") from error
 
@@ -83,12 +83,12 @@ def controls(
     networks: Sequence[ControlNetModel | T2IAdapter],
     inputs: Inputs,
     size: tuple[int, int],
-    place: Canvas | None = None,
+    canvas: Canvas | None = None,
 ) -> tuple[Control, ...]:
     """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
     images = []
     for image in inputs.control_images:
-        image = fit(image, *size, mode=request.resize) if place is None else place.crop(image, mode=request.resize)
+        image = fit(image, *size, mode=request.resize) if canvas is None else canvas.crop(image, mode=request.resize)
         image = fromarray(canny(image)).convert("RGB") if request.canny else image
         images.append(mx.array(to_array(image) / 2 + 0.5))
     # Of each there is one for each network, or one for all.
@@ -105,5 +105,6 @@ def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: 
     if method == "latents":
         return x if x.shape[1:3] == tuple(size) else resample(x, size)
     height, width = (model.pixels_per_latent * side for side in size)
-    images = [from_array(image) for latents in x for image in model.decode(latents[None])]
+    decoders = (lambda latents=latents: model.check(model.decode(latents[None])) for latents in x)
+    images = [from_array(model.retry_in_float32("autoencoder", decode)[0]) for decode in decoders]
     return mx.concatenate([model.encode(mx.array(to_array(fit(i, width, height)))[None]) for i in images])

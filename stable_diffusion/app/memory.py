@@ -113,15 +113,20 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     return [*stages, StageMemory("decoding", vae, int(peak))]
 
 
+def _weights(model: StableDiffusion, shape: RunShape) -> int:
+    """Return the bytes of the networks that a batch needs after its prompts are encoded."""
+    sizes = [model.sources[name].size for name in ("unet", "autoencoder")]
+    return sum(sizes) + sum(size_in_bytes(network) for network in shape.networks)
+
+
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
     """Return how many of ``shape.n_images`` to generate together: those that fit, in batches of about one size.
 
-    Where the rows run one by one a batch saves no time.
+    Where the rows run one by one, as in low memory, a batch saves no time.
     """
     if shape.n_images == 1 or model.rows_at_once:
         return 1
-    weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
-    room = limit - weights - sum(size_in_bytes(network) for network in shape.networks)
+    room = limit - _weights(model, shape)
     each = step_bytes(model, replace(shape, n_images=1), shape.rows, shape.larger or shape.size)
     most = max(1, min(shape.n_images, _MOST_IMAGES, int(room // each)))
     return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
@@ -153,7 +158,6 @@ def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) ->
     return stages
 
 
-def fits_together(model: StableDiffusion, stages: Sequence[StageMemory], limit: int) -> bool:
+def fits_together(model: StableDiffusion, shape: RunShape, stages: Sequence[StageMemory], limit: int) -> bool:
     """Return whether the networks of all stages after the prompts fit into memory at once."""
-    weights = sum(model.sources[name].size for name in ("unet", "autoencoder"))
-    return weights + max(stage.working for stage in stages[1:]) <= limit
+    return _weights(model, shape) + max(stage.working for stage in stages[1:]) <= limit

@@ -36,7 +36,7 @@ class Denoiser:
         dtype: type in which the networks compute.
         batches: from ``guidance_batches``.
         controls: ControlNets and T2I-Adapters; each embeds its image once.
-        max_rows: run at most this number of rows of a batch at once, one part after the other, which takes less memory.
+        rows_at_once: run at most this number of rows of a batch at once, part after part, which takes less memory.
         deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
             on the output of the first convolution at the step's own latents.
@@ -52,18 +52,18 @@ class Denoiser:
         batches: Sequence[GuidanceBatch],
         *,
         controls: Sequence[Control] = (),
-        max_rows: int | None = None,
+        rows_at_once: int | None = None,
         deep_cache: int = 1,
         tome_ratio: float = 0.0,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
-        self._max_rows, self._deep_cache, self._tome_ratio = max_rows, deep_cache, tome_ratio
+        self._rows_at_once, self._deep_cache, self._tome_ratio = rows_at_once, deep_cache, tome_ratio
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
         for batch in batches:
             count = len(batch.images)
-            rows_at_once = max_rows or count // cpu.parts(count)
-            parts = batch.split(rows_at_once) if rows_at_once < count else [batch]
+            size = rows_at_once or count // cpu.parts(count)
+            parts = batch.split(size) if size < count else [batch]
             contexts = [Context(part.conditioning.context, part.conditioning.v_context) for part in parts]
             self._batches.append((batch, list(map(_Part, parts, contexts))))
 
@@ -75,10 +75,10 @@ class Denoiser:
         x_in = (x / math.sqrt(sigma**2 + 1)).astype(self._dtype)  # the scale of training
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
-            if self._max_rows is not None and outputs:
+            if self._rows_at_once is not None and outputs:
                 # Each part waits for the one before, or MLX would compute them together, in the memory of all.
                 x_in = mx.depends(x_in, outputs[-1])
-            with nullcontext() if self._max_rows else cpu.stream_of(i, len(parts)):
+            with nullcontext() if self._rows_at_once else cpu.stream_of(i, len(parts)):
                 outputs.append(self._predict(x_in[part.rows.images], sigma, part))
         prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
         return to_x0(prediction, x, sigma, self._schedule.config.prediction_type)

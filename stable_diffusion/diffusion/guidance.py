@@ -29,11 +29,11 @@ class GuidanceBatch:
     cond_weights: mx.array | None = None
     rescale: float = 0.0
 
-    def split(self, max_rows: int) -> list["GuidanceBatch"]:
-        """Return batches of at most ``max_rows`` rows, which have no weights."""
+    def split(self, rows_at_once: int) -> list["GuidanceBatch"]:
+        """Return batches of at most ``rows_at_once`` rows, which have no weights."""
         parts = []
-        for first in range(0, len(self.images), max_rows):
-            rows = slice(first, first + max_rows)
+        for first in range(0, len(self.images), rows_at_once):
+            rows = slice(first, first + rows_at_once)
             conditioning = self.conditioning.map(lambda array, rows=rows: array[rows])
             parts.append(GuidanceBatch(self.first_step, conditioning, self.images[rows], self.is_cond[rows]))
         return parts

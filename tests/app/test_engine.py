@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from PIL import Image
 
 from command_line import PROMPT, ROOT, names, pixels
 from stable_diffusion import StableDiffusion
@@ -81,6 +83,24 @@ def test_the_unet_is_let_go_of_before_a_single_batch_is_decoded(make, monkeypatc
     make("--n_images", 2, "--steps", 1).succeeded()
     make("--n_images", 2, "--steps", 1, "--batch_size", 1).succeeded()
     assert held == [False, False, True, True]
+
+
+def test_controlnets_are_let_go_of_before_the_images_are_decoded(run, tmp_path, monkeypatch):
+    loaded, alive = [], []
+    load, decode = StableDiffusion.load_controlnet, StableDiffusion.decode
+
+    def load_controlnet(self, source):
+        network = load(self, source)
+        loaded.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(StableDiffusion, "load_controlnet", load_controlnet)
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, x: alive.append(loaded[0]()) or decode(self, x))
+    Image.new("RGB", (64, 64)).save(tmp_path / "edges.png")
+    net = ROOT / "stable_diffusion" / "tiny" / "controlnet"
+    control = ["--controlnet", net, "--control_image", tmp_path / "edges.png", "--low_memory"]
+    run("txt2image", PROMPT, "--model", "tiny", "--steps", 2, *control, "--output", tmp_path / "a.png").succeeded()
+    assert alive and set(alive) == {None}
 
 
 def test_the_order_changes_no_image(make, tmp_path, monkeypatch):

@@ -111,10 +111,10 @@ def test_all_stages_of_a_run(xl_folder):
     size = sd.sources["unet"].size
     assert step.weights == second.weights == simple[names[2]].weights + size + sd.sources["autoencoder"].size
     assert simple[names[2]].working < step.working < second.working
-    weights = size + sd.sources["autoencoder"].size
+    weights = 2 * size + sd.sources["autoencoder"].size
     most = max(stage.working for stage in stages.values() if stage.stage != "text encoding")
-    assert fits_together(sd, list(stages.values()), weights + most)
-    assert not fits_together(sd, list(stages.values()), weights + most - 1)
+    assert fits_together(sd, shape, list(stages.values()), weights + most)
+    assert not fits_together(sd, shape, list(stages.values()), weights + most - 1)
 
 
 def test_batches_fill_the_memory(xl_folder):

@@ -18,19 +18,19 @@ def table(prompts: int, rows_each: int, seed: int) -> Conditioning:
     return Conditioning(mx.array(normal(len(rows), 77, 32, seed=seed)), rows=rows)
 
 
-@pytest.mark.parametrize("max_rows", [1, 4, 9])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 9])
 @pytest.mark.parametrize("with_negative", [True, False])
-def test_a_batch_in_parts_gives_the_same(sd, unet, max_rows, with_negative):
+def test_a_batch_in_parts_gives_the_same(sd, unet, rows_at_once, with_negative):
     """Two images, prompts of two parts: up to six rows a step."""
     steps = sd.schedule.steps(3)
     negative, total = (table(1, 1, seed=1), 6) if with_negative else (None, 4)
     batches = guidance_batches(3, 2, table(2, 2, seed=0), negative, 5.0)
     x = mx.array(normal(2, 6, 8, 4, seed=2))
     together = Denoiser(unet, sd.schedule, steps, mx.float32, batches)(x, steps.sigmas[0])
-    parts = Denoiser(unet, sd.schedule, steps, mx.float32, batches, max_rows=max_rows)(x, steps.sigmas[0])
+    parts = Denoiser(unet, sd.schedule, steps, mx.float32, batches, rows_at_once=rows_at_once)(x, steps.sigmas[0])
     assert relative_error(parts, together) <= 1e-4
     first, *counts = [call.rows for call in unet.calls]
-    assert first == sum(counts) == total and max(counts) == min(max_rows, total)
+    assert first == sum(counts) == total and max(counts) == min(rows_at_once, total)
 
 
 def test_parts_are_computed_one_after_the_other(sd):
@@ -40,8 +40,8 @@ def test_parts_are_computed_one_after_the_other(sd):
     x = mx.array(normal(2, 24, 24, 4, seed=2))
     mx.eval(sd.unet.parameters())
 
-    def peak(max_rows: int | None) -> int:
-        denoise = Denoiser(sd.unet, sd.schedule, steps, mx.float32, batches, max_rows=max_rows)
+    def peak(rows_at_once: int | None) -> int:
+        denoise = Denoiser(sd.unet, sd.schedule, steps, mx.float32, batches, rows_at_once=rows_at_once)
         return max(peaks(denoise, x, steps.sigmas[0], runs=10))
 
     assert peak(1) < 0.4 * peak(None)

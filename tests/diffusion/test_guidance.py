@@ -81,11 +81,11 @@ def test_a_batch_for_each_range_of_steps():
     assert all(mx.array_equal(a, b) for a, b in zip(first, want, strict=True))
 
 
-@pytest.mark.parametrize("max_rows, sizes", [(6, [6]), (4, [4, 2]), (1, [1] * 6)])
-def test_parts_of_a_batch(max_rows, sizes):
+@pytest.mark.parametrize("rows_at_once, sizes", [(6, [6]), (4, [4, 2]), (1, [1] * 6)])
+def test_parts_of_a_batch(rows_at_once, sizes):
     positive = table(PromptRow(0, 1.0), PromptRow(0, 0.5), PromptRow(1, 1.0), PromptRow(1, 0.5))
     (batch,) = guidance_batches(3, 2, positive, table(PromptRow(), seed=1), 5.0, rescale=0.7)
-    parts = batch.split(max_rows)
+    parts = batch.split(rows_at_once)
     assert [len(part.images) for part in parts] == sizes
     for name in ("images", "is_cond"):
         assert mx.array_equal(mx.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
