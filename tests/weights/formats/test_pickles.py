@@ -6,7 +6,6 @@ import sys
 import time
 import types
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -68,13 +67,13 @@ def test_every_type_and_every_view(tmp_path, zipped):
     assert_as_torch_reads(save(tmp_path / "x.ckpt", varied(DTYPES + LATER if zipped else DTYPES), zipped))
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_protocol_that_torch_can_be_told_to_use(tmp_path, protocol):
+@ZIPPED
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_every_protocol_that_torch_can_be_told_to_use(tmp_path, protocol, zipped):
     tensors = {"a": torch.ones(2), "b": torch.arange(6).reshape(2, 3).T}
-    for zipped in (True, False):
-        torch.save(tensors, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-        for name, value in read_pickle(tmp_path / "x.pt").items():
-            assert_same(value, tensors[name])
+    torch.save(tensors, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    for name, value in read_pickle(tmp_path / "x.pt").items():
+        assert_same(value, tensors[name])
 
 
 @ZIPPED
@@ -87,12 +86,11 @@ def test_the_weights_of_a_module(tmp_path, zipped):
 
 
 def test_shards(tmp_path):
-    tensors = varied()
-    halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    halves = {"a": torch.ones(2), "b": torch.arange(6)}, {"c": torch.zeros(3).half()}
     files = tuple(save(tmp_path / f"x-{i}.bin", half, zipped=i == 0) for i, half in enumerate(halves))
     ours = read_tensors(Component("unet", {}, files))
-    assert set(ours) == set(tensors)
-    for name, tensor in tensors.items():
+    assert set(ours) == {"a", "b", "c"}
+    for name, tensor in (halves[0] | halves[1]).items():
         assert_same(ours[name], tensor)
 
 
@@ -180,18 +178,6 @@ def test_nothing_is_read_before_it_is_needed(tmp_path, zipped):
         if len(os.listdir("/dev/fd")) > descriptors:
             time.sleep(0.02)
     assert len(os.listdir("/dev/fd")) == descriptors
-
-
-def test_several_threads_and_files_at_once(tmp_path):
-    tensors = [large(tmp_path / f"{i}.ckpt", zipped=i < 2) for i in range(3)]
-
-    def work(index: int) -> bool:
-        ours = read_pickle(tmp_path / f"{index % 3}.ckpt")
-        mx.eval(ours)
-        return all(np.array_equal(np.array(ours[n]), t.numpy()) for n, t in tensors[index % 3].items())
-
-    with ThreadPoolExecutor(3) as pool:
-        assert all(pool.map(work, range(9)))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
