@@ -55,7 +55,7 @@ class StableDiffusion(Networks):
     ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
     when they are first needed. ``is_xl`` holds for SDXL and its refiner. ``default_latent_size`` is the (height, width)
     of latents that the model was trained on, of ``pixels_per_latent`` (8) pixels each. ``memory_limit`` is None or the
-    bytes that encoding and decoding may leave in use, weights included: where it is short they work on smaller parts.
+    bytes that encoding and decoding may take, weights included: where it is short they work on smaller parts.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
@@ -139,7 +139,7 @@ class StableDiffusion(Networks):
 
     @sampler.deleter
     def sampler(self) -> None:
-        """Allow ``del sd.sampler``, as programs for mlx-examples do."""
+        """Ignore ``del sd.sampler``, which programs for mlx-examples contain."""
 
     # --- generating --------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class StableDiffusion(Networks):
         return Latents(self._run(run, prompts, options, initial), run.length)
 
     def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **keywords: Any) -> int:
-        """Return how many latents a run yields: of ``num_steps`` (None: the default) the fraction ``strength``.
+        """Return how many steps a run makes: of ``num_steps`` (None: the default) the fraction ``strength``.
 
         The fraction is rounded down as in diffusers, but to at least one step while ``strength`` is above 0.
         ``keywords`` are options of the run that matter: sampler, schedule, denoising_start...
@@ -307,7 +307,7 @@ class StableDiffusion(Networks):
             yield x, x
             return
         arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
-        if self.low_memory:  # so that the networks that they come from can be freed
+        if self.low_memory:  # so that the autoencoder can be freed
             mx.eval(arrays)
         positive, negative, uncond_image = tables = self._condition(prompts, options, first)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]

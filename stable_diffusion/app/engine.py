@@ -1,4 +1,4 @@
-"""The engine: from a model and requests to finished images, and nothing of the model is destroyed.
+"""The engine: from a model and requests to finished images. The model can be used again afterwards.
 
 The prompts of all images are encoded once; images of one setting are generated in batches that fit the memory. A batch
 goes through a first pass, perhaps a second one in larger size, perhaps a refiner, and is decoded image by image.

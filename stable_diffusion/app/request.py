@@ -1,4 +1,4 @@
-"""A request: everything that decides the pixels of an image, as one record from flags, metadata, JSON or HTTP."""
+"""A request: everything that decides the pixels of an image, as one record from flags, metadata or JSON."""
 
 import re
 from collections.abc import Mapping, Sequence

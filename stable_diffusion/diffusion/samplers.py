@@ -366,7 +366,8 @@ def _exponential_blend(points: Sequence[tuple[float, mx.array]], target: float) 
     """Blend D's so that a step towards the result integrates the polynomial in lambda through them.
 
     The step runs from the first point's sigma to ``target``. In units of the step, the mean of r^k under the weight
-    e^(h r) is M_k = 1 / (1 - e^-h) - k / h M_(k-1). With two points M_1 is replaced by 1/2, its limit for small h.
+    e^(h r) is M_k = 1 / (1 - e^-h) - k / h M_(k-1). With two points M_1 is replaced by 1/2, its limit for small h: the
+    midpoint form, which :func:`dpmpp_2m_sde` has too.
     """
     sigma, x0 = points[0]
     if len(points) == 1:
