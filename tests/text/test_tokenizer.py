@@ -13,8 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from stable_diffusion.text.tokenizer import BOS, EOS, Tokenizer
@@ -50,13 +50,12 @@ PICKED = [
 ]  # fmt: skip
 
 
-def token(content: str, **fields) -> dict:
-    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False} | fields
-
-
 NAMES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
-OBJECTS = {name: token(content) for name, content in NAMES.items()}
-# The special_tokens_map.json and tokenizer_config.json that are found in checkpoints.
+FLAGS = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+OBJECTS = {name: {"content": content} | FLAGS for name, content in NAMES.items()}
+NEW = "<Cat-Toy>", "<Cat"
+# The special_tokens_map.json and tokenizer_config.json that are found in checkpoints. Of added_tokens_decoder:
+# content -> (normalized, special).
 CONFIGS = {
     "nothing": ({}, {}),
     "sd1": (OBJECTS | {"pad_token": EOS}, {"pad_token": EOS, "model_max_length": 77, "do_lower_case": True}),
@@ -70,13 +69,7 @@ CONFIGS = {
         NAMES | {"pad_token": "!"},
         NAMES
         | {"pad_token": "!", "model_max_length": 77, "additional_special_tokens": []}
-        | {
-            "added_tokens_decoder": {
-                "0": {"content": "!", "normalized": False, "special": True},
-                "BOS": {"content": BOS, "normalized": True, "special": False},
-                "EOS": {"content": EOS, "normalized": False, "special": False},
-            }
-        },
+        | {"added_tokens_decoder": {"!": (False, True), BOS: (True, False), EOS: (False, False)}},
     ),
     "additional": (
         {"bos_token": BOS, "eos_token": EOS, "pad_token": "!", "additional_special_tokens": ["<cat-toy>", "<Cat"]},
@@ -86,27 +79,17 @@ CONFIGS = {
         {},
         NAMES
         | {"pad_token": EOS, "model_max_length": 20}
-        | {
-            "added_tokens_decoder": {
-                "BOS": {"content": BOS, "normalized": True, "special": True},
-                "EOS": {"content": EOS, "normalized": True, "special": True},
-                "NEW": {"content": "<Cat-Toy>", "normalized": True, "special": False},
-                "NEW2": {"content": "<Cat", "normalized": True, "special": False},
-            }
-        },
+        | {"added_tokens_decoder": dict.fromkeys((BOS, EOS), (True, True)) | dict.fromkeys(NEW, (True, False))},
     ),
 }
 
 
-def train_bpe(n_merges: int = 3000) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary in CLIP's layout: 256 bytes, 256 final bytes, the merges, start, end."""
-    split = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    backend = Backend(models.BPE(end_of_word_suffix="</w>"))
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(vocab_size=n_merges + 512, end_of_word_suffix="</w>", show_progress=False)
+@pytest.fixture(scope="session")
+def bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary in CLIP's layout, 256 bytes, 256 final bytes, the merges, start, end; and the merges."""
+    backend, reference = Backend(models.BPE(end_of_word_suffix="</w>")), CLIPTokenizer({}, []).backend_tokenizer
+    backend.normalizer, backend.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=3512, end_of_word_suffix="</w>", show_progress=False)
     texts = [SAMPLE] * 3 + [Path(file).read_text() for file in (random.__file__, json.__file__, __file__)]
     backend.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
@@ -116,25 +99,19 @@ def train_bpe(n_merges: int = 3000) -> tuple[dict[str, int], list[tuple[str, str
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-@pytest.fixture(scope="session")
-def bpe():
-    return train_bpe()
-
-
-def write_folder(folder: Path, bpe, special_map: dict | None = None, config: dict | None = None) -> Path:
+def write_folder(folder: Path, bpe, special_map: dict, config: dict) -> Path:
     vocab, merges = bpe
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if special_map:
-        (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
-    if config:
-        config = dict(config)
-        ids = {"BOS": vocab[BOS], "EOS": vocab[EOS], "NEW": len(vocab), "NEW2": len(vocab) + 1}
-        if table := config.get("added_tokens_decoder"):
-            config["added_tokens_decoder"] = {str(ids.get(key, key)): token for key, token in table.items()}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if table := config.get("added_tokens_decoder"):
+        ids = vocab | {content: len(vocab) + i for i, content in enumerate(NEW)}
+        fields = ({"content": content, "normalized": n, "special": s} for content, (n, s) in table.items())
+        config = config | {"added_tokens_decoder": {str(ids[token["content"]]): token for token in fields}}
+    for name, content in (("special_tokens_map.json", special_map), ("tokenizer_config.json", config)):
+        if content:
+            (folder / name).write_text(json.dumps(content))
     return folder
 
 
@@ -213,8 +190,7 @@ def test_pad_tokens(bpe, tmp_path):
 
 def test_decode(sd1):
     ours, theirs = sd1
-    assert ours.decode([]) == ""
-    for text in ["A photo of  a CAT, isn't it?", "café — 富士山 😀", "1234"]:
+    for text in ("A photo of  a CAT, isn't it?", "café — 富士山 😀 1234", ""):
         ids = ours.encode(text)
         assert ours.decode(ids) == theirs.decode(ids)
     assert ours.decode(ours.encode("Two words")) == "two words"
@@ -235,7 +211,7 @@ def test_tokenize_as_in_mlx_examples(sd1):
     assert (ours.bos_token, ours.eos_token) == (ours.bos_id, ours.eos_id)
 
 
-@pytest.mark.parametrize("unit", ["a", "the", "xq", "é", "漢字", "!", "e\u0301"])
+@pytest.mark.parametrize("unit", ["a", "the", "漢字", "e\u0301"])
 def test_long_words(sd1, unit):
     """They are merged as in the reference up to 512 bytes, and in runs of these beyond, so that they end fast."""
     ours, theirs = sd1
@@ -253,9 +229,8 @@ def test_bytes_that_the_vocabulary_lacks(bpe, tmp_path):
     vocab = {token: i for i, token in enumerate(t for t in vocab if t not in ("z", "z</w>", "q</w>"))}
     merges = [(a, b) for a, b in merges if {a, b, a + b} <= vocab.keys()]
     folder = write_folder(tmp_path / "lacking", (vocab, merges), *CONFIGS["sd1"])
-    assert_equal_ids(
-        Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder), ["zz jazz q", "zebra quiz", "z"]
-    )
+    tokenizers = Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+    assert_equal_ids(*tokenizers, ["zz jazz q", "zebra quiz", "z"])
 
 
 def test_merges_that_reach_a_token_in_two_ways():
@@ -281,12 +256,6 @@ def test_what_transformers_5_saves(bpe, tmp_path):
         assert ours.pad_id == theirs.pad_token_id
 
 
-def test_lone_surrogates_are_refused(sd1):
-    with pytest.raises(ValueError, match="not valid Unicode at character 2") as error:
-        sd1[0].encode("ab\udcffc")
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -294,19 +263,17 @@ def test_lone_surrogates_are_refused(sd1):
         ("merges.txt", None, "merges.txt is missing"),
         ("vocab.json", "{not json", "vocab.json is not readable as JSON"),
         ("vocab.json", '{"a": 0}', "special token '<|startoftext|>' is not in the vocabulary"),
-        ("tokenizer_config.json", "", "tokenizer_config.json is not readable"),
-        ("special_tokens_map.json", "\x00", "special_tokens_map.json is not readable"),
+        ("vocab.json", '{"a": "b"}', "vocab.json: 'a' has an unknown shape, 'b'; download it again"),
         ("special_tokens_map.json", '{"pad_token": "[PAD]"}', "[PAD]"),
         ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "special_tokens_map.json: 'pad_token'"),
         ("special_tokens_map.json", '{"additional_special_tokens": "ab"}', "special_tokens_map.json: 'additional_sp"),
-        ("vocab.json", '{"a": "b"}', "vocab.json: 'a' has an unknown shape, 'b'; download it again"),
         ("added_tokens.json", '{"a": "b"}', "added_tokens.json: 'a'"),
         ("merges.txt", "#version: 0.2\na b c\n", "merge 1, 'a b c', is not two tokens"),
+        ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
         ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "tokenizer_config.json: 'added_tokens_decoder'"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "a"}}', "tokenizer_config.json: 'added_tokens_dec"),
         ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json: 'model_max_length'"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not readable as JSON"),
-        ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
         ("tokenizer.json", "[]", "tokenizer.json holds a list"),
         ("tokenizer.json", '{"model": "BPE"}', "tokenizer.json: 'model'"),
         ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "tokenizer.json is not a BPE tokenizer"),
@@ -356,10 +323,10 @@ def test_words_added_after_training_in_the_old_file(bpe, tmp_path):
     assert Tokenizer.from_folder(folder).encode("<Cat-Toy><dog>") == [count + 1, count]
 
 
-def test_missing_folder_and_bad_arguments(bpe, tmp_path):
-    with pytest.raises(ValueError, match="is missing"):
-        Tokenizer.from_folder(tmp_path / "nowhere")
+def test_bad_arguments(bpe, sd1):
     with pytest.raises(ValueError, match="max_length 1"):
         Tokenizer(*bpe, max_length=1)
     with pytest.raises(ValueError, match=r"\[PAD\]"):
         Tokenizer(*bpe, pad_token="[PAD]")
+    with pytest.raises(ValueError, match=r"not valid Unicode at character 2[^\n]*$"):  # a lone surrogate
+        sd1[0].encode("ab\udcffc")
