@@ -68,25 +68,15 @@ def test_what_is_kept_bears_the_noise_of_the_step_until_the_end(sd):
 def test_the_network_sees_what_is_kept(sd):
     """What is made anew depends on the image around it also where all of it is noise in the beginning."""
     given = {"mask": corner(), "strength": 1.0, "seed": 3, "num_steps": 4, "cfg_weight": 3.0}
-    one, other = (
-        last(sd.generate_latents_from_image(picture(seed=seed), PROMPT, **given))[:, :3, :4] for seed in (0, 1)
-    )
-    assert relative_error(one, other) > 1e-3
+    one, other = (last(sd.generate_latents_from_image(picture(seed=seed), PROMPT, **given)) for seed in (0, 1))
+    assert relative_error(one[:, :3, :4], other[:, :3, :4]) > 1e-3
 
 
-def test_grey_is_between_old_and_new(sd):
-    black, grey, white = (last(from_image(sd, mask=flat(value), strength=0.5)) for value in (0, 0.5, 1))
-    assert 0 < np.abs(grey - black).mean() < np.abs(white - black).mean()
-
-
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde"])
-def test_a_masked_image_does_not_depend_on_its_batch(sd, sampler):
-    given = {"mask": corner(), "sampler": sampler, "num_steps": 3}
+def test_a_masked_image_does_not_depend_on_its_batch(sd):
+    given = {"mask": corner(), "sampler": "dpmpp_sde", "num_steps": 3}
     together = last(from_image(sd, n_images=3, seed=7, **given))
     chosen = last(from_image(sd, n_images=2, seed=[9, 7], **given))
-    for i in range(3):
-        alone = last(from_image(sd, seed=7 + i, **given))
-        assert relative_error(together[i : i + 1], alone) <= 1e-4
+    assert relative_error(together[1:2], last(from_image(sd, seed=8, **given))) <= 1e-4
     assert relative_error(chosen, together[[2, 0]]) <= 1e-4
     assert relative_error(together[:1, :3, :4], together[1:2, :3, :4]) > 0.1
 
@@ -104,15 +94,13 @@ def test_one_pixel_of_a_mask_is_a_latent(sd):
 # --- ControlNets -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun"])
-def test_a_controlnet_without_effect(sd, net, sampler):
-    given = {"sampler": sampler, "num_steps": 3, "seed": 1, "latent_size": SMALL}
+def test_a_controlnet_without_effect(sd, net):
+    """Of no strength, or for a share of the steps in which no whole step lies."""
+    given = {"sampler": "heun", "num_steps": 3, "seed": 1, "latent_size": SMALL}
     plain = last(sd.generate_latents(PROMPT, **given))
-    for weak in (Control(net, hint(), scale=0), Control(net, hint(), scale=0, guess=True)):
+    for changes in ({"scale": 0}, {"scale": 0, "guess": True}, {"start": 0.4, "end": 0.6}):
+        weak = Control(net, hint(), **changes)
         assert np.array_equal(last(sd.generate_latents(PROMPT, controls=[weak], **given)), plain)
-    # a share of the steps in which no whole step lies
-    short = Control(net, hint(), start=0.4, end=0.6)
-    assert np.array_equal(last(sd.generate_latents(PROMPT, controls=[short], **given)), plain)
     strong = last(sd.generate_latents(PROMPT, controls=[Control(net, hint())], **given))
     assert relative_error(strong, plain) > 0.01
 
@@ -152,10 +140,7 @@ def test_masks_controls_and_weighted_prompts_together(sd, net):
 # --- two passes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sampler, share",
-    [*(("euler", share) for share in (0.001, 0.5, 0.999, 1.0)), ("ddim", 0.6), ("heun", 0.4)],
-)
+@pytest.mark.parametrize("sampler, share", [("euler", 0.001), ("heun", 0.4), ("ddim", 0.999), ("euler", 1.0)])
 def test_a_run_that_goes_on_is_one_run(sd, sampler, share):
     """With the same model and a sampler that remembers nothing; at 1 the first run is all of it."""
     given = {"num_steps": 5, "seed": 2, "latent_size": SMALL, "sampler": sampler, "cfg_weight": 1.0}
@@ -214,7 +199,6 @@ def test_enlarged(sd):
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-LATENTS = mx.zeros((1, *SMALL, 4))
 BAD_FROM_IMAGE = [
     ({"mask": mx.zeros((HEIGHT, WIDTH + 8))}, r"mask of shape \(48, 72\) must be \(48, 64\)"),
     ({"mask": flat(1.01)}, "values of a mask must be from 0"),
@@ -231,50 +215,38 @@ def test_bad_runs_from_images_are_refused_at_the_call(sd, options, message):
         from_image(sd, **options)
 
 
-BAD_RUNS = [
-    ({"denoising_start": 0.5}, "denoising_start 0.5 needs the latents"),
-    ({"denoising_start": -0.1, "latents": LATENTS}, "denoising_start -0.1 is not a number from 0 to 1"),
-    ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": LATENTS}, "cannot go from 0.8 to 0.5"),
-    ({"denoising_start": 0.5, "latents": LATENTS[:, :2]}, "do not fit"),
-    ({"seed": []}, "0 seeds for 1 images"),
-]
-
-
-@pytest.mark.parametrize("options, message", BAD_RUNS)
-def test_bad_runs_are_refused_at_the_call(sd, options, message):
-    with pytest.raises(ValueError, match=message):
-        sd.generate_latents(PROMPT, latent_size=SMALL, **options)
+def test_bad_runs_are_refused_at_the_call(sd):
+    latents = mx.zeros((1, *SMALL, 4))
+    for options, message in (
+        ({"denoising_start": 0.5}, "denoising_start 0.5 needs the latents"),
+        ({"denoising_start": 0.5, "latents": latents[:, :2]}, "do not fit"),
+        ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": latents}, "cannot go from 0.8 to 0.5"),
+        ({"seed": []}, "0 seeds for 1 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sd.generate_latents(PROMPT, latent_size=SMALL, **options)
 
 
 def test_a_mask_needs_an_image(sd):
     with pytest.raises(ValueError, match="a mask needs an image, not latents"):
-        sd.generate_latents_from_image(LATENTS, PROMPT, mask=flat(1))
+        sd.generate_latents_from_image(mx.zeros((1, *SMALL, 4)), PROMPT, mask=flat(1))
     with pytest.raises(ValueError, match="2 latents to work on for 3 images"):
         sd.generate_latents_from_image(mx.zeros((2, *SMALL, 4)), PROMPT, n_images=3)
 
 
-@pytest.mark.parametrize("shape", [(WIDTH, HEIGHT, 3), (1, HEIGHT, WIDTH, 3)])
-def test_control_images_of_the_wrong_size(sd, net, shape):
-    controls = [Control(net, mx.zeros(shape))]
-    message = r"a control image of shape .* does not fit: this run needs \(48, 64, 3\)"
-    with pytest.raises(ValueError, match=message):
-        sd.generate_latents(PROMPT, latent_size=SMALL, controls=controls)
-    with pytest.raises(ValueError, match=message):
-        from_image(sd, controls=controls)
+def test_control_images_of_the_wrong_size(sd, net):
+    for shape in ((WIDTH, HEIGHT, 3), (1, HEIGHT, WIDTH, 3)):
+        controls = [Control(net, mx.zeros(shape))]
+        for run in (from_image, lambda sd, **given: sd.generate_latents(PROMPT, latent_size=SMALL, **given)):
+            with pytest.raises(ValueError, match=r"image of shape .* does not fit: this run needs \(48, 64, 3\)"):
+                run(sd, controls=controls)
 
 
-@pytest.mark.parametrize(
-    "numbers, message",
-    [
-        ({"scale": float("nan")}, "scale nan .* not a finite number"),
-        ({"scale": float("inf")}, "scale inf .* not a finite number"),
-        ({"start": 0.5, "end": 0.5}, "from 0.5 to 0.5"),
-        ({"start": 0.6, "end": 0.2}, "from 0.6 to 0.2"),
-        ({"start": -0.1}, "from -0.1 to"),
-        ({"end": 1.1}, "to 1.1"),
-        ({"end": float("nan")}, "to nan"),
-    ],
-)
-def test_controls_with_bad_numbers(net, numbers, message):
+BAD_NUMBERS = {"scale inf .* finite number": {"scale": float("inf")}, "from 0.5 to 0.5": {"start": 0.5, "end": 0.5}}
+BAD_NUMBERS |= {"from -0.1 to": {"start": -0.1}, "to 1.1": {"end": 1.1}, "to nan": {"end": float("nan")}}
+
+
+@pytest.mark.parametrize("message", BAD_NUMBERS)
+def test_controls_with_bad_numbers(net, message):
     with pytest.raises(ValueError, match=message):
-        Control(net, hint(), **numbers)
+        Control(net, hint(), **BAD_NUMBERS[message])

@@ -3,10 +3,8 @@
 import asyncio
 import subprocess
 import sys
-import textwrap
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 
 from command_line import ROOT
-from oracle import normal, relative_error
+from oracle import last, normal, relative_error
 from stable_diffusion import Control, StableDiffusion
 
 RUN = {"num_steps": 2, "latent_size": (6, 8), "seed": 3, "cfg_weight": 3.0}
@@ -24,24 +22,8 @@ LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
     """Return the result of a function, called in a new thread that then ends."""
-    result: Future = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(function(*args))
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return result.result()
-
-
-def last(latents) -> np.ndarray:
-    for x_t in latents:
-        mx.eval(x_t)
-    return np.array(x_t)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
 
 
 def drawn(sd: StableDiffusion, **run) -> np.ndarray:
@@ -57,18 +39,10 @@ def lora(tmp_path_factory) -> str:
     return str(path)
 
 
-OPTIONS = [
-    {},
-    {"low_memory": True},
-    {"unet_bits": 8, "text_bits": 4},
-    {"low_memory": True, "unet_bits": 8},
-    {"loras": 0.7},
-]
-
-
-@pytest.fixture(params=OPTIONS, ids=str)
+@pytest.fixture(params=["plain", "low memory", "quantized", "lora"])
 def options(request, lora) -> dict:
-    return {name: [(lora, value)] if name == "loras" else value for name, value in request.param.items()}
+    settings = {"low memory": {"low_memory": True}, "quantized": {"unet_bits": 8, "text_bits": 4}}
+    return (settings | {"plain": {}, "lora": {"loras": [(lora, 0.7)]}})[request.param]
 
 
 def test_made_in_one_thread_and_used_in_another(xl_folder, options):
@@ -96,9 +70,7 @@ def test_generators_that_are_interleaved_and_change_threads(sd1_folder, low_memo
     want = [last(sd.generate_latents(PROMPT, **run)) for run in runs]
 
     def step(latents) -> np.ndarray:
-        x_t = next(latents)
-        mx.eval(x_t)
-        return np.array(x_t)
+        return np.array(next(latents))
 
     generators = [sd.generate_latents(PROMPT, **run) for run in runs]
     *_, found = [[step(g) if (i + n) % 2 else elsewhere(step, g) for n, g in enumerate(generators)] for i in range(4)]
@@ -163,13 +135,12 @@ def draw(seed=1):
 WORK = {
     "thread": "t = threading.Thread(target=draw); t.start(); t.join()",
     "pool": "pool = ThreadPoolExecutor(2); list(pool.map(draw, range(4)))",
-    "pool that ends": "with ThreadPoolExecutor(2) as pool: list(pool.map(draw, range(4)))",
     "asyncio": "async def main(): await asyncio.to_thread(draw)\nasyncio.run(main())",
 }
 
 
 @pytest.mark.parametrize("work, setup", [*((work, "") for work in WORK), ("pool", "cpu.tune()")])
 def test_programs_with_workers_end_with_0(work, setup):
-    program = PROGRAM.format(setup=setup, work=textwrap.dedent(WORK[work]))
+    program = PROGRAM.format(setup=setup, work=WORK[work])
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

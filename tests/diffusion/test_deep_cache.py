@@ -8,10 +8,7 @@ import pytest
 
 from oracle import last, normal, relative_error
 from stable_diffusion import Control
-from stable_diffusion.diffusion.denoiser import Denoiser
-from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.models.layers import Context
-from stable_diffusion.text.encode import Conditioning
 
 PROMPT = "the red cat"
 SMALL = {"latent_size": (6, 8), "seed": 3, "cfg_weight": 5.0}
@@ -68,23 +65,15 @@ def test_the_last_layer_takes_the_cached_map(request, model):
     assert len(cache) == 1
 
 
-def test_nothing_else_is_computed(sd, tmp_path):
-    """With a cached map, the output depends on no weight of the middle, and its graph is a part of the whole."""
+def test_nothing_else_is_computed(sd, monkeypatch):
+    """With a cached map, the output depends on no weight of the deeper blocks."""
     arguments, cache = inputs(sd.unet, seed=0), []
-    mx.eval(sd.unet.parameters(), arguments["x"], arguments["temb"], sd.unet(**arguments, cache=cache), cache)
-
-    def operations(**more) -> int:
-        mx.export_to_dot(str(tmp_path / "graph.dot"), sd.unet(**arguments, **more))
-        return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
-
-    assert operations(cache=cache) < 0.5 * operations()
-    convolution = sd.unet.mid_block.resnets[0].conv1
-    before = convolution.weight
-    convolution.weight = before * float("nan")
-    try:
-        assert mx.isnan(sd.unet(**arguments)).any() and not mx.isnan(sd.unet(**arguments, cache=cache)).any()
-    finally:
-        convolution.weight = before
+    sd.unet(**arguments, cache=cache)
+    for block in (sd.unet.down_blocks[1], sd.unet.mid_block, sd.unet.up_blocks[0]):
+        convolution = block.resnets[0].conv1
+        with monkeypatch.context() as patch:
+            patch.setitem(convolution, "weight", convolution.weight * float("nan"))
+            assert mx.isnan(sd.unet(**arguments)).any() and not mx.isnan(sd.unet(**arguments, cache=cache)).any()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -97,17 +86,6 @@ def test_all_of_the_unet_runs_in_every_nth_step(sd, unet, every):
     exact = [np.array(x) for x in sd.generate_latents(PROMPT, num_steps=5, deep_cache=1, **SMALL)]
     assert all(full(unet)[5:])
     assert np.array_equal(cached[0], exact[0]) and relative_error(cached[1], exact[1]) > 1e-5
-
-
-def test_full_steps_are_exact(sd):
-    """The estimate in steps 0, N, 2N is what the UNet makes of that step's latents."""
-    steps = sd.schedule.steps(5)
-    tables = (Conditioning(mx.array(normal(1, 77, 32, seed=seed))) for seed in range(2))
-    batches = guidance_batches(5, 1, *tables, 4.0)
-    cached, exact = (Denoiser(sd.unet, sd.schedule, steps, mx.float32, batches, deep_cache=n) for n in (2, 1))
-    for step, sigma in enumerate(steps.sigmas[:-1]):
-        x = mx.array(normal(1, 6, 8, 4, seed=step)) * (sigma**2 + 1) ** 0.5
-        assert mx.array_equal(cached(x, sigma), exact(x, sigma)) == (step % 2 == 0)
 
 
 def test_where_the_rows_change_all_of_the_unet_runs(sd, unet):
@@ -130,12 +108,6 @@ def test_samplers_with_two_evaluations(sd, unet, sampler):
     """A cycle has two evaluations for each of its steps, of which the first is full."""
     cached = last(sd.generate_latents(PROMPT, num_steps=6, sampler=sampler, deep_cache=3, **SMALL))
     assert np.isfinite(cached).all() and sum(full(unet)) == 2 and len(unet.calls) == 11
-
-
-def test_a_batch_is_its_images(sd):
-    batch = last(sd.generate_latents(PROMPT, n_images=2, num_steps=4, deep_cache=2, **SMALL))
-    single = last(sd.generate_latents(PROMPT, num_steps=4, deep_cache=2, **SMALL | {"seed": 4}))
-    assert relative_error(batch[1:], single) <= 1e-4
 
 
 class Net:

@@ -18,8 +18,7 @@ def table(prompts: int, rows_each: int, seed: int) -> Conditioning:
     return Conditioning(mx.array(normal(len(rows), 77, 32, seed=seed)), rows=rows)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4, 9])
-@pytest.mark.parametrize("with_negative", [True, False])
+@pytest.mark.parametrize("rows_at_once, with_negative", [(1, True), (4, True), (9, False)])
 def test_a_batch_in_parts_gives_the_same(sd, unet, rows_at_once, with_negative):
     """Two images, prompts of two parts: up to six rows a step."""
     steps = sd.schedule.steps(3)
@@ -42,7 +41,7 @@ def test_parts_are_computed_one_after_the_other(sd):
 
     def peak(rows_at_once: int | None) -> int:
         denoise = Denoiser(sd.unet, sd.schedule, steps, mx.float32, batches, rows_at_once=rows_at_once)
-        return max(peaks(denoise, x, steps.sigmas[0], runs=10))
+        return max(peaks(denoise, x, steps.sigmas[0], runs=3))
 
     assert peak(1) < 0.4 * peak(None)
 

@@ -81,38 +81,23 @@ def test_a_batch_for_each_range_of_steps():
     assert all(mx.array_equal(a, b) for a, b in zip(first, want, strict=True))
 
 
-@pytest.mark.parametrize("rows_at_once, sizes", [(6, [6]), (4, [4, 2]), (1, [1] * 6)])
-def test_parts_of_a_batch(rows_at_once, sizes):
-    positive = table(PromptRow(0, 1.0), PromptRow(0, 0.5), PromptRow(1, 1.0), PromptRow(1, 0.5))
-    (batch,) = guidance_batches(3, 2, positive, table(PromptRow(), seed=1), 5.0, rescale=0.7)
-    parts = batch.split(rows_at_once)
-    assert [len(part.images) for part in parts] == sizes
-    for name in ("images", "is_cond"):
-        assert mx.array_equal(mx.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
-    contexts = mx.concatenate([part.conditioning.context for part in parts])
-    assert mx.array_equal(contexts, batch.conditioning.context)
-    assert all(part.weights is None and part.first_step == 0 for part in parts)
-
-
 # --- rescaling -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
 def test_rescaling_is_that_of_diffusers(rescale):
-    (batch,) = guidance_batches(
-        5, 2, table(PromptRow(0), PromptRow(1)), table(PromptRow(), seed=1), 7.5, rescale=rescale
-    )
+    positive, negative = table(PromptRow(0), PromptRow(1)), table(PromptRow(), seed=1)
+    (batch,) = guidance_batches(5, 2, positive, negative, 7.5, rescale=rescale)
     out = outputs(4) * mx.array([1.0, 0.5, 2.0, 3.0])[:, None, None, None]  # images of different deviations
     cond, uncond = (nchw(np.array(out[first::2])) for first in (0, 1))
     guided = uncond + 7.5 * (cond - uncond)
-    want = guided if rescale == 0 else rescale_noise_cfg(guided, cond, guidance_rescale=rescale)
+    want = rescale_noise_cfg(guided, cond, guidance_rescale=rescale)
     assert relative_error(batch.combine(out), nhwc(want)) <= 1e-6
 
 
 def test_rescaling_by_the_mean_of_a_prompts_parts():
-    (batch,) = guidance_batches(
-        5, 1, table(PromptRow(0, 1.0), PromptRow(0, 0.5)), table(PromptRow(), seed=1), 7.5, rescale=1.0
-    )
+    positive, negative = table(PromptRow(0, 1.0), PromptRow(0, 0.5)), table(PromptRow(), seed=1)
+    (batch,) = guidance_batches(5, 1, positive, negative, 7.5, rescale=1.0)
     out = outputs(3)
     mean = (out[0] + 0.5 * out[1]) / 1.5
     assert mx.std(batch.combine(out)).item() == pytest.approx(mx.std(mean).item(), rel=1e-5)
@@ -129,17 +114,13 @@ def test_rescaling_in_a_pipeline(tmp_path, family, prediction):
 # --- the interval ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interval", [(0, 0), (0.5, 0.5), (1, 1)])
-def test_an_empty_interval_is_no_guidance(sd, unet, interval):
-    empty = last(sd.generate_latents(PROMPT, guidance_interval=interval, **GUIDED, **SMALL))
+def test_an_empty_interval_is_no_guidance(sd, unet):
+    empty = last(sd.generate_latents(PROMPT, guidance_interval=(0.5, 0.5), **GUIDED, **SMALL))
     without = last(sd.generate_latents(PROMPT, cfg_weight=1.0, **SMALL))
     assert np.array_equal(empty, without) and [call.rows for call in unet.calls] == [1] * 8
 
 
-@pytest.mark.parametrize(
-    "interval, rows",
-    [((0.25, 0.75), [1, 2, 2, 1]), ((0, 0.5), [2, 2, 1, 1]), ((0.3, 1), [1, 1, 2, 2]), ((0.2, 0.3), [1, 2, 1, 1])],
-)
+@pytest.mark.parametrize("interval, rows", [((0, 0.5), [2, 2, 1, 1]), ((0.2, 0.3), [1, 2, 1, 1])])
 def test_steps_outside_the_interval_have_the_rows_of_the_prompt(sd, unet, interval, rows):
     ours = [np.array(x) for x in sd.generate_latents(PROMPT, guidance_interval=interval, **GUIDED, **SMALL)]
     assert [call.rows for call in unet.calls] == rows

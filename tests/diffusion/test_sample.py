@@ -1,7 +1,5 @@
 """Samplers, schedules and custom steps as arguments of a pipeline."""
 
-from itertools import pairwise
-
 import diffusers
 import mlx.core as mx
 import numpy as np
@@ -10,8 +8,6 @@ import pytest
 from checkpoints import SCALED, Recorder, both, make
 from oracle import nchw, normal, picture, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion
-from stable_diffusion.diffusion.denoiser import Denoiser
-from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.samplers import dpmpp_2m, euler
 
 PROMPT = "the red cat"
@@ -58,7 +54,6 @@ def test_given_timesteps_and_sigmas(sd):
     "given, message",
     [
         ({"timesteps": [900, 1], "sigmas": [1.0, 0.0]}, "timesteps, sigmas each say where the steps lie"),
-        ({"timesteps": [900, 1], "spacing": "leading"}, "spacing, timesteps each say"),
         ({"sigmas": [1.0, 0.0], "schedule": "karras"}, "schedule, sigmas each say"),
         ({"sigmas": [1.0, 0.0], "num_steps": 2}, "num_steps 2 does not fit the 1 steps"),
         ({"timesteps": [1, 900]}, "must descend"),
@@ -97,21 +92,6 @@ def test_every_image_and_step_draws_noise_of_its_own(sd):
     ours, next_seed = np.array(draws)
     assert np.array_equal(ours[:, 1], next_seed[:, 0])
     assert np.allclose(np.corrcoef(ours.reshape(6, -1)), np.eye(6), atol=0.5)
-
-
-def test_a_loop_of_ones_own(sd):
-    """As docs/samplers.md shows it."""
-    steps = sd.schedule.steps(3, schedule="karras")
-    prompt, negative = sd.encode_prompt(PROMPT), sd.encode_prompt("")
-    batches = guidance_batches(len(steps), 1, prompt, negative, 3.0)
-    denoise = Denoiser(sd.unet, sd.schedule, steps, sd.dtype, batches)
-    noise = mx.array(normal(1, 4, 6, 4))
-    x = sd.schedule.initial_scale(steps) * noise
-    for sigma, target in pairwise(steps.sigmas):
-        x0 = denoise(x, sigma)
-        x = x0 + (target / sigma) * (x - x0)
-    want = states(sd, num_steps=3, sampler="euler", schedule="karras", latents=noise)
-    assert np.array_equal(x, want[-1])
 
 
 # --- the samplers that checkpoints ask for, in whole pipelines -------------------------------------------------------

@@ -1,20 +1,17 @@
 """Timesteps and noise levels against diffusers, for every spacing and number of steps."""
 
-import copy
 import inspect
 import math
-import pickle
 
 import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from stable_diffusion.diffusion import curves
 from stable_diffusion.diffusion.samplers import SAMPLERS
-from stable_diffusion.diffusion.schedule import SCHEDULES, SPACING_RULES, SPACINGS, Schedule, ScheduleConfig, Sigma
+from stable_diffusion.diffusion.schedule import SCHEDULES, SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.models.config import readable
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -147,14 +144,7 @@ def test_align_your_steps(name, key):
     assert double[1] == pytest.approx((steps.sigmas[0] * steps.sigmas[1]) ** 0.5)
 
 
-@pytest.mark.parametrize("a", [0.3, 0.6, 0.9])
-def test_beta_quantile(a):
-    ps = np.linspace(0, 1, 101)
-    ours = [curves._beta_quantile(float(p), a) for p in ps]
-    np.testing.assert_allclose(ours, scipy.stats.beta.ppf(ps, a, a), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("original", [50, 100, 20])
+@pytest.mark.parametrize("original", [50, 20])
 def test_distilled_timesteps(original):
     oracle = diffusers.LCMScheduler(original_inference_steps=original)
     ours = schedule(**SCALED, original_inference_steps=original)
@@ -169,7 +159,7 @@ def test_distilled_timesteps(original):
 def test_leaps_of_tcd():
     """The product with 1 - gamma is rounded down; in float32 at diffusers, where 0.7 * 500 is 350 and not below."""
     ours = schedule(**SCALED)
-    for gamma in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+    for gamma in (0.0, 0.3, 0.7, 1.0):
         t = torch.arange(999, -1, -1)
         want = torch.floor((1 - gamma) * t).long().tolist()[1:]
         steps = ours.at_timesteps(t.tolist())
@@ -191,18 +181,13 @@ def test_runs_through_given_levels():
 
 # --- what a checkpoint says of its scheduler -------------------------------------------------------------------------
 
+NONSENSE = ("timestep_type", "interpolation_type", "final_sigmas_type", "beta_schedule", "prediction_type")
 REFUSED = [
+    *(({key: "nonsense"}, f"{key}='nonsense' is not supported") for key in (*NONSENSE, "timestep_spacing")),
     ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas can hold"),
     ({"use_flow_sigmas": True}, "use_flow_sigmas=True is not supported"),
-    ({"timestep_type": "continuous"}, "timestep_type='continuous' is not supported"),
-    ({"interpolation_type": "log_linear"}, r"interpolation_type='log_linear' is not supported \(supported: 'linear'"),
-    ({"final_sigmas_type": "one"}, "final_sigmas_type='one' is not supported"),
-    ({"beta_schedule": "nonsense"}, "beta_schedule='nonsense' is not supported"),
-    ({"prediction_type": "nonsense"}, "prediction_type='nonsense' is not supported"),
-    ({"timestep_spacing": "nonsense"}, "timestep_spacing='nonsense' is not supported"),
     ({"beta_start": "x"}, "a value is not what it should be"),
     ({"trained_betas": []}, "a value is not what it should be"),
-    ({"num_train_timesteps": "many"}, "a value is not what it should be"),
 ]
 
 
@@ -245,7 +230,7 @@ def test_the_defaults_of_every_scheduler_are_followed(name):
 
 def test_sigma_and_timestep_are_inverse():
     ours = schedule(**SCALED)
-    for t in (0.0, 0.5, 1.0, 333.3, 998.9, 999.0):
+    for t in (0.0, 0.5, 333.3, 999.0):
         low, high = int(t), min(int(t) + 1, 999)
         sigma = ours.sigmas[low] ** (1 - t % 1) * ours.sigmas[high] ** (t % 1)
         assert ours.timestep(sigma) == pytest.approx(t, abs=1e-5)
@@ -260,25 +245,11 @@ def test_the_last_steps_of_a_run():
     assert len(steps.last(0)) == 0
 
 
-def test_a_sigma_knows_its_step_and_timestep():
-    ours = schedule(**SCALED)
-    steps = ours.steps(4, "multistep", schedule="karras")  # its timesteps are rounded
-    for number, (sigma, t) in enumerate(zip(steps.sigmas[:-1], steps.timesteps, strict=True)):
-        assert isinstance(sigma, Sigma) and sigma.step == steps.step_at(sigma) == number
-        assert sigma.timestep == ours.timestep(sigma) == t == round(ours.timestep(float(sigma)))
-    assert any(ours.timestep(float(sigma)) != sigma.timestep for sigma in steps.sigmas[:-1])
-    assert type(steps.sigmas[-1]) is float
-    again = ours.at_sigmas(steps.sigmas)
-    assert again.sigmas == steps.sigmas and again.timesteps == steps.timesteps
-    for same in (copy.deepcopy(steps.sigmas[2]), pickle.loads(pickle.dumps(steps.sigmas[2]))):
-        assert (same, same.step, same.timestep) == (steps.sigmas[2], 2, steps.timesteps[2])
-
-
 def test_arithmetic_forgets_step_and_timestep():
     """A computed level has no timestep of a run, even where it equals one of its levels."""
     ours = schedule(**SCALED)
-    first, second = ours.steps(4, "multistep", schedule="karras").sigmas[:2]
-    for level in (first * 1, first + 0, first / second * second, math.sqrt(first * first), abs(first), float(first)):
+    first = ours.steps(4, "multistep", schedule="karras").sigmas[0]
+    for level in (first * 1, first + 0, math.sqrt(first * first), abs(first), float(first)):
         assert type(level) is float and ours.timestep(level) == pytest.approx(999, abs=0.01)
     x = mx.array([1.0, 2.0])
     assert mx.array_equal(x * first, x * float(first)) and (x.astype(mx.float16) / first).dtype == mx.float16
@@ -298,7 +269,7 @@ def test_the_step_of_a_computed_level():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        *((([n]), rf"{n} steps: the model was trained on 1000 timesteps; choose 1 to 1000") for n in (0, -1, 1001)),
+        *(([n], f"{n} steps: the model was trained on 1000 timesteps; choose 1 to 1000") for n in (0, 1001)),
         ([3, "euler", None, "sideways"], "schedule 'sideways' is unknown; choose one of default, karras"),
         ([3, "euler", "sideways"], "'sideways' is unknown"),
     ],

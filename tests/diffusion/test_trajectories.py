@@ -201,8 +201,9 @@ def compare(name, counts=COUNTS, start=0, custom=None, float64=False, at_step=No
     assert max(errors.values()) <= BOUND, errors
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "prediction, spacing", [*(("epsilon", spacing) for spacing in SPACINGS), ("v_prediction", SPACINGS[0])]
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_step(name, prediction, spacing):
     compare(name, prediction_type=prediction, timestep_spacing=spacing)
@@ -226,7 +227,7 @@ def test_every_step_along_a_curve(name, spacing, curve):
     compare(name, counts, timestep_spacing=spacing, **{f"use_{curve}_sigmas": True})
 
 
-@pytest.mark.parametrize("start", [1, 4, 9])
+@pytest.mark.parametrize("start", [1, 9])
 @pytest.mark.parametrize("name", CLASSES)
 def test_from_the_middle(name, start):
     """Image to image, as its pipelines in diffusers start it, with two exceptions.
@@ -243,13 +244,8 @@ V, ONE = {"prediction_type": "v_prediction"}, {"prediction_type": "sample", "flo
 ZERO_SNR = V | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "float64": True}
 KINDS = {
     "sample": (ONE, "euler heun lms ddim ddpm dpmpp_2m dpmpp_2m_sde unipc deis lcm tcd"),
-    "sample, trailing": (
-        ONE | {"timestep_spacing": "trailing"},
-        "euler heun lms ddim ddpm dpmpp_2m unipc deis lcm tcd",
-    ),
     "zero SNR": (ZERO_SNR, "euler euler_a ddim ddpm dpmpp_2m dpmpp_2m_sde unipc lcm tcd"),
     "zero SNR, karras": (ZERO_SNR | {"use_karras_sigmas": True}, "euler dpmpp_2m unipc"),
-    "zero SNR, exponential": (ZERO_SNR | {"use_exponential_sigmas": True}, "euler dpmpp_2m unipc"),
     "to the first sigma": ({"final_sigmas_type": "sigma_min"}, "euler dpmpp_2m dpmpp_2m_sde unipc"),
     "as Stable Diffusion ends": ({"set_alpha_to_one": False, "steps_offset": 1}, "ddim pndm"),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2", "float64": True} | V, "euler ddim unipc"),
@@ -268,10 +264,9 @@ def test_every_step_of_other_models_and_runs(kind, name):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
-def test_eta(name, spacing, eta):
-    compare(name, at_step={"eta": eta}, chosen={"eta": eta}, timestep_spacing=spacing)
+def test_eta(name, eta):
+    compare(name, at_step={"eta": eta}, chosen={"eta": eta}, timestep_spacing="leading")
 
 
 # k-diffusion's samplers that diffusers does not have, in its own variables: t = -log(sigma), in float64.
@@ -335,15 +330,3 @@ def test_k_diffusion(name, curve, eta):
         want = list(REFERENCES[name](denoise, x.astype(np.float64), sigmas, NOISE, eta))
         assert len(have) == len(want) == count
         assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND
-
-
-@pytest.mark.parametrize("count", [15, 25])
-def test_third_order_multistep(count):
-    """Without noise dpmpp_3m_sde is DPM-Solver++(3M), as diffusers has it for 15 steps and more.
-
-    Its "heun" is about the second step, which is of second order.
-    """
-    scheduler = diffusers.DPMSolverMultistepScheduler(**SCALED, solver_order=3, solver_type="heun")
-    want = theirs("dpmpp_3m_sde", scheduler, count)
-    have = ours("dpmpp_3m_sde", dict(scheduler.config), count, eta=0.0)
-    assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND

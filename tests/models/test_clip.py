@@ -12,16 +12,8 @@ from transformers import CLIPTextModelWithProjection as OracleWithProjection
 from oracle import pair, relative_error
 from stable_diffusion.models.clip import CLIPTextModel
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 1000,
-    "eos_token_id": 999,
-    "bos_token_id": 998,
-    "pad_token_id": 999,
-}
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL |= {"vocab_size": 1000, "eos_token_id": 999, "bos_token_id": 998, "pad_token_id": 999}
 CONFIGS = {
     "sd1": SMALL | {"hidden_act": "quick_gelu", "architectures": ["CLIPTextModel"]},
     "sd2": SMALL | {"hidden_act": "gelu", "architectures": ["CLIPTextModel"]},

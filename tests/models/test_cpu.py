@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from models.test_controlnet import CONTROLNETS
-from oracle import normal, relative_error
-from stable_diffusion import StableDiffusion, StableDiffusionXL
+from oracle import last, normal, relative_error
 from stable_diffusion.diffusion.controls import Control
 from stable_diffusion.models import cpu
 from stable_diffusion.models.unet import UNet2DConditionModel
@@ -21,16 +20,6 @@ from stable_diffusion.weights.load import build
 
 PROMPT = "the red cat"
 SMALL = {"num_steps": 3, "latent_size": (6, 8), "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def sd(sd1_folder) -> StableDiffusion:
-    return StableDiffusion(sd1_folder)
-
-
-@pytest.fixture(scope="module")
-def xl(xl_folder) -> StableDiffusionXL:
-    return StableDiffusionXL(xl_folder)
 
 
 @pytest.fixture
@@ -61,14 +50,9 @@ def calls(monkeypatch) -> list[tuple[int, str]]:
     return recorded
 
 
-def last(latents) -> np.ndarray:
-    return np.array(list(latents)[-1])
-
-
 @pytest.mark.parametrize(
     "which, options",
     [
-        ("sd", {}),
         ("sd", {"n_images": 3, "sampler": "heun"}),
         ("sd", {"deep_cache": 2, "sampler": "euler_a"}),
         ("sd", {"guidance_interval": (0.3, 1.0), "n_images": 2}),
@@ -97,16 +81,15 @@ def test_each_part_has_its_stream_and_products_one_core(sd, two_cores, calls):
 
 
 @pytest.mark.parametrize(
-    "setting, rows, count, cores",
-    [("guidance of 1", 1, 3, {2}), ("low memory", 2, 3, {2}), ("rows one by one", 1, 6, {2})],
+    "setting, rows, count", [("guidance of 1", 1, 3), ("low memory", 2, 3), ("rows one by one", 1, 6)]
 )
-def test_batches_that_are_not_parted_have_all_cores(setting, rows, count, cores, sd, two_cores, calls, monkeypatch):
+def test_batches_that_are_not_parted_have_all_cores(setting, rows, count, sd, two_cores, calls, monkeypatch):
     if setting == "low memory":
         mx.set_memory_limit(0)
     monkeypatch.setattr(sd, "rows_at_once", 1 if setting == "rows one by one" else None)
     last(sd.generate_latents(PROMPT, **SMALL, cfg_weight=1.0 if setting == "guidance of 1" else 7.5))
     assert calls == [(rows, str(mx.default_stream(mx.cpu)))] * count
-    assert set(two_cores) == cores
+    assert set(two_cores) == {2}
 
 
 def test_products_get_their_cores_back(sd, two_cores):

@@ -1,6 +1,7 @@
 """The depth estimator against transformers, and the depth channel against diffusers."""
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,44 +29,23 @@ from stable_diffusion.weights.files import open_part
 from stable_diffusion.weights.load import build, load_component
 from test_full_size import check
 
-_BACKBONE = {
-    "model_type": "bit",
-    "layer_type": "bottleneck",
-    "global_padding": "SAME",
-    "embedding_dynamic_padding": True,
-    "out_features": ["stage1", "stage2", "stage3"],
-}
-TINY = {
-    "is_hybrid": True,
-    "image_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "backbone_out_indices": [0, 1, 1, 3],
-    "backbone_featmap_shape": [1, 96, 4, 4],
-    "neck_hidden_sizes": [32, 64, 24, 40],
-    "reassemble_factors": [1, 1, 1, 0.5],
-    "fusion_hidden_size": 16,
-    "backbone_config": _BACKBONE
-    | {"depths": [2, 1, 2], "hidden_sizes": [32, 64, 96], "embedding_size": 16, "num_groups": 4},
-}
+_BACKBONE = {"model_type": "bit", "layer_type": "bottleneck", "global_padding": "SAME"}
+_BACKBONE |= {"embedding_dynamic_padding": True, "out_features": ["stage1", "stage2", "stage3"]}
+_SMALL = {"depths": [2, 1, 2], "hidden_sizes": [32, 64, 96], "embedding_size": 16, "num_groups": 4}
+TINY = {"is_hybrid": True, "image_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+TINY |= {"num_attention_heads": 4, "backbone_out_indices": [0, 1, 1, 3], "backbone_featmap_shape": [1, 96, 4, 4]}
+TINY |= {"neck_hidden_sizes": [32, 64, 24, 40], "reassemble_factors": [1, 1, 1, 0.5], "fusion_hidden_size": 16}
+TINY |= {"backbone_config": _BACKBONE | _SMALL}
 CONFIGS = {
     "tiny": TINY,
     "large-picture": TINY | {"image_size": 96, "backbone_featmap_shape": [1, 96, 6, 6]},
     "first-layers": TINY | {"backbone_out_indices": [0, 0, 0, 2], "qkv_bias": False, "layer_norm_eps": 0.1},
 }
 # The published file, without what it says of text generation, labels and training.
-REAL = {
-    "backbone_config": _BACKBONE | {"depths": [3, 4, 9], "hidden_sizes": [256, 512, 1024, 2048], "output_stride": 32},
-    "backbone_featmap_shape": [1, 1024, 24, 24],
-    "is_hybrid": True,
-    "model_type": "dpt",
-    "neck_hidden_sizes": [256, 512, 768, 768],
-    "neck_ignore_stages": [0, 1],
-    "readout_type": "project",
-    "reassemble_factors": [1, 1, 1, 0.5],
-}
+_LARGE = {"depths": [3, 4, 9], "hidden_sizes": [256, 512, 1024, 2048], "output_stride": 32}
+REAL = {"model_type": "dpt", "is_hybrid": True, "backbone_config": _BACKBONE | _LARGE, "readout_type": "project"}
+REAL |= {"backbone_featmap_shape": [1, 1024, 24, 24], "neck_hidden_sizes": [256, 512, 768, 768]}
+REAL |= {"neck_ignore_stages": [0, 1], "reassemble_factors": [1, 1, 1, 0.5]}
 
 
 @cache
@@ -81,8 +61,7 @@ def oracle_of(name: str) -> Oracle:
     perturb(oracle)
     before = []  # the last ReLU, whose bias is chosen so that it lets about half of the map through
     hook = oracle.head.head[4].register_forward_hook(lambda *args: before.append(args[-1]))
-    side = oracle.config.image_size
-    oracle(nchw(normal(1, side, side, 3)))
+    oracle(nchw(normal(1, *[oracle.config.image_size] * 2, 3)))
     hook.remove()
     oracle.head.head[4].bias -= before[0].mean()
     return oracle
@@ -105,16 +84,8 @@ def picture(width: int, height: int) -> Image.Image:
 
 def processor(side: int) -> DPTImageProcessorPil:
     """The feature extractor, with the settings of the published preprocessor_config.json."""
-    return DPTImageProcessorPil(
-        do_resize=True,
-        ensure_multiple_of=1,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        keep_aspect_ratio=False,
-        resample=2,
-        rescale_factor=1 / 255,
-        size={"height": side, "width": side},
-    )
+    size = {"height": side, "width": side}
+    return DPTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2, size=size)
 
 
 # --- the network -------------------------------------------------------------------------------------------------
@@ -170,37 +141,31 @@ def test_pixels_of_another_size_are_refused(shape):
         DPTForDepthEstimation(DPTConfig.from_dict(TINY))(mx.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"is_hybrid": False}, "is_hybrid=False"),
-        ({"readout_type": "add"}, "readout_type='add'"),
-        ({"patch_size": 32}, "patch_size=32"),
-        ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"head_in_index": 0}, "head_in_index=0"),
-        ({"add_projection": True}, "add_projection=True"),
-        ({"neck_ignore_stages": []}, r"neck_ignore_stages=\[\]"),
-        ({"use_batch_norm_in_fusion_residual": True}, "use_batch_norm_in_fusion_residual=True"),
-        ({"use_bias_in_fusion_residual": False}, "use_bias_in_fusion_residual=False"),
-        ({"reassemble_factors": [4, 2, 1, 1]}, r"reassemble_factors end in \(1, 1\)"),
-        ({"image_size": 80}, "image_size=80 .supported: multiples of 32"),
-        ({"image_size": [64, 64]}, "a value is not what it should be"),
-        ({"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
-        ({"backbone_out_indices": [0, 1, 2, 4]}, r"of 4 layers, backbone_out_indices end in \(2, 4\)"),
-        ({"neck_hidden_sizes": [16, 64, 24, 40]}, r"the first are \(32, 64\)"),
-        ({"backbone_config": TINY["backbone_config"] | {"layer_type": "preactivation"}}, "layer_type='preactivation'"),
-        ({"backbone_config": TINY["backbone_config"] | {"global_padding": None}}, "global_padding=None"),
-        ({"backbone_config": TINY["backbone_config"] | {"model_type": "swin"}}, "model_type='swin'"),
-        ({"backbone_config": TINY["backbone_config"] | {"depths": [2, 2]}}, r"depths=\(2, 2\)"),
-        ({"backbone_config": TINY["backbone_config"] | {"hidden_sizes": [32, 64, 72]}}, r"hidden_sizes=\(32, 64, 72\)"),
-        ({"backbone_config": TINY["backbone_config"] | {"out_features": ["stage3"]}}, "out_features="),
-        ({"backbone_config": {"model_type": "bit"}}, "layer_type='preactivation'.*global_padding=None"),
-    ],
-)
+UNSUPPORTED = {"is_hybrid": False, "patch_size": 32, "num_channels": 4, "hidden_act": "relu", "readout_type": "add"}
+UNSUPPORTED |= {"neck_ignore_stages": [], "head_in_index": 0, "add_projection": True}
+UNSUPPORTED |= {"use_batch_norm_in_fusion_residual": True, "use_bias_in_fusion_residual": False}
+UNSUPPORTED_BACKBONES = {"model_type": "swin", "layer_type": "preactivation", "global_padding": None, "depths": (2, 2)}
+UNSUPPORTED_BACKBONES |= {"hidden_sizes": (32, 64, 72), "out_features": ["stage3"]}
+CHANGES = [({key: value}, f"{key}={value!r}") for key, value in UNSUPPORTED.items()]
+CHANGES += [
+    ({"backbone_config": TINY["backbone_config"] | {key: value}}, f"{key}={value!r}")
+    for key, value in UNSUPPORTED_BACKBONES.items()
+]
+CHANGES += [
+    ({"reassemble_factors": [4, 2, 1, 1]}, "reassemble_factors end in (1, 1)"),
+    ({"image_size": 80}, "image_size=80 (supported: multiples of 32"),
+    ({"image_size": [64, 64]}, "a value is not what it should be"),
+    ({"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
+    ({"backbone_out_indices": [0, 1, 2, 4]}, "of 4 layers, backbone_out_indices end in (2, 4)"),
+    ({"neck_hidden_sizes": [16, 64, 24, 40]}, "the first are (32, 64)"),
+]
+
+
+@pytest.mark.parametrize("change, message", CHANGES)
 def test_configs_that_cannot_be_computed_are_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match="depth.*" + re.escape(message)) as error:
         build("depth_estimator", TINY | change)
-    assert "\n" not in str(error.value) and "depth" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # --- resampling --------------------------------------------------------------------------------------------------
@@ -208,9 +173,7 @@ def test_configs_that_cannot_be_computed_are_refused_by_name(change, message):
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("cubic", [False, True])
-@pytest.mark.parametrize(
-    "old, new", [((384, 50), (64, 96)), ((24, 5), (48, 10)), ((1, 31), (64, 61)), ((97, 7), (1, 8))]
-)
+@pytest.mark.parametrize("old, new", [((384, 50), (64, 96)), ((1, 31), (64, 61)), ((97, 7), (1, 8))])
 def test_resampling_equals_torch(old, new, cubic, align_corners):
     x = normal(2, *old, 3)
     mode = "bicubic" if cubic else "bilinear"
@@ -254,38 +217,18 @@ def test_the_estimator_loads_from_its_own_folder_and_in_either_precision(folder,
     assert 0 < relative_error(estimate_depth(half, image), estimate_depth(full, image)) <= 2e-2
 
 
-def prepare_depth_map(image: Image.Image, depth: np.ndarray | None) -> np.ndarray:
-    """diffusers' own method, on the little of its pipeline that it needs."""
-    pipe = SimpleNamespace(vae_scale_factor=8, feature_extractor=processor(64), depth_estimator=oracle_of("tiny"))
-    given = None if depth is None else torch.from_numpy(depth)[None]
-    prepare = diffusers.StableDiffusionDepth2ImgPipeline.prepare_depth_map
-    return nhwc(prepare(pipe, image, given, 1, False, torch.float32, torch.device("cpu")))
-
-
-@pytest.mark.parametrize(
-    "shape, size", [((384, 384), (512, 512)), ((72, 100), (200, 72)), ((5, 6), (512, 512)), ((1000, 640), (200, 72))]
-)
+@pytest.mark.parametrize("shape, size", [((384, 384), (512, 512)), ((5, 6), (512, 512)), ((1000, 640), (200, 72))])
 def test_the_channel_equals_diffusers(shape, size):
+    """By diffusers' own method, on the little of its pipeline that it needs."""
     depth = 300 * normal(*shape) + 1000
-    want = prepare_depth_map(picture(*size), depth)
+    prepare, pipe = diffusers.StableDiffusionDepth2ImgPipeline.prepare_depth_map, SimpleNamespace(vae_scale_factor=8)
+    given = picture(*size), torch.from_numpy(depth)[None]
+    want = nhwc(prepare(pipe, *given, 1, False, torch.float32, torch.device("cpu")))
     got = depth_latents(depth, (size[1] // 8, size[0] // 8))
     assert got.shape == want.shape
     assert (float(got.min()), float(got.max())) == (-1, 1)
     assert relative_error(got, want) <= 1e-5  # the map's mean, three times its spread, takes away a digit
     assert np.array_equal(depth_latents(mx.array(depth), got.shape[1:3]), got)
-
-
-def test_the_channel_of_an_estimated_map_equals_diffusers(folder):
-    image = picture(104, 72)
-    got = depth_latents(estimate_depth(load_depth_estimator(folder), image), (9, 13))
-    assert relative_error(got, prepare_depth_map(image, None)) <= 1e-4
-
-
-def test_the_unit_of_a_map_does_not_matter_and_larger_is_nearer():
-    ramp = np.linspace(0, 255, 40)[None].repeat(30, axis=0)
-    channel = np.array(depth_latents(ramp, (6, 8)))[0, :, :, 0]
-    assert (np.diff(channel, axis=1) > 0).all()
-    assert np.abs(np.array(depth_latents(ramp * 257, (6, 8)))[0, :, :, 0] - channel).max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -308,9 +251,7 @@ def test_maps_that_say_nothing_are_refused(depth, message):
 _RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 
 
-@pytest.mark.parametrize(
-    "values", [_RAMP, _RAMP.astype(np.uint16) * 300, _RAMP.astype(np.uint16), _RAMP.astype(np.float32) / 7], ids=str
-)
+@pytest.mark.parametrize("values", [_RAMP, _RAMP.astype(np.uint16) * 300, _RAMP.astype(np.float32) / 7], ids=str)
 def test_grey_files_keep_all_their_bits(values, tmp_path):
     path = tmp_path / ("map.tiff" if values.dtype == np.float32 else "map.png")
     Image.fromarray(values).save(path)
@@ -332,22 +273,18 @@ def test_transparent_parts_are_farthest(tmp_path):
 def test_maps_are_read_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    for values in (_RAMP, _RAMP.astype(np.uint16) * 300):
-        Image.fromarray(values).save(tmp_path / "map.png", exif=exif)
-        assert np.array_equal(read_depth(tmp_path / "map.png"), np.rot90(values, -1))
+    Image.fromarray(_RAMP).save(tmp_path / "map.png", exif=exif)
+    assert np.array_equal(read_depth(tmp_path / "map.png"), np.rot90(_RAMP, -1))
 
 
 def test_files_without_depth_are_refused_in_one_line(tmp_path):
     picture(8, 8).save(tmp_path / "colour.png")
     Image.new("I;16", (4, 4), 300).save(tmp_path / "flat.png")
-    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tiff")
     (tmp_path / "text.png").write_text("no picture")
-    picture(64, 64).convert("L").save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:-50])
     messages = {
         "colour.png": "a picture in colour",
         "flat.png": "is 300 everywhere",
-        "nan.tiff": "not finite",
         "text.png": "not an image",
         "cut.png": "cannot be read",
         "none.png": "there is no image",

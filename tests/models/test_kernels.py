@@ -29,8 +29,7 @@ def test_activations(backend, ours, theirs):
         assert relative_error(ours(mx.array(x)), want) <= 1e-6
 
 
-@pytest.mark.parametrize("width", [40, 64, 160, 512])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("width, scale", [(40, 1e-3), (64, 1.0), (160, 30.0), (512, 1.0)])
 def test_attention(backend, width, scale):
     """Up to scores in the thousands, where the last bit of a score counts: it moves a weight by so much."""
     q, k, v = (normal(2, 3, n, width, seed=i, scale=s) for i, (n, s) in enumerate([(50, scale), (77, scale), (77, 1)]))
@@ -77,9 +76,7 @@ def test_norms(backend, size):
 @pytest.mark.parametrize(
     "rows, sizes",  # of queries, whose scores may be in memory at once
     [
-        (300, [(3, 2, 50)]),
         (299, [(2, 2, 50), (1, 2, 50)]),
-        (199, [(1, 2, 50)] * 3),
         (99, [(1, 1, 50)] * 6),
         (49, [(1, 1, 49), (1, 1, 1)] * 6),
         (0.5, [(1, 1, 1)] * 300),

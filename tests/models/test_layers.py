@@ -8,7 +8,6 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
 from oracle import SCALES, nchw, nhwc, normal, relative_error
-from stable_diffusion.models.clip import ACTIVATIONS
 from stable_diffusion.models.layers import (
     Attention,
     Context,
@@ -26,9 +25,7 @@ def test_group_norm(eps, offset):
     norm.weight, norm.bias = mx.array(weight), mx.array(bias)
     for scale in SCALES:
         x = (normal(2, 24, 16, 32) + offset).astype(np.float32) * np.float32(scale)
-        want = F.group_norm(
-            nchw(x).double(), 8, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), eps
-        )
+        want = F.group_norm(nchw(x).double(), 8, *(torch.from_numpy(t).double() for t in (weight, bias)), eps)
         assert relative_error(norm(mx.array(x)), nhwc(want)) <= 1e-6
 
 
@@ -50,15 +47,10 @@ def test_group_norm_in_half_precision_does_not_overflow():
 def test_timestep_embedding(dim, flip, shift, monkeypatch):
     t = np.array([0, 1, 37.5, 500, 966.66669, 999], dtype=np.float32)
     ours = timestep_embedding(mx.array(t), dim, flip_sin_to_cos=flip, freq_shift=shift)
-
-    def oracle() -> torch.Tensor:
-        return get_timestep_embedding(torch.from_numpy(t), dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
-
-    # torch's exp errs in the last bit of some frequency, which at t = 999 is worth 999 * 2^-24 of the embedding ...
-    assert relative_error(ours, oracle()) <= 999 * 2**-24
-    # ... and with that one function rounded correctly nothing is left.
+    # torch's exp errs in the last bit of some frequency, which at t = 999 is worth 999 * 2^-24 of the embedding
     monkeypatch.setattr(torch, "exp", lambda x: x.double().exp_().float())
-    assert relative_error(ours, oracle()) <= 1e-6
+    want = get_timestep_embedding(torch.from_numpy(t), dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+    assert relative_error(ours, want) <= 1e-6
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 12), (8, 11), (7, 11)])
@@ -74,12 +66,6 @@ def test_downsample(pad_end):
     padded = F.pad(nchw(x), (0, 1, 0, 1) if pad_end else (1, 1, 1, 1))
     want = F.conv2d(padded, weight, torch.from_numpy(np.array(layer.conv.bias)), stride=2)
     assert relative_error(layer(mx.array(x)), nhwc(want)) <= 1e-6
-
-
-@pytest.mark.parametrize("name, oracle", [("gelu", F.gelu), ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x))])
-def test_activations(name, oracle):
-    x = normal(1000, scale=3.0)
-    assert relative_error(ACTIVATIONS[name](mx.array(x)), oracle(torch.from_numpy(x))) <= 1e-6
 
 
 def test_the_keys_and_values_of_a_prompt_are_computed_once_but_not_in_training():

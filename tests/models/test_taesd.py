@@ -1,5 +1,7 @@
 """The tiny autoencoder against diffusers."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,33 +12,9 @@ from stable_diffusion.models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from stable_diffusion.weights.files import open_part
 from stable_diffusion.weights.load import load_component
 
-# As the published config.json of TAESD spells it; TAESDXL's is the same.
-PUBLISHED = {
-    "_class_name": "AutoencoderTiny",
-    "_diffusers_version": "0.30.0",
-    "act_fn": "relu",
-    "decoder_block_out_channels": [64, 64, 64, 64],
-    "encoder_block_out_channels": [64, 64, 64, 64],
-    "force_upcast": False,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "latent_magnitude": 3,
-    "latent_shift": 0.5,
-    "num_decoder_blocks": [3, 3, 3, 1],
-    "num_encoder_blocks": [1, 3, 3, 3],
-    "out_channels": 3,
-    "scaling_factor": 1.0,
-    "shift_factor": 0.0,
-    "upsample_fn": "nearest",
-    "upsampling_scaling_factor": 2,
-}
-SMALL = PUBLISHED | {
-    "decoder_block_out_channels": [16, 16, 16],
-    "encoder_block_out_channels": [8, 8, 8],
-    "num_decoder_blocks": [2, 1, 3],
-    "num_encoder_blocks": [1, 2, 1],
-    "latent_channels": 5,
-}
+PUBLISHED = json.loads(Oracle().to_json_string())  # TAESD's and TAESDXL's are the defaults
+SMALL = PUBLISHED | {"encoder_block_out_channels": [8, 8, 8], "num_encoder_blocks": [1, 2, 1], "latent_channels": 5}
+SMALL |= {"decoder_block_out_channels": [16, 16, 16], "num_decoder_blocks": [2, 1, 3]}
 CONFIGS = {"published": PUBLISHED, "small": SMALL, "scaled": SMALL | {"scaling_factor": 0.7}}
 
 

@@ -33,19 +33,13 @@ def build(name: str) -> AutoencoderKL | AutoencoderTiny:
 
 
 @pytest.fixture
-def no_graphs(monkeypatch):
-    """Nothing is left to one graph."""
+def sliced(monkeypatch):
+    """Nothing is left to one graph, and slices have one row."""
     monkeypatch.setattr(tiling, "_LARGEST_GRAPH", dict.fromkeys(tiling._LARGEST_GRAPH, 0))
-
-
-@pytest.fixture
-def sliced(no_graphs, monkeypatch):
-    """Slices have one row."""
     monkeypatch.setattr(tiling, "_SLICE", dict.fromkeys(tiling._SLICE, 1))
 
 
-# Latents of one row, odd sides, and a batch.
-@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 5), (2, 6, 11)])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 9, 5)])
 @pytest.mark.parametrize("name", ["sd", "no-attention", "bundled", "tiny"])
 def test_slices_are_exact(name, shape, sliced):
     vae = build(name)
@@ -57,7 +51,7 @@ def test_slices_are_exact(name, shape, sliced):
         assert relative_error(1 + mx.exp(ours), 1 + mx.exp(exact)) <= 3e-6  # the variance of the tiny one is 0
 
 
-@pytest.mark.parametrize("rows", [2, 3, 5, 64])
+@pytest.mark.parametrize("rows", [2, 5, 64])
 def test_slices_of_any_height_are_exact(rows):
     for name in ("sd", "tiny"):
         vae = build(name)
@@ -96,21 +90,12 @@ def test_one_tile_is_exact(name):
     assert relative_error(in_tiles(vae.encoder.layers, x, one, scale, 1), vae.encoder(x)) <= 1e-6
 
 
-@pytest.mark.parametrize("length, side", [(10, 10), (10, 16), (1, 16), (11, 10), (64, 16), (100, 24), (35, 16)])
+@pytest.mark.parametrize("length, side", [(10, 10), (1, 16), (11, 10), (64, 16), (100, 24)])
 def test_tiles_overlap_by_a_quarter_and_cover_all(length, side):
     tiles = spans(length, side)
     assert tiles[0][0] == 0 and tiles[-1][1] == length
     assert {end - start for start, end in tiles} == {min(side, length)}
     assert all(before[1] - after[0] >= side // 4 for before, after in pairwise(tiles))
-
-
-def test_tiles_of_what_looks_at_single_positions_are_exact():
-    """Their weights add up to 1 everywhere, whatever the overlaps."""
-    layer = build("sd").decoder.conv_in
-    layer.weight = layer.weight * mx.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])[..., None]
-    x = mx.array(normal(1, 35, 23, 4))
-    tiled = in_tiles([layer], x, VAEPlan(0, rows=4, tile=16), 1, 1)
-    assert relative_error(tiled, layer(x)) <= 1e-6
 
 
 def test_tiles_show_no_seam():
@@ -120,8 +105,7 @@ def test_tiles_show_no_seam():
     x = mx.broadcast_to((0.7 * x)[None, :, :, None], (1, 256, 384, 3))
     z = vae.encode(x)[0]
     exact = np.array(vae.decode(z))
-    scale = vae.config.scale
-    side = 32
+    scale, side = vae.config.scale, 32
     tiles = np.array(vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, 8, side), 1, scale)))
     assert np.abs(tiles - exact).mean() < 4 / 127.5
     for axis, length in ((1, 256), (2, 384)):
@@ -142,24 +126,19 @@ def autoencoder(name: str) -> AutoencoderKL | AutoencoderTiny:
     return vae
 
 
-@pytest.mark.parametrize("height, width", [(256, 256), (200, 344)])
 @pytest.mark.parametrize("name", ["small", "wide", "tiny"])
-def test_the_expected_peak_of_slices_is_that_of_mlx(name, height, width, no_graphs):
+def test_the_expected_peak_is_that_of_mlx(name, monkeypatch):
+    """Of one graph, and of slices."""
     vae = autoencoder(name)
-    z, x = mx.zeros((1, height // 8, width // 8, 4)), mx.zeros((1, height, width, 3))
-    for half, data in (("decoder", z), ("encoder", x)):
-        network, expected = vae[half], plan(vae.config, half, data.shape)
-        peak = max(peaks(in_slices, network.layers, data, expected.rows, runs=2, limit=AHEAD))
-        assert (0.6 if name == "tiny" else 0.75) <= peak / expected.peak <= 1.1
-
-
-@pytest.mark.parametrize("name", ["small", "wide", "tiny"])
-def test_the_expected_peak_of_a_graph_is_that_of_mlx(name):
-    vae = autoencoder(name)
-    for half, data in (("decoder", mx.zeros((1, 12, 14, 4))), ("encoder", mx.zeros((1, 96, 112, 3)))):
-        expected = plan(vae.config, half, data.shape)
+    for half, shape in (("decoder", (1, 12, 14, 4)), ("encoder", (1, 96, 112, 3))):
+        expected = plan(vae.config, half, shape)
         assert expected.rows is None
-        assert 0.75 <= max(peaks(vae[half], data, runs=5, limit=AHEAD)) / expected.peak <= 1.1
+        assert 0.75 <= max(peaks(vae[half], mx.zeros(shape), runs=5, limit=AHEAD)) / expected.peak <= 1.1
+    monkeypatch.setattr(tiling, "_LARGEST_GRAPH", dict.fromkeys(tiling._LARGEST_GRAPH, 0))
+    for half, shape in (("decoder", (1, 25, 43, 4)), ("encoder", (1, 200, 344, 3))):
+        expected = plan(vae.config, half, shape)
+        peak = max(peaks(in_slices, vae[half].layers, mx.zeros(shape), expected.rows, runs=2, limit=AHEAD))
+        assert (0.6 if name == "tiny" else 0.75) <= peak / expected.peak <= 1.1
 
 
 def test_memory_stays_below_the_budget():
