@@ -6,7 +6,6 @@ from pathlib import Path
 
 import diffusers
 import mlx.core as mx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -87,23 +86,14 @@ def test_families(tmp_path, sd1_folder, name, family, reads):
     assert (report["family"], report.get("reads"), report["prediction"]) == (family, reads, "sample")
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_single_file(tmp_path, sd1_folder, suffix):
-    tensors, path = as_single_file(sd1_folder), tmp_path / f"one{suffix}"
-
-    def write(kept: dict[str, mx.array]) -> None:
-        if suffix == ".ckpt":
-            torch.save({"state_dict": {name: torch.from_numpy(np.array(value)) for name, value in kept.items()}}, path)
-        else:
-            save(path, **kept)
-
-    write(tensors)
-    report, folder = inspect(path), inspect(sd1_folder)
+def test_a_single_file(tmp_path, sd1_folder):
+    tensors, folder = as_single_file(sd1_folder), inspect(sd1_folder)
+    report = inspect(save(tmp_path / "one.safetensors", **tensors))
     assert (report["kind"], report["pipeline"]) == ("checkpoint", "StableDiffusionPipeline")
     counts, expected = ({n: part["parameters"] for n, part in r["parts"].items()} for r in (report, folder))
     assert counts == expected
-    write({name: value for name, value in tensors.items() if not name.startswith("vae.")})
-    report = inspect(path)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("vae.")}
+    report = inspect(save(tmp_path / "two.safetensors", **tensors))
     assert report["kind"] == "parts of a checkpoint" and list(report["parts"]) == ["unet", "text_encoder"]
     assert "lacks a VAE" in report["note"]
 
@@ -220,18 +210,17 @@ SAID = "a\ncat\x1b[2J\nSteps: 1"
 
 
 def test_a_picture(tmp_path):
-    path = tmp_path / "a.WEBP"
-    save_image(Image.new("RGB", (8, 8)), path, {"parameters": SAID, "stable_diffusion": json.dumps(RECORD)})
+    image, path = Image.new("RGB", (8, 8)), tmp_path / "a.WEBP"
+    save_image(image, path, {"parameters": SAID, "stable_diffusion": json.dumps(RECORD)})
     assert inspect(path) == {"kind": "image", "parameters": SAID, "stable_diffusion": RECORD}
-    path = tmp_path / "a.png"
     for text in ("{", "[" * 100_000, "3", '["x"]'):
-        save_image(Image.new("RGB", (8, 8)), path, {"stable_diffusion": text})
+        save_image(image, path, {"stable_diffusion": text})
         assert "stable_diffusion" in inspect(path)
-    Image.new("RGB", (8, 8)).save(path)
+    save_image(image, path)
     assert inspect(path) == {"kind": "image", "note": "it does not say how it was made"}
-    (tmp_path / "b.jpg").write_text("x")
-    with pytest.raises(ValueError, match=r"b\.jpg is not an image"):
-        inspect(tmp_path / "b.jpg")
+    path.write_text("x")
+    with pytest.raises(ValueError, match=r"a\.WEBP is not an image"):
+        inspect(path)
 
 
 @pytest.mark.parametrize("change", [{"architectures": 3}, {"cross_attention_dim": ["wide", 3]}, {"in_channels": [4]}])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -141,19 +142,16 @@ def test_folders(write, tmp_path):
         ("a" * 300 + ".png", ["could not be written", "another name"]),
     ],
 )
-def test_refused(write, tmp_path, output, words):
-    (tmp_path / "file").write_text("")
+def test_refused(tmp_path, monkeypatch, output, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     with pytest.raises((ValueError, OSError)) as caught:
-        write(output)
-    text = str(caught.value)
-    assert not [word for word in words if word not in text], text
-    assert "\n" not in text and names(tmp_path) == ["file"]
-
-
-def test_checking_makes_nothing(tmp_path):
-    for output in (f"{tmp_path}/new/", f"{tmp_path}/{{seed}}/{{i}}.png", f"{tmp_path}/a.png"):
         opened(output)
-    assert names(tmp_path) == []
+    text = str(caught.value)
+    assert not [word for word in words if word not in text] and "\n" not in text, text
+    for output in ("new/", "{seed}/{i}.png", "a.png"):
+        opened(output)
+    assert names(tmp_path) == ["file"]  # checking makes nothing
 
 
 # --- others who write ------------------------------------------------------------------------------------------------
@@ -206,19 +204,17 @@ def lost(outputs: Outputs, message: str) -> Path | None:
     return caught.value.kept
 
 
-def test_an_image_whose_folder_is_gone_is_kept_in_the_current_one(elsewhere):
+def test_an_image_is_kept_in_the_current_folder_or_else_in_the_temporary_one(elsewhere):
     (elsewhere / "out").mkdir()
-    outputs = opened(f"{elsewhere}/out/a.png", 2)
+    gone, taken, here = opened(f"{elsewhere}/out/a.png", 2), opened("new/{seed}.png"), opened("a.png")
     (elsewhere / "out").rmdir()
     message = r"out does not exist.*; it is kept as .*current/a_1(-2)?\.png"
-    assert [lost(outputs, message).name for _ in range(2)] == ["a_1.png", "a_1-2.png"]
+    assert [lost(gone, message).name for _ in range(2)] == ["a_1.png", "a_1-2.png"]
     assert names(elsewhere) == ["current", "temporary"]
-
-
-def test_an_image_without_a_current_folder_is_kept_in_the_temporary_one(elsewhere):
-    outputs = opened("a.png")
-    (elsewhere / "current").rmdir()
-    assert lost(outputs, r"kept as .*temporary/a\.png")
+    Path("new").write_text("")
+    assert lost(taken, r"folder new could not be made.*kept as .*current/7\.png")
+    shutil.rmtree(elsewhere / "current")
+    assert lost(here, r"kept as .*temporary/a\.png")
 
 
 def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monkeypatch):
@@ -229,9 +225,3 @@ def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monke
     monkeypatch.setattr(Image.Image, "save", full)
     assert lost(opened("a.png"), r"No space left on device.*; it is lost") is None
     assert [names(folder) for folder in elsewhere.iterdir()] == [[], []]
-
-
-def test_a_folder_that_a_file_took_the_place_of(elsewhere):
-    outputs = opened("new/{seed}.png")
-    Path("new").write_text("")
-    assert lost(outputs, r"folder new could not be made.*kept as .*current/7\.png")
