@@ -66,6 +66,7 @@ def test_a_text_of_another_program():
         ("Hires steps: 12, Hires upscaler: 4x-UltraSharp", {"hires_steps": 12, "hires_upscaler": "pixels"}),
         ("Clip skip: 1, Sampler: Euler a", {"clip_skip": 0, "sampler": "euler_a"}),
         ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", {"sampler": "dpmpp_2m", "schedule": "karras"}),
+        ("Sampler: DPM++ 2M Karras, Schedule type: Beta", {"sampler": "dpmpp_2m", "schedule": "beta"}),
     ],
 )
 def test_settings_as_fields(settings, fields):

@@ -296,8 +296,10 @@ TEXTS = {
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_texts_come_back(tmp_path, suffix):
+    """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
     path = tmp_path / f"a.{suffix}"
-    for texts in (TEXTS, *({name: text} for name, text in TEXTS.items()), None, {}):
+    letters = "A1111 " * 200 + "".join(map(chr, [*range(1, 0xD800, 41), *range(0xE000, 0x110000, 997)]))
+    for texts in (TEXTS, *({name: text} for name, text in TEXTS.items()), {"parameters": letters}, None, {}):
         save(noise(8, 8), path, texts)
         assert read_text(path) == (texts or {})
     with Image.open(path) as file:
@@ -314,11 +316,10 @@ def test_texts_of_a_png_are_where_others_look(tmp_path):
     assert b"tEXtparameters\0caf\xe9" in (tmp_path / "a.png").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "webp"])
-def test_texts_in_exif_are_where_others_look(tmp_path, suffix):
+def test_texts_in_exif_are_where_others_look(tmp_path):
     """EXIF 2.32: UserComment (0x9286, of undefined type) with the name of its encoding, ImageDescription (0x010E)."""
-    save(noise(8, 8), tmp_path / f"a.{suffix}", TEXTS)
-    with Image.open(tmp_path / f"a.{suffix}") as file:
+    save(noise(8, 8), tmp_path / "a.jpg", TEXTS)
+    with Image.open(tmp_path / "a.jpg") as file:
         data, exif = file.info["exif"].removeprefix(b"Exif\0\0"), file.getexif()
         comment = exif.get_ifd(0x8769)[0x9286]
     assert data.startswith(b"MM\0*") and exif[0x010E] == TEXTS["stable_diffusion"]
@@ -327,19 +328,19 @@ def test_texts_in_exif_are_where_others_look(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "start, encoding",
+    "start, encoding, end",
     [
-        (b"UNICODE\0", "utf-16-be"),
-        (b"UNICODE\0", "utf-16-le"),
-        (b"UNICODE\0\xff\xfe", "utf-16-le"),
-        (bytes(8), "utf-8"),
-        (b"ASCII\0\0\0", "utf-8"),
-        (b"", "utf-8"),
+        (b"UNICODE\0", "utf-16-be", b""),
+        (b"UNICODE\0", "utf-16-le", b""),
+        (b"UNICODE\0\xff\xfe", "utf-16-le", b""),
+        (bytes(8), "utf-8", b""),
+        (b"ASCII\0\0\0", "utf-8", b"\0"),
+        (b"", "utf-8", b""),
     ],
 )
-def test_comments_as_others_write_them(tmp_path, start, encoding):
+def test_comments_as_others_write_them(tmp_path, start, encoding, end):
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = start + "a: é, 富".encode(encoding)
+    exif.get_ifd(0x8769)[0x9286] = start + "a: é, 富".encode(encoding) + end
     assert read_text(write(noise(8, 8), tmp_path / "a.jpg", exif=exif.tobytes())) == {"parameters": "a: é, 富"}
 
 
@@ -393,17 +394,6 @@ def test_damaged_metadata_is_left_out(tmp_path, name):
             assert name == "a.png" or open_image(path).size == (8, 8)
         except ValueError as error:
             assert name == "a.png" and name in str(error) and "\n" not in str(error)
-
-
-def test_texts_of_any_letters(tmp_path):
-    """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
-    generator = np.random.default_rng(1)
-    for _ in range(10):
-        points = [*generator.integers(1, 0xD800, 300), *generator.integers(0xE000, 0x110000, 300)]
-        text = "".join(map(chr, generator.permutation(points)))
-        for suffix in ("png", "webp", "jpg"):
-            save(noise(8, 8), tmp_path / f"a.{suffix}", {"parameters": "A1111 " * 200 + text})
-            assert read_text(tmp_path / f"a.{suffix}") == {"parameters": "A1111 " * 200 + text}
 
 
 def test_quality(tmp_path):
