@@ -1,10 +1,7 @@
 """The engine by its scripts: the order of batches and files, overflow in half precision, --json."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -112,21 +109,6 @@ def test_the_order_changes_no_image(make, tmp_path, monkeypatch):
         assert np.array_equal(pixels(tmp_path / "out" / f"a_{i}.png"), pixels(tmp_path / "out" / f"b_{i}.png"))
 
 
-def test_what_breaks_in_the_third_batch_leaves_two(make, tmp_path, monkeypatch):
-    unet, calls = UNet2DConditionModel.__call__, []
-
-    def breaks(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("[metal::malloc] too large")
-        return unet(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2DConditionModel, "__call__", breaks)
-    done = make("--n_images", 4, "--batch_size", 1, "--steps", 2)
-    done.failed(1, "too large")
-    assert names(tmp_path / "out") == ["a_1.png", "a_2.png"] and len(done.out) == 2
-
-
 # --- half precision --------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +139,12 @@ def unets(monkeypatch) -> list[mx.Dtype]:
     return seen
 
 
+def check_near(folder: Path) -> None:
+    for i in (1, 2):
+        ours, theirs = (pixels(folder / f"{name}_{i}.png") for name in "ab")
+        assert np.abs(ours - theirs).max() <= 4 and ours.std() > 1
+
+
 @pytest.mark.parametrize("options", [[], ["--low_memory", "--quantize"]])
 def test_a_batch_that_overflows_is_made_again_in_float32(make, half, unets, tmp_path, options):
     options = [*options, "--n_images", 2, "--batch_size", 1, "--steps", 3, "--no_grid"]
@@ -164,9 +152,7 @@ def test_a_batch_that_overflows_is_made_again_in_float32(make, half, unets, tmp_
     assert unets == [mx.float16] * 2 + [mx.float32] * 6
     assert len(done.remarks) == 1 and "step 2 are not finite" in done.remarks[0] and "float32" in done.remarks[0]
     make(*options, "--no_float16", model=half, name="b.png").succeeded()
-    for i in (1, 2):  # the prompts were encoded in half precision
-        ours, theirs = (pixels(tmp_path / "out" / f"{name}_{i}.png") for name in "ab")
-        assert np.abs(ours - theirs).max() <= 4 and ours.std() > 1
+    check_near(tmp_path / "out")  # the prompts were encoded in half precision
 
 
 def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
@@ -176,7 +162,7 @@ def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
     assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no-float16" in done.remarks[1]
 
 
-@pytest.mark.parametrize("value, options", [(float("nan"), []), (float("inf"), ["--low_memory"]), (-float("inf"), [])])
+@pytest.mark.parametrize("value, options", [(float("nan"), []), (-float("inf"), ["--low_memory"])])
 def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_path, monkeypatch, value, options):
     seen, decode = [], AutoencoderKL.decode
 
@@ -191,17 +177,12 @@ def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_pat
     done = make(*options, model=half).succeeded()
     assert seen == [mx.float16, mx.float32, mx.float32] and len(done.remarks) == 1 and "float32" in done.remarks[0]
     make(*options, "--no_float16", model=half, name="b.png").succeeded()
-    for i in (1, 2):
-        ours, theirs = (pixels(tmp_path / "out" / f"{name}_{i}.png") for name in "ab")
-        assert np.abs(ours - theirs).max() <= 4 and ours.std() > 1
+    check_near(tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_float32_image_that_is_not_finite_is_not_written(make, tmp_path, monkeypatch, value):
-    decode = AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, *args: decode(self, z, *args) * value)
-    done = make("--n_images", 1, "--steps", 1)
-    done.failed(1, "not finite", "--vae")
+def test_a_float32_image_that_is_not_finite_is_not_written(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, *_: z[..., :3] * float("inf"))
+    make("--n_images", 1, "--steps", 1).failed(1, "not finite", "--vae")
     assert names(tmp_path / "out") == []
 
 
@@ -211,22 +192,11 @@ def test_a_float32_image_that_is_not_finite_is_not_written(make, tmp_path, monke
 def test_json(make, tmp_path):
     done = make("--n_images", 2, "--steps", 2, "--json", "--negative_prompt", "blue", "--cfg", 3).succeeded()
     *images, grid = map(json.loads, done.out)
+    common = {"kind": "image", "prompt": PROMPT, "negative_prompt": "blue", "model": "sd", "sampler": "ddim"}
+    common |= {"steps": 2, "cfg": 3.0, "width": 64, "height": 64}
     for i, image in enumerate(images, start=1):
         assert image.pop("seconds") > 0
-        assert image == {
-            "kind": "image",
-            "path": f"{tmp_path}/out/a_{i}.png",
-            "i": i,
-            "seed": i,
-            "prompt": PROMPT,
-            "negative_prompt": "blue",
-            "model": "sd",
-            "sampler": "ddim",
-            "steps": 2,
-            "cfg": 3.0,
-            "width": 64,
-            "height": 64,
-        }
+        assert image == common | {"path": f"{tmp_path}/out/a_{i}.png", "i": i, "seed": i}
     paths = [image["path"] for image in images]
     assert grid == {"kind": "grid", "path": f"{tmp_path}/out/a.png", "width": 136, "height": 64, "images": paths}
 
@@ -235,21 +205,3 @@ def test_a_name_of_what_the_model_decides(make):
     name = "{sampler}-{steps}-{cfg}-{width}x{height}-{model}.png"
     done = make("--n_images", 1, "--steps", 1, "--json", name=name).succeeded()
     assert Path(json.loads(done.out[0])["path"]).name == "ddim-1-1-64x64-sd.png"
-
-
-def test_nobody_reads_stdout(sd1_folder, tmp_path):
-    options = ["--model", str(sd1_folder), "--steps", "1", "--n_images", "2", "--output", f"{tmp_path}/a.png"]
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        [sys.executable, "txt2image.py", PROMPT, *options],
-        cwd=ROOT,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    os.close(write)
-    assert done.returncode == 0 and names(tmp_path) == ["a.png", "a_1.png", "a_2.png"]
-    assert done.stderr.count("\n") == 1 and "stdout cannot be written to (Broken pipe)" in done.stderr

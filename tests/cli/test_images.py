@@ -31,11 +31,9 @@ def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> I
     return mask
 
 
-def ramp(dtype: type, turned: bool = False) -> Image.Image:
+def ramp(dtype: type) -> Image.Image:
     """A depth map of as many levels as the type has."""
-    levels = np.linspace(0, np.iinfo(dtype).max, 64).astype(dtype)
-    values = np.repeat(levels[None], 64, axis=0)
-    return Image.fromarray(np.ascontiguousarray(values.T if turned else values))
+    return Image.fromarray(np.tile(np.linspace(0, np.iinfo(dtype).max, 64).astype(dtype), (64, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +43,9 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     noise().save(folder / "in.png")
     noise(seed=1).save(folder / "hint.png")
     rectangle((32, 0, 64, 32)).save(folder / "mask.png")
-    for dtype in (np.uint8, np.uint16):
-        ramp(dtype).save(folder / f"depth{8 * np.dtype(dtype).itemsize}.png")
-    ramp(np.uint8, turned=True).save(folder / "turned.png")
+    ramp(np.uint8).save(folder / "depth8.png")
+    ramp(np.uint16).save(folder / "depth16.png")
+    ramp(np.uint8).rotate(90).save(folder / "turned.png")
     (folder / "sd").symlink_to(sd1_folder)
     (folder / "xl").symlink_to(xl_folder)
     euler = diffusers.EulerDiscreteScheduler(**SCALED)
@@ -71,13 +69,11 @@ def _other_parts(folder: Path, sd1_folder: Path, xl_folder: Path) -> None:
     """Parts with other weights, and a tokenizer that splits words otherwise."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    def change(cls: type, source: Path, target: str) -> None:
-        perturb(cls.from_pretrained(source), seed=9).save_pretrained(folder / target)
-
-    change(diffusers.AutoencoderKL, sd1_folder / "vae", "other/vae")
-    change(diffusers.UNet2DConditionModel, sd1_folder / "unet", "other/unet")
-    change(CLIPTextModel, sd1_folder / "text_encoder", "other/text_encoder")
-    change(CLIPTextModelWithProjection, xl_folder / "text_encoder_2", "other/text_encoder_2")
+    parts = {"vae": diffusers.AutoencoderKL, "unet": diffusers.UNet2DConditionModel}
+    parts |= {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for name, cls in parts.items():
+        source = (xl_folder if name == "text_encoder_2" else sd1_folder) / name
+        perturb(cls.from_pretrained(source), seed=9).save_pretrained(folder / "other" / name)
     shutil.copytree(sd1_folder / "tokenizer", folder / "spelling")
     merges = folder / "spelling" / "merges.txt"
     merges.write_text(merges.read_text().replace("re d</w>\n", ""))
@@ -96,20 +92,29 @@ def write_lora(path: Path, *more: str, seed: int = 0) -> None:
     save_file(tensors, path)
 
 
-Draw = Callable[..., np.ndarray]
+@pytest.fixture
+def draw_all(run, files, tmp_path) -> Callable[..., list[np.ndarray]]:
+    """Run a script in two steps without guidance, or as the options say; {} is ``files``. Returns its images."""
+
+    def call(script: str, words: list, *options, model: str = "sd") -> list[np.ndarray]:
+        size = ["--strength", 0.5] if script == "image2image" else ["--width", 64, "--height", 64]
+        usual = ["--model", files / model, "--steps", 2, "--n_images", 1, "--seed", 3, "--cfg", 1, *size]
+        usual += ["--output", tmp_path / "made.png", "--overwrite"]
+        given = (str(word).replace("{}", str(files)) for word in [*words, *usual, *options])
+        told = [line.partition(" seed ") for line in run(script, *given).succeeded().out]
+        return [pixels(Path(path)) for path, _, seed in told if seed]
+
+    return call
 
 
 @pytest.fixture
-def draw(run, files, tmp_path) -> Draw:
-    """Run a script for one image in two steps without guidance, or as the ``options`` say; {} in them is ``files``."""
+def draw(draw_all) -> Callable[..., np.ndarray]:
+    """Make one image."""
 
     def call(script: str, *options, model: str = "sd", prompt: str = PROMPT, image: str = "in.png") -> np.ndarray:
-        given = [files / image] if script == "image2image" else []
-        given += [prompt, "--model", files / model, "--steps", 2, "--n_images", 1, "--seed", 3, "--cfg", 1]
-        given += ["--output", tmp_path / "made.png", "--overwrite"]
-        given += ["--strength", 0.5] if script == "image2image" else ["--width", 64, "--height", 64]
-        run(script, *given, *(str(option).replace("{}", str(files)) for option in options)).succeeded()
-        return pixels(tmp_path / "made.png")
+        words = [f"{{}}/{image}", prompt] if script == "image2image" else [prompt]
+        (made,) = draw_all(script, words, *options, model=model)
+        return made
 
     return call
 
@@ -119,57 +124,26 @@ def draw(run, files, tmp_path) -> Draw:
 MASK = "--mask {}/mask.png"
 NET = "--controlnet {}/net --control_image {}/hint.png"
 ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
-# flag and its value: (script, checkpoint, the options beside it)
+# The script, the checkpoint and the options beside; the flags, each of which changes that picture.
 CHANGES = {
-    "--negative_prompt blue": ("txt2image", "sd", "--cfg 4"),
-    "--width 72": ("txt2image", "sd", ""),
-    "--height 72": ("txt2image", "sd", ""),
-    "--seed 4": ("txt2image", "sd", ""),
-    "--steps 3": ("txt2image", "sd", ""),
-    "--cfg 4": ("txt2image", "sd", ""),
-    "--guidance_interval 0.5,1": ("txt2image", "sd", "--cfg 4"),
-    "--guidance_rescale 1": ("txt2image", "sd", "--cfg 4"),
-    "--deep_cache 2": ("txt2image", "sd", "--steps 4"),
-    "--token_merging 0.75": ("txt2image", "sd", ""),
-    "--sampler euler_a": ("txt2image", "sd", ""),
-    "--schedule karras": ("txt2image", "sd", "--steps 4"),
-    "--eta 1": ("txt2image", "sd", ""),
-    "--resize pad": ("image2image", "sd", "--width 64 --height 96"),
-    "--strength 1": ("image2image", "sd", ""),
-    "--clip_skip 1": ("txt2image", "sd", ""),
-    "--emphasis none": ("txt2image", "sd", ""),
-    "--weight_blocks": ("txt2image", "sd", ""),
-    "--truncate": ("txt2image", "sd", ""),
-    "--embedding {}/word.safetensors=red": ("txt2image", "sd", ""),
-    "--quantize": ("txt2image", "sd", ""),
-    "--unet_bits 4": ("txt2image", "sd", ""),
-    "--text_bits 4": ("txt2image", "sd", ""),
-    "--mask {}/mask.png": ("image2image", "sd", ""),
-    "--invert_mask": ("image2image", "sd", MASK),
-    "--mask_blur 3": ("image2image", "sd", MASK),
-    "--mask_padding 4": ("image2image", "sd", MASK),
-    "--no_composite": ("image2image", "sd", MASK),
-    "--expand 8,0,16,0": ("image2image", "sd", ""),
-    "--depth {}/depth8.png": ("image2image", "depth", "--depth {}/turned.png"),
-    "--image_cfg 3": ("image2image", "pix2pix", "--cfg 4"),
-    NET: ("txt2image", "sd", ""),
-    "--canny": ("txt2image", "sd", NET),
-    "--control_start 0.5": ("txt2image", "sd", NET),
-    "--control_end 0.5": ("txt2image", "sd", NET + " --steps 4"),
-    "--guess_mode": ("txt2image", "sd", NET + " --cfg 4"),
-    "--hires 1.5": ("txt2image", "sd", ""),
-    "--hires_strength 1": ("txt2image", "sd", "--hires 1.25"),
-    "--hires_steps 4": ("txt2image", "sd", "--hires 1.25"),
-    "--hires_upscaler pixels": ("txt2image", "sd", "--hires 1.25"),
-    "--refiner {}/refiner": ("txt2image", "xl", "--steps 5"),
-    "--refiner_start 0.4": ("txt2image", "xl", "--steps 5 --refiner {}/refiner"),
-    "--lora {}/loras/paint.safetensors": ("txt2image", "sd", ""),
-    "--vae {}/other": ("txt2image", "sd", ""),
-    "--unet {}/other": ("txt2image", "sd", ""),
-    "--text_encoder {}/other": ("txt2image", "sd", ""),
-    "--text_encoder_2 {}/other": ("txt2image", "xl", ""),
-    "--tokenizer {}/spelling": ("txt2image", "sd", ""),
-    "--prediction v_prediction": ("txt2image", "sd", ""),
+    ("txt2image", "sd", ""): "--width 72; --height 72; --seed 4; --steps 3; --cfg 4; --token_merging 0.75; --eta 1; "
+    "--sampler euler_a; --clip_skip 1; --emphasis none; --weight_blocks; --truncate; --hires 1.5; --quantize; "
+    "--unet_bits 4; --text_bits 4; --embedding {}/word.safetensors=red; --lora {}/loras/paint.safetensors; "
+    "--vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
+    f"--prediction v_prediction; {NET}",
+    ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
+    ("txt2image", "sd", "--steps 4"): "--deep_cache 2; --schedule karras",
+    ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
+    ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
+    ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels",
+    ("txt2image", "xl", ""): "--text_encoder_2 {}/other",
+    ("txt2image", "xl", "--steps 5"): "--refiner {}/refiner",
+    ("txt2image", "xl", "--steps 5 --refiner {}/refiner"): "--refiner_start 0.4",
+    ("image2image", "sd", ""): "--strength 1; --mask {}/mask.png; --expand 8,0,16,0",
+    ("image2image", "sd", "--width 64 --height 96"): "--resize pad",
+    ("image2image", "sd", MASK): "--invert_mask; --mask_blur 3; --mask_padding 4; --no_composite",
+    ("image2image", "depth", "--depth {}/turned.png"): "--depth {}/depth8.png",
+    ("image2image", "pix2pix", "--cfg 4"): "--image_cfg 3",
 }
 # Flags that change no picture, or how many there are, or that have tests of their own.
 OTHERS = {"--n_images", "--alternatives", "--prompt_file", "--from_image", "--without", "--wildcards", "--model"}
@@ -179,48 +153,29 @@ OTHERS |= {usage.split()[0] for group in ("memory and time", "output", "preview"
 
 def test_no_flag_is_left_out():
     """A flag that is added must be added to one of the two tables."""
-    assert {usage.split()[0] for group in FLAGS.values() for usage in group} == {f.split()[0] for f in CHANGES} | OTHERS
+    changes = {flags.split()[0] for row in CHANGES.values() for flags in row.split("; ")}
+    assert {usage.split()[0] for group in FLAGS.values() for usage in group} == changes | OTHERS
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict[tuple[str, str, str], np.ndarray]:
-    """The pictures without the flags, by what they are made with: several flags are held against one of them."""
-    return {}
+@pytest.mark.parametrize("beside", CHANGES, ids=" ".join)
+def test_every_flag_changes_the_picture(draw, beside):
+    script, model, options = beside
+    before = draw(script, *options.split(), model=model, prompt=ODD_PROMPT)
+    for flags in CHANGES[beside].split("; "):
+        made = draw(script, *options.split(), *flags.split(), model=model, prompt=ODD_PROMPT)
+        assert before.shape != made.shape or np.abs(before - made).max() > 1, flags
 
 
-@pytest.mark.parametrize("flags", CHANGES)
-def test_every_flag_changes_the_picture(draw, plain, flags):
-    script, model, beside = CHANGES[flags]
-    if CHANGES[flags] not in plain:
-        plain[CHANGES[flags]] = draw(script, *beside.split(), model=model, prompt=ODD_PROMPT)
-    before = plain[CHANGES[flags]]
-    made = draw(script, *beside.split(), *flags.split(), model=model, prompt=ODD_PROMPT)
-    assert before.shape != made.shape or np.abs(before - made).max() > 1
-
-
-# --- sizes and masks -------------------------------------------------------------------------------------------------
-
-
-def test_sizes_of_pictures(draw, files):
-    noise((100, 50)).save(files / "wide.png")
-    for options, size in (("--width 160", (160, 80)), ("--height 64", (128, 64)), ("--width 64 --height 88", (64, 88))):
-        assert draw("image2image", *options.split(), image="wide.png").shape[1::-1] == size
+# --- masks -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_black_mask_returns_the_file_and_says_so(run, files, tmp_path):
     noise((75, 61), seed=4).save(files / "odd.png")
     Image.new("1", (75, 61)).save(tmp_path / "black.png")
-    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--output", tmp_path / "out.png", "--overwrite"]
+    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--output", tmp_path / "out.png"]
     done = run("image2image", files / "odd.png", PROMPT, *options, "--mask", tmp_path / "black.png").succeeded()
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(files / "odd.png"))
     assert len(done.remarks) == 1 and "black everywhere" in done.remarks[0]
-    # what is not composited went through the autoencoder
-    options += ["--mask", tmp_path / "black.png", "--no_composite"]
-    raw = []
-    for seed in (1, 2):
-        run("image2image", files / "odd.png", PROMPT, *options, "--seed", seed).succeeded()
-        raw.append(pixels(tmp_path / "out.png"))
-    assert raw[0].shape == (64, 80, 3) and np.array_equal(*raw)
 
 
 def test_a_model_made_for_masks_keeps_what_is_black(draw, files):
@@ -245,17 +200,15 @@ def test_depth_of_8_and_of_16_bits(draw):
     assert np.abs(made[0] - made[1]).max() <= 2
 
 
-@pytest.mark.parametrize("name", ["own.png", "small.png"])
 @pytest.mark.parametrize(
     "options",
     [
-        "--width 64 --height 64",
-        "--width 64 --height 128 --resize stretch",
-        "--width 128 --height 128 --resize pad",
-        "--mask {}/own_mask.png --mask_padding 8",
+        "--depth {}/small.png --width 64 --height 64",
+        "--depth {}/own.png --width 128 --height 128 --resize pad",
+        "--depth {}/small.png --mask {}/own_mask.png --mask_padding 8",
     ],
 )
-def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch, name, options):
+def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch, options):
     """What the model is told beside each part of the picture is the depth there."""
     seen, generate = [], StableDiffusion.generate_latents_from_image
 
@@ -269,7 +222,7 @@ def test_the_depth_map_is_cut_as_the_picture_is(draw, files, monkeypatch, name, 
     levels.save(files / "own.png")
     levels.resize((64, 32), Image.Resampling.BOX).save(files / "small.png")
     rectangle((80, 10, 100, 20), (128, 64)).save(files / "own_mask.png")
-    draw("image2image", "--steps", 1, "--depth", files / name, *options.split(), model="depth", image="own.png")
+    draw("image2image", "--steps", 1, *options.split(), model="depth", image="own.png")
     ((image, depth),) = seen
     depth = np.asarray(Image.fromarray(depth).resize(image.shape[::-1]))
     rows = slice(40, 88) if "pad" in options else slice(4, -4)
@@ -320,12 +273,6 @@ def test_controlnets_with_masks_and_with_a_second_pass(draw, files):
 # --- second passes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_refiner_that_begins_at_the_end(draw):
-    plain = draw("txt2image", "--steps", 3, model="xl")
-    refiner = ["--refiner", "{}/refiner", "--refiner_start", 1]
-    assert np.array_equal(draw("txt2image", "--steps", 3, *refiner, model="xl"), plain)
-
-
 def test_another_autoencoder_decodes_what_a_refiner_made(draw):
     given = ["--steps", 5, "--refiner", "{}/refiner"]
     plain, other = (draw("txt2image", *given, *more, model="xl") for more in ((), ("--vae", "{}/other")))
@@ -333,11 +280,12 @@ def test_another_autoencoder_decodes_what_a_refiner_made(draw):
 
 
 def test_the_same_model_as_refiner_changes_nothing(draw):
-    """It reads the prompt again and goes on: the result is that of one run."""
+    """It reads the prompt again and goes on: the result is that of one run. At the very end it is not asked."""
     given = ["--steps", 4, "--sampler", "euler"]
     plain = draw("txt2image", *given, model="xl")
     refined = draw("txt2image", *given, "--refiner", "{}/xl", "--refiner_start", 0.5, model="xl")
     assert np.abs(refined - plain).max() <= 1
+    assert np.array_equal(draw("txt2image", *given, "--refiner", "{}/refiner", "--refiner_start", 1, model="xl"), plain)
 
 
 # --- LoRAs and parts -------------------------------------------------------------------------------------------------
@@ -355,16 +303,14 @@ def test_loras(draw):
     assert np.abs(under - plain).max() > 1 and np.abs(under - half).max() > 1
 
 
-def test_loras_of_prompts_in_one_file(run, draw, files, tmp_path):
+def test_loras_of_prompts_in_one_file(draw_all, draw, tmp_path):
     """Each prompt has its own, in whatever batches they are made."""
     lines = [PROMPT, f"{PROMPT} <lora:paint:0.5>", f"{PROMPT} <lora:paint>", PROMPT]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
-    common += ["--lora_dir", files / "loras", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
-    run("txt2image", "--prompt_file", tmp_path / "prompts.txt", *common, "--batch_size", 4).succeeded()
-    for i, line in enumerate(lines):
+    options = ["--prompt_file", tmp_path / "prompts.txt", "--lora_dir", "{}/loras", "--batch_size", 4]
+    for i, (line, made) in enumerate(zip(lines, draw_all("txt2image", [], *options), strict=True)):
         single = draw("txt2image", "--lora_dir", "{}/loras", "--seed", 3 + i, prompt=line)
-        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
+        assert np.abs(made - single).max() <= 1
 
 
 def test_a_lora_that_fits_in_part(run, draw, files):
@@ -373,44 +319,28 @@ def test_a_lora_that_fits_in_part(run, draw, files):
     assert np.array_equal(draw("txt2image", "--lora", more, "--lora_partial"), whole)
 
 
-def test_parts_of_the_checkpoint_itself(draw, files):
-    plain = draw("txt2image")
-    own = "--vae {}/sd --unet {}/sd/unet --text_encoder {}/sd --tokenizer {}/sd/tokenizer --prediction epsilon"
-    assert np.array_equal(draw("txt2image", *own.split()), plain)
-
-
 # --- wildcards and batches -------------------------------------------------------------------------------------------
 
 
-def test_wildcards_are_the_lines_of_their_files(run, draw, files, tmp_path):
-    common = ["--model", files / "sd", "--width", 64, "--height", 64, "--steps", 2, "--cfg", 1, "--n_images", 1]
-    options = ["--wildcards", files / "words", "--seed", 3, "--output", tmp_path / "out.png", "--overwrite"]
-    done = run("txt2image", "the __colour__ cat", *common, *options).succeeded()
-    assert len(done.out) == 3
-    for i, colour in enumerate(("red", "blue")):
-        single = draw("txt2image", "--seed", 3 + i, prompt=f"the {colour} cat")
-        assert np.abs(pixels(tmp_path / f"out_{i + 1}.png") - single).max() <= 1
+def test_wildcards_are_the_lines_of_their_files(draw_all, draw):
+    made = draw_all("txt2image", ["the __colour__ cat"], "--wildcards", "{}/words")
+    for seed, colour, image in zip((3, 4), ("red", "blue"), made, strict=True):
+        assert np.abs(image - draw("txt2image", "--seed", seed, prompt=f"the {colour} cat")).max() <= 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_results_do_not_depend_on_the_size_of_batches(run, files, tmp_path, script):
+def test_results_do_not_depend_on_the_size_of_batches(draw_all, tmp_path, script):
     """Across prompts too, of several lengths, with a change of size between them, or of the negative prompt alone."""
     negatives = [f'blue --negative_prompt "{text}"' for text in ("the cat", "the red")]
     lines = [PROMPT, "the {red|blue} cat", "the cat " * 40, "cat --width 72", *negatives]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
-    image = [files / "in.png"] if script == "image2image" else []
-    more = ["--mask", files / "mask.png", "--resize", "stretch"] if image else ["--height", 64]
-    common = [*image, "--prompt_file", tmp_path / "prompts.txt", "--model", files / "sd", "--steps", 2, *more]
-    results = []
-    for size in (1, 3, 20):
-        output = tmp_path / f"of{size}.png"
-        options = ["--batch_size", size, "--seed", 3, "--cfg", 3, "--n_images", 2]
-        done = run(script, *common, *options, "--output", output).succeeded()
-        results.append([pixels(tmp_path / f"of{size}_{i}.png") for i in range(1, 15)])
-        assert [int(line.split()[-1]) for line in done.out[:14]] == list(range(3, 17))
-    worst = [max(int(np.abs(other - one).max()) for other in others) for one, *others in zip(*results, strict=True)]
-    assert max(worst) <= 1, worst
-    assert np.abs(results[0][0] - results[0][1]).max() > 1
+    words, more = (["{}/in.png"], [*MASK.split(), "--resize", "stretch"]) if script == "image2image" else ([], [])
+    options = [*more, "--prompt_file", tmp_path / "prompts.txt", "--cfg", 3, "--n_images", 2, "--sampler", "euler_a"]
+    options += ["--decoding_batch_size", 2, "--batch_size"]
+    ones, *others = (draw_all(script, words, *options, size) for size in (1, 3, 20))
+    assert len(ones) == 14 and np.abs(ones[0] - ones[1]).max() > 1
+    for made in others:
+        assert max(int(np.abs(a - b).max()) for a, b in zip(ones, made, strict=True)) <= 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -419,13 +349,8 @@ TEXT_REFUSED = [
     ("--control_image {}/hint.png", "--control_image needs --controlnet"),
     ("--controlnet {}/net", "--control_image is needed once for each"),
     (NET + " --control_end 1 --control_end 1", "--control_start and --control_end are given once for each"),
-    (NET + " --control_start 1.5", "'1.5'", "a number from 0 to 1"),
-    ("--controlnet {}/net --control_image {}/none.png", "no image at", "none.png"),
-    ("--hires 0.5", "'0.5'", "a number from 1 to 8"),
-    ("--hires 2 --hires_strength 0", "'0'", "above 0 and at most 1"),
     ("--hires 2 --hires_upscaler both", "'both'", "latents", "pixels"),
     ("--hires 2 --refiner {}/refiner", "--hires and --refiner do not go together"),
-    ("--refiner {}/refiner --refiner_start 0", "'0'", "above 0 and at most 1"),
     ("--refiner {}/none", "none", "no such folder"),
     ("--wildcards {}/none", "no folder of wildcards"),
     ("--prediction magic", "'magic'", "v_prediction"),
@@ -433,15 +358,8 @@ TEXT_REFUSED = [
 IMAGE_REFUSED = [
     ("--invert_mask", "--invert_mask needs --mask"),
     ("--mask_blur 2", "need --mask or --expand"),
-    ("--mask_padding 0", "need --mask or --expand"),
-    (MASK + " --mask_blur -1", "'-1'", "a number from 0"),
-    (MASK + " --mask_padding -1", "'-1'", "a whole number from 0"),
     (MASK + " --refiner {}/refiner", "--refiner does not go together with --mask"),
     ("--expand 8,8,8,8 --refiner {}/refiner", "--refiner does not go together with --mask and --expand"),
-    ("--expand 0,0,0,0", "'0,0,0,0'", "left,top,right,bottom"),
-    ("--expand 8,8,8", "'8,8,8'", "left,top,right,bottom"),
-    ("--expand=-8,0,0,0", "'-8,0,0,0'", "left,top,right,bottom"),
-    ("--expand 99999,0,0,0", "'99999,0,0,0'", "left,top,right,bottom"),
     ("--mask {}/none.png", "no image at", "none.png"),
     ("--mask {}/words/colour.txt", "not an image"),
     ("--mask {}/wide_mask.png", "wide_mask.png of 128x64 does not fit an image of 64x64", "same aspect ratio"),
@@ -449,23 +367,29 @@ IMAGE_REFUSED = [
     ("--depth {}/in.png", "a picture in colour"),
     ("--depth {}/nothing.png", "everywhere"),
     ("--depth {}/depth8.png --expand 8,8,8,8", "--depth and --expand do not go together"),
-    ("--image_cfg nan", "'nan'", "a number"),
-    ("--strength 0", "--strength", "'0'", "above 0 and at most 1"),
-    ("--strength nan", "--strength", "'nan'", "above 0 and at most 1"),
     ("--hires 2", "--hires"),
 ]
 CASES = [("txt2image", *row) for row in TEXT_REFUSED] + [("image2image", *row) for row in IMAGE_REFUSED]
 
 
+@pytest.fixture
+def refuse(run, files, tmp_path) -> Callable[..., None]:
+    """Run a script that refuses its options and says these words."""
+
+    def call(script: str, model: str, options: str, *words: str, prompt: str = PROMPT) -> None:
+        image = [files / "in.png"] if script == "image2image" else []
+        given = options.replace("{}", str(files)).split()
+        done = run(script, *image, prompt, "--model", files / model, "--output", tmp_path / "out.png", *given)
+        done.refused(*words)
+
+    return call
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
-def test_refused_before_a_model_is_read(run, no_model, files, tmp_path, case):
-    script, options, *words = case
+def test_refused_before_a_model_is_read(refuse, no_model, files, case):
     rectangle((0, 0, 9, 9), (128, 64)).save(files / "wide_mask.png")
     Image.new("L", SIZE).save(files / "nothing.png")
-    image = [files / "in.png"] if script == "image2image" else []
-    given = [option.replace("{}", str(files)) for option in options.split()]
-    done = run(script, *image, PROMPT, "--model", files / "sd", "--output", tmp_path / "out.png", *given)
-    done.refused(*words)
+    refuse(case[0], "sd", *case[1:])
 
 
 MODEL_REFUSED = [
@@ -485,45 +409,32 @@ MODEL_REFUSED = [
 
 
 @pytest.mark.parametrize("case", MODEL_REFUSED, ids=lambda case: " ".join(case[:3]))
-def test_refused_before_a_step_is_done(run, files, tmp_path, case):
-    script, model, options, *words = case
-    image = [files / "in.png"] if script == "image2image" else []
-    given = [option.replace("{}", str(files)) for option in options.split()]
-    done = run(script, *image, PROMPT, "--model", files / model, "--output", tmp_path / "out.png", *given)
-    done.refused(*words)
+def test_refused_before_a_step_is_done(refuse, case):
+    refuse(*case)
 
 
-def test_loras_and_wildcards_that_are_not_there(run, files):
-    common = ["--model", files / "sd"]
-    run("txt2image", "a <lora:paint:1>", *common).refused("paint", "--lora_dir DIR")
-    done = run("txt2image", "a <lora:pain:1>", *common, "--lora_dir", files / "loras")
-    done.refused("no LoRA pain", "write the name of a file")
-    run("txt2image", "a __colour__", *common, "--wildcards", files / "loras").refused("__colour__")
-    run("txt2image", "a __color__", *common, "--wildcards", files / "words").refused("__colour__")
+def test_loras_and_wildcards_that_are_not_there(refuse):
+    refuse("txt2image", "sd", "", "paint", "--lora_dir DIR", prompt="a <lora:paint:1>")
+    named = ("no LoRA pain", "write the name of a file")
+    refuse("txt2image", "sd", "--lora_dir {}/loras", *named, prompt="a <lora:pain:1>")
+    for folder, name in (("loras", "colour"), ("words", "color")):
+        refuse("txt2image", "sd", f"--wildcards {{}}/{folder}", "__colour__", prompt=f"a __{name}__")
 
 
 # --- by pixels, with the model that comes with the package -----------------------------------------------------------
 
 
 def test_a_star_is_painted_into_a_corner(run, tmp_path):
-    """What is not masked stays the very picture, and in the mask it is green on white, not red."""
-    given = ["--model", "tiny", "--n_images", 1]
-    base, star = tmp_path / "base.png", tmp_path / "star.png"
-    prompt = "a red circle at the left on a white background"
-    run("txt2image", prompt, *given, "--seed", 3, "--output", base).succeeded()
+    """What is not masked stays white, and in the mask it is green on white."""
+    Image.new("RGB", SIZE, "white").save(tmp_path / "in.png")
     rectangle((40, 0, 64, 24)).save(tmp_path / "corner.png")
-    mask = ["--mask", tmp_path / "corner.png", "--mask_padding", 4, "--seed", 5, "--output", star]
-    run("image2image", base, "a green star on a white background", *given, *mask).succeeded()
-    before, after = pixels(base), pixels(star)
-    inside = np.zeros(SIZE, dtype=bool)
-    inside[:24, 40:] = True
-    assert np.array_equal(before[~inside], after[~inside])
-
-    def share(image: np.ndarray, channel: int) -> float:
-        """Of the masked pixels, how many have a colour far above the two others."""
-        rest = np.delete(image, channel, axis=-1).max(-1)
-        return float((image[..., channel] > rest + 60)[inside].mean())
-
-    assert share(before, 1) == 0
-    assert 0.1 < share(after, 1) < 0.6 and share(after, 0) < 0.02
-    assert (after[inside].min(-1) > 200).mean() > 0.25  # around it, white
+    options = ["--model", "tiny", "--n_images", 1, "--seed", 5, "--output", tmp_path / "star.png"]
+    options += ["--mask", tmp_path / "corner.png", "--mask_padding", 4]
+    run("image2image", tmp_path / "in.png", "a green star on a white background", *options).succeeded()
+    image = pixels(tmp_path / "star.png")
+    corner = image[:24, 40:].copy()
+    red, green, blue = np.moveaxis(corner, -1, 0)
+    image[:24, 40:] = 255
+    assert (image == 255).all()
+    assert 0.1 < (green > np.maximum(red, blue) + 60).mean() < 0.6
+    assert (corner.min(-1) > 200).mean() > 0.25  # around it, white
