@@ -144,7 +144,9 @@ def test_images_and_masks_from_files_pil_and_arrays(tmp_path):
     for given in (tmp_path / "grey.png", grey, grey.convert("RGB"), picture, levels):
         assert np.array_equal(mask_of(given, (8, 16)), levels)
     clear = Image.new("RGBA", (16, 8), (200, 200, 200, 0))
-    assert (np.array(pixels_of(clear, 8)) == 1).all() and not np.array(mask_of(clear, (8, 16))).any()
+    clear.save(tmp_path / "clear.png")
+    for given in (clear, tmp_path / "clear.png"):
+        assert (np.array(pixels_of(given, 8)) == 1).all() and not np.array(mask_of(given, (8, 16))).any()
 
 
 def test_images_and_masks_that_do_not_fit():
