@@ -36,18 +36,11 @@ class ForNumPy2:
         return super()._sigma_to_t(np.asarray(sigma), np.asarray(log_sigmas))
 
 
-class KDPM2(ForNumPy2, diffusers.KDPM2DiscreteScheduler):
-    pass
-
-
-class KDPM2Ancestral(ForNumPy2, diffusers.KDPM2AncestralDiscreteScheduler):
-    pass
-
-
-CLASSES = {"dpm2": KDPM2, "dpm2_a": KDPM2Ancestral}
+CLASSES = {}
 for _name, _row in SAMPLERS.items():
     if _row.scheduler:
-        CLASSES.setdefault(_name, getattr(diffusers, f"{_row.scheduler.partition(':')[0]}Scheduler"))
+        _class = getattr(diffusers, f"{_row.scheduler.partition(':')[0]}Scheduler")
+        CLASSES[_name] = type(_class.__name__, (ForNumPy2, _class), {}) if _name.startswith("dpm2") else _class
 OF_CLASS = {
     "ddim": {"clip_sample": False},
     "ddpm": {"clip_sample": False},
