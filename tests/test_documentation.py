@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,15 +355,22 @@ def test_the_names_in_diffusers():
 def test_the_workflow_runs_the_commands_of_the_readme():
     yaml = pytest.importorskip("yaml")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["tests"]
     commands = [step["run"] for step in job["steps"] if "run" in step]
     documented = [block.text.strip() for block in blocks("README.md") if "pytest" in block.text]
     assert len(documented) == 1 and documented[0] in commands
     assert documented[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     style = next(line for block in blocks("CONTRIBUTING.md") for line in block.text.splitlines() if "ruff" in line)
     assert style.replace("ruff", ".venv/bin/ruff") in commands
+    oldest = [word for step in workflow["jobs"]["lower-bounds"]["steps"] for word in step.get("run", "").split()]
+    assert all((ROOT / word).exists() for word in oldest if word.startswith("tests/"))
     systems = job["strategy"]["matrix"]["os"]
     assert any(name.startswith("macos") for name in systems) and any(name.startswith("ubuntu") for name in systems)
+
+
+def test_the_requirements_are_those_of_the_package():
+    listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace('"', "'").splitlines()
+    assert listed == tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
 def test_the_newest_version_of_the_changes_is_the_package():
