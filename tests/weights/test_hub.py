@@ -102,13 +102,12 @@ def test_first_run_downloads_what_is_needed_and_the_next_needs_no_network(hub, c
     assert client(REPO, env={"HF_HUB_OFFLINE": "1"}) == first
 
 
-@pytest.mark.parametrize("there, float16", [(("", ".fp16"), True), ((".fp16",), False)])
-def test_half_precision_is_taken_where_it_is_wanted_or_all_there_is(hub, client, there, float16):
-    hub.add(REPO, checkpoint_files(halves=there))
-    first = client(REPO, float16=float16)
+def test_half_precision_is_taken_where_it_is_all_there_is(hub, client):
+    hub.add(REPO, checkpoint_files(halves=(".fp16",)))
+    first = client(REPO)
     assert first["files"] == weights(".fp16") and hub.fetched() == sorted([*SMALL, *weights(".fp16")])
     hub.requests.clear()
-    assert client(REPO, float16=float16) == first
+    assert client(REPO) == first
     assert hub.requests == []
 
 

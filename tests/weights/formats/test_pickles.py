@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from stable_diffusion.weights.files import Component, read_tensors
 from stable_diffusion.weights.formats import pickles
 
 ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["archive", "older"])
@@ -83,15 +82,6 @@ def test_the_weights_of_a_module(tmp_path, zipped):
     module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), linear, linear)
     assert_as_torch_reads(save(tmp_path / "x.bin", module.state_dict(), zipped))
     assert_as_torch_reads(save(tmp_path / "x.bin", OrderedDict(module.named_parameters()), zipped))
-
-
-def test_shards(tmp_path):
-    halves = {"a": torch.ones(2), "b": torch.arange(6)}, {"c": torch.zeros(3).half()}
-    files = tuple(save(tmp_path / f"x-{i}.bin", half, zipped=i == 0) for i, half in enumerate(halves))
-    ours = read_tensors(Component("unet", {}, files))
-    assert set(ours) == {"a", "b", "c"}
-    for name, tensor in (halves[0] | halves[1]).items():
-        assert_same(ours[name], tensor)
 
 
 @ZIPPED

@@ -1,7 +1,6 @@
 """Single files in the original layout: read back bit for bit, and what is missing, left over or of another kind."""
 
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from oracle import perturb, relative_error
 from original_layout import diffusers_names, write_open_clip, write_original
 from stable_diffusion import StableDiffusion
 from stable_diffusion.models.config import CLIPTextConfig as TextConfig
-from stable_diffusion.text.tokenizer import Tokenizer
 from stable_diffusion.weights.files import Component, open_checkpoint, open_part, read_tensors
 from stable_diffusion.weights.load import load_component
 
@@ -202,15 +200,6 @@ def test_sizes_and_schedules_of_the_families(single, family, scheduler, size, de
     assert bool(checkpoint.index.get("requires_aesthetics_score")) == (family == "refiner")
 
 
-def test_names_without_text_model_and_half_precision(made, tmp_path):
-    folder, original = made("sd1")
-    short = {n.replace("transformer.text_model.", "transformer."): v.astype(np.float16) for n, v in original.items()}
-    ours = opened(saved(tmp_path / "model.safetensors", short)).components["text_encoder"]
-    theirs = weights(open_checkpoint(folder).components["text_encoder"])
-    for name, value in weights(ours).items():
-        assert np.array_equal(value, theirs[name].astype(np.float16).astype(np.float32))
-
-
 def test_ckpt(made, tmp_path):
     folder, original = made("sd1")
     tensors = {name: torch.from_numpy(value) for name, value in original.items()}
@@ -226,14 +215,6 @@ def test_what_is_no_weight_is_left_out(single):
     path = single("sd1", dict.fromkeys(names.split(), np.ones(3, dtype=np.float32)))
     for component in opened(path).components.values():
         load_component(component)
-
-
-def test_pruned_text_encoder_of_sd2(made, tmp_path):
-    folder, original = made("sd2")
-    pruned = {n: v for n, v in original.items() if "resblocks.23." not in n and not n.endswith(("projection", "scale"))}
-    assert len(pruned) == len(original) - 14
-    ours = opened(saved(tmp_path / "m.safetensors", pruned)).components["text_encoder"]
-    assert_same(ours, open_checkpoint(folder).components["text_encoder"])
 
 
 def test_lcm(single):
@@ -310,15 +291,6 @@ def test_tokenizer_of_a_folder_is_replaced(made, tmp_path):
     assert tokenizers == dict.fromkeys(("tokenizer", "tokenizer_2"), tmp_path)
 
 
-def test_pad_tokens_are_those_of_the_family(single, tmp_path):
-    checkpoint = opened(single("xl"), tokenizer=write_vocabulary(tmp_path / "vocabulary"))
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        ours = Tokenizer.from_folder(checkpoint.tokenizers[name], checkpoint.pad_tokens[name])
-        theirs = Tokenizer.from_folder(write_vocabulary(tmp_path / name, pad_token=pad))
-        assert ours.pad_id == theirs.pad_id == ours.vocab[pad]
-        assert ours.encode("the red cat! on an ! blue") == theirs.encode("the red cat! on an ! blue")
-
-
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
@@ -358,12 +330,6 @@ def test_part_from_a_file(made, tmp_path, naming, part, prefix):
     component = open_part(saved(tmp_path / "part.safetensors", tensors), part)
     assert component.name == part
     assert_same(component, open_part(folder, part))
-
-
-@pytest.mark.parametrize("place", ["", "vae/"])
-def test_part_from_a_folder(made, tmp_path, place):
-    shutil.copytree(made("sd1")[0] / "vae", tmp_path / "copy" / place)
-    assert_same(open_part(tmp_path / "copy", "vae"), open_part(made("sd1")[0], "vae"))
 
 
 @pytest.mark.parametrize("name", ["control_v11e_sd15_shuffle", "control_v11p_sd15_canny"])
