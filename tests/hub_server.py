@@ -58,9 +58,8 @@ def checkpoint_files(
         if cls is None:
             continue
         if part.startswith("tokenizer"):
-            names = ("vocab.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+            names = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
             files |= {f"{part}/{name}": to_json({part: name}) for name in names}
-            files[f"{part}/merges.txt"] = f"#version: {part}\n".encode()
         elif part == "scheduler":
             files["scheduler/scheduler_config.json"] = to_json({"_class_name": cls, "num_train_timesteps": 1000})
         elif part == "feature_extractor":
@@ -79,11 +78,10 @@ def shard(files: dict[str, bytes], part: str, half: str = "") -> dict[str, bytes
     """The same checkpoint with the weights of one network in two shards and an index."""
     stem = f"{part}/{STEMS[part]}"
     files = {name: data for name, data in files.items() if name != f"{stem}{half}.safetensors"}
-    shards = [f"{STEMS[part]}{half}-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for i, name in enumerate(shards):
-        files[f"{part}/{name}"] = safetensors(**{f"weight_{i}": mx.full((4,), float(i))})
-    index = {"metadata": {}, "weight_map": {f"weight_{i}": name for i, name in enumerate(shards)}}
-    return files | {f"{stem}.safetensors.index{half}.json": to_json(index)}
+    shards = {f"weight_{i}": f"{STEMS[part]}{half}-0000{i + 1}-of-00002.safetensors" for i in (0, 1)}
+    for i, (tensor, name) in enumerate(shards.items()):
+        files[f"{part}/{name}"] = safetensors(**{tensor: mx.full((4,), float(i))})
+    return files | {f"{stem}.safetensors.index{half}.json": to_json({"weight_map": shards})}
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -135,13 +133,12 @@ class Hub:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def stop(self, *_: object) -> None:
         """Refuse connections from now on."""
         self._server.shutdown()
         self._server.server_close()
+
+    __exit__ = stop
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -101,8 +101,7 @@ def test_shards(tmp_path):
 
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
-    weights = {"a": mx.ones(10), "b": mx.ones(1000), "c": mx.ones(10)}
-    files = write_weights(tmp_path, "model", dict(weights), 500)
+    files = write_weights(tmp_path, "model", {"a": mx.ones(10), "b": mx.ones(1000), "c": mx.ones(10)}, 500)
     assert [list(mx.load(str(file))) for file in files] == [["a"], ["b"], ["c"]]
 
 
