@@ -364,7 +364,8 @@ def test_xl_in_half_precision_has_the_vae_for_it(hub, client):
     hub.add(repo, checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
     hub.add(FIX, PART_FILES)
     found = client("sdxl-base")
-    assert "text_encoder_2/model.safetensors" in found["files"] and found["defaults"] == [50, 5.0]
+    assert found["marks"] == dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), 1.0)
+    assert found["defaults"] == [50, 5.0]
     found = client(repo, float16=True)
     assert found["marks"] == {"unet": 1.0, "vae": 6.0, "text_encoder": 1.0, "text_encoder_2": 1.0}
     assert found["said"] == [] and found["defaults"] == [50, 5.0]
