@@ -25,7 +25,7 @@ from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, Component, open_part
 from .weights.formats.safetensors import loading_stream
 from .weights.load import load_component, read_weights, size_in_bytes
-from .weights.quantize import quantize_lazily, remaining_quantization
+from .weights.quantize import quantize, remaining_quantization
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -53,7 +53,7 @@ class NetworkSource:
             fuse({name: network}, [(read_lora(source), scale) for source, scale in self.fused], partial=None)
         with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
             if self.quantization is not None:
-                quantize_lazily(network, *self.quantization)
+                quantize(network, *self.quantization)
             for vectors in self.words:
                 network.text_model.embeddings.add(vectors)
         self.size = size_in_bytes(network)

@@ -19,7 +19,7 @@ from ..weights import catalog, layout
 from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
 from ..weights.load import load_component
 from ..weights.parts import PARTS
-from ..weights.quantize import quantize_lazily, read_quantization, remaining_quantization
+from ..weights.quantize import quantize, read_quantization, remaining_quantization
 from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_json, write_weights
 
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -116,7 +116,7 @@ def _networks(
             except ValueError as error:
                 raise ValueError(f"{name} of {components[name].files[0].parent}: {error}") from error
             if remaining is not None:
-                quantize_lazily(module, *remaining)
+                quantize(module, *remaining)
                 config["quantization"] = dict(zip(("bits", "group_size"), remaining, strict=True))
         networks.append(_Network(name, config, stored_tensors(module)))
     return networks

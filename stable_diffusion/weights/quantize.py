@@ -1,4 +1,4 @@
-"""Quantize a model's matrices, one at a time, so that the unquantized model never stands in memory."""
+"""Quantize a model's matrices lazily, so that the unquantized model never stands in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,18 +17,9 @@ def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
     """Quantize ``module`` in place: every Linear whose width divides by ``group_size``, and token embeddings at 8 bits.
 
     Convolutions (also the 1×1 ones that are Linears here), norms, position embeddings and quantized layers stay as they
-    are. Lazy weights are read, quantized and dropped one by one.
+    are. Nothing is read here: each matrix is quantized when it is evaluated, and its source dropped.
     Raises ValueError for a number of bits that MLX has no kernel for.
     """
-    quantize_lazily(module, bits, group_size)
-    for _, layer in module.named_modules():
-        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            mx.eval(layer.parameters())  # one matrix at a time bounds the peak; its unquantized source is freed here
-    return module
-
-
-def quantize_lazily(module: nn.Module, bits: int, group_size: int) -> nn.Module:
-    """Quantize as ``quantize`` does without reading anything: each matrix is quantized when it is evaluated."""
     if bits not in BITS:
         raise ValueError(f"quantization to {bits} bits is not possible; choose one of {', '.join(map(str, BITS))}")
 

@@ -20,7 +20,7 @@ from oracle import perturb, tensors
 from stable_diffusion.weights import save
 from stable_diffusion.weights.files import Component
 from stable_diffusion.weights.load import build, fill, load_component
-from stable_diffusion.weights.quantize import quantize, quantize_lazily, remaining_quantization
+from stable_diffusion.weights.quantize import quantize, remaining_quantization
 from stable_diffusion.weights.save import check_space, new_folder, stored_tensors, write_weights
 
 ONE_FILE = 10**12
@@ -71,12 +71,6 @@ def test_written_and_loaded_again(tmp_path, bits):
         again = load_component(Component(name, config, tuple(files)), mx.float16 if bits else None)
         assert mx.get_peak_memory() - before < 2**16  # still lazy
         assert same(values(again), kept)
-
-
-def test_lazily_quantized_is_quantized():
-    lazy, eager = (build("unet", UNETS["xl"]) for _ in range(2))
-    eager.update(lazy.parameters())
-    assert same(values(quantize_lazily(lazy, 4, 32)), values(quantize(eager, 4, 32)))
 
 
 def test_shards(tmp_path):
