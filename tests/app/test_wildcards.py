@@ -1,0 +1,46 @@
+"""Folders of wildcards: how their files are read, and what is wrong with them."""
+
+import re
+
+import pytest
+
+from stable_diffusion.app.wildcards import read_wildcards
+from stable_diffusion.text.prompt import expand
+
+
+def write(folder, **files: bytes) -> None:
+    for name, text in files.items():
+        path = folder / f"{name.replace('_in_', '/')}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text)
+
+
+def test_a_folder_of_wildcards(tmp_path):
+    hair = "\ufeff# of people\nblond\r\n\n  braun, größer \n#red\n"
+    write(tmp_path, hair=hair.encode(), clothes_in_hat=b"(fez:1.2)\n")
+    lines = read_wildcards(tmp_path)
+    assert lines("hair") == ("blond", "braun, größer") and lines("clothes/hat") == ("(fez:1.2)",)
+    assert expand("__hair__, __clothes/hat__", wildcards=lines) == ["blond, (fez:1.2)", "braun, größer, (fez:1.2)"]
+    assert expand("a cat", wildcards=read_wildcards(str(tmp_path))) == ["a cat"]
+
+
+def test_a_folder_of_wildcards_says_what_is_wrong(tmp_path):
+    write(tmp_path.parent, outside=b"x")
+    write(tmp_path, hair=b"a", hairs_in_hat=b"b", coat=b"c", empty=b"# only this\n", latin="größer".encode("latin-1"))
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "bare").mkdir()
+    here, unreadable = read_wildcards(tmp_path), r"the wildcard file .*{}.txt cannot be read .*; give a text file in"
+    there = re.escape(str(tmp_path))
+    for lines, name, message in (
+        (here, "hat", rf"no wildcard __hat__ in {there}; similar there: .*__hair__"),
+        (here, "xyz", rf"no wildcard __xyz__ in {there}; some there: __coat__, __empty__, __folder__, __hair__"),
+        (here, "hair/x", "no wildcard __hair/x__"),
+        *((here, name, f"__{name}__ leaves the folder {there}") for name in ("../outside", "/etc/hosts", ".", "a//b")),
+        *((here, name, unreadable.format(name)) for name in ("latin", "folder", "x" * 1000)),
+        (read_wildcards(tmp_path / "bare"), "a", r"bare; it holds no .txt files"),
+        (here, "empty", "__empty__ has no lines"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand(f"__{name}__", wildcards=lines)
+    with pytest.raises(ValueError, match=r"there is no folder of wildcards at .*absent; check the path"):
+        read_wildcards(tmp_path / "absent")
