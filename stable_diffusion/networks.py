@@ -46,7 +46,7 @@ class NetworkSource:
     _arrays: list | None = None  # of the network that was built
 
     def build(self, network: nn.Module | None = None) -> nn.Module:
-        """Build the network with lazy weights, from one that was just loaded from its files or, with None, anew."""
+        """Build the network with lazy weights: from ``network``, just loaded, or with None from its files."""
         name = self.component.name
         network = load_component(self.component, self.dtype) if network is None else network
         if self.fused:

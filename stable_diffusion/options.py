@@ -12,7 +12,7 @@ import mlx.core as mx
 from .diffusion.controls import Control
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States, find_sampler, run_options
-from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule
+from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule, Steps
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
 
@@ -261,23 +261,15 @@ def plan_run(
     name, spacing, eta = defaults.settings(options)
     sampler, curve = find_sampler(name, eta=eta, s_noise=options.s_noise)
     curve = curve if options.schedule is None else options.schedule
-    rule = sampler.spacing_rule
-    if options.timesteps is not None:
-        steps = schedule.at_timesteps(options.timesteps, rule)
-    elif options.sigmas is not None:
-        steps = schedule.at_sigmas(options.sigmas)
-    else:
-        curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
-        steps = schedule.steps(defaults.num_steps if num_steps is None else num_steps, rule, spacing, curve)
-    if num_steps not in (None, len(steps)):
-        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
+    curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
+    steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, spacing, curve)
     after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
     # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
     count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))
     if options.denoising_start > 0:
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps
-    scale = schedule.initial_scale(steps, rule, spacing) if len(steps) else 1.0
+    scale = schedule.initial_scale(steps, sampler.spacing_rule, spacing) if len(steps) else 1.0
     if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
         scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
     return Run(
@@ -290,6 +282,27 @@ def plan_run(
         latents=options.latents,
         noise=options.noise,
     )
+
+
+def _lay_steps(
+    schedule: Schedule,
+    options: Options,
+    num_steps: int | None,
+    default_steps: int,
+    rule: str,
+    spacing: str | None,
+    curve: str | None,
+) -> Steps:
+    """Lay the whole run, where the options say or in ``num_steps`` along a curve."""
+    if options.timesteps is not None:
+        steps = schedule.at_timesteps(options.timesteps, rule)
+    elif options.sigmas is not None:
+        steps = schedule.at_sigmas(options.sigmas)
+    else:
+        return schedule.steps(default_steps if num_steps is None else num_steps, rule, spacing, curve)
+    if num_steps not in (None, len(steps)):
+        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
+    return steps
 
 
 def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, ...]:

@@ -190,8 +190,7 @@ class StableDiffusion(Networks):
                 ``negative_text`` has no effect. None is the model's default.
             negative_text: the prompt to lead away from: one for all, or a list with one for each prompt.
             latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's default.
-            seed: seed of the first image; image i uses ``seed + i`` and does not depend on the others. A list has a
-                seed for each image. None is random.
+            seed: of the first image; image i has ``seed + i``. A list has one for each image. None is random.
             options: everything else, see :class:`Options`; its fields may also be given as ``keywords``, which win.
 
         Yields:
@@ -237,8 +236,7 @@ class StableDiffusion(Networks):
                 [n, h, w, 4], one for all images or one for each.
             strength: how far to go, 0 ... 1: this fraction of ``num_steps``, at least one step; 0 yields the image's
                 latents. None is 0.8, and 1 for checkpoints made for masks or instructions.
-            mask: the part to paint: a path, a PIL image or [H, W] in [0, 1], of the image's size. 0 (black) keeps, 1
-                (white) paints, between them both are blended.
+            mask: a path, a PIL image or [H, W] of the image's size: 0 (black) keeps, 1 (white) paints.
             depth: the depth map [H', W'], larger is nearer, for checkpoints made for it; None estimates it.
             image_cfg_weight: scale of guidance by the image (Brooks et al. 2023); None is 1.5.
 

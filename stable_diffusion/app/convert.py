@@ -84,12 +84,16 @@ def convert(
     with new_folder(dest) as folder:
         for network in networks:
             report(_write_network(folder / network.name, network, max_shard_size))
-        for name, tokenizer in checkpoint.tokenizers.items():
-            _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
-        (folder / "scheduler").mkdir()
-        write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
-        write_json(folder / layout.INDEX, _index(checkpoint, networks))
+        _write_small_files(folder, checkpoint, networks)
     return dest
+
+
+def _write_small_files(folder: Path, checkpoint: Checkpoint, networks: Sequence[_Network]) -> None:
+    for name, tokenizer in checkpoint.tokenizers.items():
+        _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
+    (folder / "scheduler").mkdir()
+    write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
+    write_json(folder / layout.INDEX, _index(checkpoint, networks))
 
 
 def _networks(

@@ -289,7 +289,7 @@ class Engine:
         return rows > 1
 
     def _steps(self, run: _Run, on_step: OnStep, begin: Begin) -> None:
-        """Make the steps of a pass; where that is done again, it begins anew."""
+        """Make the steps of a pass; a retry begins with the first one."""
         is_retry = run.prepared is None
         for network in self._networks if is_retry else ():
             network.set_dtype(self.model.dtype)

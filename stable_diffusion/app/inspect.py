@@ -164,7 +164,7 @@ def _inspect_embedding(path: Path) -> Report:
 def _inspect_lora(source: str | os.PathLike) -> Report:
     lora = read_lora(source)
     kinds, ranks, alphas = set(), set(), set()
-    targets: dict[str, Counter[str]] = {}
+    layers_of: dict[str, Counter[str]] = {}
     for delta in lora.deltas:
         kind = next(
             (kind for sign, kind in _LORA_KINDS.items() if any(role.startswith(sign) for role in delta)), "LoRA"
@@ -174,7 +174,7 @@ def _inspect_lora(source: str | os.PathLike) -> Report:
             ranks.add(rank)
             alphas.add(round(delta.multiplier * rank, 6))
         match = _LAYERS.search(delta.layer)
-        targets.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
+        layers_of.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
     tensors = [factor for delta in lora.deltas for factor in delta.values()]
     report = {
         "kind": " and ".join(sorted(kinds)),
@@ -184,7 +184,7 @@ def _inspect_lora(source: str | os.PathLike) -> Report:
         "parameters": sum(factor.size for factor in tensors),
         "bytes": sum(factor.nbytes for factor in tensors),
         "types": dict(Counter(map(_type, tensors))),
-        "targets": {network: dict(sorted(layers.items())) for network, layers in targets.items()},
+        "targets": {network: dict(sorted(layers.items())) for network, layers in layers_of.items()},
     }
     report |= {"not recognised": list(lora.unknown)} if lora.unknown else {}
     return report | {key: lora.metadata[key] for key in _METADATA if key in lora.metadata}

@@ -82,13 +82,13 @@ def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[i
     """Return the bytes of a step with this number of ``rows`` at ``size``, weights not included."""
     maps, ahead, most_ahead = _STEP[mx.default_device().type]
     config, (height, width) = model.unet_config, size
-    values = rows * (height + 2) * (width + 2) * sum(config.block_out_channels[:2])
-    needed = values * maps
+    size_of_maps = rows * (height + 2) * (width + 2) * sum(config.block_out_channels[:2])
+    needed = size_of_maps * maps
     # Attention on maps of full size is in the first block, which SDXL does without.
     if mx.default_device() == mx.cpu and config.down_block_types[0].startswith("CrossAttn"):
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
-        needed = max(needed, 2 * min(scores, _SCORES) + values * _BESIDE_SCORES)
-    needed += 0 if mx.get_memory_limit() == 0 else min(values * ahead, most_ahead)
+        needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
+    needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead)
     return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.networks)))
 
 

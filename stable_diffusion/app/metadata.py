@@ -97,9 +97,9 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
     """
     request, details = batch.requests[index], _details(model, batch, index)
     details |= {"partial": partial} if partial else {}
-    made = details["made"]
-    fields = details["arguments"] | {name: made[name] for name in ("size", "sampler", "schedule")}
-    fields["cfg"] = made["guidance"]
+    run = details["made"]
+    fields = details["arguments"] | {name: run[name] for name in ("size", "sampler", "schedule")}
+    fields["cfg"] = run["guidance"]
     if request.hires:
         fields |= {"strength": request.hires_strength, "hires_upscaler": request.hires_upscaler}
     if request.refiner:

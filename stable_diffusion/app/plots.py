@@ -66,9 +66,9 @@ def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
     variants = [request.variant for request in requests]
     axes: dict[str, list[tuple[Any, str]]] = {}
     for name in dict.fromkeys(name for variant in variants for name in variant.swept):
-        values = [request.value(name) for request in requests]
-        texts = ["default" if v is None else f"{v:g}" if isinstance(v, float) else f"{v}" for v in values]
-        axes[name] = [(value, f"{name} {text}") for value, text in zip(values, texts, strict=True)]
+        settings = [request.value(name) for request in requests]
+        texts = ["default" if v is None else f"{v:g}" if isinstance(v, float) else f"{v}" for v in settings]
+        axes[name] = [(value, f"{name} {text}") for value, text in zip(settings, texts, strict=True)]
     if not axes:
         return []
     if len({variant.prompt for variant in variants}) > 1:

@@ -262,19 +262,19 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
     images: list[tuple[int, Request]] = []
     next_seed, number = None, 0
     for request, sweep in lines:
-        swept = {name: values for name, values in sweep.items() if name != "seed"}
-        given = request.seed if isinstance(request.seed, tuple) else None
-        count = len(given or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
+        swept = {name: settings for name, settings in sweep.items() if name != "seed"}
+        own_seeds = request.seed if isinstance(request.seed, tuple) else None
+        count = len(own_seeds or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
         if request.n_images not in (None, count):
             text = f"n_images {request.n_images} is not the number of the {count} seeds; leave it out"
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
-            next_seed = image_seeds(request.seed if given is None else None, 1)[0]
+            next_seed = image_seeds(request.seed if own_seeds is None else None, 1)[0]
         for prompt in _prompts(request, next_seed):
             if len(images) + count * prod(map(len, swept.values())) > MOST_IMAGES:
                 text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
                 raise SettingError(text, "n_images")
-            seeds = given or tuple(range(next_seed, next_seed + count))
+            seeds = own_seeds or tuple(range(next_seed, next_seed + count))
             resolved = None if prompt == request.prompt else prompt
             for place, chosen in enumerate(product(*swept.values())):
                 for i, seed in enumerate(seeds):

@@ -85,7 +85,7 @@ class ResultWriter:
             chosen["sampler"] = request.options.sampler
             self._fields.append(fields | {name: value for name, value in chosen.items() if value is not None})
         self._outputs = Outputs(settings.output, self._fields, settings.overwrite)
-        self._records: list[dict[str, Any]] = []
+        self._details: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid
         self.error: OSError | None = None
 
@@ -93,7 +93,7 @@ class ResultWriter:
         """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
         request, image, settings = result.request, result.image, self._settings
         defaults = {"steps": model.defaults.num_steps, "cfg": model.defaults.cfg_weight, "sampler": model.sampler}
-        fields = defaults | self._fields[len(self._records)] | {"width": image.width, "height": image.height}
+        fields = defaults | self._fields[len(self._details)] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
         text = None if settings.no_metadata else describe(model, result.batch, result.index, result.partial)
         try:
@@ -105,7 +105,7 @@ class ResultWriter:
         record = {"kind": mark or "image", "path": str(path)} | fields
         record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
         record |= {"partial": result.partial} if result.partial else {}
-        self._records.append(record)
+        self._details.append(record)
         if path is not None:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
@@ -124,9 +124,9 @@ class ResultWriter:
         for number, (image, shown) in enumerate(grids, start=1):
             if image is not None:
                 mark = "grid" if number == 1 else f"grid_{number}"
-                path = self._outputs.write(image, self._records[shown[0]], mark, quality=self._settings.quality)
+                path = self._outputs.write(image, self._details[shown[0]], mark, quality=self._settings.quality)
                 record = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height}
-                yield Written(str(path), record | {"images": [self._records[i]["path"] for i in shown]})
+                yield Written(str(path), record | {"images": [self._details[i]["path"] for i in shown]})
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -72,18 +72,18 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Refuse flags that make no sense together, other than those that a request refuses."""
-    given, output, preview = arguments.keys(), arguments.get("output", "out.png"), arguments.get("preview")
-    if "quality" in given and not output.lower().endswith((".jpg", ".jpeg", ".webp")):
+    names, output, preview = arguments.keys(), arguments.get("output", "out.png"), arguments.get("preview")
+    if "quality" in names and not output.lower().endswith((".jpg", ".jpeg", ".webp")):
         raise ValueError("--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp")
-    if given >= {"low_memory", "preload_models"}:
+    if names >= {"low_memory", "preload_models"}:
         raise ValueError("--low_memory reads each network when it is used, --preload_models all at once: leave one out")
-    if "preview_every" in given and preview is None:
+    if "preview_every" in names and preview is None:
         raise ValueError("--preview_every needs --preview: a file or a folder")
-    if "preview_vae" in given and preview is None and "stepwise" not in given:
+    if "preview_vae" in names and preview is None and "stepwise" not in names:
         raise ValueError("--preview_vae needs --preview: a file or a folder; or --stepwise FILE")
     if preview is not None and os.path.abspath(preview) == os.path.abspath(output):
         raise ValueError(f"--preview and --output both name {preview}; give the preview another name")
-    if "without" in given and "from_image" not in given:
+    if "without" in names and "from_image" not in names:
         raise ValueError("--without needs --from_image FILE")
 
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--version", action="version", version=version, help="print the version and leave")
 
     def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str]) -> None:
-        """Add a group of flags (usage -> help), but for those with the names ``left_out``."""
+        """Add a group of flags (usage -> help), except those with the names ``left_out``."""
         group = None
         for usage, help_text in flags.items():
             words = usage.removesuffix(" ...").split()
@@ -129,19 +129,19 @@ def number(limits: Number, value: str) -> float:
 
 def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
     """Return a value, or a tuple of those between commas, each once; with ``ranges`` 2-5 are 2, 3, 4 and 5."""
-    values: dict[T, None] = {}
+    result: dict[T, None] = {}
     for part in value.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
         if ends is None:
-            values[one(part.strip())] = None
+            result[one(part.strip())] = None
             continue
         first, last = map(one, ends.groups())
         if first > last:
             raise argparse.ArgumentTypeError(f"{part!r} goes down; write the smaller number first: {last}-{first}")
         if last - first >= MOST_IMAGES:
             raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_IMAGES} values; give fewer")
-        values |= dict.fromkeys(range(first, last + 1))
-    return tuple(values) if len(values) > 1 else next(iter(values))
+        result |= dict.fromkeys(range(first, last + 1))
+    return tuple(result) if len(result) > 1 else next(iter(result))
 
 
 def sampler(name: str) -> str:

@@ -26,7 +26,7 @@ class Stop:
 
 @contextmanager
 def signals(say: Callable[[str], None]) -> Iterator[Stop]:
-    """Watch for signals, but for those that are ignored; ``say`` is called with a line on the first one of a run.
+    """Watch for signals, except those that are ignored; ``say`` is called with a line on the first one of a run.
 
     Python calls handlers between two of its instructions, not while MLX computes. So another thread reads signals from
     a pipe. Only the main thread can watch.

@@ -80,27 +80,24 @@ def guidance_batches(
     """Make the batches of a run of ``steps`` steps: a new one at each step where the rows or their weights change.
 
     With a ``negative`` conditioning the output is ``negative + guidance * (positive - negative)`` (Ho & Salimans 2022).
-    A prompt of several parts is guided by each of them, times its weight (Liu et al. 2022). Without guidance the output
-    is the weighted mean of the parts, and ValueError where the weights sum to 0.
+    Each part of a prompt guides, times its weight (Liu et al. 2022). Without guidance the output is the weighted mean
+    of the parts, and ValueError where their weights sum to 0.
 
     Args:
-        uncond_image: conditioning without prompt and image. It adds a second scale (Brooks et al. 2023, eq. 3):
+        uncond_image: conditioning without prompt and image, for ``image_guidance`` (Brooks et al. 2023, eq. 3):
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
-        image_guidance: the second scale.
-        interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024). Outside
-            of it the batch has the rows of the prompt alone.
+        interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
         rescale: see :meth:`GuidanceBatch.combine`; 0 is off.
     """
     tables = [table for table in (positive, negative, uncond_image) if table is not None]
     conditioning = concatenate(tables)
     prompts = [range(*ends) for ends in pairwise(accumulate(map(len, tables), initial=0))]  # of each table
-    # The first step that begins at a share of the run or later; the tolerance is for products such as 0.3 * 10.
+    # The first step at a share of the run or later; the tolerance is for products such as 0.3 * 10.
     shares = {*interval, *(share for row in conditioning.rows for share in (row.start, row.end))}
     step_at = {share: math.ceil(share * steps - 1e-9) for share in shares}
     guided = range(*(step_at[share] for share in interval)) if negative is not None else range(0)
     starts = {0, guided.start, guided.stop} | {step_at[row.start] for row in conditioning.rows}
-    scales = guidance, 1.0 if uncond_image is None else image_guidance
-    batches = []
+    scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance), []
     for step in sorted(start for start in starts if start < steps):
         active = [(i, row) for i, row in enumerate(conditioning.rows) if step_at[row.start] <= step < step_at[row.end]]
         rows: list[_Row] = []

@@ -500,8 +500,8 @@ def sampler_for(config: ScheduleConfig) -> str:
     keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
     name = (exact | _NEAREST)[keys[0]] if keys else "euler"
     if not keys or keys[0] in _NEAREST or config.not_followed:
-        wanted = ", ".join((config.class_name, *config.not_followed))
-        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", wanted, name)
+        scheduler = ", ".join((config.class_name, *config.not_followed))
+        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
     return name
 
 

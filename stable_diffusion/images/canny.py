@@ -32,13 +32,13 @@ def canny(image: Any, low: float = 100, high: float = 200) -> np.ndarray:
     width = strength.shape[1]
     around = [row * width + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
     candidates = _ridges(dx, dy, strength, low).ravel()
-    edges = np.zeros(strength.shape, np.uint8)
+    result = np.zeros(strength.shape, np.uint8)
     front = np.nonzero(candidates & (strength.ravel() > high))[0]
     while len(front):  # from the strong pixels on, those beside the last ones that were reached
-        edges.flat[front], candidates[front] = 255, False
+        result.flat[front], candidates[front] = 255, False
         beside = np.unique(front[:, None] + around)
         front = beside[candidates[beside]]
-    return edges[1:-1, 1:-1]
+    return result[1:-1, 1:-1]
 
 
 def _gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,10 +22,10 @@ import mlx.nn as nn
 
 def is_complete(roles: Iterable[str]) -> bool:
     """Return whether these are all factors of a change: of one kind, or of a bias alone."""
-    whole = set(roles) - {"alpha"}
-    whole |= {role.removesuffix("_a") for role in whole if role.endswith("_a") and f"{role[:-1]}b" in whole}
+    bases = set(roles) - {"alpha"}
+    bases |= {role.removesuffix("_a") for role in bases if role.endswith("_a") and f"{role[:-1]}b" in bases}
     kinds = ({"down", "up"}, {"hada_w1", "hada_w2"}, {"lokr_w1", "lokr_w2"}, {"diff"})
-    return whole == {"diff_b"} or any(kind <= whole for kind in kinds)
+    return bases == {"diff_b"} or any(kind <= bases for kind in kinds)
 
 
 def rank_of(factors: Mapping[str, mx.array]) -> int | None:

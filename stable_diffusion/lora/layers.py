@@ -119,13 +119,13 @@ def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     return ((path, layer) for path, layer in network.named_modules() if isinstance(layer, LoRALayer))
 
 
-def targets(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
+def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
     """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
     layers = ((path, m) for path, m in network.named_modules() if isinstance(m, tuple(_WRAPPERS)))
     layers = {path.removesuffix(".base"): layer for path, layer in layers}
     paths = layer_names(name, layers)
-    found = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
-    return [(path, layers[path], delta) for path, delta in found]
+    pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
+    return [(path, layers[path], delta) for path, delta in pairs]
 
 
 def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) -> None:
@@ -139,7 +139,7 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) 
         raise ValueError(f"{lora.path} is a LoRA for {family} and this model is {model}: choose one made for it")
     matched, misshapen = set(), []
     for name, network in networks.items():
-        for _, layer, delta in targets(name, network, lora.deltas):
+        for _, layer, delta in target_layers(name, network, lora.deltas):
             matched.add(delta.name)
             try:
                 delta.delta(layer)
@@ -177,11 +177,11 @@ class AttachedLoRA:
 
     def wrap(self, name: str, network: nn.Module) -> None:
         """Wrap the layers that the LoRA changes in a network, which may be one that was loaded again."""
-        found, wrappers = targets(name, network, self.deltas), dict(wrapped_layers(network))
-        if found and not wrappers:
+        pairs, wrappers = target_layers(name, network, self.deltas), dict(wrapped_layers(network))
+        if pairs and not wrappers:
             network._trainable = tuple(key for key, _ in tree_flatten(network.trainable_parameters()))
             network.freeze()
-        for path, layer, delta in found:
+        for path, layer, delta in pairs:
             if path not in wrappers:
                 wrappers[path] = next(wrapper(layer) for kind, wrapper in _WRAPPERS.items() if isinstance(layer, kind))
             wrappers[path].loras.append(delta)
@@ -225,16 +225,16 @@ def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]], *, partia
     """Add LoRAs to the weights: W becomes W + Σ scale ΔW, summed in float32 and cast back to the type of W.
 
     Nothing is computed before a weight is used: quantizing or saving matrix by matrix afterwards never holds more than
-    one matrix in float32. ``loras`` come with their scales; 0 leaves every bit as it is. ``partial`` is that of
-    :func:`attach`, None for LoRAs that have been checked. Raises ValueError for a quantized layer, and as that; the
-    model is then unchanged.
+    one matrix in float32. ``loras`` come with their scales; 0 leaves every bit as it is. ``partial`` is as in
+    :func:`attach`; None skips the check that the LoRAs fit. Raises ValueError as :func:`attach` does, and for a
+    quantized layer; the model is then unchanged.
     """
     for lora, scale in loras if partial is not None else ():
         check_fit(networks, lora, scale, partial)
     changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
     for name, network in networks.items():
         for lora, scale in loras:
-            for path, layer, delta in targets(name, network, lora.deltas) if scale != 0 else ():
+            for path, layer, delta in target_layers(name, network, lora.deltas) if scale != 0 else ():
                 changes.setdefault((name, path), (layer, []))[1].append((delta, scale))
     for path, (layer, _) in changes.items():
         if isinstance(layer, nn.QuantizedLinear):

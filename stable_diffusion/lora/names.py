@@ -115,7 +115,7 @@ def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
     names = {ours: original for original, ours in UNET_NAMES.items()}
     resnets = Counter(match.groups() for path in paths if (match := _FIRST_CONV.fullmatch(path)))
     for side, original, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
-        for level in range(sum(side == found for found, _ in resnets)):
+        for level in range(sum(side == other for other, _ in resnets)):
             block = f"{side}.{level}"
             for i in range(resnets[side, str(level)]):
                 names[f"{block}.resnets.{i}"] = f"{original}.{number}.0"

@@ -61,14 +61,14 @@ class Config:
         if problems:
             raise ValueError(f"{cls.kind} config: this library cannot compute {'; '.join(problems)}")
         # None is a value of one key: pruned models have no middle.
-        values = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
+        settings = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
         for key, default in cls.per_block.items():
-            value = values.get(key, default)
-            count = len(values["block_out_channels"])
+            value = settings.get(key, default)
+            count = len(settings["block_out_channels"])
             if isinstance(value, tuple) and len(value) != count:
                 raise ValueError(f"{cls.kind} config: {key}={raw[key]!r} has {len(value)} entries for {count} blocks")
-            values[key] = value if isinstance(value, tuple) else (value,) * count
-        return cls(**{key: value for key, value in values.items() if key in known})
+            settings[key] = value if isinstance(value, tuple) else (value,) * count
+        return cls(**{key: value for key, value in settings.items() if key in known})
 
 
 def _as_tuple(value: Any) -> Any:

@@ -96,10 +96,10 @@ def clear_streams_at_thread_end() -> None:
 def for_float32(kernel: Callable[..., mx.array], otherwise: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Return a function that is ``kernel`` for float32 where the CPU is the default device, and else ``otherwise``."""
 
-    def choose(x: mx.array, *args: Any) -> mx.array:
+    def dispatch(x: mx.array, *args: Any) -> mx.array:
         return (kernel if mx.default_device() == mx.cpu and x.dtype == mx.float32 else otherwise)(x, *args)
 
-    return choose
+    return dispatch
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

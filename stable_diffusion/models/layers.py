@@ -220,8 +220,8 @@ class Context:
         """Return a layer's keys and values, both [B, heads, M, C / heads]."""
         if not layer.training and layer.number in self._cache:
             return self._cache[layer.number]
-        values = self.encoded if self.v_encoded is None else self.v_encoded
-        pair = layer.keys_and_values(self.encoded, values, len(self.encoded))
+        v_encoded = self.encoded if self.v_encoded is None else self.v_encoded
+        pair = layer.keys_and_values(self.encoded, v_encoded, len(self.encoded))
         if not layer.training:
             self._cache[layer.number] = pair
         return pair

@@ -69,7 +69,7 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     rows = max(_SLICE[device] // width, 1)
 
     def peak(positions: float) -> float:
-        """The bytes of a map of latents in slices: two layers' maps, or scores in pieces, twice for the softmax."""
+        """Return the bytes of a map in slices: two layers' maps, or scores in pieces, twice for the softmax."""
         slices = _WORK[device] * channels * max(_SLICE[device], width)
         return max(itemsize * channels * scale**2 * positions + slices, min(8 * positions**2, 2 * LARGEST_SCORES))
 

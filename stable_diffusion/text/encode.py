@@ -236,12 +236,12 @@ def _encode_pieces(
         if is_weighted:
             weights = mx.array([[weight for _, weight in row] for row in rows])
             weighted.append(_emphasise(state, weights, restore_mean=emphasis == "mean"))
-    plain = mx.concatenate(states, axis=-1).flatten(0, 1)[None]
+    unweighted = mx.concatenate(states, axis=-1).flatten(0, 1)[None]
     if not is_weighted:
-        return Conditioning(plain, pooled)
+        return Conditioning(unweighted, pooled)
     emphasised = mx.concatenate(weighted, axis=-1).flatten(0, 1)[None]
     if emphasis == "values":
-        return Conditioning(plain, pooled, v_context=emphasised)
+        return Conditioning(unweighted, pooled, v_context=emphasised)
     return Conditioning(emphasised, pooled)
 
 

@@ -116,8 +116,8 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
             if folder is not None and not spec.missing_files(folder, files_in(folder), repo):
                 _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
                 return folder
-        lacking = f"the cache on this machine lacks {', '.join(missing)}: {spec.remedy}"
-        raise ConnectionError(f"{error}; {lacking}") from error
+        remedy = f"the cache on this machine lacks {', '.join(missing)}: {spec.remedy}"
+        raise ConnectionError(f"{error}; {remedy}") from error
 
 
 @contextmanager

@@ -108,9 +108,9 @@ def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename a UNet or a ControlNet: each module that is known, with all that is in it."""
     modules = UNET_NAMES | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks")
     # The convolutions that a ControlNet's image goes through: every other number is an activation.
-    hint = sorted({int(match[1]) for name in tensors if (match := _HINT.match(name))})
-    modules |= {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(hint[1:-1])}
-    modules |= {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in hint[-1:]}
+    blocks = sorted({int(match[1]) for name in tensors if (match := _HINT.match(name))})
+    modules |= {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(blocks[1:-1])}
+    modules |= {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in blocks[-1:]}
 
     def renamed(name: str) -> str:
         parts = name.split(".")
