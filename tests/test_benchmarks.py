@@ -54,9 +54,7 @@ def test_every_part(compare):
         # All of the weights are in memory, and something is computed from them; files are in half precision.
         assert figures["peak"] > figures["weights"] > 0
         assert (figures["primitives"] is None) == (case["part"] in ("load", "image"))
-        assert figures["primitives"] is None or min(figures["primitives"], figures["fused"]) > 0
-        if "vae" in case["part"]:  # elsewhere a GPU also widens the tiny model's heads
-            assert figures["primitives"] > figures["fused"]
+        assert figures["primitives"] is None or figures["primitives"] > figures["fused"] > 0
         assert re.search(rf"this library .* {figures['median']:.3f} s", table)
     files = {case["part"]: case["columns"]["this library"]["weights"] for case in results}
     vae = files["vae-encode"] + files["vae-decode"]

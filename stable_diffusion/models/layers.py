@@ -29,7 +29,7 @@ class Group(nn.Module):
 
 silu = cpu.for_float32(cpu.silu, nn.silu)  # x * sigmoid(x) (Elfwing et al. 2018)
 gelu = cpu.for_float32(cpu.gelu, nn.gelu)  # x * (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016)
-layer_norm = cpu.for_float32(cpu.layer_norm, mx.fast.layer_norm)  # Ba et al. 2016
+layer_norm = cpu.for_float32(cpu.layer_norm, lambda *inputs: mx.fast.layer_norm(*inputs))  # Ba et al. 2016
 sum_positions = cpu.for_float32(cpu.sum_positions, lambda x: x.sum(axis=(1, 2), keepdims=True))
 
 
