@@ -9,6 +9,7 @@ from PIL import Image
 from oracle import last, normal, picture, relative_error
 from stable_diffusion import SAMPLERS, SizeConditioning, StableDiffusion, StableDiffusionXL
 from stable_diffusion.models.unet import UNet2DConditionModel
+from stable_diffusion.models.vae import AutoencoderKL
 
 PROMPT = "the red cat"
 SMALL = {"num_steps": 3, "latent_size": (6, 8)}
@@ -136,6 +137,22 @@ def test_defaults_come_from_the_checkpoint(sd, xl):
 def test_images_are_in_range(sd):
     image = sd.decode(mx.array(normal(2, 4, 4, 4, scale=30.0)))
     assert image.dtype == mx.float32 and float(image.min()) >= 0 and float(image.max()) <= 1
+
+
+def test_an_autoencoder_that_overflows_while_it_encodes_computes_in_float32(monkeypatch, caplog):
+    sd, encode = StableDiffusion("tiny"), AutoencoderKL.encode
+    pixels = mx.random.uniform(-1, 1, (1, 64, 64, 3), key=mx.random.key(1))
+    expected = sd.encode(pixels)
+    sd.sources["autoencoder"].dtype = mx.float16
+    del sd.autoencoder
+
+    def overflows(self, x: mx.array, *run) -> tuple[mx.array, mx.array]:
+        mean, logvar = encode(self, x, *run)
+        return mean * (mx.inf if x.dtype == mx.float16 else 1), logvar
+
+    monkeypatch.setattr(AutoencoderKL, "encode", overflows)
+    assert relative_error(sd.encode(pixels), expected) <= 1e-5
+    assert sd.dtype == sd.sources["autoencoder"].dtype == mx.float32 and "the autoencoder computes in" in caplog.text
 
 
 def test_micro_conditioning_reaches_the_unet(xl, monkeypatch):

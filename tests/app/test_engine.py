@@ -162,7 +162,14 @@ def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
     assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no-float16" in done.remarks[1]
 
 
-@pytest.mark.parametrize("value, options", [(float("nan"), []), (-float("inf"), ["--low_memory"])])
+@pytest.mark.parametrize(
+    "value, options",
+    [
+        (float("nan"), []),
+        (-float("inf"), ["--low_memory"]),
+        (float("inf"), ["--hires", 1.5, "--hires_upscaler", "pixels"]),  # decoded between the passes too
+    ],
+)
 def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_path, monkeypatch, value, options):
     seen, decode = [], AutoencoderKL.decode
 
@@ -175,7 +182,8 @@ def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_pat
     monkeypatch.setattr(AutoencoderKL, "decode", overflows)
     options = ["--n_images", 2, "--steps", 1, "--no_grid", *options]
     done = make(*options, model=half).succeeded()
-    assert seen == [mx.float16, mx.float32, mx.float32] and len(done.remarks) == 1 and "float32" in done.remarks[0]
+    assert seen[0] == mx.float16 and seen[1:] == [mx.float32] * (4 if "--hires" in options else 2)
+    assert len(done.remarks) == 1 and "float32" in done.remarks[0]
     make(*options, "--no_float16", model=half, name="b.png").succeeded()
     check_near(tmp_path / "out")
 
