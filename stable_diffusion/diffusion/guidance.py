@@ -120,7 +120,7 @@ def _guided_rows(
     means = dict(_mean(cond)) if with_means else {}
     rows = [_Row(index, image, guidance * weight, means.get(index, 0.0), is_cond=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
-    for factor, uncond in zip(factors, unconds, strict=False):
+    for factor, uncond in zip(factors, unconds, strict=False):  # the second is for images alone
         rows += [_Row(index, image, factor * weight) for index, weight in _mean(uncond)]
     return rows
 

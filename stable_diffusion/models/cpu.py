@@ -112,15 +112,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
+    """Compute x * sigmoid(x), element by element."""
     return _silu(x, _exp(_minus_size(x)))
 
 
 def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Compute the SiLU of x * scale + shift, which broadcast over x."""
     y, exponent = _scaled_and_minus_size(x, scale, shift)
     return _silu(y, _exp(exponent))
 
 
 def gelu(x: mx.array) -> mx.array:
+    """Compute x * (1 + erf(x / sqrt(2))) / 2, element by element."""
     x = x + 0.0  # a copy in one piece: loops over half of a wider array, as it is in GEGLU, are not vectorized
     return _gelu(x, _erf_polynomial(x), _exp(_minus_half_square(x)))
 
