@@ -7,6 +7,7 @@ pieces of 64 kB spread over it are hashed with its size: 4 MB are read in place 
 import hashlib
 import re
 import struct
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,15 +19,14 @@ _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/")
 
 def fingerprint(path: Path) -> dict[str, str]:
     """Return a file's "sha256" or "sampled" hash, and "hub", owner/name@commit, if it is known; {} without a file."""
-    try:
-        match = _SNAPSHOT.search(path.absolute().as_posix())
-        hub = {"hub": f"{match[1]}/{match[2]}@{match[3]}"} if match else {}
+    match = _SNAPSHOT.search(path.absolute().as_posix())
+    hub = {"hub": f"{match[1]}/{match[2]}@{match[3]}"} if match else {}
+    with suppress(OSError):
         path = path.resolve()
         if path.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", path.name):
             return {"sha256": path.name} | hub
         return _hash(path) | hub
-    except OSError:
-        return {}
+    return {}
 
 
 def model_hash(path: Path) -> str | None:
@@ -36,25 +36,22 @@ def model_hash(path: Path) -> str | None:
     """
     if digest := fingerprint(path).get("sha256"):
         return digest[:10]
-    try:
-        with path.open("rb") as file:
-            file.seek(2**20)
-            return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
-    except OSError:
-        return None
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(2**20)
+        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
+    return None
 
 
 def lora_hash(path: Path) -> str | None:
     """Return the hash by which other programs look up a LoRA, twelve digits; None for large files, which take long."""
-    try:
+    with suppress(OSError, struct.error):
         start = 0
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:  # the hash is of what follows the header
+        if path.suffix == ".safetensors":  # the hash is of what follows the header
+            with path.open("rb") as file:
                 start = 8 + struct.unpack("<Q", file.read(8))[0]
-        digest = _hash(path.resolve(), start).get("sha256")
-        return digest and digest[:12]
-    except (OSError, struct.error):
-        return None
+        if digest := _hash(path, start).get("sha256"):
+            return digest[:12]
+    return None
 
 
 def _hash(path: Path, start: int = 0) -> dict[str, str]:

@@ -15,7 +15,8 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from ..diffusion.samplers import SAMPLERS, read_name
+from ..diffusion.samplers import read_name
+from ..diffusion.schedule import SCHEDULES
 
 _NEGATIVE = "Negative prompt:"
 # Bounded, or a long text without a colon would be looked through from each of its letters.
@@ -24,7 +25,8 @@ _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 
 # Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
 _SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
-_SCHEDULES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
+_SCHEDULE_TITLES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
+_OUR_SCHEDULES = {name: name for name in SCHEDULES} | {"uniform": "default", "automatic": None}
 
 
 def number(value: Any) -> str:
@@ -39,17 +41,7 @@ def sampler_name(sampler: str) -> str:
 
 def schedule_name(schedule: str) -> str:
     """Return the web UI's name of a schedule; "default" is the checkpoint's."""
-    return _SCHEDULES.get(schedule, schedule.replace("_", " ").title())
-
-
-def _schedule(name: str) -> str | None:
-    """Return our name of a schedule of the web UI; ValueError for an unknown one."""
-    if name in ("Automatic", "Uniform"):
-        return None if name == "Automatic" else "default"
-    schedule = read_name(f"{next(iter(SAMPLERS))} {name}")[1]
-    if schedule is None:
-        raise ValueError(f"schedule {name!r} is unknown")
-    return schedule
+    return _SCHEDULE_TITLES.get(schedule, schedule.replace("_", " ").title())
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -57,12 +49,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-# Settings that are fields of a request: the web UI's name -> the field, and how its value is read and written. A value
-# that is read as None is not set. "size" is width and height; a sampler may be read with its schedule.
+# The web UI's name -> a field of a request, and how its value is read (KeyError or ValueError where it cannot be; None
+# is no value) and written. "size" is width and height; a sampler may be read with its schedule.
 _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Steps": ("steps", int, number),
     "Sampler": ("sampler", read_name, sampler_name),
-    "Schedule type": ("schedule", _schedule, schedule_name),
+    "Schedule type": ("schedule", lambda text: _OUR_SCHEDULES[text.lower().replace(" ", "_")], schedule_name),
     "CFG scale": ("cfg", float, number),
     "Image CFG scale": ("image_cfg", float, number),
     "Seed": ("seed", int, number),
@@ -82,13 +74,11 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
 
 
 def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Write the text of a picture: ``fields`` of its request, and ``others`` by the names of the web UI.
-
-    What is None is left out.
-    """
-    settings = {
-        name: to_text(fields[field]) for name, (field, _, to_text) in _FIELDS.items() if fields.get(field) is not None
-    }
+    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out."""
+    if "hires" in fields:
+        fields = {**fields, "strength": fields["hires_strength"]}
+    rows = [(name, to_text, fields.get(field)) for name, (field, _, to_text) in _FIELDS.items()]
+    settings = {name: to_text(value) for name, to_text, value in rows if value is not None}
     settings |= {name: value for name, value in others.items() if value is not None}
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
@@ -116,10 +106,7 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a text's values by the names of a request's fields, and its settings that are none.
-
-    Values that cannot be read are among the latter; their limits are checked by the request.
-    """
+    """Return a text's values by the names of a request's fields, and the settings that are none or cannot be read."""
     prompt, negative, settings = read(text)
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}

@@ -1,8 +1,8 @@
 """Write into a picture how it was made, and read it: the request, field by field.
 
 "parameters" is the text that many programs read (see ``infotext``). "stable_diffusion" is a record in JSON: the request
-of this one image ("arguments"), what it came to ("made"), the files it was made from with their hashes ("files"), and
-what it was computed with ("software").
+of this one image ("arguments"), what the model added to it ("made"), the files it was made from with their hashes
+("files"), and what it was computed with ("software").
 """
 
 import json
@@ -27,6 +27,8 @@ from . import infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .request import KINDS, Request
+
+_open_part = cache(open_part)
 
 
 @dataclass(frozen=True)
@@ -57,36 +59,36 @@ def read_record(path: str | os.PathLike) -> Record:
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:
     """Yield a line for each thing in a record that a repeated request does not follow."""
-    path, details = record.path, record.details
+    path, details, other = record.path, record.details, dict(record.other)
     if details.get("script", script) != script:
         yield f"{path} was made with {details['script']}; what only that has is left out"
     elif unknown:
         yield f"{path} was made with settings that are not known here: {', '.join(unknown)}"
     if "partial" in details:
         yield f"{path} was not finished ({details['partial']}); here all steps are made"
+    if (model := other.pop("Model", None)) and not has_model:
+        yield f"{path} was made with the model {model}; --model chooses one, none is chosen for you"
     if record.other:
-        if "Model" in record.other and not has_model:
-            yield f"{path} was made with the model {record.other['Model']}; --model chooses one, none is chosen for you"
-        unused = ", ".join(f"{name} {value}" for name, value in record.other.items() if name != "Model")
+        unused = ", ".join(f"{name} {value}" for name, value in other.items())
         yield f"{path} is by another program, whose noise is another" + (f"; not used: {unused}" if unused else "")
 
 
 def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[str]:
     """Yield a line for files and versions that are not those with which a picture was made."""
-    current = _details(model, batch, 0)
-    # A part of the record may be missing or damaged.
-    recorded = {key: value for key, value in record.details.items() if isinstance(value, dict)}
-    before, now = recorded.get("software", {}), current["software"]
-    versions = [f"{name} {before[name]} (now {now[name]})" for name in now if before.get(name, now[name]) != now[name]]
-    if versions:
+    current, before, files = _details(model, batch, 0), record.details.get("software"), record.details.get("files")
+    now = current["software"]
+    if versions := [f"{name} {before[name]} (now {now[name]})" for name in _changed(before, now)]:
         yield f"{record.path} was made with {', '.join(versions)}: the picture may differ"
-    files = []
-    for name, now in current["files"].items():
-        before = recorded.get("files", {}).get(name)
-        if isinstance(before, dict) and any(before.get(kind, now[kind]) != now[kind] for kind in HASHES & now.keys()):
-            files.append(name)
-    if files:
-        yield f"not the files that {record.path} was made from: {', '.join(files)}"
+    if isinstance(files, dict):
+        others = [name for name, now in current["files"].items() if HASHES & _changed(files.get(name), now).keys()]
+        if others:
+            yield f"not the files that {record.path} was made from: {', '.join(others)}"
+
+
+def _changed(before: Any, now: Mapping[str, str]) -> dict[str, str]:
+    """Return those values of ``now`` that were others ``before``; that may be missing or damaged."""
+    before = before if isinstance(before, dict) else now
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
 
 
 def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = "") -> dict[str, str]:
@@ -97,15 +99,9 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
     """
     request, details = batch.requests[index], _details(model, batch, index)
     details |= {"partial": partial} if partial else {}
-    run = details["made"]
-    fields = details["arguments"] | {name: run[name] for name in ("size", "sampler", "schedule")}
-    fields["cfg"] = run["guidance"]
-    if request.hires:
-        fields |= {"strength": request.hires_strength, "hires_upscaler": request.hires_upscaler}
-    if request.refiner:
-        fields["refiner_start"] = request.refiner_start
     tags = "".join(f" <lora:{name}:{infotext.number(scale)}>" for name, scale in request.prompt_loras)
     others = _others(model, request) | {"Partial": partial or None, "Version": f"stable-diffusion-mlx {__version__}"}
+    fields = details["arguments"] | details["made"]
     text = infotext.write(request.text + tags, request.negative_prompt, fields, others)
     return {
         "parameters": text.encode("utf-8", "replace").decode(),
@@ -115,29 +111,34 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
 
 def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]:
     request, defaults = batch.requests[index], model.defaults
-    steps = defaults.num_steps if request.steps is None else request.steps
-    guidance = defaults.cfg_weight if request.cfg is None else request.cfg
     sampler = request.options.sampler or defaults.sampler
+    name, schedule = read_name(sampler)
+    components = {source.component.name: source for source in model.sources.values()}
+    bits = {name: s.quantization or read_quantization(s.component.config) for name, s in components.items()}
+    made = {
+        "size": batch.size,
+        "cfg": defaults.cfg_weight if request.cfg is None else request.cfg,
+        "sampler": name,
+        "schedule": request.options.schedule or schedule or model.schedule.config.sigma_schedule,
+        "bits": {name: quantization[0] for name, quantization in bits.items() if quantization},
+        "batch": batch.seeds,
+    }
+    steps = defaults.num_steps if request.steps is None else request.steps
     arguments = request.to_dict() | {"model": request.model, "n_images": 1, "seed": request.seed, "steps": steps}
     if batch.canvas is None:
         arguments["width"], arguments["height"] = batch.size
     else:
         arguments["strength"] = batch.strength
     if not (request.refiner or request.lora or request.prompt_loras):  # these have defaults of their own
-        arguments |= {"cfg": guidance, "sampler": sampler}
-    components = {source.component.name: source for source in model.sources.values()}
-    bits = {name: s.quantization or read_quantization(s.component.config) for name, s in components.items()}
+        arguments |= {"cfg": made["cfg"], "sampler": sampler}
+    if request.hires:
+        arguments |= {"hires_strength": request.hires_strength, "hires_upscaler": request.hires_upscaler}
+    if request.refiner:
+        arguments["refiner_start"] = request.refiner_start
     return {
         "script": "txt2image" if request.image is None else "image2image",
         "arguments": {name: arguments[name] for name in KINDS if name in arguments},
-        "made": {
-            "size": batch.size,
-            "guidance": guidance,
-            "sampler": read_name(sampler)[0],
-            "schedule": request.options.schedule or read_name(sampler)[1] or model.schedule.config.sigma_schedule,
-            "bits": {name: quantization[0] for name, quantization in bits.items() if quantization},
-            "batch": batch.seeds,
-        },
+        "made": made,
         "files": {name: known for name, path in _files(model, request).items() if (known := fingerprint(path))},
         "software": {
             "stable_diffusion": __version__,
@@ -169,8 +170,6 @@ def _short(source: str) -> str:
 
 # --- files, of which those that are gone by now are left out ---------------------------------------------------------
 
-_open_part = cache(open_part)
-
 
 def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
     """Return the files that decided an image, by their names in the record."""
@@ -190,10 +189,10 @@ def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
 
 
 def _loras(request: Request) -> dict[str, Path]:
-    finders = {name: partial(locate, name) for name, _ in request.lora}
-    finders |= {name: partial(find_in, request.lora_dir, name) for name, _ in request.prompt_loras}
+    finders = {name: locate for name, _ in request.lora}
+    finders |= {name: partial(find_in, request.lora_dir) for name, _ in request.prompt_loras}
     files = {}
     for name, find in finders.items():
         with suppress(ValueError, OSError):
-            files[name] = find()
+            files[name] = find(name)
     return files

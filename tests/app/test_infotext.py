@@ -38,8 +38,8 @@ Model: v1-5, Clip skip: 2, Lora hashes: "a: 7c6bad76eb54, b: 1234", TI hashes: "
 
 
 def test_a_text_as_it_is_written():
-    fields = FIELDS | {"hires": 2.0, "eta": 1.0, "strength": None}
-    settings = 'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Hires upscale: 2, Model: "a, b"'
+    fields = FIELDS | {"eta": 1.0, "strength": None, "mask_blur": 2.0}
+    settings = 'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Mask blur: 2, Model: "a, b"'
     written = write("a cat", "a dog", fields, {"Model": "a, b", "VAE": None})
     assert written == f"a cat\nNegative prompt: a dog\n{settings}"
     assert write("a cat", "", FIELDS, {}).startswith("a cat\nSteps: 20, ")
@@ -89,9 +89,8 @@ def test_every_field_comes_back():
     values |= {"strength": 0.3, "clip_skip": 2, "mask_blur": 1.5, "refiner_start": 0.75, "width": 64, "height": 72}
     found, other = as_arguments(write("a", "b", values | {"size": (64, 72)}, {}))
     assert (found, other) == ({"prompt": "a", "negative_prompt": "b"} | values, {})
-    hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels"}
-    found, _ = as_arguments(write("a", "b", hires | {"strength": 0.3}, {}))
-    assert found == {"prompt": "a", "negative_prompt": "b", "hires_strength": 0.3} | hires
+    hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels", "hires_strength": 0.3}
+    assert as_arguments(write("a", "b", hires, {}))[0] == {"prompt": "a", "negative_prompt": "b"} | hires
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a cat\nSteps: 20, Seed: 1", "Negative prompt:", ":::,,,"])
