@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from ..images.files import check_output, save, unfinished
 from ..images.image import fit, grid, to_images
@@ -24,36 +24,31 @@ from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.load import load_component, read_weights
 from .engine import Result, Step
+from .results import numbered
 
 _log = logging.getLogger("stable_diffusion")
 
 Decode = Callable[[mx.array], mx.array]  # latents [n, h, w, 4] -> pixels [n, H, W, 3] in [0, 1]
-Factors = Sequence[tuple[float, float, float]]
+Factors = Sequence[Sequence[float]]
 
-# Red, green and blue of each channel and of a bias, in [-1, 1], by (pixels per latent, scaling factor) of the latents.
+# What each channel adds to red, green and blue, and a bias, in [-1, 1], by (pixels per latent, scaling factor).
 # Those of Stable Diffusion 1, 2 and XL are the ones that ComfyUI has fitted (comfy/latent_formats.py, SD15 and SDXL),
 # those of the bundled model come from tools/tiny/fit_preview.py.
 FACTORS: dict[tuple[int, float], Factors] = {
     (8, 0.18215): (
-        (0.3512, 0.2297, 0.3227),
-        (0.3250, 0.4974, 0.2350),
-        (-0.2829, 0.1762, 0.2721),
-        (-0.2120, -0.2616, -0.7177),
-        (0.0, 0.0, 0.0),
+        (0.3512, 0.3250, -0.2829, -0.2120, 0.0),
+        (0.2297, 0.4974, 0.1762, -0.2616, 0.0),
+        (0.3227, 0.2350, 0.2721, -0.7177, 0.0),
     ),
     (8, 0.13025): (
-        (0.3651, 0.4232, 0.4341),
-        (-0.2533, -0.0042, 0.1068),
-        (0.1076, 0.1111, -0.0362),
-        (-0.3165, -0.2492, -0.2188),
-        (0.1084, -0.0175, -0.0011),
+        (0.3651, -0.2533, 0.1076, -0.3165, 0.1084),
+        (0.4232, -0.0042, 0.1111, -0.2492, -0.0175),
+        (0.4341, 0.1068, -0.0362, -0.2188, -0.0011),
     ),
     (4, 0.18215): (
-        (0.9470, 0.6240, 0.1554),
-        (0.4947, 0.5451, 0.3226),
-        (-0.7020, -0.1515, 0.1635),
-        (0.1484, -0.2582, 0.2591),
-        (0.0849, -0.0667, -0.0921),
+        (0.9470, 0.4947, -0.7020, 0.1484, 0.0849),
+        (0.6240, 0.5451, -0.1515, -0.2582, -0.0667),
+        (0.1554, 0.3226, 0.1635, 0.2591, -0.0921),
     ),
 }
 
@@ -83,19 +78,19 @@ def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None
             ours, theirs = (f"{channels} channels, {scale} pixels for each latent" for channels, scale in (kind, other))
             raise ValueError(f"{vae} is for other latents ({theirs}) than this model's ({ours}); give another one")
     elif not isinstance(network, AutoencoderTiny):
-        factors = FACTORS.get((scale, network.config.scaling_factor), ())
-        if len(factors) != channels + 1:
+        factors = FACTORS.get((scale, network.config.scaling_factor))
+        if factors is None or len(factors[0]) != channels + 1:
             _log.warning("this model's latents are unknown: previews show one channel, in grey")
-            factors = [(1 / 3,) * 3] + [(0.0,) * 3] * channels
+            factors = [[1 / 3] + [0.0] * channels] * 3
         return partial(project, factors=factors)
     read_weights(network)
     return lambda x: mx.clip(tiling.decode(network, x.astype(dtype)).astype(mx.float32) / 2 + 0.5, 0, 1)
 
 
 def project(latents: mx.array, factors: Factors) -> mx.array:
-    """Map latents [n, h, w, C] to pixels [n, h, w, 3] in [0, 1] by the ``factors`` of C channels and the bias."""
-    *matrix, bias = mx.array(factors)
-    return mx.clip((latents @ mx.stack(matrix) + bias) / 2 + 0.5, 0, 1)
+    """Map latents [n, h, w, C] to pixels [n, h, w, 3] in [0, 1] by ``factors`` [3, C + 1], the last of them a bias."""
+    matrix = mx.array(factors)
+    return mx.clip((latents @ matrix[:, :-1].T + matrix[:, -1]) / 2 + 0.5, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -111,19 +106,18 @@ class PreviewSettings:
 
 
 class PreviewWriter:
-    """Write previews after some steps, and an animation of each batch; for ``Engine.run(on_step=...)``.
+    """Write previews after some steps, and an animation of each batch, where ``settings`` ask for them.
 
-    Where they go is checked here: raises ValueError or OSError, one line, before any work. ``on_preview`` is called
-    with the path, the step and the number of steps.
+    Where they go is checked here: raises ValueError or OSError, one line, before any work.
     """
 
-    def __init__(self, settings: PreviewSettings, on_preview: Callable[[Path, int, int], object] = lambda *_: None):
-        self._settings, self._on_preview = settings, on_preview
+    def __init__(self, settings: PreviewSettings):
+        self._settings = settings
         self._preview = None if settings.preview is None else _check_preview(settings.preview)
         self._animation = None if settings.stepwise is None else _check_animation(settings.stepwise)
         self._decoder: Decode | None = None
-        self._pass = self._begun = 0  # the number of the pass, and of the frames before it
-        self._frames: dict[str, list[mx.array]] = {}  # by the index of the batch
+        self._pass = 0
+        self._frames: dict[str, list[list[mx.array]]] = {}  # of each pass, by the index of the batch
         self._written: list[Path] = []
 
     def open(self, model: StableDiffusion) -> None:
@@ -131,18 +125,20 @@ class PreviewWriter:
         if self._preview is not None or self._settings.preview_vae is not None:
             self._decoder = preview_decoder(model, self._settings.preview_vae)
 
-    def __call__(self, step: Step) -> None:
-        """Show a step; step 0 begins a pass of a batch."""
-        frames = self._frames.setdefault(step.batch.index, [])
-        if step.number == 0 and step.is_retry:
-            del frames[self._begun :]
-        elif step.number == 0:
-            self._pass, self._begun = self._pass + 1, len(frames)
+    def __call__(self, step: Step) -> Path | None:
+        """Show a step; step 0 begins a pass of a batch. Returns the path of a preview that was written."""
+        passes = self._frames.setdefault(step.batch.index, [])
+        if step.number == 0:
+            if step.is_retry:
+                passes.pop()
+            else:
+                self._pass += 1
+            passes.append([])
         elif self._animation is not None:
-            frames.append(step.predicted)
+            passes[-1].append(step.predicted)
         is_shown = step.number and (step.number % self._settings.preview_every == 0 or step.number == step.total)
         if self._preview is None or not is_shown:
-            return
+            return None
         path, (height, width) = self._preview, step.predicted.shape[1:3]
         if os.path.isdir(path):
             path = path / f"{self._pass:02}_{step.number:03}.jpg"
@@ -152,9 +148,8 @@ class PreviewWriter:
             save(self._grid(images, size), path)
         except (OSError, ValueError) as error:  # a run is worth more than its previews
             _log.warning("%s; there will be no more previews", error)
-            self._preview = None
-        else:
-            self._on_preview(path, step.number, step.total)
+            self._preview = path = None
+        return path
 
     def _grid(self, images: Sequence[Image], size: tuple[int, int]) -> Image:
         return grid([fit(image, *size, "stretch") for image in images], self._settings.n_rows)
@@ -165,23 +160,20 @@ class PreviewWriter:
         It is decoded like the images, or by the VAE for previews. All passes get the size of the last one, at most 1024
         pixels. Raises OSError, one line.
         """
-        frames = self._frames.pop(result.batch.index, [])
+        frames = list(chain.from_iterable(self._frames.pop(result.batch.index, [])))
         if not frames:
             return None
         frames[-1] = result.latents  # multistep samplers end beside their last estimate
         decode = self._decoder if self._settings.preview_vae is not None else result.model.decode
-        height, width = (result.model.pixels_per_latent * side for side in result.latents.shape[1:3])
+        sides = [result.model.pixels_per_latent * side for side in result.latents.shape[2:0:-1]]
         is_taken = self._written.__contains__ if self._settings.overwrite else os.path.lexists
-        first = self._animation
-        paths = chain([first], (first.with_stem(f"{first.stem}-{number}") for number in count(2)))
-        path = next(path for path in paths if not is_taken(path))
+        path = next(path for path in numbered(self._animation) if not is_taken(path))
         pictures = []
         try:
             for x in frames:
                 images = [image for latents in x for image in to_images(decode(latents[None]))]
-                picture = self._grid(images, (width, height))
-                shrink = min(1, _LONGEST_SIDE / max(picture.size))
-                pictures.append(fit(picture, *(round(side * shrink) for side in picture.size), mode="stretch"))
+                pictures.append(self._grid(images, sides))
+                pictures[-1].thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Resampling.LANCZOS)
         except ValueError as error:  # pixels that are not finite
             raise OSError(f"the animation {path} could not be made ({error})") from error
         write_animation(pictures, path)
@@ -213,8 +205,7 @@ def _check_preview(path: str) -> Path:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise OSError(f"the folder {path} for previews could not be made ({error.strerror}); choose another") from error
-    check_output(Path(path) / "preview.jpg")
-    return Path(path)
+    return check_output(Path(path) / "preview.jpg").parent
 
 
 def _check_animation(path: str) -> Path:

@@ -272,7 +272,11 @@ def _keep(image: Image, name: str, options: Mapping[str, Any]) -> Path | None:
     """Write an image to the current folder or the temporary one, and return its path."""
     for folder in (os.getcwd, tempfile.gettempdir):
         with suppress(OSError, ValueError):
-            path = Path(folder(), name)
-            numbered = (path.with_stem(f"{path.stem}-{n}") if n > 1 else path for n in count(1))
-            return _save_first(image, numbered, None, options)[1]
+            return _save_first(image, numbered(Path(folder(), name)), None, options)[1]
     return None
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Yield a path, and then with a number behind its name: a.png, a-2.png, a-3.png, ..."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}-{number}") for number in count(2))

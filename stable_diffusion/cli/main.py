@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -76,14 +75,12 @@ class Script:
         self._stop, self._json = stop, command.json
         requests = expand(command.lines)
         self._writer = ResultWriter(requests, command.output)
-        has_previews = (command.preview.preview, command.preview.stepwise) != (None, None)
-        self._previews = PreviewWriter(command.preview, self._on_preview) if has_previews else None
+        self._previews = PreviewWriter(command.preview)
         inputs = read_inputs(requests[0])
         self._model = open_model(requests[0], command.resources.low_memory)
         if command.preload_models:
             self._model.ensure_models_are_loaded()
-        if self._previews:
-            self._previews.open(self._model)
+        self._previews.open(self._model)
         self._engine = Engine(self._model, requests, command.resources, inputs)
         if command.record is not None:
             for line in changes(command.record, self._model, self._engine.batches[0]):
@@ -98,7 +95,7 @@ class Script:
             self._bar.close()
             for written in self._writer.add(result, self._model):
                 self._print(written)
-            if self._previews and result.index == len(result.batch.requests) - 1 and not result.partial:
+            if result.index == len(result.batch.requests) - 1 and not result.partial:
                 self._write_animation(result)
         self._bar.close()
         if self._writer.error is not None:
@@ -112,13 +109,11 @@ class Script:
 
     def _on_step(self, step: Step) -> bool:
         self._bar(step)
-        if self._previews:
-            self._previews(step)
+        preview = self._previews(step)
+        if preview is not None and self._json:
+            record = {"kind": "preview", "path": str(preview), "step": step.number, "steps": step.total}
+            self._print(Written("", record))
         return self._stop.code is not None or self._writer.error is not None
-
-    def _on_preview(self, path: Path, step: int, steps: int) -> None:
-        if self._json:
-            self._print(Written("", {"kind": "preview", "path": str(path), "step": step, "steps": steps}))
 
     def _write_animation(self, result: Result) -> None:
         try:

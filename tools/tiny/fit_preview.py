@@ -32,7 +32,7 @@ def main() -> None:
     model = StableDiffusion(args.model)
     x, y = pairs(model, [data.example(0, i)[1] for i in range(args.images)])
     factors, *_ = np.linalg.lstsq(x, y, rcond=None)
-    for row in factors:
+    for row in factors.T:
         print("(" + ", ".join(f"{value:.4f}" for value in row) + "),")
     x, y = pairs(model, [image for _, image, _ in data.held_out_examples(200)])
     residual = y - x @ factors
