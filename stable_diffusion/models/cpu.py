@@ -129,13 +129,10 @@ def gelu(x: mx.array) -> mx.array:
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Normalize the last axis. Products with ones sum it, ten times closer to float64 than MLX's kernel."""
-    width = x.shape[-1]
-    ones, one_part = mx.ones((width, 1)), mx.array(1 / width)
-    y = x.reshape(-1, width)
-    y, squares = _centred(y, y @ ones, one_part)
-    scale = _over_deviation(squares @ ones, one_part, mx.array(eps))
-    return _scaled_rows(y, scale, weight, bias).reshape(x.shape)
+    """Normalize the last axis. Products sum it, closer to float64 than MLX's kernel."""
+    y, mean = x.reshape(-1, x.shape[-1]), mx.full((x.shape[-1], 1), 1 / x.shape[-1])
+    y, squares = _centred(y, y @ mean)
+    return _scaled_rows(y, mx.rsqrt(squares @ mean + eps), weight, bias).reshape(x.shape)
 
 
 def sum_positions(x: mx.array) -> mx.array:
@@ -153,6 +150,7 @@ def _exp(x: mx.array) -> mx.array:
 
 # Each function below becomes one loop. mx.compile fuses chains of at most 11 operations, and a maximum keeps the C
 # compiler from vectorizing what stands in the same loop, so they are cut where a chain would become longer.
+_loop = partial(mx.compile, shapeless=True)
 
 
 @mx.compile
@@ -172,25 +170,16 @@ def _sixteenth_power(y: mx.array) -> mx.array:
     return p * p
 
 
-@partial(mx.compile, shapeless=True)
-def _scaled_difference(x: mx.array, largest: mx.array, scale: mx.array) -> mx.array:
-    return mx.maximum((x - largest) * scale, -32.0)
-
-
-@partial(mx.compile, shapeless=True)
-def _minus_size(x: mx.array) -> mx.array:
-    return mx.maximum(-mx.abs(x), -32.0)
+# What _exp is computed of.
+_scaled_difference = _loop(lambda x, largest, scale: mx.maximum((x - largest) * scale, -32.0))
+_minus_size = _loop(lambda x: mx.maximum(-mx.abs(x), -32.0))
+_minus_half_square = _loop(lambda x: mx.maximum(-0.5 * x * x, -32.0))
 
 
 @mx.compile
 def _scaled_and_minus_size(x: mx.array, scale: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
     y = x * scale + shift
     return y, mx.maximum(-mx.abs(y), -32.0)
-
-
-@partial(mx.compile, shapeless=True)
-def _minus_half_square(x: mx.array) -> mx.array:
-    return mx.maximum(-0.5 * x * x, -32.0)
 
 
 @mx.compile
@@ -213,15 +202,10 @@ def _gelu(x: mx.array, p: mx.array, e: mx.array) -> mx.array:
 
 
 @mx.compile
-def _centred(x: mx.array, total: mx.array, one_part: mx.array) -> tuple[mx.array, mx.array]:
+def _centred(x: mx.array, mean: mx.array) -> tuple[mx.array, mx.array]:
     """The distances from the mean, and their squares."""
-    y = x - total * one_part
+    y = x - mean
     return y, y * y
-
-
-@mx.compile
-def _over_deviation(squares: mx.array, one_part: mx.array, eps: mx.array) -> mx.array:
-    return mx.rsqrt(squares * one_part + eps)
 
 
 @mx.compile

@@ -94,49 +94,41 @@ class GroupNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.normalize(x, *self._sums(x))
+        return self.normalize(x, *self.moments(x))
 
     def activated(self, x: mx.array) -> mx.array:
         """Normalize ``x`` and compute SiLU of it, in one pass over the map where that can be."""
-        return self.normalize(x, *self._sums(x), kernel=scaled_silu)
+        return self.normalize(x, *self.moments(x), kernel=scaled_silu)
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and the same along a group."""
-        total, squares, fraction = self._sums(x)
-        return total * fraction, squares * fraction
+        x = x.astype(mx.float32)
+        mean = self._mean(x)
+        return mean, self._mean(_squared_distance(x, mean))
 
-    def normalize(
-        self, x: mx.array, total: mx.array, squares: mx.array, fraction: float = 1.0, kernel: Kernel = scaled
-    ) -> mx.array:
-        """Normalize ``x``, a map or a part of it, by its map's moments, which are ``fraction`` of the sums."""
-        scalars = mx.array(fraction), mx.array(self._eps)
-        return kernel(x, *_scale_and_shift(total, squares, *scalars, self.weight, self.bias))
+    def normalize(self, x: mx.array, mean: mx.array, variance: mx.array, kernel: Kernel = scaled) -> mx.array:
+        """Normalize ``x``, a map or a part of it, by the moments of its map."""
+        return kernel(x, *_scale_and_shift(mean, variance, mx.array(self._eps), self.weight, self.bias))
 
-    def _sums(self, x: mx.array) -> tuple[mx.array, mx.array, float]:
-        """Sum each group of ``x``, and its squared distances from the mean; one value is a ``fraction`` of a group."""
-        x, fraction = x.astype(mx.float32), self._groups * len(x) / x.size
-        total = self._sum(x)
-        return total, self._sum(_squared_distance(x, total, mx.array(fraction))), fraction
-
-    def _sum(self, x: mx.array) -> mx.array:
+    def _mean(self, x: mx.array) -> mx.array:
         """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups."""
         b, _, _, c = x.shape
         sums = sum_positions(x).reshape(b, self._groups, -1)
-        sums = mx.broadcast_to(sums.sum(axis=-1, keepdims=True), sums.shape)
-        return sums.reshape(b, 1, 1, c)
+        means = sums.sum(axis=-1, keepdims=True) * (self._groups * b / x.size)
+        return mx.broadcast_to(means, sums.shape).reshape(b, 1, 1, c)
 
 
 @mx.compile
-def _squared_distance(x: mx.array, total: mx.array, fraction: mx.array) -> mx.array:
-    return mx.square(x - total * fraction)
+def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x - mean)
 
 
 @mx.compile
 def _scale_and_shift(
-    total: mx.array, squares: mx.array, fraction: mx.array, eps: mx.array, weight: mx.array, bias: mx.array
+    mean: mx.array, variance: mx.array, eps: mx.array, weight: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    scale = weight * mx.rsqrt(squares * fraction + eps)
-    return scale, bias - total * fraction * scale
+    scale = weight * mx.rsqrt(variance + eps)
+    return scale, bias - mean * scale
 
 
 class LayerNorm(nn.LayerNorm):
