@@ -144,10 +144,9 @@ UNSUPPORTED = {"controlnet_conditioning_channel_order": "gbr", "class_embed_type
 UNSUPPORTED |= {"encoder_hid_dim": 32, "addition_embed_type": "text", "only_cross_attention": True, "act_fn": "gelu"}
 UNSUPPORTED |= {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2, "mid_block_type": None}
 UNSUPPORTED |= {"controlnet_conditioning_embedding": "UniControlNetTaskMOEEmbedding"}
+UNSUPPORTED |= {"_class_name": "ControlNetUnionModel", "num_control_type": 8}
 CHANGES = [
     *(({key: value}, f"{key}={value!r}") for key, value in UNSUPPORTED.items()),
-    ({"_class_name": "UNet2DConditionModel"}, "this is a UNet2DConditionModel"),
-    ({"_class_name": "ControlNetModel", "num_control_type": 8}, "several kinds of images"),
     ({"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types='AttnDownBlock2D'"),
     ({"down_block_types": ["DownBlock2D"] * 2}, "2 entries for 3 blocks"),
     ({"cross_attention_dim": None}, "missing cross_attention_dim"),
