@@ -29,7 +29,7 @@ Residuals = tuple[Sequence[mx.array], mx.array]
 
 
 class TimestepEmbedding(nn.Module):
-    """Transform an embedding by a two-layer perceptron; ``cond_dim`` adds LCM's guidance (Luo et al. 2023)."""
+    """Run a two-layer perceptron on an embedding; ``cond_dim`` adds LCM's guidance (Luo et al. 2023)."""
 
     def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None):
         super().__init__()
@@ -47,7 +47,7 @@ class TimestepEmbedding(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Compute self-attention, cross-attention to the prompt and feed-forward, each pre-normed and residual.
 
-    The positions of all maps are rows of one matrix, which is what MLX's products take without rearranging anything.
+    The positions of all maps are the rows of one matrix, which products take without rearranging anything.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
@@ -187,12 +187,7 @@ class Encoder(nn.Module):
         return nn.silu(temb)
 
     def encode(
-        self,
-        x: mx.array,
-        temb: mx.array,
-        context: Context,
-        features: Sequence[mx.array] = (),
-        tome_ratio: float = 0.0,
+        self, x: mx.array, temb: mx.array, context: Context, features: Sequence[mx.array] = (), tome_ratio: float = 0.0
     ) -> tuple[list[mx.array], mx.array]:
         """Run the first half: ``x`` [B, h, w, C], after ``conv_in`` -> (skips for the second half, the middle's map).
 
@@ -201,7 +196,7 @@ class Encoder(nn.Module):
         """
         count = len(self.down_blocks)
         if len(features) > count + ("mid_block" in self):
-            raise ValueError(f"{len(features)} features for a UNet of {count} down blocks: the adapter does not fit it")
+            raise ValueError(f"{len(features)} features for {count} down blocks: the adapter does not fit this UNet")
         skips = [x]
         for i, (block, feature) in enumerate(zip_longest(self.down_blocks, features[:count])):
             for j in range(len(block.resnets)):
@@ -224,32 +219,26 @@ class Encoder(nn.Module):
 
 
 class UNet2DConditionModel(Encoder):
-    """Predict the noise (or the velocity, or the image) in noisy latents.
+    """Predict the noise (or the velocity, or the image) in noisy latents: -> [B, h, w, out_channels], as ``x``.
 
     Args of the call:
         x: the latents and their extra channels [B, h, w, in_channels], any h and w.
         temb: the embedded timestep, from ``embed_time``.
         context: the encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
         residuals: from ControlNets, for each map that the second half takes back and for the middle's.
-        features: from T2I-Adapters, for each down block and, in XL, for the middle.
+        features: from T2I-Adapters, see ``encode``.
         cache: DeepCache's list. An empty one receives the map that comes into the last resnet. In another call it
             replaces all that comes before, which then is not computed.
         tome_ratio: the share of positions that the largest self-attentions merge, see ``token_merging``.
-
-    Returns:
-        [B, h, w, out_channels] in the type of ``x``.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__(config, config.time_cond_proj_dim)
-        widths = config.block_out_channels[::-1]
-        befores, finers = widths[:1] + widths[:-1], widths[1:] + widths[-1:]
+        widths, skips = config.block_out_channels[::-1], list(config.skip_channels)
         self.up_blocks = []
-        # Skips come back in reverse, the last of a block from the next finer level.
-        for i, (before, width, finer) in enumerate(zip(befores, widths, finers, strict=True)):
-            count = config.layers_per_block[-1 - i]
-            inputs, skips = [before] + [width] * count, [width] * count + [finer]
-            channels = [(x + skip, width) for x, skip in zip(inputs, skips, strict=True)]
+        for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            # Each resnet takes the last map of the first half that is left.
+            channels = [(x + skips.pop(), width) for x in [before] + [width] * config.layers_per_block[-1 - i]]
             attends = config.up_block_types[i].startswith("CrossAttn")
             depths = config.reverse_transformer_layers_per_block[i] if attends else None
             resample = None if i == len(widths) - 1 else "up"
@@ -274,9 +263,7 @@ class UNet2DConditionModel(Encoder):
         if residuals is not None:
             down, middle = residuals
             if len(down) != len(skips):
-                raise ValueError(
-                    f"{len(down)} residuals for a UNet of {len(skips)} maps: the ControlNet does not fit it"
-                )
+                raise ValueError(f"{len(down)} residuals for {len(skips)} maps: the ControlNet does not fit this UNet")
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
             x = x + middle
         last = len(self.up_blocks) - 1

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="text_time"):
         unets("xl")[0].embed_time(1.0, mx.float32)
     unet, given, one = unets("sd1")[0], inputs("sd1", 1, 8, 8), mx.zeros((1, 1, 1, 1))
-    with pytest.raises(ValueError, match="5 residuals for a UNet of 9 maps"):
+    with pytest.raises(ValueError, match="5 residuals for 9 maps: the ControlNet does not fit"):
         run_ours(unet, given, 1.0, residuals=([one] * 5, one))
-    with pytest.raises(ValueError, match="5 features for a UNet of 3 down blocks"):
+    with pytest.raises(ValueError, match="5 features for 3 down blocks: the adapter does not fit"):
         run_ours(unet, given, 1.0, features=[one] * 5)
