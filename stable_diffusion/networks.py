@@ -234,6 +234,10 @@ class Networks:
         pixels = self._autoencode(tiling.decode, x_t).astype(mx.float32)
         return mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels / 2 + 0.5, 0, 1))
 
+    def decode_checked(self, x_t: mx.array) -> mx.array:
+        """Decode latents as :meth:`decode` does, once more in float32 where pixels are not finite; see ``check``."""
+        return self.retry_in_float32("autoencoder", lambda: self.check(self.decode(x_t)))
+
     def encode(self, pixels: mx.array) -> mx.array:
         """Encode images [n, H, W, 3] in [-1, 1] to latents [n, H / 8, W / 8, 4], float32 in the UNet's scale.
 

@@ -158,8 +158,7 @@ class StableDiffusion(Networks):
         keywords["seed"] = image_seeds(keywords.get("seed"), count)  # the same ones when it is computed again
         method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
         x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
-        pixels = [self.retry_in_float32("autoencoder", lambda x=x: self.check(self.decode(x[None]))) for x in x_t]
-        return [picture for batch in pixels for picture in to_images(batch)]
+        return [picture for x in x_t for picture in to_images(self.decode_checked(x[None]))]
 
     def _last(self, method: Callable[..., Latents], text: Prompt, keywords: Mapping[str, Any]) -> mx.array:
         for x_t in method(text, **keywords):

@@ -11,17 +11,14 @@ import mlx.core as mx
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas
-from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
-from .inputs import Inputs, controls, depth_map, image_canvas, upscale
+from .inputs import Inputs, Networks, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
-
-Networks = Sequence[ControlNetModel | T2IAdapter]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ goes through a first pass, perhaps a second one in larger size, perhaps a refine
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -88,10 +89,11 @@ class Result:
 
 def chosen_networks(request: Request) -> dict[str, Any]:
     """Return ``parts``, ``unet_bits`` and ``text_bits`` of a request, keywords of :class:`StableDiffusion`."""
-    names = (*NETWORKS, "unet_bits", "text_bits")
-    chosen = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    bits = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS} if request.quantize else {}
-    return {"parts": {name: chosen.pop(name) for name in NETWORKS if name in chosen}} | bits | chosen
+    return {
+        "parts": {name: source for name in NETWORKS if (source := getattr(request, name)) is not None},
+        "unet_bits": request.unet_bits or (UNET_BITS if request.quantize else None),
+        "text_bits": request.text_bits or (TEXT_BITS if request.quantize else None),
+    }
 
 
 def computes_in_half(request: Request) -> bool:
@@ -165,18 +167,22 @@ class Engine:
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]
         count = len(batches)
-        self.batches = [replace(b, index=f"{i}/{count}" if count > 1 else "") for i, b in enumerate(batches, start=1)]
+        indices = [f"{i}/{count}" if count > 1 else "" for i in range(1, count + 1)]
+        self._runs = [_Run(replace(batch, index=index)) for batch, index in zip(batches, indices, strict=True)]
         shapes = [run_shape(model, batch) for batch in batches]
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
         self._rows_at_once = model.rows_at_once  # restored at the end of the run
-        stages = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
+        fits_at_once = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
         # Each batch is finished before the next begins where the networks of all stages fit into memory.
-        self._finishes_each = count > 1 and not model.low_memory
-        self._finishes_each &= memory.fits_together(model, largest, stages, self._limit)
-        self._runs = [_Run(batch) for batch in self.batches]
+        self._finishes_each = fits_at_once and count > 1 and not model.low_memory
         for run in self._runs:
             self._prepare(run, lambda run: first_pass(model, run.batch))
-        self._stopped = self._is_over = False
+        self._stopped = False
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Return the batches in their order."""
+        return [run.batch for run in self._runs]
 
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
         """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
@@ -202,28 +208,29 @@ class Engine:
         FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
         again afterwards.
         """
-        if self._is_over:
-            raise ValueError("this engine has run already; make another one of the same model")
-        self._is_over = True
         self._release("unet", "autoencoder")
-        base, inputs = self.model, self._inputs
-        refiner, each, together = self._request.refiner, [[run] for run in self._runs], [self._runs]
+        base, request, inputs = self.model, self._request, self._inputs
         try:
-            for runs in each if self._finishes_each and not refiner else together:
+            for runs in [self._runs] if request.refiner else self._groups():
                 self._pass(runs, on_step, lambda run: first_pass(base, run.batch))
-                if self._request.hires:
+                if request.hires:
                     self._pass(runs, on_step, lambda r: hires_pass(base, r.batch, r.latents, inputs, self._networks))
-                if not refiner:
+                if not request.refiner:
                     yield from self._decoded(runs)
-            if refiner and not self._stopped:
-                self._change_to_refiner()
-            for runs in (each if self._finishes_each else together) if refiner else ():
-                self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
-                yield from self._decoded(runs)
+            if request.refiner:
+                if not self._stopped:
+                    self._change_to_refiner()
+                for runs in self._groups():
+                    self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
+                    yield from self._decoded(runs)
         finally:
             base.rows_at_once = self._rows_at_once
             for lora in self._loras.values():
                 lora.detach()
+
+    def _groups(self) -> list[list[_Run]]:
+        """Return the runs that are decoded together: each for itself, or all of them."""
+        return [[run] for run in self._runs] if self._finishes_each else [self._runs]
 
     def _release(self, *keep: str) -> None:
         if not self._resources.keeps_networks:
@@ -234,7 +241,6 @@ class Engine:
         self._networks = []
         for run in self._runs:
             run.batch = replace(run.batch, controls=())
-        self.batches = [run.batch for run in self._runs]
 
     def _change_to_refiner(self) -> None:
         """Open the refiner in place of the model, of which it takes the autoencoder alone."""
@@ -245,8 +251,7 @@ class Engine:
         options = chosen | {"low_memory": self.model.low_memory}
         self.model = StableDiffusion(request.refiner, computes_in_half(request), **options)
         shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
-        stages = memory.fit(self.model, shape, self._limit, is_strict=False)
-        self._finishes_each = self._finishes_each and memory.fits_together(self.model, shape, stages, self._limit)
+        self._finishes_each &= memory.fit(self.model, shape, self._limit, is_strict=False)
 
     def _prepare(self, run: _Run, begin: Begin) -> None:
         self._scale_loras(run.batch.request)
@@ -282,7 +287,7 @@ class Engine:
     def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
         """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""
         shape = run_shape(self.model, batch)
-        rows = min(shape.rows * shape.n_images, self.model.rows_at_once or shape.rows * shape.n_images)
+        rows = min(shape.rows * shape.n_images, self.model.rows_at_once or math.inf)
         if rows > 1:
             self.model.rows_at_once = max(1, int(rows * fraction))
             _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
@@ -296,8 +301,8 @@ class Engine:
         # Nothing else holds a pass that is over, or its networks would stay in memory.
         latents, run.prepared = begin(run) if is_retry else run.prepared, None
         total, later = latents.n_steps, sum(other.prepared.n_steps for other in self._runs if other.prepared)
-        if on_step(Step(run.batch, 0, total, later, is_retry=is_retry)):
-            self._stopped = True
+        self._stopped = bool(on_step(Step(run.batch, 0, total, later, is_retry=is_retry)))
+        if self._stopped:
             return
         allowed = max(mx.get_peak_memory(), self._limit)
         for number, x_t in enumerate(latents, start=1):
@@ -307,9 +312,8 @@ class Engine:
                 fraction = max(self._limit - weights, 0) / (peak - weights)
                 reason = f"a step took {peak / 1e9:.2f} GB of {self._limit / 1e9:.2f}"
                 self._run_fewer_rows(run.batch, fraction, reason)
-            stop = on_step(Step(run.batch, number, total, later, latents.predicted))
-            self._stopped = self._stopped or bool(stop)
-            if stop and number < total:
+            self._stopped = bool(on_step(Step(run.batch, number, total, later, latents.predicted)))
+            if self._stopped and number < total:
                 run.latents, run.partial = latents.predicted, f"step {number} of {total}"
                 return
         run.latents = x_t
@@ -322,9 +326,7 @@ class Engine:
         model, size = self.model, self._resources.decoding_batch_size
         for run in (run for run in runs if run.latents is not None):
             parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
-            decoders = (lambda part=part: model.check(model.decode(part)) for part in parts)
-            decoded = chain.from_iterable(model.retry_in_float32("autoencoder", decode) for decode in decoders)
-            for i, pixels in enumerate(decoded):
+            for i, pixels in enumerate(chain.from_iterable(map(model.decode_checked, parts))):
                 image, batch = from_array(pixels), run.batch
                 if batch.canvas is not None and not batch.request.no_composite:
                     image = batch.canvas.paste(image)

@@ -23,6 +23,8 @@ from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
+Networks = Sequence[ControlNetModel | T2IAdapter]
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -79,11 +81,7 @@ def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: 
 
 
 def controls(
-    request: Request,
-    networks: Sequence[ControlNetModel | T2IAdapter],
-    inputs: Inputs,
-    size: tuple[int, int],
-    canvas: Canvas | None = None,
+    request: Request, networks: Networks, inputs: Inputs, size: tuple[int, int], canvas: Canvas | None = None
 ) -> tuple[Control, ...]:
     """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
     images = []
@@ -92,12 +90,10 @@ def controls(
         image = fromarray(canny(image)).convert("RGB") if request.canny else image
         images.append(mx.array(to_array(image) / 2 + 0.5))
     # Of each there is one for each network, or one for all.
+    scales = [scale for _, scale in request.controlnet]
     starts, ends = cycle(request.control_start or (0.0,)), cycle(request.control_end or (1.0,))
-    settings = zip(networks, cycle(images), request.controlnet, starts, ends, strict=False)
-    return tuple(
-        Control(network, image, scale, start, end, request.guess_mode)
-        for network, image, (_, scale), start, end in settings
-    )
+    settings = zip(networks, cycle(images), scales, starts, ends, cycle([request.guess_mode]), strict=False)
+    return tuple(Control(*setting) for setting in settings)
 
 
 def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: str) -> mx.array:
@@ -105,6 +101,5 @@ def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: 
     if method == "latents":
         return x if x.shape[1:3] == tuple(size) else resample(x, size)
     height, width = (model.pixels_per_latent * side for side in size)
-    decoders = (lambda latents=latents: model.check(model.decode(latents[None])) for latents in x)
-    images = [from_array(model.retry_in_float32("autoencoder", decode)[0]) for decode in decoders]
-    return mx.concatenate([model.encode(mx.array(to_array(fit(i, width, height)))[None]) for i in images])
+    images = [fit(from_array(model.decode_checked(latents[None])[0]), width, height) for latents in x]
+    return mx.concatenate([model.encode(mx.array(to_array(image))[None]) for image in images])

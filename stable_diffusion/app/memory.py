@@ -61,6 +61,10 @@ class StageMemory(NamedTuple):
     weights: int
     working: int
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.working
+
 
 def set_limits(memory: float | None, low_memory: bool) -> int:
     """Set MLX's limits for ``memory`` bytes (None: most of the machine's); returns the bytes that a run may take.
@@ -96,7 +100,7 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
     unet, vae = sizes.pop("unet"), sizes.pop("autoencoder")
-    text, networks = sum(sizes.values()), sum(size_in_bytes(network) for network in shape.networks)
+    text, networks = sum(sizes.values()), sum(map(size_in_bytes, shape.networks))
     stays = 0 if model.low_memory or not shape.encodes else vae
     rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size
@@ -115,8 +119,8 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
     """Return the bytes of the networks that a batch needs after its prompts are encoded."""
-    sizes = [model.sources[name].size for name in ("unet", "autoencoder")]
-    return sum(sizes) + sum(size_in_bytes(network) for network in shape.networks)
+    networks = sum(map(size_in_bytes, shape.networks))
+    return model.sources["unet"].size + model.sources["autoencoder"].size + networks
 
 
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
@@ -132,32 +136,26 @@ def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
     return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
 
 
-def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) -> list[StageMemory]:
-    """Choose how to run within ``limit`` bytes; returns the memory of each stage.
+def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) -> bool:
+    """Choose how to run within ``limit`` bytes; returns whether all networks but the text encoders fit in at once.
 
     Where a step does not fit, the rows run one by one; the autoencoder keeps to what is left. Raises SettingError where
     a limit that the user has set cannot be kept (``is_strict``); otherwise the log has a warning.
     """
     model.memory_limit = limit
     stages = plan(model, shape, limit)
-    if model.rows_at_once != 1 and max(weights + working for _, weights, working in stages[:-1]) > limit:
+    if model.rows_at_once != 1 and max(stage.total for stage in stages[:-1]) > limit:
         model.rows_at_once = 1
         _log.info("memory is short: the rows of the UNet's batch run one by one")
         stages = plan(model, shape, limit)
-    for stage, weights, working in stages:
-        total = weights + working
-        text = "memory for %s: %.2f GB of weights + %.2f GB = %.2f GB"
-        _log.info(text, stage, weights / 1e9, working / 1e9, total / 1e9)
-    total, stage = max((weights + working, stage) for stage, weights, working in stages)
-    if total > limit:
-        text = f"{stage} needs about {total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
+    for stage in stages:
+        figures = (size / 1e9 for size in (stage.weights, stage.working, stage.total))
+        _log.info("memory for %s: %.2f GB of weights + %.2f GB = %.2f GB", stage.stage, *figures)
+    largest = max(stages, key=lambda stage: stage.total)
+    if largest.total > limit:
+        text = f"{largest.stage} needs about {largest.total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
         text += ": quantize, use low_memory, fewer images at once or a smaller size"
         if is_strict:
             raise SettingError(text, "quantize", "low_memory")
         _log.warning("%s", text)
-    return stages
-
-
-def fits_together(model: StableDiffusion, shape: RunShape, stages: Sequence[StageMemory], limit: int) -> bool:
-    """Return whether the networks of all stages after the prompts fit into memory at once."""
     return _weights(model, shape) + max(stage.working for stage in stages[1:]) <= limit

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,17 +45,16 @@ def compare(requests: Sequence[Request]) -> list[Plot]:
     axes = _axes(requests)
     if not axes:
         return []
-    labels = [dict(axis) for axis in axes]  # {value: label}
-    columns, rows = list(labels[0]), list(labels[1]) if len(axes) > 1 else []
+    columns, rows = (list(dict.fromkeys(axis)) for axis in (axes[0], axes[1] if len(axes) > 1 else []))
     cells: dict[tuple, dict[tuple[int, int], int]] = {}
-    for i, (column, *others) in enumerate(zip(*([value for value, _ in axis] for axis in axes), strict=True)):
+    for i, (column, *others) in enumerate(zip(*axes, strict=True)):
         row = rows.index(others[0]) if rows else 0
         cells.setdefault(tuple(others[1:]), {})[row, columns.index(column)] = i
     return [
         Plot(
-            title=", ".join(names[value] for names, value in zip(labels[2:], shared, strict=True)),
-            columns=tuple(labels[0].values()),
-            rows=tuple(labels[1].values()) if rows else (),
+            title=", ".join(label for _, label in shared),
+            columns=tuple(label for _, label in columns),
+            rows=tuple(label for _, label in rows),
             cells=numbers,
         )
         for shared, numbers in cells.items()
@@ -101,39 +101,39 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
     text = _Text(min(max(round(width * _FONT_SHARE), _FONT_SIZES[0]), _FONT_SIZES[1]))
     label_width = _LABEL_WIDTH * text.size
     column = max(width, min(max(map(text.width, plot.columns)), label_width))
-    labels = [text.wrap(label, column, _MOST_LINES) for label in plot.columns]
-    sides = [text.wrap(row, max(width, label_width), max(1, height // text.line)) for row in plot.rows]
+    labels = [text.draw(label, column, _MOST_LINES) for label in plot.columns]
+    sides = [text.draw(row, max(width, label_width), max(1, height // text.line)) for row in plot.rows]
     across = len(labels) if plot.rows else math.ceil(len(labels) / n_rows)
-    headers = [labels[i : i + across] for i in range(0, len(labels), across)]  # above the images of each row
-    headers += [[]] * (len(plot.rows) - 1)
-    left = _GAP + max((text.width(line) + _GAP for side in sides for line in side), default=0)
+    left = _GAP + max((side.width + _GAP for side in sides), default=0)
     right = left + across * (column + _GAP)
-    title = text.wrap(plot.title, right - 2 * _GAP, _MOST_LINES)
-    bottom = _GAP + len(title) * text.line
-    tops = []  # of the images of each row
-    for header in headers:
-        tops.append(bottom + (max(map(len, header)) * text.line + _GAP // 2 if any(header) else 0))
-        bottom = tops[-1] + height + _GAP
+    title = text.draw(plot.title, right - 2 * _GAP, _MOST_LINES)
+    placed = [(title, _GAP, _GAP)]  # pictures and their corners
+    middles = [left + i * (column + _GAP) + column // 2 for i in range(across)]
+    bottom = _GAP + title.height
+    for row in range(len(sides) or math.ceil(len(labels) / across)):
+        header = labels[row * across : (row + 1) * across]  # where rows have labels, above the first one only
+        top = bottom + max((label.height + _GAP // 2 for label in header if label.height), default=0)
+        for label, middle in zip(header, middles, strict=False):
+            placed.append((label, middle - label.width // 2, top - _GAP // 2 - label.height))
+        for side in sides[row : row + 1]:
+            placed.append((side, _GAP, top + (height - side.height) // 2))
+        for i, middle in enumerate(middles):
+            number = plot.cells.get((row, i) if plot.rows else (0, row * across + i))
+            if number is not None:
+                image = images[number]
+                placed.append((image, middle - image.width // 2, top + (height - image.height) // 2))
+        bottom = top + height + _GAP
     if max(right, bottom) > _LARGEST_SIDE:
         _log.warning("a grid of %d x %d pixels is too large to be drawn: the images are without one", right, bottom)
         return None
     canvas = Image.new("RGB", (right, bottom), "white")
-    text.write(canvas, title, _GAP, _GAP)
-    for side, top in zip(sides, tops, strict=False):
-        text.write(canvas, side, _GAP, top + (height - len(side) * text.line) // 2)
-    middles = [left + i * (column + _GAP) + column // 2 for i in range(across)]
-    for header, top in zip(headers, tops, strict=True):
-        for label, middle in zip(header, middles, strict=False):
-            text.write(canvas, label, middle, top - _GAP // 2 - len(label) * text.line, centred=True)
-    for (row, place), i in plot.cells.items():
-        row, place = row + place // across, place % across
-        x, y = middles[place] - images[i].width // 2, tops[row] + (height - images[i].height) // 2
-        canvas.paste(images[i], (x, y))
+    for picture, x, y in placed:
+        canvas.paste(picture, (x, y))
     return canvas
 
 
 class _Text:
-    """Measure, wrap and write text in one size of Pillow's own font."""
+    """Measure and draw text in one size of Pillow's own font."""
 
     def __init__(self, size: int):
         self.size, self.line = size, round(_LINE * size)
@@ -144,24 +144,17 @@ class _Text:
 
     def wrap(self, text: str, width: int, limit: int) -> list[str]:
         """Break text into at most ``limit`` lines of this width; dots stand for what does not fit."""
-        lines: list[str] = []
-        for word in text.split():
-            if lines and (len(lines) == limit or self.width(f"{lines[-1]} {word}") <= width):
-                lines[-1] += f" {word}"
-            else:
-                lines.append(word)
-        return [self._cut(line, width) for line in lines]
+        for letters in range(len(text), 0, -1):
+            lines = textwrap.wrap(text, letters, max_lines=limit, placeholder="…")
+            if all(self.width(line) <= width for line in lines):
+                return lines
+        return []
 
-    def _cut(self, line: str, width: int) -> str:
-        if self.width(line) <= width:
-            return line
-        while line and self.width(f"{line}…") > width:
-            line = line[:-1]
-        return f"{line.rstrip()}…"
-
-    def write(self, canvas: Image.Image, lines: Sequence[str], x: int, y: int, *, centred: bool = False) -> None:
-        """Write lines below each other from ``y``, beginning or centred at ``x``."""
-        pen = ImageDraw.Draw(canvas)
+    def draw(self, text: str, width: int, limit: int) -> Image.Image:
+        """Draw text black on white, in at most ``limit`` lines of this width."""
+        lines = self.wrap(text, width, limit)
+        picture = Image.new("RGB", (max(map(self.width, lines), default=0), len(lines) * self.line), "white")
+        pen = ImageDraw.Draw(picture)
         for i, line in enumerate(lines):
-            start = x - self.width(line) // 2 if centred else x
-            pen.text((start, y + i * self.line), line, fill="black", font=self._font)
+            pen.text(((picture.width - self.width(line)) // 2, i * self.line), line, fill="black", font=self._font)
+        return picture

@@ -16,7 +16,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -163,7 +164,7 @@ class Outputs:
         self._output, self._several, self._overwrite = output, len(images) > 1, overwrite
         self._is_pattern = "{" in output or "}" in output
         self._began, self._number = datetime.now(), 1
-        self._written: set[Any] = set()
+        self._written: set[str] = set()
         if not self._is_pattern:
             check_output(output)
         images = [_UNKNOWN | dict(fields) for fields in images]
@@ -193,19 +194,28 @@ class Outputs:
         temporary files, if possible.
         """
         try:
-            folder = self._path(fields, mark).parent
-            if self._is_pattern:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
-            paths = (self._path(fields, mark, number) for number in count(self._number))
-            skipped, path = _save_first(image, paths, self._written if self._overwrite else None, options)
+            return self._write(image, fields, mark, options)
         except (OSError, ValueError) as error:
             raise NotWrittenError(error, _keep(image, self._path(fields, mark).name, options)) from error
-        if not (self._is_pattern or self._overwrite):  # another process has begun with our number
-            self._number += skipped
-        self._written |= {_identity(path)} - {None}
+
+    def _write(self, image: Image, fields: Mapping[str, Any], mark: str, options: Mapping[str, Any]) -> Path:
+        folder = self._path(fields, mark).parent
+        if self._is_pattern:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
+        for number in count(self._number):
+            path = self._path(fields, mark, number)
+            name = unicodedata.normalize("NFC", str(path)).casefold()  # one file of a Mac has several spellings
+            if name in self._written or (not self._overwrite and os.path.lexists(path)):
+                continue
+            with suppress(FileExistsError):  # another process was faster
+                save(image, path, overwrite=self._overwrite, **options)
+                break
+        if not self._is_pattern:
+            self._number = number  # another process has begun with ours
+        self._written.add(name)
         return path
 
     def _path(self, fields: Mapping[str, Any], mark: str = "", number: int = 1) -> Path:
@@ -244,35 +254,14 @@ def _cut(text: str, limit: int) -> str:
     return text.encode(errors="surrogateescape")[:limit].decode(errors="ignore") if len(text) * 4 > limit else text
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Identify the file of this name: some file systems have several spellings for it, and use an inode again."""
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_dev, status.st_ino, status.st_mtime_ns
-    return None
-
-
-def _save_first(
-    image: Image, paths: Iterable[Path], written: Collection[Any] | None, options: Mapping[str, Any]
-) -> tuple[int, Path]:
-    """Write an image to the first path that is no file (of those ``written``, or of any if None).
-
-    Returns how many paths were taken, and the path.
-    """
-    for skipped, path in enumerate(paths):
-        is_taken = os.path.lexists(path) if written is None else _identity(path) in written
-        if not is_taken:
-            with suppress(FileExistsError):  # another process was faster
-                save(image, path, overwrite=written is not None, **options)
-                return skipped, path
-    raise FileExistsError("no name is free")
-
-
 def _keep(image: Image, name: str, options: Mapping[str, Any]) -> Path | None:
     """Write an image to the current folder or the temporary one, and return its path."""
     for folder in (os.getcwd, tempfile.gettempdir):
         with suppress(OSError, ValueError):
-            return _save_first(image, numbered(Path(folder(), name)), None, options)[1]
+            for path in numbered(Path(folder(), name)):
+                with suppress(FileExistsError):
+                    save(image, path, overwrite=False, **options)
+                    return path
     return None
 
 

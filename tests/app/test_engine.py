@@ -24,7 +24,7 @@ SMALL = ["--width", 64, "--height", 64, "--cfg", 1, "--seed", 1]
 @pytest.fixture
 def make(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
     """Run txt2image into a folder of its own, with memory for all networks at once."""
-    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
+    monkeypatch.setattr(memory, "fit", lambda *args, **kwargs: True)
     (tmp_path / "out").mkdir()
 
     def call(*options, model: Path = sd1_folder, name: str = "a.png"):
@@ -69,7 +69,7 @@ def test_a_refiner_finishes_one_batch_after_the_other(make, events, sd1_folder):
 
 @pytest.mark.parametrize("options, fits", [(["--low_memory"], True), ([], False)])
 def test_where_memory_is_short_all_steps_come_first(make, events, monkeypatch, options, fits):
-    monkeypatch.setattr(memory, "fits_together", lambda *args: fits)
+    monkeypatch.setattr(memory, "fit", lambda *args, **kwargs: fits)
     make("--n_images", 3, "--batch_size", 1, "--steps", 2, "--no_grid", *options).succeeded()
     assert events == ["step"] * 6 + [0, 1, 2]
 
@@ -103,7 +103,7 @@ def test_controlnets_are_let_go_of_before_the_images_are_decoded(run, tmp_path, 
 def test_the_order_changes_no_image(make, tmp_path, monkeypatch):
     options = ["--n_images", 3, "--batch_size", 1, "--steps", 2, "--sampler", "euler_a", "--no_grid"]
     make(*options).succeeded()
-    monkeypatch.setattr(memory, "fits_together", lambda *args: False)
+    monkeypatch.setattr(memory, "fit", lambda *args, **kwargs: False)
     make(*options, name="b.png").succeeded()
     for i in (1, 2, 3):
         assert np.array_equal(pixels(tmp_path / "out" / f"a_{i}.png"), pixels(tmp_path / "out" / f"b_{i}.png"))

@@ -271,7 +271,7 @@ def sizes(monkeypatch) -> list[int]:
 )
 def test_as_many_at_once_as_memory_allows(run, sd1_folder, sizes, monkeypatch, tmp_path, prompt, options, most, wanted):
     monkeypatch.setattr(memory, "images_that_fit", lambda sd, shape, *args: min(most, shape.n_images))
-    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
+    monkeypatch.setattr(memory, "fit", lambda *args, **kwargs: True)
     run("txt2image", prompt, "--model", sd1_folder, "--steps", 1, *options, "--output", tmp_path / "a.png").succeeded()
     assert sizes == wanted
 

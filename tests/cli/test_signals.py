@@ -110,7 +110,7 @@ def test_the_second_and_a_lasting_sigterm_end_the_process_in_the_midst_of_a_comp
 @pytest.fixture
 def interrupted(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
     """Run a script, and send a signal in the UNet's call of a number; returns what it says and what it leaves."""
-    monkeypatch.setattr(memory, "fits_together", lambda *args: True)
+    monkeypatch.setattr(memory, "fit", lambda *args, **kwargs: True)
     folder = tmp_path / "out"
     folder.mkdir()
     unet = UNet2DConditionModel.__call__
