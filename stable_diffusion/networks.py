@@ -50,7 +50,7 @@ class NetworkSource:
         name = self.component.name
         network = load_component(self.component, self.dtype) if network is None else network
         if self.fused:
-            fuse({name: network}, [(read_lora(source), scale) for source, scale in self.fused], partial=None)
+            fuse({name: network}, [(read_lora(source), scale) for source, scale in self.fused])
         with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
             if self.quantization is not None:
                 quantize(network, *self.quantization)

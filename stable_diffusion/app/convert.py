@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..lora.files import LoRAWeights, read_lora
-from ..lora.layers import fuse
+from ..lora.layers import check_fit, fuse
 from ..weights import catalog, layout
 from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
 from ..weights.load import load_component
@@ -107,7 +107,9 @@ def _networks(
     components = checkpoint.components
     # Most autoencoders are computed in float32 in any case: rounding them would change the images.
     modules = {name: load_component(part, None if name == "vae" else dtype) for name, part in components.items()}
-    fuse(modules, loras, partial=partial)
+    for lora, scale in loras:
+        check_fit(modules, lora, scale, partial)
+    fuse(modules, loras)
     networks = []
     for name, module in modules.items():
         config = dict(components[name].config)

@@ -9,7 +9,7 @@ Attached, a layer ``to_q`` has the parameters ``to_q.base.weight``, ``to_q.loras
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from weakref import ref
 
@@ -30,8 +30,14 @@ _Model = Mapping[str, nn.Module]  # its networks by name
 _Scaled = list[tuple[LoRADelta, float]]  # changes of a layer with their scales, which are not 0
 
 
+_LAYERS = (nn.Linear, nn.QuantizedLinear, nn.Conv2d, GroupNorm, LayerNorm)
+
+
 class LoRALayer(nn.Module):
-    """Wrap a layer and add LoRAs to it. ``base`` is the layer itself, ``loras`` are their changes."""
+    """Wrap a layer and add LoRAs to it. ``base`` is the layer itself, ``loras`` are their changes.
+
+    Two factors compute up (down x) beside a matrix or kernel. Other changes are added to the parameters in each call.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -42,65 +48,38 @@ class LoRALayer(nn.Module):
         """Return the weight of the wrapped layer."""
         return self.base.weight
 
-    def scaled(self) -> _Scaled:
-        """Return the changes that have an effect, with their scales."""
-        return [(delta, delta.lora.scale) for delta in self.loras if delta.lora.scale != 0]
-
-
-class LoRALinear(LoRALayer):
-    """Wrap a Linear or a QuantizedLinear.
-
-    A LoRA of two factors computes up (down x) beside the layer. Any other change is added to the weight in each call.
-    """
-
     def __call__(self, x: mx.array) -> mx.array:
-        scaled = self.scaled()
-        changed = _changed_parameters(self.base, [pair for pair in scaled if pair[0].keys() != {"down", "up"}])
-        if changed:
-            weight = changed.get("weight", weight_of(self.base))
-            y = self._apply(x, weight.astype(x.dtype)) + changed.get("bias", self.base.get("bias", 0))
-        else:
-            y = self.base(x)
-        for delta, scale in (pair for pair in scaled if pair[0].keys() == {"down", "up"}):
+        y = self._changed()(x)
+        for delta, scale in self._scaled(factored=True):
             down = delta["down"].reshape(-1, *shape_of(self.base)[1:])
             up = delta["up"].reshape(-1, len(down)).astype(x.dtype)
             y = y + (scale * delta.multiplier * self._apply(x, to_layer(down).astype(x.dtype))) @ up.T
         return y
 
-    def _apply(self, x: mx.array, weight: mx.array) -> mx.array:
-        return x @ weight.T
-
-
-class LoRAConv2d(LoRALinear):
-    """Wrap a Conv2d."""
-
-    def _apply(self, x: mx.array, weight: mx.array) -> mx.array:
-        return mx.conv2d(x, weight, self.base.stride, self.base.padding, self.base.dilation)
-
-
-class LoRANorm(LoRALayer):
-    """Wrap a GroupNorm or a LayerNorm; the change is added to its parameters in each call."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._changed()(x)
-
     def activated(self, x: mx.array) -> mx.array:
-        """Apply the norm and SiLU, as ``GroupNorm.activated`` does."""
+        """Apply a GroupNorm and SiLU, as ``GroupNorm.activated`` does."""
         return self._changed().activated(x)
 
-    def _changed(self) -> nn.Module:
-        norm = copy(self.base)
-        norm.update(_changed_parameters(norm, self.scaled()))
-        return norm
+    def _scaled(self, *, factored: bool) -> _Scaled:
+        """Return the changes that have an effect, with their scales: those of two factors, or all others."""
+        kinds = ((delta, delta.keys() == {"down", "up"} and self.weight.ndim > 1) for delta in self.loras)
+        return [(delta, delta.lora.scale) for delta, kind in kinds if kind == factored and delta.lora.scale != 0]
 
+    def _changed(self) -> Callable[[mx.array], mx.array]:
+        """Return the layer with all changes but those of two factors in its parameters."""
+        parameters = _changed_parameters(self.base, self._scaled(factored=False))
+        if not parameters:
+            return self.base
+        if isinstance(self.base, nn.QuantizedLinear) and "weight" in parameters:
+            bias = parameters.get("bias", self.base.get("bias", 0))
+            return lambda x: self._apply(x, parameters["weight"].astype(x.dtype)) + bias
+        return copy(self.base).update(parameters)
 
-_WRAPPERS = {
-    nn.Linear: LoRALinear,
-    nn.QuantizedLinear: LoRALinear,
-    nn.Conv2d: LoRAConv2d,
-    GroupNorm: LoRANorm,
-    LayerNorm: LoRANorm,
-}
+    def _apply(self, x: mx.array, weight: mx.array) -> mx.array:
+        """Apply another weight as the layer applies its own, without a bias."""
+        if isinstance(self.base, nn.Conv2d):
+            return mx.conv2d(x, weight, self.base.stride, self.base.padding, self.base.dilation)
+        return x @ weight.T
 
 
 def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array]:
@@ -121,7 +100,7 @@ def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
     """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
-    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, tuple(_WRAPPERS)))
+    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, _LAYERS))
     layers = {path.removesuffix(".base"): layer for path, layer in layers}
     paths = layer_names(name, layers)
     pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
@@ -129,7 +108,11 @@ def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) ->
 
 
 def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) -> None:
-    """Raise ValueError as :func:`attach` does; with ``partial`` the log names what is left out."""
+    """Raise ValueError unless a LoRA can be attached or fused at this scale.
+
+    Refused are LoRAs of another family of models, shapes that do not fit and parts that are not in the model, all of
+    them named. ``partial`` accepts a LoRA of which the model lacks some parts, and logs them, but not all.
+    """
     if not math.isfinite(scale):
         raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
     read = lora.context_width
@@ -183,7 +166,7 @@ class AttachedLoRA:
             network.freeze()
         for path, layer, delta in pairs:
             if path not in wrappers:
-                wrappers[path] = next(wrapper(layer) for kind, wrapper in _WRAPPERS.items() if isinstance(layer, kind))
+                wrappers[path] = LoRALayer(layer)
             wrappers[path].loras.append(delta)
         network.update_modules(tree_unflatten(list(wrappers.items())))
         self._networks[name] = ref(network)
@@ -209,10 +192,7 @@ def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: 
 
     The factors become the only trainable parameters of the networks that the LoRA changes, until it is detached. They
     take memory as they are in the file. LoHa, LoKr, Tucker factors and diff compute ΔW in each call and drop it.
-    ``partial`` applies a LoRA of which the model lacks some layers; otherwise that is an error.
-
-    Raises ValueError, with the model unchanged, for a LoRA of another family of models; for shapes that do not fit and
-    for parts that are not in the model, all of them named; and where nothing of it is in the model.
+    Raises ValueError as :func:`check_fit` does, with the model unchanged.
     """
     check_fit(networks, lora, scale, partial)
     result = AttachedLoRA(lora, scale)
@@ -221,16 +201,13 @@ def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: 
     return result
 
 
-def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]], *, partial: bool | None = False) -> None:
-    """Add LoRAs to the weights: W becomes W + Σ scale ΔW, summed in float32 and cast back to the type of W.
+def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]]) -> None:
+    """Add LoRAs, which :func:`check_fit` has accepted, to the weights: W becomes W + Σ scale ΔW.
 
-    Nothing is computed before a weight is used: quantizing or saving matrix by matrix afterwards never holds more than
-    one matrix in float32. ``loras`` come with their scales; 0 leaves every bit as it is. ``partial`` is as in
-    :func:`attach`; None skips the check that the LoRAs fit. Raises ValueError as :func:`attach` does, and for a
-    quantized layer; the model is then unchanged.
+    The sum is float32, cast back to the type of W. Nothing is computed before a weight is used: quantizing or saving
+    matrix by matrix afterwards never holds more than one matrix in float32. ``loras`` come with their scales; 0 leaves
+    every bit as it is. Raises ValueError, with the model unchanged, for a quantized layer.
     """
-    for lora, scale in loras if partial is not None else ():
-        check_fit(networks, lora, scale, partial)
     changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
     for name, network in networks.items():
         for lora, scale in loras:

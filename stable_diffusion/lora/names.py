@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from ..weights.formats.original import RESNET_NAMES, UNET_NAMES
+from ..weights.formats.original import RESNET_NAMES, UNET_NAMES, rename_module
 
 PREFIXES = {
     "kohya": {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
@@ -68,7 +68,7 @@ def write_keys(naming: str, network: str, paths: Collection[str]) -> dict[str, s
     if naming == "peft":
         return {path: prefix + path for path in paths}
     blocks = _original_blocks(paths) if (naming, network) == ("kohya-xl", "unet") else {}
-    return {path: prefix + (_original(path, blocks) or path).replace(".", "_") for path in paths}
+    return {path: prefix + (rename_module(path, blocks, _RESNET) or path).replace(".", "_") for path in paths}
 
 
 def layer_names(network: str, paths: Collection[str]) -> dict[str, str]:
@@ -90,20 +90,10 @@ def _aliases(path: str, blocks: Mapping[str, str]) -> Iterator[str]:
     if projection in _OLD_TEXT:
         yield f"{block}.{_OLD_TEXT[projection]}"
     yield path.removeprefix("text_model.")  # transformers 5 has no such level
-    for name in filter(None, (path, _original(path, blocks))):
+    for name in filter(None, (path, rename_module(path, blocks, _RESNET))):
         yield name
         if name.endswith("to_out.0"):
             yield name.removesuffix(".0")
-
-
-def _original(path: str, blocks: Mapping[str, str]) -> str | None:
-    """The name of a layer in the code of Rombach et al., in which kohya's trainer writes XL's blocks."""
-    parts = path.split(".")
-    for end in range(len(parts), 0, -1):
-        if block := blocks.get(".".join(parts[:end])):
-            inner = ".".join(parts[end:])
-            return ".".join(filter(None, (block, _RESNET.get(inner, inner))))
-    return None
 
 
 _RESNET = {ours: original for original, ours in RESNET_NAMES.items()}

