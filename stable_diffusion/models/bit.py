@@ -64,8 +64,7 @@ class BitConfig(Config):
 class WeightStandardizedConv2d(nn.Module):
     """Convolve with filters of mean 0 and variance 1 (Qiao et al. 2019), without bias and with "SAME" padding.
 
-    The filters are standardised at every call and not at loading, so that the module holds exactly what its file holds:
-    an estimator runs once for a picture. It is done in float32, because half precision has no 1e-8.
+    The filters are standardised at every call, so that the module holds exactly what its file holds.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1):
@@ -75,10 +74,9 @@ class WeightStandardizedConv2d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` [B, H, W, C_in] -> [B, ceil(H / stride), ceil(W / stride), C_out]."""
-        weight = self.weight.astype(mx.float32)
-        weight = weight - weight.mean(axis=(1, 2, 3), keepdims=True)
+        weight = self.weight - self.weight.mean(axis=(1, 2, 3), keepdims=True)
         weight = weight * mx.rsqrt(mx.square(weight).mean(axis=(1, 2, 3), keepdims=True) + _WEIGHT_EPS)
-        return mx.conv2d(pad_same(x, weight.shape[1], self._stride), weight.astype(x.dtype), self._stride)
+        return mx.conv2d(pad_same(x, weight.shape[1], self._stride), weight, self._stride)
 
 
 def pad_same(x: mx.array, kernel: int, stride: int) -> mx.array:

@@ -98,17 +98,6 @@ def test_scales_and_guess_mode_equal_diffusers(name, scale, guess):
     assert worst(scaled(run_ours(ours, given, t), scale, guess), run_oracle(oracle, given, t, scale, guess)) <= 1e-4
 
 
-def test_half_precision_stays_half_and_close():
-    ours, oracle = controlnets.__wrapped__("xl-small")  # not the one that other tests use
-    ours.set_dtype(mx.float16)
-    given = inputs("xl-small", 2, 8, 8)
-    half = {key: value.astype("float16") for key, value in given.items()} | {"image": given["image"]}
-    down, middle = run_ours(ours, half, [999.0, 3.0])
-    assert {r.dtype for r in (*down, middle)} == {mx.float16}
-    as_float = [r.astype(mx.float32) for r in down], middle.astype(mx.float32)
-    assert worst(as_float, run_oracle(oracle, given, [999.0, 3.0])) <= 2e-2
-
-
 @pytest.mark.parametrize("name, rows, pooled", [("sd1", 3, False), ("inpaint", 1, False), ("no-mid", 3, True)])
 def test_unet_with_residuals_equals_diffusers(name, rows, pooled):
     """One row of residuals may serve several images, and one pixel all: diffusers adds them in the same way."""
@@ -128,7 +117,7 @@ def test_unet_with_residuals_equals_diffusers(name, rows, pooled):
 
 
 def test_what_does_not_fit_is_refused():
-    """Control images of another size or depth, and a prompt without the sizes that XL needs."""
+    """Control images of another size or depth."""
     net, _ = controlnets("sd1")
     x, temb, context = mx.zeros((1, 8, 6, 4)), net.embed_time(1.0, mx.float32), mx.zeros((1, 5, 32))
     with pytest.raises(ValueError, match=r"control image's size is \(64, 56\), the output's \(64, 48\)"):
@@ -136,39 +125,6 @@ def test_what_does_not_fit_is_refused():
     for shape in ((1, 64, 48, 1), (64, 48, 3)):
         with pytest.raises(ValueError, match=r"\[B, H, W, 3\]"):
             net.embed(mx.zeros(shape))
-    with pytest.raises(ValueError, match="text_time"):
-        controlnets("xl")[0].embed_time(1.0, mx.float32)
-
-
-UNSUPPORTED = {"controlnet_conditioning_channel_order": "gbr", "class_embed_type": "projection", "num_class_embeds": 7}
-UNSUPPORTED |= {"encoder_hid_dim": 32, "addition_embed_type": "text", "only_cross_attention": True, "act_fn": "gelu"}
-UNSUPPORTED |= {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2, "mid_block_type": None}
-UNSUPPORTED |= {"controlnet_conditioning_embedding": "UniControlNetTaskMOEEmbedding"}
-UNSUPPORTED |= {"_class_name": "ControlNetUnionModel", "num_control_type": 8}
-CHANGES = [
-    *(({key: value}, f"{key}={value!r}") for key, value in UNSUPPORTED.items()),
-    ({"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types='AttnDownBlock2D'"),
-    ({"down_block_types": ["DownBlock2D"] * 2}, "2 entries for 3 blocks"),
-    ({"cross_attention_dim": None}, "missing cross_attention_dim"),
-]
-
-
-@pytest.mark.parametrize("changes, message", CHANGES)
-def test_configs_that_cannot_be_computed_are_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match="controlnet config") as error:
-        ControlNetConfig.from_dict(CONTROLNETS["sd1"] | changes)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_keys_without_effect_are_let_through():
-    """What diffusers writes beside the config: values that are off, and how the weights were averaged in training."""
-    beside = {"_diffusers_version": "0.20.0", "dropout": 0.0, "sample_size": 32, "decay": 0.9999}
-    off = dict.fromkeys(["class_embed_type", "encoder_hid_dim", "num_attention_heads", "upcast_attention"])
-    off |= dict.fromkeys(["conditioning_embedding_out_channels", "controlnet_conditioning_channel_order"])
-    config = ControlNetConfig.from_dict(CONTROLNETS["sd1"] | beside | off)
-    assert config.conditioning_embedding_out_channels == (16, 32, 96, 256)
-    assert config.scale == 8 and not config.upcast_attention
-    assert ControlNetConfig.from_dict(PUBLISHED["sd21"]).upcast_attention  # SD 2.1 overflows float16 without it
 
 
 PUBLISHED = {

@@ -1,7 +1,6 @@
 """The depth estimator against transformers, and the depth channel against diffusers."""
 
 import copy
-import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +16,10 @@ from torch.nn import functional as F
 from transformers import DPTConfig as OracleConfig
 from transformers import DPTForDepthEstimation as Oracle
 from transformers import DPTImageProcessorPil
-from transformers.models.bit.modeling_bit import WeightStandardizedConv2d as OracleConv2d
 
 from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion.diffusion.sample import depth_latents
 from stable_diffusion.images.depth import estimate_depth, read_depth
-from stable_diffusion.models.bit import WeightStandardizedConv2d
 from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
 from stable_diffusion.models.layers import resample
 from stable_diffusion.weights.files import open_part
@@ -82,12 +79,6 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.uint8(np.clip(127 + 80 * waves + 20 * normal(height, width, 3), 0, 255)))
 
 
-def processor(side: int) -> DPTImageProcessorPil:
-    """The feature extractor, with the settings of the published preprocessor_config.json."""
-    size = {"height": side, "width": side}
-    return DPTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2, size=size)
-
-
 # --- the network -------------------------------------------------------------------------------------------------
 
 
@@ -101,27 +92,6 @@ def test_equals_transformers(name):
         want = oracle(nchw(x)).predicted_depth
         assert 0.2 < float((want > 0).float().mean()) < 0.95
         assert relative_error(ours(mx.array(x)), want) <= 1e-4
-
-
-@pytest.mark.parametrize("kernel, stride, size", [(1, 2, (9, 13)), (3, 1, (8, 12)), (3, 2, (9, 13)), (7, 2, (8, 12))])
-def test_convolution_with_standardised_weights(kernel, stride, size):
-    torch.manual_seed(0)
-    oracle = OracleConv2d(5, 6, kernel, stride, "SAME", eps=1e-8).requires_grad_(False)
-    oracle.weight.mul_(1e-3)  # so small that the epsilon counts
-    ours = twin(WeightStandardizedConv2d(5, 6, kernel, stride), oracle)
-    x = normal(2, *size, 5)
-    assert relative_error(ours(mx.array(x)), nhwc(oracle(nchw(x)))) <= 2e-6
-
-
-def test_standardised_weights_in_half_precision():
-    ours = WeightStandardizedConv2d(5, 6, 3)
-    ours.weight = mx.array(normal(6, 3, 3, 5, scale=1e-3))
-    x = mx.array(normal(1, 8, 8, 5))
-    want = ours(x)
-    ours.set_dtype(mx.float16)
-    got = ours(x.astype(mx.float16))
-    assert got.dtype == mx.float16
-    assert relative_error(got.astype(mx.float32), want) <= 5e-3
 
 
 def test_parameters_are_those_of_the_published_checkpoint():
@@ -138,33 +108,6 @@ def test_pixels_of_another_size_are_refused():
     for shape in ((1, 32, 64, 3), (1, 64, 64, 4), (64, 64, 3)):
         with pytest.raises(ValueError, match=r"takes pixels \[B, 64, 64, 3\], not .* resize them"):
             DPTForDepthEstimation(DPTConfig.from_dict(TINY))(mx.zeros(shape))
-
-
-UNSUPPORTED = {"is_hybrid": False, "patch_size": 32, "num_channels": 4, "hidden_act": "relu", "readout_type": "add"}
-UNSUPPORTED |= {"neck_ignore_stages": [], "head_in_index": 0, "add_projection": True}
-UNSUPPORTED |= {"use_batch_norm_in_fusion_residual": True, "use_bias_in_fusion_residual": False}
-UNSUPPORTED_BACKBONES = {"model_type": "swin", "layer_type": "preactivation", "global_padding": None, "depths": (2, 2)}
-UNSUPPORTED_BACKBONES |= {"hidden_sizes": (32, 64, 72), "out_features": ["stage3"]}
-CHANGES = [({key: value}, f"{key}={value!r}") for key, value in UNSUPPORTED.items()]
-CHANGES += [
-    ({"backbone_config": TINY["backbone_config"] | {key: value}}, f"{key}={value!r}")
-    for key, value in UNSUPPORTED_BACKBONES.items()
-]
-CHANGES += [
-    ({"reassemble_factors": [4, 2, 1, 1]}, "reassemble_factors end in (1, 1)"),
-    ({"image_size": 80}, "image_size=80 (supported: multiples of 32"),
-    ({"image_size": [64, 64]}, "a value is not what it should be"),
-    ({"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
-    ({"backbone_out_indices": [0, 1, 2, 4]}, "of 4 layers, backbone_out_indices end in (2, 4)"),
-    ({"neck_hidden_sizes": [16, 64, 24, 40]}, "the first are (32, 64)"),
-]
-
-
-@pytest.mark.parametrize("change, message", CHANGES)
-def test_configs_that_cannot_be_computed_are_refused_by_name(change, message):
-    with pytest.raises(ValueError, match="depth.*" + re.escape(message)) as error:
-        build("depth_estimator", TINY | change)
-    assert "\n" not in str(error.value)
 
 
 # --- resampling --------------------------------------------------------------------------------------------------
@@ -187,10 +130,12 @@ def load_depth_estimator(source: Path, float16: bool = False) -> DPTForDepthEsti
     return load_component(open_part(source, "depth_estimator", float16=float16))
 
 
-@pytest.mark.parametrize("size", [(100, 72), (40, 168)])
-def test_estimating_equals_the_feature_extractor_and_transformers(folder, size):
-    image = picture(*size)
-    want = oracle_of("tiny")(processor(64)(images=image, return_tensors="pt").pixel_values).predicted_depth[0]
+def test_estimating_equals_the_feature_extractor_and_transformers(folder):
+    image = picture(40, 168)
+    # With the settings of the published preprocessor_config.json.
+    size = {"height": 64, "width": 64}
+    processor = DPTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2, size=size)
+    want = oracle_of("tiny")(processor(images=image, return_tensors="pt").pixel_values).predicted_depth[0]
     model = load_depth_estimator(folder)
     depth = estimate_depth(model, image)
     assert depth.dtype == mx.float32
@@ -233,9 +178,8 @@ def test_the_channel_equals_diffusers(shape, size):
     ],
 )
 def test_maps_that_say_nothing_are_refused(depth, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         depth_latents(depth, (2, 2))
-    assert "\n" not in str(error.value)
 
 
 # --- maps in files -----------------------------------------------------------------------------------------------
@@ -251,32 +195,17 @@ def test_grey_files_keep_all_their_bits(values, tmp_path):
     assert read.dtype == np.float32 and np.array_equal(read, values)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA"])
-def test_grey_in_the_clothes_of_colour_is_grey(mode, tmp_path):
-    Image.fromarray(_RAMP).convert(mode).save(tmp_path / "map.png")
-    assert np.array_equal(read_depth(tmp_path / "map.png"), _RAMP)
-
-
-def test_transparent_parts_are_farthest(tmp_path):
-    Image.merge("LA", (Image.fromarray(_RAMP), Image.fromarray(np.uint8(_RAMP > 100) * 255))).save(tmp_path / "map.png")
-    assert np.array_equal(read_depth(tmp_path / "map.png"), np.where(_RAMP > 100, _RAMP, 0))
-
-
-def test_maps_are_read_upright(tmp_path):
-    exif = Image.Exif()
+def test_maps_are_read_upright_and_farthest_where_they_are_transparent(tmp_path):
+    exif, visible = Image.Exif(), _RAMP > 100
     exif[0x0112] = 6  # a quarter turn
-    Image.fromarray(_RAMP).save(tmp_path / "map.png", exif=exif)
-    assert np.array_equal(read_depth(tmp_path / "map.png"), np.rot90(_RAMP, -1))
+    image = Image.merge("LA", (Image.fromarray(_RAMP), Image.fromarray(np.uint8(visible * 255))))
+    image.convert("RGBA").save(tmp_path / "map.png", exif=exif)
+    assert np.array_equal(read_depth(tmp_path / "map.png"), np.rot90(np.where(visible, _RAMP, 0), -1))
 
 
 def test_files_without_depth_are_refused_in_one_line(tmp_path):
     picture(8, 8).save(tmp_path / "colour.png")
     Image.new("I;16", (4, 4), 300).save(tmp_path / "flat.png")
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "colour.png").read_bytes()[:-50])
-    messages = {"colour.png": "a picture in colour", "flat.png": "is 300 everywhere", "text.png": "not an image"}
-    messages |= {"cut.png": "cannot be read", "none.png": "there is no image"}
-    for name, message in messages.items():
-        with pytest.raises(ValueError, match=message) as error:
+    for name, message in {"colour.png": "a picture in colour", "flat.png": "is 300 everywhere"}.items():
+        with pytest.raises(ValueError, match=rf"^[^\n]*{name}[^\n]*{message}[^\n]*$"):
             read_depth(tmp_path / name)
-        assert name in str(error.value) and "\n" not in str(error.value)

@@ -8,14 +8,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
 from oracle import SCALES, nchw, nhwc, normal, relative_error
-from stable_diffusion.models.layers import (
-    Attention,
-    Context,
-    Downsample2D,
-    GroupNorm,
-    timestep_embedding,
-    upsample_nearest,
-)
+from stable_diffusion.models.layers import Attention, Context, GroupNorm, timestep_embedding
 
 
 @pytest.mark.parametrize("eps, offset", [(1e-5, 0.0), (1e-6, 3.0)])
@@ -51,21 +44,6 @@ def test_timestep_embedding(dim, flip, shift, monkeypatch):
     monkeypatch.setattr(torch, "exp", lambda x: x.double().exp_().float())
     want = get_timestep_embedding(torch.from_numpy(t), dim, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     assert relative_error(ours, want) <= 1e-6
-
-
-@pytest.mark.parametrize("size", [(8, 12), (7, 12), (8, 11), (7, 11)])
-def test_upsample_nearest_to_any_skip(size):
-    x = normal(2, 4, 6, 3)
-    assert np.array_equal(upsample_nearest(mx.array(x), size), nhwc(F.interpolate(nchw(x), size=size, mode="nearest")))
-
-
-@pytest.mark.parametrize("pad_end", [True, False])
-def test_downsample(pad_end):
-    layer, x = Downsample2D(4, pad_end=pad_end), normal(1, 9, 12, 4)
-    weight = torch.from_numpy(np.array(layer.conv.weight).transpose(0, 3, 1, 2).copy())
-    padded = F.pad(nchw(x), (0, 1, 0, 1) if pad_end else (1, 1, 1, 1))
-    want = F.conv2d(padded, weight, torch.from_numpy(np.array(layer.conv.bias)), stride=2)
-    assert relative_error(layer(mx.array(x)), nhwc(want)) <= 1e-6
 
 
 def test_the_keys_and_values_of_a_prompt_are_computed_once_but_not_in_training():

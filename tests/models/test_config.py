@@ -1,0 +1,85 @@
+"""Configs of all networks: what is not computed is refused by name."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from configs import UNETS
+from models.test_adapter import ADAPTERS
+from models.test_clip import CONFIGS as TEXT_ENCODERS
+from models.test_controlnet import CONTROLNETS
+from models.test_dpt import TINY as DEPTH
+from models.test_taesd import SMALL as TAESD
+from models.test_vae import SD as VAE
+from stable_diffusion.models.bit import BitConfig
+from stable_diffusion.models.config import AutoencoderConfig, CLIPTextConfig, UNetConfig
+from stable_diffusion.models.controlnet import ControlNetConfig, T2IAdapterConfig
+from stable_diffusion.models.dpt import DPTConfig
+from stable_diffusion.models.taesd import AutoencoderTinyConfig
+from stable_diffusion.weights.load import build
+
+COMPLETE = {
+    UNetConfig: UNETS["sd1"],
+    AutoencoderConfig: VAE,
+    CLIPTextConfig: TEXT_ENCODERS["sd1"],
+    ControlNetConfig: CONTROLNETS["sd1"],
+    T2IAdapterConfig: ADAPTERS["full"],
+    AutoencoderTinyConfig: TAESD,
+    DPTConfig: DEPTH,
+    BitConfig: DEPTH["backbone_config"],
+}
+
+
+@pytest.mark.parametrize("config", COMPLETE)
+def test_values_that_are_not_computed_are_refused_by_name(config):
+    """The keys of its table with a value that is not in it, and keys that nobody knows, where these could matter."""
+    for key in [*config.supported, *([] if config.ignored is None else ["some_new_key"])]:
+        with pytest.raises(ValueError, match=f"^{config.kind} config: .*{key}='other'"):
+            config.from_dict(COMPLETE[config] | {key: "other"})
+
+
+@pytest.mark.parametrize("config", COMPLETE)
+def test_keys_without_effect_are_let_through(config):
+    """Unknown ones that are off, fields that are null, and what says how the weights were trained or written."""
+    raw = COMPLETE[config]
+    changes = {"_diffusers_version": "0.20.0", "some_new_key": False, "some_other_key": None}
+    changes |= {f.name: None for f in fields(config) if f.name not in raw and f.name != "mid_block_type"}
+    changes |= {key: 0.5 for key in ("dropout", "decay") if config.ignored is None or key in config.ignored}
+    assert config.from_dict(raw | changes) == config.from_dict(raw)
+
+
+CHANGES = [
+    ("controlnet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"] * 2}, "down_block_types='AttnDownBlock2D'"),
+    ("controlnet", {"down_block_types": ["DownBlock2D"] * 2}, "2 entries for 3 blocks"),
+    ("controlnet", {"cross_attention_dim": None}, "missing cross_attention_dim"),
+    ("controlnet", {"mid_block_type": None}, "mid_block_type=None"),
+    ("controlnet", {"_class_name": "ControlNetModel", "num_control_type": 8}, "num_control_type=8"),
+    ("unet", {"transformer_layers_per_block": [1, [2, 2], 1]}, "needs reverse_transformer_layers_per_block"),
+    ("unet", {"attention_head_dim": 5}, "attention width 32 does not divide into 5 heads"),
+    ("text_encoder", {"num_attention_heads": 5}, "text encoder width 64 does not divide into 5 heads"),
+    ("text_encoder", {"hidden_size": "wide"}, "a value is not what it should be"),
+    ("vae", TAESD | {"encoder_block_out_channels": [8, 16, 8]}, "(8, 16, 8) must be one width"),
+    ("vae", TAESD | {"num_decoder_blocks": [2, 1]}, "one width for each of (2, 1)"),
+    ("vae", TAESD | {"num_encoder_blocks": [1, 1], "encoder_block_out_channels": [8, 8]}, "differ in their number"),
+    ("depth_estimator", {"is_hybrid": None}, "is_hybrid=None"),
+    ("depth_estimator", {"reassemble_factors": [4, 2, 1, 1]}, "reassemble_factors end in (1, 1)"),
+    ("depth_estimator", {"image_size": 80}, "image_size=80 (supported: multiples of 32"),
+    ("depth_estimator", {"image_size": [64, 64]}, "a value is not what it should be"),
+    ("depth_estimator", {"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
+    ("depth_estimator", {"backbone_out_indices": [0, 1, 2, 4]}, "of 4 layers, backbone_out_indices end in (2, 4)"),
+    ("depth_estimator", {"neck_hidden_sizes": [16, 64, 24, 40]}, "the first are (32, 64)"),
+    ("backbone", {"depths": (2, 2)}, "depths=(2, 2)"),
+    ("backbone", {"hidden_sizes": (32, 64, 72)}, "hidden_sizes=(32, 64, 72)"),
+    *(("backbone", {key: None}, f"{key}=None") for key in ("global_padding", "embedding_dynamic_padding")),
+]
+
+
+@pytest.mark.parametrize("part, change, message", CHANGES)
+def test_what_does_not_fit_together_is_refused_in_one_line(part, change, message):
+    bases = {"controlnet": CONTROLNETS["sd1"], "unet": UNETS["sd1"], "text_encoder": TEXT_ENCODERS["sd1"], "vae": {}}
+    if part == "backbone":
+        part, change = "depth_estimator", {"backbone_config": DEPTH["backbone_config"] | change}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        build(part, bases.get(part, DEPTH) | change)
+    assert "\n" not in str(error.value)
