@@ -149,7 +149,8 @@ class Options:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(names)}")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1")
+            text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
+            raise SettingError(text, "guidance_interval")
         if not isinstance(self.controls, Sequence) or not all(isinstance(one, Control) for one in self.controls):
             raise ValueError(f"controls {self.controls!r} must be a list of Control(network, image)")
         placed = [n for n in ("schedule", "spacing", "timesteps", "sigmas") if getattr(self, n) is not None]

@@ -33,6 +33,7 @@ NUMBERS = OPTION_NUMBERS | {
     "strength": STRENGTH,
     "mask_blur": Number(float, 0, 9999),
     "mask_padding": Number(int, 0, 9999),
+    "expand": Number(int, 0, 9999),
     "control_start": FRACTION,
     "control_end": FRACTION,
     "hires": Number(float, 1, 8),
@@ -148,6 +149,7 @@ class Request:
         mistakes = {
             "mask_blur and mask_padding need mask or expand": adjusts and not paints,
             "invert_mask needs mask": self.invert_mask and not self.mask,
+            "expand needs a border of some pixels": self.expand is not None and not any(self.expand),
             "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
                 self.depth and self.expand
             ),

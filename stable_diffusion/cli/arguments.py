@@ -18,6 +18,9 @@ from ..images.files import SUFFIXES
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
+# What a flag has no effect without.
+_NEEDED = {"preview_every": ["preview"], "preview_vae": ["preview", "stepwise"], "without": ["from_image"]}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -28,17 +31,17 @@ class Command:
     resources: Resources
     output: OutputSettings
     preview: PreviewSettings
-    record: Record | None = None
-    remarks: Sequence[str] = ()
-    preload_models: bool = False
-    json: bool = False
-    verbose: bool = False
+    record: Record | None
+    remarks: Sequence[str]
+    preload_models: bool
+    json: bool
+    verbose: bool
 
 
 def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Command:
     """Read the arguments of "txt2image" or "image2image" (None: the process's). Exits with one line for a mistake."""
     parser = script_parser(script, prog)
-    arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    arguments = vars(parser.parse_args(argv))
     if "list_samplers" in arguments:
         print(table())
         parser.exit()
@@ -66,7 +69,7 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         kind(**{name: arguments[name] for name in kind.__dataclass_fields__.keys() & arguments.keys()})
         for kind in (Resources, OutputSettings, PreviewSettings)
     )
-    switches = {name: True for name in ("preload_models", "json", "verbose") if name in arguments}
+    switches = {name: name in arguments for name in ("preload_models", "json", "verbose")}
     return Command(parser, lines, resources, output, preview, record, notes, **switches)
 
 
@@ -77,14 +80,11 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise ValueError("--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp")
     if names >= {"low_memory", "preload_models"}:
         raise ValueError("--low_memory reads each network when it is used, --preload_models all at once: leave one out")
-    if "preview_every" in names and preview is None:
-        raise ValueError("--preview_every needs --preview: a file or a folder")
-    if "preview_vae" in names and preview is None and "stepwise" not in names:
-        raise ValueError("--preview_vae needs --preview: a file or a folder; or --stepwise FILE")
     if preview is not None and os.path.abspath(preview) == os.path.abspath(output):
         raise ValueError(f"--preview and --output both name {preview}; give the preview another name")
-    if "without" in names and "from_image" not in names:
-        raise ValueError("--without needs --from_image FILE")
+    for name, needed in _NEEDED.items():
+        if name in names and names.isdisjoint(needed):
+            raise ValueError(f"--{name} needs {' or '.join(f'--{flag} FILE' for flag in needed)}")
 
 
 def line_of(base: Request, arguments: Mapping[str, Any]) -> tuple[Request, Sweep]:

@@ -8,6 +8,7 @@ without a value is a switch, unless it has choices.
 from ..app.engine import TEXT_BITS, UNET_BITS
 from ..diffusion.schedule import SCHEDULES
 from ..weights import catalog
+from ..weights.parts import NETWORKS
 
 ABOUT = {
     "picture": "What to show and how to make it. What is not given, the model decides.",
@@ -30,13 +31,11 @@ FLAGS = {
         "1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",
-        "--guidance_interval START,END": "shares of the steps between which there is guidance; the others take half "
-        "the time (0,1)",
+        "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
         "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1; about 0.7 for models with "
         "zero terminal SNR (0)",
         "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",
-        "--token_merging SHARE": "of positions, up to 0.75, that the largest self-attentions merge: faster, not exact "
-        "(0)",
+        "--token_merging SHARE": "of positions, up to 0.75, that large self-attentions merge: faster, inexact (0)",
         "--sampler NAME": "how to denoise, see --list_samplers",
         "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
         "--eta SHARE": "of fresh noise, 0 to 1, for the samplers that have one",
@@ -53,25 +52,21 @@ FLAGS = {
         "--truncate": "cut a prompt after its first 75 tokens",
         "--alternatives": 'of "a {red|blue} cat": make every one, or one that the seed chooses (all)',
         "--prompt_file FILE": "a prompt on each line, with options of its own if it likes",
-        "--from_image FILE": "make this picture again, as it says itself; flags, and a prompt, take the place of what "
-        "it says",
-        "--without FLAG ...": "leave out this flag of --from_image's picture, such as lora or quantize; may be given "
-        "again",
+        "--from_image FILE": "make this picture again; flags, and a prompt, take the place of what it says",
+        "--without FLAG ...": "leave out this flag of --from_image's picture, such as lora; may be given again",
         "--wildcards DIR": "read __name__ in prompts as the lines of DIR/name.txt",
     },
     "a part of the image": {
         "--mask FILE": "make anew what is white in this image, keep what is black, blend grey",
         "--invert_mask": "make anew what is black",
         "--mask_blur PIXELS": "soften the edges of the mask (0)",
-        "--mask_padding PIXELS": "work on what is masked and so much around it, at the model's own size, and paste "
-        "it back (on all of it)",
+        "--mask_padding PIXELS": "work on the mask and so much around it, at the model's own size (on all of it)",
         "--no_composite": "write what the model made, also where the image is kept",
         "--expand L,T,R,B": "paint borders of so many pixels around the image",
         "--depth FILE": "depth map for models made for it, lighter is nearer (estimated)",
     },
     "ControlNet": {
-        "--controlnet NET[:SCALE] ...": "an id, folder or file of a ControlNet and how strongly it steers (1); may "
-        "be given again",
+        "--controlnet NET[:SCALE] ...": "id, folder or file of a ControlNet, how strong it is (1); may be given again",
         "--control_image FILE ...": "what it is shown; once for each, or for all",
         "--canny": "show it the edges of that image",
         "--control_start SHARE ...": "of the steps, when it begins (0)",
@@ -89,21 +84,16 @@ FLAGS = {
     "model": {
         "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, a folder or a file with a checkpoint (sdxl)",
         "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
-        "--lora LORA[:SCALE] ...": "a file, folder or id of a LoRA to add to the weights, and how much of it (1); may "
-        "be given again",
+        "--lora LORA[:SCALE] ...": "file, folder or id of a LoRA, and how much of it to add (1); may be given again",
         "--lora_partial": "take what fits of a LoRA, where some of it does not",
-        "--vae PART": "an id, folder or file with another vae",
-        "--unet PART": "an id, folder or file with another unet",
-        "--text_encoder PART": "an id, folder or file with another text_encoder",
-        "--text_encoder_2 PART": "an id, folder or file with another text_encoder_2",
+        **{f"--{name} PART": f"an id, folder or file with another {name}" for name in NETWORKS},
         "--tokenizer DIR": "a folder with vocab.json and merges.txt, for a file that has none",
         "--prediction": "what the UNet predicts (what the checkpoint says)",
         "--quantize -q": f"text encoders to {TEXT_BITS} bits, the UNet to {UNET_BITS}",
         "--unet_bits": "quantize the UNet to so many bits",
         "--text_bits": "quantize the text encoders to so many bits",
         "--lora_dir DIR": "where <lora:name:0.8> in a prompt is looked for",
-        "--embedding FILE[=WORD] ...": "a textual inversion embedding and the word for it in prompts (the file's own); "
-        "may be given again",
+        "--embedding FILE[=WORD] ...": "a textual inversion, and its word in prompts (its own); may be given again",
     },
     "memory and time": {
         "--low_memory": "keep only the networks in memory that are being used",
@@ -135,7 +125,6 @@ FLAGS = {
 
 FOREIGN = {  # what a script does not have
     "image2image": {"hires", "hires_strength", "hires_steps", "hires_upscaler"},
-    "txt2image": {"image", "strength", "image_cfg", "mask", "invert_mask", "mask_blur", "mask_padding", "no_composite"}
-    | {"expand", "depth"},
+    "txt2image": {"image", "strength", "image_cfg"} | {flag.split()[0][2:] for flag in FLAGS["a part of the image"]},
 }
 SWEPT = {"seed", "steps", "cfg", "sampler", "strength"}  # what takes lists

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
-from ..app.request import CHOICES, COUNT, MOST_IMAGES, NUMBERS
+from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
 from ..diffusion.samplers import find_sampler
 from ..diffusion.schedule import SCHEDULES
 from ..options import Number, SettingError
@@ -104,8 +104,8 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
         epilog=_EPILOG.format(_EXAMPLES[script]),
     )
     if from_image:
-        parser.add_argument("image", nargs="?", default=None, help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=text, nargs="?", default=None, help="what to show")
+        parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
+    parser.add_argument("prompt", type=text, nargs="?", help="what to show")
     parser.add_argument("--list_samplers", action="store_true", help="print the samplers and leave")
     for title, about in ABOUT.items():
         parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
@@ -164,26 +164,15 @@ def text(value: str) -> str:
 
 def gigabytes(value: str) -> float:
     """Return bytes, from a number of GB such as 6."""
-    with suppress(ValueError):
-        if 1e6 <= (size := float(value) * 1e9) < 1e15:
-            return size
-    raise argparse.ArgumentTypeError(f"{value!r} is not a number of GB above 0, such as 6")
+    return 1e9 * number(_GIGABYTES, value)
 
 
-def borders(value: str) -> tuple[int, ...]:
-    """Return the pixels at left, top, right and bottom, from "64,0,64,0"; not all of them are zero."""
-    numbers = re.fullmatch(r"\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*", value)
-    if not numbers or not any(pixels := tuple(map(int, numbers.groups()))):
-        raise argparse.ArgumentTypeError(f"{value!r} is not left,top,right,bottom in pixels, such as 64,0,64,0")
-    return pixels
-
-
-def interval(value: str) -> tuple[float, float]:
-    """Return two fractions, from "0.2,0.8", the second not below the first."""
-    numbers = re.fullmatch(r"\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*", value)
-    if not numbers or not 0 <= float(numbers[1]) <= float(numbers[2]) <= 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not start,end in shares of the steps, such as 0.2,0.8")
-    return float(numbers[1]), float(numbers[2])
+def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
+    """Return numbers within limits between commas, as many as ``form`` has: "start,end in ...", for messages."""
+    with suppress(argparse.ArgumentTypeError):
+        if value.count(",") == form.split()[0].count(","):
+            return tuple(number(limits, part) for part in value.split(","))
+    raise argparse.ArgumentTypeError(f"{value!r} is not {form}")
 
 
 def weighted(value: str) -> tuple[str, float]:
@@ -196,8 +185,14 @@ def weighted(value: str) -> tuple[str, float]:
 
 _RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
 _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
+_GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
 _CHOICES = CHOICES | {"schedule": SCHEDULES, "prediction": PREDICTIONS, "unet_bits": BITS, "text_bits": BITS}
 _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
-_TYPES |= {"negative_prompt": text, "sampler": sampler, "guidance_interval": interval, "expand": borders}
+_TYPES |= {
+    "negative_prompt": text,
+    "sampler": sampler,
+    "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
+    "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
+}
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
 _TYPES |= {"lora": weighted, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}

@@ -287,7 +287,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
     ("flags", "words"),
     [
         (["--preview_every", 3], ["--preview_every needs --preview"]),
-        (["--preview_vae", "taesd"], ["--preview_vae needs --preview", "--stepwise"]),
+        (["--preview_vae", "taesd"], ["--preview_vae needs --preview FILE or --stepwise FILE"]),
         (["--preview", "p.bmp"], [".bmp", ".png"]),
         (["--preview", "file/previews"], ["file/previews", "could not be made"]),
         (["--preview", "./out.png"], ["--preview and --output both name ./out.png"]),

@@ -358,6 +358,7 @@ TEXT_REFUSED = [
 IMAGE_REFUSED = [
     ("--invert_mask", "--invert_mask needs --mask"),
     ("--mask_blur 2", "need --mask or --expand"),
+    ("--expand 0,0,0,0", "--expand needs a border of some pixels"),
     (MASK + " --refiner {}/refiner", "--refiner does not go together with --mask"),
     ("--expand 8,8,8,8 --refiner {}/refiner", "--refiner does not go together with --mask and --expand"),
     ("--mask {}/none.png", "no image at", "none.png"),

@@ -80,9 +80,9 @@ BAD_VALUES = {  # what is said: flags and their values
     "a number from 0 to 9999": "--mask_blur -1",
     "a whole number": "--mask_padding -1; --clip_skip -1; --deep_cache 0",
     "from 0 to 0.75": "--token_merging 0.8",
-    "a number of GB above 0": "--memory_limit 0",
-    "start,end in shares of the steps, such as 0.2,0.8": "--guidance_interval 0.5; --guidance_interval 0.6,0.2",
-    "left,top,right,bottom in pixels": "--expand 8,8,8; --expand 0,0,0,0; --expand 99999,0,0,0",
+    "a number above 0 and at most 9999": "--memory_limit 0",
+    "start,end in shares of the steps, such as 0.2,0.8": "--guidance_interval 0.5; --guidance_interval 0.6,1.2",
+    "left,top,right,bottom in pixels": "--expand 8,8,8; --expand 8,8,8,x; --expand 99999,0,0,0",
 }
 
 
@@ -96,6 +96,7 @@ def test_values_that_are_refused(run, said):
 REFUSED = [
     ("--low_memory --preload_models", "--low_memory", "--preload_models", "leave one out"),
     ("--sampler euler --eta 0.5", "euler", "eta", "leave it out"),
+    ("--guidance_interval 0.6,0.2", "--guidance_interval (0.6, 0.2)", "start <= end"),
     ("--resize zoom", "'zoom'", "crop", "pad", "stretch"),
     ("--unet_bits 7", "--unet_bits", "7", "2, 3, 4, 5, 6, 8"),
     ("--text_bits x", "--text_bits", "'x'"),
