@@ -17,6 +17,7 @@ from stable_diffusion.models import cpu  # first: it loads OpenBLAS before anyth
 import mlx.core as mx
 
 from command_line import SCRIPTS, Finished
+from hub_server import Hub
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import engine
 
@@ -118,6 +119,12 @@ def run(capsys) -> Callable[..., Finished]:
         return Finished(code, out.splitlines(), err)
 
     return call
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
 
 
 @pytest.fixture

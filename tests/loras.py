@@ -166,16 +166,23 @@ def meaning(factors: Tensors, shape: tuple[int, ...], alpha: float | None) -> to
 
 
 @contextmanager
-def changed(model: Model, deltas: dict[tuple[str, str], torch.Tensor], scale: float = 1.0) -> Iterator[None]:
-    """The torch networks with ``scale`` times ``deltas`` added to their weights, for a while."""
-    kept = [(weight, weight.clone(), key) for *key, weight in layers(model) if tuple(key) in deltas]
+def added(changes: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """torch parameters with something added, for a while."""
+    kept = [(parameter, parameter.detach().clone()) for parameter, _ in changes]
     with torch.no_grad():
-        for weight, _, key in kept:
-            weight += scale * deltas[tuple(key)].float()
+        for parameter, change in changes:
+            parameter += change
     yield
     with torch.no_grad():
-        for weight, before, _ in kept:
-            weight.copy_(before)
+        for parameter, before in kept:
+            parameter.copy_(before)
+
+
+def changed(model: Model, deltas: dict[tuple[str, str], torch.Tensor], scale: float = 1.0):
+    """The torch networks with ``scale`` times ``deltas`` added to their weights, for a while."""
+    return added(
+        [(weight, scale * deltas[n, path].float()) for n, path, weight in layers(model) if (n, path) in deltas]
+    )
 
 
 @contextmanager
@@ -231,13 +238,19 @@ def _prefix(names: str, network: str, path: str) -> str | None:
     return f"{network}.{path}{ending}"
 
 
+def few(network: str, path: str) -> bool:
+    """Whether a layer is one of some of every kind."""
+    parts = ("attentions.1", "encoder.layers.1", "resnets.1.conv", "upsamplers")
+    return path == "conv_in" or any(part in path for part in parts)
+
+
 def make(
     model: Model,
     names: str = "kohya",
     kind: str = "lora",
     alpha: float | None = ALPHA,
     seed: int = 0,
-    only: Callable[[str, str], bool] = lambda network, path: True,
+    only: Callable[[str, str], bool] = few,
     dora: str | None = None,
 ) -> tuple[Tensors, dict[tuple[str, str], torch.Tensor]]:
     """A LoRA for every layer that ``only`` picks: (its tensors under ``names``, {(network, path): change of W}).

@@ -46,18 +46,14 @@ class LoRADelta(nn.Module):
     ):
         super().__init__()
         self.network, self.layer, self.multiplier, self.lora = network, layer, multiplier, lora
+        self.name = f"{network}.{layer}"  # for messages
         for role, factor in factors.items():
             self[role] = factor
 
-    @property
-    def name(self) -> str:
-        """Return the name for messages."""
-        return f"{self.network}.{self.layer}"
-
     def delta(self, layer: nn.Module) -> dict[str, mx.array]:
-        """Return what to add to a layer's "weight" and "bias" at scale 1: float32, in the layout of the layer.
+        """Return what to add to a layer's "weight" and "bias" at scale 1: lazy, float32, in the layout of the layer.
 
-        Nothing is computed yet. Raises ValueError where the factors do not fit each other or the layer.
+        Raises ValueError where the factors do not fit each other or the layer.
         """
         changes = {}
         if self.keys() != {"diff_b"}:
@@ -75,20 +71,17 @@ class LoRADelta(nn.Module):
         return changes
 
     def _rescale(self, weight: mx.array) -> mx.array:
-        """Give the rows of W + ΔW [out, ..., in], or its columns as older files have it, DoRA's lengths m.
-
-        Their lengths before are constants for gradients (sec. 4.3 of the paper).
-        """
+        """Give the rows of W + ΔW [out, ..., in], or in older files its columns, DoRA's lengths m."""
         m, shape = self["dora_scale"].astype(mx.float32), weight.shape
         columns = m.ndim > 1 and m.shape[0] == 1 and m.size == shape[-1]
         if weight.ndim < 2 or (not columns and m.size != shape[0]):
             raise ValueError(f"{self.name} dora_scale {m.shape} for a weight of {shape}")
         axes = range(weight.ndim - 1) if columns else range(1, weight.ndim)
         norm = mx.sqrt(mx.square(weight).sum(axis=tuple(axes), keepdims=True))
-        return m.reshape(norm.shape) / mx.stop_gradient(norm) * weight
+        return m.reshape(norm.shape) / mx.stop_gradient(norm) * weight  # a constant for gradients: sec. 4.3
 
     def _product(self, shape: tuple[int, ...]) -> mx.array:
-        """ΔW without DoRA, for a weight of ``shape`` in the layout of files."""
+        """Return ΔW without DoRA, for a weight of ``shape`` in the layout of files."""
         f = {role: factor.astype(mx.float32) for role, factor in self.items()}
         try:
             if "diff" in f:
@@ -98,9 +91,9 @@ class LoRADelta(nn.Module):
                 kernel = f["down"].shape[1:]
                 change = _factored(up.T, down, f["mid"]) if "mid" in f else (up @ down).reshape(-1, *kernel)
             elif "hada_w1_a" in f:
-                change = _matrix(f, "hada_{}1") * _matrix(f, "hada_{}2")
+                change = _matrix(f, "hada", 1) * _matrix(f, "hada", 2)
             else:
-                w1, w2 = _matrix(f, "lokr_{}1"), _matrix(f, "lokr_{}2")
+                w1, w2 = _matrix(f, "lokr", 1), _matrix(f, "lokr", 2)
                 change = mx.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{self.name}: its factors do not fit each other") from error
@@ -113,14 +106,14 @@ class LoRADelta(nn.Module):
         return self.multiplier * change
 
 
-def _matrix(f: Mapping[str, mx.array], name: str) -> mx.array:
-    """A matrix of LoHa or LoKr: stored as it is, or as two factors, or as these around a Tucker core."""
-    w = name.format("w")
-    return f[w] if w in f else _factored(f[f"{w}_a"], f[f"{w}_b"], f.get(name.format("t")))
+def _matrix(f: Mapping[str, mx.array], kind: str, i: int) -> mx.array:
+    """Return w1 or w2, which is stored whole, as two factors, or as these around a Tucker core."""
+    w = f"{kind}_w{i}"
+    return f[w] if w in f else _factored(f[f"{w}_a"], f[f"{w}_b"], f.get(f"{kind}_t{i}"))
 
 
 def _factored(a: mx.array, b: mx.array, core: mx.array | None) -> mx.array:
-    """[out, r] and [r, in] -> [out, in], or, around a core [r, r, kh, kw], [r, out] and [r, in] -> a kernel."""
+    """Multiply [out, r] and [r, in] to a matrix, or [r, out] and [r, in] around a core [r, r, kh, kw] to a kernel."""
     return a @ b if core is None else mx.einsum("ijkl,io,jn->onkl", core, a, b)
 
 
@@ -141,5 +134,5 @@ def weight_of(layer: nn.Module) -> mx.array:
 
 
 def to_layer(weight: mx.array) -> mx.array:
-    """Turn the layout of files, OIHW, into the layout of layers, OHWI."""
+    """Turn the layout of files, OIHW, into that of layers, OHWI."""
     return weight.transpose(0, 2, 3, 1) if weight.ndim == 4 else weight

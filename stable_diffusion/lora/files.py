@@ -107,7 +107,7 @@ def find_in(folder: str | os.PathLike, name: str) -> Path:
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
-    """The settings of the training, in the file (diffusers) or beside it (PEFT): {"unet.lora_alpha": 8, ...}."""
+    """Read the settings of the training, in the file (diffusers) or beside it (PEFT): {"unet.lora_alpha": 8, ...}."""
     config, text = path.with_name(_PEFT_CONFIG), metadata.get("lora_adapter_metadata", "{}")
     try:
         if path.name == _FILES[1] and config.is_file():

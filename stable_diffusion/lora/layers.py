@@ -94,7 +94,7 @@ def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array
 
 
 def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Return the layers with LoRAs beside their weights, with their paths."""
+    """Iterate over the layers with LoRAs beside their weights, with their paths."""
     return ((path, layer) for path, layer in network.named_modules() if isinstance(layer, LoRALayer))
 
 
@@ -102,7 +102,7 @@ def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) ->
     """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
     layers = ((path, m) for path, m in network.named_modules() if isinstance(m, _LAYERS))
     layers = {path.removesuffix(".base"): layer for path, layer in layers}
-    paths = layer_names(name, layers)
+    paths = layer_names(layers)
     pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
     return [(path, layers[path], delta) for path, delta in pairs]
 
@@ -142,10 +142,9 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) 
 
 
 class AttachedLoRA:
-    """Control a LoRA that runs beside the weights.
+    """Control a LoRA that runs beside the weights. ``deltas`` hold the factors as they are now.
 
-    ``scale`` may be set between runs; within a run, values computed once for all steps keep the old one. ``deltas``
-    hold the factors, as they are now when they are trained.
+    ``scale`` may be set between runs; within a run, values computed once for all steps keep the old one.
     """
 
     def __init__(self, lora: LoRAWeights, scale: float):

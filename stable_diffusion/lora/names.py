@@ -67,13 +67,13 @@ def write_keys(naming: str, network: str, paths: Collection[str]) -> dict[str, s
     prefix = PREFIXES[naming][network]
     if naming == "peft":
         return {path: prefix + path for path in paths}
-    blocks = _original_blocks(paths) if (naming, network) == ("kohya-xl", "unet") else {}
+    blocks = _original_blocks(paths) if naming == "kohya-xl" else {}
     return {path: prefix + (rename_module(path, blocks, _RESNET) or path).replace(".", "_") for path in paths}
 
 
-def layer_names(network: str, paths: Collection[str]) -> dict[str, str]:
+def layer_names(paths: Collection[str]) -> dict[str, str]:
     """Return {each name that files use for a layer, with underscores: its path among ``paths`` in the model}."""
-    blocks = {} if network.startswith("text_encoder") else _original_blocks(paths)
+    blocks = _original_blocks(paths)
     names = {path.replace(".", "_"): path for path in paths}
     for path in paths:
         for alias in _aliases(path, blocks):
@@ -101,7 +101,7 @@ _FIRST_CONV = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.resnets\.\d+\.conv1")
 
 
 def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
-    """{a block of the UNet: its original name}. There, blocks are numbered through, each resnet with its attention."""
+    """Return {a block of a UNet: its original name}: numbered through, each resnet with its attention."""
     names = {ours: original for original, ours in UNET_NAMES.items()}
     resnets = Counter(match.groups() for path in paths if (match := _FIRST_CONV.fullmatch(path)))
     for side, original, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
@@ -133,11 +133,10 @@ _FEW_STEPS: dict[str, dict[str, str | int | float]] = {
 
 
 def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str | int | float] | None:
-    """Return the settings that the authors of a few-step LoRA recommend; None for any other LoRA.
+    """Return the settings for ``generate_latents`` that the authors of a few-step LoRA recommend; None for any other.
 
     It is known by the name of its file, or the name in the metadata; where the file has the name that diffusers gives
-    to every LoRA, by the folder and the repository in the Hub's cache. The settings are "sampler", "num_steps",
-    "cfg_weight" and, where they matter, "spacing" and "eta", for ``generate_latents``.
+    to every LoRA, by the folder and the repository in the Hub's cache.
     """
     *folders, name = path.split("/")
     texts = [name, *(metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata)]

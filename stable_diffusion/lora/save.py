@@ -51,7 +51,7 @@ def write_lora(
 
 
 def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.array]:
-    """The factors as files have them; those of 1×1 convolutions, which are Linears here, with a kernel."""
+    """Return the factors as files have them; those of 1×1 convolutions, which are Linears here, with a kernel."""
     factors, rank = dict(delta), rank_of(delta)
     kernel = (1, 1) if convolution else ()
     for role in ("down", "up"):

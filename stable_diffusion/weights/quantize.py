@@ -27,7 +27,7 @@ def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
         if not hasattr(layer, "to_quantized") or layer.weight.shape[-1] % group_size:
             return False
         if isinstance(layer, nn.Linear):
-            return not path.endswith(("conv_shortcut", "quant_conv"))
+            return not path.removesuffix(".base").endswith(("conv_shortcut", "quant_conv"))  # ".base" with a LoRA
         if isinstance(layer, nn.Embedding) and path.endswith("token_embedding"):
             return {"bits": max(bits, _EMBEDDING_BITS), "group_size": group_size}
         return False

@@ -18,6 +18,11 @@ def xl(xl_folder) -> loras.Model:
     return loras.load(xl_folder, "xl")
 
 
+@pytest.fixture(params=["sd1", "xl"])
+def model(request) -> loras.Model:
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def write(tmp_path) -> Callable[..., Path]:
     """Write tensors to a file of a LoRA."""

@@ -25,15 +25,8 @@ def check(model, path, wanted, scale=1.0, unchanged=()):
         assert name in unchanged or relative_error(value, wanted[name]) > 100 * TOLERANCE, f"{name} hardly changes"
 
 
-# What its converters get wrong is left to test_kinds; and where names are plain, a part of the layers says enough.
-def few(network, path):
-    return any(part in path for part in ("attentions.1", "text_model.encoder.layers.1", "resnets.1.conv"))
-
-
-READ_BY_DIFFUSERS = dict.fromkeys(loras.NAMES, few)
-READ_BY_DIFFUSERS["kohya-original"] = lambda network, path: not path.startswith("add_embedding")
-
-
+# Where names are plain, a part of the layers says enough.
+READ_BY_DIFFUSERS = {"kohya-original": lambda network, path: not path.startswith("add_embedding")}
 CASES = [("sd1", names) for names in ("kohya-sd1", "peft", "processor", "linear-layer")]
 CASES += [("xl", names) for names in ("kohya", "kohya-original", "peft")]
 
@@ -42,14 +35,14 @@ CASES += [("xl", names) for names in ("kohya", "kohya-original", "peft")]
 def test_names(request, family, names, write):
     model = request.getfixturevalue(family)
     alpha = loras.ALPHA if names.startswith("kohya") else None
-    tensors, _ = make(model, names, alpha=alpha, only=READ_BY_DIFFUSERS[names])
+    tensors, _ = make(model, names, alpha=alpha, only=READ_BY_DIFFUSERS.get(names, loras.few))
     path = write(tensors)
     check(model, path, loras.through_diffusers(model, path, 0.7), 0.7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(sd1, kind, write):
-    tensors, deltas = make(sd1, "kohya", kind)
+    tensors, deltas = make(sd1, kind=kind)
     with loras.changed(sd1, deltas, -0.6):
         wanted = sd1.theirs()
     check(sd1, write(tensors), wanted, -0.6)
@@ -57,7 +50,7 @@ def test_kinds(sd1, kind, write):
 
 @pytest.mark.parametrize("kind, lengths_of", [("lora", "rows"), ("lora", "columns"), ("lokr", "rows")])
 def test_dora(sd1, kind, lengths_of, write):
-    tensors, deltas = make(sd1, "kohya", kind, dora=lengths_of, only=few)
+    tensors, deltas = make(sd1, kind=kind, dora=lengths_of)
     with loras.changed(sd1, deltas, 0.4):
         wanted = sd1.theirs()
     check(sd1, write(tensors), wanted, 0.4)

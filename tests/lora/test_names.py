@@ -1,25 +1,20 @@
 """The names in LoRA files lead to the layers of the published models; where LoRAs may lie; which are few-step."""
 
-import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from configs import REAL_TEXT_ENCODERS, REAL_UNETS
+from hub_server import safetensors
+from original_layout import PUBLISHED
 from stable_diffusion.lora.delta import shape_of
 from stable_diffusion.lora.files import locate, read_lora
 from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key, write_keys
 from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
-from tests.hub_server import Hub, safetensors
 
-ROOT = Path(__file__).parents[2]
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, GroupNorm)
 
 
@@ -27,16 +22,15 @@ def layers(network: str, config: dict) -> dict[str, nn.Module]:
     return {path: layer for path, layer in build(network, config).named_modules() if isinstance(layer, _LAYERS)}
 
 
-NAMES = json.loads(gzip.decompress((ROOT / "tests/data/published_names.json.gz").read_bytes()))
-PUBLISHED = {"UNET-v1-SD": "sd15", "UNET-v2-SD": "sd21", "UNET-XL-SD": "sdxl-base", "UNET-XL-Refiner": "sdxl-refiner"}
+UNETS = {"UNET-v1-SD": "sd15", "UNET-v2-SD": "sd21", "UNET-XL-SD": "sdxl-base", "UNET-XL-Refiner": "sdxl-refiner"}
 
 
-@pytest.mark.parametrize("listed", PUBLISHED)
+@pytest.mark.parametrize("listed", UNETS)
 def test_original_names_of_published_unets(listed):
     """Every weight of the published file is found under the name that kohya's trainer makes of it, one to one."""
-    ours = layers("unet", REAL_UNETS[PUBLISHED[listed]])
-    names, found = layer_names("unet", ours), {}
-    for name, shape in NAMES[listed].items():
+    ours = layers("unet", REAL_UNETS[UNETS[listed]])
+    names, found = layer_names(ours), {}
+    for name, shape in PUBLISHED[listed].items():
         if name.endswith(".weight"):
             key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
             network, layer, role = read_key(f"{key}.lora_down.weight")
@@ -51,7 +45,7 @@ def test_original_names_of_published_unets(listed):
 @pytest.mark.parametrize("model", REAL_UNETS)
 def test_no_name_is_that_of_two_layers(model):
     ours = layers("unet", REAL_UNETS[model])
-    names = layer_names("unet", ours)
+    names = layer_names(ours)
     assert all(names[path.replace(".", "_")] == path for path in ours)
     attentions = sum(path.endswith("to_out.0") for path in ours)
     assert len(names) == 2 * len(ours) + 2 * attentions  # theirs and the original's, and to_out without its slot
@@ -76,8 +70,8 @@ SPELLINGS = {  # beside those of published UNets above, and those that diffusers
 
 
 def test_spellings():
-    encoder = "text_encoder", layers("text_encoder_2", REAL_TEXT_ENCODERS["sdxl-2"])
-    unet, text = layer_names("unet", layers("unet", REAL_UNETS["sdxl-base"])), layer_names(*encoder)
+    unet = layer_names(layers("unet", REAL_UNETS["sdxl-base"]))
+    text = layer_names(layers("text_encoder_2", REAL_TEXT_ENCODERS["sdxl-2"]))
     for name, path in SPELLINGS.items():
         network, layer, _ = read_key(name)
         assert (unet if network == "unet" else text).get(layer) == path, name
@@ -181,27 +175,17 @@ for source in sys.argv[1:]:
 """
 
 
-def test_the_hub(tmp_path):
-    def run(*sources: str) -> list[str]:
-        settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-        settings |= {"NO_PROXY": "127.0.0.1", "HOME": str(tmp_path)}
-        settings |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", CLIENT, *sources]
-        done = subprocess.run(command, env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    with Hub() as hub:
-        hub.add("me/saved", {"pytorch_lora_weights.safetensors": small()})
-        hub.add("me/many", {"a.safetensors": small(), "sub/b.safetensors": small(), "c.safetensors": small()})
-        settings = json.dumps({"lora_alpha": 3}).encode()
-        hub.add("me/peft", {"adapter_model.safetensors": small(), "adapter_config.json": settings})
-        sources = ["me/saved", "me/many:sub/b.safetensors", "me/peft"]
-        wanted = ["pytorch_lora_weights.safetensors 1.0", "b.safetensors 1.0", "adapter_model.safetensors 3.0"]
-        *found, many, none = run(*sources, "me/many", "me/none")
-        assert found == wanted
-        assert "me/many is not a LoRA: it has no pytorch_lora_weights.safetensors" in many and "me/none" in none
-        assert "c.safetensors" not in hub.fetched()
-        hub.requests.clear()
-        assert run(*sources) == wanted
-        assert hub.requests == []
+def test_the_hub(hub, tmp_path):
+    hub.add("me/saved", {"pytorch_lora_weights.safetensors": small()})
+    hub.add("me/many", {"a.safetensors": small(), "sub/b.safetensors": small(), "c.safetensors": small()})
+    settings = json.dumps({"lora_alpha": 3}).encode()
+    hub.add("me/peft", {"adapter_model.safetensors": small(), "adapter_config.json": settings})
+    sources = ["me/saved", "me/many:sub/b.safetensors", "me/peft"]
+    wanted = ["pytorch_lora_weights.safetensors 1.0", "b.safetensors 1.0", "adapter_model.safetensors 3.0"]
+    *found, many, none = hub.run(CLIENT, *sources, "me/many", "me/none", home=tmp_path)[0].splitlines()
+    assert found == wanted
+    assert "me/many is not a LoRA: it has no pytorch_lora_weights.safetensors" in many and "me/none" in none
+    assert "c.safetensors" not in hub.fetched()
+    hub.requests.clear()
+    assert hub.run(CLIENT, *sources, home=tmp_path)[0].splitlines() == wanted
+    assert hub.requests == []

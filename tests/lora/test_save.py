@@ -5,20 +5,11 @@ import numpy as np
 import pytest
 
 import loras
-from loras import KINDS, make, write
+from loras import KINDS, few, make, write
 from oracle import relative_error
 from stable_diffusion.lora.files import read_lora
 from stable_diffusion.lora.layers import attach
 from stable_diffusion.lora.save import write_lora
-
-
-@pytest.fixture(scope="module", params=["sd1", "xl"])
-def model(request):
-    return loras.load(request.getfixturevalue(f"{request.param}_folder"), request.param)
-
-
-def few(network, path):
-    return any(part in path for part in ("attentions.1", "encoder.layers.1", "resnets.1.conv", "upsamplers"))
 
 
 def rewrite(model, source, target, **options):
@@ -32,7 +23,7 @@ def rewrite(model, source, target, **options):
 @pytest.mark.parametrize("kind, dora", [*((kind, None) for kind in KINDS), ("lora", "rows")])
 def test_kohya_names_there_and_back(model, kind, dora, tmp_path):
     """The names are those that kohya's own trainer writes for the family."""
-    tensors, _ = make(model, "kohya-original" if model.family == "xl" else "kohya-sd1", kind, dora=dora, only=few)
+    tensors, _ = make(model, "kohya-original" if model.family == "xl" else "kohya-sd1", kind, dora=dora)
     source = write(tmp_path, tensors)
     rewrite(model, source, tmp_path / "written.safetensors")
     again = mx.load(str(tmp_path / "written.safetensors"))
@@ -60,7 +51,7 @@ def test_diffusers_reads_what_is_written(model, naming, dora, tmp_path):
 def test_what_is_written_beside_the_factors(model, tmp_path):
     texts = {"ss_network_module": "networks.lora", "modelspec.title": "Red things"}
     target = tmp_path / "written.safetensors"
-    rewrite(model, write(tmp_path, make(model, "peft", only=few)[0]), target, dtype=mx.float16, metadata=texts)
+    rewrite(model, write(tmp_path, make(model, "peft")[0]), target, dtype=mx.float16, metadata=texts)
     assert read_lora(target).metadata == {"format": "pt", **texts}
     assert {value.dtype for value in mx.load(str(target)).values()} == {mx.float16}
 
@@ -68,7 +59,7 @@ def test_what_is_written_beside_the_factors(model, tmp_path):
 def test_peft_has_no_names_for_other_kinds(model, tmp_path):
     target = tmp_path / "written.safetensors"
     for kind, dora, what in (("loha", None, "hada_w1_a"), ("lora", "columns", "columns")):
-        tensors, _ = make(model, kind=kind, dora=dora, only=few)
+        tensors, _ = make(model, kind=kind, dora=dora)
         attached = attach(model.networks, read_lora(write(tmp_path, tensors)))
         with pytest.raises(ValueError, match=f"peft has no name for .*{what}.*choose kohya's names") as error:
             write_lora(target, model.networks, attached, naming="peft")
@@ -78,7 +69,7 @@ def test_peft_has_no_names_for_other_kinds(model, tmp_path):
 
 def test_only_the_lora_that_is_named_is_written(model, tmp_path):
     files = [
-        write(tmp_path, make(model, "kohya-sd1", kind, seed=seed, only=few)[0], f"{kind}.safetensors")
+        write(tmp_path, make(model, "kohya-sd1", kind, seed=seed)[0], f"{kind}.safetensors")
         for seed, kind in enumerate(("lora", "loha"))
     ]
     attached = [attach(model.networks, read_lora(file)) for file in files]

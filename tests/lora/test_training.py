@@ -73,11 +73,7 @@ def test_gradients_equal_pefts(model, settings, tmp_path):
 def test_gradients_of_every_kind(sd1_folder, kind, write):
     """By the chain rule: torch has the gradient by W + ΔW, and that of ΔW by the factors."""
     model = loras.load(sd1_folder, "sd1")
-
-    def few(network, path):
-        return network == "unet" and ("attentions.1" in path or "resnets.1.conv" in path)
-
-    tensors, deltas = make(model, kind=kind, only=few)
+    tensors, deltas = make(model, kind=kind, only=lambda network, path: network == "unet" and loras.few(network, path))
     lora = read_lora(write(tensors))
     grads = gradients(model, lora, 0.5)
     with loras.changed(model, deltas, 0.5):

@@ -9,10 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
 from stable_diffusion.weights import catalog
 from stable_diffusion.weights.files import Component, open_checkpoint, read_tensors
 from stable_diffusion.weights.formats.safetensors import check_safetensors
-from tests.hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
 
 ROOT = Path(__file__).parents[2]
 

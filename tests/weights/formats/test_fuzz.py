@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from hub_server import safetensors
 from stable_diffusion.weights.files import read_file
-from tests.hub_server import safetensors
 
 COUNTS = pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
 _TELLING = [b"\0", b"\xff", b"\x7f", b"\x80", b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\xff" * 8, b"\0" * 8]
