@@ -25,6 +25,7 @@ import mlx.core as mx
 
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.engine import TEXT_BITS, UNET_BITS
+from stable_diffusion.app.request import Request
 
 from .checkpoints import write_checkpoint
 from .shapes import SHAPES
@@ -34,7 +35,7 @@ BITS = {"unet_bits": UNET_BITS, "text_bits": TEXT_BITS}
 
 def conversion(source: Path, dest: Path, latents: int) -> dict[str, float]:
     started = time.perf_counter()
-    convert(source, dest, **BITS)
+    convert(Request(model=str(source), **BITS), dest)
     return {"seconds": time.perf_counter() - started}
 
 

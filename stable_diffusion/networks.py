@@ -109,9 +109,8 @@ class Networks:
             setattr(self, f"tokenizer{suffix}", Tokenizer.from_folder(folder, checkpoint.pad_tokens.get(name)))
         loaded = {}
         for part, attribute in (attributes | {"vae": "autoencoder"}).items():
-            component, quantization = checkpoint.components[part], None
-            if bits.get(part) is not None:  # weights that are stored in these bits need not be quantized
-                quantization = remaining_quantization(part, component.config, bits[part])
+            component = checkpoint.components[part]
+            quantization = remaining_quantization(component, bits.get(part))
             # Half precision overflows in most autoencoders; their configs say which are safe.
             is_safe = part != "vae" or not component.config.get("force_upcast", True)
             source = NetworkSource(component, dtype if is_safe else mx.float32, quantization, self._attached)

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..lora.files import LoRAWeights, read_lora
+from ..lora.files import read_lora
 from ..lora.layers import check_fit, fuse
 from ..weights import catalog, layout
 from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
@@ -21,6 +21,8 @@ from ..weights.load import load_component
 from ..weights.parts import PARTS
 from ..weights.quantize import quantize, read_quantization, remaining_quantization
 from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_json, write_weights
+from .engine import chosen_networks
+from .request import Request
 
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
@@ -43,87 +45,65 @@ class _Network:
 
 
 def convert(
-    source: str | os.PathLike,
+    request: Request,
     dest: str | os.PathLike,
     *,
     dtype: str = "float16",
-    unet_bits: int | None = None,
-    text_bits: int | None = None,
-    loras: Sequence[tuple[str | os.PathLike, float]] = (),
-    lora_partial: bool = False,
-    revision: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     report: Callable[[str], None] = lambda line: None,
-    **options: Any,
 ) -> Path:
-    """Write a model as a folder in diffusers layout, and return the folder.
+    """Write the model of a request as a folder in diffusers layout, and return the folder.
 
     Args:
-        source: whatever ``StableDiffusion`` opens.
+        request: names the model and all that changes it: networks in place of its own, bits, LoRAs to fuse, ...
         dest: the folder to write. It must not exist, or be empty.
         dtype: of the UNet and the text encoders, one of ``DTYPES``. The autoencoder keeps its type.
-        unet_bits, text_bits: quantize to this many bits. None does not.
-        loras: (source, scale) of LoRAs to fuse; ``lora_partial`` fuses what fits if some of it does not.
         max_shard_size: bytes of a weight file, beyond which it is split.
         report: called with a line about each network.
-        options: further ones of :func:`stable_diffusion.weights.files.open_checkpoint`.
 
-    Raises ValueError or OSError, one line, for a source that cannot be read, a destination that is taken, weights that
+    Raises ValueError or OSError, one line, for a model that cannot be read, a destination that is taken, weights that
     overflow in ``dtype``, or a full disk; then nothing is left of the destination.
     """
     dest = check_new(Path(dest))  # before anything is downloaded
-    checkpoint = open_checkpoint(source, float16=dtype == "float16", revision=revision, **options)
-    bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
-    weights = [(read_lora(path), scale) for path, scale in loras]
-    networks = _networks(checkpoint, DTYPES[dtype], bits, weights, lora_partial)
+    source = {"float16": dtype == "float16", "revision": request.revision}
+    replaced = {"tokenizer": request.tokenizer, "prediction": request.prediction}
+    checkpoint = open_checkpoint(request.model, parts=chosen_networks(request)["parts"], **source, **replaced)
+    networks = _networks(checkpoint, request, DTYPES[dtype])
     entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
     if isinstance(entry, list) and any(entry):
-        estimator = open_part(source, "depth_estimator", float16=dtype == "float16", revision=revision)
+        estimator = open_part(request.model, "depth_estimator", **source)
         networks.append(_Network(estimator.name, estimator.config, dict(read_tensors(estimator))))
     check_space(dest, sum(network.size for network in networks) + _SMALL_FILES)
     with new_folder(dest) as folder:
         for network in networks:
             report(_write_network(folder / network.name, network, max_shard_size))
-        _write_small_files(folder, checkpoint, networks)
+        for name, tokenizer in checkpoint.tokenizers.items():
+            _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
+        (folder / "scheduler").mkdir()
+        write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
+        write_json(folder / layout.INDEX, _index(checkpoint, networks))
     return dest
 
 
-def _write_small_files(folder: Path, checkpoint: Checkpoint, networks: Sequence[_Network]) -> None:
-    for name, tokenizer in checkpoint.tokenizers.items():
-        _write_tokenizer(folder / name, tokenizer, checkpoint.pad_tokens.get(name))
-    (folder / "scheduler").mkdir()
-    write_json(folder / layout.SCHEDULER, checkpoint.scheduler)
-    write_json(folder / layout.INDEX, _index(checkpoint, networks))
-
-
-def _networks(
-    checkpoint: Checkpoint,
-    dtype: mx.Dtype,
-    bits: Mapping[str, int | None],
-    loras: Sequence[tuple[LoRAWeights, float]],
-    partial: bool,
-) -> list[_Network]:
+def _networks(checkpoint: Checkpoint, request: Request, dtype: mx.Dtype) -> list[_Network]:
     """Prepare the networks to write. Nothing of their weights is read yet."""
-    components = checkpoint.components
+    components, chosen, networks = checkpoint.components, chosen_networks(request), []
+    bits = {"unet": chosen.get("unet_bits"), "vae": None}  # all others are text encoders
     # Most autoencoders are computed in float32 in any case: rounding them would change the images.
     modules = {name: load_component(part, None if name == "vae" else dtype) for name, part in components.items()}
+    loras = [(read_lora(path), scale) for path, scale in request.lora]
     for lora, scale in loras:
-        check_fit(modules, lora, scale, partial)
+        check_fit(modules, lora, scale, request.lora_partial)
     fuse(modules, loras)
-    networks = []
     for name, module in modules.items():
         config = dict(components[name].config)
         library, class_name = _library_and_class(name, config)
         # Other programs need the name of the class, which some configs lack.
         config |= {"_class_name": class_name} if library == "diffusers" else {"architectures": [class_name]}
-        if bits.get(name) is not None:
-            try:
-                remaining = remaining_quantization(name, config, bits[name])
-            except ValueError as error:
-                raise ValueError(f"{name} of {components[name].files[0].parent}: {error}") from error
-            if remaining is not None:
-                quantize(module, *remaining)
-                config["quantization"] = dict(zip(("bits", "group_size"), remaining, strict=True))
+        quantization = remaining_quantization(components[name], bits.get(name, chosen.get("text_bits")))
+        if quantization is not None:
+            quantize(module, *quantization)
+            config["quantization"] = dict(zip(("bits", "group_size"), quantization, strict=True))
         networks.append(_Network(name, config, stored_tensors(module)))
     return networks
 
@@ -135,14 +115,14 @@ def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
 
 def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
     """Write a network, and return a line about it."""
-    size = network.size  # its tensors are taken as they are written
+    details = [f"{network.size / 1e6:,.1f} MB"]  # its tensors are taken as they are written
     folder.mkdir()
     write_json(folder / "config.json", network.config)
     files = write_weights(folder, PARTS[network.name].stem, network.tensors, max_shard_size)
-    quantization = read_quantization(network.config)
-    details = [f"{size / 1e6:,.1f} MB"]
-    details += [f"{quantization[0]} bits"] if quantization else []
-    details += [f"{len(files)} files"] if len(files) > 1 else []
+    if quantization := read_quantization(network.config):
+        details.append(f"{quantization[0]} bits")
+    if len(files) > 1:
+        details.append(f"{len(files)} files")
     return f"{network.name}: {', '.join(details)}"
 
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from ..app.convert import DTYPES, MAX_SHARD_SIZE, convert
-from ..app.engine import chosen_networks
 from ..app.request import Request
 from .arguments import line_of
 from .flags import FLAGS
@@ -19,12 +18,12 @@ def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of this command line, under the name ``prog``."""
     parser = Parser(
         prog=prog or "python -m stable_diffusion convert",
-        usage="%(prog)s source dest [flags]",
+        usage="%(prog)s model dest [flags]",
         description="Write a model as a folder that loads at once.",
     )
-    parser.add_argument("source", help="what to convert: a name, a Hub id, a folder or a file")
+    parser.add_argument("model", help="what to convert: a name, a Hub id, a folder or a file")
     parser.add_argument("dest", help="the folder to write, in diffusers layout; it must not exist")
-    about = "Beside the source, and of what precision it becomes."
+    about = "Beside the model, and of what precision it becomes."
     parser.add_flags("what is read", about, FLAGS["model"], left_out={"model", "lora_dir", "embedding"})
     add = parser.add_argument_group("what is written", "The form of the files.").add_argument
     add("--dtype", choices=DTYPES, default="float16", help="of the UNet and the text encoders (float16)")
@@ -47,19 +46,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         request, _ = line_of(Request(), vars(args))
-        path = convert(
-            args.source,
-            args.dest,
-            dtype=args.dtype,
-            **chosen_networks(request),
-            loras=request.lora,
-            lora_partial=request.lora_partial,
-            revision=request.revision,
-            max_shard_size=args.max_shard_size,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
-            tokenizer=request.tokenizer,
-            prediction=request.prediction,
-        )
+        sizes = {"dtype": args.dtype, "max_shard_size": args.max_shard_size}
+        path = convert(request, args.dest, report=lambda line: print(line, file=sys.stderr, flush=True), **sizes)
     except (ValueError, OSError) as error:
         parser.error(error)
     except (RuntimeError, MemoryError) as error:  # what MLX raises when memory runs out or a file vanishes

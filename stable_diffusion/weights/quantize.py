@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layout import Component
 from .parts import PARTS
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -53,18 +54,22 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return bits, group_size
 
 
-def remaining_quantization(part: str, config: Mapping[str, Any], bits: int) -> tuple[int, int] | None:
-    """Return (bits, group size) for a part, or None where its weights are stored in these bits.
+def remaining_quantization(component: Component, bits: int | None) -> tuple[int, int] | None:
+    """Return (bits, group size) to quantize a network to; None where its weights are stored in these ``bits``.
 
-    Raises ValueError where they are stored in others.
+    None ``bits`` leave the weights as they are. Raises ValueError where they are stored in other bits.
     """
-    stored = read_quantization(config)
-    if stored and stored[0] != bits:
+    if bits is None:
+        return None
+    stored = read_quantization(component.config)
+    if stored is None:
+        return bits, PARTS[component.name].group_size
+    if stored[0] != bits:
         raise ValueError(
-            f"its weights are stored in {stored[0]} bits, not in {bits}: "
-            "leave them as they are, or take the model that they were made from"
+            f"{component.name} of {component.files[0].parent}: its weights are stored in {stored[0]} bits, "
+            f"not in {bits}: leave them as they are, or take the model that they were made from"
         )
-    return None if stored else (bits, PARTS[part].group_size)
+    return None
 
 
 def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:

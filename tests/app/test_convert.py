@@ -15,6 +15,7 @@ from cli.test_images import write_lora
 from oracle import last
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app.convert import convert
+from stable_diffusion.app.request import Request
 from stable_diffusion.lora.files import read_lora
 from stable_diffusion.lora.layers import fuse
 from stable_diffusion.weights.files import open_checkpoint
@@ -38,7 +39,7 @@ def same(a: StableDiffusion, b: StableDiffusion) -> bool:
 def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_folder, float16):
     dtype, bits = ("float16" if float16 else "float32"), {"unet_bits": 8, "text_bits": 4}
     for name, source, cls in (("sd1", sd1_folder, StableDiffusion), ("xl", xl_folder, StableDiffusionXL)):
-        folder = convert(source, tmp_path / name, dtype=dtype, **bits)
+        folder = convert(Request(model=str(source), **bits), tmp_path / name, dtype=dtype)
         expected, made = cls(source, float16, **bits), cls(folder, float16)
         assert same(made, expected)
         assert same(cls(folder, float16, **bits), made)  # asking for what is there changes nothing
@@ -49,7 +50,7 @@ def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_fol
 
 
 def test_the_bundled_model_too(tmp_path):
-    folder = convert("tiny", tmp_path / "small", unet_bits=4, text_bits=8)
+    folder = convert(Request(model="tiny", unet_bits=4, text_bits=8), tmp_path / "small")
     made = StableDiffusion(folder, True)
     assert same(made, StableDiffusion("tiny", True, unet_bits=4, text_bits=8))
     assert (made.defaults.num_steps, made.defaults.cfg_weight) == (20, 4.0)  # noted for the folder
@@ -63,7 +64,7 @@ def test_the_bundled_model_too(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_only_what_is_computed_in_half_precision_is_stored_so(tmp_path, sd1_folder, dtype):
-    folder = convert(sd1_folder, tmp_path / "new", dtype=dtype)
+    folder = convert(Request(model=str(sd1_folder)), tmp_path / "new", dtype=dtype)
     for part, expected in {"unet": dtype, "text_encoder": dtype, "vae": "float32"}.items():
         (file,) = open_checkpoint(folder).components[part].files
         assert {value.dtype for value in mx.load(str(file)).values()} == {getattr(mx, expected)}
@@ -73,11 +74,11 @@ def test_only_what_is_computed_in_half_precision_is_stored_so(tmp_path, sd1_fold
 
 
 def test_a_converted_folder_converts_again(tmp_path, sd1_folder):
-    once = convert(sd1_folder, tmp_path / "once", unet_bits=8)
-    again = convert(once, tmp_path / "again", unet_bits=8)
+    once = convert(Request(model=str(sd1_folder), unet_bits=8), tmp_path / "once")
+    again = convert(Request(model=str(once), unet_bits=8), tmp_path / "again")
     assert same(StableDiffusion(once, True), StableDiffusion(again, True))
     with pytest.raises(ValueError, match=r"^unet of .*once/unet: its weights are stored in 8 bits, not in 4"):
-        convert(once, tmp_path / "other", unet_bits=4)
+        convert(Request(model=str(once), unet_bits=4), tmp_path / "other")
     assert sorted(os.listdir(tmp_path)) == ["again", "once"]
 
 
@@ -86,7 +87,7 @@ def test_a_converted_folder_converts_again(tmp_path, sd1_folder):
 )
 def test_diffusers_reads_what_it_wrote(tmp_path, request, family, cls):
     source = request.getfixturevalue(f"{family}_folder")
-    folder = convert(source, tmp_path / "new", dtype="float32", max_shard_size=400_000)
+    folder = convert(Request(model=str(source)), tmp_path / "new", dtype="float32", max_shard_size=400_000)
     ours, theirs = cls.from_pretrained(folder), cls.from_pretrained(source)
     for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "xl" else [])):
         a, b = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
@@ -96,7 +97,7 @@ def test_diffusers_reads_what_it_wrote(tmp_path, request, family, cls):
 
 
 def test_the_small_files(tmp_path):
-    folder = convert("tiny", tmp_path / "new", unet_bits=8)
+    folder = convert(Request(model="tiny", unet_bits=8), tmp_path / "new")
     index = json.loads((folder / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None] and index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert json.loads((folder / "unet" / "config.json").read_text())["quantization"] == {"bits": 8, "group_size": 32}
@@ -110,7 +111,7 @@ def test_the_small_files(tmp_path):
 def test_a_lora_is_in_the_weights(tmp_path, sd1_folder, bits):
     path, dest = tmp_path / "red.safetensors", tmp_path / "new"
     write_lora(path)
-    convert(sd1_folder, dest, dtype="float32", loras=[(path, 0.5)], unet_bits=bits)
+    convert(Request(model=str(sd1_folder), lora=((str(path), 0.5),), unet_bits=bits), dest, dtype="float32")
     expected, made = StableDiffusion(sd1_folder), StableDiffusion(dest)
     fuse({"unet": expected.unet, "text_encoder": expected.text_encoder}, [(read_lora(path), 0.5)])
     if bits is not None:
@@ -120,8 +121,8 @@ def test_a_lora_is_in_the_weights(tmp_path, sd1_folder, bits):
 
 
 def test_parts_and_prediction_from_elsewhere(tmp_path, sd1_folder, xl_folder):
-    parts = {"vae": xl_folder / "vae"}
-    folder = convert(sd1_folder, tmp_path / "new", dtype="float32", prediction="v_prediction", parts=parts)
+    request = Request(model=str(sd1_folder), vae=str(xl_folder / "vae"), prediction="v_prediction")
+    folder = convert(request, tmp_path / "new", dtype="float32")
     config = json.loads((folder / "vae" / "config.json").read_text())
     assert config == json.loads((xl_folder / "vae" / "config.json").read_text())
     assert StableDiffusion(folder).schedule.config.prediction_type == "v_prediction"
@@ -134,7 +135,8 @@ def test_a_single_file(tmp_path, sd1_folder):
     mx.save_safetensors(str(tmp_path / "one.safetensors"), tensors | {attention: tensors[attention][..., None, None]})
     folder, vocabulary = tmp_path / "new", tmp_path / "vocabulary"
     shutil.copytree(sd1_folder / "tokenizer", vocabulary, ignore=shutil.ignore_patterns("*_*.json"))
-    convert(tmp_path / "one.safetensors", folder, dtype="float32", tokenizer=vocabulary)
+    request = Request(model=str(tmp_path / "one.safetensors"), tokenizer=str(vocabulary))
+    convert(request, folder, dtype="float32")
     index = json.loads((folder / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["tokenizer"] == ["transformers", "CLIPTokenizer"]
     special = json.loads((folder / "tokenizer" / "special_tokens_map.json").read_text())

@@ -14,6 +14,7 @@ from checkpoints import as_single_file
 from configs import REAL_UNETS, UNETS
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.inspect import inspect
+from stable_diffusion.app.request import Request
 from stable_diffusion.images.files import save as save_image
 from test_full_size import oracle_shapes, write_sparse
 from test_parity_images import control_nets
@@ -42,7 +43,8 @@ def test_a_folder(xl_folder):
 
 
 def test_quantized_weights_count_as_what_they_stand_for(tmp_path):
-    plain, quantized = inspect("tiny"), inspect(convert("tiny", tmp_path / "new", unet_bits=4, text_bits=8))
+    convert(Request(model="tiny", unet_bits=4, text_bits=8), tmp_path / "new")
+    plain, quantized = inspect("tiny"), inspect(tmp_path / "new")
     for name, part in quantized["parts"].items():
         assert part["parameters"] == plain["parts"][name]["parameters"]
     bits = {name: (part.get("bits"), part.get("group_size")) for name, part in quantized["parts"].items()}

@@ -14,6 +14,7 @@ from PIL import Image
 from app.test_inspect import RECORD, SAID, lora, save
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.inspect import inspect
+from stable_diffusion.app.request import Request
 from stable_diffusion.cli.inspect import main
 from stable_diffusion.images.files import save as save_image
 from stable_diffusion.weights.files import open_checkpoint
@@ -44,7 +45,7 @@ def test_a_picture(tmp_path, capsys, offline):
 
 
 def test_lines_are_aligned(capsys, offline, tmp_path):
-    folder = convert("tiny", tmp_path / "new", unet_bits=8)
+    folder = convert(Request(model="tiny", unet_bits=8), tmp_path / "new")
     assert main([str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = {line.split()[0]: line for line in lines}

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -162,9 +163,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path):
     component = quantized(tmp_path, {})
     with pytest.raises(ValueError, match="stored in 4 bits, not in 8"):
-        remaining_quantization("text_encoder", component.config, 8)
-    assert remaining_quantization("text_encoder", component.config, 4) is None
-    assert remaining_quantization("text_encoder", TEXT, 4) == (4, 64)
+        remaining_quantization(component, 8)
+    assert remaining_quantization(component, 4) is None
+    assert remaining_quantization(replace(component, config=TEXT), 4) == (4, 64)
 
 
 # --- the folder --------------------------------------------------------------------------------------------------
