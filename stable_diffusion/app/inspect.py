@@ -6,7 +6,7 @@ Of weights only a LoRA's alphas and an embedding's vectors are read.
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..diffusion.sample import MODES
 from ..images.files import SUFFIXES as IMAGES
 from ..images.files import read_text
-from ..lora.delta import rank_of
+from ..lora.delta import LoRADelta, rank_of
 from ..lora.files import LoRAWeights, read_lora
 from ..lora.names import read_key
 from ..models.config import readable
@@ -29,7 +30,6 @@ from ..weights.quantize import read_quantization
 
 Report = dict[str, Any]  # what JSON can hold
 
-_INPUTS = {5: "depth maps", 8: "images to edit", 9: "masked images"}  # beside the latents, by a UNet's channels
 _LAYERS = re.compile(
     r"(attn1|attn2|self_attn|ff|mlp|proj_in|proj_out|resnets|downsamplers|upsamplers|conv_in|conv_out|time_emb)"
 )
@@ -44,11 +44,13 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
     """
     with readable(f"{source}"):
         path = Path(source).expanduser()
-        if path.is_file():
-            return _inspect_file(path)
+        if path.suffix.lower() in IMAGES and path.is_file():
+            return _inspect_image(path)
         try:
-            return _inspect_checkpoint(open_checkpoint(source, revision=revision))
-        except (ValueError, OSError):
+            return _inspect_checkpoint(open_checkpoint(source, revision=revision, tokenizer=path.parent))
+        except (ValueError, OSError) as error:
+            if path.is_file() and path.suffix in layout.SUFFIXES:
+                return _inspect_file(path, str(error))
             if not (path / layout.INDEX).is_file():
                 for attempt in (_inspect_part, _inspect_lora):
                     with suppress(ValueError, OSError):
@@ -56,18 +58,15 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
             raise
 
 
-def _inspect_file(path: Path) -> Report:
-    if path.suffix.lower() in IMAGES:
-        texts: Report = read_text(path)
-        with suppress(ValueError, RecursionError):
-            texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
-        return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
-    if path.suffix not in layout.SUFFIXES:
-        raise ValueError(f"{path} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
-    try:
-        return _inspect_checkpoint(open_checkpoint(path, tokenizer=path.parent))
-    except ValueError as error:
-        reason = str(error)  # a network is missing, or it is no checkpoint
+def _inspect_image(path: Path) -> Report:
+    texts: Report = read_text(path)
+    with suppress(ValueError, RecursionError):
+        texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
+    return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
+
+
+def _inspect_file(path: Path, reason: str) -> Report:
+    """Report a file of weights that is no whole checkpoint, for this ``reason``."""
     tensors = read_tensors(Component("file", {}, (path,)))
     if any(map(read_key, tensors)):
         return _inspect_lora(path)
@@ -87,15 +86,14 @@ def _inspect_file(path: Path) -> Report:
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Report:
-    unet = checkpoint.components["unet"].config
-    inputs = _INPUTS.get(unet.get("in_channels", 4))
+    unet, scheduler = checkpoint.components["unet"].config, checkpoint.scheduler
     return {
         "kind": "checkpoint",
         "family": family_of(unet).title,
         "pipeline": checkpoint.pipeline,
-        **({"reads": inputs} if inputs else {}),
-        "prediction": checkpoint.scheduler.get("prediction_type", "epsilon"),
-        "scheduler": checkpoint.scheduler["_class_name"],
+        "mode": MODES.get(unet.get("in_channels", 4) - 4, "unknown"),
+        "prediction": scheduler.get("prediction_type", "epsilon"),
+        "scheduler": scheduler["_class_name"],
         "steps": checkpoint.steps,
         "guidance": checkpoint.guidance,
     } | _sizes(checkpoint.components.values())
@@ -124,31 +122,35 @@ def _sizes(components: Iterable[Component]) -> Report:
     parts: dict[str, Report] = {}
     for component in components:
         tensors, quantization = read_tensors(component), read_quantization(component.config)
-        parameters = sum(tensor.size for tensor in tensors.values())
-        for layer in (name.removesuffix(".scales") for name in tensors if quantization and name.endswith(".scales")):
-            packed = (f"{layer}.{role}" for role in ("weight", "scales", "biases"))
-            parameters -= sum(tensors[name].size for name in packed if name in tensors)
-            parameters += tensors[f"{layer}.scales"].size * quantization[1]
-        types: Counter[str] = Counter()
-        for tensor in tensors.values():
-            types[_type(tensor)] += tensor.nbytes
         parts[component.name] = {
             "class": _class_name(component.config),
-            "parameters": parameters,
-            "bytes": sum(types.values()),
-            "types": dict(types.most_common()),
+            "parameters": sum(_parameters(name, tensor, quantization) for name, tensor in tensors.items()),
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "types": _types(tensors.values()),
             "files": len(component.files),
-            **(dict(zip(("bits", "group_size"), quantization, strict=True)) if quantization else {}),
         }
+        if quantization:
+            parts[component.name] |= {"bits": quantization[0], "group_size": quantization[1]}
     return {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")} | {"parts": parts}
+
+
+def _parameters(name: str, tensor: mx.array, quantization: tuple[int, int] | None) -> int:
+    """Count the parameters of a tensor. In quantized layers each scale stands for a group of them."""
+    if quantization and name.endswith(".scales"):
+        return tensor.size * quantization[1]
+    return 0 if quantization and (tensor.dtype == mx.uint32 or name.endswith(".biases")) else tensor.size
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
     return config.get("_class_name") or (config.get("architectures") or ["unknown"])[0]
 
 
-def _type(tensor: mx.array) -> str:
-    return str(tensor.dtype).removeprefix("mlx.core.")
+def _types(tensors: Iterable[mx.array]) -> dict[str, int]:
+    """Return {type: bytes}, the most common first."""
+    types: Counter[str] = Counter()
+    for tensor in tensors:
+        types[str(tensor.dtype).removeprefix("mlx.core.")] += tensor.nbytes
+    return dict(types.most_common())
 
 
 # --- embeddings and LoRAs --------------------------------------------------------------------------------------------
@@ -163,37 +165,33 @@ def _inspect_embedding(path: Path) -> Report:
 
 def _inspect_lora(source: str | os.PathLike) -> Report:
     lora = read_lora(source)
-    kinds, ranks, alphas = set(), set(), set()
-    layers_of: dict[str, Counter[str]] = {}
+    targets: dict[str, Counter[str]] = defaultdict(Counter)
     for delta in lora.deltas:
-        kind = next(
-            (kind for sign, kind in _LORA_KINDS.items() if any(role.startswith(sign) for role in delta)), "LoRA"
-        )
-        kinds.add(f"{kind} (DoRA)" if {"dora_scale", "lora_magnitude_vector"} & delta.keys() else kind)
-        if rank := rank_of(delta):
-            ranks.add(rank)
-            alphas.add(round(delta.multiplier * rank, 6))
-        match = _LAYERS.search(delta.layer)
-        layers_of.setdefault(delta.network, Counter())[match[1] if match else delta.layer] += 1
+        layer = _LAYERS.search(delta.layer)
+        targets[delta.network][layer[0] if layer else delta.layer] += 1
+    ranks = [(rank_of(delta), delta.multiplier) for delta in lora.deltas]
     tensors = [factor for delta in lora.deltas for factor in delta.values()]
     report = {
-        "kind": " and ".join(sorted(kinds)),
+        "kind": " and ".join(sorted({_lora_kind(delta) for delta in lora.deltas})),
         "family": _lora_family(lora),
-        "ranks": sorted(ranks),
-        "alphas": sorted(alphas),
+        "ranks": sorted({rank for rank, _ in ranks if rank}),
+        "alphas": sorted({round(multiplier * rank, 6) for rank, multiplier in ranks if rank}),
         "parameters": sum(factor.size for factor in tensors),
         "bytes": sum(factor.nbytes for factor in tensors),
-        "types": dict(Counter(map(_type, tensors))),
-        "targets": {network: dict(sorted(layers.items())) for network, layers in layers_of.items()},
+        "types": _types(tensors),
+        "targets": {network: dict(sorted(layers.items())) for network, layers in targets.items()},
     }
     report |= {"not recognised": list(lora.unknown)} if lora.unknown else {}
     return report | {key: lora.metadata[key] for key in _METADATA if key in lora.metadata}
 
 
+def _lora_kind(delta: LoRADelta) -> str:
+    kind = next((_LORA_KINDS[role[:4]] for role in delta if role[:4] in _LORA_KINDS), "LoRA")
+    return f"{kind} (DoRA)" if "dora_scale" in delta else kind
+
+
 def _lora_family(lora: LoRAWeights) -> str:
     """Return the family by the width of the prompt that cross-attention reads, or else by a second text encoder."""
-    width = lora.context_width
-    if width is not None:
-        title = family_title(width)
-        return f"unknown (prompts {width} wide)" if title == "unknown" else title
+    if lora.context_width is not None:
+        return family_title(lora.context_width)
     return FAMILIES["xl"].title if any(delta.network == "text_encoder_2" for delta in lora.deltas) else "unknown"

@@ -3,64 +3,56 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..app.inspect import Report, inspect
 from .parser import Parser
 
+_OPEN = {"", "parts", "targets", "stable_diffusion", "arguments", "made", "files"}  # entries with rows of their own
 _UNSHOWN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal would obey, or cannot show
-_RECORD = "stable_diffusion"  # the text of an image that is JSON
 
 
 def _lines(report: Report) -> Iterator[str]:
     """Yield the report as aligned lines of text."""
-    rows: list[tuple[str, str]] = []
-    for name, value in report.items():
-        if name == _RECORD:
-            rows += [(key, _text(key, entry)) for key, entry in _entries(name, value)]
-        elif name == "targets":
-            rows += [(network, _text(name, layers)) for network, layers in value.items()]
-        elif name != "parts":
-            rows.append((name, _text(name, value)))
-    parts = report.get("parts", {})
-    indent = max(map(len, [*parts, *(name for name, _ in rows)])) + 2
+    rows = list(_rows("", report))
+    indent = max(len(name) for name, _ in rows) + 2
     for name, text in rows:
         yield _UNSHOWN.sub("\ufffd", f"{name:{indent}}{text}".replace("\n", "\n" + " " * indent))
-    for name, part in parts.items():
-        yield f"{name:{indent}}{_summary(part)}"
+
+
+def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of an entry, or of the entries in it, without those that are empty."""
+    if name in _OPEN and isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _rows(key, entry)
+    elif text := _text(name, value):
+        yield name, text
+
+
+def _text(name: str, value: Any) -> str:
+    match name, value:
+        case "bytes", int():
+            return f"{value / 1e6:,.1f} MB"
+        case "parameters", int():
+            return f"{value:,}"
+        case "types", dict():
+            return "+".join(type_ for type_ in value if type_ != "uint32")  # of quantized weights
+        case _, {"class": _, "parameters": _}:
+            return _summary(value)
+        case _, dict():
+            return ", ".join(f"{key} {entry}" for key, entry in value.items())
+        case _, list():
+            return ", ".join(":".join(map(str, v)) if isinstance(v, list) else str(v) for v in value) or "none"
+    return str(value)
 
 
 def _summary(part: Report) -> str:
     """Return a line about a network; the numbers are aligned with those of others."""
-    types = "+".join(name for name in part["types"] if name != "uint32")  # of quantized weights
-    line = f"{part['parameters']:>13,}  {part['bytes'] / 1e6:>8,.1f} MB  {types}  {part['class']}"
+    line = f"{part['parameters']:>13,}  {part['bytes'] / 1e6:>8,.1f} MB"
+    line += f"  {_text('types', part['types'])}  {part['class']}"
     line += f"  {part['bits']} bits in groups of {part['group_size']}" if "bits" in part else ""
     return line + (f"  {part['files']} files" if part["files"] > 1 else "")
-
-
-def _entries(name: str, record: Any) -> Iterable[tuple[str, Any]]:
-    """Yield (name, value) of a record's entries, without those that are empty or off."""
-    if not isinstance(record, dict):
-        yield name, record
-        return
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from value.items() if key == "files" else _entries(key, value)
-        elif value is not None and value is not False and value not in ("", []):
-            yield key, value
-
-
-def _text(name: str, value: Any) -> str:
-    if name == "bytes" and isinstance(value, int):
-        return f"{value / 1e6:,.1f} MB"
-    if name == "parameters" and isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    if isinstance(value, list):
-        return ", ".join(":".join(map(str, v)) if isinstance(v, list) else str(v) for v in value) or "none"
-    return str(value)
 
 
 def make_parser(prog: str | None = None) -> Parser:

@@ -118,7 +118,7 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) 
     read = lora.context_width
     width = read if "unet" not in networks else max(networks["unet"].config.cross_attention_dim)
     if read not in (None, width):
-        family, model = (f"{family_title(w)} (prompts {w} wide)" for w in (read, width))
+        family, model = family_title(read), family_title(width)
         raise ValueError(f"{lora.path} is a LoRA for {family} and this model is {model}: choose one made for it")
     matched, misshapen = set(), []
     for name, network in networks.items():

@@ -153,8 +153,8 @@ def family_of_pipeline(name: str) -> Family:
 
 
 def family_title(width: int) -> str:
-    """Return the name of the family whose prompts are ``width`` channels wide, or "unknown"."""
-    return next((family.title for family in FAMILIES.values() if family.context_width == width), "unknown")
+    """Return the name of the family whose prompts are ``width`` channels wide, or "unknown (prompts 512 wide)"."""
+    return next((f.title for f in FAMILIES.values() if f.context_width == width), f"unknown (prompts {width} wide)")
 
 
 def part_of_class(name: str) -> str | None:

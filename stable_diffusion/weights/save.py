@@ -55,25 +55,20 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_sha
     They are taken out of the dictionary as they are written, so that no more than one is in memory. Returns the files.
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in sorted(tensors):
-        size += tensors[name].nbytes
-        if shards[-1] and size > max_shard_size:
-            shards.append([])
-            size = tensors[name].nbytes
-        shards[-1].append(name)
-    files = [folder / f"{stem}.safetensors"]
-    if len(shards) > 1:
-        files = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        index = {
-            "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
-            "weight_map": {name: file.name for names, file in zip(shards, files, strict=True) for name in names},
-        }
+    from huggingface_hub import split_state_dict_into_shards_factory  # not before it is needed
+
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name].nbytes for name in sorted(tensors)},
+        get_storage_size=int,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
-    for names, file in zip(shards, files, strict=True):
-        write_safetensors(file, names, tensors)
-    return files
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, names, tensors)
+    return [folder / file for file in split.filename_to_tensors]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -83,10 +78,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
+    """Make a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
 
     It stands beside ``path`` until all of it is on the disk. What a killed run left of the same folder is removed.
-    Raises ValueError when there is something at ``path`` or another run is writing it.
+    Raises ValueError as :func:`check_new`, and while another run is writing ``path``.
     """
     path = check_new(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -96,9 +91,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # a network's file system without locks: two runs at once are not noticed there
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends, however it ends
-            except BlockingIOError as error:
-                message = f"{path} is being written by another run: wait for it, or choose another name"
-                raise ValueError(message) from error
+            except BlockingIOError:
+                raise ValueError(f"{path} is being written by another run: wait, or choose another name") from None
         try:
             for child in partial.iterdir():
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
@@ -135,7 +129,6 @@ def check_space(path: Path, size: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """See a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -71,21 +71,21 @@ def with_unet(folder: Path, sd1_folder: Path, config: dict) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name, family, reads",
+    "name, family, mode",
     [
-        ("sd2", "Stable Diffusion 2", None),
-        ("inpaint", "Stable Diffusion 1", "masked images"),
-        ("pix2pix", "Stable Diffusion 1", "images to edit"),
-        ("refiner", "Stable Diffusion XL refiner", None),
+        ("sd2", "Stable Diffusion 2", "text"),
+        ("inpaint", "Stable Diffusion 1", "masks"),
+        ("pix2pix", "Stable Diffusion 1", "instructions"),
+        ("refiner", "Stable Diffusion XL refiner", "text"),
     ],
 )
-def test_families(tmp_path, sd1_folder, name, family, reads):
+def test_families(tmp_path, sd1_folder, name, family, mode):
     width = {"refiner": 1280}.get(name, UNETS[name]["cross_attention_dim"])
     folder = with_unet(tmp_path / "new", sd1_folder, UNETS[name] | {"cross_attention_dim": width})
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     report = inspect(folder)
-    assert (report["family"], report.get("reads"), report["prediction"]) == (family, reads, "sample")
+    assert (report["family"], report["mode"], report["prediction"]) == (family, mode, "sample")
 
 
 def test_a_single_file(tmp_path, sd1_folder):
@@ -204,7 +204,7 @@ def test_an_embedding_of_the_web_ui(tmp_path):
 
 RECORD = {
     "script": "txt2image",
-    "arguments": {"prompt": "a\ncat \udcff", "seed": 7, "cfg": 2.5, "lora": [["x", 0.5]], "canny": False, "mask": None},
+    "arguments": {"prompt": "a\ncat \udcff", "seed": 7, "cfg": 2.5, "lora": [["x", 0.5]], "float16": False},
     "files": {"tiny unet/a.safetensors": {"sha256": "abc", "hub": "some/one@123"}},
     "software": {"mlx": "0.1"},
 }

@@ -29,7 +29,7 @@ def offline(monkeypatch):
 
 
 def test_a_picture(tmp_path, capsys, offline):
-    """A terminal is not told what to do; a number of 0 is said, a flag that is off is not."""
+    """A terminal is not told what to do; what is 0 or off is said."""
     path, record = tmp_path / "a.png", RECORD | {"arguments": RECORD["arguments"] | {"seed": 0}}
     texts = {"parameters": SAID, "stable_diffusion": json.dumps(record), "c\x1bc": "d"}
     save_image(Image.new("RGB", (8, 8)), path, texts)
@@ -39,9 +39,9 @@ def test_a_picture(tmp_path, capsys, offline):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     at = max(len(name) for name in RECORD["files"]) + 2
     names, values = (" ".join(" ".join(line[part] for line in lines).split()) for part in (slice(at), slice(at, None)))
-    assert names == "path kind parameters script prompt seed cfg lora tiny unet/a.safetensors mlx c\ufffdc"
-    said = "image a cat\ufffd[2J Steps: 1 txt2image a cat \ufffd 0 2.5 x:0.5 sha256 abc, hub some/one@123 0.1 d"
-    assert values == f"{path} {said}"
+    assert names == "path kind parameters script prompt seed cfg lora float16 tiny unet/a.safetensors software c\ufffdc"
+    said = "image a cat\ufffd[2J Steps: 1 txt2image a cat \ufffd 0 2.5 x:0.5 False sha256 abc, hub some/one@123 mlx 0.1"
+    assert values == f"{path} {said} d"
 
 
 def test_lines_are_aligned(capsys, offline, tmp_path):

@@ -97,7 +97,7 @@ def test_shards(tmp_path):
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
     files = write_weights(tmp_path, "model", {"a": mx.ones(10), "b": mx.ones(1000), "c": mx.ones(10)}, 500)
-    assert [list(mx.load(str(file))) for file in files] == [["a"], ["b"], ["c"]]
+    assert [set(mx.load(str(file))) for file in files] == [{"b"}, {"a", "c"}]
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):
