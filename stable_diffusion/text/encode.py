@@ -115,17 +115,17 @@ def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
 def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.array]) -> list[Conditioning]:
     """Lengthen all to the chunks of the longest with ``empty()``, an encoded empty prompt [1, 77, C]."""
     length = max(c.context.shape[1] for c in conditionings)
-    if all(c.context.shape[1] == length for c in conditionings):
-        return list(conditionings)
-    filling = empty()
 
-    def lengthen(a: mx.array | None) -> mx.array | None:
-        if a is None:
-            return None
-        chunks = (length - a.shape[1]) // filling.shape[1]
-        return mx.concatenate([a, mx.tile(filling.astype(a.dtype), (len(a), chunks, 1))], axis=1)
+    def lengthen(c: Conditioning) -> Conditioning:
+        rows, missing = len(c.rows), length - c.context.shape[1]
+        if missing == 0:
+            return c
+        filling = empty().astype(c.context.dtype)
+        filling = mx.tile(filling, (rows, missing // filling.shape[1], 1))
+        prompts = {name: array for name, array in c.arrays().items() if name in ("context", "v_context")}
+        return replace(c, **{name: mx.concatenate([array, filling], axis=1) for name, array in prompts.items()})
 
-    return [replace(c, context=lengthen(c.context), v_context=lengthen(c.v_context)) for c in conditionings]
+    return list(map(lengthen, conditionings))
 
 
 class ReadingKeywords(TypedDict, total=False):
@@ -217,7 +217,6 @@ def _encode_pieces(
     pieces: tuple[Piece, ...], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
 ) -> Conditioning:
     """Encode one prompt: context [1, 77 * chunks, C] and XL's pooled vector [1, P]."""
-    is_weighted = any(piece.weight != 1 for piece in pieces)
     states, weighted, pooled = [], [], None
     for tokenizer, encoder in encoders:
         start, end, pad = ((id_, 1.0) for id_ in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
@@ -233,15 +232,13 @@ def _encode_pieces(
         else:
             state = output.last_hidden_state
         states.append(state)
-        if is_weighted:
-            weights = mx.array([[weight for _, weight in row] for row in rows])
-            weighted.append(_emphasise(state, weights, restore_mean=emphasis == "mean"))
-    unweighted = mx.concatenate(states, axis=-1).flatten(0, 1)[None]
-    if not is_weighted:
-        return Conditioning(unweighted, pooled)
-    emphasised = mx.concatenate(weighted, axis=-1).flatten(0, 1)[None]
+        weights = mx.array([[weight for _, weight in row] for row in rows])
+        weighted.append(_emphasise(state, weights, restore_mean=emphasis == "mean"))
+    context, emphasised = (mx.concatenate(x, axis=-1).flatten(0, 1)[None] for x in (states, weighted))
+    if all(piece.weight == 1 for piece in pieces):
+        return Conditioning(context, pooled)
     if emphasis == "values":
-        return Conditioning(unweighted, pooled, v_context=emphasised)
+        return Conditioning(context, pooled, v_context=emphasised)
     return Conditioning(emphasised, pooled)
 
 

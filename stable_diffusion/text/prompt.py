@@ -17,7 +17,6 @@ Weights multiply where brackets are nested.
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -177,32 +176,25 @@ class _Reader:
         self.open: list[str] = []  # the wildcards being read
 
     def read(self, text: str) -> _Items:
-        levels: list[tuple[str, _Items]] = [("", [])]  # open brackets, each with the items behind it
-        opened: Counter[str | None] = Counter()
-
-        def close(first: int) -> _Items:
-            """Return the items behind a bracket; those that were opened in it have no partner and are text."""
-            items: _Items = []
-            for bracket, inner in levels[first:]:
-                items += [bracket, *inner]
-                opened[bracket] -= 1
-            del levels[first:]
-            return items[1:]
-
+        items: _Items = []
+        opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their places in the items
         for token in _TOKEN.findall(text):
             partner = _PARTNERS.get(token)
-            if token in _PARTNERS.values():
-                levels.append((token, []))
-                opened[token] += 1
-            elif opened[partner]:
-                items = close(next(i for i in reversed(range(len(levels))) if levels[i][0] == partner))
-                levels[-1][1].append(self._group(partner, items))
+            if token in opened:
+                opened[token].append(len(items))
+                items.append(token)
+            elif partner and opened[partner]:
+                start = opened[partner].pop()
+                for places in opened.values():  # what was opened within has no partner and is text
+                    while places and places[-1] > start:
+                        places.pop()
+                items[start:] = [self._group(partner, items[start + 1 :])]
             elif self.lines:
                 names = _WILDCARD.split(token)
-                levels[-1][1].extend(self._wildcard(name) if i % 2 else name for i, name in enumerate(names))
+                items += [self._wildcard(name) if i % 2 else name for i, name in enumerate(names)]
             else:
-                levels[-1][1].extend(_KEYWORD.split(token))
-        return _weigh(close(0))
+                items += _KEYWORD.split(token)
+        return _weigh(items)
 
     def _group(self, bracket: str, items: _Items) -> _Group:
         """Read "(words:1.3)", "(words)", "{a|b}", "[a|b]", "[from:to:0.4]", "[to:0.4]" or "[words]"."""

@@ -92,8 +92,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str, pad_token: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or tokenizer.json where these are missing.
 
-        The special tokens come from special_tokens_map.json, else from tokenizer_config.json. The latter alone counts,
-        as in the reference, when it has a table of added tokens. A ``pad_token`` takes the place of theirs.
+        The special tokens come from special_tokens_map.json, else from tokenizer_config.json, which alone counts when
+        it has a table of added tokens, as in the reference. A ``pad_token`` takes the place of theirs.
         Raises ValueError, one line that names the file and the key, for what is missing or malformed.
         """
         folder = Path(folder)
@@ -251,7 +251,7 @@ def _read_text(path: Path) -> str:
 
 
 def _token(value: str | dict[str, Any]) -> dict[str, bool]:
-    """Read a token, a string or the fields of an AddedToken: text -> whether it is looked for after normalisation."""
+    """Read a string or the fields of an AddedToken: text -> whether it is looked for after normalisation."""
     if isinstance(value, str):
         return {value: False}
     text = value["content"] + ""  # TypeError for what is no text
