@@ -16,17 +16,13 @@ TEXTS = {
     "a (cat):1.3 b": [("a ", 1), ("cat", 1.3), (" b", 1)],
     "a (cat): b": [("a ", 1), ("cat", 1.1), (": b", 1)],
     "a (cat):1.5x": [("a ", 1), ("cat", 1.1), (":1.5x", 1)],
-    "(2)": [("2", 1.1)],
-    "[cat] 3:2": [("cat", 1 / 1.1), (" 3:2", 1)],
     "((cat))": [("cat", 1.1 * 1.1)],
     "(a [b] (c:2) d:0.5)": [("a ", 0.5), ("b", 0.5 / 1.1), ("c", 1.0), (" d", 0.5)],
     "(cat:0) (dog:-1.5)": [("cat", 0), ("dog", -1.5)],
     "(cat:1)s": [("cats", 1)],
-    "a sign saying: open :)": [("a sign saying: open :)", 1)],
     r"a \(cat\) \[b\] \{c\} \\": [("a (cat) [b] {c} \\", 1)],
     r"(smile \:\):1.2)": [("smile :)", 1.2)],
     "((cat": [("((cat", 1)],
-    "cat)]}": [("cat)]}", 1)],
     "([cat)]": [("[cat", 1.1), ("]", 1)],
     "(a BREAK b:2)": [("a ", 2), BREAK, (" b", 2)],
     r"BREAKFAST \BREAK": [("BREAKFAST BREAK", 1)],
@@ -79,6 +75,7 @@ LISTS = {
     "colour": ["red", "{light|dark} blue"],
     "animal": ["cat", "(dog:1.5)", "__colour__ bird"],
     "odd/one": ["a | b: c)"],
+    "odd/two": ["(q", "[s:t:0.5]", r"\__animal__"],
     "two": ["__one-way__ x"],
     "one-way": ["__two__"],
     "self": ["__self__"],
@@ -222,24 +219,17 @@ def test_blocks_have_shares_of_the_sum_of_weights():
 def test_random_text_is_read_or_refused_and_written_stably():
     """The documented error or none, and what is written reads back as the same pieces."""
     letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
-    letters += ["__", "__a__", "__b/c__", "\\_"]
-    lines = {"a": ["x", "{y|(z:2)}", "__b/c__ w"], "b/c": ["(q", "[s:t:0.5]", r"\__a__"]}
+    letters += ["__", "__animal__", "__odd/two__", "\\_"]
     generator, refused = random.Random(0), 0
-
-    def ask(name: str) -> list[str]:
-        if name not in lines:
-            raise ValueError(f"no wildcard {name}")
-        return lines[name]
-
     for number in range(3_000):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
-        wildcards = ask if number % 2 else None
+        wildcards = lists if number % 2 else None
         with suppress(ValueError):  # of weights that sum to 0
             parts(text, weight_blocks=True)
         try:
             prompts = expand(text, wildcards=wildcards)
         except ValueError as error:
-            assert any(known in str(error) for known in ("nested more than", "at most 10000", "no wildcard"))
+            assert any(known in str(error) for known in ("nested more than", "at most 10000", "there is no"))
             refused += 1
             continue
         for prompt in {prompts[0], prompts[-1], *expand(text, 1, wildcards)}:
@@ -249,18 +239,11 @@ def test_random_text_is_read_or_refused_and_written_stably():
     assert refused < 600
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "(" * 200_000,
-        "(a)" * 50_000,
-        "([" * 60 + "x" * 100_000,
-        "[a:" + "1" * 100_000 + "x]",
-        "__a" * 50_000,
-        "_" * 200_000,
-        "{[" * 50_000 + ")" * 100_000,
-    ],
-)
+LONG = ["(" * 200_000, "(a)" * 50_000, "([" * 60 + "x" * 100_000, "{[" * 50_000 + ")" * 100_000]
+LONG += ["[a:" + "1" * 100_000 + "x]", "__a" * 50_000, "_" * 200_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: text[:9])
 def test_long_text_takes_linear_time(text):
     start = time.monotonic()
     parts(expand(text, None, lambda name: [name])[0])

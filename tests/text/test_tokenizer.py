@@ -123,9 +123,13 @@ def pair(request, bpe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sd1(bpe, tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp("sd1"), bpe, *CONFIGS["sd1"])
-    return Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+def sd1_folder(bpe, tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("sd1"), bpe, *CONFIGS["sd1"])
+
+
+@pytest.fixture(scope="session")
+def sd1(sd1_folder):
+    return Tokenizer.from_folder(sd1_folder), CLIPTokenizer.from_pretrained(sd1_folder)
 
 
 # By Python 3.13 at most: Unicode 15. The libraries of the reference, 9 to 17, and ours differ in what came later.
@@ -163,10 +167,7 @@ def test_picked_and_random_strings(pair):
 
 
 def test_every_assigned_character_in_a_word(sd1):
-    """Between a letter and a symbol: how that splits tells the class, and the bytes tell case and composition.
-
-    Of the ideographs above U+20000 a sample.
-    """
+    """How it splits from a letter and a symbol tells its class. Of the ideographs above U+20000 a sample."""
     chars = [chr(c) for c in ASSIGNED if c < 0x20000 or c % 37 == 0]
     assert_equal_ids(*sd1, [" ".join(f"a{c}." for c in chars[i : i + 64]) for i in range(0, len(chars), 64)])
 
@@ -177,16 +178,11 @@ def test_order_of_combining_marks(sd1):
     assert_equal_ids(*sd1, [" ".join(f"e{m}{p} e{p}{m}" for m in marks) for p in probes])
 
 
-def test_pad_tokens(bpe, tmp_path):
-    folders = {name: write_folder(tmp_path / name, bpe, *files) for name, files in CONFIGS.items()}
-    tokenizers = {name: Tokenizer.from_folder(folder) for name, folder in folders.items()}
-    assert all(CLIPTokenizer.from_pretrained(folders[name]).pad_token_id == tokenizers[name].pad_id for name in CONFIGS)
-    assert {(ours.bos_id, ours.eos_id) for ours in tokenizers.values()} == {(bpe[0][BOS], bpe[0][EOS])}
-    with_end = {name for name, ours in tokenizers.items() if ours.pad_id == ours.eos_id}
-    assert with_end == {"nothing", "sd1", "textual inversion"}
-    assert {ours.pad_id for name, ours in tokenizers.items() if name not in with_end} == {bpe[0]["!"]}
-    assert Tokenizer(*bpe, pad_token="!").pad_id == Tokenizer.from_folder(folders["sd1"], "!").pad_id == bpe[0]["!"]
-    assert [tokenizers[name].max_length for name in ("sd1", "additional", "textual inversion")] == [77, 77, 20]
+def test_special_tokens_and_length(pair):
+    ours, theirs = pair
+    ids = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == ids
+    assert ours.max_length == (theirs.model_max_length if theirs.model_max_length < 10_000 else 77)
 
 
 def test_decode(sd1):
@@ -205,8 +201,7 @@ def test_tokenize_as_in_mlx_examples(sd1):
     ours, _ = sd1
     ids = ours.encode("a cat")
     assert ours.tokenize("a cat") == [ours.bos_id, *ids, ours.eos_id]
-    assert ours.tokenize("a cat", prepend_bos=False) == [*ids, ours.eos_id]
-    assert ours.tokenize("a cat", append_eos=False) == [ours.bos_id, *ids]
+    assert ours.tokenize("a cat", prepend_bos=False, append_eos=False) == ids
     assert ours.tokenize(["a cat", ""]) == [[ours.bos_id, *ids, ours.eos_id], [ours.bos_id, ours.eos_id]]
     assert len(ours.tokenize("cat " * 100)) == 102
     assert (ours.bos_token, ours.eos_token) == (ours.bos_id, ours.eos_id)
@@ -270,8 +265,6 @@ def test_what_transformers_5_saves(bpe, tmp_path):
         ("special_tokens_map.json", '{"additional_special_tokens": "ab"}', "special_tokens_map.json: 'additional_sp"),
         ("added_tokens.json", '{"a": "b"}', "added_tokens.json: 'a'"),
         ("merges.txt", "#version: 0.2\na b c\n", "merge 1, 'a b c', is not two tokens"),
-        ("merges.txt", "#version: 0.2\n" + "q \u0142\n" * 2, "merge 1"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', "tokenizer_config.json: 'added_tokens_decoder'"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "a"}}', "tokenizer_config.json: 'added_tokens_dec"),
         ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json: 'model_max_length'"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not readable as JSON"),
@@ -322,6 +315,10 @@ def test_words_added_after_training_in_the_old_file(bpe, tmp_path):
     count = len(bpe[0])
     (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": count + 1, "<dog>": count}))
     assert Tokenizer.from_folder(folder).encode("<Cat-Toy><dog>") == [count + 1, count]
+
+
+def test_a_given_pad_token_is_taken(bpe, sd1_folder):
+    assert Tokenizer(*bpe, pad_token="!").pad_id == Tokenizer.from_folder(sd1_folder, "!").pad_id == bpe[0]["!"]
 
 
 def test_bad_arguments(bpe, sd1):
