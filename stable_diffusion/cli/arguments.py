@@ -13,7 +13,6 @@ from ..app.metadata import Record, read_record, remarks
 from ..app.preview import PreviewSettings
 from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
-from ..diffusion.samplers import table
 from ..images.files import SUFFIXES
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
@@ -42,9 +41,6 @@ def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Co
     """Read the arguments of "txt2image" or "image2image" (None: the process's). Exits with one line for a mistake."""
     parser = script_parser(script, prog)
     arguments = vars(parser.parse_args(argv))
-    if "list_samplers" in arguments:
-        print(table())
-        parser.exit()
     try:
         return _command(parser, script, arguments)
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
-from ..diffusion.samplers import find_sampler
+from ..diffusion.samplers import find_sampler, table
 from ..diffusion.schedule import SCHEDULES
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
@@ -106,7 +106,7 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
     if from_image:
         parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
     parser.add_argument("prompt", type=text, nargs="?", help="what to show")
-    parser.add_argument("--list_samplers", action="store_true", help="print the samplers and leave")
+    parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and leave")
     for title, about in ABOUT.items():
         parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions

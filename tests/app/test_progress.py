@@ -13,13 +13,6 @@ from stable_diffusion.app import progress
 from stable_diffusion.app.engine import Step
 
 
-class Terminal(io.StringIO):
-    """A stderr that somebody looks at."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 class Eager(tqdm):
     """A bar that is drawn after every step, however short it was."""
 
@@ -34,8 +27,9 @@ def watched(monkeypatch):
     monkeypatch.setattr(mx, "get_active_memory", lambda: 5.25e9)
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 6.5e9)
 
-    def call(seconds, later=0, index="", stream=None, on_begin=lambda: None):
-        clock, batch, stream = [100.0], SimpleNamespace(index=index), stream or Terminal()
+    def call(seconds, later=0, index="", is_terminal=True, on_begin=lambda: None):
+        clock, batch, stream = [100.0], SimpleNamespace(index=index), io.StringIO()
+        stream.isatty = lambda: is_terminal
         monkeypatch.setattr(progress, "perf_counter", lambda: clock[0])
         with redirect_stderr(stream):
             bar = progress.ProgressBar()
@@ -76,7 +70,7 @@ def test_time_that_is_left_counts_the_runs_to_come(watched):
 
 
 def test_nothing_is_written_where_there_is_no_terminal(watched):
-    assert watched([1.0, 1.0], stream=io.StringIO()) == ""
+    assert watched([1.0, 1.0], is_terminal=False) == ""
 
 
 def test_remarks_stand_on_lines_of_their_own_and_are_said_once(watched):

@@ -63,15 +63,6 @@ def test_as_a_program(tmp_path):
     assert "8 bits" in result.stderr.splitlines()[0]
 
 
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as error:
-        main(list(arguments))
-    assert error.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("python -m stable_diffusion convert: error: ")
-    return line
-
-
 @pytest.mark.parametrize(
     "error, code", [(RuntimeError("[read] gone"), 1), (MemoryError(), 1), (KeyboardInterrupt(), 130)]
 )
@@ -87,13 +78,6 @@ def test_what_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_a_destination_that_is_taken(tmp_path, capsys):
-    """It is refused before the source is looked for."""
-    (tmp_path / "mine").write_text("x")
-    assert "is not empty: choose another name, or remove it" in refused(capsys, "nothing", str(tmp_path))
-    assert os.listdir(tmp_path) == ["mine"]
-
-
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -102,12 +86,19 @@ def test_a_destination_that_is_taken(tmp_path, capsys):
         (["tiny", "--max_shard_size", "many"], "'many' is not a size such as 5GB or 500MB"),
         (["tiny", "--lora", "no-such.safetensors:0.5"], "there is no LoRA at no-such.safetensors"),
         (["tiny", "--revision", "main"], "revision"),
+        (["no-such-model", "taken"], "is not empty: choose another name, or remove it"),  # before the source is sought
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, named):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
     source, *options = arguments
-    assert named in refused(capsys, source, str(tmp_path / "new"), *options)
-    assert os.listdir(tmp_path) == []
+    dest = tmp_path / (options.pop() if options == ["taken"] else "new")
+    with pytest.raises(SystemExit) as error:
+        main([source, str(dest), *options])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and line.startswith("python -m stable_diffusion convert: error: ") and named in line
+    assert os.listdir(tmp_path) == ["taken"]
 
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5g", 1_500_000_000), ("300MB", 3 * 10**8), ("7", 7)])

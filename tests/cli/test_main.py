@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from command_line import PROMPT, names, pixels, process
 from stable_diffusion import SAMPLERS
 from stable_diffusion.app import engine
+from stable_diffusion.cli import arguments
 from stable_diffusion.cli.flags import FOREIGN
 from stable_diffusion.cli.parser import script_parser
 from stable_diffusion.models.unet import UNet2DConditionModel
@@ -34,9 +34,8 @@ def make_image(run, models, tmp_path):
 
     def call(*options, model: str = "sd", prompt: str = PROMPT) -> np.ndarray:
         output = tmp_path / "made.png"
-        run(
-            "txt2image", prompt, "--model", models[model], *SMALL, "--output", output, "--overwrite", *options
-        ).succeeded()
+        given = ["--model", models[model], *SMALL, "--output", output, "--overwrite", *options]
+        run("txt2image", prompt, *given).succeeded()
         return pixels(output)
 
     return call
@@ -116,11 +115,13 @@ def test_refused(run, no_model, tmp_path, options, words):
     assert names(tmp_path) == ["taken_2.png"]
 
 
-def test_bad_prompts(run, no_model):
+def test_bad_prompts(run, no_model, tmp_path):
     run("txt2image").refused("give a prompt, or --prompt_file")
     run("image2image", "in.png").refused("prompt")
     run("txt2image", "a \udcff").refused("'a \\udcff'", "Unicode")
     run("txt2image", "{a|b|c|d|e|f|g|h|i|j}" * 9).refused("at most 10000")
+    run("txt2image", "a", "--prompt_file", "prompts.txt").refused("a prompt or a file of them")
+    run("txt2image", "--prompt_file", tmp_path / "none.txt").refused("none.txt", "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,6 @@ def test_bad_files_of_prompts(run, no_model, tmp_path, text, words):
     run("txt2image", "--prompt_file", file).refused(*words)
 
 
-def test_a_prompt_and_no_file_of_prompts(run, no_model, tmp_path):
-    run("txt2image", "a", "--prompt_file", "prompts.txt").refused("a prompt or a file of them")
-    run("txt2image", "--prompt_file", tmp_path / "none.txt").refused("none.txt", "cannot be read")
-
-
 # --- refused by the loader -------------------------------------------------------------------------------------------
 
 
@@ -151,18 +147,10 @@ def test_unknown_model(run):
     run("txt2image", PROMPT, "--model", "sdx").refused("'sdx'", "sdxl-turbo", "sd15", "tiny", "a folder")
 
 
-@pytest.mark.parametrize(
-    "file, changes",
-    [
-        ("unet/config.json", {"act_fn": "mish", "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}),
-        ("vae/config.json", {"act_fn": "mish"}),
-        ("text_encoder/config.json", {"hidden_act": "relu"}),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}),
-    ],
-)
-def test_configs_with_unknown_values(run, models, tmp_path, file, changes):
+def test_a_config_with_unknown_values(run, models, tmp_path):
     """Each of them is named, before any step."""
-    path = shutil.copytree(models["sd"], tmp_path / "model") / file
+    path = shutil.copytree(models["sd"], tmp_path / "model") / "unet" / "config.json"
+    changes = {"act_fn": "mish", "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     done = run("txt2image", PROMPT, "--model", tmp_path / "model", "--output", tmp_path / "out.png")
     done.refused(*(repr(value) for value in changes.values()))
@@ -217,7 +205,7 @@ def test_a_random_seed_is_printed_and_gives_the_image_again(run, models, tmp_pat
 
 
 def test_the_largest_seed(run, models, tmp_path):
-    options = ["--model", models["sd"], "--steps", 1, "--n_images", 2, "--output", tmp_path / "out.png"]
+    options = ["--model", models["sd"], *SMALL, "--n_images", 2, "--output", tmp_path / "out.png"]
     done = run("txt2image", PROMPT, *options, "--seed", 2**63 - 1).succeeded()
     assert [line.split()[-1] for line in done.out[:2]] == [str(2**63 - 1), str(2**63)]
 
@@ -242,41 +230,21 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "model, options, unet, text",
-    [
-        ("sd", [], set(), set()),
-        ("xl", ["--quantize"], {8}, {4}),
-        ("sd", ["-q", "--unet_bits", 3, "--text_bits", 8], {3}, {8}),
-    ],
+    "options, unet, text",
+    [([], None, None), (["-q"], 8, 4), (["--quantize", "--unet_bits", "3", "--text_bits", "8"], 3, 8)],
 )
-def test_bits(make_image, monkeypatch, model, options, unet, text):
-    found, generate = {}, StableDiffusion.generate_latents
-
-    def spied(self, *args, **kwargs):
-        for name in self.sources.keys() - {"autoencoder"}:
-            modules = getattr(self, name).modules()
-            found[name] = {module.bits for module in modules if isinstance(module, nn.QuantizedLinear)}
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(StableDiffusion, "generate_latents", spied)
-    image = make_image("--seed", 1, *options, model=model)
-    assert found.pop("unet") == unet and set(map(frozenset, found.values())) == {frozenset(text)} and image.std() > 1
+def test_bits(options, unet, text):
+    ((request, _),) = arguments.read("txt2image", [PROMPT, *options]).lines
+    assert engine.chosen_networks(request) == {"parts": {}, "unet_bits": unet, "text_bits": text}
 
 
 @pytest.mark.parametrize(
     "device, options, half", [("cpu", [], False), ("gpu", [], True), ("gpu", ["--no-float16"], False)]
 )
-def test_half_precision_only_on_a_gpu(run, monkeypatch, device, options, half):
-    asked = []
-
-    def refuse(model, float16, **kwargs):
-        asked.append(float16)
-        raise ValueError("seen")
-
-    monkeypatch.setattr(engine, "StableDiffusion", refuse)
+def test_half_precision_only_on_a_gpu(monkeypatch, device, options, half):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
-    run("txt2image", PROMPT, *options).refused("seen")
-    assert asked == [half]
+    ((request, _),) = arguments.read("txt2image", [PROMPT, *options]).lines
+    assert engine.computes_in_half(request) is half
 
 
 def test_models_are_preloaded_before_the_first_step(make_image, monkeypatch):

@@ -55,10 +55,10 @@ def test_each_command_has_its_version_its_help_and_its_errors(call, command):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words, said", [([], "required: command"), (["draw"], "'draw' (choose from")])
-def test_no_such_command(call, words, said):
-    code, out, err = call(*words)
-    assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+def test_no_such_command(call):
+    for words, said in (([], "required: command"), (["draw"], "'draw' (choose from")):
+        code, out, err = call(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -89,10 +89,8 @@ def test_the_examples_of_the_help_are_right(command):
 @pytest.mark.parametrize(
     "line, found",
     [
-        ("txt2image.py --samp", "--sampler "),
         ("txt2image.py --prediction v", "v_prediction "),
         ("image2image.py photo.jpg --stre", "--strength "),
-        ("txt2image.py --stre", ""),
     ],
 )
 def test_argcomplete_completes(tmp_path, line, found):
