@@ -47,47 +47,50 @@ def _tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(write_vocabulary(folder, pad_token))
 
 
-def _encoder(tokenizer: CLIPTokenizer, hidden: int, projection: int | None = None, act: str = "quick_gelu"):
-    config = CLIPTextConfig(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=len(tokenizer),
-        hidden_act=act,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        projection_dim=projection or 512,
-    )
-    return perturb((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), seed=1)
+def _encoder(tokenizer: CLIPTokenizer, cls: type = CLIPTextModel, **values):
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return perturb(cls(CLIPTextConfig(**config | {"vocab_size": len(tokenizer)} | values)), seed=1)
 
 
 def make(
-    folder: Path, family: str, scheduler: diffusers.SchedulerMixin, **pipeline_options
+    folder: Path,
+    family: str,
+    scheduler: diffusers.SchedulerMixin,
+    *,
+    unet: dict | None = None,
+    vae: dict = VAE,
+    encoders: dict | None = None,
+    **pipeline_options,
 ) -> diffusers.DiffusionPipeline:
-    """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object."""
+    """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object.
+
+    ``unet`` and ``vae`` are other configs, ``encoders`` other values in the configs of all text encoders.
+    """
     torch.manual_seed(0)
+    encoders = encoders or {}
+    second = {"cls": CLIPTextModelWithProjection, "hidden_act": "gelu"}
+    second["projection_dim"] = encoders.get("hidden_size", 32)
     xl = family in ("xl", "xl-inpaint", "refiner", "ssd-1b")
     parts = {
-        "unet": perturb(diffusers.UNet2DConditionModel(**UNETS[family]), seed=2),
-        "vae": perturb(diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025 if xl else 0.18215), seed=3),
+        "unet": perturb(diffusers.UNet2DConditionModel(**unet or UNETS[family]), seed=2),
+        "vae": perturb(diffusers.AutoencoderKL(**vae | {"scaling_factor": 0.13025 if xl else 0.18215}), seed=3),
         "scheduler": scheduler,
     }
     vocabulary = folder.parent / f"{folder.name}-vocabulary"
     if family == "refiner":
-        second = _tokenizer(vocabulary / "2", "!")
-        parts |= {"tokenizer": None, "text_encoder": None, "tokenizer_2": second}
-        parts["text_encoder_2"] = _encoder(second, 64, projection=32, act="gelu")
+        parts |= {"tokenizer": None, "text_encoder": None, "tokenizer_2": _tokenizer(vocabulary / "2", "!")}
+        wide = {"hidden_size": 64, "intermediate_size": 128}
+        parts["text_encoder_2"] = _encoder(parts["tokenizer_2"], **second | wide | encoders)
         pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, **pipeline_options)
     elif xl:
-        first, second = _tokenizer(vocabulary / "1", "<|endoftext|>"), _tokenizer(vocabulary / "2", "!")
-        parts |= {"tokenizer": first, "text_encoder": _encoder(first, 32), "tokenizer_2": second}
-        parts["text_encoder_2"] = _encoder(second, 32, projection=32, act="gelu")
+        first, other = _tokenizer(vocabulary / "1", "<|endoftext|>"), _tokenizer(vocabulary / "2", "!")
+        parts |= {"tokenizer": first, "text_encoder": _encoder(first, **encoders), "tokenizer_2": other}
+        parts["text_encoder_2"] = _encoder(other, **second | encoders)
         pipe = diffusers.StableDiffusionXLPipeline(**parts, **pipeline_options)
     else:
         first = _tokenizer(vocabulary / "1", "!" if family.startswith("sd2") else "<|endoftext|>")
-        parts |= {"tokenizer": first, "text_encoder": _encoder(first, 32), "safety_checker": None}
+        parts |= {"tokenizer": first, "text_encoder": _encoder(first, **encoders), "safety_checker": None}
         parts["feature_extractor"] = None
         pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

@@ -180,9 +180,8 @@ def added(changes: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
 
 def changed(model: Model, deltas: dict[tuple[str, str], torch.Tensor], scale: float = 1.0):
     """The torch networks with ``scale`` times ``deltas`` added to their weights, for a while."""
-    return added(
-        [(weight, scale * deltas[n, path].float()) for n, path, weight in layers(model) if (n, path) in deltas]
-    )
+    weights = {(network, path): weight for network, path, weight in layers(model)}
+    return added([(weights[key], scale * delta.float()) for key, delta in deltas.items()])
 
 
 @contextmanager

@@ -42,12 +42,6 @@ def test_files_of_distilled_models():
         assert catalog.distilled(file) is None
 
 
-def test_tiny_is_in_the_package():
-    tiny = catalog.find("tiny")
-    assert tiny.folder.name == "tiny" and tiny.folder.parent.name == "stable_diffusion"
-    assert (tiny.repos, tiny.steps, tiny.guidance) == ((), 20, 4.0)
-
-
 def test_every_repository_has_the_form_of_a_hub_id():
     repos = {repo for entry in catalog.ALIASES.values() for repo in entry.repos}
     mirrors = {repo for mirrors in catalog.MOVED.values() for repo in mirrors}

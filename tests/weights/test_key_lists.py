@@ -43,7 +43,8 @@ FILES = {
     "refiner": (REFINER | {UNET: "UNET-XL-Refiner"}, "StableDiffusionXLImg2Img", "sdxl-refiner"),
     "ssd-1b": (XL | {UNET: "UNET-SSD-1B"}, "StableDiffusionXL", "ssd-1b"),
 }
-BUFFERS = ("alphas_cumprod", "betas", "posterior_variance", "sqrt_recipm1_alphas_cumprod", "model_ema.num_updates")
+BUFFERS = ["alphas_cumprod", "betas", "posterior_variance", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef2"]
+BUFFERS += ["model_ema.num_updates", "model_ema.diffusion_modelout2bias", "first_stage_model.loss.logvar"]
 
 
 def own(tensors: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:

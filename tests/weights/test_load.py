@@ -11,17 +11,12 @@ from models.test_vae import SD as VAE
 from stable_diffusion.weights.files import Component
 from stable_diffusion.weights.load import build, fill, load_component, read_weights, size_in_bytes
 from stable_diffusion.weights.quantize import BITS, quantize
-
-
-def stored(module: nn.Module) -> dict[str, mx.array]:
-    """A module's weights as a checkpoint holds them."""
-    flat = dict(tree_flatten(module.parameters()))
-    return {name: value.transpose(0, 3, 1, 2) if value.ndim == 4 else value for name, value in flat.items()}
+from stable_diffusion.weights.save import stored_tensors
 
 
 def write(folder, name: str, config: dict, dtype: mx.Dtype = mx.float32) -> Component:
     """A component of random weights on disk."""
-    tensors = {key: value.astype(dtype) for key, value in stored(build(name, config)).items()}
+    tensors = {key: value.astype(dtype) for key, value in stored_tensors(build(name, config)).items()}
     file = folder / f"{name}.safetensors"
     mx.save_safetensors(str(file), tensors)
     return Component(name, config, (file,))
@@ -37,7 +32,7 @@ def test_weights_are_cast(tmp_path):
 @pytest.mark.parametrize("part", ["missing", "unexpected", "misshapen"])
 def test_every_tensor_that_does_not_fit_is_named(part):
     module = build("vae", VAE)
-    tensors = stored(module)
+    tensors = stored_tensors(module)
     names = sorted(tensors)
     chosen = names[::7]
     for name in chosen:
@@ -64,7 +59,7 @@ def test_a_wrong_file_is_named(tmp_path):
 
 def test_misshapen_convolutions_are_told_in_the_files_layout():
     module = build("unet", UNETS["sd1"])
-    tensors = stored(module)
+    tensors = stored_tensors(module)
     tensors["conv_in.weight"] = mx.zeros((32, 9, 3, 3))
     with pytest.raises(ValueError, match=r"conv_in.weight \(32, 9, 3, 3\) instead of \(32, 4, 3, 3\)"):
         fill(module, tensors)

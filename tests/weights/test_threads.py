@@ -15,7 +15,7 @@ from configs import UNETS
 from stable_diffusion.weights.files import Component, read_tensors
 from stable_diffusion.weights.load import build, load_component, loading_stream, read_weights
 from stable_diffusion.weights.quantize import quantize
-from stable_diffusion.weights.save import stored_tensors
+from weights.test_load import write
 
 
 def in_a_thread(function, *args):
@@ -30,9 +30,7 @@ def in_a_thread(function, *args):
 
 @pytest.fixture(scope="module")
 def component(tmp_path_factory) -> Component:
-    folder = tmp_path_factory.mktemp("threads")
-    mx.save_safetensors(str(folder / "unet.safetensors"), stored_tensors(build("unet", UNETS["xl"])))
-    return Component("unet", UNETS["xl"], (folder / "unet.safetensors",))
+    return write(tmp_path_factory.mktemp("threads"), "unet", UNETS["xl"])
 
 
 def values(module: nn.Module) -> dict[str, np.ndarray]:

@@ -66,6 +66,7 @@ def whole(head: bytes, data: bytes) -> bytes:
 
 TENSORS = {"down_blocks.0.weight": mx.arange(12.0).reshape(4, 3), "down_blocks.0.bias": mx.arange(5).astype(mx.float16)}
 TENSORS |= {"ids": mx.array([[0, 1]]), "number": mx.array(1.0, dtype=mx.bfloat16), "none": mx.zeros((0, 7), mx.uint8)}
+TENSORS |= {"flag": mx.array([True, False])}
 GOOD = safetensors(**TENSORS)
 LENGTH = struct.unpack_from("<Q", GOOD)[0]
 HEADER, DATA = GOOD[8 : 8 + LENGTH], GOOD[8 + LENGTH :]
