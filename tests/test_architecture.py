@@ -1,6 +1,8 @@
 """The folders are the architecture: each imports only from those below it, and third-party packages have one home."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,12 @@ def test_a_folder_imports_only_from_those_below(file):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
                 assert here in HOMES.get(name.split(".")[0], {here}), f"{name} at line {node.lineno}"
+
+
+def test_what_is_rarely_needed_is_not_imported():
+    """What the import costs is printed by benchmarks.start."""
+    program = [sys.executable, "-c", "import sys, stable_diffusion; print(*sys.modules)"]
+    done = subprocess.run(program, cwd=PACKAGE.parent, check=True, capture_output=True, text=True, timeout=60)
+    loaded = set(done.stdout.split())
+    assert "stable_diffusion.pipeline" in loaded
+    assert not loaded & {"huggingface_hub", "tqdm", "torch", "requests", "httpx", "multiprocessing", "argparse"}

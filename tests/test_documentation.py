@@ -12,15 +12,13 @@ which readers do not see, says what is special about it:
 
 import argparse
 import ast
-import importlib
 import inspect
-import logging
 import re
+import runpy
 import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,8 +29,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
-from stable_diffusion import SAMPLERS
+from stable_diffusion import SAMPLERS, __version__
 from stable_diffusion.diffusion.schedule import SCHEDULES
 from stable_diffusion.weights import catalog, hub
 from tools import flags
@@ -88,22 +87,21 @@ def stop(*args: object, **kwargs: object) -> NoReturn:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The current folder of the commands, with the files that they read; they leave no traces in this process."""
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder of the commands, with the files that they read: a LoRA for one matrix is among them."""
     shutil.copytree(ROOT / "docs" / "pictures", tmp_path / "docs" / "pictures")
     Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "photo.jpg")
-    write_weights(tmp_path)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny"))
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    factors = {f"{layer}_A.weight": mx.full((4, 96), 1 / 96), f"{layer}_B.weight": mx.ones((96, 4))}
+    mx.save_safetensors(str(tmp_path / "style.safetensors"), factors)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)
-    log, limits = logging.getLogger("stable_diffusion"), (mx.set_memory_limit(2**40), mx.set_cache_limit(2**30))
-    before = log.handlers, log.level
-    yield tmp_path
-    log.handlers, log.level = before
-    mx.set_memory_limit(limits[0])
-    mx.set_cache_limit(limits[1])
+    return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # programs that other tests import
 @pytest.mark.parametrize("document", [name for name, text in TEXTS.items() if "```" in text])
 def test_what_is_written_runs(document, folder, request, capsys, monkeypatch):
     names: dict[str, Any] = {}
@@ -133,7 +131,7 @@ def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
         assert mark == "install" or all((ROOT / file).is_file() for file in files), command
         return 0
     assert program in ("python", "python3", ".venv/bin/python"), f"this test does not know {program}"
-    main, *argv = words[1:] if words[0] == "-m" else words
+    run, (main, *argv) = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
     if Path(main).stem in SCRIPTS and not {"--steps", *_SHOWN} & set(argv):
         argv += ["--steps", "3"]
     with monkeypatch.context() as patch:
@@ -141,37 +139,16 @@ def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
         if mark == "minutes":
             parse = argparse.ArgumentParser.parse_args
             patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *given: stop(parse(self, *given)))
+        code = 0
         try:
-            code = (main_of(main) if words[0] == "-m" else SCRIPTS[Path(main).stem])()
+            run(main if words[0] == "-m" else str(ROOT / main), run_name="__main__")
         except Stopped:
             assert mark in ("download", "minutes"), f"{command} asks for a download, and is not marked so"
             return 0
         except SystemExit as leaving:
-            code = leaving.code
+            code = leaving.code or 0
     assert mark not in ("download", "minutes") or code, f"{command} needs no {mark}"
-    return code or 0
-
-
-def main_of(module: str) -> Callable[[], int | None]:
-    found = importlib.import_module(module)
-    if callable(getattr(found, "main", None)):
-        return found.main
-    package = importlib.import_module(f"{module}.__main__")
-    return package.run if module == "stable_diffusion" else package.main
-
-
-def write_weights(folder: Path) -> None:
-    """The bundled model in one file, and a LoRA for one matrix of it."""
-    tiny, whole = ROOT / "stable_diffusion" / "tiny", {}
-    for part in ("unet", "vae", "text_encoder"):
-        (file,) = (tiny / part).glob("*.safetensors")
-        whole |= {f"{part}.{name}": value for name, value in mx.load(str(file)).items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), whole)
-    layer, width = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 96
-    down, up = mx.ones((4, width)) / width, mx.ones((width, 4))
-    mx.save_safetensors(
-        str(folder / "style.safetensors"), {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    )
+    return code
 
 
 def check_pictures(folder: Path) -> None:
@@ -230,34 +207,17 @@ def test_all_pages_are_to_be_found_from_the_readme():
 def test_the_list_of_flags_is_that_of_the_parsers():
     text = flags.DOCUMENT.read_text(encoding="utf-8")
     assert text == flags.renewed(text), "the flags have changed: run python -m tools.flags"
-    listed = set(re.findall(r"^\| (?:`-\w`, )?`(--\w+)", text, re.MULTILINE))
-    known = set.union(*(flags.flags_of(p) for parsers in flags.COMMANDS.values() for p in parsers.values()))
-    assert listed == {name for name in known if "-" not in name[2:]} - {"--help"}
-
-
-# Flags of other programs that the documents speak of.
-OTHERS = {"--medvram", "--lowvram", "--check"}
 
 
 @pytest.mark.parametrize("document", TEXTS)
 def test_no_flag_is_made_up(document):
     """Wherever a flag is written, some command here has it; those of commands in blocks are read by their parsers."""
     known = set.union(*(flags.flags_of(p) for parsers in flags.COMMANDS.values() for p in parsers.values()))
-    known |= OTHERS | {option for name in ("benchmarks", "tools") for option in options_in(ROOT / name)}
+    known |= {"--medvram", "--lowvram", "--check"}  # of other programs
+    for path in (path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")):
+        known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
     written = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[document]))
-    assert not {
-        flag for flag in written if flag not in known and flag.replace("-", "_").replace("__", "--", 1) not in known
-    }
-
-
-def options_in(folder: Path) -> set[str]:
-    """The options that the parsers of the programs in a folder have."""
-    return {
-        node.value
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"--[a-z][\w-]*", node.value)
-    }
+    assert not {flag for flag in written if not {flag, "--" + flag[2:].replace("-", "_")} & known}
 
 
 def messages() -> list[str]:
@@ -328,14 +288,10 @@ def test_places_in_the_architecture_exist():
         elif name.endswith((".py", ".json", ".md")):
             assert any(path.name == name for path in ROOT.rglob(name)), name
         else:
-            *modules, last = name.split(".")
-            where = (ROOT / "stable_diffusion" / f"{modules[0]}.py") if modules else None
-            text = where.read_text(encoding="utf-8") if where and where.is_file() else code
-            assert all(re.search(rf"\b{part}\b", text) for part in (*modules[1:], last)), name
+            assert all(re.search(rf"\b{part}\b", code) for part in name.split(".")), name
 
 
 def test_the_names_in_diffusers():
-    """The table for those who come from there says what is there."""
     section = README.split("\n## Coming from another program\n")[1].split("\n## ")[0]
     cells = [row.split("|")[4] for row in section.replace("\\|", "").splitlines() if row.startswith("| ")]
     names = set(re.findall(r"`(\w+)[=`]", " ".join(cells[1:])))
@@ -374,10 +330,7 @@ def test_the_requirements_are_those_of_the_package():
 
 
 def test_the_newest_version_of_the_changes_is_the_package():
-    from stable_diffusion import __version__
-
-    versions = re.findall(r"^## (\d+\.\d+\.\d+\S*)", TEXTS["CHANGELOG.md"], re.MULTILINE)
-    assert versions[0] == __version__
+    assert re.findall(r"^## (\d+\.\d+\.\d+\S*)", TEXTS["CHANGELOG.md"], re.MULTILINE)[0] == __version__
 
 
 @pytest.mark.parametrize("document", TEXTS)
