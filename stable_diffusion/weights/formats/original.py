@@ -82,10 +82,9 @@ _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 # Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
 _NOT_WEIGHTS = re.compile(r"((^|\.)position_ids|^logit_scale|^attn_mask)$|^(visual|vision_model|visual_projection)\.")
 _BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it
-_OLD = re.compile(f"{_LEGACY.pattern}|{_NOT_WEIGHTS.pattern}|^{re.escape(_BARE_CLIP)}$")
 
 
-def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return the weights of one network under the names of today's diffusers, without what is no weight.
 
     Args:
@@ -96,8 +95,6 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> Mapping[str, mx.
     """
     if kind in PARTS and PARTS[kind].original in tensors:
         tensors = _CONVERTERS[kind](tensors)
-    if not any(map(_OLD.search, tensors)):
-        return tensors
     named = {name: value for name, value in tensors.items() if not _NOT_WEIGHTS.search(name)}
     if _BARE_CLIP in named:
         named = {name if name.startswith("text_projection") else f"text_model.{name}": v for name, v in named.items()}

@@ -49,9 +49,7 @@ def check_safetensors(path: Path) -> None:
         try:
             for name, tensor in json.loads(file.read(length)).items():
                 if name != "__metadata__":
-                    first, end = map(
-                        operator.index, tensor["data_offsets"]
-                    )  # a size with a point, or in quotes, is none
+                    first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
                     spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
             spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
