@@ -60,22 +60,17 @@ class Half(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, half: str):
         super().__init__()
-        encodes, groups, widths = half == "encoder", config.norm_num_groups, config.block_out_channels
-        middle = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
-        into, out = config.in_channels, 2 * config.latent_channels
-        if not encodes:
-            into, out, widths = config.latent_channels, config.out_channels, widths[::-1]
-        blocks = []
-        for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            resample = None if i == len(widths) - 1 else "down" if encodes else "up"
-            channels = [before] + [width] * (config.layers_per_block if encodes else config.layers_per_block + 1)
-            blocks.append(AutoencoderBlock(channels, groups, resample))
+        groups, widths, count = config.norm_num_groups, config.block_out_channels, config.layers_per_block
+        into, out, resample = config.in_channels, 2 * config.latent_channels, "down"
+        self.mid_block = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
+        if half == "decoder":
+            into, out, resample = config.latent_channels, config.out_channels, "up"
+            widths, count = widths[::-1], count + 1
         self.conv_in = nn.Conv2d(into, widths[0], 3, padding=1)
-        self.mid_block = middle
-        if encodes:
-            self.down_blocks = blocks
-        else:
-            self.up_blocks = blocks
+        self[f"{resample}_blocks"] = [
+            AutoencoderBlock([before] + [width] * count, groups, resample if i < len(widths) else None)
+            for i, (before, width) in enumerate(pairwise([widths[0], *widths]), start=1)
+        ]
         self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
 
