@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..models.controlnet import ControlNetModel, T2IAdapter, scaled
+from ..models.controlnet import ControlNetModel, T2IAdapter, scaled_residuals
 from ..models.layers import Context
 from ..models.unet import Residuals
 
@@ -73,7 +73,7 @@ def control_outputs(
             features = _sums(features, added) if features else added
             continue
         temb = control.network.embed_time(t, x.dtype, text_time)
-        down, middle = scaled(control.network(x, temb, context, embedded), control.scale, control.guess)
+        down, middle = scaled_residuals(control.network(x, temb, context, embedded), control.scale, control.guess)
         if control.guess or control.network.config.global_pool_conditions:
             of_cond = is_cond.astype(x.dtype)[:, None, None, None]
             down, middle = [of_cond * residual for residual in down], of_cond * middle

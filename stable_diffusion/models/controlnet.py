@@ -127,7 +127,7 @@ class ControlNetModel(Encoder):
         return down, middle
 
 
-def scaled(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
+def scaled_residuals(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
     """Multiply residuals by ``scale``, and in guess mode the finest by 0.1 and each coarser one by more, up to 1.
 
     Guess mode lets a control image act without a prompt (Zhang et al. 2023): coarse maps hold the content, fine ones

@@ -135,14 +135,6 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     return _scaled_rows(y, mx.rsqrt(squares @ mean + eps), weight, bias).reshape(x.shape)
 
 
-def sum_positions(x: mx.array) -> mx.array:
-    """Sum [B, H, W, C] to [B, 1, 1, C], one axis after the other.
-
-    One long sum over the 512 × 512 positions of a picture would pile up errors of 2e-4.
-    """
-    return x.sum(axis=1, keepdims=True).sum(axis=2, keepdims=True)
-
-
 def _exp(x: mx.array) -> mx.array:
     """exp(x) for -32 <= x <= 0, to 1e-6 of the largest value 1: Taylor's polynomial of x / 16, to the power of 16."""
     return _sixteenth_power(_taylor(x))
