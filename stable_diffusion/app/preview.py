@@ -174,9 +174,9 @@ class PreviewWriter:
                 images = [image for latents in x for image in to_images(decode(latents[None]))]
                 pictures.append(self._grid(images, sides))
                 pictures[-1].thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Resampling.LANCZOS)
-        except ValueError as error:  # pixels that are not finite
-            raise OSError(f"the animation {path} could not be made ({error})") from error
-        write_animation(pictures, path)
+            write_animation(pictures, path)
+        except (OSError, ValueError) as error:  # of a disk, or of pixels that are not finite
+            raise OSError(f"the animation {path} could not be made ({error}); the images are not affected") from error
         self._written.append(path)
         return path
 
@@ -184,17 +184,14 @@ class PreviewWriter:
 def write_animation(frames: Sequence[Image], path: Path) -> None:
     """Write frames of one size as a GIF or WebP, by the suffix, that repeats and rests on its last frame.
 
-    The file appears complete or not at all. Raises OSError, one line.
+    The file appears complete or not at all.
     """
     first, *rest = frames
     each = min(max(_PLAYED // len(frames), _SHORTEST), _LONGEST)
     options = _ANIMATIONS[path.suffix.lower()] | {"duration": [each] * len(rest) + [_LAST], "loop": 0}
-    try:
-        with unfinished(path) as temporary:
-            first.save(temporary, format=path.suffix[1:], save_all=True, append_images=rest, **options)
-            os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise OSError(f"the animation {path} could not be written ({error}); try another folder") from error
+    with unfinished(path) as temporary:
+        first.save(temporary, format=path.suffix[1:], save_all=True, append_images=rest, **options)
+        os.replace(temporary, path)
 
 
 def _check_preview(path: str) -> Path:

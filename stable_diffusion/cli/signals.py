@@ -36,7 +36,7 @@ def signals(say: Callable[[str], None]) -> Iterator[Stop]:
 
     receiver, sender = socketpair()
     sender.setblocking(False)  # a handler must not wait
-    watched = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    watched = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     wakeup, handlers = signal.set_wakeup_fd(sender.fileno()), {n: signal.signal(n, note) for n in watched}
     watcher = threading.Thread(target=_watch, args=(receiver, stop, say), daemon=True)
     watcher.start()

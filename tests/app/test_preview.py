@@ -275,10 +275,10 @@ def test_an_animation_of_one_frame(tmp_path):
         assert (film.size, film.n_frames) == ((30, 20), 1)
 
 
-def test_an_animation_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_an_animation_that_cannot_be_written_leaves_nothing(sd, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match=r"the animation .*film.gif could not be written \(the disk is full\)"):
-        preview.write_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "film.gif")
+    with pytest.raises(OSError, match=r"the animation .*film.gif could not be made \(the disk is full\)"):
+        animated(tmp_path / "film.gif", sd)
     assert names(tmp_path) == [] and not files.UNFINISHED
 
 

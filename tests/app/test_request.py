@@ -125,7 +125,6 @@ def test_a_resolved_prompt_is_not_resolved_again():
     [
         ([], [(100, 101, 102, 103)]),
         (["--seed", 7, "--n_images", 2], [(7, 8)]),
-        (["--seed", "3,1,2"], [(3, 1, 2)]),
         (["--seed", "5-7", "--n_images", 3], [(5, 6, 7)]),
         (["--seed", "1,5-7"], [(1, 5, 6, 7)]),
         (["--steps", "10,20"], [(100,), (100,)]),
@@ -198,7 +197,6 @@ def test_lines_that_are_refused(run, no_model, prompts):
         ("a --seed 1,,2", ["--seed", "'' is not a whole number"]),
         ("a --seed 20-1", ["--seed", "'20-1' goes down", "1-20"]),
         ("a --seed 1-99999999999", ["--seed", "'1-99999999999' is more than 9999 values", "fewer"]),
-        (f"a --seed 1-{2**63}", ["--seed", f"'{2**63}' is not a whole number"]),
         ("a --steps 1-20", ["--steps", "'1-20' is not a whole number"]),
         ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "euler, euler_a"]),
     ],

@@ -93,15 +93,12 @@ CASES = [
     Case("nothing", left=ALL),
     # --- Ctrl-C and SIGTERM
     Case("Ctrl-C as the model is opened", "at(cli, 'open_model', 1, send(INT))", code=130, says=STOPPED),
-    Case("Ctrl-C in a step", "at(*step, 2, send(INT))", code=130, says=STOPPED, left="a_1_partial.png"),
-    Case("Ctrl-C in a decoding", "at(*decode, 1, send(INT))", code=130, says=STOPPED, left="a_1.png"),
     Case("Ctrl-C in the last writing", "at(*write, 2, send(INT))", code=130, says=STOPPED, left="a_1.png a_2.png"),
     Case("Ctrl-C twice in the second batch", f"at(*step, 5, {TWICE})", code=130, left="a_1.png"),
     Case("Ctrl-C twice in a writing", f"PIL.Image.Image.save = half_and({TWICE})", code=130, tells=0),
     Case("SIGTERM in a step", "at(*step, 2, send(TERM))", code=143, says=STOPPED, left="a_1_partial.png"),
     # --- killed
     Case("killed in the second writing", "at(*write, 2, half_and(send(KILL)))", code=-9, left="a_1.png"),
-    Case("killed as a preview is written", "at(*write, 1, half_and(send(KILL)))", "--preview OUT/p.png", code=-9),
     # --- disks and folders
     Case("no space for one", "full(2)", code=1, says="a_2.png|kept as", left="a_1.png", tells=2, elsewhere="a_2.png"),
     Case("no space for the grid", "full(3)", code=1, says="No space left", left="a_1.png a_2.png", elsewhere="a.png"),
@@ -117,7 +114,6 @@ CASES = [
     Case("a UNet that is not a number", damage=f"{UNET}:nan", code=1, says="step 1|not finite|another --vae"),
     # --- files of the user
     Case("a picture cut off", options="--controlnet x --control_image IN/cut.png", code=2, says="cut.png"),
-    Case("a picture that tells nothing", options="--from_image IN/whole.png", code=2, says="whole.png"),
     Case("a LoRA cut off", options="--lora IN/cut.safetensors", code=2, says="cut.safetensors"),
     Case("an embedding cut off", options="--embedding IN/cut.safetensors", code=2, says="cut.safetensors"),
 ]
@@ -170,7 +166,7 @@ def test_fault(case: Case, sd1_folder, inputs, tmp_path):
     out.mkdir()
     current.mkdir()
     model = damaged(sd1_folder, case.damage, tmp_path) if case.damage else sd1_folder
-    options = case.options.replace("IN/", f"{inputs}/").replace("OUT/", f"{out}/").split()
+    options = case.options.replace("IN/", f"{inputs}/").split()
     size = ["--width", "64", "--height", "64", "--steps", "3", "--cfg", "1"]
     amount = ["--n_images", "2", "--batch_size", "1", "--seed", "1", "--output", f"{out}/a.png"]
     arguments = [PROMPT, "--model", str(model), *size, *amount, *options]
