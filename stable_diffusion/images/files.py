@@ -20,10 +20,10 @@ WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
 UNFINISHED: set[Path] = set()  # files being written; a process that exits early removes them
-_JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
-# Suffix -> (Pillow's format, options for saving).
-_FORMATS = {".png": ("PNG", {}), ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": ("WEBP", {"quality": 95})}
-SUFFIXES = tuple(_FORMATS)
+_JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+_WEBP = {"format": "WEBP", "quality": 95}
+_OPTIONS = {".png": {"format": "PNG"}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP}  # of Pillow's ``save``
+SUFFIXES = tuple(_OPTIONS)
 # EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory.
 _DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
 _BYTE, _UNDEFINED = 1, 7  # types of EXIF values
@@ -75,16 +75,13 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
     """Convert a PIL image of any mode to RGB, with ``background`` behind its transparent parts.
 
     Deep grey (16 bits, 32 bits, float) is scaled to 8 bits, never clipped. Colour profiles are ignored. Raises
-    ValueError for mode LAB.
+    ValueError for values that are not finite.
     """
     if is_deep_grey(image):
         image = _to_8_bits(image)
     elif image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
+        image = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image.convert("RGBA"))
-    elif image.mode == "LAB":
-        raise ValueError("an image of mode LAB is not supported; convert it to RGB")
     rgb = image.convert("RGB")
     rgb.info = {}  # profiles and texts of the input do not describe the output
     return rgb
@@ -120,8 +117,8 @@ def check_output(path: str | os.PathLike) -> Path:
     path = Path(path)
     if os.path.isdir(path):
         raise ValueError(f"the output {path} is a folder; give the path of a file in it, like {path / 'image.png'}")
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"the output {path} has the suffix {path.suffix!r}; choose one of {', '.join(_FORMATS)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"the output {path} has the suffix {path.suffix!r}; choose one of {', '.join(SUFFIXES)}")
     if not os.path.isdir(path.parent):
         raise ValueError(f"the output folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -155,13 +152,13 @@ def save(
     Raises ValueError as :func:`check_output` and for a ``quality`` of PNG, and OSError if writing fails.
     """
     path = check_output(path)
-    format_, options = _format_options(path, text, quality)
-    if format_ == "JPEG" and image.mode != "L":
+    options = _save_options(path, text, quality)
+    if options["format"] == "JPEG" and image.mode != "L":
         image = to_rgb(image)
     try:
         with unfinished(path) as temporary:
             with open(temporary, "xb") as file:
-                image.save(file, format=format_, **options)
+                image.save(file, **options)
                 file.flush()
                 os.fsync(file.fileno())  # or the name could survive a power cut without its content
             (os.replace if overwrite else _rename_new)(temporary, path)
@@ -185,30 +182,29 @@ def unfinished(path: Path) -> Iterator[Path]:
         UNFINISHED.discard(temporary)
 
 
-def _format_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> tuple[str, dict[str, Any]]:
-    """Return Pillow's format and options for a file of this name."""
-    format_, options = _FORMATS[path.suffix.lower()]
-    options = dict(options)
+def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> dict[str, Any]:
+    """Return the keywords of Pillow's ``save`` for a file of this name."""
+    options = _OPTIONS[path.suffix.lower()]
+    is_png = options["format"] == "PNG"
     if quality is not None:
-        if format_ == "PNG" or not 1 <= quality <= 100:
+        if is_png or not 1 <= quality <= 100:
             raise ValueError(f"a quality of {quality} for {path.name}: it is 1 to 100, for JPEG and WebP")
-        options["quality"] = quality
-    if text and format_ == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for keyword, value in text.items():
-            options["pnginfo"].add_text(keyword, value)  # tEXt for Latin-1, else iTXt
-    elif text:
-        options |= _exif(text, path, _LARGEST_EXIF if format_ == "JPEG" else None)
-    return format_, options
+        options = options | {"quality": quality}
+    if not text:
+        return options
+    if not is_png:
+        return options | _exif(text, path, _LARGEST_EXIF if options["format"] == "JPEG" else None)
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        chunks.add_text(keyword, value)  # tEXt for Latin-1, else iTXt
+    return options | {"pnginfo": chunks}
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
     """Rename a complete file; FileExistsError if the name is taken."""
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: an empty file takes the name first
+    except OSError:  # taken, or a file system without hard links: there an empty file takes the name first
         path.touch(exist_ok=False)
         try:
             os.replace(temporary, path)

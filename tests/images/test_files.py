@@ -129,17 +129,17 @@ def test_other_grey(tmp_path):
     assert pixels(to_rgb(image)).max() == 1
     with pytest.raises(ValueError, match="not finite"):
         read(Image.fromarray(np.float32([[0, np.nan]])), tmp_path / "nan.tiff")
-    with pytest.raises(ValueError, match="LAB"):
-        to_rgb(Image.new("LAB", (2, 2)))
 
 
-def test_cmyk_has_its_colours(tmp_path):
+def test_cmyk_and_lab_have_their_colours(tmp_path):
     """Cyan ink is no red, and so on; read as RGB, or inverted, these would be other colours."""
     inks = {(255, 0, 0, 0): (0, 255, 255), (0, 255, 255, 0): RED, (0, 0, 0, 255): BLACK, (0, 0, 0, 0): WHITE}
     for ink, colour in inks.items():
         for name in ("a.jpg", "a.tiff"):
             found = read(Image.new("CMYK", (16, 16), ink), tmp_path / name)
             assert np.abs(np.subtract(found, colour)).max() <= 2, ink
+    red = Image.new("LAB", (1, 1), (138, 209, 198))  # CIELAB 54, 81, 70
+    assert np.abs(np.subtract(read(red, tmp_path / "lab.tiff"), RED)).max() <= 5
 
 
 def test_profile_and_text_are_not_carried_over(tmp_path):
