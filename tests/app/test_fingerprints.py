@@ -28,9 +28,8 @@ def test_hashes_of_large_files(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(data.tobytes())
     first = fingerprint(path)
-    assert first.keys() == {"sampled"}
+    assert first.keys() == {"sampled"} and lora_hash(path) is None
     assert model_hash(path) == hashlib.sha256(data[2**20 : 2**20 + 2**16].tobytes()).hexdigest()[:8]
-    assert lora_hash(path) is None
     for place in (0, 5 * 2**20, len(data) - 1):
         changed = data.copy()
         changed[place : place + 2**18] += 1

@@ -45,10 +45,10 @@ def test_a_folder(xl_folder):
 def test_quantized_weights_count_as_what_they_stand_for(tmp_path):
     convert(Request(model="tiny", unet_bits=4, text_bits=8), tmp_path / "new")
     plain, quantized = inspect("tiny"), inspect(tmp_path / "new")
-    for name, part in quantized["parts"].items():
+    for name, (bits, group_size) in {"unet": (4, 32), "vae": (None, None), "text_encoder": (8, 64)}.items():
+        part = quantized["parts"][name]
         assert part["parameters"] == plain["parts"][name]["parameters"]
-    bits = {name: (part.get("bits"), part.get("group_size")) for name, part in quantized["parts"].items()}
-    assert bits == {"unet": (4, 32), "vae": (None, None), "text_encoder": (8, 64)}
+        assert (part.get("bits"), part.get("group_size")) == (bits, group_size)
     assert quantized["bytes"] < plain["bytes"]
 
 
@@ -63,10 +63,10 @@ def test_nothing_is_read(tmp_path):
     assert (report["kind"], report["family"], report["parameters"]) == ("unet", "Stable Diffusion XL", 2_567_463_684)
 
 
-def with_unet(folder: Path, sd1_folder: Path, config: dict) -> Path:
+def with_unet(folder: Path, sd1_folder: Path, **config: object) -> Path:
     """A checkpoint whose UNet has another configuration."""
     shutil.copytree(sd1_folder, folder)
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "config.json").write_text(json.dumps(UNETS["sd1"] | config))
     return folder
 
 
@@ -75,13 +75,12 @@ def with_unet(folder: Path, sd1_folder: Path, config: dict) -> Path:
     [
         ("sd2", "Stable Diffusion 2", "text"),
         ("inpaint", "Stable Diffusion 1", "masks"),
-        ("pix2pix", "Stable Diffusion 1", "instructions"),
         ("refiner", "Stable Diffusion XL refiner", "text"),
     ],
 )
 def test_families(tmp_path, sd1_folder, name, family, mode):
-    width = {"refiner": 1280}.get(name, UNETS[name]["cross_attention_dim"])
-    folder = with_unet(tmp_path / "new", sd1_folder, UNETS[name] | {"cross_attention_dim": width})
+    wide = {"cross_attention_dim": 1280} if name == "refiner" else {}
+    folder = with_unet(tmp_path / "new", sd1_folder, **UNETS[name] | wide)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
     report = inspect(folder)
@@ -92,8 +91,7 @@ def test_a_single_file(tmp_path, sd1_folder):
     tensors, folder = as_single_file(sd1_folder), inspect(sd1_folder)
     report = inspect(save(tmp_path / "one.safetensors", **tensors))
     assert (report["kind"], report["pipeline"]) == ("checkpoint", "StableDiffusionPipeline")
-    counts, expected = ({n: part["parameters"] for n, part in r["parts"].items()} for r in (report, folder))
-    assert counts == expected
+    assert report["parts"].keys() == folder["parts"].keys() and report["parameters"] == folder["parameters"]
     tensors = {name: value for name, value in tensors.items() if not name.startswith("vae.")}
     report = inspect(save(tmp_path / "two.safetensors", **tensors))
     assert report["kind"] == "parts of a checkpoint" and list(report["parts"]) == ["unet", "text_encoder"]
@@ -103,15 +101,9 @@ def test_a_single_file(tmp_path, sd1_folder):
 # --- networks by themselves --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind, make, family",
-    [
-        ("vae", diffusers.AutoencoderTiny, None),
-        ("controlnet", lambda: control_nets("sd1", 1)[0][0], "Stable Diffusion 1"),
-    ],
-)
-def test_a_network_in_a_file_or_a_folder(tmp_path, kind, make, family):
-    network = make()
+@pytest.mark.parametrize("kind, family", [("vae", None), ("controlnet", "Stable Diffusion 1")])
+def test_a_network_in_a_file_or_a_folder(tmp_path, kind, family):
+    network = diffusers.AutoencoderTiny() if kind == "vae" else control_nets("sd1", 1)[0][0]
     network.save_pretrained(tmp_path)
     for report in (inspect(tmp_path / "diffusion_pytorch_model.safetensors"), inspect(tmp_path)):
         assert report["kind"] == kind and list(report["parts"]) == [kind] and report.get("family") == family
@@ -142,15 +134,7 @@ def lora(width: int = 768, rank: int = 4) -> dict[str, mx.array]:
     return tensors
 
 
-@pytest.mark.parametrize(
-    "width, family",
-    [
-        (768, "Stable Diffusion 1"),
-        (2048, "Stable Diffusion XL"),
-        (1280, "Stable Diffusion XL refiner"),
-        (512, "unknown (prompts 512 wide)"),
-    ],
-)
+@pytest.mark.parametrize("width, family", [(768, "Stable Diffusion 1"), (512, "unknown (prompts 512 wide)")])
 def test_a_lora(tmp_path, width, family):
     report = inspect(save(tmp_path / "a.safetensors", **lora(width)))
     assert (report["kind"], report["family"]) == ("LoRA", family)
@@ -183,20 +167,17 @@ def test_what_a_trainer_says(tmp_path):
     assert report["not recognised"] == ["odd.name"]
 
 
-@pytest.mark.parametrize(
-    "tensors, widths, family",
-    [
-        ({"<cat>": (1024,)}, [1024], "Stable Diffusion 2"),
-        ({"clip_l": (2, 768), "clip_g": (2, 1280)}, [768, 1280], "Stable Diffusion XL"),
-    ],
-)
-def test_an_embedding(tmp_path, tensors, widths, family):
-    report = inspect(save(tmp_path / "cat.safetensors", **{name: mx.zeros(shape) for name, shape in tensors.items()}))
-    assert (report["kind"], report["family"], report["widths"]) == ("embedding", family, widths)
-    assert report["word"] == ("<cat>" if "<cat>" in tensors else "cat")
-
-
-def test_an_embedding_of_the_web_ui(tmp_path):
+def test_embeddings(tmp_path):
+    report = inspect(save(tmp_path / "cat.safetensors", **{"<cat>": mx.zeros(1024)}))
+    assert report == {
+        "kind": "embedding",
+        "family": "Stable Diffusion 2",
+        "word": "<cat>",
+        "vectors": 1,
+        "widths": [1024],
+    }
+    report = inspect(save(tmp_path / "cat.safetensors", clip_l=mx.zeros((2, 768)), clip_g=mx.zeros((2, 1280))))
+    assert (report["family"], report["word"], report["widths"]) == ("Stable Diffusion XL", "cat", [768, 1280])
     torch.save({"string_to_param": {"*": torch.zeros(3, 768)}, "name": "kitten"}, tmp_path / "cat.pt")
     report = inspect(tmp_path / "cat.pt")
     assert (report["kind"], report["word"], report["vectors"]) == ("embedding", "kitten", 3)
@@ -225,8 +206,7 @@ def test_a_picture(tmp_path):
         inspect(path)
 
 
-@pytest.mark.parametrize("change", [{"architectures": 3}, {"cross_attention_dim": ["wide", 3]}, {"in_channels": [4]}])
-def test_configs_with_values_of_the_wrong_kind_are_one_line(tmp_path, sd1_folder, change):
-    with pytest.raises(ValueError, match="a value is not what it should be") as error:
-        inspect(with_unet(tmp_path / "new", sd1_folder, UNETS["sd1"] | change))
-    assert "\n" not in str(error.value)
+def test_configs_with_values_of_the_wrong_kind_are_one_line(tmp_path, sd1_folder):
+    for i, change in enumerate(({"architectures": 3}, {"cross_attention_dim": ["wide", 3]}, {"in_channels": [4]})):
+        with pytest.raises(ValueError, match=r"^[^\n]*a value is not what it should be[^\n]*$"):
+            inspect(with_unet(tmp_path / f"{i}", sd1_folder, **change))

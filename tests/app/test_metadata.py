@@ -91,21 +91,19 @@ def test_an_image_of_several(draw, sd1_folder):
 
 
 def test_what_lists_and_alternatives_came_to(draw, sd1_folder):
-    lists = ["--steps", "1,2", "--sampler", "euler,ddim", "--seed", "3,9", "--batch_size", 1, "--model", sd1_folder]
+    lists = ["--steps", "1,2", "--sampler", "euler,ddim", "--batch_size", 1, "--seed", 3, "--model", sd1_folder]
     images = draw("txt2image", "the {red|blue} cat", *lists, "--width", 64, "--height", 64)
     said = [read_record(path).arguments for path in images]
-    wanted = set(product((1, 2), ("euler", "ddim"), ("red", "blue"), (3, 9)))
-    assert {(a["steps"], a["sampler"], a["resolved_prompt"].split()[1], a["seed"]) for a in said} == wanted
+    wanted = set(product((1, 2), ("euler", "ddim"), ("red", "blue")))
+    assert {(a["steps"], a["sampler"], a["resolved_prompt"].split()[1]) for a in said} == wanted
     assert {a["prompt"] for a in said} == {"the {red|blue} cat"}
-    for path in images[5::6]:
-        assert_same(path, again(draw, "txt2image", path))
+    assert_same(images[6], again(draw, "txt2image", images[6]))
 
 
-@pytest.mark.parametrize("suffix", [".webp", ".jpg"])
-def test_a_masked_image_in_other_formats(draw, sd1_folder, files, suffix):
+def test_a_masked_image_in_another_format(draw, sd1_folder, files):
     options = ["--mask", files / "mask.png", "--mask_blur", 1.5, "--strength", 0.7, "--quality", 60, "--resize", "pad"]
     image = [files / "in.png", "red", "--model", sd1_folder, "--steps", 3, "--n_images", 1]
-    (path,) = draw("image2image", *image, *options, suffix=suffix)
+    (path,) = draw("image2image", *image, *options, suffix=".jpg")
     assert_same(path, again(draw, "image2image", path, "--quality", 60))
     assert read_record(path).details["script"] == "image2image"
     assert {str(files / name) for name in ("in.png", "mask.png")} < read_record(path).details["files"].keys()
@@ -218,8 +216,6 @@ def test_the_other_script(picture, tmp_path):
         assert (args["image"], args["prompt"], args["strength"]) == (*found, 0.5)
         assert remarks("image2image", "--from_image", path, *words) == []
     assert parsed("txt2image", "--from_image", path)["prompt"] == PROMPT
-    (line,) = remarks("txt2image", "--from_image", path)
-    assert "was made with image2image; what" in line
 
 
 def test_without_metadata(draw, run, sd1_folder):
@@ -236,18 +232,11 @@ def with_record(path: Path, arguments: object, **more: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({"width": 100}, "--width 100 is not a multiple of 8"),
-        ({"sampler": "best"}, "sampler 'best'"),
-        ({"hires": [1, 2]}, "--hires [1, 2] is of the wrong kind"),
-        ({"prompt": None}, "prompt None is of the wrong kind"),
-    ],
-)
-def test_a_record_that_cannot_be_followed(run, no_model, tmp_path, arguments, words):
-    path = with_record(tmp_path / "a.png", {"prompt": PROMPT} | arguments)
-    run("txt2image", "--from_image", path).refused("a.png", words)
+def test_a_record_that_cannot_be_followed(run, no_model, tmp_path):
+    wide = with_record(tmp_path / "a.png", {"prompt": PROMPT, "width": 100})
+    run("txt2image", "--from_image", wide).refused("a.png", "--width 100 is not a multiple of 8")
+    unnamed = with_record(tmp_path / "b.png", {"prompt": None})
+    run("txt2image", "--from_image", unnamed).refused("b.png", "prompt None is of the wrong kind")
 
 
 def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
@@ -267,8 +256,6 @@ def test_a_record_that_is_none(run, no_model, tmp_path, text):
 
 def test_no_picture(run, no_model, tmp_path):
     run("txt2image", "--from_image", tmp_path / "none.png").refused("no image at", "none.png")
-    (tmp_path / "a.txt").write_text("x")
-    run("image2image", "--from_image", tmp_path / "a.txt").refused("a.txt is not an image")
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT})
     run("image2image", "--from_image", path).refused("a.png names no image")
 
@@ -279,9 +266,6 @@ def test_flags_of_another_version_are_named(tmp_path):
         f"{path} was made with settings that are not known here: aura, sharpness",
         f"{path} was not finished (3 of 20 steps); here all steps are made",
     ]
-
-
-# These exclude others above, or have no flag: timesteps and sigmas, and a run that another one has begun.
 
 
 # --- other programs, and what is not as it was -----------------------------------------------------------------------

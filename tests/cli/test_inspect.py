@@ -5,21 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from PIL import Image
 
 from app.test_inspect import RECORD, SAID, lora, save
+from command_line import ROOT
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.inspect import inspect
 from stable_diffusion.app.request import Request
 from stable_diffusion.cli.inspect import main
 from stable_diffusion.images.files import save as save_image
 from stable_diffusion.weights.files import open_checkpoint
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -84,9 +82,11 @@ def test_a_repository_in_the_cache_and_one_that_is_not(tmp_path):
 
 def test_what_it_is_not_is_one_line(tmp_path, capsys, offline):
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "evil.ckpt").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
     save(tmp_path / "flux.safetensors", **{f"double_blocks.{i}.img_attn.qkv.weight": mx.zeros(3) for i in range(3)})
     for name, said in (
         ("notes.txt", "is no file of weights"),
+        ("evil.ckpt", "evil.ckpt"),
         ("flux.safetensors", "is Flux, which is not supported"),
         (".", "has no model_index.json"),
         ("none", "no such folder"),

@@ -17,14 +17,11 @@ from stable_diffusion.images.image import fit, from_array, grid, mask_of, pixels
     ("size", "width", "height", "expected"),
     [
         ((500, 333), None, None, (504, 336)),
-        ((4096, 4096), None, None, (1024, 1024)),
         ((4032, 3024), None, None, (1176, 888)),
         ((20, 40), None, None, (64, 128)),
         ((640, 480), 320, None, (320, 240)),
-        ((640, 480), None, 240, (320, 240)),
         ((640, 480), 100, 7, (100, 7)),
         ((5000, 1), 512, None, (512, 64)),
-        ((5000, 1), None, None, (16384, 64)),
         ((1, 5000), None, None, (64, 16384)),
     ],
 )
@@ -76,9 +73,8 @@ def test_fit_of_any_size(mode):
     assert np.array_equal(pixels(fit(picture, 40, 24, mode)), pixels(picture))
     expected = picture.resize((80, 48), Image.Resampling.LANCZOS)
     assert np.array_equal(pixels(fit(picture, 80, 48, mode)), pixels(expected))
-    for size in ((1, 1), (1, 900), (5000, 1), (5000, 3000)):
-        for target in ((64, 64), (1, 1), (513, 64)):
-            assert fit(Image.new("RGB", size, RED), *target, mode).size == target
+    for size, target in (((1, 1), (513, 64)), ((1, 900), (64, 64)), ((5000, 1), (1, 1))):
+        assert fit(Image.new("RGB", size, RED), *target, mode).size == target
 
 
 def test_fit_of_masks_and_other_modes():
@@ -91,9 +87,8 @@ def test_fit_of_masks_and_other_modes():
 def test_fit_refuses():
     with pytest.raises(ValueError, match="choose crop, pad or stretch"):
         fit(noise(8, 8), 8, 8, "zoom")
-    for size in ((0, 8), (8, -1)):
-        with pytest.raises(ValueError, match="not positive"):
-            fit(noise(8, 8), *size)
+    with pytest.raises(ValueError, match="size 8x0 is not positive"):
+        fit(noise(8, 8), 8, 0)
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
@@ -117,14 +112,17 @@ def test_arrays_are_rounded_and_clipped():
     assert pixels(from_array([[[0.0, 0.5, 1.0]]])).tolist() == [[[0, 128, 255]]]
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("kind", [np.float16, mx.array])
+def test_values_that_are_not_finite_are_refused(bad, kind):
+    array = np.zeros((4, 4, 3))
+    array[1, 2, 0] = bad
+    with pytest.raises(ValueError, match="1 of 48 values of the image are not finite"):
+        from_array(kind(array))
+
+
 def test_arrays_that_are_refused():
-    for bad in (np.nan, np.inf, -np.inf):
-        array = np.zeros((4, 4, 3))
-        array[1, 2, 0] = bad
-        for given in (array.astype(np.float16), array, mx.array(array)):
-            with pytest.raises(ValueError, match="1 of 48 values of the image are not finite"):
-                from_array(given)
-    for shape in ((4, 4), (1, 4, 4, 3), (4, 4, 4), (0, 4, 3)):
+    for shape in ((4, 4), (4, 4, 4), (0, 4, 3)):
         with pytest.raises(ValueError, match=r"\[height, width, 3\]"):
             from_array(np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match="uint8"):
@@ -169,9 +167,7 @@ def colours(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (10, 6), (i + 1, 0, 0)) for i in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("count", "rows", "columns", "used"), [(1, 7, 1, 1), (4, 2, 2, 2), (4, 1, 4, 1), (5, 2, 3, 2), (3, 9, 1, 3)]
-)
+@pytest.mark.parametrize(("count", "rows", "columns", "used"), [(4, 1, 4, 1), (5, 2, 3, 2), (3, 9, 1, 3)])
 def test_grid(count, rows, columns, used):
     got = pixels(grid(colours(count), rows))
     assert got.shape == (used * 14 - 8, columns * 18 - 8, 3)
@@ -186,7 +182,6 @@ def test_grid(count, rows, columns, used):
 def test_grids_that_cannot_be():
     for images, rows, message in (
         (colours(2), 0, "0 rows"),
-        (colours(2), -1, "-1 rows"),
         ([], 1, "no images"),
         ([noise(8, 8), noise(8, 16)], 1, "one size"),
     ):

@@ -1,6 +1,5 @@
 """What is written: the files, tensor by tensor, and the folder, all or nothing."""
 
-import json
 import math
 import os
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
 
 from configs import UNETS
 from models.test_taesd import SMALL as TAESD
@@ -51,53 +51,37 @@ def test_what_is_written_is_what_diffusers_has(tmp_path):
     (file,) = write_weights(tmp_path, "model", stored_tensors(module), ONE_FILE)
     with safetensors.safe_open(file, "np") as reader:
         assert reader.metadata() == {"format": "pt"}
-        written = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (it is no dictionary)
+    written = load_file(file)
     assert written.keys() == oracle.keys()
     for key, value in oracle.items():
         assert written[key].shape == value.shape and np.array_equal(written[key], value), key
 
 
-@pytest.mark.parametrize("bits", [None, 3, 8])
+@pytest.mark.parametrize("bits", [None, 3])
 def test_written_and_loaded_again(tmp_path, bits):
-    for name, config, group in (("unet", UNETS["sd1"], 32), ("text_encoder_2", TEXT, 64)):
-        module = build(name, config)
-        module.set_dtype(mx.float16 if bits else mx.bfloat16)
-        if bits:
-            config = config | {"quantization": {"bits": bits, "group_size": group}}
-            quantize(module, bits, group)
-        kept = values(module)
-        files = write_weights(tmp_path, name, stored_tensors(module), ONE_FILE)
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        again = load_component(Component(name, config, tuple(files)), mx.float16 if bits else None)
-        assert mx.get_peak_memory() - before < 2**16  # still lazy
-        assert same(values(again), kept)
+    config = TEXT if bits is None else TEXT | {"quantization": {"bits": bits, "group_size": 64}}
+    module = build("text_encoder_2", config)
+    module.set_dtype(mx.float16 if bits else mx.bfloat16)
+    if bits:
+        quantize(module, bits, 64)
+    kept = values(module)
+    files = write_weights(tmp_path, "model", stored_tensors(module), ONE_FILE)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    again = load_component(Component("text_encoder_2", config, tuple(files)), None)
+    assert mx.get_peak_memory() - before < 2**16  # still lazy
+    assert same(values(again), kept)
 
 
 def test_shards(tmp_path):
+    """Their index is for others; tests/app/test_convert.py has diffusers read them."""
     module = build("unet", UNETS["sd1"])
     kept = values(module)
-    total = sum(value.nbytes for value in kept.values())
-    limit = total // 3
-    assert max(value.nbytes for value in kept.values()) < limit
+    limit = sum(value.nbytes for value in kept.values()) // 3
     files = write_weights(tmp_path, "diffusion_pytorch_model", stored_tensors(module), limit)
-    count = len(files)
-    assert 3 <= count <= 4
-    assert [f.name for f in files] == [
-        f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)
-    ]
+    assert [file.name[-20:-12] for file in files] == [f"of-{len(files):05}" for _ in files] and len(files) >= 3
     assert all(file.stat().st_size <= limit + 2**16 for file in files)
-    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == total
-    assert {name: index["weight_map"][name] for name in kept} == index["weight_map"]
-    for name, file in index["weight_map"].items():
-        assert name in mx.load(str(tmp_path / file))
     assert same(values(load_component(Component("unet", UNETS["sd1"], tuple(files)), None)), kept)
-
-
-def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
-    files = write_weights(tmp_path, "model", {"a": mx.ones(10), "b": mx.ones(1000), "c": mx.ones(10)}, 500)
-    assert [set(mx.load(str(file))) for file in files] == [{"b"}, {"a", "c"}]
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):
@@ -111,13 +95,12 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     assert mx.get_peak_memory() - before < 16 * size
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_values_that_are_not_finite_are_refused(tmp_path, dtype):
-    for bad in (math.inf, -math.inf, math.nan, *([1e5] if dtype == mx.float16 else [])):
-        value = mx.array([[1.0, 2.0], [3.0, bad]]).astype(dtype)
-        with pytest.raises(ValueError, match="second is not finite in "):
-            write_weights(tmp_path, "model", {"first": mx.ones(2), "second": value}, ONE_FILE)
-    write_weights(tmp_path, "model", {"x": mx.array([65504.0, -65504.0]).astype(dtype)}, ONE_FILE)
+@pytest.mark.parametrize("dtype, bad", [(mx.float32, math.nan), (mx.bfloat16, -math.inf), (mx.float16, 1e5)])
+def test_values_that_are_not_finite_are_refused(tmp_path, dtype, bad):
+    value = mx.array([[1.0, 2.0], [65504.0, bad]]).astype(dtype)
+    with pytest.raises(ValueError, match="second is not finite in "):
+        write_weights(tmp_path, "model", {"first": mx.ones(2), "second": value}, ONE_FILE)
+    write_weights(tmp_path, "model", {"x": value[:, :1]}, ONE_FILE)
 
 
 # --- quantized parts: what is refused ----------------------------------------------------------------------------
@@ -132,18 +115,17 @@ def quantized(tmp_path: Path, change: dict, **tensors: mx.array | None) -> Compo
     return Component("text_encoder_2", TEXT | {"quantization": stored}, tuple(files))
 
 
-def refused(component: Component, *arguments) -> str:
+def refused(component: Component) -> str:
     with pytest.raises(ValueError) as error:
-        load_component(component, *arguments)
+        load_component(component)
     assert "\n" not in str(error.value) and str(component.files[0]) in str(error.value)
     return str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"bits": 7}, {"bits": "4"}, {"group_size": 48}, {"bits": [4]}, "q4"])
-def test_unknown_quantization_is_refused(tmp_path, change):
-    component = quantized(tmp_path, change if isinstance(change, dict) else {})
-    if isinstance(change, str):
-        component.config["quantization"] = change
+@pytest.mark.parametrize("stored", [{"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 48}, {"bits": [4]}, "q4"])
+def test_unknown_quantization_is_refused(tmp_path, stored):
+    component = quantized(tmp_path, {})
+    component.config["quantization"] = stored
     assert "is not one that this library reads" in refused(component)
 
 
@@ -155,9 +137,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     assert f"{layer}.weight (128, 7)" in message and f"unexpected: {layer}.biases, {layer}.scales" in message
     message = refused(quantized(tmp_path, {}, **{f"{layer}.weight": mx.zeros((128, 8))}))
     assert f"1 of the wrong type: {layer}.weight of" in message
-    missing = quantized(tmp_path, {})
-    config = {key: value for key, value in missing.config.items() if key != "quantization"}
-    assert "unexpected" in refused(Component(missing.name, config, missing.files))
+    assert "unexpected" in refused(replace(quantized(tmp_path, {}), config=TEXT))
 
 
 def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path):
@@ -171,26 +151,23 @@ def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path
 # --- the folder --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_folder_appears_when_it_is_complete(tmp_path, monkeypatch, is_there):
+def test_a_folder_appears_when_it_is_complete(tmp_path, monkeypatch):
+    """Also in place of an empty one."""
     dest, synced = tmp_path / "new", []
     monkeypatch.setattr(os, "fsync", synced.append)
-    if is_there:  # and empty
-        dest.mkdir()
+    dest.mkdir()
     with new_folder(dest) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("x")
-        assert not dest.exists() or os.listdir(dest) == []
-        assert synced == []
+        assert os.listdir(dest) == synced == []
     assert (dest / "sub" / "file").read_text() == "x" and len(synced) == 4  # the file and the folders around it
     assert os.listdir(tmp_path) == ["new"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_run_that_fails(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "new") as folder:
+def test_nothing_is_left_of_a_run_that_fails(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
         (folder / "file").write_text("x")
-        raise error
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
 
 
@@ -210,11 +187,13 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path):
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     for name in (".new.partial", ".other.partial"):
         (tmp_path / name / "unet").mkdir(parents=True)
-        (tmp_path / name / "unet" / "old").write_text("x")
+        (tmp_path / name / "old").write_text("x")
     with new_folder(tmp_path / "new") as folder:
         (folder / "file").write_text("x")
     assert os.listdir(tmp_path / "new") == ["file"]
-    assert (tmp_path / ".other.partial" / "unet" / "old").exists() and not (tmp_path / ".new.partial").exists()
+    assert (
+        sorted(os.listdir(tmp_path)) == [".other.partial", "new"] and len(os.listdir(tmp_path / ".other.partial")) == 2
+    )
 
 
 def test_two_runs_at_once(tmp_path):
