@@ -202,7 +202,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 def test_save(tmp_path, name, format_):
     picture = smooth(40, 24)
     save(picture, tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert os.listdir(tmp_path) == [name]
     with Image.open(tmp_path / name) as file:
         assert file.format == format_
     error = np.abs(pixels(open_image(tmp_path / name)) - pixels(picture))
@@ -286,9 +286,9 @@ def test_texts_come_back(tmp_path, suffix):
     """All of Unicode that is valid; only NUL ends a text for other readers, and ours."""
     path = tmp_path / f"a.{suffix}"
     letters = "A1111 " * 200 + "".join(map(chr, [*range(1, 0xD800, 41), *range(0xE000, 0x110000, 997)]))
-    for texts in (TEXTS, *({name: text} for name, text in TEXTS.items()), {"parameters": letters}, None, {}):
+    for texts in (TEXTS, *({name: text} for name, text in TEXTS.items()), {"parameters": letters}, {}):
         save(noise(8, 8), path, texts)
-        assert read_text(path) == (texts or {})
+        assert read_text(path) == texts
     with Image.open(path) as file:
         assert not file.getexif()
 

@@ -53,10 +53,9 @@ def test_a_mask_of_another_size_is_resized(tmp_path):
         assert values.shape == (64, 96)
         assert (values[:, :44] == 0).all() and (values[:, 52:] == 255).all()
         assert (np.diff(values, axis=1) >= 0).all()  # no ringing: black stays black up to the edge
-    for size in ((64, 96), (100, 64), (1, 1)):
-        rectangle((0, 0, 1, 1), size).save(tmp_path / "mask.png")
-        with pytest.raises(ValueError, match=rf"mask .*mask.png of {size[0]}x{size[1]} does not fit an image of 96x64"):
-            read_mask(tmp_path / "mask.png", SIZE)
+    rectangle((0, 0, 1, 1), (100, 64)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask .*mask.png of 100x64 does not fit an image of 96x64"):
+        read_mask(tmp_path / "mask.png", SIZE)
 
 
 def test_inverted():
