@@ -59,10 +59,10 @@ def main() -> None:
         mx.set_memory_limit(0)
     for shape in args.shape:
         unet = random_module("unet", SHAPES[shape]["unet"])
-        model = SimpleNamespace(unet_config=unet.config)
+        model = SimpleNamespace(unet_config=unet.config, rows_at_once=None)
         for side in args.sides or ([16, 24, 32, 48] if shape == "tiny" else [32, 64]):
             for rows in args.rows:
-                planned = step_bytes(model, RunShape(1, (side, side), rows=rows), rows, (side, side))
+                planned = step_bytes(model, RunShape(1, (side, side), rows=rows), (side, side))
                 step = run_of_tiny(rows, side) if shape == "tiny" else step_of(unet, rows, 8 * side)
                 compare(f"{shape}, step, {rows} rows of {side} x {side}", planned, step)
     del unet

@@ -14,6 +14,7 @@ from ..images.inpaint import Canvas
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
+from ..weights.load import size_in_bytes
 from .inputs import Inputs, Networks, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import Request
@@ -121,7 +122,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         (height, width),
         chunks=batch.text.context.shape[1] // 77,
         rows=1 if guidance <= 1 else 3 if model.mode == "instructions" else 2,
-        networks=[control.network for control in batch.controls],
+        controls=[size_in_bytes(control.network) for control in batch.controls],
         larger=larger,
         encodes=batch.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),
     )

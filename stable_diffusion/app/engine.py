@@ -136,7 +136,7 @@ class _Run:
     partial: str = ""
 
 
-Begin = Callable[[_Run], Latents]
+Begin = Callable[[_Run], Latents]  # of a pass
 
 
 class Engine:
@@ -208,20 +208,21 @@ class Engine:
         FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
         again afterwards.
         """
+        self._on_step = on_step
         self._release("unet", "autoencoder")
         base, request, inputs = self.model, self._request, self._inputs
         try:
             for runs in [self._runs] if request.refiner else self._groups():
-                self._pass(runs, on_step, lambda run: first_pass(base, run.batch))
+                self._pass(runs, lambda run: first_pass(base, run.batch))
                 if request.hires:
-                    self._pass(runs, on_step, lambda r: hires_pass(base, r.batch, r.latents, inputs, self._networks))
+                    self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs, self._networks))
                 if not request.refiner:
                     yield from self._decoded(runs)
             if request.refiner:
                 if not self._stopped:
                     self._change_to_refiner()
                 for runs in self._groups():
-                    self._pass(runs, on_step, lambda run: refiner_pass(self.model, run.batch, run.latents))
+                    self._pass(runs, lambda run: refiner_pass(self.model, run.batch, run.latents))
                     yield from self._decoded(runs)
         finally:
             base.rows_at_once = self._rows_at_once
@@ -258,7 +259,7 @@ class Engine:
         run.prepared = begin(run)
         run.prepared.prepare()
 
-    def _pass(self, runs: Sequence[_Run], on_step: OnStep, begin: Begin) -> None:
+    def _pass(self, runs: Sequence[_Run], begin: Begin) -> None:
         """Take runs through a pass; ``begin`` gives it where it is not prepared."""
         for run in runs if not self._stopped else ():
             if run.prepared is None:
@@ -267,7 +268,7 @@ class Engine:
             start, before = perf_counter(), run.latents
             if not self._stopped:
                 self._scale_loras(run.batch.request)
-                self._retrying(run, partial(self._steps, run, on_step, begin))
+                self._retrying(run, partial(self._steps, run, begin))
                 run.seconds += perf_counter() - start
             if self._stopped and before is not None and run.latents is before:
                 run.partial = run.partial or "the first pass"
@@ -293,7 +294,7 @@ class Engine:
             _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
         return rows > 1
 
-    def _steps(self, run: _Run, on_step: OnStep, begin: Begin) -> None:
+    def _steps(self, run: _Run, begin: Begin) -> None:
         """Make the steps of a pass; a retry begins with the first one."""
         is_retry = run.prepared is None
         for network in self._networks if is_retry else ():
@@ -301,7 +302,7 @@ class Engine:
         # Nothing else holds a pass that is over, or its networks would stay in memory.
         latents, run.prepared = begin(run) if is_retry else run.prepared, None
         total, later = latents.n_steps, sum(other.prepared.n_steps for other in self._runs if other.prepared)
-        self._stopped = bool(on_step(Step(run.batch, 0, total, later, is_retry=is_retry)))
+        self._stopped = bool(self._on_step(Step(run.batch, 0, total, later, is_retry=is_retry)))
         if self._stopped:
             return
         allowed = max(mx.get_peak_memory(), self._limit)
@@ -312,7 +313,7 @@ class Engine:
                 fraction = max(self._limit - weights, 0) / (peak - weights)
                 reason = f"a step took {peak / 1e9:.2f} GB of {self._limit / 1e9:.2f}"
                 self._run_fewer_rows(run.batch, fraction, reason)
-            self._stopped = bool(on_step(Step(run.batch, number, total, later, latents.predicted)))
+            self._stopped = bool(self._on_step(Step(run.batch, number, total, later, latents.predicted)))
             if self._stopped and number < total:
                 run.latents, run.partial = latents.predicted, f"step {number} of {total}"
                 return

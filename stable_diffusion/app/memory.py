@@ -14,10 +14,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..models import tiling
-from ..models.controlnet import ControlNetModel, T2IAdapter
 from ..options import SettingError
 from ..pipeline import StableDiffusion
-from ..weights.load import size_in_bytes
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -41,15 +39,15 @@ _TEXT = 12e6  # bytes for each chunk of 75 tokens
 class RunShape:
     """Describe a batch as far as its memory goes: sizes are (height, width) of latents, ``larger`` in a second pass.
 
-    ``rows`` are the UNet's for one image: 2 with guidance, 1 without, 3 for instructions. ``encodes`` says whether
-    images are encoded.
+    ``rows`` are the UNet's for one image: 2 with guidance, 1 without, 3 for instructions. ``controls`` are the sizes of
+    ControlNets in bytes. ``encodes`` says whether images are encoded.
     """
 
     n_images: int
     size: tuple[int, int]
     chunks: int = 1
     rows: int = 2
-    networks: Sequence[ControlNetModel | T2IAdapter] = ()
+    controls: Sequence[int] = ()
     larger: tuple[int, int] | None = None
     encodes: bool = False
 
@@ -82,9 +80,10 @@ def set_limits(memory: float | None, low_memory: bool) -> int:
     return limit
 
 
-def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[int, int]) -> int:
-    """Return the bytes of a step with this number of ``rows`` at ``size``, weights not included."""
+def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -> int:
+    """Return the bytes of a step at ``size`` with the rows that run at once, weights not included."""
     maps, ahead, most_ahead = _STEP[mx.default_device().type]
+    rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     config, (height, width) = model.unet_config, size
     size_of_maps = rows * (height + 2) * (width + 2) * sum(config.block_out_channels[:2])
     needed = size_of_maps * maps
@@ -93,34 +92,32 @@ def step_bytes(model: StableDiffusion, shape: RunShape, rows: int, size: tuple[i
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
         needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
     needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead)
-    return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.networks)))
+    return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.controls)))
 
 
 def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
     unet, vae = sizes.pop("unet"), sizes.pop("autoencoder")
-    text, networks = sum(sizes.values()), sum(map(size_in_bytes, shape.networks))
+    text, controls = sum(sizes.values()), sum(shape.controls)
     stays = 0 if model.low_memory or not shape.encodes else vae
-    rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size
-    stages = [StageMemory("text encoding", text + networks, int(_TEXT * shape.chunks))]
+    stages = [StageMemory("text encoding", text + controls, int(_TEXT * shape.chunks))]
     if shape.encodes:
-        weights = vae + networks + (0 if model.low_memory else text)
+        weights = vae + controls + (0 if model.low_memory else text)
         pixels = (1, *(side * model.pixels_per_latent for side in largest))
         peak = tiling.plan(model.vae_config, "encoder", pixels, limit - weights, itemsize).peak
         stages.append(StageMemory("encoding", weights, int(peak)))
     for stage, size in (("a step of the UNet", shape.size), ("a step of the second pass", shape.larger)):
         if size is not None:
-            stages.append(StageMemory(stage, unet + networks + stays, step_bytes(model, shape, rows, size)))
+            stages.append(StageMemory(stage, unet + controls + stays, step_bytes(model, shape, size)))
     peak = tiling.plan(model.vae_config, "decoder", (1, *largest), limit - vae, itemsize).peak
     return [*stages, StageMemory("decoding", vae, int(peak))]
 
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
     """Return the bytes of the networks that a batch needs after its prompts are encoded."""
-    networks = sum(map(size_in_bytes, shape.networks))
-    return model.sources["unet"].size + model.sources["autoencoder"].size + networks
+    return model.sources["unet"].size + model.sources["autoencoder"].size + sum(shape.controls)
 
 
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
@@ -131,7 +128,7 @@ def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
     if shape.n_images == 1 or model.rows_at_once:
         return 1
     room = limit - _weights(model, shape)
-    each = step_bytes(model, replace(shape, n_images=1), shape.rows, shape.larger or shape.size)
+    each = step_bytes(model, replace(shape, n_images=1), shape.larger or shape.size)
     most = max(1, min(shape.n_images, _MOST_IMAGES, int(room // each)))
     return math.ceil(shape.n_images / math.ceil(shape.n_images / most))  # so that the last batch is not a small one
 

@@ -46,8 +46,8 @@ def test_a_step_takes_what_was_planned(size, rows_at_once):
 def test_a_step_of_a_published_shape(shape, side, rows, measured):
     """As ``python -m benchmarks.memory`` has measured them: at 256 pixels SD 1.5's attention takes the most."""
     mx.set_memory_limit(0)
-    model = SimpleNamespace(unet_config=UNetConfig.from_dict(SHAPES[shape]["unet"]))
-    planned = step_bytes(model, RunShape(1, (side, side), rows=rows), rows, (side, side))
+    model = SimpleNamespace(unet_config=UNetConfig.from_dict(SHAPES[shape]["unet"]), rows_at_once=None)
+    planned = step_bytes(model, RunShape(1, (side, side), rows=rows), (side, side))
     assert planned == pytest.approx(measured, rel=0.25)
 
 
@@ -82,14 +82,13 @@ def test_a_limit_that_cannot_be_kept_is_refused(run, tmp_path, options):
 
 def test_all_stages_of_a_run(xl_folder):
     xl = StableDiffusionXL(xl_folder)
-    network = xl.unet  # as large as a network that steers
-    shape = RunShape(1, (16, 24), networks=[network], larger=(32, 40), encodes=True)
+    size, vae = xl.sources["unet"].size, xl.sources["autoencoder"].size
+    shape = RunShape(1, (16, 24), controls=[size], larger=(32, 40), encodes=True)
     *_, simple, _ = plan(xl, RunShape(1, (16, 24)), 10**12)
     stages = plan(xl, shape, 10**12)
     names = ["text encoding", "encoding", "a step of the UNet", "a step of the second pass", "decoding"]
     assert [stage.stage for stage in stages] == names
     _, _, step, second, _ = stages
-    size, vae = xl.sources["unet"].size, xl.sources["autoencoder"].size
     assert step.weights == second.weights == simple.weights + size + vae
     assert simple.working < step.working < second.working
     assert fit(xl, shape, 2 * size + vae + max(stage.working for stage in stages[1:]), False)
@@ -102,7 +101,7 @@ def test_batches_fill_the_memory(xl_folder):
     sd = StableDiffusionXL(xl_folder)
     size = (24, 24)
     weights = sd.sources["unet"].size + sd.sources["autoencoder"].size
-    one = step_bytes(sd, RunShape(1, size), 2, size)
+    one = step_bytes(sd, RunShape(1, size), size)
     assert images_that_fit(sd, RunShape(9, size), weights + one // 2) == 1  # one has to be, whatever it takes
     assert images_that_fit(sd, RunShape(5, size), weights + 5 * one) == 5
     assert images_that_fit(sd, RunShape(6, size), weights + 5 * one) == 3  # and 3, rather than 5 and 1
