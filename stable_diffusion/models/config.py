@@ -100,9 +100,8 @@ class CLIPTextConfig(Config):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read a text encoder's ``config.json``, whose class says whether there is a projection."""
-        return super().from_dict(
-            {**raw, "with_projection": raw.get("architectures") == ["CLIPTextModelWithProjection"]}
-        )
+        architectures = raw.get("architectures") or ()
+        return super().from_dict({**raw, "with_projection": "CLIPTextModelWithProjection" in architectures})
 
 
 @dataclass(frozen=True, kw_only=True)

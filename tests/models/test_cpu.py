@@ -23,17 +23,12 @@ SMALL = {"num_steps": 3, "latent_size": (6, 8), "seed": 7}
 
 
 @pytest.fixture
-def threads(monkeypatch) -> list[int]:
-    """The threads that products are set to, one after the other."""
+def two_cores(monkeypatch) -> list[int]:
+    """The threads that products are set to, one after the other, on two cores."""
     counts: list[int] = []
     monkeypatch.setattr(cpu, "_openblas", SimpleNamespace(openblas_set_num_threads=counts.append))
-    return counts
-
-
-@pytest.fixture
-def two_cores(monkeypatch, threads) -> list[int]:
     monkeypatch.setattr(cpu, "_cores", 2)
-    return threads
+    return counts
 
 
 @pytest.fixture
@@ -81,15 +76,18 @@ def test_each_part_has_its_stream_and_products_one_core(sd, two_cores, calls):
 
 
 @pytest.mark.parametrize(
-    "setting, rows, count", [("guidance of 1", 1, 3), ("low memory", 2, 3), ("rows one by one", 1, 6)]
+    "setting, rows, count",
+    [("guidance of 1", 1, 3), ("low memory", 2, 3), ("rows one by one", 1, 6), ("before tuning", 2, 3)],
 )
 def test_batches_that_are_not_parted_have_all_cores(setting, rows, count, sd, two_cores, calls, monkeypatch):
     if setting == "low memory":
         mx.set_memory_limit(0)
+    if setting == "before tuning":
+        monkeypatch.setattr(cpu, "_cores", 1)
     monkeypatch.setattr(sd, "rows_at_once", 1 if setting == "rows one by one" else None)
     last(sd.generate_latents(PROMPT, **SMALL, cfg_weight=1.0 if setting == "guidance of 1" else 7.5))
     assert calls == [(rows, str(mx.default_stream(mx.cpu)))] * count
-    assert set(two_cores) == {2}
+    assert set(two_cores) == (set() if setting == "before tuning" else {2})
 
 
 def test_products_get_their_cores_back(sd, two_cores):
@@ -107,11 +105,6 @@ def test_a_run_in_another_thread(sd, two_cores):
     thread.start()
     thread.join()
     assert relative_error(results[0], here) <= 1e-6
-
-
-def test_before_tuning_nothing_is_touched(sd, threads, calls):
-    last(sd.generate_latents(PROMPT, **SMALL))
-    assert [rows for rows, _ in calls] == [2] * 3 and not threads
 
 
 @pytest.mark.skipif(cpu._openblas is None, reason="there is no OpenBLAS")
