@@ -78,9 +78,7 @@ class CLIPEmbeddings(nn.Module):
     def __call__(self, ids: mx.array) -> mx.array:
         n = ids.shape[-1]
         if n > self._positions:
-            raise ValueError(
-                f"{n} tokens do not fit into the text encoder's {self._positions} positions; shorten the text"
-            )
+            raise ValueError(f"{n} tokens do not fit into {self._positions} positions; shorten the text")
         tokens = self.token_embedding(mx.minimum(ids, self._vocabulary - 1))
         if len(self._added):
             added = self._added[mx.maximum(ids - self._vocabulary, 0)].astype(tokens.dtype)

@@ -99,9 +99,7 @@ class ControlNetModel(Encoder):
         """
         channels = self.config.conditioning_channels
         if image.ndim != 4 or image.shape[-1] != channels:
-            raise ValueError(
-                f"a control image of shape {image.shape} is not the [B, H, W, {channels}] that this ControlNet takes"
-            )
+            raise ValueError(f"this ControlNet takes control images [B, H, W, {channels}], not {image.shape}")
         if self.config.controlnet_conditioning_channel_order == "bgr":
             image = image[..., ::-1]
         x, embedding = image.astype(self.conv_in.weight.dtype), self.controlnet_cond_embedding
@@ -223,10 +221,8 @@ class T2IAdapter(nn.Module):
         if channels == 1 and image.shape[-1] == 3:
             image = (image * mx.array([0.299, 0.587, 0.114], image.dtype)).sum(axis=-1, keepdims=True)  # as PIL does
         if image.ndim != 4 or image.shape[-1] != channels or image.shape[1] % factor or image.shape[2] % factor:
-            raise ValueError(
-                f"a control image of shape {image.shape} is not the [B, H, W, {channels}] that this adapter takes, "
-                f"with sides that are multiples of {factor}"
-            )
+            sides = f"with sides that are multiples of {factor}"
+            raise ValueError(f"this adapter takes control images [B, H, W, {channels}] {sides}, not {image.shape}")
         x, f = image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype), factor
         b, h, w, c = x.shape
         x = x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // f, w // f, c * f * f)

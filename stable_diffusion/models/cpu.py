@@ -33,8 +33,7 @@ def tune() -> None:
     """Set this process up for computing on a CPU: memory allocator, threads of products and streams side by side.
 
     Call it once, before the first run. It does nothing on a Mac. glibc would return freed arrays above 32 MB to the
-    system, which costs ten times as much as a product of each of their values. So it keeps them: the process stays at
-    the most memory that it has needed.
+    system, at ten times the cost of an elementwise product. So it keeps them: the process stays at its peak of memory.
     """
     global _cores
     if sys.platform == "linux":

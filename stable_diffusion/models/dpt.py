@@ -23,8 +23,7 @@ _PATCH = 16  # pixels per token: what the backbone reduces
 class DPTConfig(Config):
     """Hold the config of a hybrid depth estimator; names and defaults of transformers' ``DPTConfig``.
 
-    ``backbone_out_indices`` are the two layers of the transformer whose states are read; files name four, of which the
-    first two stand for the backbone's maps.
+    ``backbone_out_indices`` are the two layers whose states are read: the last two of a file's four.
     """
 
     kind: ClassVar[str] = "depth estimator"
@@ -214,9 +213,7 @@ class DPTForDepthEstimation(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         size = self.config.image_size
         if x.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"the depth estimator takes pixels [B, {size}, {size}, 3], not {list(x.shape)}; resize them"
-            )
+            raise ValueError(f"the depth estimator takes pixels [B, {size}, {size}, 3], not {x.shape}; resize them")
         first, _, second, _, last = self.head.head
         x = double(first(self.neck(*self.dpt(x))))
         return nn.relu(last(nn.relu(second(x))))[..., 0]

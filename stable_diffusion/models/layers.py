@@ -143,8 +143,7 @@ class LayerNorm(nn.LayerNorm):
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
     """Embed timesteps ``t`` [N] in waves -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
 
-    The frequencies are rounded to float32 where the training code rounds them: at t = 999 the last bit of a
-    frequency is worth 6e-5 in the embedding.
+    Frequencies are rounded to float32 where the training code does it: at t = 999 the last bit is worth 6e-5.
     """
     half = dim // 2
     scale = array("f", [-math.log(10000.0)])[0]
@@ -178,8 +177,7 @@ def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_c
 def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list[list[float]]:
     """The matrix [new, old] that interpolates ``old`` values in a line, constant beyond its ends, at ``new`` places.
 
-    Places are rounded to float32 where torch rounds them: at 4000 values the last bit moves a place by 2e-4.
-    Cubic convolution (Keys 1981) is with a = -3/4 instead of the paper's -1/2.
+    Places are rounded to float32 where torch rounds them. Cubic convolution (Keys 1981) is with a = -3/4 for -1/2.
     """
     scale = array("f", [(old - 1) / max(new - 1, 1) if align_corners else old / new])[0]
     places = array("f", (scale * i if align_corners else scale * (i + 0.5) - 0.5 for i in range(new)))
@@ -200,10 +198,9 @@ def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list
 
 @dataclass
 class Context:
-    """Cache the cross-attention keys and values that each layer makes of an encoded prompt [B, M, D].
+    """Cache the keys and values that each layer makes of an encoded prompt [B, M, D], the same in all steps of a run.
 
-    A prompt is the same in all steps of a run. Layers in training mode project it at every call. Values come from
-    ``v_encoded`` where it is given.
+    Layers in training mode project it at every call. Values come from ``v_encoded`` where it is given.
     """
 
     encoded: mx.array

@@ -69,7 +69,7 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     rows = max(_SLICE[device] // width, 1)
 
     def peak(positions: float) -> float:
-        """Return the bytes of a map in slices: two layers' maps, or scores in pieces, twice for the softmax."""
+        # A map in slices: two layers' maps, or scores in pieces, twice for the softmax.
         slices = _WORK[device] * channels * max(_SLICE[device], width)
         return max(itemsize * channels * scale**2 * positions + slices, min(8 * positions**2, 2 * LARGEST_SCORES))
 
@@ -82,15 +82,15 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:
-    """Decode latents [n, h, w, 4] to pixels [n, 8h, 8w, 3], about [-1, 1] and not clipped.
+    """Decode latents as ``vae.decode`` does: small pictures as one lazy graph, others at once, one after the other.
 
-    Small pictures are one lazy graph, others are computed at once, one after the other. ``budget`` is as in ``plan``.
+    ``budget`` is as in ``plan``.
     """
     return vae.decode(z, partial(_run, vae, "decoder", budget))
 
 
 def encode(vae: Autoencoder, pixels: mx.array, budget: float | None = None) -> tuple[mx.array, mx.array]:
-    """Encode pixels [n, H, W, 3] in [-1, 1] to mean and log variance of latents, each [n, H / 8, W / 8, 4]."""
+    """Encode pixels as ``vae.encode`` does, in the same way."""
     return vae.encode(pixels, partial(_run, vae, "encoder", budget))
 
 

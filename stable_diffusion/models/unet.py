@@ -131,10 +131,7 @@ class UNetBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle.
-
-    It starts in inference mode, in which a prompt's keys and values are kept between calls; ``train()`` changes that.
-    """
+    """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle."""
 
     def __init__(self, config: EncoderConfig, time_cond_dim: int | None = None):
         super().__init__()
@@ -191,8 +188,8 @@ class Encoder(nn.Module):
     ) -> tuple[list[mx.array], mx.array]:
         """Run the first half: ``x`` [B, h, w, C], after ``conv_in`` -> (skips for the second half, the middle's map).
 
-        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle. They are added where
-        adapters are trained: in a block with attention before downsampling, and in a block without after it.
+        ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle. As in training they
+        are added before downsampling in a block with attention, and after it in one without.
         """
         count = len(self.down_blocks)
         if len(features) > count + ("mid_block" in self):
@@ -245,7 +242,7 @@ class UNet2DConditionModel(Encoder):
             self.up_blocks.append(UNetBlock(config, -1 - i, channels, depths, resample))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
-        self.eval()
+        self.eval()  # a prompt's keys and values are kept between calls, until train()
 
     def __call__(
         self,
