@@ -2,6 +2,7 @@
 
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -33,7 +34,7 @@ class Number:
     def accepts(self, value: Any) -> bool:
         """Return whether ``value`` is of the kind and within the limits."""
         kinds = int if self.kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max:
             return False
         is_above = value > self.lowest if self.excludes_lowest else value >= self.lowest
         return is_above and value <= self.highest and not (self.multiple > 1 and value % self.multiple)

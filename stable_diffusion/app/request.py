@@ -179,7 +179,7 @@ class Request:
             if name in KINDS:
                 try:
                     settings[name] = _converted(value, KINDS[name])
-                except TypeError:
+                except (TypeError, OverflowError):  # a float of hundreds of digits
                     raise SettingError(f"{name} {value!r} is of the wrong kind", name) from None
         return (cls() if base is None else base).with_values(**settings), sorted(record.keys() - settings.keys())
 

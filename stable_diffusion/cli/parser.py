@@ -121,7 +121,7 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
 
 def number(limits: Number, value: str) -> float:
     """Return a number within limits."""
-    with suppress(ValueError, OverflowError):  # of text, and of hundreds of digits
+    with suppress(ValueError):
         if limits.accepts(read := limits.kind(value)):
             return read
     raise argparse.ArgumentTypeError(f"{value!r} is not {limits}")

@@ -82,6 +82,8 @@ WRONG_KINDS = {"steps": True, "cfg": "7", "canny": "yes", "lora": [["a"]], "expa
     [
         *(({name: value}, "is of the wrong kind") for name, value in WRONG_KINDS.items()),
         ({"steps": 0}, "0 is not a whole number from 1 to 9999"),
+        ({"seed": 10**400}, "is not a whole number from 0"),
+        ({"cfg": 10**400}, "is of the wrong kind"),
         ({"sampler": "best"}, "'best' is unknown"),
         ({"resize": "zoom"}, "'zoom' is unknown; choose one of crop, pad, stretch"),
         ({"guidance_rescale": 2}, "2.* is not a number from 0 to 1"),
