@@ -58,7 +58,7 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_sha
     from huggingface_hub import split_state_dict_into_shards_factory  # not before it is needed
 
     split = split_state_dict_into_shards_factory(
-        {name: tensors[name].nbytes for name in sorted(tensors)},
+        {name: value.nbytes for name, value in tensors.items()},
         get_storage_size=int,
         filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=max_shard_size,

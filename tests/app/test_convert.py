@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import diffusers
 import mlx.core as mx
@@ -101,6 +102,10 @@ def test_a_lora_is_in_the_weights(tmp_path, sd1_folder):
     made = StableDiffusion(convert(request, tmp_path / "new", dtype="float32"))
     expected = StableDiffusion(sd1_folder, unet_bits=8, loras=[(path, 0.5)])
     assert same(made, expected) and not same(made, StableDiffusion(sd1_folder, unet_bits=8))
+    write_lora(path, "lora_unet_no_such_layer")
+    with pytest.raises(ValueError, match="no_such_layer"):
+        convert(request, tmp_path / "other")
+    convert(replace(request, lora_partial=True), tmp_path / "other")
 
 
 def test_parts_and_prediction_from_elsewhere(tmp_path, sd1_folder, xl_folder):

@@ -307,7 +307,7 @@ def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path)
     again(draw, "image2image", path, files / "hint.png")  # in place of the one that changed
     assert said_by(draw) == []
     record = dict(read_record(path).details)
-    record["software"] |= {"mlx": "0.1", "device": "gpu"}
+    record |= {"software": {"mlx": "0.1", "device": "gpu"}, "files": {"in.png": "damaged"}}
     save(noise(), tmp_path / "old.png", {"stable_diffusion": json.dumps(record)})
     draw("image2image", "--from_image", "old.png", files / "hint.png")
     (line,) = said_by(draw)
