@@ -96,6 +96,11 @@ def xl(xl_folder) -> StableDiffusionXL:
     return StableDiffusionXL(xl_folder)
 
 
+@pytest.fixture(scope="module")
+def tiny() -> StableDiffusion:
+    return StableDiffusion("tiny")
+
+
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """What scripts set for their process is given back to the other tests: the library's log, and MLX's limits."""

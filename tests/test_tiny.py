@@ -1,10 +1,12 @@
-"""The bundled tiny model: its files, its data set, and what its pictures show."""
+"""The bundled tiny model: its files, its data set, and what its pictures show, also by its ControlNet."""
 
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,46 +15,33 @@ from PIL import Image
 from safetensors import safe_open
 
 import stable_diffusion
+from oracle import nchw, nhwc, normal, relative_error
 from stable_diffusion import StableDiffusion
+from stable_diffusion.diffusion.controls import Control
+from stable_diffusion.models.controlnet import ControlNetModel
 from tools.tiny import data, score
-from tools.tiny.bpe import learn_merges
 from tools.tiny.evaluate import evaluate, library
+from tools.tiny.evaluate_control import overlap
+from tools.tiny.train_control import to_hint
 
 FOLDER = Path(stable_diffusion.__file__).parent / "tiny"
 RED_ON_BLUE = "a red circle on a blue background"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For matrices this small the threads of torch only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+GREEN_ON_WHITE = "a green star on a white background"
 
 
 @pytest.fixture(scope="module")
-def tiny() -> StableDiffusion:
-    return StableDiffusion("tiny")
-
-
-@pytest.fixture(scope="module")
-def oracle():
+def oracle() -> diffusers.StableDiffusionPipeline:
     """diffusers' own pipeline, from the folder as it is."""
-    from diffusers import StableDiffusionPipeline
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def images(model: StableDiffusion, latents) -> np.ndarray:
-    """uint8 [n, 64, 64, 3] of the last latents."""
-    for x in latents:
-        mx.eval(x)
-    return (np.array(model.decode(x)) * 255 + 0.5).astype(np.uint8)
+def draw(sd: StableDiffusion, text: str, image: mx.array | None = None, **keywords) -> np.ndarray:
+    """uint8 [n, 64, 64, 3]."""
+    return np.stack(sd.generate(text, image, **keywords))
 
 
 def contrast(image: np.ndarray, colour: str) -> float:
@@ -90,13 +79,12 @@ def test_a_tenth_of_the_combinations_is_held_out_in_every_colour_shape_and_backg
     triples = [(c, s, b) for c in data.COLOURS for s in data.SHAPES for b in data.COLOURS if c != b]
     held = [triple for triple in triples if data.held_out(*triple)]
     assert 0.08 < len(held) / len(triples) < 0.12
-    for position, names in enumerate((data.COLOURS, data.SHAPES, data.COLOURS)):
-        assert {triple[position] for triple in held} == set(names)
+    for seen, names in zip(zip(*held, strict=True), (data.COLOURS, data.SHAPES, data.COLOURS), strict=True):
+        assert set(seen) == set(names)
 
 
-@pytest.mark.parametrize("kind", ["single", "beside"])
-def test_the_scores_read_the_data_set_itself_without_an_error(kind):
-    judge = {"single": score.score_single, "beside": score.score_pair}[kind]
+@pytest.mark.parametrize("kind, judge", [("single", score.score_single), ("beside", score.score_pair)])
+def test_the_scores_read_the_data_set_itself_without_an_error(kind, judge):
     for caption, image, scene in data.held_out_examples(60, seed=5, kind=kind):
         assert data.is_held_out(scene)
         assert all(judge(image, scene).values()), caption
@@ -104,29 +92,21 @@ def test_the_scores_read_the_data_set_itself_without_an_error(kind):
 
 def test_the_scores_see_a_wrong_colour_a_wrong_shape_and_a_swapped_pair():
     rng = np.random.default_rng(0)
-
-    def draw(*things: data.Thing, background: str = "white", relation: str | None = None) -> data.Scene:
-        return data.Scene(things, background, relation=relation)
-
-    asked = draw(data.Thing("circle", "red"), background="blue")
+    asked = data.Scene((data.Thing("circle", "red"),), "blue")
     wrong = {
-        "colour": draw(data.Thing("circle", "green"), background="blue"),
-        "background": draw(data.Thing("circle", "red"), background="yellow"),
-        "shape": draw(data.Thing("star", "red"), background="blue"),
+        "colour": replace(asked, things=(data.Thing("circle", "green"),)),
+        "background": replace(asked, background="yellow"),
+        "shape": replace(asked, things=(data.Thing("star", "red"),)),
     }
     for name, scene in wrong.items():
         right = score.score_single(data.render(scene, rng), asked)
         assert not right.pop(name) and all(right.values())
     left, right = (data.Thing("square", c, cx=x, radius=12) for c, x in (("red", 16), ("green", 48)))
-    image = data.render(draw(left, right), rng)
-    assert score.score_pair(image, draw(left, right, relation="left"))["order"]
-    assert not score.score_pair(image, draw(right, left, relation="left"))["order"]
-    assert not score.score_pair(image, draw(left, data.Thing("star", "black"), relation="left"))["both colours"]
-
-
-def test_merges_join_the_most_frequent_neighbours_until_words_are_whole():
-    assert learn_merges({"aab": 5, "ab": 4}, limit=9) == [("a", "b</w>"), ("a", "ab</w>")]
-    assert learn_merges({"abc": 1}, limit=1) == [("a", "b")]
+    pair = data.Scene((left, right), "white", relation="left")
+    image = data.render(pair, rng)
+    assert score.score_pair(image, pair)["order"]
+    assert not score.score_pair(image, replace(pair, things=(right, left)))["order"]
+    assert not score.score_pair(image, replace(pair, things=(left, data.Thing("star", "black"))))["both colours"]
 
 
 # --- the files ---
@@ -140,7 +120,8 @@ def test_the_files_are_small_and_in_half_precision():
     for file in weights:
         with safe_open(file, "np") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
-    assert json.loads((FOLDER / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    for config, name in (("model_index", "StableDiffusionPipeline"), ("controlnet/config", "ControlNetModel")):
+        assert json.loads((FOLDER / f"{config}.json").read_text())["_class_name"] == name
 
 
 def test_the_captions_words_are_single_tokens_and_agree_with_transformers(tiny, oracle):
@@ -152,21 +133,17 @@ def test_the_captions_words_are_single_tokens_and_agree_with_transformers(tiny, 
 
 
 def test_the_autoencoder_returns_held_out_images_at_37_decibels(tiny):
-    found = [image for _, image, _ in data.held_out_examples(24, seed=2)]
-    x = mx.array(np.stack(found).astype(np.float32) / 127.5 - 1)
-    y = tiny.decode(tiny.autoencoder.encode(x)[0])
-    error = np.square(np.array(y) - np.stack(found) / 255).mean(axis=(1, 2, 3))
+    found = np.stack([image for _, image, _ in data.held_out_examples(24, seed=2)]).astype(np.float32)
+    y = tiny.decode(tiny.encode(mx.array(found / 127.5 - 1)))
+    error = np.square(np.array(y) - found / 255).mean(axis=(1, 2, 3))
     assert (-10 * np.log10(error)).mean() >= 37
 
 
 def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
-    noise = np.random.default_rng(4).standard_normal((1, 16, 16, 4)).astype(np.float32)
-    ours = images(tiny, tiny.generate_latents(RED_ON_BLUE, latents=mx.array(noise), seed=0))
-    steps, guidance = tiny.defaults.num_steps, tiny.defaults.cfg_weight
-    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
-    theirs = oracle(
-        RED_ON_BLUE, latents=latents, num_inference_steps=steps, guidance_scale=guidance, output_type="np"
-    ).images
+    noise = normal(1, 16, 16, 4, seed=4)
+    run = {"num_inference_steps": tiny.defaults.num_steps, "guidance_scale": tiny.defaults.cfg_weight}
+    theirs = oracle(RED_ON_BLUE, latents=nchw(noise), output_type="np", **run).images
+    ours = draw(tiny, RED_ON_BLUE, latents=mx.array(noise))
     assert np.abs(ours.astype(int) - (theirs * 255 + 0.5).astype(int)).max() <= 1
 
 
@@ -177,7 +154,7 @@ def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
 def test_the_golden_image(tiny, device):
     """Same prompt, same seed, same picture, on whatever machine: rendered once by this library on a CPU."""
     golden = np.array(Image.open(Path(__file__).parent / "golden_tiny.png").convert("RGB")).astype(int)
-    drawn = images(tiny, tiny.generate_latents(RED_ON_BLUE, seed=1))[0]
+    (drawn,) = draw(tiny, RED_ON_BLUE, seed=1)
     assert reads(drawn) == ("red", "circle", "blue")
     assert np.abs(drawn - golden).max() <= 8 and np.abs(drawn - golden).mean() <= 0.5
 
@@ -190,57 +167,92 @@ def test_held_out_captions_are_drawn_as_they_say():
 
 
 def test_seeds_move_the_object_and_keep_what_the_caption_says(tiny):
-    drawn = images(tiny, tiny.generate_latents(RED_ON_BLUE, n_images=4, seed=20))
-    masks = [score.object_mask(image) for image in drawn]
-    for i in range(4):
-        assert reads(drawn[i]) == ("red", "circle", "blue")
-        for j in range(i):
-            assert (masks[i] ^ masks[j]).sum() >= 20  # pixels: another place or another size
+    drawn = draw(tiny, RED_ON_BLUE, n_images=4, seed=20)
+    assert {reads(image) for image in drawn} == {("red", "circle", "blue")}
+    for one, other in itertools.combinations(map(score.object_mask, drawn), 2):
+        assert (one ^ other).sum() >= 20  # pixels: another place or another size
 
 
 def test_more_guidance_follows_the_caption_further(tiny, yellow_square):
     """With little noise the purple of the image and the caption's white contend: the more guidance, the more white."""
-    left = []
-    for guidance in (1.0, 1.5, 2.0, 4.0):
-        latents = tiny.generate_latents_from_image(
-            yellow_square, "a green star on a white background", strength=0.2, cfg_weight=guidance, seed=0
-        )
-        left.append(contrast(images(tiny, latents)[0], "white"))
+    left = [
+        contrast(draw(tiny, GREEN_ON_WHITE, yellow_square, strength=0.2, cfg_weight=guidance, seed=0)[0], "white")
+        for guidance in (1.0, 1.5, 2.0, 4.0)
+    ]
     assert all(more - less >= 30 for more, less in itertools.pairwise(left)), left
 
 
 def test_a_negative_prompt_drives_the_background_away_from_what_it_names(tiny):
     """The caption leaves the background open. Away from white is dark, away from black is light."""
     caption, shade = "a red circle left of a green square", {}
-    for name in ("white", "black"):
-        negative = f"{caption} on a {name} background"
-        drawn = images(tiny, tiny.generate_latents(caption, n_images=2, seed=0, negative_text=negative))
-        assert min(contrast(image, name) for image in drawn) >= 200
+    for name in ("white", "", "black"):
+        negative = name and f"{caption} on a {name} background"
+        drawn = draw(tiny, caption, n_images=2, seed=0, negative_text=negative)
+        assert not name or min(contrast(image, name) for image in drawn) >= 200
         shade[name] = np.mean([score.background_colour(image).mean() for image in drawn])
-    plain = images(tiny, tiny.generate_latents(caption, n_images=2, seed=0))
-    assert shade["white"] + 40 <= np.mean([score.background_colour(image).mean() for image in plain])
-    assert np.mean([score.background_colour(image).mean() for image in plain]) + 40 <= shade["black"]
+    assert shade["white"] + 40 <= shade[""] <= shade["black"] - 40
 
 
 def test_strength_sweeps_from_the_image_to_the_caption(tiny, yellow_square):
-    before, changes, seen = (np.array(yellow_square) + 1) * 127.5, [], []
-    for strength in (0.0, 0.2, 0.4, 0.6, 0.9):
-        latents = tiny.generate_latents_from_image(
-            yellow_square, "a green star on a white background", strength=strength, cfg_weight=1.0, seed=0
-        )
-        image = images(tiny, latents)[0]
-        changes.append(np.abs(image - before).mean())
-        seen.append(reads(image))
-    assert seen[0] == ("yellow", "square", "purple") and seen[-1] == ("green", "star", "white")
+    strengths = (0.0, 0.2, 0.4, 0.6, 0.9)
+    drawn = [draw(tiny, GREEN_ON_WHITE, yellow_square, strength=s, cfg_weight=1.0, seed=0)[0] for s in strengths]
+    assert reads(drawn[0]) == ("yellow", "square", "purple") and reads(drawn[-1]) == ("green", "star", "white")
+    changes = [np.abs(image - (np.array(yellow_square) + 1) * 127.5).mean() for image in drawn]
     assert changes[0] <= 4 and all(b - a >= 5 for a, b in itertools.pairwise(changes)), changes
 
 
 def test_an_image_is_redrawn_where_it_was(tiny, yellow_square):
     """At half strength the caption changes what the object is, and the image says where."""
-    latents = tiny.generate_latents_from_image(
-        yellow_square, "a red circle on a purple background", strength=0.5, n_images=2, seed=0
-    )
-    for image in images(tiny, latents):
+    for image in draw(tiny, "a red circle on a purple background", yellow_square, strength=0.5, n_images=2, seed=0):
         assert reads(image) == ("red", "circle", "purple")
         y, x = np.argwhere(score.object_mask(image)).mean(axis=0)
         assert abs(x - 24) <= 4 and abs(y - 32) <= 4
+
+
+# --- its ControlNet ---
+
+
+@pytest.fixture(scope="module")
+def controlnet(tiny) -> ControlNetModel:
+    return tiny.load_controlnet(FOLDER / "controlnet")
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[tuple[str, mx.array, data.Scene]]:
+    """Caption, hint [64, 64, 3] in 0..1 and scene of one held-out picture of each of six shapes."""
+    found = {}
+    for caption, image, scene in data.held_out_examples(60, seed=4):
+        hint = mx.array(to_hint(image).astype(np.float32) / 255)
+        found.setdefault(scene.things[0].shape, (caption, hint, scene))
+    return [found[shape] for shape in ("star", "moon", "heart", "triangle", "cross", "square")]
+
+
+def test_diffusers_reads_the_controlnet_and_computes_the_same(controlnet):
+    theirs = diffusers.ControlNetModel.from_pretrained(FOLDER / "controlnet", torch_dtype=torch.float32)
+    x, context, hint = normal(2, 16, 12, 4, seed=1), normal(2, 77, 128, seed=2), abs(normal(2, 64, 48, 3, seed=3))
+    temb = controlnet.embed_time(mx.array([7, 801]), mx.float32)
+    down, mid = controlnet(mx.array(x), temb, mx.array(context), controlnet.embed(mx.array(hint)))
+    with torch.no_grad():
+        expected = theirs(nchw(x), torch.tensor([7, 801]), torch.from_numpy(context), nchw(hint), return_dict=False)
+    for ours, want in zip([*down, mid], [*expected[0], expected[1]], strict=True):
+        assert float(want.abs().max()) > 0.1  # trained: its last convolutions began at zero
+        assert relative_error(ours, nhwc(want)) <= 1e-4
+
+
+def test_without_a_caption_the_edges_alone_are_followed(tiny, controlnet, examples):
+    overlaps, without = [], []
+    for seed, (_, hint, scene) in enumerate(examples):
+        run = {"seed": seed, "num_steps": 10, "cfg_weight": 1}  # no caption, nothing to strengthen
+        overlaps.append(overlap(draw(tiny, "", controls=[Control(controlnet, hint)], **run)[0], scene))
+        without.append(overlap(draw(tiny, "", **run)[0], scene))
+    assert np.mean(overlaps) > 0.8 and np.mean(overlaps) > np.mean(without) + 0.3, (overlaps, without)
+
+
+def test_with_a_caption_the_edges_say_where_and_the_words_which_colours(tiny, controlnet, examples):
+    overlaps, without = [], []
+    for seed, (caption, hint, scene) in enumerate(examples[:3]):
+        (followed,) = draw(tiny, caption, seed=seed, controls=[Control(controlnet, hint)])
+        assert all(score.score_single(followed, scene).values()), caption
+        overlaps.append(overlap(followed, scene))
+        without.append(overlap(draw(tiny, caption, seed=seed)[0], scene))
+    assert np.mean(overlaps) > 0.8 and np.mean(overlaps) > np.mean(without) + 0.15, (overlaps, without)
