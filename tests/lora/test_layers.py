@@ -21,7 +21,7 @@ from stable_diffusion.lora.layers import LoRALayer, attach, fuse
 from stable_diffusion.weights.load import load_component, read_weights, size_in_bytes
 from stable_diffusion.weights.quantize import quantize
 from stable_diffusion.weights.save import stored_tensors
-from weights.test_load import _WIDE
+from weights.test_load import WIDE
 from weights.test_load import write as write_component
 
 FIRST_BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
@@ -233,7 +233,7 @@ def test_quantizing_afterwards_keeps_what_is_attached(sd1_folder, file):
 
 def test_fusing_before_quantizing_never_holds_the_whole_model(tmp_path):
     narrower = {"block_out_channels": [128, 128, 256], "transformer_layers_per_block": 2, "cross_attention_dim": 256}
-    component = write_component(tmp_path, "unet", _WIDE | narrower, mx.float16)
+    component = write_component(tmp_path, "unet", WIDE | narrower, mx.float16)
     shapes = {path: m.weight.shape for path, m in load_component(component).named_modules() if isinstance(m, nn.Linear)}
     tensors = {}
     for path, (out, into) in shapes.items():

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import loras
 from loras import make
-from oracle import normal, relative_error
+from oracle import nchw, normal, relative_error
 from stable_diffusion.lora.files import read_lora
 from stable_diffusion.lora.layers import attach
 from stable_diffusion.weights.quantize import quantize
@@ -25,21 +25,17 @@ def model(request) -> loras.Model:
     return loras.load(request.getfixturevalue(f"{request.param}_folder"), request.param)
 
 
-def gradients(model, lora, scale=1.0) -> dict[str, np.ndarray]:
+WEIGHTS = normal(2, 8, 6, 4, seed=9)  # of the UNet's outputs in a loss
+
+
+def gradients(model, lora) -> dict[str, np.ndarray]:
     """Of a loss of the UNet's output, by the factors of a LoRA."""
     unet = model.networks["unet"]
-    attached = attach({"unet": unet}, lora, scale)
-    weights = mx.array(normal(2, 8, 6, 4, seed=9))
-    value, grads = nn.value_and_grad(unet, lambda: (weights * model.our_noise()).mean())()
+    attached = attach({"unet": unet}, lora)
+    value, grads = nn.value_and_grad(unet, lambda: (mx.array(WEIGHTS) * model.our_noise()).mean())()
     attached.detach()
     assert np.isfinite(value.item())
     return {name: np.array(grad) for name, grad in tree_flatten(grads)}
-
-
-def backward(model) -> None:
-    """The same loss in torch."""
-    weights = torch.from_numpy(normal(2, 8, 6, 4, seed=9)).permute(0, 3, 1, 2)
-    (weights * model.their_noise()).mean().backward()
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
@@ -55,7 +51,7 @@ def test_gradients_equal_pefts(model, settings, tmp_path):
     saved = get_peft_model_state_dict(unet, adapter_name="it")
     metadata = unet.peft_config["it"].to_dict()
     type(model.pipe).save_lora_weights(tmp_path, unet_lora_layers=saved, unet_lora_adapter_metadata=metadata)
-    backward(model)
+    (nchw(WEIGHTS) * model.their_noise()).mean().backward()
     roles = {"lora_A.it.weight": "down", "lora_B.it.weight": "up", "lora_magnitude_vector.it.weight": "dora_scale"}
     wanted = {
         f"{name.removesuffix(suffix)}loras.0.{role}": parameter.grad

@@ -273,6 +273,8 @@ DAMAGED = [
     file_of(GOOD | {"b": {"shape": [4], "data_offsets": [24, 32]}}),
     file_of(changed(data_offsets=[24])),
     file_of(changed(data_offsets=["x", None])),
+    file_of(changed(data_offsets=["24", "32"])),
+    file_of(changed(data_offsets=[24, 32.5])),
     file_of(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}'),
     file_of(changed(data_offsets=[24, 40])),
     file_of(changed("a", data_offsets=[-24, 0])),

@@ -66,13 +66,13 @@ def test_misshapen_convolutions_are_told_in_the_files_layout():
 
 
 # Wide and shallow, so that one layer is a small part of the whole and activations do not count.
-_WIDE = UNETS["sd2"] | {"block_out_channels": [256, 256, 512], "cross_attention_dim": 512, "norm_num_groups": 32}
-_WIDE |= {"attention_head_dim": [4, 4, 8], "transformer_layers_per_block": 3}
+WIDE = UNETS["sd2"] | {"block_out_channels": [256, 256, 512], "cross_attention_dim": 512, "norm_num_groups": 32}
+WIDE |= {"attention_head_dim": [4, 4, 8], "transformer_layers_per_block": 3}
 
 
 @pytest.mark.parametrize("bits", [b if b == 4 else pytest.param(b, marks=pytest.mark.slow) for b in BITS])
 def test_quantizing_never_holds_the_unquantized_model(tmp_path, bits):
-    component = write(tmp_path, "unet", _WIDE, mx.float16)
+    component = write(tmp_path, "unet", WIDE, mx.float16)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
