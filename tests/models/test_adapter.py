@@ -1,4 +1,4 @@
-"""T2I-Adapters against diffusers, and the UNet that hears them."""
+"""T2I-Adapters against diffusers, and the UNet with their features."""
 
 import mlx.core as mx
 import numpy as np

@@ -47,7 +47,7 @@ REAL |= {"neck_ignore_stages": [0, 1], "reassemble_factors": [1, 1, 1, 0.5]}
 
 @cache
 def oracle_of(name: str) -> Oracle:
-    """A random estimator, every part of which is loud enough to be heard in its result."""
+    """A random estimator whose result depends on every part of it."""
     torch.manual_seed(0)
     oracle = Oracle(OracleConfig(**copy.deepcopy(CONFIGS[name])))
     for parameter in oracle.parameters():

@@ -62,8 +62,8 @@ def test_norms(backend, size):
     assert relative_error(scaled(*given), line.numpy()) <= 1e-6
     assert relative_error(scaled_silu(*given), torch.nn.functional.silu(line).numpy()) <= 1e-6
     weight, bias = scale[0, 0, 0], shift[0, 0, 0]
-    told = (torch.from_numpy(value).double() for value in (weight, bias))
-    want = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (24,), *told, 1e-5)
+    affine = (torch.from_numpy(value).double() for value in (weight, bias))
+    want = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (24,), *affine, 1e-5)
     assert relative_error(layer_norm(given[0], mx.array(weight), mx.array(bias), 1e-5), want.numpy()) <= 1e-6
 
 
@@ -78,14 +78,14 @@ def test_norms(backend, size):
 )
 def test_scores_in_pieces(backend, rows, sizes, monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
-    asked = []
+    calls = []
     attend = layers._attend
-    monkeypatch.setattr(layers, "_attend", lambda q, *kv: asked.append(q.shape[:3]) or attend(q, *kv))
-    for width, seen in ((160, sizes), (32, sizes if backend == "cpu" else [(3, 2, 50)])):
+    monkeypatch.setattr(layers, "_attend", lambda q, *kv: calls.append(q.shape[:3]) or attend(q, *kv))
+    for width, expected in ((160, sizes), (32, sizes if backend == "cpu" else [(3, 2, 50)])):
         q, k, v = (mx.array(normal(3, 2, n, width, seed=n)) for n in (50, 77, 77))
         assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6
-        assert asked == [*seen, (3, 2, 50)]
-        asked.clear()
+        assert calls == [*expected, (3, 2, 50)]
+        calls.clear()
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 256, 8), (4, 4, 256, 8), (1, 1, 1024, 8)])

@@ -165,7 +165,7 @@ def test_chunks_are_counted_without_an_encoder(sd, options):
 
 
 def test_parts_guide_together(sd):
-    """One step of DDIM is linear in the answer: a AND b = a + b - the negative prompt alone."""
+    """One step of DDIM is linear in the prediction: a AND b = a + b - the negative prompt alone."""
     run = SMALL | {"num_steps": 1}
     guided = {"cfg_weight": 3.0, "negative_text": "on", **run}
     a, b, less = (last(sd.generate_latents(t, **guided)) for t in ("the red", "cat", "the red AND cat:-0.5"))
