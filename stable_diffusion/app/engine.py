@@ -177,6 +177,7 @@ class Engine:
         self._finishes_each = fits_at_once and count > 1 and not model.low_memory
         for run in self._runs:
             self._prepare(run, lambda run: first_pass(model, run.batch))
+        self._on_step: OnStep | None = None
         self._stopped = False
 
     @property
@@ -208,6 +209,8 @@ class Engine:
         FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
         again afterwards.
         """
+        if self._on_step is not None:
+            raise ValueError("this engine has run already; make another one of the same model")
         self._on_step = on_step
         self._release("unet", "autoencoder")
         base, request, inputs = self.model, self._request, self._inputs

@@ -112,7 +112,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
         line_parser.where = f"{path}, line {number}: "
         try:
             line_arguments = vars(line_parser.parse_args(shlex.split(flags)))
-            # Flags of the line come behind those of the command line, also if both have them.
+            # Where both have a flag, it is the line's.
             requests.append(line_of(base, arguments | line_arguments | {"prompt": prompt.strip()}))
         except ValueError as error:
             line_parser.error(error)

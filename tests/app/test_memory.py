@@ -179,6 +179,8 @@ def test_the_first_step_corrects_the_plan(sd, monkeypatch, caplog, rows, excess,
     monkeypatch.setattr(mx, "get_peak_memory", lambda: peak if rows else 0)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 10**6)
     list(engine.run())
+    with pytest.raises(ValueError, match="has run already; make another"):
+        next(engine.run())
     assert rows == wanted and sd.rows_at_once is None
     assert ["a step took" in line for line in caplog.messages] == [True] * (excess > 1)
 
