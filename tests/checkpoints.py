@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -36,15 +37,10 @@ def write_vocabulary(folder: Path, pad_token: str = "<|endoftext|>") -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     special["pad_token"] = pad_token
+    config = special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
-
-
-def _tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(write_vocabulary(folder, pad_token))
 
 
 def _encoder(tokenizer: CLIPTokenizer, cls: type = CLIPTextModel, **values):
@@ -68,38 +64,32 @@ def make(
     ``unet`` and ``vae`` are other configs, ``encoders`` other values in the configs of all text encoders.
     """
     torch.manual_seed(0)
+    xl, refiner = family in ("xl", "xl-inpaint", "refiner", "ssd-1b"), family == "refiner"
+    pads = {} if refiner else {"tokenizer": "!" if family.startswith("sd2") else "<|endoftext|>"}
+    pads |= {"tokenizer_2": "!"} if xl else {}
+    tokenizers = {name: CLIPTokenizer.from_pretrained(write_vocabulary(folder / name, pads[name])) for name in pads}
+    parts = {"tokenizer": None, "text_encoder": None, "scheduler": scheduler} | tokenizers
+    parts["unet"] = perturb(diffusers.UNet2DConditionModel(**unet or UNETS[family]), seed=2)
+    parts["vae"] = perturb(diffusers.AutoencoderKL(**vae | {"scaling_factor": 0.13025 if xl else 0.18215}), seed=3)
     encoders = encoders or {}
-    second = {"cls": CLIPTextModelWithProjection, "hidden_act": "gelu"}
-    second["projection_dim"] = encoders.get("hidden_size", 32)
-    xl = family in ("xl", "xl-inpaint", "refiner", "ssd-1b")
-    parts = {
-        "unet": perturb(diffusers.UNet2DConditionModel(**unet or UNETS[family]), seed=2),
-        "vae": perturb(diffusers.AutoencoderKL(**vae | {"scaling_factor": 0.13025 if xl else 0.18215}), seed=3),
-        "scheduler": scheduler,
-    }
-    vocabulary = folder.parent / f"{folder.name}-vocabulary"
-    if family == "refiner":
-        parts |= {"tokenizer": None, "text_encoder": None, "tokenizer_2": _tokenizer(vocabulary / "2", "!")}
-        wide = {"hidden_size": 64, "intermediate_size": 128}
-        parts["text_encoder_2"] = _encoder(parts["tokenizer_2"], **second | wide | encoders)
+    if not refiner:
+        parts["text_encoder"] = _encoder(tokenizers["tokenizer"], **encoders)
+    if xl:
+        second = {"hidden_size": 64, "intermediate_size": 128} if refiner else {}
+        second |= {"hidden_act": "gelu", "projection_dim": encoders.get("hidden_size", 32)} | encoders
+        parts["text_encoder_2"] = _encoder(tokenizers["tokenizer_2"], CLIPTextModelWithProjection, **second)
+    if refiner:
         pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, **pipeline_options)
     elif xl:
-        first, other = _tokenizer(vocabulary / "1", "<|endoftext|>"), _tokenizer(vocabulary / "2", "!")
-        parts |= {"tokenizer": first, "text_encoder": _encoder(first, **encoders), "tokenizer_2": other}
-        parts["text_encoder_2"] = _encoder(other, **second | encoders)
         pipe = diffusers.StableDiffusionXLPipeline(**parts, **pipeline_options)
     else:
-        first = _tokenizer(vocabulary / "1", "!" if family.startswith("sd2") else "<|endoftext|>")
-        parts |= {"tokenizer": first, "text_encoder": _encoder(first, **encoders), "safety_checker": None}
-        parts["feature_extractor"] = None
-        pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        none = {"safety_checker": None, "feature_extractor": None}
+        pipe = diffusers.StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
-    for name in ("1", "2"):  # the vocabulary in the files that Hub repositories hold
-        target = folder / ("tokenizer" if name == "1" else "tokenizer_2")
-        if target.exists():
-            shutil.rmtree(target)
-            shutil.copytree(vocabulary / name, target)
+    for name, pad in pads.items():  # in the files that Hub repositories hold
+        shutil.rmtree(folder / name)
+        write_vocabulary(folder / name, pad)
     return pipe
 
 
@@ -126,14 +116,8 @@ class Recorder:
     def __call__(self, **kwargs) -> np.ndarray:
         """Images [n, H, W, 3] in [0, 1]; ``steps`` holds the latents [n, h, w, 4]."""
         module = type(self.pipe.scheduler).__module__
-        patches = [mock.patch(f"{module}.randn_tensor", self._draw)] if self.noise is not None else []
-        for patch in patches:
-            patch.start()
-        try:
+        with nullcontext() if self.noise is None else mock.patch(f"{module}.randn_tensor", self._draw):
             return self.pipe(**kwargs, output_type="np", callback_on_step_end=self._keep).images
-        finally:
-            for patch in patches:
-                patch.stop()
 
 
 def encoded_mean(pipe) -> None:

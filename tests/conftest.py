@@ -22,25 +22,25 @@ from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import engine
 
 cpu.tune()
-_LIMITS = {set_limit: set_limit(0) for set_limit in (mx.set_memory_limit, mx.set_cache_limit)}  # what they were before
-
-
-def _reset_limits() -> None:
-    for set_limit, limit in _LIMITS.items():
-        set_limit(limit)
-
-
-_reset_limits()
+_SETTERS = (mx.set_memory_limit, mx.set_cache_limit)
+_LIMITS = [set_limit(0) for set_limit in _SETTERS]  # what they were before
 
 
 @pytest.fixture(autouse=True)
-def device(request) -> Iterator[None]:
-    """Compute on the CPU, where numbers are compared; tests marked ``gpu`` keep the default device."""
-    before = mx.default_device()
+def process_settings(request) -> Iterator[None]:
+    """Give back what a test or a script sets for its process: the device, the library's log, and MLX's limits.
+
+    Numbers are compared on the CPU; tests marked ``gpu`` keep the default device.
+    """
+    log, device = logging.getLogger("stable_diffusion"), mx.default_device()
+    handlers, level = log.handlers, log.level
+    for set_limit, limit in zip(_SETTERS, _LIMITS, strict=True):
+        set_limit(limit)
     if request.node.get_closest_marker("gpu") is None:
         mx.set_default_device(mx.cpu)
     yield
-    mx.set_default_device(before)
+    log.handlers, log.level = handlers, level
+    mx.set_default_device(device)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,16 +99,6 @@ def xl(xl_folder) -> StableDiffusionXL:
 @pytest.fixture(scope="module")
 def tiny() -> StableDiffusion:
     return StableDiffusion("tiny")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """What scripts set for their process is given back to the other tests: the library's log, and MLX's limits."""
-    log = logging.getLogger("stable_diffusion")
-    before = log.handlers, log.level
-    yield
-    log.handlers, log.level = before
-    _reset_limits()
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-"""What a computation takes in memory at its peak, as MLX reports it.
+"""Peaks of memory, as MLX reports them.
 
-The thread that walks through a graph takes buffers, the one that computes lets go of them, and how far the first is
-ahead depends on what else the machine does. So one computation has many peaks: from that in which every operation is
-done before the next one begins, to that in which the first thread waits only where it has to. A test asks for what
-holds for all of them, or takes the least or the most of several runs.
+The thread that walks through a graph takes buffers and the one that computes frees them, so the peak depends on how far
+the first is ahead. A test asks for what holds for all peaks, or takes the least or the most of several runs.
 """
 
 from collections.abc import Callable

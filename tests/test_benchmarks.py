@@ -13,12 +13,11 @@ import pytest
 
 from benchmarks import approximations, growth
 from benchmarks.compare import workers
-from benchmarks.compare.__main__ import main
+from benchmarks.compare.__main__ import FULL, QUICK, main
 from benchmarks.compare.cases import PARTS, Case, cases
 from benchmarks.shapes import SHAPES, UNETS
 
 ROOT = Path(__file__).parents[1]
-ONE = {"shape": ["sd21"], "size": [512], "dtype": ["float32"], "rows": [2], "weights": ["plain"]}
 TINY = ("--shape", "tiny", "--size", "64", "--repeats", "2")
 
 
@@ -82,20 +81,15 @@ def test_in_processes_where_a_column_that_fails_is_a_result():
 
 
 def test_the_matrix():
-    assert cases(["unet"], ONE) == [Case("unet", "sd21", 512)]
-    every = {
-        "shape": ["sd15", "sd21", "sdxl"],
-        "size": [512, 768, 1024],
-        "dtype": ["float32", "float16", "bfloat16"],
-        "rows": [1, 2],
-        "weights": ["plain", "quantized"],
-    }
-    count = {part: len(cases([part], every)) for part in PARTS}
+    assert cases(["unet"], QUICK) == [Case("unet", "sd21", 512)]
     # The published autoencoders are one; whole models are read in the two types that the scripts know.
+    count = {part: len(cases([part], FULL)) for part in PARTS}
     assert count == {"unet": 108, "text": 18, "vae-encode": 3, "vae-decode": 3, "load": 12, "image": 36}
-    assert cases(["vae-decode"], every | {"shape": ["tiny", "sd15"]})[0] == Case("vae-decode", "tiny", 512)
-    assert {case.latent for case in cases(["unet"], ONE | {"shape": list(SHAPES)})} == {64, 128}
-    titles = [case.title() for part in PARTS for case in cases([part], every)]
+    assert [case.shape for case in cases(["vae-decode"], QUICK | {"shape": ("tiny", "sd15", "sdxl")})] == [
+        "tiny",
+        "sd15",
+    ]
+    titles = [case.title() for case in cases(list(PARTS), FULL)]
     assert len(set(titles)) == len(titles)
 
 
@@ -125,11 +119,13 @@ def test_approximations_beside_the_exact_pictures(monkeypatch, capsys):
     assert all(len(line) == len(lines[0]) == 8 for line in lines)
 
 
-@pytest.mark.parametrize("module, options", [(approximations, ["--steps-of", "tiny"]), (growth, ["--shape", "tiny"])])
-def test_steps_of_a_shape(module, options, monkeypatch, capsys):
-    sizes = ["--latents", "16"] if module is approximations else ["--sizes", "64", "128"]
+@pytest.mark.parametrize(
+    "module, options, lines",
+    [(approximations, "--steps-of tiny --latents 16", 7), (growth, "--shape tiny --sizes 64 128", 5)],
+)
+def test_steps_of_a_shape(module, options, lines, monkeypatch, capsys):
     monkeypatch.setitem(UNETS, "tiny", SHAPES["tiny"]["unet"])
-    monkeypatch.setattr(sys, "argv", ["benchmark", *options, *sizes])
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options.split()])
     module.main()
     shares = [float(share) for share in re.findall(r"(\d\.\d+)$", capsys.readouterr().out, re.MULTILINE)]
-    assert len(shares) == (7 if module is approximations else 5) and shares[0] == 1 and all(s > 0 for s in shares)
+    assert len(shares) == lines and shares[0] == 1 and all(s > 0 for s in shares)
