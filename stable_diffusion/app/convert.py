@@ -27,8 +27,7 @@ from .request import Request
 DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 _SMALL_FILES = 2**24  # bytes of all that is not weights, generously
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
-_TOKENIZER_FILES += ("special_tokens_map.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (*layout.VOCABULARY, "tokenizer.json", "added_tokens.json", *layout.SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)

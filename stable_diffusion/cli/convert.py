@@ -1,4 +1,4 @@
-"""Convert a model: ``python -m stable_diffusion convert SOURCE DEST -q``."""
+"""Convert a model: ``python -m stable_diffusion convert MODEL DEST -q``."""
 
 import argparse
 import re

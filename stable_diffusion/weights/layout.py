@@ -32,7 +32,7 @@ _PIPELINES = re.compile(
     r"Depth2ImgPipeline)|LatentConsistencyModel(Img2Img)?Pipeline"
 )
 _STEMS = ("diffusion_pytorch_model", "model")  # of the names of weight files, either in the folder of any network
-_SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
+SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
 _CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
 _CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
@@ -113,7 +113,7 @@ class Listing:
             # transformers 5 writes the vocabulary as tokenizer.json alone.
             is_single = f"{name}/{VOCABULARY[0]}" not in self.names and f"{name}/tokenizer.json" in self.names
             small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
-            small += [f"{name}/{file}" for file in _SPECIAL_TOKENS if f"{name}/{file}" in self.names]
+            small += [f"{name}/{file}" for file in SPECIAL_TOKENS if f"{name}/{file}" in self.names]
         return Index(index, tokenizers, *self._find({part: f"{part}/" for part in present if part in NETWORKS}, small))
 
     def find_part(self, kind: str) -> tuple[dict[str, Component], list[str]]:
@@ -174,7 +174,7 @@ def best_files(float16: bool) -> frozenset[str]:
     """Return the files that a repository at best has: where these are at hand, no listing could offer better ones."""
     half = ".fp16" if float16 else ""
     weights = {f"{network}/{PARTS[network].stem}{half}.safetensors" for network in NETWORKS}
-    return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in _SPECIAL_TOKENS})
+    return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in SPECIAL_TOKENS})
 
 
 def files_in(folder: Path) -> set[str]:
