@@ -10,9 +10,10 @@ from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 
+from .diffusion.choice import find_sampler, run_options
 from .diffusion.controls import Control
 from .diffusion.sample import Run
-from .diffusion.samplers import Noise, States, find_sampler, run_options
+from .diffusion.samplers import Noise, States
 from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule, Steps
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
@@ -278,11 +279,12 @@ def plan_run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
-        sampler_options=run_options(sampler, schedule, steps, eta=eta, s_noise=options.s_noise),
+        sampler_options=run_options(sampler, schedule, steps, eta=eta),
         initial_scale=scale,
         seeds=seeds,
         latents=options.latents,
         noise=options.noise,
+        s_noise=1.0 if options.s_noise is None else options.s_noise,
     )
 
 

@@ -15,10 +15,11 @@ from typing import Any, Unpack
 import mlx.core as mx
 from PIL.Image import Image
 
+from .diffusion.choice import sampler_for
 from .diffusion.denoiser import Denoiser, consistency, inpainting
 from .diffusion.guidance import guidance_batches
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
-from .diffusion.samplers import Denoise, sampler_for
+from .diffusion.samplers import Denoise
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .models import cpu

@@ -15,7 +15,7 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from ..diffusion.samplers import read_name
+from ..diffusion.choice import read_name
 from ..diffusion.schedule import SCHEDULES
 
 _NEGATIVE = "Negative prompt:"

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
-from ..diffusion.samplers import read_name
+from ..diffusion.choice import read_name
 from ..images.files import read_text
 from ..lora.files import find_in, locate
 from ..pipeline import StableDiffusion

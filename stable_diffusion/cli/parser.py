@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
-from ..diffusion.samplers import find_sampler, table
+from ..diffusion.choice import find_sampler, table
 from ..diffusion.schedule import SCHEDULES
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS

@@ -28,7 +28,7 @@ class Run:
     Of the ``steps`` the first ``length`` are made. ``initial_scale`` is the factor on the noise that a run starts from,
     or on the latents that it continues from. Image i has two random streams from ``seeds[i]``: one for its first noise
     and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
-    ``noise`` replace them.
+    ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
     """
 
     steps: Steps
@@ -39,6 +39,7 @@ class Run:
     seeds: tuple[int, ...]
     latents: mx.array | None
     noise: Noise | None
+    s_noise: float
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
@@ -48,12 +49,12 @@ class Run:
         return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
-        """Draw the noise that a stochastic sampler adds at a step, unit normal, in the ``shape`` of the latents."""
+        """Draw the noise of ``shape`` that a stochastic sampler adds at a step: unit normal, times ``s_noise``."""
         if self.noise is not None:
-            return self.noise(step, shape)
+            return self.s_noise * self.noise(step, shape)
         counter = mx.array([0, step], dtype=mx.uint32)
         keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
-        return mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
+        return self.s_noise * mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,13 @@ plain floats, for which the denoiser computes the timestep.
 """
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
-
-from .schedule import SCHEDULES, Schedule, ScheduleConfig, Steps
-
-_log = logging.getLogger("stable_diffusion")
 
 Denoise = Callable[[mx.array, float], mx.array]
 Noise = Callable[[int, tuple[int, ...]], mx.array]
@@ -40,11 +34,9 @@ def euler(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States
         yield x
 
 
-def euler_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
-) -> States:
+def euler_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run Euler's method to a lower sigma and add noise up to the next one (k-diffusion): DDIM with ``eta`` 1."""
-    yield from ddim(denoise, x, sigmas, noise, eta=eta, s_noise=s_noise)
+    yield from ddim(denoise, x, sigmas, noise, eta=eta)
 
 
 def heun(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
@@ -59,9 +51,7 @@ def heun(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
         yield x
 
 
-def dpm2_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
-) -> States:
+def dpm2_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run DPM-Solver-2 (Lu et al. 2022a), with the slope half-way in log sigma; the step to 0 is Euler's.
 
     Above ``eta`` 0 it goes to a lower sigma, and noise leads back (k-diffusion).
@@ -75,8 +65,7 @@ def dpm2_ancestral(
             x = x + (down - sigma) * ((halfway - denoise(halfway, middle)) / middle)
         else:
             x = x0
-        if up > 0:
-            x = x + (up * s_noise) * noise(i, x.shape)
+        x = _noised(x, up, noise, i)
         yield x
 
 
@@ -100,7 +89,6 @@ def ddim(
     noise: Noise,
     *,
     eta: float = 0.0,
-    s_noise: float = 1.0,
     target_sigmas: Sigmas | None = None,
 ) -> States:
     """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
@@ -111,9 +99,7 @@ def ddim(
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         target = after if target_sigmas is None else target_sigmas[i]
         down, up = _ancestral(sigma, target, eta)
-        x = _toward(x, denoise(x, sigma), sigma, down)
-        if up > 0:
-            x = x + (up * s_noise) * noise(i, x.shape)
+        x = _noised(_toward(x, denoise(x, sigma), sigma, down), up, noise, i)
         x = _relabel(x, target, after)
         yield x
 
@@ -162,14 +148,7 @@ _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24
 
 
 def dpmpp_2m_sde(
-    denoise: Denoise,
-    x: mx.array,
-    sigmas: Sigmas,
-    noise: Noise,
-    *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    lower_order_final: bool = False,
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, lower_order_final: bool = False
 ) -> States:
     """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4; midpoint): an exponential integrator with D from two steps.
 
@@ -184,16 +163,12 @@ def dpmpp_2m_sde(
         if previous is not None and 0 < h < math.inf and not lower:
             estimate = x0 + (x0 - previous) * (h / (2 * h_previous))
         down, up = _reverse_sde(sigma, target, eta)
-        x = _toward(x, estimate, sigma, down)
-        if up > 0:
-            x = x + (up * s_noise) * noise(i, x.shape)
+        x = _noised(_toward(x, estimate, sigma, down), up, noise, i)
         previous, h_previous = x0, h
         yield x
 
 
-def dpmpp_2s_ancestral(
-    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
-) -> States:
+def dpmpp_2s_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): D from half-way in log sigma, with ancestral noise."""
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = _ancestral(sigma, target, eta)
@@ -201,15 +176,11 @@ def dpmpp_2s_ancestral(
         if down > 0:
             middle = math.sqrt(sigma * down)
             x0 = denoise(_toward(x, x0, sigma, middle), middle)
-        x = _toward(x, x0, sigma, down)
-        if up > 0:
-            x = x + (up * s_noise) * noise(i, x.shape)
+        x = _noised(_toward(x, x0, sigma, down), up, noise, i)
         yield x
 
 
-def dpmpp_sde(
-    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
-) -> States:
+def dpmpp_sde(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run DPM-Solver++ on the SDE (k-diffusion; Lu et al. 2022b): D from half-way in log sigma, noise on both halves.
 
     The noise is a Brownian motion in sigma. Its increments over the two halves are drawn, numbers 2 i and 2 i + 1 in
@@ -223,17 +194,15 @@ def dpmpp_sde(
             both = math.sqrt((sigma - middle) / (sigma - target)) * first
             both = both + math.sqrt((middle - target) / (sigma - target)) * second
             down, up = _ancestral(sigma, middle, eta)
-            halfway = _toward(x, x0, sigma, down) + (up * s_noise) * first
+            halfway = _toward(x, x0, sigma, down) + up * first
             down, up = _ancestral(sigma, target, eta)
-            x = _toward(x, denoise(halfway, middle), sigma, down) + (up * s_noise) * both
+            x = _toward(x, denoise(halfway, middle), sigma, down) + up * both
         else:
             x = _toward(x, x0, sigma, target)
         yield x
 
 
-def dpmpp_3m_sde(
-    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
-) -> States:
+def dpmpp_3m_sde(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run SDE-DPM-Solver++(3M) (k-diffusion; Lu et al. 2022b): D extrapolated from three steps.
 
     ``slopes`` and ``bend`` are the first and second divided differences of D in units of this step.
@@ -253,8 +222,7 @@ def dpmpp_3m_sde(
                 r = [(t - s) / h for (t, _), (s, _) in pairwise(history)]
                 bend = (slopes[0] - slopes[1]) / (r[0] + r[1])
                 x = x + phi_2 * (slopes[0] + r[0] * bend) - (phi_2 / length - 0.5) * bend
-        if up > 0:
-            x = x + (up * s_noise) * noise(i, x.shape)
+        x = _noised(x, up, noise, i)
         yield x
 
 
@@ -279,13 +247,7 @@ def unipc(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order:
 
 
 def deis(
-    denoise: Denoise,
-    x: mx.array,
-    sigmas: Sigmas,
-    noise: Noise,
-    *,
-    order: int = 2,
-    lower_order_final: bool = False,
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 2, lower_order_final: bool = False
 ) -> States:
     """Run the diffusion exponential integrator sampler (Zhang & Chen 2023, rho-AB in log rho).
 
@@ -306,14 +268,7 @@ def deis(
 
 
 def tcd(
-    denoise: Denoise,
-    x: mx.array,
-    sigmas: Sigmas,
-    noise: Noise,
-    *,
-    eta: float = 0.3,
-    s_noise: float = 1.0,
-    tcd_sigmas: Sigmas | None = None,
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 0.3, tcd_sigmas: Sigmas | None = None
 ) -> States:
     """Run trajectory consistency distillation (Zheng et al. 2024, algorithm 4; ``eta`` is their gamma).
 
@@ -322,22 +277,26 @@ def tcd(
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down = (1 - eta) * target if tcd_sigmas is None else tcd_sigmas[i]
-        x = _toward(x, denoise(x, sigma), sigma, down)
-        if down < target:
-            x = x + (math.sqrt(target**2 - down**2) * s_noise) * noise(i, x.shape)
+        up = math.sqrt(max(target**2 - down**2, 0.0))
+        x = _noised(_toward(x, denoise(x, sigma), sigma, down), up, noise, i)
         yield x
 
 
 # Samplers that are others with some of their options bound, which then cannot be chosen.
-dpm2 = partial(dpm2_ancestral, eta=0.0, s_noise=0.0)
+dpm2 = partial(dpm2_ancestral, eta=0.0)
 ddpm = partial(ddim, eta=1.0)  # Ho et al. 2020, algorithm 2, with the posterior's variance
-dpmpp_2m = partial(dpmpp_2m_sde, eta=0.0, s_noise=0.0)  # on the ODE: Lu et al. 2022b, algorithm 2
+dpmpp_2m = partial(dpmpp_2m_sde, eta=0.0)  # on the ODE: Lu et al. 2022b, algorithm 2
 lcm = partial(tcd, eta=1.0, tcd_sigmas=None)  # every leap goes to x0: Luo et al. 2023, algorithm 3
 
 
 def _toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
     """Step from ``sigma`` to ``target`` along the ODE while D stays ``x0``; nothing cancels at large sigma."""
     return x0 + (target / sigma) * (x - x0)
+
+
+def _noised(x: mx.array, up: float, noise: Noise, draw: int) -> mx.array:
+    """Add noise of the standard deviation ``up``; at 0 none is drawn."""
+    return x + up * noise(draw, x.shape) if up > 0 else x
 
 
 def _ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
@@ -412,10 +371,14 @@ class Sampler:
 
     @property
     def option_names(self) -> set[str]:
-        """Return the names of the options that may be chosen: keyword arguments that no ``partial`` has bound."""
+        """Return the names of the options that may be chosen: keyword arguments that no ``partial`` has bound.
+
+        A factor on the noise, "s_noise", may be chosen where there is noise.
+        """
         parameters = inspect.signature(self.run).parameters.values()
         names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-        return names - getattr(self.run, "keywords", {}).keys()
+        names -= getattr(self.run, "keywords", {}).keys()
+        return names | {"s_noise"} if self.stochastic or "eta" in names else names
 
 
 _two = partial(Sampler, order=2, evaluations=2)
@@ -448,82 +411,3 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(lcm, "lcm", stochastic=True, scheduler="LCM", reference=_LUO, consistency=True),
     "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference=_ZHENG),
 }
-
-# The nearest samplers to scheduler classes that none here computes.
-_NEAREST = {"DPMSolverSinglestep": "dpmpp_2m", "DPMSolverMultistep:sde-dpmsolver": "dpmpp_2m_sde"}
-
-# Names of samplers in other programs, as `_key` writes them.
-_ALIASES = {"plms": "pndm", "eulerancestral": "euler_a", "dpm2ancestral": "dpm2_a", "dpmpp2sancestral": "dpmpp_2s_a"}
-
-
-def read_name(name: str) -> tuple[str, str | None]:
-    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "Euler a", "k_lms".
-
-    The schedule is None where the name has none. ValueError lists the samplers.
-    """
-    if name in SAMPLERS:
-        return name, None
-    key = _key(name)
-    endings = [curve for curve in SCHEDULES if curve != "default" and key.endswith(_key(curve))]
-    schedule = max(endings, key=len, default=None)  # "polyexponential" ends in "exponential" too
-    key = key.removesuffix(_key(schedule or ""))
-    known = {_key(sampler): sampler for sampler in SAMPLERS} | _ALIASES
-    for candidate in (key, key.removeprefix("k")):
-        if candidate in known:
-            return known[candidate], schedule
-    raise ValueError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-
-
-def _key(name: str) -> str:
-    return "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
-
-
-def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:
-    """Return the row of a sampler's name and the schedule in the name, or a row for a sampler function.
-
-    Raises ValueError for an unknown name, and for a ``chosen`` option, not None, that the sampler does not take.
-    """
-    if callable(sampler):
-        name, schedule, row = getattr(sampler, "__name__", repr(sampler)), None, Sampler(sampler)
-    else:
-        name, schedule = read_name(sampler)
-        row = SAMPLERS[name]
-    if unknown := {option for option, value in chosen.items() if value is not None} - row.option_names:
-        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
-    return row, schedule
-
-
-def sampler_for(config: ScheduleConfig) -> str:
-    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
-    exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
-    scheduler = config.class_name.removesuffix("Scheduler")
-    keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
-    name = (exact | _NEAREST)[keys[0]] if keys else "euler"
-    if not keys or keys[0] in _NEAREST or config.not_followed:
-        scheduler = ", ".join((config.class_name, *config.not_followed))
-        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
-    return name
-
-
-def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
-    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's."""
-    options = {name: value for name, value in chosen.items() if value is not None}
-    if not len(steps):
-        return options
-    of_run = {
-        "velocity": lambda: schedule.config.prediction_type == "v_prediction",
-        "target_sigmas": lambda: schedule.target_sigmas(steps),
-        "repeat_sigma": lambda: schedule.repeat_sigma(steps),
-        "tcd_sigmas": lambda: schedule.tcd_sigmas(steps, options.get("eta", 0.3)),
-        "lower_order_final": lambda: schedule.config.lower_order_final and steps.total < 15,  # as in diffusers
-    }
-    return {name: of_run[name]() for name in sampler.option_names & of_run.keys()} | options
-
-
-def table() -> str:
-    """Format all samplers as text, one a line: name, order, evaluations in a step, stochastic or not, reference."""
-    rows = [("sampler", "order", "evaluations", "stochastic", "reference")]
-    for name, s in SAMPLERS.items():
-        rows.append((name, str(s.order), str(s.evaluations), "yes" if s.stochastic else "no", s.reference))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -5,8 +5,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from checkpoints import SCALED, Recorder, both, make
-from oracle import nchw, normal, picture, relative_error
+from checkpoints import SCALED, both, make
+from oracle import picture, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion
 from stable_diffusion.diffusion.samplers import dpmpp_2m, euler
 
@@ -79,6 +79,16 @@ def test_a_function_is_a_sampler_and_gets_the_options_of_the_run(sd):
     assert options == {"velocity": False, "target_sigmas": list(sd.schedule.steps(3).sigmas[1:]), "eta": 0.25}
 
 
+@pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if "s_noise" in row.option_names])
+def test_s_noise_is_a_factor_on_the_noise(sd, sampler):
+    given = {"eta": 0.7} if "eta" in SAMPLERS[sampler].option_names else {}
+    half, of_half, quarter = (
+        states(sd, num_steps=3, sampler=sampler, noise=lambda i, s, c=c: c * mx.ones(s), s_noise=f, **given)
+        for c, f in ((1.0, 0.5), (0.5, 1.0), (0.5, 0.5))
+    )
+    assert np.array_equal(half, of_half) and relative_error(quarter, half) > 1e-3
+
+
 def test_every_image_and_step_draws_noise_of_its_own(sd):
     """It depends on the image's seed and the step alone, and none of it is the first latents' again."""
     draws = []
@@ -94,32 +104,8 @@ def test_every_image_and_step_draws_noise_of_its_own(sd):
     assert np.allclose(np.corrcoef(ours.reshape(6, -1)), np.eye(6), atol=0.5)
 
 
-# --- the samplers that checkpoints ask for, in whole pipelines -------------------------------------------------------
-
-
-def test_pndm(tmp_path):
-    """Stable Diffusion 1's own scheduler; it shows both halves of the first step, and we yield the second."""
-    scheduler = diffusers.PNDMScheduler(**SCALED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    recorder, noise = Recorder(make(tmp_path / "sd", "sd1", scheduler)), normal(1, 8, 8, 4, seed=1)
-    run = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 5.0}
-    recorder(prompt=PROMPT, latents=nchw(noise), **run)
+def test_a_consistency_model(tmp_path):
+    pipe = make(tmp_path / "sd", "lcm", diffusers.LCMScheduler(**SCALED))
     sd = StableDiffusion(tmp_path / "sd")
-    assert sd.sampler == "pndm"
-    ours = sd.generate_latents(PROMPT, num_steps=6, cfg_weight=5.0, latent_size=(8, 8), latents=mx.array(noise))
-    for x, want in zip(ours, recorder.steps[1:], strict=True):
-        assert relative_error(x, want) <= 1e-3
-
-
-KARRAS = diffusers.DPMSolverMultistepScheduler(**SCALED, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
-
-
-@pytest.mark.parametrize(
-    "family, scheduler, sampler",
-    [("lcm", diffusers.LCMScheduler(**SCALED), "lcm"), ("sd1", KARRAS, "dpmpp_2m_sde")],
-    ids=["lcm", "karras"],
-)
-def test_stochastic(tmp_path, family, scheduler, sampler):
-    pipe = make(tmp_path / "sd", family, scheduler)
-    sd = StableDiffusion(tmp_path / "sd")
-    assert sd.sampler == sampler
+    assert sd.sampler == "lcm"
     both(pipe, sd, steps=4, negative_text="", added=True)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from oracle import normal, relative_error
+from stable_diffusion.diffusion.choice import run_options
 from stable_diffusion.diffusion.denoiser import Denoiser, consistency
 from stable_diffusion.diffusion.guidance import guidance_batches
-from stable_diffusion.diffusion.samplers import SAMPLERS, run_options
+from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.text.encode import Conditioning
 

@@ -1,0 +1,89 @@
+"""Choose the sampler of a run: by its name, by a checkpoint's scheduler, or a function; and its options in the run."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .samplers import SAMPLERS, Sampler, States
+from .schedule import SCHEDULES, Schedule, ScheduleConfig, Steps
+
+_log = logging.getLogger("stable_diffusion")
+
+# The nearest samplers to scheduler classes that none here computes.
+_NEAREST = {"DPMSolverSinglestep": "dpmpp_2m", "DPMSolverMultistep:sde-dpmsolver": "dpmpp_2m_sde"}
+
+# Names of samplers in other programs, as `_key` writes them.
+_ALIASES = {"plms": "pndm", "eulerancestral": "euler_a", "dpm2ancestral": "dpm2_a", "dpmpp2sancestral": "dpmpp_2s_a"}
+
+
+def read_name(name: str) -> tuple[str, str | None]:
+    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "Euler a", "k_lms".
+
+    The schedule is None where the name has none. ValueError lists the samplers.
+    """
+    if name in SAMPLERS:
+        return name, None
+    key = _key(name)
+    endings = [curve for curve in SCHEDULES if curve != "default" and key.endswith(_key(curve))]
+    schedule = max(endings, key=len, default=None)  # "polyexponential" ends in "exponential" too
+    key = key.removesuffix(_key(schedule or ""))
+    known = {_key(sampler): sampler for sampler in SAMPLERS} | _ALIASES
+    for candidate in (key, key.removeprefix("k")):
+        if candidate in known:
+            return known[candidate], schedule
+    raise ValueError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
+
+
+def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:
+    """Return the row of a sampler's name and the schedule in the name, or a row for a sampler function.
+
+    Raises ValueError for an unknown name, and for a ``chosen`` option, not None, that the sampler does not take.
+    """
+    if callable(sampler):
+        name, schedule, row = getattr(sampler, "__name__", repr(sampler)), None, Sampler(sampler, stochastic=True)
+    else:
+        name, schedule = read_name(sampler)
+        row = SAMPLERS[name]
+    if unknown := {option for option, value in chosen.items() if value is not None} - row.option_names:
+        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
+    return row, schedule
+
+
+def sampler_for(config: ScheduleConfig) -> str:
+    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
+    exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
+    scheduler = config.class_name.removesuffix("Scheduler")
+    keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
+    name = (exact | _NEAREST)[keys[0]] if keys else "euler"
+    if not keys or keys[0] in _NEAREST or config.not_followed:
+        scheduler = ", ".join((config.class_name, *config.not_followed))
+        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
+    return name
+
+
+def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's."""
+    options = {name: value for name, value in chosen.items() if value is not None}
+    if not len(steps):
+        return options
+    of_run = {
+        "velocity": lambda: schedule.config.prediction_type == "v_prediction",
+        "target_sigmas": lambda: schedule.target_sigmas(steps),
+        "repeat_sigma": lambda: schedule.repeat_sigma(steps),
+        "tcd_sigmas": lambda: schedule.tcd_sigmas(steps, options.get("eta", 0.3)),
+        "lower_order_final": lambda: schedule.config.lower_order_final and steps.total < 15,  # as in diffusers
+    }
+    return {name: of_run[name]() for name in sampler.option_names & of_run.keys()} | options
+
+
+def table() -> str:
+    """Format all samplers as text, one a line: name, order, evaluations in a step, stochastic or not, reference."""
+    rows = [("sampler", "order", "evaluations", "stochastic", "reference")]
+    for name, s in SAMPLERS.items():
+        rows.append((name, str(s.order), str(s.evaluations), "yes" if s.stochastic else "no", s.reference))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
