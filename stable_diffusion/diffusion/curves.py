@@ -7,21 +7,21 @@ import math
 from collections.abc import Callable, Sequence
 
 
-def karras(count: int, high: float, low: float, rho: float = 7.0) -> list[float]:
-    """Space levels evenly in the ``rho``-th root of sigma (Karras et al. 2022, eq. 5): dense at the low end."""
-    first, last = high ** (1 / rho), low ** (1 / rho)
-    return [(first + r * (last - first)) ** rho for r in _ramp(count)]
+def karras(count: int, high: float, low: float) -> list[float]:
+    """Space levels evenly in the seventh root of sigma (Karras et al. 2022, eq. 5): dense at the low end."""
+    first, last = high ** (1 / 7), low ** (1 / 7)
+    return [(first + r * (last - first)) ** 7.0 for r in _ramp(count)]
 
 
-def polyexponential(count: int, high: float, low: float, rho: float = 1.0) -> list[float]:
-    """Space levels by a power of even steps in log sigma (k-diffusion); above 1, ``rho`` draws them to ``low``."""
+def exponential(count: int, high: float, low: float) -> list[float]:
+    """Space levels evenly in log sigma (k-diffusion)."""
     first, last = math.log(high), math.log(low)
-    return [math.exp(last + (1 - r) ** rho * (first - last)) for r in _ramp(count)]
+    return [math.exp(last + (1 - r) * (first - last)) for r in _ramp(count)]
 
 
-def beta(count: int, high: float, low: float, shape: float = 0.6) -> list[float]:
-    """Space levels as quantiles of the distribution Beta(shape, shape) (Lee et al. 2024): dense at both ends."""
-    return [low + _beta_quantile(1 - r, shape) * (high - low) for r in _ramp(count)]
+def beta(count: int, high: float, low: float) -> list[float]:
+    """Space levels as quantiles of the distribution Beta(0.6, 0.6) (Lee et al. 2024): dense at both ends."""
+    return [low + _beta_quantile(1 - r, 0.6) * (high - low) for r in _ramp(count)]
 
 
 def log_linear(table: Sequence[float], count: int) -> list[float]:
@@ -36,8 +36,8 @@ def log_linear(table: Sequence[float], count: int) -> list[float]:
 
 CURVES: dict[str, Callable[..., list[float]]] = {
     "karras": karras,
-    "exponential": polyexponential,
-    "polyexponential": polyexponential,
+    "exponential": exponential,
+    "polyexponential": exponential,  # of power 1, which k-diffusion's users have
     "beta": beta,
 }
 

@@ -18,7 +18,6 @@ class GuidanceBatch:
 
     Row b belongs to image ``images[b]``; ``is_cond[b]`` is 1 for a row of the prompt and 0 for one of the negative
     prompt. ``weights`` [n, B] combine the outputs of B rows into those of n images; None where the rows are the images.
-    With ``rescale`` above 0, ``cond_weights`` [n, B] combine them into the conditional prediction.
     """
 
     first_step: int
@@ -26,7 +25,6 @@ class GuidanceBatch:
     images: mx.array
     is_cond: mx.array
     weights: mx.array | None = None
-    cond_weights: mx.array | None = None
     rescale: float = 0.0
 
     def split(self, rows_at_once: int) -> list["GuidanceBatch"]:
@@ -49,19 +47,19 @@ class GuidanceBatch:
         guided = mx.tensordot(self.weights, outputs, axes=1)
         if self.rescale == 0:
             return guided
-        cond = mx.tensordot(self.cond_weights, outputs, axes=1)
+        cond_weights = self.weights * self.is_cond
+        cond = mx.tensordot(cond_weights / cond_weights.sum(axis=1, keepdims=True), outputs, axes=1)
         factor = mx.std(cond, axis=(1, 2, 3), keepdims=True) / mx.std(guided, axis=(1, 2, 3), keepdims=True)
         return (self.rescale * factor + (1 - self.rescale)) * guided
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Hold one row of a batch: the ``index`` of its conditioning, its image and its weights."""
+    """Hold one row of a batch: the ``index`` of its conditioning, its image and its weight."""
 
     index: int
     image: int
     weight: float
-    cond_weight: float = 0.0
     is_cond: bool = False
 
 
@@ -105,20 +103,19 @@ def guidance_batches(
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
             parts = [[(i, row.weight) for i, row in active if row.prompt == prompt] for prompt in of_image]
             if step in guided:
-                rows += _guided_rows(image, *parts, scales=scales, with_means=rescale > 0)
+                rows += _guided_rows(image, *parts, scales=scales)
+                if rescale > 0:
+                    _mean(parts[0])  # raises ValueError where there is none to rescale to
             else:
                 rows += [_Row(index, image, weight, is_cond=True) for index, weight in _mean(parts[0])]
         batches.append(_batch(step, conditioning, rows, n_images, rescale if step in guided else 0.0))
     return batches
 
 
-def _guided_rows(
-    image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float], with_means: bool
-) -> list[_Row]:
+def _guided_rows(image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float]) -> list[_Row]:
     """Weigh the rows of an image for classifier-free guidance, those of the prompt first."""
     guidance, image_guidance = scales
-    means = dict(_mean(cond)) if with_means else {}
-    rows = [_Row(index, image, guidance * weight, means.get(index, 0.0), is_cond=True) for index, weight in cond]
+    rows = [_Row(index, image, guidance * weight, is_cond=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
     for factor, uncond in zip(factors, unconds, strict=False):  # the second is for images alone
         rows += [_Row(index, image, factor * weight) for index, weight in _mean(uncond)]
@@ -147,6 +144,5 @@ def _batch(step: int, conditioning: Conditioning, rows: Sequence[_Row], n_images
         images=images,
         is_cond=mx.array([int(row.is_cond) for row in rows]),
         weights=None if are_images else of_image * mx.array([row.weight for row in rows]),
-        cond_weights=of_image * mx.array([row.cond_weight for row in rows]) if rescale else None,
         rescale=rescale,
     )
