@@ -58,20 +58,6 @@ def test_masks_of_white_of_black_and_of_both(sd, sampler):
     assert relative_error(both[-1][:, :3, :4], black[-1][:, :3, :4]) > 0.1
 
 
-def test_what_is_kept_bears_the_noise_of_the_step_until_the_end(sd):
-    """The latents between are shown by previews: what is kept is the image there, ever less noisy."""
-    x0 = np.array(sd.encode(picture()[None]))
-    distances = [np.abs(np.array(x) - x0)[:, 3:].mean() for x in from_image(sd, mask=corner(), num_steps=8)]
-    assert distances == sorted(distances, reverse=True) and distances[0] > 0.1 and distances[-1] == 0
-
-
-def test_the_network_sees_what_is_kept(sd):
-    """What is made anew depends on the image around it also where all of it is noise in the beginning."""
-    given = {"mask": corner(), "strength": 1.0, "seed": 3, "num_steps": 4, "cfg_weight": 3.0}
-    one, other = (last(sd.generate_latents_from_image(picture(seed=seed), PROMPT, **given)) for seed in (0, 1))
-    assert relative_error(one[:, :3, :4], other[:, :3, :4]) > 1e-3
-
-
 def test_a_masked_image_does_not_depend_on_its_batch(sd):
     given = {"mask": corner(), "sampler": "dpmpp_sde", "num_steps": 3}
     together = last(from_image(sd, n_images=3, seed=7, **given))
@@ -103,23 +89,6 @@ def test_a_controlnet_without_effect(sd, net):
         assert np.array_equal(last(sd.generate_latents(PROMPT, controls=[weak], **given)), plain)
     strong = last(sd.generate_latents(PROMPT, controls=[Control(net, hint())], **given))
     assert relative_error(strong, plain) > 0.01
-
-
-def test_when_a_controlnet_acts(sd, net):
-    """Until it begins the latents are those without it, and its hint and scale count."""
-    given = {"num_steps": 4, "seed": 1, "latent_size": SMALL, "sampler": "euler"}
-
-    def run(*controls) -> list[np.ndarray]:
-        return [np.array(x) for x in sd.generate_latents(PROMPT, controls=controls, **given)]
-
-    plain, late, early = run(), run(Control(net, hint(), start=0.5)), run(Control(net, hint(), end=0.5))
-    always = run(Control(net, hint()))
-    assert [np.array_equal(*pair) for pair in zip(plain, late, strict=True)] == [True, True, False, False]
-    assert [np.array_equal(*pair) for pair in zip(always, early, strict=True)] == [True, True, False, False]
-    assert relative_error(run(Control(net, hint(2)))[-1], always[-1]) > 1e-3
-    assert relative_error(run(Control(net, hint(), scale=0.5))[-1], always[-1]) > 1e-3
-    halves = run(Control(net, hint(), scale=0.5), Control(net, hint(), scale=0.5))
-    assert relative_error(halves[-1], always[-1]) <= 1e-4  # several add up
 
 
 def test_masks_controls_and_weighted_prompts_together(sd, net):
@@ -243,7 +212,7 @@ def test_control_images_of_the_wrong_size(sd, net):
 
 
 BAD_NUMBERS = {"scale inf .* finite number": {"scale": float("inf")}, "from 0.5 to 0.5": {"start": 0.5, "end": 0.5}}
-BAD_NUMBERS |= {"from -0.1 to": {"start": -0.1}, "to 1.1": {"end": 1.1}, "to nan": {"end": float("nan")}}
+BAD_NUMBERS |= {"from -0.1 to": {"start": -0.1}, "to nan": {"end": float("nan")}}
 
 
 @pytest.mark.parametrize("message", BAD_NUMBERS)

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from checkpoints import SCALED, write_vocabulary
 from configs import UNETS
 from models.test_vae import SD as VAE
-from oracle import perturb, relative_error
+from oracle import perturb
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 
 ROOT = Path(__file__).parents[1]
@@ -258,35 +258,12 @@ def test_defaults(family, steps, guidance, request):
     assert len(list(sd.generate_latents_from_image(picture, PROMPT))) == int(0.8 * steps)
 
 
-def test_steps_may_be_evaluated_one_by_one_or_at_the_end(xl):
-    options = {"n_images": 2, "num_steps": 3, "seed": 1}
-    one_by_one = []
-    for x_t in xl.generate_latents(PROMPT, **options):
-        mx.eval(x_t)
-        one_by_one.append(x_t)
-    *_, x_t = xl.generate_latents(PROMPT, **options)
-    assert relative_error(x_t, one_by_one[-1]) <= 1e-5
-    assert all(xl.decode(x).shape == (2, 64, 64, 3) for x in one_by_one)  # a preview of any step
-
-
 def test_attributes(sd, xl):
     for model, suffixes in ((sd, ("",)), (xl, ("_1", "_2"))):
         parts = {"unet", "autoencoder"}
         parts |= {f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes}
-        own = {
-            "dtype",
-            "schedule",
-            "mode",
-            "low_memory",
-            "memory_limit",
-            "rows_at_once",
-            "source",
-            "sources",
-            "unet_config",
-            "vae_config",
-            "is_xl",
-            "pixels_per_latent",
-        }
+        own = "dtype schedule mode low_memory memory_limit rows_at_once source sources unet_config vae_config is_xl"
+        own = {*own.split(), "pixels_per_latent"}
         assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | own
         networks = [getattr(model, part) for part in parts if not part.startswith("tokenizer")]
         assert all(isinstance(network, nn.Module) and tree_flatten(network.parameters()) for network in networks)
@@ -332,25 +309,3 @@ def test_text_encoder_quantized_twice(xl):
     assert kinds["text_model.embeddings.token_embedding"] is nn.QuantizedEmbedding
     assert not {nn.Linear, nn.Embedding} & {*kinds.values()}
     assert similarity(xl.text_encoder_1(ids).hidden_states[-2], before) > 0.9
-
-
-@pytest.mark.parametrize("family", ["sd", "xl"])
-def test_unet_quantized_without_a_filter(family, request):
-    sd = request.getfixturevalue(family)
-    options = {"num_steps": 1, "seed": 1, "cfg_weight": 0}
-    before = list(sd.generate_latents(PROMPT, **options))[-1]
-    mx.eval(before)
-    nn.quantize(sd.unet, group_size=32, bits=8)
-    kinds = [type(m) for _, m in sd.unet.named_modules()]
-    assert nn.QuantizedLinear in kinds and nn.Linear not in kinds
-    after = list(sd.generate_latents(PROMPT, **options))[-1]
-    assert 0 < relative_error(after, before) < 0.05
-
-
-def test_parts_may_be_deleted_before_decoding(xl):
-    x_t = list(xl.generate_latents(PROMPT, n_images=2, seed=1))[-1]
-    mx.eval(x_t)
-    expected = xl.decode(x_t)
-    mx.eval(expected)
-    del xl.text_encoder_1, xl.text_encoder_2, xl.unet, xl.sampler
-    assert mx.array_equal(xl.decode(x_t), expected)

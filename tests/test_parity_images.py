@@ -57,10 +57,6 @@ def test_inpainting_with_any_checkpoint(tmp_path, scheduler, strength):
     pipe = reference(tmp_path / "sd", "sd1", scheduler, diffusers.StableDiffusionInpaintPipeline)
     sd = StableDiffusion(tmp_path / "sd")
     both(pipe, sd, image=picture(), mask=mask(), strength=strength, added=True)
-    if strength < 1:
-        inverted = Image.eval(mask(), lambda value: 255 - value)
-        with pytest.raises(AssertionError):  # the comparison sees it
-            both(pipe, sd, image=picture(), mask=inverted, theirs={"mask_image": mask()}, strength=strength)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
