@@ -28,11 +28,10 @@ import mlx.core as mx
 import numpy as np
 
 from stable_diffusion.models import cpu
-from stable_diffusion.models.layers import Context
-from stable_diffusion.weights.load import build
 from tools.tiny.evaluate import evaluate
 
-from .growth import embed_time
+from .growth import step_of
+from .long_prompts import random_module
 from .shapes import UNETS
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,23 +90,17 @@ def quality(captions: int) -> None:
 
 def steps_of(shape: str, side: int, clock: Callable[[], float]) -> None:
     """A whole step, one with kept maps, and whole ones with merged positions, in turns."""
-    config = UNETS[shape]
-    unet = build("unet", config)
-    x = mx.random.normal((2, side, side, config["in_channels"]), key=mx.random.key(0))
-    context = Context(mx.random.normal((2, 77, config["cross_attention_dim"]), key=mx.random.key(1)))
-    temb = embed_time(unet, 2)
+    step = step_of(random_module("unet", UNETS[shape]), 2, 8 * side)
     cache: list[mx.array] = []
-    mx.eval(unet.parameters(), x, unet(x[:, :8, :8], temb, context))
-    mx.eval(unet(x, temb, context, cache=cache), cache)  # what a run computes once is there
+    mx.eval(step(cache=cache), cache)  # what a run computes once is there
 
     def seconds(compute: Callable[[], mx.array]) -> float:
         start = clock()
         mx.eval(compute())
         return clock() - start
 
-    steps = {"whole": partial(unet, x, temb, context)}
-    steps["with kept maps"] = partial(unet, x, temb, context, cache=cache)
-    steps |= {f"merging {ratio}": partial(unet, x, temb, context, tome_ratio=ratio) for ratio in (0.25, 0.5)}
+    steps = {"whole": step, "with kept maps": partial(step, cache=cache)}
+    steps |= {f"merging {ratio}": partial(step, tome_ratio=ratio) for ratio in (0.25, 0.5)}
     turns = [{name: seconds(step) for name, step in steps.items()} for _ in range(2)]
     least = {name: min(turn[name] for turn in turns) for name in steps}
     whole, outer = least["whole"], least["with kept maps"]

@@ -31,14 +31,9 @@ def step_of(unet: nn.Module, rows: int, size: int) -> Callable[[], mx.array]:
     config = unet.config
     x = mx.random.normal((rows, size // 8, size // 8, config.in_channels), key=mx.random.key(0))
     context = Context(mx.random.normal((rows, 77, config.cross_attention_dim[0]), key=mx.random.key(1)))
-    temb = embed_time(unet, rows)
+    temb = unet.embed_time(500.0, mx.float32, text_time(unet, rows))  # of the middle of a run
     mx.eval(x, temb, unet(x[:, :8, :8], temb, context))
     return partial(unet, x, temb, context)
-
-
-def embed_time(unet: nn.Module, rows: int) -> mx.array:
-    """Return the embedded timestep of the middle of a run."""
-    return unet.embed_time(500.0, mx.float32, text_time(unet, rows))
 
 
 def text_time(unet: nn.Module, rows: int) -> tuple[mx.array, mx.array] | None:

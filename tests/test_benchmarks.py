@@ -89,6 +89,7 @@ def test_the_matrix():
         "tiny",
         "sd15",
     ]
+    assert {case.dtype for case in cases(["image"], FULL)} == {"float32", "float16"}
     titles = [case.title() for case in cases(list(PARTS), FULL)]
     assert len(set(titles)) == len(titles)
 

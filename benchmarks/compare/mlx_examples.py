@@ -13,8 +13,8 @@ from . import blas  # noqa: F401  (first: it must run before MLX is loaded)
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
-from .mlx_meter import Work, file_size, random, ready, size
+from .cases import GUIDANCE, POSITIONS, STEPS, Case
+from .mlx_meter import Work, file_size, image_work, random, ready, size, text_work
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -72,15 +72,7 @@ def _text(case: Case, folder: Path, theirs: Any) -> Work:
     encoders = [
         ready(theirs.load_text_encoder(case.shape, model_key=name), case.dtype, change) for name in case.encoders
     ]
-    ids = mx.zeros((2, POSITIONS), dtype=mx.int32)
-
-    def run() -> list[mx.array]:
-        outputs = [encoder(ids) for encoder in encoders]
-        if not case.is_xl:
-            return [outputs[0].last_hidden_state]
-        return [output.hidden_states[-2] for output in outputs] + [outputs[-1].pooled_output]
-
-    return Work(run, size(*encoders))
+    return text_work(case, encoders)
 
 
 def _vae_encode(case: Case, folder: Path, theirs: Any) -> Work:
@@ -110,14 +102,7 @@ def _load(case: Case, folder: Path, theirs: Any) -> Work:
 
 
 def _image(case: Case, folder: Path, theirs: Any) -> Work:
-    sd, side = _open(case, theirs), (case.latent, case.latent)
-
-    def run() -> mx.array:
-        for x in sd.generate_latents(PROMPT, 1, STEPS, GUIDANCE, latent_size=side, seed=0):
-            mx.eval(x)
-        return sd.decode(x)
-
-    return Work(run, file_size(folder), has_graph=False)
+    return image_work(case, folder, _open(case, theirs))
 
 
 _PREPARE = {

@@ -1,7 +1,7 @@
 """Measuring with MLX, for both columns that compute with it. Either of their packages is called stable_diffusion."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
 
 
 @dataclass
@@ -96,3 +98,28 @@ def random(*shape: int, dtype: str = "float32") -> mx.array:
     x = mx.random.normal(shape, key=mx.random.key(0)).astype(getattr(mx, dtype))
     mx.eval(x)
     return x
+
+
+def text_work(case: Case, encoders: Sequence[nn.Module]) -> Work:
+    """Encode a prompt and its negative: what a UNet reads of it is computed."""
+    ids = mx.zeros((2, POSITIONS), dtype=mx.int32)
+
+    def run() -> list[mx.array]:
+        outputs = [encoder(ids) for encoder in encoders]
+        if not case.is_xl:
+            return [outputs[0].last_hidden_state]
+        return [output.hidden_states[-2] for output in outputs] + [outputs[-1].pooled_output]
+
+    return Work(run, size(*encoders))
+
+
+def image_work(case: Case, folder: Path, sd: Any) -> Work:
+    """Make a whole image with an opened model."""
+
+    def run() -> mx.array:
+        latents = (case.latent, case.latent)
+        for x in sd.generate_latents(PROMPT, 1, STEPS, GUIDANCE, latent_size=latents, seed=0):
+            mx.eval(x)
+        return sd.decode(x)
+
+    return Work(run, file_size(folder), has_graph=False)

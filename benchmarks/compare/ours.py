@@ -18,8 +18,8 @@ from stable_diffusion.weights.load import build
 from stable_diffusion.weights.parts import PARTS
 from stable_diffusion.weights.quantize import quantize
 
-from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
-from .mlx_meter import Work, file_size, random, ready, size
+from .cases import GUIDANCE, POSITIONS, STEPS, Case
+from .mlx_meter import Work, file_size, image_work, random, ready, size, text_work
 
 
 def prepare(case: Case, folder: Path) -> Work:
@@ -60,15 +60,7 @@ def _unet(case: Case, folder: Path) -> Work:
 
 def _text(case: Case, folder: Path) -> Work:
     encoders = [_network(case, name) for name in case.encoders]
-    ids = mx.zeros((2, POSITIONS), dtype=mx.int32)
-
-    def run() -> list[mx.array]:
-        outputs = [encoder(ids) for encoder in encoders]
-        if not case.is_xl:
-            return [outputs[0].last_hidden_state]
-        return [output.hidden_states[-2] for output in outputs] + [outputs[-1].pooled_output]
-
-    return Work(run, size(*encoders))
+    return text_work(case, encoders)
 
 
 def _vae_encode(case: Case, folder: Path) -> Work:
@@ -97,14 +89,7 @@ def _load(case: Case, folder: Path) -> Work:
 
 
 def _image(case: Case, folder: Path) -> Work:
-    sd, side = _open(case, folder), (case.latent, case.latent)
-
-    def run() -> mx.array:
-        for x in sd.generate_latents(PROMPT, 1, STEPS, GUIDANCE, latent_size=side, seed=0):
-            mx.eval(x)
-        return sd.decode(x)
-
-    return Work(run, file_size(folder), has_graph=False)
+    return image_work(case, folder, _open(case, folder))
 
 
 _PREPARE = {
