@@ -51,10 +51,12 @@ class Run:
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
         """Draw the noise of ``shape`` that a stochastic sampler adds at a step: unit normal, times ``s_noise``."""
         if self.noise is not None:
-            return self.s_noise * self.noise(step, shape)
-        counter = mx.array([0, step], dtype=mx.uint32)
-        keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
-        return self.s_noise * mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
+            noise = self.noise(step, shape)
+        else:
+            counter = mx.array([0, step], dtype=mx.uint32)
+            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
+            noise = mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
+        return self.s_noise * noise
 
 
 @dataclass(frozen=True)
