@@ -13,7 +13,6 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.models.config import AutoencoderConfig
 from stable_diffusion.models.tiling import VAEPlan, decode, encode, in_slices, in_tiles, plan, spans
 from stable_diffusion.models.vae import AutoencoderKL
 
-VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
+from .long_prompts import cost, random_module
+from .shapes import VAE
+
 _ROWS = 16  # height of a slice, where tiles are compared with the whole
 
 
@@ -43,15 +43,6 @@ def theirs(folder: Path) -> Any:
     widths = tuple(VAE["block_out_channels"])
     channels = {"latent_channels_in": 4, "latent_channels_out": 8}
     return vae.Autoencoder(config.AutoencoderConfig(block_out_channels=widths, layers_per_block=2, **channels))
-
-
-def cost(compute: Callable[[], Any]) -> tuple[float, float]:
-    """(seconds, bytes) that ``compute()`` takes."""
-    mx.clear_cache()
-    before, start = mx.get_active_memory(), time.perf_counter()
-    mx.reset_peak_memory()
-    mx.eval(compute())
-    return time.perf_counter() - start, mx.get_peak_memory() - before
 
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
@@ -77,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seam", action="store_true", help="compare tiles with the whole")
     args = parser.parse_args()
     mx.random.seed(0)
-    vaes = {"this library": AutoencoderKL(AutoencoderConfig.from_dict(VAE))}
+    vaes = {"this library": random_module("vae", VAE)}
     if args.mlx_examples:
         vaes["mlx-examples"] = theirs(args.mlx_examples)
     mx.eval([vae.parameters() for vae in vaes.values()])
@@ -90,7 +81,7 @@ def main() -> None:
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in of}
         for i in range(args.repeats):
             for name in list(of)[:: 1 if i % 2 == 0 else -1]:
-                runs[name].append(cost(of[name]))
+                runs[name].append(cost(of[name], time.perf_counter, 1))
         for name, costs in runs.items():
             times, peaks = zip(*costs, strict=True)
             print(
