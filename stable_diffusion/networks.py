@@ -100,7 +100,7 @@ class Networks:
         self._lock = threading.RLock()
         self._encoders: list[tuple[str, str]] = []  # the attributes of tokenizer and text encoder
         self._attached: list[AttachedLoRA] = []
-        self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []
+        self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of LoRAs for few steps; None: fused
         attributes, several = {"unet": "unet"}, len(checkpoint.tokenizers) > 1
         for name, folder in sorted(checkpoint.tokenizers.items()):
             suffix = "" if not several else "_2" if name.endswith("_2") else "_1"
@@ -268,8 +268,9 @@ class Networks:
         """Return latents or pixels, evaluated; FloatingPointError where they are not finite, with the step."""
         if not mx.isfinite(x).all().item():
             step = step_of(x)
-            what = "pixels" if step is None else f"latents of step {step}"
-            raise FloatingPointError(f"the {what} are not finite")
+            kind = "pixels" if x.shape[-1] == 3 else "latents"
+            where = "" if step is None else f" of step {step}"
+            raise FloatingPointError(f"the {kind}{where} are not finite")
         return x
 
     def retry_in_float32(self, network: str, compute: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The folders are the architecture: each imports only from those below it, and third-party packages have one home."""
+"""The folders are the architecture: each imports only from those before it, and third-party packages have one home."""
 
 import ast
 import subprocess

@@ -15,7 +15,7 @@ from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
-from .inputs import Inputs, Networks, controls, depth_map, image_canvas, upscale
+from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import Request
 
@@ -70,7 +70,7 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     return [tuple(request for _, request in images) for _, images in pairs]
 
 
-def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, networks: Networks) -> Batch:
+def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, networks: ControlNets) -> Batch:
     """Encode the prompts of images of one setting and decide their size and inputs.
 
     Raises ValueError for settings that do not go together with the model.
@@ -148,7 +148,7 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     )
 
 
-def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs, networks: Networks) -> Latents:
+def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs, networks: ControlNets) -> Latents:
     """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
     height, width = (max(1, round(side * request.hires)) for side in x.shape[1:3])

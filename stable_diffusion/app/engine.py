@@ -162,7 +162,7 @@ class Engine:
         self.model, self._resources, self._request = model, resources, requests[0]
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
-        self._networks = [model.load_controlnet(path) for path, _ in self._request.controlnet]
+        self._controlnets = [model.load_controlnet(path) for path, _ in self._request.controlnet]
         named = {name: request for request in requests for name, _ in request.prompt_loras}
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]
@@ -173,7 +173,7 @@ class Engine:
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
         self._rows_at_once = model.rows_at_once  # restored at the end of the run
         fits_at_once = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
-        # Each batch is finished before the next begins where the networks of all stages fit into memory.
+        # Where the networks of all stages fit into memory, each batch is decoded before the next begins.
         self._finishes_each = fits_at_once and count > 1 and not model.low_memory
         for run in self._runs:
             self._prepare(run, lambda run: first_pass(model, run.batch))
@@ -188,7 +188,7 @@ class Engine:
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
         """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
         self._scale_loras(requests[0])  # prompts are encoded with them
-        batch = prepare(self.model, requests, self._inputs, self._networks)
+        batch = prepare(self.model, requests, self._inputs, self._controlnets)
         most = self._resources.batch_size
         if most is None:
             most = memory.images_that_fit(self.model, run_shape(self.model, batch), self._limit)
@@ -218,7 +218,7 @@ class Engine:
             for runs in [self._runs] if request.refiner else self._groups():
                 self._pass(runs, lambda run: first_pass(base, run.batch))
                 if request.hires:
-                    self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs, self._networks))
+                    self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs, self._controlnets))
                 if not request.refiner:
                     yield from self._decoded(runs)
             if request.refiner:
@@ -242,7 +242,7 @@ class Engine:
 
     def _drop_controls(self) -> None:
         """Let go of the ControlNets, which are not needed after the last step."""
-        self._networks = []
+        self._controlnets = []
         for run in self._runs:
             run.batch = replace(run.batch, controls=())
 
@@ -300,7 +300,7 @@ class Engine:
     def _steps(self, run: _Run, begin: Begin) -> None:
         """Make the steps of a pass; a retry begins with the first one."""
         is_retry = run.prepared is None
-        for network in self._networks if is_retry else ():
+        for network in self._controlnets if is_retry else ():
             network.set_dtype(self.model.dtype)
         # Nothing else holds a pass that is over, or its networks would stay in memory.
         latents, run.prepared = begin(run) if is_retry else run.prepared, None

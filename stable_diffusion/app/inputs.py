@@ -23,7 +23,7 @@ from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
-Networks = Sequence[ControlNetModel | T2IAdapter]
+ControlNets = Sequence[ControlNetModel | T2IAdapter]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: 
 
 
 def controls(
-    request: Request, networks: Networks, inputs: Inputs, size: tuple[int, int], canvas: Canvas | None = None
+    request: Request, networks: ControlNets, inputs: Inputs, size: tuple[int, int], canvas: Canvas | None = None
 ) -> tuple[Control, ...]:
     """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
     images = []

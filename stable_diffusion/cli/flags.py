@@ -1,8 +1,8 @@
 """The flags of the scripts: their usage and help, in groups by task.
 
-A flag has the name of a field of ``Request``, ``Options``, ``Resources``, ``OutputSettings`` or ``PreviewSettings``.
-Its type, limits and choices are in the tables at the end of ``parser``. "--flag VALUE ..." may be given again; a flag
-without a value is a switch, unless it has choices.
+A flag has the name of a field of ``Request``, ``Options``, ``Resources``, ``OutputSettings`` or ``PreviewSettings``, or
+is read in ``arguments`` alone, such as --prompt_file. Its type, limits and choices are in the tables at the end of
+``parser``. "--flag VALUE ..." may be given again. A flag without a value is a switch, or has choices there.
 """
 
 from ..app.engine import TEXT_BITS, UNET_BITS

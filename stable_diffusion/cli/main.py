@@ -53,7 +53,7 @@ def _run(command: Command) -> int:
             code, stop.is_expected = 1, True
             script.run()
         except FloatingPointError as error:
-            remedy = "try --no-float16 (for the text encoders too), another --vae, or check the weights"
+            remedy = "try --no_float16 (for the text encoders too), another --vae, or check the weights"
             parser.fail(1, f"{error} in float32 either; {remedy}")
         except (ArithmeticError, ValueError, OSError) as error:
             parser.fail(code, error)

@@ -264,22 +264,22 @@ class Schedule:
 
         Raises ValueError for a number or name out of range.
         """
-        total, family = self.config.num_train_timesteps, SPACING_RULES[rule]
+        total, rules = self.config.num_train_timesteps, SPACING_RULES[rule]
         if not 1 <= count <= total:
             raise ValueError(f"{count} steps: the model was trained on {total} timesteps; choose 1 to {total}")
         schedule = self.config.sigma_schedule if schedule is None else schedule
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-        timesteps = self._timesteps(count, family, spacing)
+        timesteps = self._timesteps(count, rules, spacing)
         if schedule == "default":
-            return self._run(timesteps, family, stride=total // count if family.fixed_stride else 0)
+            return self._run(timesteps, rules, stride=total // count if rules.fixed_stride else 0)
         if schedule in CURVES:
-            ends = (total - 1, 0) if family.curves_span_training else (timesteps[0], timesteps[-1])
+            ends = (total - 1, 0) if rules.curves_span_training else (timesteps[0], timesteps[-1])
             sigmas = CURVES[schedule](count, *(self.sigma(t, capped=True) for t in ends))
         else:
             sigmas = log_linear(TABLES.get(schedule, self._finite[::-1]), count + 1)[:-1]
-        rounding = family.rounding.get(schedule, float)
-        return self._run([float(rounding(self.timestep(sigma))) for sigma in sigmas], family, sigmas)
+        rounding = rules.rounding.get(schedule, float)
+        return self._run([float(rounding(self.timestep(sigma))) for sigma in sigmas], rules, sigmas)
 
     def at_timesteps(self, timesteps: Sequence[float], rule: str = "euler") -> Steps:
         """Lay a run through descending ``timesteps``; it ends where the ``rule`` says."""
@@ -306,8 +306,8 @@ class Schedule:
         The noisiest latent of the training process has variance ``sigma^2 + 1`` here. Euler's family drops the 1 where
         its first step is the last training timestep.
         """
-        sigma, family = steps.sigmas[0], SPACING_RULES[rule]
-        at_sigma = family.starts_at_sigma and (spacing or self.config.timestep_spacing) != "leading"
+        sigma, rules = steps.sigmas[0], SPACING_RULES[rule]
+        at_sigma = rules.starts_at_sigma and (spacing or self.config.timestep_spacing) != "leading"
         return float(sigma) if at_sigma else math.sqrt(sigma**2 + 1)
 
     def target_sigmas(self, steps: Steps) -> list[float]:

@@ -83,7 +83,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         tensors, _ = read_file(path)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
-        if kind == "controlnet" and "shuffle" in path.stem.lower():  # the one that works so, which no shape says
+        if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
             config["global_pool_conditions"] = True
         return Component(kind, config, (path,), prefix)
     if path is None:

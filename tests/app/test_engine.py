@@ -159,7 +159,7 @@ def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "__call__", lambda self, x, *a, **k: x * float("nan"))
     done = make("--n_images", 1, "--steps", 3, model=half)
     assert done.code == 1 and len(done.remarks) == 2 and done.out == [] and names(tmp_path / "out") == []
-    assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no-float16" in done.remarks[1]
+    assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no_float16" in done.remarks[1]
 
 
 @pytest.mark.parametrize(

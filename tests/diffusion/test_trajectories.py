@@ -303,7 +303,7 @@ def k_dpmpp_3m_sde(denoise, x, sigmas, noise, eta):
         old, older, h_1, h_2 = x0, old, h, h_1
 
 
-REFERENCES = {"dpmpp_2s_a": k_dpmpp_2s_ancestral, "dpmpp_3m_sde": k_dpmpp_3m_sde}
+REFERENCES = {"dpmpp_2s_a": k_dpmpp_2s_ancestral, "dpmpp_3m_sde": k_dpmpp_3m_sde}  # of samplers that take eta
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
