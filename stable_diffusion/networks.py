@@ -161,8 +161,7 @@ class Networks:
                 self.release(keep=names)
             networks = [getattr(self, name) for name in names]
         for network in networks:
-            if isinstance(network, nn.Module):
-                read_weights(network)
+            read_weights(network)
         return networks
 
     def ensure_models_are_loaded(self) -> None:
@@ -295,7 +294,9 @@ class Networks:
         self._use()
         half = self.dtype == mx.float16
         part = open_part(self.source, "depth_estimator", float16=half, revision=self._revision)
-        return estimate_depth(load_component(part), image)
+        estimator = load_component(part)
+        read_weights(estimator)
+        return estimate_depth(estimator, image)
 
     def count_chunks(self, text: str, **reading: Unpack[ReadingKeywords]) -> int:
         """Return the number of chunks of 75 tokens that a prompt is encoded in; nothing is computed."""

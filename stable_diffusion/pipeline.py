@@ -29,6 +29,7 @@ from .networks import Networks
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning, with_sizes
 from .weights.files import open_checkpoint
+from .weights.load import read_weights
 
 
 class StableDiffusion(Networks):
@@ -310,6 +311,8 @@ class StableDiffusion(Networks):
         positive, negative, uncond_image = tables = self._condition(prompts, options, first)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]
         (unet,) = self._use("unet")
+        for control in options.controls:
+            read_weights(control.network)
         batches = guidance_batches(
             len(run.steps),
             len(run.seeds),

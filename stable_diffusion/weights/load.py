@@ -17,10 +17,13 @@ from .quantize import prepare_quantized
 _READING = threading.Lock()
 
 
-def read_weights(module: nn.Module) -> None:
-    """Read the weights of a module that are still in its files, one layer at a time, in one thread at a time."""
+def read_weights(network: Any) -> None:
+    """Read the weights of a module that are still in its files, one layer at a time, in one thread at a time.
+
+    A function in the place of a network has none.
+    """
     with _READING:
-        for _, layer in module.named_modules():
+        for _, layer in network.named_modules() if isinstance(network, nn.Module) else ():
             mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
 
 
@@ -49,12 +52,13 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
 def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) -> nn.Module:
     """Build a component and give it its weights, quantized where they are stored so.
 
-    Weights stay lazy: they are read when first needed, in any thread. ``dtype`` is the type that floating-point weights
-    are cast to; None leaves them in theirs.
+    Weights stay lazy: they are read when first needed, in any thread, and laid out and cast on the CPU, so that no
+    command buffer of a GPU waits for a disk. ``dtype`` is the type that floating-point weights are cast to; None leaves
+    them in theirs.
     Raises ValueError that lists every missing, unexpected and misshapen tensor.
     """
     try:
-        with mx.stream(loading_stream(mx.default_device().type)):
+        with mx.stream(loading_stream(mx.cpu)):
             module = build(component.name, component.config)
             tensors = read_tensors(component)
             if component.config.get("quantization") is not None:
@@ -70,7 +74,7 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     """Give ``module`` the ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError lists all that do not fit.
 
     A 4-D weight goes from [out, in, h, w] to [out, h, w, in]. Where the parameter is a matrix, a 1×1 convolution's
-    weight is flattened to one.
+    weight is flattened to one. Weights are row-contiguous, or MLX would copy those of a convolution at every call.
     """
     parameters = dict(tree_flatten(module.parameters()))
     weights, misshapen, mistyped = {}, [], []
@@ -91,6 +95,7 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
             misshapen.append(f"{name} {stored.shape} instead of {expected}")
         if is_float != mx.issubdtype(parameter.dtype, mx.floating):
             mistyped.append(f"{name} of {weight.dtype}")
+        weight = mx.contiguous(weight)
         weights[name] = weight.astype(dtype) if is_float and dtype is not None else weight
     problems = {
         "missing": parameters.keys() - tensors.keys(),

@@ -29,7 +29,7 @@ def damaged(path: Path, reason: str) -> ValueError:
 def loading_stream(kind: mx.DeviceType) -> mx.Stream:
     """Return the stream of a kind of device that lazy weights belong to: unlike others, every thread can compute on it.
 
-    Files are read on ``mx.cpu``; what is made of their tensors is computed on the default device's.
+    Files are read and laid out on ``mx.cpu``; what is made of their tensors is computed on the default device's.
     """
     return mx.new_thread_unsafe_stream(mx.Device(kind, 0))
 
