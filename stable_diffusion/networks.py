@@ -1,6 +1,7 @@
 """Networks of a checkpoint: opened lazily, read when they are used, released and loaded again in low memory."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,15 @@ from .weights.quantize import quantize, remaining_quantization
 _log = logging.getLogger("stable_diffusion")
 
 LoRASource = str | PathLike
+_OLDEST_MLX = "0.32.3"
+
+
+def check_mlx() -> None:
+    """Raise ImportError, one line, where MLX is older than this library needs."""
+    found, needed = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (mx.__version__, _OLDEST_MLX))
+    if found < needed:
+        remedy = 'pip install -U mlx, or on Linux "mlx[cpu]"'
+        raise ImportError(f"MLX {mx.__version__} is too old, {_OLDEST_MLX} or newer is needed: {remedy}")
 
 
 @dataclass
@@ -282,7 +292,7 @@ class Networks:
         except FloatingPointError as error:
             if self.sources[network].dtype == mx.float32:
                 raise
-            _log.warning("%s: float16 overflow, the %s computes in float32 from now on", error, network)
+            _log.warning("%s: the %s computes in float32 from now on", error, network)
         self.to_float32(network)
         return compute()
 
@@ -292,7 +302,7 @@ class Networks:
         The estimator is read for this and freed. Raises ValueError or OSError where the checkpoint has none.
         """
         self._use()
-        half = self.dtype == mx.float16
+        half = self.dtype != mx.float32
         part = open_part(self.source, "depth_estimator", float16=half, revision=self._revision)
         estimator = load_component(part)
         read_weights(estimator)
@@ -333,7 +343,7 @@ class Networks:
 
         Raises ValueError or OSError, one line, for what cannot be found or read, or is for another family of models.
         """
-        component = open_part(source, "controlnet", float16=self.dtype == mx.float16)
+        component = open_part(source, "controlnet", float16=self.dtype != mx.float32)
         network = load_component(component, self.dtype)
         network.config.check_fits(self.unet_config)
         return network

@@ -25,11 +25,13 @@ from .images.image import mask_of, pixels_of, to_images
 from .models import cpu
 from .models.config import readable
 from .models.layers import timestep_embedding
-from .networks import Networks
+from .networks import Networks, check_mlx
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning, with_sizes
 from .weights.files import open_checkpoint
 from .weights.load import read_weights
+
+_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 class StableDiffusion(Networks):
@@ -38,8 +40,7 @@ class StableDiffusion(Networks):
     Args:
         model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a complete
             checkpoint (.safetensors, .ckpt); None is the class's default model.
-        float16: compute text encoders and UNet in half precision, and read half-precision files. The autoencoder
-            stays in float32 unless its config says that it does not overflow ("force_upcast": false).
+        float16: the same as ``dtype=mx.float16``.
         revision: branch, tag or commit of a Hub repository.
         unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8).
         text_bits: the same for the text encoders.
@@ -52,6 +53,9 @@ class StableDiffusion(Networks):
         lora_partial: take what fits of a LoRA, and do not raise for the rest.
         low_memory: keep in memory only the networks of one stage (encoding, denoising, decoding), read them again at
             their next use, and run the conditional and unconditional rows one after the other (``rows_at_once``).
+        dtype: in which text encoders and UNet compute: mx.float16, mx.bfloat16 or mx.float32, the default. For the
+            former two half-precision files are read. The autoencoder stays in float32 unless its config says that it
+            does not overflow ("force_upcast": false).
 
     The parts are attributes that may be used, quantized or deleted: ``unet``, ``autoencoder``, ``sampler`` (a name) and
     ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
@@ -78,15 +82,27 @@ class StableDiffusion(Networks):
         loras: Sequence[tuple[str | PathLike, float]] = (),
         lora_partial: bool = False,
         low_memory: bool = False,
+        dtype: mx.Dtype | None = None,
     ):
+        check_mlx()
+        if float16 and dtype is not None:
+            raise ValueError(f"float16=True and dtype={dtype} both choose the type; leave float16 out")
+        dtype = (mx.float16 if float16 else mx.float32) if dtype is None else dtype
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none to compute in; give mx.float16, mx.bfloat16 or mx.float32")
         self.rows_at_once = 1 if low_memory else None
         self.memory_limit: float | None = None
         self.source, self._revision = self.default_model if model is None else model, revision
         checkpoint = open_checkpoint(
-            self.source, float16=float16, revision=revision, tokenizer=tokenizer, prediction=prediction, parts=parts
+            self.source,
+            float16=dtype != mx.float32,
+            revision=revision,
+            tokenizer=tokenizer,
+            prediction=prediction,
+            parts=parts,
         )
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
-        super().__init__(checkpoint, mx.float16 if float16 else mx.float32, low_memory, bits, loras, lora_partial)
+        super().__init__(checkpoint, dtype, low_memory, bits, loras, lora_partial)
         with readable("scheduler config"):
             self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
         sampler = sampler_for(self.schedule.config)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["SD_DEVICE"] = "cpu"  # of scripts; what is marked "gpu" runs without
+os.environ["MLX_ENABLE_TF32"] = "0"  # or an M5 multiplies float32 with 11 bits
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of several processes; streams side by side have their own tests
 
 from stable_diffusion.models import cpu  # first: it loads OpenBLAS before anything loads MLX
@@ -22,25 +24,30 @@ from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import engine
 
 cpu.tune()
+_DEVICE = mx.default_device()
+cpu.choose_device()  # before any model is opened, which fixtures of a module do before a test begins
 _SETTERS = (mx.set_memory_limit, mx.set_cache_limit)
 _LIMITS = [set_limit(0) for set_limit in _SETTERS]  # what they were before
 
 
 @pytest.fixture(autouse=True)
-def process_settings(request) -> Iterator[None]:
-    """Give back what a test or a script sets for its process: the device, the library's log, and MLX's limits.
+def process_settings(request, monkeypatch) -> Iterator[None]:
+    """Give back what a test or a script sets for its process: the device, the library's log, MLX's limits
+    and its convolutions.
 
-    Numbers are compared on the CPU; tests marked ``gpu`` keep the default device.
+    Numbers are compared on the CPU; tests marked ``gpu`` have the default device.
     """
-    log, device = logging.getLogger("stable_diffusion"), mx.default_device()
+    log = logging.getLogger("stable_diffusion")
     handlers, level = log.handlers, log.level
     for set_limit, limit in zip(_SETTERS, _LIMITS, strict=True):
         set_limit(limit)
-    if request.node.get_closest_marker("gpu") is None:
-        mx.set_default_device(mx.cpu)
+    monkeypatch.setenv("MLX_CONV_WINOGRAD_WORKING_SET", "0")  # MLX's own; --exact sets it
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.delenv("SD_DEVICE")
+        mx.set_default_device(_DEVICE)
     yield
     log.handlers, log.level = handlers, level
-    mx.set_default_device(device)
+    mx.set_default_device(mx.cpu)
 
 
 def pytest_configure(config: pytest.Config) -> None:

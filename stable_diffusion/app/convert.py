@@ -24,7 +24,6 @@ from ..weights.save import check_new, check_space, new_folder, stored_tensors, w
 from .engine import chosen_networks
 from .request import Request
 
-DTYPES = {"float16": mx.float16, "float32": mx.float32, "bfloat16": mx.bfloat16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 _SMALL_FILES = 2**24  # bytes of all that is not weights, generously
 _TOKENIZER_FILES = (*layout.VOCABULARY, "tokenizer.json", "added_tokens.json", *layout.SPECIAL_TOKENS)
@@ -47,27 +46,27 @@ def convert(
     request: Request,
     dest: str | os.PathLike,
     *,
-    dtype: str = "float16",
     max_shard_size: int = MAX_SHARD_SIZE,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the model of a request as a folder in diffusers layout, and return the folder.
 
     Args:
-        request: names the model and all that changes it: networks in place of its own, bits, LoRAs to fuse, ...
+        request: names the model and all that changes it: networks in place of its own, bits, LoRAs to fuse, and the
+            ``dtype`` of the UNet and the text encoders (None: float16). The autoencoder keeps its type.
         dest: the folder to write. It must not exist, or be empty.
-        dtype: of the UNet and the text encoders, one of ``DTYPES``. The autoencoder keeps its type.
         max_shard_size: bytes of a weight file, beyond which it is split.
         report: called with a line about each network.
 
     Raises ValueError or OSError, one line, for a model that cannot be read, a destination that is taken, weights that
-    overflow in ``dtype``, or a full disk; then nothing is left of the destination.
+    overflow in its ``dtype``, or a full disk; then nothing is left of the destination.
     """
     dest = check_new(Path(dest))  # before anything is downloaded
-    source = {"float16": dtype == "float16", "revision": request.revision}
+    dtype = getattr(mx, request.dtype or "float16")
+    source = {"float16": dtype != mx.float32, "revision": request.revision}
     replaced = {"tokenizer": request.tokenizer, "prediction": request.prediction}
     checkpoint = open_checkpoint(request.model, parts=chosen_networks(request)["parts"], **source, **replaced)
-    networks = _networks(checkpoint, request, DTYPES[dtype])
+    networks = _networks(checkpoint, request, dtype)
     entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
     if isinstance(entry, list) and any(entry):
         estimator = open_part(request.model, "depth_estimator", **source)

@@ -6,6 +6,7 @@ goes through a first pass, perhaps a second one in larger size, perhaps a refine
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -96,9 +97,9 @@ def chosen_networks(request: Request) -> dict[str, Any]:
     }
 
 
-def computes_in_half(request: Request) -> bool:
-    """Return whether a request is computed in half precision: a CPU is slower at it than at float32."""
-    return request.float16 and mx.default_device() == mx.gpu
+def dtype_of(request: Request) -> mx.Dtype:
+    """Return the type that a request is computed in. At half precision a CPU is slower than at float32."""
+    return getattr(mx, request.dtype or ("float16" if mx.default_device() == mx.gpu else "float32"))
 
 
 def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
@@ -106,12 +107,14 @@ def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
 
     Raises ValueError or OSError, one line, for what cannot be found, read or run.
     """
-    float16 = computes_in_half(request)
+    if request.exact:  # MLX reads it at each convolution: the memory that Winograd may take is none
+        os.environ["MLX_CONV_WINOGRAD_WORKING_SET"] = "1"
+    dtype = dtype_of(request)
     if request.refiner:
-        open_checkpoint(request.refiner, float16=float16)
+        open_checkpoint(request.refiner, float16=dtype != mx.float32)
     model = StableDiffusion(
         request.model,
-        float16,
+        dtype=dtype,
         revision=request.revision,
         tokenizer=request.tokenizer,
         prediction=request.prediction,
@@ -253,7 +256,7 @@ class Engine:
         request, chosen = self._request, chosen_networks(self._request)
         chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
         options = chosen | {"low_memory": self.model.low_memory}
-        self.model = StableDiffusion(request.refiner, computes_in_half(request), **options)
+        self.model = StableDiffusion(request.refiner, dtype=dtype_of(request), **options)
         shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
         self._finishes_each &= memory.fit(self.model, shape, self._limit, is_strict=False)
 

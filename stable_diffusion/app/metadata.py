@@ -49,8 +49,10 @@ def read_record(path: str | os.PathLike) -> Record:
     texts = read_text(path)
     with suppress(ValueError, RecursionError):
         details = json.loads(texts.get("stable_diffusion", ""))
-        if isinstance(details, dict) and isinstance(details.get("arguments"), dict):
-            return Record(str(path), details["arguments"], details=details)
+        if isinstance(details, dict) and isinstance(arguments := details.get("arguments"), dict):
+            if arguments.pop("float16", None) is False:  # as version 0.1 records the type
+                arguments.setdefault("dtype", "float32")
+            return Record(str(path), arguments, details=details)
     arguments, other = infotext.as_arguments(texts.get("parameters", ""))
     if not (other or arguments.keys() - {"prompt", "negative_prompt"}):
         raise ValueError(f"{path} does not say how it was made; write a prompt, and settings, in its place")
@@ -178,7 +180,7 @@ def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
     others = [(source, "controlnet") for source, _ in request.controlnet]
     for source, kind in [*others, (request.refiner, "unet")] if request.refiner else others:
         with suppress(ValueError, OSError):
-            networks.append((source, _open_part(source, kind, float16=model.dtype == mx.float16)))
+            networks.append((source, _open_part(source, kind, float16=model.dtype != mx.float32)))
     files = {}
     for source, part in networks:
         is_file = os.path.isfile(os.path.expanduser(source))  # else it is named by its place in a folder or repository

@@ -70,7 +70,7 @@ def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None
     network, dtype = load_component(model.sources["autoencoder"].component), mx.float32
     channels, scale = kind = (network.latent_channels, network.config.scale)
     if vae is not None:
-        component = open_part(vae, "vae", float16=model.dtype == mx.float16)
+        component = open_part(vae, "vae", float16=model.dtype != mx.float32)
         dtype = mx.float32 if component.config.get("force_upcast", True) else model.dtype
         network = load_component(component, dtype)
         other = (network.latent_channels, network.config.scale)

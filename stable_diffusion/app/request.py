@@ -46,6 +46,7 @@ CHOICES = {
     "alternatives": ("all", "one"),
     "resize": ("crop", "pad", "stretch"),
     "hires_upscaler": ("latents", "pixels"),
+    "dtype": ("float16", "bfloat16", "float32"),
 }
 
 
@@ -68,8 +69,8 @@ class Request:
     """Describe an image, or several that differ in prompt, seed and swept settings.
 
     ``prompt`` is the text that was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None
-    is random. ``options`` are those of ``generate_latents``; their fields stand beside the others in flags, records and
-    JSON. Files are paths; networks are paths or Hub ids.
+    is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their fields stand
+    beside the others in flags, records and JSON. Files are paths; networks are paths or Hub ids.
 
     Raises ValueError for a number out of range or an unknown choice.
     """
@@ -131,7 +132,8 @@ class Request:
     quantize: bool = False
     unet_bits: int | None = None
     text_bits: int | None = None
-    float16: bool = True
+    dtype: str | None = None
+    exact: bool = False
     variant: Variant | None = None  # set by ``expand``, and not recorded
 
     def __post_init__(self) -> None:
@@ -141,8 +143,8 @@ class Request:
                 # Seeds that are counted on may come above the largest that can be chosen.
                 (_SEED if name == "seed" and self.variant is not None else number).check(name, one)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                text = f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}"
+            if (value := getattr(self, name)) is not None and value not in choices:
+                text = f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
                 raise SettingError(text, name)
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
         networks = len(self.controlnet)

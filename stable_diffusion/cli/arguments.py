@@ -32,6 +32,7 @@ class Command:
     preview: PreviewSettings
     record: Record | None
     remarks: Sequence[str]
+    device: str | None
     preload_models: bool
     json: bool
     verbose: bool
@@ -66,7 +67,7 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         for kind in (Resources, OutputSettings, PreviewSettings)
     )
     switches = {name: name in arguments for name in ("preload_models", "json", "verbose")}
-    return Command(parser, lines, resources, output, preview, record, notes, **switches)
+    return Command(parser, lines, resources, output, preview, record, notes, arguments.get("device"), **switches)
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

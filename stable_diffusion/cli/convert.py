@@ -4,9 +4,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from ..app.convert import DTYPES, MAX_SHARD_SIZE, convert
-from ..app.request import Request
+from ..app.convert import MAX_SHARD_SIZE, convert
+from ..app.request import CHOICES, Request
+from ..models import cpu
 from .arguments import line_of
 from .flags import FLAGS
 from .parser import Parser
@@ -26,7 +28,7 @@ def make_parser(prog: str | None = None) -> Parser:
     about = "Beside the model, and of what precision it becomes."
     parser.add_flags("what is read", about, FLAGS["model"], left_out={"model", "lora_dir", "embedding"})
     add = parser.add_argument_group("what is written", "The form of the files.").add_argument
-    add("--dtype", choices=DTYPES, default="float16", help="of the UNet and the text encoders (float16)")
+    add("--dtype", choices=CHOICES["dtype"], help="of the UNet and the text encoders (float16)")
     about = "of a file of weights, beyond which there are several (5GB)"
     add("--max_shard_size", type=file_size, default=MAX_SHARD_SIZE, metavar="SIZE", help=about)
     return parser
@@ -46,8 +48,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         request, _ = line_of(Request(), vars(args))
-        sizes = {"dtype": args.dtype, "max_shard_size": args.max_shard_size}
-        path = convert(request, args.dest, report=lambda line: print(line, file=sys.stderr, flush=True), **sizes)
+        cpu.choose_device()
+        report = partial(print, file=sys.stderr, flush=True)
+        path = convert(request, args.dest, max_shard_size=args.max_shard_size, report=report)
     except (ValueError, OSError) as error:
         parser.error(error)
     except (RuntimeError, MemoryError) as error:  # what MLX raises when memory runs out or a file vanishes

@@ -100,7 +100,11 @@ FLAGS = {
         "--memory_limit GB": "memory to make do with (three quarters of all)",
         "--batch_size N": "images to make at once, of several prompts too (as many as memory allows, up to 8)",
         "--decoding_batch_size N": "images to decode at once (1)",
-        "--no_float16": "compute in float32",
+        "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
+        "--dtype": "in which type; bfloat16 does not overflow, but rounds 8 times as much as float16 (float16 on a "
+        "GPU, float32 on a CPU)",
+        "--no_float16": "the same as --dtype float32",
+        "--exact": "half precision without Winograd's convolutions on a Mac: slower, a 36th of their rounding error",
         "--preload_models": "read all weights before the first step",
     },
     "output": {

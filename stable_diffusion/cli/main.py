@@ -49,11 +49,12 @@ def _run(command: Command) -> int:
         _log.warning("%s", remark)
     with signals(_log.warning) as stop:
         try:
+            cpu.choose_device(command.device)
             script = Script(command, stop)
             code, stop.is_expected = 1, True
             script.run()
         except FloatingPointError as error:
-            remedy = "try --no_float16 (for the text encoders too), another --vae, or check the weights"
+            remedy = "try --dtype float32 (for the text encoders too), another --vae, or check the weights"
             parser.fail(1, f"{error} in float32 either; {remedy}")
         except (ArithmeticError, ValueError, OSError) as error:
             parser.fail(code, error)

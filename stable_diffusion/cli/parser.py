@@ -13,6 +13,8 @@ from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
 from ..diffusion.choice import find_sampler, table
 from ..diffusion.schedule import SCHEDULES
+from ..models.cpu import DEVICES
+from ..networks import check_mlx
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import BITS
@@ -71,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             elif name not in _CHOICES:
                 options = {"action": "store_true"}
             if name == "no_float16":
-                options = {"action": "store_false", "dest": "float16"}
+                options = {"action": "store_const", "const": "float32", "dest": "dtype"}
             group = group or self.add_argument_group(title, about)
             group.add_argument(*names, help=help_text, **options)
 
@@ -80,7 +82,12 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         words[:end] = [_HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word) for word in words[:end]]
-        return super().parse_known_args(words, namespace)
+        result = super().parse_known_args(words, namespace)
+        try:
+            check_mlx()
+        except ImportError as error:
+            self.error(error)
+        return result
 
     def error(self, message: str | Exception) -> NoReturn:
         """Exit with code 2 and one line."""
@@ -186,7 +193,13 @@ def weighted(value: str) -> tuple[str, float]:
 _RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
 _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
 _GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
-_CHOICES = CHOICES | {"schedule": SCHEDULES, "prediction": PREDICTIONS, "unet_bits": BITS, "text_bits": BITS}
+_CHOICES = CHOICES | {
+    "device": DEVICES,
+    "schedule": SCHEDULES,
+    "prediction": PREDICTIONS,
+    "unet_bits": BITS,
+    "text_bits": BITS,
+}
 _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
 _TYPES |= {
     "negative_prompt": text,

@@ -9,6 +9,7 @@ at a time, and that is most of the time of a softmax over 4096 positions. The nu
 
 import ctypes
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -24,6 +25,7 @@ if sys.platform == "linux":
 # isort: split
 import mlx.core as mx  # noqa: E402
 
+DEVICES = ("cpu", "gpu")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _cores = 1  # for products and streams; tune() counts them
 _thread = threading.local()  # MLX's streams belong to threads
@@ -43,6 +45,27 @@ def tune() -> None:
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     count = getattr(_openblas, "openblas_get_num_threads", None)  # some builds name their functions otherwise
     _cores = 1 if count is None else count()
+
+
+def choose_device(name: str | None = None) -> None:
+    """Compute on the "cpu" or the "gpu" from now on (None: as SD_DEVICE in the environment says, or as MLX does).
+
+    On a Mac without command line tools MLX looks for a compiler before it computes on the CPU, for which macOS opens a
+    dialog that offers to install them; without ``mx.compile`` it does not look.
+
+    Raises ValueError for another name, and where there is no such device.
+    """
+    if name := name or os.environ.get("SD_DEVICE"):
+        if name not in DEVICES:
+            raise ValueError(f"the device {name!r} is unknown; --device and SD_DEVICE may be cpu or gpu")
+        if not mx.is_available(device := mx.Device(getattr(mx, name))):
+            raise ValueError(f"MLX {mx.__version__} finds no {name} here; leave --device {name} and SD_DEVICE out")
+        mx.set_default_device(device)
+    if sys.platform == "darwin" and mx.default_device() == mx.cpu:
+        import subprocess
+
+        if subprocess.run(["xcode-select", "-p"], capture_output=True, check=False).returncode:
+            mx.disable_compile()
 
 
 def parts(rows: int) -> int:

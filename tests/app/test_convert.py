@@ -37,7 +37,7 @@ def same(a: StableDiffusion, b: StableDiffusion) -> bool:
 def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_folder, float16):
     dtype, bits = ("float16" if float16 else "float32"), {"unet_bits": 8, "text_bits": 4}
     for name, source, cls in (("sd1", sd1_folder, StableDiffusion), ("xl", xl_folder, StableDiffusionXL)):
-        folder = convert(Request(model=str(source), **bits), tmp_path / name, dtype=dtype)
+        folder = convert(Request(model=str(source), dtype=dtype, **bits), tmp_path / name)
         expected, made = cls(source, float16, **bits), cls(folder, float16)
         assert same(made, expected)
         assert same(cls(folder, float16, **bits), made)  # asking for what is there changes nothing
@@ -66,7 +66,7 @@ def test_the_bundled_model_and_its_small_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_only_what_is_computed_in_half_precision_is_stored_so(tmp_path, sd1_folder, dtype):
-    folder = convert(Request(model=str(sd1_folder)), tmp_path / "new", dtype=dtype)
+    folder = convert(Request(model=str(sd1_folder), dtype=dtype), tmp_path / "new")
     for part, expected in {"unet": dtype, "text_encoder": dtype, "vae": "float32"}.items():
         (file,) = open_checkpoint(folder).components[part].files
         assert {value.dtype for value in mx.load(str(file)).values()} == {getattr(mx, expected)}
@@ -86,7 +86,7 @@ def test_a_converted_folder_converts_again(tmp_path, sd1_folder):
 )
 def test_diffusers_reads_what_it_wrote(tmp_path, request, family, cls):
     source = request.getfixturevalue(f"{family}_folder")
-    folder = convert(Request(model=str(source)), tmp_path / "new", dtype="float32", max_shard_size=400_000)
+    folder = convert(Request(model=str(source), dtype="float32"), tmp_path / "new", max_shard_size=400_000)
     ours, theirs = cls.from_pretrained(folder), cls.from_pretrained(source)
     for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "xl" else [])):
         a, b = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
@@ -98,8 +98,8 @@ def test_diffusers_reads_what_it_wrote(tmp_path, request, family, cls):
 def test_a_lora_is_in_the_weights(tmp_path, sd1_folder):
     path = tmp_path / "red.safetensors"
     write_lora(path)
-    request = Request(model=str(sd1_folder), lora=((str(path), 0.5),), unet_bits=8)
-    made = StableDiffusion(convert(request, tmp_path / "new", dtype="float32"))
+    request = Request(model=str(sd1_folder), lora=((str(path), 0.5),), unet_bits=8, dtype="float32")
+    made = StableDiffusion(convert(request, tmp_path / "new"))
     expected = StableDiffusion(sd1_folder, unet_bits=8, loras=[(path, 0.5)])
     assert same(made, expected) and not same(made, StableDiffusion(sd1_folder, unet_bits=8))
     write_lora(path, "lora_unet_no_such_layer")
@@ -109,8 +109,8 @@ def test_a_lora_is_in_the_weights(tmp_path, sd1_folder):
 
 
 def test_parts_and_prediction_from_elsewhere(tmp_path, sd1_folder, xl_folder):
-    request = Request(model=str(sd1_folder), vae=str(xl_folder / "vae"), prediction="v_prediction")
-    folder = convert(request, tmp_path / "new", dtype="float32")
+    request = Request(model=str(sd1_folder), vae=str(xl_folder / "vae"), prediction="v_prediction", dtype="float32")
+    folder = convert(request, tmp_path / "new")
     config = json.loads((folder / "vae" / "config.json").read_text())
     assert config == json.loads((xl_folder / "vae" / "config.json").read_text())
     assert StableDiffusion(folder).schedule.config.prediction_type == "v_prediction"
@@ -123,8 +123,8 @@ def test_a_single_file(tmp_path, sd1_folder):
     mx.save_safetensors(str(tmp_path / "one.safetensors"), tensors | {attention: tensors[attention][..., None, None]})
     folder, vocabulary = tmp_path / "new", tmp_path / "vocabulary"
     shutil.copytree(sd1_folder / "tokenizer", vocabulary, ignore=shutil.ignore_patterns("*_*.json"))
-    request = Request(model=str(tmp_path / "one.safetensors"), tokenizer=str(vocabulary))
-    convert(request, folder, dtype="float32")
+    request = Request(model=str(tmp_path / "one.safetensors"), tokenizer=str(vocabulary), dtype="float32")
+    convert(request, folder)
     index = json.loads((folder / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["tokenizer"] == ["transformers", "CLIPTokenizer"]
     special = json.loads((folder / "tokenizer" / "special_tokens_map.json").read_text())

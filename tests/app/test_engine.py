@@ -14,7 +14,7 @@ from PIL import Image
 
 from command_line import PROMPT, ROOT, names, pixels
 from stable_diffusion import StableDiffusion
-from stable_diffusion.app import engine, memory
+from stable_diffusion.app import memory
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.models.vae import AutoencoderKL
 
@@ -113,9 +113,8 @@ def test_the_order_changes_no_image(make, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def half(sd1_folder, tmp_path, monkeypatch) -> Path:
-    """A checkpoint whose autoencoder may run in half precision, which the scripts here use on the CPU too."""
-    monkeypatch.setattr(engine, "computes_in_half", lambda request: request.float16)
+def half(sd1_folder, tmp_path) -> Path:
+    """A checkpoint whose autoencoder may run in half precision."""
     folder = shutil.copytree(sd1_folder, tmp_path / "half")
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
@@ -147,19 +146,19 @@ def check_near(folder: Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--low_memory", "--quantize"]])
 def test_a_batch_that_overflows_is_made_again_in_float32(make, half, unets, tmp_path, options):
-    options = [*options, "--n_images", 2, "--batch_size", 1, "--steps", 3, "--no_grid"]
+    options = ["--dtype", "float16", *options, "--n_images", 2, "--batch_size", 1, "--steps", 3, "--no_grid"]
     done = make(*options, model=half).succeeded()
     assert unets == [mx.float16] * 2 + [mx.float32] * 6
     assert len(done.remarks) == 1 and "step 2 are not finite" in done.remarks[0] and "float32" in done.remarks[0]
-    make(*options, "--no_float16", model=half, name="b.png").succeeded()
+    make(*options, "--dtype", "float32", model=half, name="b.png").succeeded()
     check_near(tmp_path / "out")  # the prompts were encoded in half precision
 
 
 def test_what_overflows_in_float32_too(make, half, tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "__call__", lambda self, x, *a, **k: x * float("nan"))
-    done = make("--n_images", 1, "--steps", 3, model=half)
+    done = make("--dtype", "float16", "--n_images", 1, "--steps", 3, model=half)
     assert done.code == 1 and len(done.remarks) == 2 and done.out == [] and names(tmp_path / "out") == []
-    assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--no_float16" in done.remarks[1]
+    assert "step 1" in done.remarks[1] and "not finite" in done.remarks[1] and "--dtype float32" in done.remarks[1]
 
 
 @pytest.mark.parametrize(
@@ -180,11 +179,11 @@ def test_an_image_that_overflows_is_decoded_again_in_float32(make, half, tmp_pat
         return mx.where(mx.arange(image.shape[1])[:, None, None] == 3, value, image) if z.dtype == mx.float16 else image
 
     monkeypatch.setattr(AutoencoderKL, "decode", overflows)
-    options = ["--n_images", 2, "--steps", 1, "--no_grid", *options]
+    options = ["--dtype", "float16", "--n_images", 2, "--steps", 1, "--no_grid", *options]
     done = make(*options, model=half).succeeded()
     assert seen[0] == mx.float16 and seen[1:] == [mx.float32] * (4 if "--hires" in options else 2)
     assert len(done.remarks) == 1 and "float32" in done.remarks[0]
-    make(*options, "--no_float16", model=half, name="b.png").succeeded()
+    make(*options, "--dtype", "float32", model=half, name="b.png").succeeded()
     check_near(tmp_path / "out")
 
 

@@ -156,7 +156,7 @@ def parsed(script: str, *words: object) -> dict:
 
 
 COMMON = {"prompt": PROMPT, "n_images": 1, "seed": 7, "cfg": 3.0, "steps": 4, "negative_prompt": "x"}
-COMMON |= {"float16": False, "quantize": True}
+COMMON |= {"dtype": "bfloat16", "quantize": True}
 
 
 @pytest.fixture
@@ -183,11 +183,18 @@ def test_flags_and_prompts_take_the_place_of_what_is_recorded(picture, words, sa
     assert parsed("txt2image", "--from_image", picture, *words) == wanted
 
 
+@pytest.mark.parametrize("half, dtype", [(False, "float32"), (True, None)])
+def test_the_type_in_a_record_of_version_0_1(tmp_path, half, dtype):
+    path = with_record(tmp_path / "old.png", {"prompt": PROMPT, "float16": half})
+    assert parsed("txt2image", "--from_image", path).get("dtype") == dtype
+    assert remarks("txt2image", "--from_image", path) == []
+
+
 def test_what_cannot_be_left_out(picture, run, no_model):
     for name in ("prompt", "output", ""):
         run("txt2image", "--from_image", picture, "--without", name).refused(
             f"--without {name} is none of the flags",
-            "the picture has cfg, float16, lora, negative_prompt, quantize, seed",
+            "the picture has cfg, dtype, lora, negative_prompt, quantize, seed",
         )
     run("txt2image", PROMPT, "--without", "cfg").refused("--without needs --from_image FILE")
 

@@ -61,9 +61,10 @@ def no_larger(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 def unread():
-    os.close(1)
-    os.dup2(os.pipe()[1], 1)
-    os.closerange(3, 64)
+    ends = os.pipe()
+    os.dup2(ends[1], 1)
+    os.close(ends[0])
+    os.close(ends[1])
 
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 step = (UNet, "__call__")

@@ -1,6 +1,7 @@
 """The command lines: what they refuse and how, what they write, and what they leave behind when something breaks."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from command_line import PROMPT, names, pixels, process
 from stable_diffusion import SAMPLERS
 from stable_diffusion.app import engine
+from stable_diffusion.app.metadata import read_record
 from stable_diffusion.cli import arguments
 from stable_diffusion.cli.flags import FOREIGN
 from stable_diffusion.cli.parser import script_parser
@@ -239,12 +241,58 @@ def test_bits(options, unet, text):
 
 
 @pytest.mark.parametrize(
-    "device, options, half", [("cpu", [], False), ("gpu", [], True), ("gpu", ["--no-float16"], False)]
+    "device, options, expected",
+    [
+        ("cpu", [], mx.float32),
+        ("gpu", [], mx.float16),
+        ("cpu", ["--dtype", "float16"], mx.float16),
+        ("gpu", ["--dtype=bfloat16"], mx.bfloat16),
+        ("gpu", ["--no-float16"], mx.float32),
+    ],
 )
-def test_half_precision_only_on_a_gpu(monkeypatch, device, options, half):
+def test_half_precision_only_on_a_gpu_unless_it_is_asked_for(monkeypatch, device, options, expected):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
     ((request, _),) = arguments.read("txt2image", [PROMPT, *options]).lines
-    assert engine.computes_in_half(request) is half
+    assert engine.dtype_of(request) == expected
+
+
+def test_a_device_that_is_not_there(run, monkeypatch, no_model):
+    available = mx.is_available
+    monkeypatch.setattr(mx, "is_available", lambda device: device == mx.cpu and available(device))
+    run("txt2image", PROMPT, "--device", "gpu").refused("finds no gpu here", "leave --device gpu")
+    monkeypatch.setenv("SD_DEVICE", "gpu")
+    run("txt2image", PROMPT).refused("finds no gpu here", "SD_DEVICE")
+    monkeypatch.setenv("SD_DEVICE", "tpu")
+    run("image2image", "x.png", PROMPT).refused("the device 'tpu' is unknown", "cpu or gpu")
+
+
+def test_the_device_of_a_flag_wins(make_image, monkeypatch):
+    monkeypatch.setenv("SD_DEVICE", "tpu")
+    make_image("--device", "cpu")
+
+
+def test_type_and_exactness_are_in_the_record_and_repeated(models, run, tmp_path, monkeypatch):
+    """MLX reads the variable at each convolution."""
+    monkeypatch.setenv("MLX_CONV_WINOGRAD_WORKING_SET", "0")
+    seen, unet = [], UNet2DConditionModel.__call__
+
+    def watched(self, x, *args, **kwargs):
+        seen.append((x.dtype, os.environ["MLX_CONV_WINOGRAD_WORKING_SET"]))
+        return unet(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "__call__", watched)
+    options = ["--n_images", 1, "--cfg", 1, "--model", models["sd"], *SMALL]
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    run("txt2image", PROMPT, *options, "--output", first).succeeded()
+    assert set(seen) == {(mx.float32, "0")}
+    run("txt2image", PROMPT, *options, "--exact", "--dtype", "bfloat16", "--output", first, "--overwrite").succeeded()
+    monkeypatch.setenv("MLX_CONV_WINOGRAD_WORKING_SET", "0")
+    seen.clear()
+    run("txt2image", "--from_image", first, "--output", again).succeeded()
+    assert set(seen) == {(mx.bfloat16, "1")} and np.array_equal(pixels(first), pixels(again))
+    record = read_record(again)
+    assert record.arguments["dtype"] == "bfloat16" and record.arguments["exact"] is True
+    assert record.details["software"]["type"] == "bfloat16"
 
 
 def test_models_are_preloaded_before_the_first_step(make_image, monkeypatch):

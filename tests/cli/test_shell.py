@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from command_line import ROOT, pixels
-from stable_diffusion import __main__, __version__
+from stable_diffusion import StableDiffusion, __main__, __version__
 from stable_diffusion.cli import arguments, convert, inspect
 from stable_diffusion.cli.parser import script_parser
+from stable_diffusion.networks import _OLDEST_MLX
 
 PARSERS = {
     "txt2image": script_parser("txt2image", "txt2image.py"),
@@ -53,6 +55,24 @@ def test_each_command_has_its_version_its_help_and_its_errors(call, command):
     code, out, err = call(command, "--nothing")
     assert (code, out) == (2, "") and err.startswith(f"python -m stable_diffusion {command}: error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", ["0.29", "0.32.2", "0.32.2.dev20260101+abcdef"])
+def test_an_old_mlx_is_refused_in_one_line(call, run, monkeypatch, no_model, version):
+    monkeypatch.setattr(mx, "__version__", version)
+    said = f"MLX {version} is too old, 0.32.3 or newer is needed: pip install -U mlx"
+    for command in PARSERS:
+        code, out, err = call(command, *(["tiny", "x"] if command in ("convert", "image2image") else ["tiny"]))
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    run("txt2image", "a cat").refused(said)
+    with pytest.raises(ImportError, match=r"0\.32\.3 or newer is needed"):
+        StableDiffusion("tiny")
+
+
+def test_the_requirements_ask_for_the_mlx_that_is_needed():
+    for name in ("requirements.txt", "pyproject.toml"):
+        lines = [line for line in (ROOT / name).read_text().splitlines() if "mlx" in line and ">=" in line]
+        assert len(lines) == 2 and all(f">={_OLDEST_MLX};" in line for line in lines)
 
 
 def test_no_such_command(call):

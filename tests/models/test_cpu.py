@@ -107,6 +107,33 @@ def test_a_run_in_another_thread(sd, two_cores):
     assert relative_error(results[0], here) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    "name, variable, chosen",
+    [(None, None, "gpu"), ("cpu", None, "cpu"), (None, "cpu", "cpu"), ("gpu", "cpu", "gpu"), (None, "", "gpu")],
+)
+def test_the_device_is_that_of_the_call_or_of_the_environment(monkeypatch, name, variable, chosen):
+    devices = [mx.Device(mx.gpu)]  # where there is one
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "set_default_device", devices.append)
+    monkeypatch.delenv("SD_DEVICE") if variable is None else monkeypatch.setenv("SD_DEVICE", variable)
+    cpu.choose_device(name)
+    assert devices[-1] == getattr(mx, chosen)
+
+
+@pytest.mark.parametrize("name, tools, compiles", [("cpu", True, True), ("cpu", False, False), ("gpu", False, True)])
+def test_a_mac_without_command_line_tools_opens_no_dialog(monkeypatch, name, tools, compiles):
+    """On its CPU MLX would call the compiler, in whose place macOS asks whether to install it."""
+    calls = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0 if tools else 2))
+    monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("disabled"))
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "set_default_device", lambda device: None)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, name)))
+    cpu.choose_device(name)
+    assert calls == ([] if compiles else ["disabled"])
+
+
 @pytest.mark.skipif(cpu._openblas is None, reason="there is no OpenBLAS")
 def test_importing_the_package_switches_nothing_on():
     code = """
