@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import approximations, growth
+from benchmarks import approximations, growth, memory
 from benchmarks.compare import workers
 from benchmarks.compare.__main__ import FULL, QUICK, main
 from benchmarks.compare.cases import PARTS, Case, cases
@@ -130,3 +130,17 @@ def test_steps_of_a_shape(module, options, lines, monkeypatch, capsys):
     module.main()
     shares = [float(share) for share in re.findall(r"(\d\.\d+)$", capsys.readouterr().out, re.MULTILINE)]
     assert len(shares) == lines and shares[0] == 1 and all(s > 0 for s in shares)
+
+
+def test_what_fits_which_mac_is_in_the_documents(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--macs"])
+    memory.main()
+    table = capsys.readouterr().out.splitlines()
+    figures, summary = (
+        (ROOT / "docs" / name).read_text("utf-8") for name in ("figures/memory.md", "memory-and-speed.md")
+    )
+    assert len(table) == 29 and "\n".join(table) in figures
+    assert "\n".join([*table[:2], *(line for line in table if "SDXL" in line)]) in summary
+    cells = {line: line.split(" | ")[3:] for line in table[2:]}
+    assert [len(row) for row in cells.values()] == [4] * 27
+    assert all("no" not in cell for line, row in cells.items() for cell in row if "-q" in line or "SDXL" not in line)

@@ -24,11 +24,13 @@ _FRACTION = 0.75  # of the machine's memory that a run may take: the system and 
 _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Macs below 36 GB
 
 # Bytes of a step for each row, position of the latents (padded as by a convolution) and channel of the UNet's first two
-# blocks: those of its maps, those that MLX computes ahead of the device, and the most that the latter come to.
+# blocks; bytes for each pair of these channels; and what MLX computes ahead of the device: bytes as the first, and the
+# most that these come to beside as much as the step again.
 # CPU: measured with the bundled model, SD 1.5 and SDXL from 256 to 1536 pixels (benchmarks/memory.py).
-# GPU: by the rules of MLX 0.32's Metal allocator, not measured: 12,200 bytes for each row and position of SDXL, and up
-# to 1.3 GB in the command buffers that wait.
-_STEP = {mx.cpu: (51, 62, math.inf), mx.gpu: (12.7, 94, 1.3e9)}
+# GPU, half precision: computed, not measured on a Mac, by MLX 0.32's rules (mlx/backend/metal/conv.cpp and device.cpp,
+# mlx/transforms.cpp): a Winograd convolution holds 64 values for each pair of channels, a command buffer ends after 40
+# kernels or 40 Mi values, and 10 of them wait, or none where memory is at its limit.
+_STEP = {mx.cpu: (51, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
 _SCORES, _BESIDE_SCORES = 2**26, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
 _EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
@@ -67,31 +69,32 @@ class StageMemory(NamedTuple):
 def set_limits(memory: float | None, low_memory: bool) -> int:
     """Set MLX's limits for ``memory`` bytes (None: most of the machine's); returns the bytes that a run may take.
 
-    Beyond its memory limit MLX does not work ahead of the device, which saves half of the working memory on a CPU: in
-    low memory the limit there is 0. Buffers kept for reuse may take an eighth, in low memory a 64th.
+    Beyond its memory limit MLX does not work ahead of the device, which saves half of the working memory and more: in
+    low memory the limit is 0. Buffers kept for reuse may take an eighth, in low memory a 64th.
     """
-    on_cpu = mx.default_device() == mx.cpu
-    info = {} if on_cpu else mx.device_info()
+    info = {} if mx.default_device() == mx.cpu else mx.device_info()
     physical = info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     recommended = info.get("max_recommended_working_set_size", math.inf)
     limit = int(min(_FRACTION * physical, _RECOMMENDED * recommended) if memory is None else memory)
-    mx.set_memory_limit(0 if low_memory and on_cpu else limit)
+    mx.set_memory_limit(0 if low_memory else limit)
     mx.set_cache_limit(limit // (64 if low_memory else 8))
     return limit
 
 
 def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -> int:
     """Return the bytes of a step at ``size`` with the rows that run at once, weights not included."""
-    maps, ahead, most_ahead = _STEP[mx.default_device().type]
-    rows = min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
+    maps, pairs, ahead, most_ahead = _STEP[mx.default_device().type]
+    on_cpu, rows = mx.default_device() == mx.cpu, min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     config, (height, width) = model.unet_config, size
-    size_of_maps = rows * (height + 2) * (width + 2) * sum(config.block_out_channels[:2])
-    needed = size_of_maps * maps
+    channels = sum(config.block_out_channels[:2])
+    size_of_maps = rows * (height + 2) * (width + 2) * channels
+    needed = size_of_maps * maps + channels**2 * pairs
     # Attention on maps of full size is in the first block, which SDXL does without.
-    if mx.default_device() == mx.cpu and config.down_block_types[0].startswith("CrossAttn"):
+    if on_cpu and config.down_block_types[0].startswith("CrossAttn"):
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
         needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
-    needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead)
+    needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead + needed)
+    needed *= 1 if on_cpu else model.dtype.size / 2
     return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.controls)))
 
 

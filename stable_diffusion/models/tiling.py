@@ -30,9 +30,10 @@ Slices = Iterable[mx.array]  # of one map [1, H, W, C], from the top down
 
 _log = logging.getLogger("stable_diffusion")
 
-# Measured (benchmarks/vae.py); a GPU's figures are estimates.
-_GRAPH = {mx.cpu: 100, mx.gpu: 11}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
-_LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 2**30}  # bytes: beyond, slices are as fast
+# CPU: measured (benchmarks/vae.py). GPU: computed, not measured on a Mac, by MLX 0.32's rules: a Winograd convolution
+# takes 4.6 maps (mlx/backend/metal/conv.cpp) and is a command buffer (device.cpp), of which 10 wait (transforms.cpp).
+_GRAPH = {mx.cpu: 100, mx.gpu: 140}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
+_LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 7 * 2**27}  # bytes: beyond, slices are as fast; of a GPU below 128 pixels
 _SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they stay in a CPU's caches; a GPU wants more at a time
 _WORK = {mx.cpu: 75, mx.gpu: 40}  # bytes per pixel and channel of a slice
 _MARGIN = 1.1  # of the budget over the expected peak
@@ -70,7 +71,7 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
 
     def peak(positions: float) -> float:
         # A map in slices: two layers' maps, or scores in pieces, twice for the softmax.
-        slices = _WORK[device] * channels * max(_SLICE[device], width)
+        slices = _WORK[device] * channels * min(max(_SLICE[device], width), scale**2 * positions)
         return max(itemsize * channels * scale**2 * positions + slices, min(8 * positions**2, 2 * LARGEST_SCORES))
 
     positions, blended = height * width / scale**2, 32 * height * width  # the last is the result
