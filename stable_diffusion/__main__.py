@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cli import convert, inspect, main
+from .cli import check, convert, inspect, main
 from .cli.parser import Parser
 
 # Description and function of each command: (arguments, name of the program) -> exit code.
@@ -13,6 +13,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "image2image": ("change an image towards a prompt", main.image2image),
     "convert": ("write a model as a folder that loads at once", convert.main),
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
+    "check": ("compare what this machine computes with references", check.main),
 }
 
 

@@ -153,7 +153,7 @@ def test_diffusers_loads_the_folder_and_draws_the_same_image(tiny, oracle):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("default", marks=pytest.mark.gpu)])
 def test_the_golden_image(tiny, device):
     """Same prompt, same seed, same picture, on whatever machine: rendered once by this library on a CPU."""
-    golden = np.array(Image.open(Path(__file__).parent / "golden_tiny.png").convert("RGB")).astype(int)
+    golden = np.array(Image.open(FOLDER / "golden.png").convert("RGB")).astype(int)
     (drawn,) = draw(tiny, RED_ON_BLUE, seed=1)
     assert reads(drawn) == ("red", "circle", "blue")
     assert np.abs(drawn - golden).max() <= 8 and np.abs(drawn - golden).mean() <= 0.5
