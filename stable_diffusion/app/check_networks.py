@@ -221,7 +221,7 @@ def full_size_checks(on_cpu: bool) -> Iterator[Check]:
             about = f"memory of {step}" + ", MLX not working ahead" * (limit == 0)
             yield Check(about, dtype, measure, 1.25, PLANNED, least)
         yield Check(f"time of {step}", dtype, partial(_seconds, partial(_step, name, dtype, side, rows)), unit=SECONDS)
-    for side in (16,) if on_cpu else (32, 56, 64, 128):
+    for side in (16,) if on_cpu else (8, 32, 56, 128):
         measure = partial(_decoding_memory, vae, side)
         yield Check(
             f"memory of decoding {_pixels(side)}, MLX not working ahead", mx.float32, measure, 1.25, PLANNED, least
@@ -257,7 +257,8 @@ def _decode(name: str, side: int) -> Callable[[], mx.array]:
 
 def _step_memory(name: str, dtype: mx.Dtype, side: int, rows: int, limit: int | None) -> float:
     """Return the peak of a step beside the weights, over the planned one, under MLX's memory ``limit``."""
-    model = SimpleNamespace(unet_config=_random_network(name, dtype).config, rows_at_once=None)
+    config = _random_network(name, dtype).config
+    model = SimpleNamespace(unet_config=config, rows_at_once=None, dtype=dtype)
     shape = memory.RunShape(1, (side, side), rows=rows)
     planned = partial(memory.step_bytes, model, shape, shape.size)
     return _peak_over(planned, _step(name, dtype, side, rows), limit)

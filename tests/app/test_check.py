@@ -95,17 +95,29 @@ def test_slices_that_do_not_fit_together_are_found(monkeypatch):
     assert failed("small", "slices") == {"float32", "float16"}
 
 
-@pytest.mark.parametrize("factor, passes", [(1, True), (0.6, False), (2.5, False)])
-def test_a_wrong_memory_constant_is_found(monkeypatch, factor, passes):
-    """The plan is one of widths, so a narrow UNet does."""
+@pytest.fixture
+def narrow(monkeypatch):
+    """A narrow UNet, whose memory is planned as SD 1.5's: by its widths."""
     part, config = check_networks._NETWORKS["UNet of SD 1.5"]
-    narrow = {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 64, "attention_head_dim": 2}
-    monkeypatch.setitem(check_networks._NETWORKS, "UNet of SD 1.5", (part, config | narrow))
+    widths = {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 64, "attention_head_dim": 2}
+    monkeypatch.setitem(check_networks._NETWORKS, "UNet of SD 1.5", (part, config | widths))
     check_networks._random_network.cache_clear()
+    yield "UNet of SD 1.5"
+    check_networks._random_network.cache_clear()
+
+
+@pytest.mark.parametrize("factor, passes", [(1, True), (0.6, False), (2.5, False)])
+def test_a_wrong_memory_constant_is_found(monkeypatch, narrow, factor, passes):
     right = memory.step_bytes
     monkeypatch.setattr(memory, "step_bytes", lambda *args: factor * right(*args))
     assert failed("memory of a step") == (set() if passes else {"float32"})
-    check_networks._random_network.cache_clear()
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_memory_is_measured_as_on_a_gpu(gpu, narrow, limit):
+    before = mx.get_memory_limit()
+    assert check_networks._step_memory(narrow, mx.float16, side=16, rows=2, limit=limit) > 0
+    assert mx.get_memory_limit() == before
 
 
 def test_an_exception_is_a_result():
