@@ -44,13 +44,18 @@ class GuidanceBatch:
         """
         if self.weights is None:
             return outputs
-        guided = mx.tensordot(self.weights, outputs, axes=1)
+        guided = _weighted_sums(self.weights, outputs)
         if self.rescale == 0:
             return guided
         cond_weights = self.weights * self.is_cond
-        cond = mx.tensordot(cond_weights / cond_weights.sum(axis=1, keepdims=True), outputs, axes=1)
+        cond = _weighted_sums(cond_weights / cond_weights.sum(axis=1, keepdims=True), outputs)
         factor = mx.std(cond, axis=(1, 2, 3), keepdims=True) / mx.std(guided, axis=(1, 2, 3), keepdims=True)
         return (self.rescale * factor + (1 - self.rescale)) * guided
+
+
+def _weighted_sums(weights: mx.array, outputs: mx.array) -> mx.array:
+    """[n, B] and [B, h, w, C] -> [n, h, w, C], by no product of matrices: its rounding would depend on n and B."""
+    return (weights[:, :, None, None, None] * outputs).sum(axis=1)
 
 
 @dataclass(frozen=True)

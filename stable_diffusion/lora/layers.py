@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..models.layers import GroupNorm, LayerNorm
+from ..models.layers import GroupNorm, LayerNorm, conv2d
 from ..weights.formats.safetensors import loading_stream
 from ..weights.parts import family_title
 from .delta import LoRADelta, shape_of, to_layer, weight_of
@@ -78,7 +78,7 @@ class LoRALayer(nn.Module):
     def _apply(self, x: mx.array, weight: mx.array) -> mx.array:
         """Apply another weight as the layer applies its own, without a bias."""
         if isinstance(self.base, nn.Conv2d):
-            return mx.conv2d(x, weight, self.base.stride, self.base.padding, self.base.dilation)
+            return conv2d(x, weight, self.base.stride, self.base.padding)
         return x @ weight.T
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, EncoderConfig, Supported, UNetConfig
-from .layers import Context, Group
+from .layers import Context, Conv2d, Group
 from .unet import Encoder, Residuals
 
 
@@ -82,11 +82,11 @@ class ControlNetModel(Encoder):
         super().__init__(config)
         widths, blocks = config.conditioning_embedding_out_channels, []
         for width, out in pairwise(widths):
-            blocks += [nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, out, 3, stride=2, padding=1)]
+            blocks += [Conv2d(width, width, 3, padding=1), Conv2d(width, out, 3, stride=2, padding=1)]
         self.controlnet_cond_embedding = Group(
-            conv_in=nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1),
+            conv_in=Conv2d(config.conditioning_channels, widths[0], 3, padding=1),
             blocks=blocks,
-            conv_out=nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1),
+            conv_out=Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1),
         )
         self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
         self.controlnet_mid_block = nn.Linear(config.block_out_channels[-1], config.block_out_channels[-1])
@@ -173,8 +173,8 @@ class AdapterBlock(nn.Module):
             self.in_conv = nn.Linear(in_channels, width)
         self.resnets = [
             Group(
-                block1=nn.Conv2d(width, width, 3, padding=1),
-                block2=nn.Conv2d(width, width, 3, padding=1) if light else nn.Linear(width, width),
+                block1=Conv2d(width, width, 3, padding=1),
+                block2=Conv2d(width, width, 3, padding=1) if light else nn.Linear(width, width),
             )
             for _ in range(count)
         ]
@@ -209,7 +209,7 @@ class T2IAdapter(nn.Module):
         ]
         self.adapter = Group(body=body)
         if not light:
-            self.adapter.conv_in = nn.Conv2d(unshuffled, channels[0], 3, padding=1)
+            self.adapter.conv_in = Conv2d(unshuffled, channels[0], 3, padding=1)
 
     def embed(self, image: mx.array) -> list[mx.array]:
         """Compute the UNet's ``features`` for a control image [B, H, W, 3] in [0, 1], at full strength.

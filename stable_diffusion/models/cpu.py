@@ -3,6 +3,9 @@
 On Linux MLX carries the reference BLAS, whose float32 products run at about 2 GFLOP/s. Symbols that are already loaded
 win, so OpenBLAS is loaded here, before MLX and where it is installed: its products are about fifty times faster.
 
+GPUs of the M5 and later, and NVIDIA's, round the factors of float32 products to TF32, 11 bits, unless MLX_ENABLE_TF32
+is 0 when MLX first computes. The networks in float32 are those that must not be rounded, so that is the default here.
+
 The kernels are polynomials, which a compiler turns into loops of products and sums. MLX computes exp and erf one value
 at a time, and that is most of the time of a softmax over 4096 positions. The numbers are the same, to rounding.
 """
@@ -21,6 +24,8 @@ _openblas: Any = None
 if sys.platform == "linux":
     with suppress(OSError):
         _openblas = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # isort: split
 import mlx.core as mx  # noqa: E402

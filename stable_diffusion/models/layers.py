@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -16,6 +16,9 @@ Kernel = Callable[..., mx.array]
 
 # Widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
 _FUSED = (64, 72, 80, 96, 128)
+# Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
+# seconds, see https://github.com/exo-explore/exo/issues/1620.
+_LONGEST = 2**40
 
 
 class Group(nn.Module):
@@ -47,10 +50,14 @@ def _scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 scaled_silu = cpu.for_float32(cpu.scaled_silu, _scaled_silu)
 
 
+def _fused_width(dim: int) -> int:
+    return next((fused for fused in _FUSED if fused >= dim), dim)
+
+
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off."""
     dim = q.shape[-1]
-    width = next((fused for fused in _FUSED if fused >= dim), dim)
+    width = _fused_width(dim)
     if width > dim:
         q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - dim)]) for x in (q, k, v))
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)[..., :dim]
@@ -63,14 +70,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, 
     """Compute scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
 
     Where the scores of all pairs would stand in memory, as many images, heads or queries are computed at a time as have
-    scores of at most ``largest`` bytes. Images and heads are parted first: products with few rows are slow.
+    scores of at most ``largest`` bytes; on a GPU also as many as take one kernel ``_LONGEST``. Images and heads are
+    parted first: products with few rows are slow.
     """
-    stand_in_memory = mx.default_device() == mx.cpu or q.shape[-1] > _FUSED[-1]
-    scores = math.prod(q.shape[:3]) * k.shape[2] * q.itemsize
-    if axis > 2 or scores <= largest or not stand_in_memory:
+    on_cpu, dim = mx.default_device() == mx.cpu, q.shape[-1]
+    limit = largest / q.itemsize if on_cpu or dim > _FUSED[-1] else math.inf
+    if not on_cpu:
+        limit = min(limit, _LONGEST / (2 * _fused_width(dim)))
+    scores = math.prod(q.shape[:3]) * k.shape[2]
+    if axis > 2 or scores <= limit:
         return _attend(q, k, v)
     length = q.shape[axis]
-    step = max(int(length * largest // scores), 1)
+    step = max(int(length * limit // scores), 1)
     cuts = list(range(step, length, step))
     queries = mx.split(q, cuts, axis)
     k, v = (mx.split(x, cuts, axis) if axis < 2 else [x] * len(queries) for x in (k, v))
@@ -151,6 +162,46 @@ def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, f
     angles = t.astype(mx.float32)[:, None] * mx.array([math.exp(e) for e in exponents])
     waves = (mx.cos(angles), mx.sin(angles)) if flip_sin_to_cos else (mx.sin(angles), mx.cos(angles))
     return mx.pad(mx.concatenate(waves, axis=-1), [(0, 0), (0, dim % 2)])
+
+
+def rows_alike(
+    x: tuple[int, ...], weight: tuple[int, ...], stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)
+) -> float:
+    """Return up to how many rows Metal convolves by the kernel that it takes for one; math.inf for any number.
+
+    ``x`` is the shape [B, H, W, C] of the input and ``weight`` [O, kh, kw, C]. MLX (0.32, ``dispatch_conv_2D_gpu``)
+    counts the positions of all rows: from 4096 of the input on a convolution may go by Winograd's algorithm, from 256
+    of the output on channels that fit no tile are padded.
+    """
+    (_, *size, c), (o, *kernel, _) = x, weight
+    if kernel == [3, 3] and tuple(stride) == (1, 1) and c % 32 == o % 32 == 0 and c + o >= 256:
+        positions, threshold = math.prod(size), 4096
+    elif (c > 4 and c % 16) or (o > 16 and o % 16):
+        sides = zip(size, kernel, stride, padding, strict=True)
+        positions, threshold = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sides), 256
+    else:
+        return math.inf
+    return (threshold - 1) // positions or math.inf
+
+
+def conv2d(x: mx.array, weight: mx.array, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)) -> mx.array:
+    """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C]; on a GPU each row by the kernel that it takes alone.
+
+    The kernels of half precision differ by up to 0.75 % (rms), so pictures would depend on the size of the batch.
+    """
+    rows = math.inf if mx.default_device() == mx.cpu else rows_alike(x.shape, weight.shape, stride, padding)
+    if len(x) <= rows:
+        return mx.conv2d(x, weight, stride, padding)
+    parts = mx.split(x, list(range(rows, len(x), rows)))
+    return mx.concatenate([mx.conv2d(part, weight, stride, padding) for part in parts])
+
+
+class Conv2d(nn.Conv2d):
+    """Convolve as :func:`conv2d`, so that a row's result does not depend on its batch."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = conv2d(x, self.weight, self.stride, self.padding)
+        return y + self.bias if "bias" in self else y
 
 
 def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
@@ -275,11 +326,11 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb_dim: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_dim is not None:
             self.time_emb_proj = nn.Linear(temb_dim, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Linear(in_channels, out_channels)
 
@@ -297,7 +348,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, *, pad_end: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
         self._pad_end = pad_end
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -309,7 +360,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
         return self.conv(upsample_nearest(x, size))

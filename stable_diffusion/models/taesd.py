@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, Supported
+from .layers import Conv2d
 from .vae import Network
 
 
@@ -67,7 +68,7 @@ class TinyBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         # The slots between them are the rectifiers', which hold no weights.
-        self.conv = [nn.Identity() if i % 2 else nn.Conv2d(width, width, 3, padding=1) for i in range(5)]
+        self.conv = [nn.Identity() if i % 2 else Conv2d(width, width, 3, padding=1) for i in range(5)]
 
     def __call__(self, x: mx.array) -> mx.array:
         y = x
@@ -89,16 +90,16 @@ class AutoencoderTiny(nn.Module):
         width, layers = config.encoder_block_out_channels[0], []
         for i, blocks in enumerate(config.num_encoder_blocks):
             into, stride = (width, 2) if i else (config.in_channels, 1)
-            layers.append(nn.Conv2d(into, width, 3, stride=stride, padding=1, bias=not i))
+            layers.append(Conv2d(into, width, 3, stride=stride, padding=1, bias=not i))
             layers += [TinyBlock(width) for _ in range(blocks)]
-        self.encoder = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
+        self.encoder = nn.Sequential(*layers, Conv2d(width, config.latent_channels, 3, padding=1))
         width = config.decoder_block_out_channels[0]
-        layers = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        layers = [Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for i, blocks in enumerate(config.num_decoder_blocks):
             if i:
-                layers += [nn.Upsample(2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+                layers += [nn.Upsample(2), Conv2d(width, width, 3, padding=1, bias=False)]
             layers += [TinyBlock(width) for _ in range(blocks)]
-        self.decoder = nn.Sequential(*layers, nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.decoder = nn.Sequential(*layers, Conv2d(width, config.out_channels, 3, padding=1))
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
         """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4].

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu, upsample_nearest
+from .layers import Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu, upsample_nearest
 from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
 from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
 
@@ -167,7 +167,7 @@ def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
     yield window
 
 
-def _convolve(conv: nn.Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
+def _convolve(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
     """Run a 3×3 convolution; one without padding is a ``Downsample2D``'s, which pads below and to the right only."""
     first, sides = (0, (1, 1)) if conv.padding[0] else (1, (0, 1))
     for window in _windows(slices, rows * conv.stride[0]):
@@ -211,7 +211,7 @@ def _tiny_block(block: TinyBlock, slices: Slices, rows: int) -> Iterator[mx.arra
 
 
 _RUN: dict[type, Callable[..., Iterator[mx.array]]] = {
-    nn.Conv2d: _convolve,
+    Conv2d: _convolve,
     GroupNorm: lambda norm, slices, rows: _normalized(norm, deque(map(_now, slices))),
     ResnetBlock2D: _resnet,
     SpatialAttention: _attention,

@@ -14,6 +14,7 @@ from .config import EncoderConfig, UNetConfig
 from .layers import (
     Attention,
     Context,
+    Conv2d,
     Downsample2D,
     Group,
     GroupNorm,
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         self.config = config
         widths, layers = config.block_out_channels, config.transformer_layers_per_block
         temb_dim = 4 * widths[0]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], temb_dim, time_cond_dim)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
@@ -241,7 +242,7 @@ class UNet2DConditionModel(Encoder):
             resample = None if i == len(widths) - 1 else "up"
             self.up_blocks.append(UNetBlock(config, -1 - i, channels, depths, resample))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.eval()  # a prompt's keys and values are kept between calls, until train()
 
     def __call__(

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu
+from .layers import Attention, Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu
 
 Network = Callable[[mx.array], mx.array]
 
@@ -66,13 +66,13 @@ class Half(nn.Module):
         if half == "decoder":
             into, out, resample = config.latent_channels, config.out_channels, "up"
             widths, count = widths[::-1], count + 1
-        self.conv_in = nn.Conv2d(into, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(into, widths[0], 3, padding=1)
         self[f"{resample}_blocks"] = [
             AutoencoderBlock([before] + [width] * count, groups, resample if i < len(widths) else None)
             for i, (before, width) in enumerate(pairwise([widths[0], *widths]), start=1)
         ]
         self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out, 3, padding=1)
 
     @property
     def layers(self) -> list[Network]:

@@ -1,5 +1,7 @@
 """Classifier-free guidance: the rows of the UNet's batch, their combination, its interval and its rescaling."""
 
+from io import StringIO
+
 import diffusers
 import mlx.core as mx
 import numpy as np
@@ -37,6 +39,18 @@ def test_two_images_of_one_prompt():
     cond_a, uncond_a, cond_b, uncond_b = out = outputs(4)
     want = mx.stack([uncond_a + 7.5 * (cond_a - uncond_a), uncond_b + 7.5 * (cond_b - uncond_b)])
     assert relative_error(batch.combine(out), want) <= 1e-6
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_an_image_is_combined_as_if_alone(rescale):
+    """Bit for bit, whatever else is in the batch: no product of matrices rounds by its size, or in TF32 on a GPU."""
+    conditioning, out = (table(PromptRow()), table(PromptRow(), seed=1)), mx.array(normal(8, 32, 32, 4, seed=9))
+    (batch,), (single,) = (guidance_batches(5, n, *conditioning, 7.3, rescale=rescale) for n in (4, 1))
+    alone = [single.combine(out[row : row + 2]) for row in range(0, 8, 2)]
+    together, graph = batch.combine(out), StringIO()
+    mx.export_to_dot(graph, together)
+    assert "Multiply" in graph.getvalue() and "Matmul" not in graph.getvalue()
+    assert mx.array_equal(together, mx.concatenate(alone))
 
 
 def test_without_guidance_the_rows_are_the_images():

@@ -148,3 +148,21 @@ print(cpu._openblas.openblas_get_num_threads(), cpu.parts(4))
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["2", "1", "2", "2"]
+
+
+@pytest.mark.parametrize("setting, expected", [(None, "0"), ("1", "1")])
+def test_float32_is_not_rounded_unless_the_user_has_it_so(setting, expected):
+    """MLX reads the variable at its first product; whatever module of the package comes first sets it."""
+    environment = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
+    environment |= {} if setting is None else {"MLX_ENABLE_TF32": setting}
+    environment["PYTHONPATH"] = str(Path(cpu.__file__).parents[2])
+    code = """
+import os, sys
+sys.modules["mlx.core"] = None
+try:
+    import stable_diffusion
+except ImportError:
+    print(os.environ["MLX_ENABLE_TF32"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [expected]

@@ -88,6 +88,36 @@ def test_scores_in_pieces(backend, rows, sizes, monkeypatch):
         calls.clear()
 
 
+@pytest.mark.parametrize(
+    "width, heads, sizes",  # how many heads, of six in all, are as much work as one kernel may do
+    [
+        (40, 2, [(1, 2, 50), (1, 1, 50)] * 2),
+        (64, 5, [(1, 3, 50)] * 2),
+        (64, 0.5, [(1, 1, 25)] * 12),
+        (160, 3, [(1, 3, 50)] * 2),
+    ],
+)
+def test_long_kernels_are_cut(backend, width, heads, sizes, monkeypatch):
+    """By products of the width that heads are padded to; macOS ends what runs for long. On a CPU nothing is cut."""
+    monkeypatch.setattr(layers, "_LONGEST", heads * 2 * 50 * 77 * {40: 64}.get(width, width))
+    q, k, v = (mx.array(normal(2, 3, n, width, seed=n)) for n in (50, 77, 77))
+    want, calls, attend = attention(q, k, v), [], layers._attend
+    monkeypatch.setattr(layers, "_attend", lambda q, *kv: calls.append(q.shape[:3]) or attend(q, *kv))
+    assert relative_error(attention(q, k, v), want) <= 1e-6
+    assert calls == ([(2, 3, 50)] if backend == "cpu" else sizes)
+
+
+@pytest.mark.parametrize("width, size, count", [(40, 1024, 1), (40, 1536, 4), (64, 2048, 1)])
+def test_long_kernels_at_full_size(width, size, count, monkeypatch):
+    """SD 1.5 from 1536 × 1536 on; XL with its ten heads of 64 at a sixteenth of the pixels never."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    calls, heads, positions = [], {40: 8, 64: 10}[width], (size // {40: 8, 64: 16}[width]) ** 2
+    monkeypatch.setattr(layers, "_attend", lambda q, *kv: calls.append(q) or q)
+    q = mx.zeros((2, heads, positions, width))
+    attention(q, q, q)
+    assert len(calls) == count
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 256, 8), (4, 4, 256, 8), (1, 1, 1024, 8)])
 def test_pieces_of_scores_are_not_in_memory_together(shape):
     q = mx.array(normal(*shape))
