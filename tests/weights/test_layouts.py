@@ -10,7 +10,7 @@ import loras
 from configs import UNETS
 from models.test_controlnet import CONTROLNETS
 from models.test_vae import SD as VAE
-from stable_diffusion import StableDiffusion
+from stable_diffusion import StableDiffusion, networks
 from stable_diffusion.diffusion.controls import Control
 from stable_diffusion.models.controlnet import ControlNetModel
 from stable_diffusion.weights.load import load_component, read_weights, size_in_bytes
@@ -40,13 +40,23 @@ def test_of_a_part(tmp_path, dtype):
         assert strided(module) == []
 
 
+def test_the_cpu_reads_for_a_gpu(tmp_path, monkeypatch):
+    """Its command buffers never wait for a disk: macOS ends those that do. Here there is no GPU to compute anything."""
+    component = write(tmp_path, "unet", UNETS["sd1"], mx.float16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    read_weights(load_component(component))
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
 def test_of_a_file_in_the_original_layout(single, family):  # noqa: F811
     for component in opened(single(family)).components.values():
         assert strided(load_component(component, mx.float16)) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"float16": True}, {"unet_bits": 8, "text_bits": 8}])
+OPTIONS = [{}, {"low_memory": True}, {"dtype": mx.float16}, {"dtype": mx.bfloat16}, {"unet_bits": 8, "text_bits": 8}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ["lora", "locon-tucker", "loha", None])
 def test_of_a_model(sd1_folder, tmp_path, options, kind):
     """With a LoRA in its weights or without."""
@@ -61,7 +71,6 @@ def test_of_a_model(sd1_folder, tmp_path, options, kind):
 
 
 def test_a_controlnet_is_read_before_a_graph_of_a_run(sd1_folder, tmp_path, monkeypatch):
-    """So a GPU does not wait for the disk: macOS ends command buffers that do."""
     model = StableDiffusion(sd1_folder)
     model.ensure_models_are_loaded()
     file = tmp_path / "controlnet" / "diffusion_pytorch_model.safetensors"
@@ -74,3 +83,12 @@ def test_a_controlnet_is_read_before_a_graph_of_a_run(sd1_folder, tmp_path, monk
     control = Control(network, mx.zeros((48, 64, 3)))
     next(model.generate_latents("a cat", num_steps=2, latent_size=(6, 8), controls=[control]))
     assert read[0] >= size_in_bytes(network)
+
+
+def test_a_depth_estimator_is_read_before_its_graph(sd1_folder, tmp_path, monkeypatch):
+    model, component, read = StableDiffusion(sd1_folder), write(tmp_path, "vae", VAE), []
+    monkeypatch.setattr(networks, "open_part", lambda *args, **kwargs: component)
+    monkeypatch.setattr(networks, "estimate_depth", lambda *args: read.append(mx.get_active_memory()))
+    before = mx.get_active_memory()
+    model.estimate_depth(None)
+    assert read[0] - before >= component.files[0].stat().st_size * 0.9  # the rest is the header
