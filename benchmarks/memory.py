@@ -95,7 +95,7 @@ def macs(shapes: Iterable[str]) -> Iterator[str]:
     yield "| --- " * (3 + len(MACS)) + "|"
     quantized = {"unet": 8, "text_encoder": 4, "text_encoder_2": 4}
     for shape in shapes:
-        for options, bits in (("", {}), ("`-q`", quantized), ("`-q --low_memory`", quantized)):
+        for options, bits in (("none", {}), ("`-q`", quantized), ("`-q --low_memory`", quantized)):
             model = half_precision(shape, bits)
             model.low_memory = "low_memory" in options
             for pixels in (512, 768, 1024):

@@ -94,7 +94,7 @@ def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
         needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
     needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead + needed)
-    needed *= 1 if on_cpu else model.dtype.size / 2
+    needed *= 2 if model.dtype == mx.float32 and not on_cpu else 1
     return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.controls)))
 
 

@@ -97,7 +97,7 @@ FLAGS = {
     },
     "memory and time": {
         "--low_memory": "keep only the networks in memory that are being used",
-        "--memory_limit GB": "memory to make do with (three quarters of all)",
+        "--memory_limit GB": "memory to make do with (most of the machine's)",
         "--batch_size N": "images to make at once, of several prompts too (as many as memory allows, up to 8)",
         "--decoding_batch_size N": "images to decode at once (1)",
         "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
