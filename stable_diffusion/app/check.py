@@ -66,6 +66,6 @@ def findings(memory_limit: float) -> Iterator[str]:
         yield "on a CPU shapes are small, and half precision is what MLX's CPU makes of it"
         return
     tf32 = os.environ.get("MLX_ENABLE_TF32", "1") != "0"
-    yield f"TF32 is {'on: an M5 computes float32 with 11 bits' if tf32 else 'off'} (MLX_ENABLE_TF32)"
+    yield f"TF32 is {'on: from the M5 on float32 has 11 bits' if tf32 else 'off'} (MLX_ENABLE_TF32)"
     winograd = os.environ.get("MLX_CONV_WINOGRAD_WORKING_SET") != "1"
     yield f"Winograd convolutions are {'on' if winograd else 'off'} (MLX_CONV_WINOGRAD_WORKING_SET)"

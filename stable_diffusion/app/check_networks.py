@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import count
+from itertools import count, product
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -215,17 +215,20 @@ def full_size_checks(on_cpu: bool) -> Iterator[Check]:
     yield Check(f"{unet}, 1 row", mx.float16, measure, _FULL)
     fits_xl = not on_cpu and mx.device_info().get("memory_size", 0) >= _MEMORY_OF_XL
     for name in (unet, "UNet of SDXL")[: 1 + fits_xl]:
-        step = f"a step of the {name}, {_rows(rows)} of {_pixels(side)}"
-        for limit in limits:
-            measure = partial(_step_memory, name, dtype, side, rows, limit)
-            about = f"memory of {step}" + ", MLX not working ahead" * (limit == 0)
+        step = f"a step of the {name}, {_rows(rows)} of"
+        for size, limit in product((16, 32) if on_cpu else (64,), limits):
+            measure = partial(_step_memory, name, dtype, size, rows, limit)
+            about = f"memory of {step} {_pixels(size)}" + ", MLX not working ahead" * (limit == 0)
             yield Check(about, dtype, measure, 1.25, PLANNED, least)
-        yield Check(f"time of {step}", dtype, partial(_seconds, partial(_step, name, dtype, side, rows)), unit=SECONDS)
-    for side in (16,) if on_cpu else (8, 32, 56, 128):
-        measure = partial(_decoding_memory, vae, side)
         yield Check(
-            f"memory of decoding {_pixels(side)}, MLX not working ahead", mx.float32, measure, 1.25, PLANNED, least
+            f"time of {step} {_pixels(side)}",
+            dtype,
+            partial(_seconds, partial(_step, name, dtype, side, rows)),
+            unit=SECONDS,
         )
+    for side in (16,) if on_cpu else (8, 32, 56, 128):
+        about, measure = f"memory of decoding {_pixels(side)}", partial(_decoding_memory, vae, side)
+        yield Check(f"{about}, MLX not working ahead", mx.float32, measure, 1.25, PLANNED, least)
     side = 16 if on_cpu else 64
     measure = partial(_seconds, partial(_decode, vae, side))
     yield Check(f"time of decoding {_pixels(side)}", mx.float32, measure, unit=SECONDS)

@@ -14,8 +14,8 @@ def test_the_table_can_be_pasted_and_the_exit_code_is_0(capsys):
     table = [line for line in lines if line.startswith("|")]
     assert lines[0].startswith("* MLX ") and {line.count("|") for line in table} == {6}
     assert table[0] == "| check | float32 | float16 | bfloat16 | unit |"
-    assert table[2].startswith("| silu, scale 3 | ") and ", at most 1e-06 | " in table[2]
-    assert total == "9 values, none outside the bounds"
+    assert table[2].startswith("| silu, scale 0.01 | ") and ", at most 1e-06 | " in table[2]
+    assert total == "12 values, none outside the bounds"
 
 
 def test_what_is_outside_a_bound_is_bold_and_the_exit_code_is_1(capsys, monkeypatch):
