@@ -134,15 +134,6 @@ def test_parts_may_be_used_and_deleted(sd1_folder, xl_folder):
     assert not hasattr(xl, "text_encoder")
 
 
-def test_half_precision_is_close_and_yields_float32(sd1_folder, sd):
-    half = StableDiffusion(sd1_folder, float16=True)
-    assert half.unet.conv_in.weight.dtype == mx.float16 and half.autoencoder.decoder.conv_in.weight.dtype == mx.float32
-    run = {"seed": 2, "cfg_weight": 3.0, **SMALL}
-    x = list(half.generate_latents(PROMPT, **run))[-1]
-    assert x.dtype == mx.float32
-    assert relative_error(x, last(sd.generate_latents(PROMPT, **run))) <= 5e-2
-
-
 @pytest.mark.parametrize("unet_bits, text_bits, bound", [(8, None, 0.1), (8, 4, 0.6)])
 def test_quantized_is_close(sd1_folder, sd, unet_bits, text_bits, bound):
     quantized = StableDiffusion(sd1_folder, unet_bits=unet_bits, text_bits=text_bits)
