@@ -5,7 +5,6 @@ All of it runs on a CPU too. ``python -m stable_diffusion check`` compares many 
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +14,10 @@ from PIL import Image
 from oracle import last, relative_error
 from stable_diffusion import StableDiffusion
 from stable_diffusion.app.metadata import read_record
-from test_tiny import RED_ON_BLUE, draw, reads
+from test_tiny import FOLDER, RED_ON_BLUE, draw, reads
 
 pytestmark = pytest.mark.gpu
-GOLDEN = np.array(Image.open(Path(__file__).parent / "golden_tiny.png").convert("RGB")).astype(int)
+GOLDEN = np.array(Image.open(FOLDER / "golden.png").convert("RGB")).astype(int)
 # (largest difference, mean) from the golden image, in levels: on a CPU 1 and 0.0, 4 and 0.05, 38 and 0.5.
 LEVELS = {"float32": (8, 0.5), "float16": (8, 0.5), "bfloat16": (64, 1.0)}
 SMALL = {"low_memory": True, "unet_bits": 8, "text_bits": 4}  # which changes the picture
