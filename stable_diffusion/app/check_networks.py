@@ -220,12 +220,8 @@ def full_size_checks(on_cpu: bool) -> Iterator[Check]:
             measure = partial(_step_memory, name, dtype, size, rows, limit)
             about = f"memory of {step} {_pixels(size)}" + ", MLX not working ahead" * (limit == 0)
             yield Check(about, dtype, measure, 1.25, PLANNED, least)
-        yield Check(
-            f"time of {step} {_pixels(side)}",
-            dtype,
-            partial(_seconds, partial(_step, name, dtype, side, rows)),
-            unit=SECONDS,
-        )
+        measure = partial(_seconds, partial(_step, name, dtype, side, rows))
+        yield Check(f"time of {step} {_pixels(side)}", dtype, measure, unit=SECONDS)
     for side in (16,) if on_cpu else (8, 32, 56, 128):
         about, measure = f"memory of decoding {_pixels(side)}", partial(_decoding_memory, vae, side)
         yield Check(f"{about}, MLX not working ahead", mx.float32, measure, 1.25, PLANNED, least)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from ..app.check import Measurement, find_checks, findings, measure
@@ -42,16 +42,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(f"no check has a name with {' and '.join(map(repr, args.words))}; without words all are run")
     results: list[Measurement] = []
     measured = (results.append(result) or result for result in map(measure, checks))
-    if args.json:
-        record = {"findings": list(findings(limit)), "checks": [_as_json(result) for result in measured]}
-        print(json.dumps(record, indent=2))
-    else:
-        print(*(f"* {line}" for line in findings(limit)), "", sep="\n", flush=True)
-        for line in _table(measured):
-            print(line, flush=True)
-        failed = sum(not result.passed for result in results)
+    try:
+        if args.json:
+            record = {"findings": list(findings(limit)), "checks": [_as_json(result) for result in measured]}
+            print(json.dumps(record, indent=2))
+        else:
+            for line in chain((f"* {line}" for line in findings(limit)), [""], _table(measured)):
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        parser.fail(130, f"interrupted after {len(results)} of {len(checks)} values")
+    failed = sum(not result.passed for result in results)
+    if not args.json:
         print(f"\n{len(results)} values, {failed or 'none'} outside the bounds")
-    return int(not all(result.passed for result in results))
+    return 1 if failed else 0
 
 
 def _table(results: Iterable[Measurement]) -> Iterator[str]:

@@ -44,3 +44,20 @@ def test_a_name_that_no_check_has_is_refused(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["silu", "nonsense"])
     assert leaving.value.code == 2 and "'silu' and 'nonsense'" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_in_one_line(capsys, monkeypatch):
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers, "silu", interrupted)
+    with pytest.raises(SystemExit) as leaving:
+        main(["silu", "scale 20"])
+    assert leaving.value.code == 130 and capsys.readouterr().err.endswith(": interrupted after 0 of 3 values\n")
+
+
+def test_an_unknown_device_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("SD_DEVICE", "tpu")
+    with pytest.raises(SystemExit) as leaving:
+        main(["silu"])
+    assert leaving.value.code == 2 and "'tpu' is unknown" in capsys.readouterr().err
