@@ -26,9 +26,7 @@ def run(fault: str, dest: Path) -> subprocess.CompletedProcess:
 
 
 # Of the bundled model 12 files are written: config.json and weights of 3 networks, 4 of the tokenizer, 2 more.
-@pytest.mark.parametrize(
-    "moment", ["mx, 'isfinite', 1", "mx, 'isfinite', 250", "os, 'fsync', 11", "Path, 'rename', 1"]
-)
+@pytest.mark.parametrize("moment", ["mx, 'isfinite', 1", "mx, 'isfinite', 250", "os, 'fsync', 11", "Path, 'rename', 1"])
 def test_killed_and_started_again(tmp_path, moment):
     dest = tmp_path / "new"
     killed = run(f"import mlx.core as mx\nat({moment}, send(KILL))", dest)
