@@ -163,14 +163,17 @@ class Networks:
                     delattr(self, name)
         mx.clear_cache()
 
-    def _use(self, *names: str) -> list[Any]:
-        """Begin a stage of a run: read the weights of its networks, and in low memory free all others."""
+    def _use(self, *names: str, beside: Sequence[Any] = ()) -> list[Any]:
+        """Begin a stage of a run: read the weights of its networks, and in low memory free all others.
+
+        ``beside`` are networks that are not of the checkpoint, such as ControlNets.
+        """
         cpu.clear_streams_at_thread_end()
         with self._lock:
             if self.low_memory:
                 self.release(keep=names)
             networks = [getattr(self, name) for name in names]
-        for network in networks:
+        for network in (*networks, *beside):
             read_weights(network)
         return networks
 
@@ -301,11 +304,10 @@ class Networks:
 
         The estimator is read for this and freed. Raises ValueError or OSError where the checkpoint has none.
         """
-        self._use()
         half = self.dtype != mx.float32
         part = open_part(self.source, "depth_estimator", float16=half, revision=self._revision)
         estimator = load_component(part)
-        read_weights(estimator)
+        self._use(beside=[estimator])
         return estimate_depth(estimator, image)
 
     def count_chunks(self, text: str, **reading: Unpack[ReadingKeywords]) -> int:

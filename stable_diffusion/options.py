@@ -267,8 +267,7 @@ def plan_run(
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
     steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, spacing, curve)
     after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
-    # The tolerance is for products such as 50 * 0.58 = 28.999999999999996.
-    count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))
+    count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))  # 50 * 0.58 = 28.999999999999996
     if options.denoising_start > 0:
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps

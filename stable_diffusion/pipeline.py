@@ -29,7 +29,6 @@ from .networks import Networks, check_mlx
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning, with_sizes
 from .weights.files import open_checkpoint
-from .weights.load import read_weights
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -326,9 +325,7 @@ class StableDiffusion(Networks):
             mx.eval(arrays)
         positive, negative, uncond_image = tables = self._condition(prompts, options, first)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]
-        (unet,) = self._use("unet")
-        for control in options.controls:
-            read_weights(control.network)
+        (unet,) = self._use("unet", beside=[control.network for control in options.controls])
         batches = guidance_batches(
             len(run.steps),
             len(run.seeds),

@@ -26,7 +26,7 @@ FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if 
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_a_folder_imports_only_from_those_below(file):
+def test_a_folder_imports_only_from_those_before_it(file):
     here = file.parts[0] if len(file.parts) > 1 else ""
     for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -37,6 +37,15 @@ def test_a_folder_imports_only_from_those_below(file):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
                 assert here in HOMES.get(name.split(".")[0], {here}), f"{name} at line {node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_and_functions_are_short(file):
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    assert text.count("\n") <= 420
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 45, node.name
 
 
 def test_what_is_rarely_needed_is_not_imported():

@@ -108,18 +108,20 @@ def guidance_batches(
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
             parts = [[(i, row.weight) for i, row in active if row.prompt == prompt] for prompt in of_image]
             if step in guided:
-                rows += _guided_rows(image, *parts, scales=scales)
-                if rescale > 0:
-                    _mean(parts[0])  # raises ValueError where there is none to rescale to
+                rows += _guided_rows(image, *parts, scales=scales, rescales=rescale > 0)
             else:
                 rows += [_Row(index, image, weight, is_cond=True) for index, weight in _mean(parts[0])]
         batches.append(_batch(step, conditioning, rows, n_images, rescale if step in guided else 0.0))
     return batches
 
 
-def _guided_rows(image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float]) -> list[_Row]:
+def _guided_rows(
+    image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float], rescales: bool
+) -> list[_Row]:
     """Weigh the rows of an image for classifier-free guidance, those of the prompt first."""
     guidance, image_guidance = scales
+    if rescales:
+        _mean(cond)  # raises ValueError where there is none, whose deviation the result is brought to
     rows = [_Row(index, image, guidance * weight, is_cond=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
     for factor, uncond in zip(factors, unconds, strict=False):  # the second is for images alone

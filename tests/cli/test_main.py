@@ -259,7 +259,7 @@ def test_half_precision_only_on_a_gpu_unless_it_is_asked_for(monkeypatch, device
 def test_a_device_that_is_not_there(run, monkeypatch, no_model):
     available = mx.is_available
     monkeypatch.setattr(mx, "is_available", lambda device: device == mx.cpu and available(device))
-    run("txt2image", PROMPT, "--device", "gpu").refused("finds no gpu here", "leave --device gpu")
+    run("txt2image", PROMPT, "--device", "gpu").refused("finds no gpu here", "choose no device")
     monkeypatch.setenv("SD_DEVICE", "gpu")
     run("txt2image", PROMPT).refused("finds no gpu here", "SD_DEVICE")
     monkeypatch.setenv("SD_DEVICE", "tpu")
