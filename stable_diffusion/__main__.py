@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .cli import check, convert, inspect, main
 from .cli.parser import Parser
+from .cli.streams import open_closed
 
 # Description and function of each command: (arguments, name of the program) -> exit code.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
@@ -19,6 +20,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` (None: the process's arguments) begins with; returns its exit code."""
+    open_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     name = Path(sys.argv[0]).stem
     prog = name if name == "stable-diffusion" else "python -m stable_diffusion"

@@ -45,15 +45,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         if args.json:
             record = {"findings": list(findings(limit)), "checks": [_as_json(result) for result in measured]}
-            print(json.dumps(record, indent=2))
+            parser.say(json.dumps(record, indent=2))
         else:
             for line in chain((f"* {line}" for line in findings(limit)), [""], _table(measured)):
-                print(line, flush=True)
+                parser.say(line)
     except KeyboardInterrupt:
         parser.fail(130, f"interrupted after {len(results)} of {len(checks)} values")
     failed = sum(not result.passed for result in results)
     if not args.json:
-        print(f"\n{len(results)} values, {failed or 'none'} outside the bounds")
+        parser.say(f"\n{len(results)} values, {failed or 'none'} outside the bounds")
     return 1 if failed else 0
 
 

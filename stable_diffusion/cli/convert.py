@@ -2,9 +2,7 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
-from functools import partial
 
 from ..app.convert import MAX_SHARD_SIZE, convert
 from ..app.request import CHOICES, Request
@@ -12,6 +10,7 @@ from ..models import cpu
 from .arguments import line_of
 from .flags import FLAGS
 from .parser import Parser
+from .streams import remark, say
 
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -49,13 +48,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         request, _ = line_of(Request(), vars(args))
         cpu.choose_device()
-        report = partial(print, file=sys.stderr, flush=True)
-        path = convert(request, args.dest, max_shard_size=args.max_shard_size, report=report)
+        path = convert(request, args.dest, max_shard_size=args.max_shard_size, report=remark)
     except (ValueError, OSError) as error:
         parser.error(error)
     except (RuntimeError, MemoryError) as error:  # what MLX raises when memory runs out or a file vanishes
         parser.fail(1, f"the conversion failed ({str(error) or 'out of memory'}); nothing was written")
     except KeyboardInterrupt:
         parser.fail(130, "interrupted; nothing was written")
-    print(path)
+    try:
+        say(str(path))
+    except OSError as error:
+        remark(f"stdout cannot be written to ({error.strerror}); {path} is written all the same")
     return 0

@@ -79,5 +79,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(error)
     text = json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report))
-    print(text.encode("utf-8", "backslashreplace").decode())  # a path may hold what is no Unicode
+    parser.say(text)
     return 0

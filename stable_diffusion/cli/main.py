@@ -8,8 +8,6 @@ on stdout are complete.
 
 import json
 import logging
-import os
-import sys
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -24,22 +22,25 @@ from ..app.results import ResultWriter, Written
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
+from .streams import open_closed, say
 
 _log = logging.getLogger("stable_diffusion")
 
 
 def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``txt2image.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
-    return _run(read("txt2image", argv, prog))
+    return _run("txt2image", argv, prog)
 
 
 def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``image2image.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
-    return _run(read("image2image", argv, prog))
+    return _run("image2image", argv, prog)
 
 
-def _run(command: Command) -> int:
+def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
     """Carry out a command; a mistake shows before its first step."""
+    open_closed()
+    command = read(script, argv, prog)
     cpu.tune()
     parser, handler, code = command.parser, TqdmHandler(), 2
     handler.setFormatter(logging.Formatter(f"{parser.prog}: %(message)s"))
@@ -50,9 +51,9 @@ def _run(command: Command) -> int:
     with signals(_log.warning) as stop:
         try:
             cpu.choose_device(command.device)
-            script = Script(command, stop)
+            work = Script(command, stop)
             code, stop.is_expected = 1, True
-            script.run()
+            work.run()
         except FloatingPointError as error:
             remedy = "try --dtype float32 (for the text encoders too), another --vae, or check the weights"
             parser.fail(1, f"{error} in float32 either; {remedy}")
@@ -127,10 +128,7 @@ class Script:
 
     def _print(self, written: Written) -> None:
         """Print a line on stdout. Nothing of a run is given up because nobody reads it."""
-        line = json.dumps(written.record) if self._json else written.line
-        encoding = sys.stdout.encoding or "utf-8"
         try:
-            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            say(json.dumps(written.record) if self._json else written.line)
         except OSError as error:
             _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end

@@ -19,9 +19,11 @@ from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import BITS
 from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
+from .streams import say
 
 T = TypeVar("T")
 _HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
+_UNREAD = 141  # 128 and SIGPIPE, of which a command dies that knows nothing of it
 _EPILOG = """\
 Flags may also be written with hyphens: --n-images is --n_images.
 
@@ -88,6 +90,20 @@ class Parser(argparse.ArgumentParser):
         except ImportError as error:
             self.error(error)
         return result
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print the result of a command, or exit: with 141 (SIGPIPE) where nobody reads it, else with 1 and a line."""
+        try:
+            say(text, end)
+        except BrokenPipeError:
+            super().exit(_UNREAD)
+        except OSError as error:
+            super().exit(1, f"{self.prog}: error: stdout cannot be written to ({error.strerror})\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit after what is printed has been written, such as the help."""
+        self.say("", end="")
+        super().exit(status, message)
 
     def error(self, message: str | Exception) -> NoReturn:
         """Exit with code 2 and one line."""

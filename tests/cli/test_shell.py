@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from command_line import ROOT, pixels
+from command_line import ROOT, names, pixels
 from stable_diffusion import StableDiffusion, __main__, __version__
 from stable_diffusion.cli import arguments, check, convert, inspect
 from stable_diffusion.cli.parser import script_parser
@@ -80,6 +80,33 @@ def test_no_such_command(call):
     for words, said in (([], "required: command"), (["draw"], "'draw' (choose from")):
         code, out, err = call(*words)
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+# --- streams that are closed, full or read by nobody -----------------------------------------------------------------
+
+MAKE = "txt2image x --model tiny --width 64 --steps 1 --n_images 2 --output {}/a.png"
+ALL = ["a.png", "a_1.png", "a_2.png"]
+STREAMS = [  # a command and its redirections, the exit code, a word of the one line on stderr, what is written
+    (f"{MAKE} >&-", 0, "the images are written all the same", ALL),
+    (f"{MAKE} --json >/dev/full", 0, "No space left", ALL),
+    (f"{MAKE} | head -0", 0, "Broken pipe", ALL),
+    (f"{MAKE} 2>&-", 0, "", ALL),
+    (f"{MAKE} <&- >&- 2>/dev/full", 0, "", ALL),
+    ("txt2image x --width 3 2>/dev/full", 2, "", []),
+    ("inspect tiny --json >/dev/full", 1, "No space left", []),
+    ("inspect tiny --json | head -0", 141, "", []),
+    ("check silu | head -0", 141, "", []),
+    ("txt2image --list_samplers >&-", 1, "Bad file descriptor", []),
+    ("convert tiny {}/a >&- 2>&-", 0, "", ["a"]),
+]
+
+
+@pytest.mark.parametrize("line, code, said, files", STREAMS)
+def test_nothing_is_lost_because_nobody_reads(tmp_path, line, code, said, files):
+    shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m stable_diffusion {line.format(tmp_path)}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, names(tmp_path)) == (code, files), done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == bool(said)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
