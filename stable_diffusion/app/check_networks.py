@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_map, tree_map_with_path
-from PIL import Image
 
+from ..images.files import open_image
 from ..images.image import to_images
 from ..models import tiling
 from ..models.clip import CLIPTextModel
@@ -200,7 +200,7 @@ def _golden_difference(dtype: mx.Dtype) -> float:
     for x_t in sd.generate_latents(_GOLDEN_PROMPT, seed=_GOLDEN_SEED):
         mx.eval(x_t)
     (picture,) = to_images(sd.decode(x_t))
-    golden = Image.open(ALIASES["tiny"].folder / "golden.png").convert("RGB")
+    golden = open_image(ALIASES["tiny"].folder / "golden.png")
     return float(np.abs(np.array(picture, np.float64) - np.array(golden, np.float64)).max())
 
 

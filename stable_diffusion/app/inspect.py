@@ -43,7 +43,7 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
     Raises ValueError or OSError, one line, for what is missing, damaged, or of no use to this library.
     """
     with readable(f"{source}"):
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if path.suffix.lower() in IMAGES and path.is_file():
             return _inspect_image(path)
         try:

@@ -166,7 +166,7 @@ def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
 
 
 def _short(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return path.stem if path.is_file() else path.name if path.is_dir() else source
 
 
@@ -187,7 +187,7 @@ def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
         files |= {source if is_file else f"{source} {part.name}/{path.name}": path for path in part.files}
     embeddings = [embedding.rsplit("=", 1)[0] for embedding in request.embedding]
     inputs = filter(None, (request.image, request.mask, request.depth, *request.control_image, *embeddings))
-    return files | _loras(request) | {path: Path(path).expanduser() for path in inputs}
+    return files | _loras(request) | {path: Path(os.path.expanduser(path)) for path in inputs}
 
 
 def _loras(request: Request) -> dict[str, Path]:

@@ -196,6 +196,7 @@ def write_animation(frames: Sequence[Image], path: Path) -> None:
 
 def _check_preview(path: str) -> Path:
     """Return the file or folder for previews; a missing folder is made."""
+    path = os.path.expanduser(path)
     if not path.strip() or (Path(path).suffix and not path.endswith(os.sep) and not os.path.isdir(path)):
         return check_output(path)
     try:
@@ -206,6 +207,7 @@ def _check_preview(path: str) -> Path:
 
 
 def _check_animation(path: str) -> Path:
+    path = os.path.expanduser(path)
     if Path(path).suffix.lower() not in _ANIMATIONS:
         raise ValueError(f"the animation {path!r} has no suffix of one; choose {' or '.join(_ANIMATIONS)}")
     check_output(Path(path).with_suffix(".png"))  # its folder

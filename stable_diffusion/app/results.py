@@ -156,6 +156,7 @@ class Outputs:
     """
 
     def __init__(self, output: str, images: Sequence[Mapping[str, Any]], overwrite: bool = False):
+        output = os.path.expanduser(output)
         is_folder = bool(output.strip()) and os.path.isdir(output)
         if is_folder:  # its braces are part of its name
             output = output.replace("{", "{{").replace("}", "}}")

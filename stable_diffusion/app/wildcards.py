@@ -16,7 +16,7 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
     Raises ValueError where there is no folder, and on a call for a name that leaves it, that no file in it has, or
     whose file cannot be read.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise ValueError(f"there is no folder of wildcards at {root}; check the path")
 

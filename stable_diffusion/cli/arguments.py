@@ -97,7 +97,7 @@ def line_of(base: Request, arguments: Mapping[str, Any]) -> tuple[Request, Sweep
 
 def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: Request) -> list[tuple[Request, Sweep]]:
     """Read a file of prompts: a prompt on each line, and flags of the groups "picture" and "prompt" if it likes."""
-    path = Path(arguments["prompt_file"]).expanduser()
+    path = Path(os.path.expanduser(arguments["prompt_file"]))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""Read and write image files: PNG, JPEG and WebP with the texts in them; for reading, whatever Pillow knows."""
+"""Read and write image files: PNG, JPEG and WebP with the texts in them; some more formats are read."""
 
 import logging
 import os
+import re
 import secrets
 import struct
 import warnings
@@ -27,6 +28,23 @@ SUFFIXES = tuple(_OPTIONS)
 # EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory.
 _DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
 _BYTE, _UNDEFINED = 1, 7  # types of EXIF values
+# Pillow opens other files too; for PostScript it runs a program, whatever the suffix.
+_READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+# The beginnings of files that are often taken for images, or renamed to look like one.
+_REFUSED = {
+    "a PostScript file (EPS)": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "a PDF": rb"%PDF",
+    "a Photoshop file (PSD)": rb"8BPS",
+    "a HEIC photo": rb".{4}ftyp(hei|hev|mif1|msf1)",
+    "a video": rb".{4}ftyp(?!avi[fs])|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+    "a JPEG XL": rb"\xff\x0a|.{4}JXL ",
+    "a JPEG 2000": rb".{4}jP  |\xff\x4f\xff\x51",
+    "an OpenEXR file": rb"v/1\x01",
+    "an icon": rb"\0\0[\x01\x02]\0|icns",
+    "a web page": rb"\s*<(!doctype )?html",
+    "an SVG drawing": rb"\s*<(svg|\?xml|!--|!doctype svg)",
+    "a ZIP archive": rb"PK\x03\x04",
+}
 _UTF_16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 _LARGEST_EXIF = 65533  # bytes; a JPEG segment has a 16-bit length
 
@@ -48,7 +66,8 @@ def read_if_path(image: Any, background: Colour = WHITE) -> Any:
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """Open an image without decoding it. Every failure in the block becomes a ValueError of one line."""
+    """Open an image of a known format without decoding it. Each failure in the block becomes a one-line ValueError."""
+    path = os.path.expanduser(path)
     if not os.fspath(path).strip():
         raise ValueError("the path of the image is empty; give the path of a PNG, JPEG or WebP file")
     if not os.path.exists(path):  # unlike Path.exists it is also False for a path that is too long
@@ -59,16 +78,25 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata and from 90 megapixels on, which phones have; from 180 on it raises.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_READ) as image:
                 yield image
     except Image.DecompressionBombError:
         remedy = f"at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are read; make it smaller first"
         raise ValueError(f"the image {path} is too large: {remedy}") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read; save it as PNG or JPEG") from None
+        raise ValueError(f"{path} is {_kind(path)}; save it as PNG or JPEG") from None
     except Exception as error:  # decoders raise SyntaxError, EOFError, struct.error, ... for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the image {path} cannot be read ({reason}); save it again as PNG or JPEG") from None
+
+
+def _kind(path: str) -> str:
+    """Describe a file that Pillow does not know, by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    known = (name for name, pattern in _REFUSED.items() if re.match(pattern, start, re.DOTALL | re.IGNORECASE))
+    name = "empty" if not start else next(known, None)
+    return "not an image that can be read" if name is None else f"{name}, not an image that can be read"
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
@@ -114,7 +142,7 @@ def check_output(path: str | os.PathLike) -> Path:
     """Check before any work that an image can be written to ``path``; returns a Path. Raises ValueError or OSError."""
     if not os.fspath(path).strip():
         raise ValueError("the output path is empty; give one like image.png")
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if os.path.isdir(path):
         raise ValueError(f"the output {path} is a folder; give the path of a file in it, like {path / 'image.png'}")
     if path.suffix.lower() not in SUFFIXES:

@@ -78,7 +78,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
 def locate(source: str | os.PathLike) -> Path:
     """Return the file of a LoRA, see :func:`read_lora`; one on the Hub is downloaded into the cache."""
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if path.is_dir():
@@ -100,7 +100,7 @@ def locate(source: str | os.PathLike) -> Path:
 
 def find_in(folder: str | os.PathLike, name: str) -> Path:
     """Find a LoRA in a folder by its name, with or without the suffix; ValueError where there is none."""
-    paths = [path for path in sorted(Path(folder).expanduser().glob("*")) if name in (path.name, path.stem)]
+    paths = [path for path in sorted(Path(os.path.expanduser(folder)).glob("*")) if name in (path.name, path.stem)]
     if not paths:
         raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
     return paths[0]

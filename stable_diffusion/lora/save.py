@@ -45,7 +45,8 @@ def write_lora(
                     if role not in ROLES[table]:
                         raise ValueError(f"{naming} has no name for {role} of {name}: choose kohya's names")
                     tensors[f"{names[name]}.{ROLES[table][role]}"] = factor if dtype is None else factor.astype(dtype)
-    partial = Path(path).with_name(f".{Path(path).stem}.partial.safetensors")
+    path = Path(os.path.expanduser(path))
+    partial = path.with_name(f".{path.stem}.partial.safetensors")
     mx.save_safetensors(str(partial), tensors, {"format": "pt", **(metadata or {})})
     partial.replace(path)
 

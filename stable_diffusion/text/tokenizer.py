@@ -7,6 +7,7 @@ References: Radford et al. 2021 (CLIP), Radford et al. 2019 (byte-level BPE), Se
 """
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
@@ -96,7 +97,7 @@ class Tokenizer:
         it has a table of added tokens, as in the reference. A ``pad_token`` takes the place of theirs.
         Raises ValueError, one line that names the file and the key, for what is missing or malformed.
         """
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         vocab, merges, added = _read_vocabulary(folder)
         config = _JsonFile(folder / "tokenizer_config.json", optional=True)
         files = [config, _JsonFile(folder / "special_tokens_map.json", optional=True)]

@@ -18,7 +18,7 @@ def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
     "name"), by diffusers (the word is the name of the tensor) and by trainers for XL ("clip_l", "clip_g"). The word is
     the file's name where the file does not say it. Raises ValueError for anything else, one line with the path.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ValueError(f"there is no embedding at {path}; check the path")
     if path.suffix not in SUFFIXES:

@@ -66,7 +66,7 @@ def open_checkpoint(
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
     if tokenizer is not None:
-        checkpoint.tokenizers.update(dict.fromkeys(checkpoint.tokenizers, Path(tokenizer).expanduser()))
+        checkpoint.tokenizers.update(dict.fromkeys(checkpoint.tokenizers, Path(os.path.expanduser(tokenizer))))
     return checkpoint
 
 

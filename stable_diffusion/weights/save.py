@@ -110,7 +110,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_new(path: Path) -> Path:
     """Make ``path`` absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
-    path = path.expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty: choose another name, or remove it")
     if path.exists() and not path.is_dir():

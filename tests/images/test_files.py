@@ -189,6 +189,45 @@ def test_what_cannot_be_read(tmp_path):
         open_image("  ")
 
 
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"])
+def test_formats_that_are_read_whatever_the_suffix(tmp_path, format_):
+    options = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]} if format_ == "MPO" else {}
+    path = write(Image.new("RGB", (8, 8), RED), tmp_path / "photo.dat", format=format_, **options)
+    assert np.abs(pixels(open_image(path)) - RED).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file (EPS)"),
+        (b"\xc5\xd0\xd3\xc6" + bytes(26), "a PostScript file (EPS)"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"8BPS\0\1", "a Photoshop file (PSD)"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC photo"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+        (b'<?xml version="1.0"?>\n<svg/>', "an SVG drawing"),
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (b"PK\3\4", "a ZIP archive"),
+        (b"", "empty"),
+        (b"version https://git-lfs", "not an image that can be read"),
+    ],
+)
+def test_what_is_none_of_them_is_named(tmp_path, start, kind):
+    path = tmp_path / "photo.png"
+    path.write_bytes(start)
+    with pytest.raises(ValueError) as error:
+        open_image(path)
+    assert str(error.value).startswith(f"{path} is {kind}") and str(error.value).endswith("; save it as PNG or JPEG")
+
+
+def test_formats_of_pillow_that_run_programs_or_read_other_files_are_not_opened(tmp_path):
+    """Only those of the documentation are: Pillow writes some of the others."""
+    for name in ("a.eps", "a.pdf", "a.ico", "a.icns", "a.jp2", "a.tga", "a.pcx", "a.dds", "a.sgi", "a.xbm"):
+        image = Image.new("1" if name == "a.xbm" else "RGB", (32, 32))
+        with pytest.raises(ValueError, match="not an image that can be read"):
+            open_image(write(image, tmp_path / name).rename(tmp_path / "a.png"))
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a file"):
