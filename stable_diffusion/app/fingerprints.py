@@ -6,6 +6,7 @@ pieces of 64 kB spread over it are hashed with its size: 4 MB are read in place 
 
 import hashlib
 import re
+import stat
 import struct
 from contextlib import suppress
 from functools import cache
@@ -56,6 +57,8 @@ def lora_hash(path: Path) -> str | None:
 
 def _hash(path: Path, start: int = 0) -> dict[str, str]:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device has no end
+        return {}
     return _hash_of_state(path, start, status.st_size, status.st_mtime_ns)
 
 
@@ -63,8 +66,12 @@ def _hash(path: Path, start: int = 0) -> dict[str, str]:
 def _hash_of_state(path: Path, start: int, size: int, time: int) -> dict[str, str]:
     with path.open("rb") as file:
         if size <= _LARGEST:
+            digest, left = hashlib.sha256(), size - start  # not to the end: files of /proc hold more than their size
             file.seek(start)
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            while left > 0 and (piece := file.read(min(2**20, left))):
+                digest.update(piece)
+                left -= len(piece)
+            return {"sha256": digest.hexdigest()}
         digest = hashlib.sha256(size.to_bytes(8, "little"))
         for i in range(_PIECES):
             file.seek(i * (size - _PIECE) // (_PIECES - 1))

@@ -16,11 +16,12 @@ from decimal import Decimal
 from typing import Any
 
 from ..diffusion.choice import read_name
+from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SCHEDULES
 
 _NEGATIVE = "Negative prompt:"
 # Bounded, or a long text without a colon would be looked through from each of its letters.
-_SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|\{[^{}]*\}(?=\s*(?:,|$))|[^,]*)(?:,|$)')
 _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 
 # Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
@@ -70,18 +71,23 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
         {"latents": "Latent", "pixels": "Lanczos"}.__getitem__,
     ),
     "Refiner switch at": ("refiner_start", float, number),
+    "Eta": ("eta", float, number),
 }
 
 
 def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out."""
+    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out.
+
+    "Hashes" is an object of JSON, which stands as it is.
+    """
     if "hires" in fields:
         fields = {**fields, "strength": fields["hires_strength"]}
     rows = [(name, to_text, fields.get(field)) for name, (field, _, to_text) in _FIELDS.items()]
     settings = {name: to_text(value) for name, to_text, value in rows if value is not None}
     settings |= {name: value for name, value in others.items() if value is not None}
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
+    pairs = ((name, value if name == "Hashes" else _quoted(value)) for name, value in settings.items())
+    lines.append(", ".join(f"{name}: {value}" for name, value in pairs))
     return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
 
 
@@ -107,12 +113,16 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
 
 def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a text's values by the names of a request's fields, and the settings that are none or cannot be read."""
-    prompt, negative, settings = read(text)
+    return to_arguments(*read(text))
+
+
+def to_arguments(prompt: str, negative: str, settings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return prompts and settings as :func:`as_arguments` does."""
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
     for name, text in settings.items():
         try:
-            field, from_text, _ = _FIELDS[name]
+            field, from_text, _ = _FIELDS["Eta" if name == "Eta DDIM" else name]
             value = from_text(text)
         except (KeyError, ValueError):
             other[name] = text
@@ -123,6 +133,9 @@ def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     if "sampler" in arguments:
         arguments["sampler"], schedule = arguments["sampler"]
         arguments |= {"schedule": schedule} if schedule and "schedule" not in arguments else {}
+    options = SAMPLERS[arguments["sampler"]].option_names if "sampler" in arguments else ()
+    if "eta" in arguments and "eta" not in options:
+        other["Eta"] = number(arguments.pop("eta"))
     if "hires" in arguments and "strength" in arguments:
         arguments["hires_strength"] = arguments.pop("strength")
     return arguments, other

@@ -23,7 +23,7 @@ from ..lora.files import find_in, locate
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.quantize import read_quantization
-from . import infotext
+from . import foreign, infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .request import KINDS, Request
@@ -53,10 +53,14 @@ def read_record(path: str | os.PathLike) -> Record:
             if arguments.pop("float16", None) is False:  # as version 0.1 records the type
                 arguments.setdefault("dtype", "float32")
             return Record(str(path), arguments, details=details)
-    arguments, other = infotext.as_arguments(texts.get("parameters", ""))
-    if not (other or arguments.keys() - {"prompt", "negative_prompt"}):
-        raise ValueError(f"{path} does not say how it was made; write a prompt, and settings, in its place")
-    return Record(str(path), arguments, other)
+    remedy = "write a prompt, and settings, in its place"
+    try:
+        found = foreign.read(texts)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; {remedy}") from None
+    if found is None:
+        raise ValueError(f"{path} does not say how it was made; {remedy}")
+    return Record(str(path), *found)
 
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:

@@ -8,6 +8,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ _JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 _WEBP = {"format": "WEBP", "quality": 95}
 _OPTIONS = {".png": {"format": "PNG"}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP}  # of Pillow's ``save``
 SUFFIXES = tuple(_OPTIONS)
-# EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory.
-_DESCRIPTION, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x8769, 0x9286
+# EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory. ImageDescription is the
+# caption in most viewers: only version 0.1 has its record there.
+_DESCRIPTION, _HISTORY, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x9213, 0x8769, 0x9286
+_MAKE, _MODEL = 0x010F, 0x0110
+_XMP, _XMP_COMMENT = "XML:com.adobe.xmp", re.compile(r"<exif:UserComment>.{0,200}?<rdf:li[^>]*>([^<]*)<", re.DOTALL)
 _BYTE, _UNDEFINED = 1, 7  # types of EXIF values
 # Pillow opens other files too; for PostScript it runs a program, whatever the suffix.
 _READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -245,7 +249,7 @@ def _rename_new(temporary: Path, path: Path) -> None:
 
 
 def read_text(path: str | os.PathLike) -> dict[str, str]:
-    """Read the texts in an image file: those :func:`save` wrote, and any other of a PNG. Damaged ones are left out.
+    """Read the texts in an image file: those :func:`save` wrote, and those of other programs. Damaged ones are omitted.
 
     Raises ValueError for a file that is no image.
     """
@@ -255,13 +259,29 @@ def read_text(path: str | os.PathLike) -> dict[str, str]:
             if image.format == "PNG":
                 texts = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
                 texts |= {key: str(value) for key, value in image.text.items()}  # also those behind the pixels
+            elif image.format == "JPEG" and "comment" in image.info:
+                texts = {"Comment": image.info["comment"].decode("utf-8", "replace").rstrip("\0")}
         with suppress(Exception):
-            exif = image.getexif()
-            comment = exif.get_ifd(_EXIF_DIRECTORY).get(_USER_COMMENT)
-            for key, value in (("parameters", _decode(comment)), ("stable_diffusion", exif.get(_DESCRIPTION))):
-                if isinstance(value, str) and value:
-                    texts.setdefault(key, value)
+            for key, value in _exif_texts(image.getexif()):
+                texts.setdefault(key, value)
+        with suppress(Exception):
+            xmp = texts.get(_XMP) or image.info.get("xmp", b"").decode("utf-8", "replace")
+            if comment := _XMP_COMMENT.search(xmp):
+                texts.setdefault("parameters", unescape(comment[1]))
     return texts
+
+
+def _exif_texts(exif: Image.Exif) -> Iterator[tuple[str, str]]:
+    """Yield (keyword, text) of the EXIF tags in which this program and others write how a picture was made."""
+    description = exif.get(_DESCRIPTION)
+    is_record = isinstance(description, str) and description.startswith("{")
+    comments = (_decode(directory.get(_USER_COMMENT)) for directory in (exif.get_ifd(_EXIF_DIRECTORY), exif))
+    pairs = [("stable_diffusion", exif.get(_HISTORY)), *(("parameters", comment) for comment in comments)]
+    pairs.append(("stable_diffusion" if is_record else "ImageDescription", description))
+    for value in (exif.get(tag) for tag in (_MAKE, _MODEL)):  # of ComfyUI: "prompt:{...}", "workflow:{...}"
+        keyword, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+        pairs += [(keyword, rest)] if colon and rest.startswith("{") else []
+    return ((key, value) for key, value in pairs if isinstance(value, str) and value)
 
 
 def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, Any]:
@@ -277,10 +297,10 @@ def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, A
 
 
 def _encode_exif(stable_diffusion: str | None = None, parameters: str | None = None) -> bytes:
-    """Encode "parameters" as UserComment, where other programs look, and "stable_diffusion" as ImageDescription."""
+    """Encode "parameters" as UserComment, where other programs look, and "stable_diffusion" as ImageHistory."""
     exif, comment = Image.Exif(), b""
     if stable_diffusion is not None:
-        exif[_DESCRIPTION] = stable_diffusion.encode("ascii", "replace").decode()  # the tag holds ASCII only
+        exif[_HISTORY] = stable_diffusion.encode("ascii", "replace").decode()  # the tag holds ASCII only
     if parameters is not None:
         comment = _UTF_16 + parameters.encode("utf-16-be")
         exif.get_ifd(_EXIF_DIRECTORY)[_USER_COMMENT] = comment

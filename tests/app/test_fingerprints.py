@@ -4,6 +4,7 @@ import hashlib
 import os
 
 import numpy as np
+import pytest
 
 from cli.test_images import write_lora
 from stable_diffusion.app import fingerprints
@@ -17,8 +18,17 @@ def test_hashes_of_small_files(tmp_path, monkeypatch):
         whole = hashlib.sha256(data).hexdigest()
         assert fingerprint(path) == {"sha256": whole} and model_hash(path) == whole[:10]
     assert fingerprint(tmp_path / "none") == fingerprint(tmp_path) == {} and model_hash(tmp_path / "none") is None
-    monkeypatch.setattr(hashlib, "file_digest", None)  # a file is read once
+    monkeypatch.setattr(hashlib, "sha256", None)  # a file is read once
     assert fingerprint(path) == {"sha256": whole}
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/proc/self/pagemap", "/dev/stdin", "pipe", "."])
+def test_what_has_no_end_is_not_read(tmp_path, name):
+    """A file of /proc has 0 bytes by its size, and gives terabytes."""
+    if name == "pipe":
+        os.mkfifo(tmp_path / name)
+    empty = {"sha256": hashlib.sha256().hexdigest()}
+    assert fingerprint(tmp_path / name) in ({}, empty) and lora_hash(tmp_path / name) in (None, empty["sha256"][:12])
 
 
 def test_hashes_of_large_files(tmp_path, monkeypatch):

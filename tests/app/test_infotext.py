@@ -39,7 +39,7 @@ Model: v1-5, Clip skip: 2, Lora hashes: "a: 7c6bad76eb54, b: 1234", TI hashes: "
 
 def test_a_text_as_it_is_written():
     """A NUL would end it."""
-    fields = FIELDS | {"eta": 1.0, "strength": None, "mask_blur": 2.0}
+    fields = FIELDS | {"tone": 1.0, "strength": None, "mask_blur": 2.0}
     settings = 'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x768, Mask blur: 2, Model: "a, b"'
     written = write("a cat", "a \0dog", fields, {"Model": "a, b", "VAE": None})
     assert written == f"a cat\nNegative prompt: a dog\n{settings}"
@@ -67,6 +67,8 @@ def test_a_text_of_another_program():
         ("Clip skip: 1, Sampler: Euler a", {"clip_skip": 0, "sampler": "euler_a"}),
         ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", {"sampler": "dpmpp_2m", "schedule": "karras"}),
         ("Sampler: DPM++ 2M Karras, Schedule type: Beta", {"sampler": "dpmpp_2m", "schedule": "beta"}),
+        ("Sampler: Euler a, Eta: 0.5", {"sampler": "euler_a", "eta": 0.5}),
+        ("Sampler: DDIM, Eta DDIM: 1", {"sampler": "ddim", "eta": 1.0}),
     ],
 )
 def test_settings_as_fields(settings, fields):
@@ -76,7 +78,16 @@ def test_settings_as_fields(settings, fields):
 
 
 @pytest.mark.parametrize(
-    "setting", ["Steps: many", "Size: 512", "Sampler: DPM fast", "Schedule type: Simple", "ENSD: 1"]
+    "setting",
+    [
+        'Hashes: {"model": "1", "lora:x": "2"}',
+        "Eta: 1",
+        "Steps: many",
+        "Size: 512",
+        "Sampler: DPM fast",
+        "Schedule type: Simple",
+        "ENSD: 1",
+    ],
 )
 def test_settings_that_cannot_be_read_are_named(setting):
     found, other = as_arguments(f"a cat\nA: 1, B: 2, C: 3, {setting}")
@@ -87,6 +98,7 @@ def test_settings_that_cannot_be_read_are_named(setting):
 def test_every_field_comes_back():
     values = {"steps": 3, "sampler": "euler_a", "schedule": "beta", "cfg": 7.25, "image_cfg": 1.5, "seed": 2**63 - 1}
     values |= {"strength": 0.3, "clip_skip": 2, "mask_blur": 1.5, "refiner_start": 0.75, "width": 64, "height": 72}
+    values |= {"eta": 0.5}
     found, other = as_arguments(write("a", "b", values | {"size": (64, 72)}, {}))
     assert (found, other) == ({"prompt": "a", "negative_prompt": "b"} | values, {})
     hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels", "hires_strength": 0.3}

@@ -343,12 +343,12 @@ def test_texts_of_a_png_are_where_others_look(tmp_path):
 
 
 def test_texts_in_exif_are_where_others_look(tmp_path):
-    """EXIF 2.32: UserComment (0x9286, of undefined type) with the name of its encoding, ImageDescription (0x010E)."""
+    """UserComment (0x9286, of undefined type) with the name of its encoding, ImageHistory (0x9213), and no caption."""
     save(noise(8, 8), tmp_path / "a.jpg", TEXTS)
     with Image.open(tmp_path / "a.jpg") as file:
         data, exif = file.info["exif"].removeprefix(b"Exif\0\0"), file.getexif()
         comment = exif.get_ifd(0x8769)[0x9286]
-    assert data.startswith(b"MM\0*") and exif[0x010E] == TEXTS["stable_diffusion"]
+    assert data.startswith(b"MM\0*") and set(exif) == {0x9213, 0x8769} and exif[0x9213] == TEXTS["stable_diffusion"]
     assert comment == b"UNICODE\0" + TEXTS["parameters"].encode("utf-16-be")  # big-endian, as all of it is
     assert struct.pack(">HHI", 0x9286, 7, len(comment)) in data
 
@@ -368,6 +368,38 @@ def test_comments_as_others_write_them(tmp_path, start, encoding, end):
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = start + "a: é, 富".encode(encoding) + end
     assert read_text(write(noise(8, 8), tmp_path / "a.jpg", exif=exif.tobytes())) == {"parameters": "a: é, 富"}
+
+
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description><exif:UserComment>
+<rdf:Alt><rdf:li xml:lang="de">{&quot;c&quot;: &quot;a &lt;cat&gt;&quot;}</rdf:li></rdf:Alt></exif:UserComment>"""
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        ({0x010E: '{"arguments": {}}'}, {"stable_diffusion": '{"arguments": {}}'}),  # of version 0.1
+        ({0x010E: "A cat in Rome"}, {"ImageDescription": "A cat in Rome"}),
+        ({0x9286: '{"seed": 1}', 0x927C: "fooocus"}, {"parameters": '{"seed": 1}'}),  # Fooocus has it among the others
+        ({0x010F: 'workflow:{"a": 1}', 0x0110: 'prompt:{"b": 2}'}, {"workflow": '{"a": 1}', "prompt": '{"b": 2}'}),
+        ({0x010F: "Canon", 0x0110: "EOS: 5"}, {}),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_tags_in_which_programs_write(tmp_path, tags, expected, suffix):
+    exif = Image.Exif()
+    exif.update(tags)
+    assert read_text(write(noise(8, 8), tmp_path / f"a.{suffix}", exif=exif.tobytes())) == expected
+
+
+def test_comments_beside_exif(tmp_path):
+    """XMP (Draw Things), and a JPEG's own comment."""
+    for name in ("a.jpg", "a.webp"):
+        found = read_text(write(noise(8, 8), tmp_path / name, xmp=XMP.encode()))
+        assert found == {"parameters": '{"c": "a <cat>"}'}
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", XMP)
+    assert read_text(write(noise(8, 8), tmp_path / "a.png", pnginfo=chunks))["parameters"] == '{"c": "a <cat>"}'
+    assert read_text(write(noise(8, 8), tmp_path / "b.jpg", comment="é {}".encode())) == {"Comment": "é {}"}
 
 
 def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):

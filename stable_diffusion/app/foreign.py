@@ -1,0 +1,158 @@
+"""Read how other programs record a picture: the text of the web UI, or objects of JSON under many names.
+
+Fooocus, InvokeAI, NovelAI, SwarmUI, Easy Diffusion, Draw Things and mflux differ in their keys alone, so one table maps
+these to the web UI's names, which ``infotext`` reads. Of ComfyUI's graphs those with one sampler are read.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import PurePath
+from typing import Any
+
+from ..weights.layout import SUFFIXES
+from . import infotext
+
+Arguments = tuple[dict[str, Any], dict[str, str]]
+
+_TEXTS = ("parameters", "Comment", "invokeai_metadata", "sd-metadata", "ImageDescription", "Description")
+_PROMPT, _NEGATIVE = "Prompt", "Negative prompt"
+# The web UI's name -> the keys of other programs, in lower case and without blanks and marks.
+_KEYS = {
+    _PROMPT: ("prompt", "positiveprompt", "c"),
+    _NEGATIVE: ("negativeprompt", "uc"),
+    "Steps": ("steps", "numinferencesteps", "numsteps"),
+    "Sampler": ("sampler", "samplername"),
+    "Schedule type": ("scheduler",),
+    "CFG scale": ("guidancescale", "cfgscale", "cfg", "guidance", "scale"),
+    "Seed": ("seed", "noiseseed"),
+    "Size": ("resolution", "size"),
+    "Denoising strength": ("denoisingstrength", "strength", "promptstrength", "denoise"),
+    "Eta": ("eta",),
+    "Model": ("basemodel", "model", "modelname", "modelweights", "usestablediffusionmodel", "stablediffusionmodel"),
+    "VAE": ("vae", "usevaemodel"),
+}
+_LORAS = ("loras", "lora", "useloramodel", "lorapaths")
+_LORA_WEIGHTS = ("loraweights", "loraalpha", "lorascales")
+_WRAPPERS = ("sui_image_params", "image")  # of SwarmUI, of InvokeAI 2
+_GRAPH = "holds a graph of ComfyUI; only graphs with one KSampler and plain texts are read"
+
+
+def read(texts: Mapping[str, str]) -> Arguments | None:
+    """Read the texts of a picture: values by the names of a request's fields, and those that are none.
+
+    Returns None where they name neither a prompt nor settings. Raises ValueError for a graph that is not read.
+    """
+    objects = {key: values for key in (*_TEXTS, "prompt", "workflow") if (values := _object(texts.get(key)))}
+    for key in (key for key in _TEXTS if key in texts):
+        if key in objects:
+            prompt = {"prompt": texts.get("Description", "")} if key == "Comment" else {}  # of NovelAI
+            found = _arguments(prompt | objects[key])
+        else:
+            found = infotext.as_arguments(texts[key])
+        arguments, other = found
+        if arguments.keys() - {"prompt", "negative_prompt"} or (arguments["prompt"] and (other or key in objects)):
+            return found
+    if "prompt" in objects or "workflow" in objects:
+        return _arguments(_read_graph(objects.get("prompt") or objects["workflow"]))
+    arguments, other = _arguments(texts)  # of Easy Diffusion: each value is a text of its own
+    return (arguments, other) if arguments.keys() & {"seed", "steps"} else None
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """Return the object that a text is in JSON, with the values of an object around it; {} for another text."""
+    values = None
+    with suppress(ValueError, RecursionError):
+        values = json.loads(text) if text and text.lstrip().startswith("{") else None
+    for wrapper in _WRAPPERS:
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values | values.pop(wrapper)
+    return values if isinstance(values, dict) else {}
+
+
+def _arguments(values: Mapping[str, Any]) -> Arguments:
+    """Translate the keys of an object, and read its values."""
+    names = {re.sub(r"\W|_", "", key.lower()): key for key in values}
+    by_key = {key: values[name] for key, name in names.items()}
+    texts = {key: text for key, value in by_key.items() if (text := _text(value))}
+    known = {name: texts.pop(key) for name, keys in _KEYS.items() for key in keys if key in texts}
+    if "Sampler" not in known and "Schedule type" in known:  # of InvokeAI and diffusers it is the sampler
+        known["Sampler"] = known.pop("Schedule type")
+    if "Sampler" in known:  # ComfyUI has variants for a GPU, InvokeAI writes dpmpp_2m_k
+        known["Sampler"] = re.sub(r"_k$", " karras", known["Sampler"].removesuffix("_gpu"))
+    if len(sides := re.findall(r"\d+", known.get("Size", ""))) == 2:
+        known["Size"] = "x".join(sides)
+    elif {"width", "height"} <= texts.keys():
+        known["Size"] = f"{texts.pop('width')}x{texts.pop('height')}"
+    loras = {name: weight for name, weight in _loras(by_key) if name not in ("", "None")}
+    tags = "".join(f" <lora:{name}:{weight}>" for name, weight in loras.items())
+    prompt, negative = known.pop(_PROMPT, ""), known.pop(_NEGATIVE, "")
+    arguments, other = infotext.to_arguments(prompt + tags, negative, known)
+    return arguments, other | {names[key]: text for key, text in texts.items() if "lora" not in key}
+
+
+def _text(value: Any) -> str:
+    """Write a value as the web UI does; "" for one that is empty or no text."""
+    match value:
+        case bool() | None | "None" | "[]":
+            return ""
+        case str() | int() | float():
+            return infotext.number(value)
+        case {"model_name": str(name)} | {"name": str(name)} | {"prompt": str(name)}:
+            return name
+        case [{"prompt": str()}, *_]:  # of InvokeAI 2
+            return ", ".join(map(_text, value))
+    return ""
+
+
+def _loras(by_key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the weight of each LoRA, in the forms of several programs."""
+    names, weights = (
+        next((value if isinstance(value, list) else [value] for key in keys if (value := by_key.get(key))), [])
+        for keys in (_LORAS, _LORA_WEIGHTS)
+    )
+    rows = [*zip(names, [*weights, *[1] * len(names)], strict=False)]
+    # of Fooocus, in its log "LoRA 1": "name : 0.5", or "True : name : 0.5"
+    texts = ((key, value) for key, value in by_key.items() if isinstance(value, str))
+    rows += [(text.split(" : ")[-2:], 1) for key, text in texts if re.fullmatch(r"lora(combined)?\d+", key)]
+    for name, weight in rows:
+        match name:
+            case [name, weight, *_]:
+                pass
+            case {"model": name, "weight": weight} | {"lora": name, "weight": weight}:
+                pass
+        path = PurePath(_text(name).replace("\\", "/"))
+        yield path.stem if path.suffix in SUFFIXES else path.name, _text(weight)
+
+
+def _read_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a ComfyUI graph with one KSampler; ValueError for another graph."""
+    nodes = {
+        key: node for key, node in graph.items() if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
+    }
+    samplers = [node["inputs"] for node in nodes.values() if str(node.get("class_type")).startswith("KSampler")]
+    if len(samplers) != 1:
+        raise ValueError(_GRAPH)
+    (sampler,) = samplers
+
+    def inputs(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        link = source.get(name)
+        return nodes.get(str(link[0]), {}).get("inputs", {}) if isinstance(link, list) and link else {}
+
+    texts = {name: inputs(sampler, name).get("text") for name in ("positive", "negative")}
+    if not isinstance(texts["positive"], str):
+        raise ValueError(_GRAPH)
+    source, loras = inputs(sampler, "model"), []
+    while "lora_name" in source and len(loras) < len(nodes):
+        loras.append([source["lora_name"], source.get("strength_model", 1)])
+        source = inputs(source, "model")
+    size = inputs(sampler, "latent_image")
+    return {
+        **{name: value for name, value in sampler.items() if not isinstance(value, list)},
+        **{name: size[name] for name in ("width", "height") if name in size},
+        "prompt": texts["positive"],
+        "negative_prompt": texts["negative"],
+        "model": source.get("ckpt_name"),
+        "loras": loras,
+    }
