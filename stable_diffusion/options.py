@@ -10,11 +10,11 @@ from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 
-from .diffusion.choice import find_sampler, run_options
+from .diffusion.choice import find_sampler, read_schedule, run_options
 from .diffusion.controls import Control
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States
-from .diffusion.schedule import SCHEDULES, SPACINGS, Schedule, Steps
+from .diffusion.schedule import SPACINGS, Schedule, Steps
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
 
@@ -83,7 +83,8 @@ class Options:
 
     Args:
         sampler: a name in ``SAMPLERS``, a name of another program ("DPM++ 2M Karras"), or a sampler function.
-        schedule: the curve of the noise levels, one of ``SCHEDULES``; None is the sampler name's or the checkpoint's.
+        schedule: the curve of the noise levels, one of ``SCHEDULES``, also as others write it ("Karras"); None is the
+            sampler name's or the checkpoint's.
         spacing: spread of the timesteps: "leading", "trailing" or "linspace".
         timesteps: the timesteps themselves, descending, in place of their number and spacing.
         sigmas: the noise levels themselves, descending; the last is where the run ends.
@@ -146,9 +147,10 @@ class Options:
             find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise)
         for name, number in NUMBERS.items():
             number.check(name, getattr(self, name))
-        for name, names in (("schedule", SCHEDULES), ("spacing", SPACINGS)):
-            if getattr(self, name) not in (None, *names):
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(names)}")
+        if self.schedule is not None:
+            read_schedule(self.schedule)
+        if self.spacing not in (None, *SPACINGS):
+            raise ValueError(f"spacing {self.spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
@@ -263,7 +265,7 @@ def plan_run(
     Number(float, 0, 1).check("strength", strength)
     name, spacing, eta = defaults.settings(options)
     sampler, curve = find_sampler(name, eta=eta, s_noise=options.s_noise)
-    curve = curve if options.schedule is None else options.schedule
+    curve = curve if options.schedule is None else read_schedule(options.schedule)
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
     steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, spacing, curve)
     after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0

@@ -15,9 +15,8 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from ..diffusion.choice import read_name
+from ..diffusion.choice import read_name, read_schedule
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import SCHEDULES
 
 _NEGATIVE = "Negative prompt:"
 # Bounded, or a long text without a colon would be looked through from each of its letters.
@@ -27,7 +26,6 @@ _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 # Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
 _SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
 _SCHEDULE_TITLES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
-_OUR_SCHEDULES = {name: name for name in SCHEDULES} | {"uniform": "default", "automatic": None}
 
 
 def number(value: Any) -> str:
@@ -45,6 +43,10 @@ def schedule_name(schedule: str) -> str:
     return _SCHEDULE_TITLES.get(schedule, schedule.replace("_", " ").title())
 
 
+def _schedule(text: str) -> str | None:
+    return None if text.lower() == "automatic" else read_schedule(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -55,7 +57,7 @@ def _size(text: str) -> tuple[int, int]:
 _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Steps": ("steps", int, number),
     "Sampler": ("sampler", read_name, sampler_name),
-    "Schedule type": ("schedule", lambda text: _OUR_SCHEDULES[text.lower().replace(" ", "_")], schedule_name),
+    "Schedule type": ("schedule", _schedule, schedule_name),
     "CFG scale": ("cfg", float, number),
     "Image CFG scale": ("image_cfg", float, number),
     "Seed": ("seed", int, number),

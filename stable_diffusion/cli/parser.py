@@ -11,8 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
-from ..diffusion.choice import find_sampler, table
-from ..diffusion.schedule import SCHEDULES
+from ..diffusion.choice import read_name, read_schedule, table
 from ..models.cpu import DEVICES
 from ..networks import check_mlx
 from ..options import Number, SettingError
@@ -167,13 +166,18 @@ def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tu
     return tuple(result) if len(result) > 1 else next(iter(result))
 
 
-def sampler(name: str) -> str:
-    """Return the name of a sampler, also as other programs write it."""
+def name(read: Callable[[str], Any], value: str) -> Any:
+    """Return what ``read`` makes of a name, also as other programs write it."""
     try:
-        find_sampler(name)
+        return read(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return name
+
+
+def sampler(value: str) -> str:
+    """Return the name of a sampler, with the schedule that it may name."""
+    name(read_name, value)
+    return value
 
 
 def text(value: str) -> str:
@@ -211,7 +215,6 @@ _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
 _GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
 _CHOICES = CHOICES | {
     "device": DEVICES,
-    "schedule": SCHEDULES,
     "prediction": PREDICTIONS,
     "unet_bits": BITS,
     "text_bits": BITS,
@@ -220,6 +223,7 @@ _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMB
 _TYPES |= {
     "negative_prompt": text,
     "sampler": sampler,
+    "schedule": partial(name, read_schedule),
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }

@@ -1,7 +1,8 @@
 """Choose the sampler of a run: by its name, by a checkpoint's scheduler, or a function; and its options in the run."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from .samplers import SAMPLERS, Sampler, States
@@ -12,30 +13,63 @@ _log = logging.getLogger("stable_diffusion")
 # The nearest samplers to scheduler classes that none here computes.
 _NEAREST = {"DPMSolverSinglestep": "dpmpp_2m", "DPMSolverMultistep:sde-dpmsolver": "dpmpp_2m_sde"}
 
-# Names of samplers in other programs, as `_key` writes them.
-_ALIASES = {"plms": "pndm", "eulerancestral": "euler_a", "dpm2ancestral": "dpm2_a", "dpmpp2sancestral": "dpmpp_2s_a"}
+# Names in other programs (A1111's web UI, ComfyUI, InvokeAI, stable-diffusion.cpp), as `_key` writes them.
+_SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
+_SCHEDULE_ALIASES = {"normal": "default", "uniform": "default", "discrete": "default", "ays": "align_your_steps"}
+_NEAREST_SCHEDULES = {"simple": "sgm_uniform", "ddimuniform": "default", "ddim": "default"}
+_CLOSE = 0.85  # of difflib's ratio, from which on a name is taken for misspelled
 
 
 def read_name(name: str) -> tuple[str, str | None]:
-    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "Euler a", "k_lms".
+    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "k_euler_a".
 
-    The schedule is None where the name has none. ValueError lists the samplers.
+    The schedule is None where the name has none. ValueError names a similar sampler, or lists all.
     """
     if name in SAMPLERS:
         return name, None
-    key = _key(name)
-    endings = [curve for curve in SCHEDULES if curve != "default" and key.endswith(_key(curve))]
-    schedule = max(endings, key=len, default=None)  # "polyexponential" ends in "exponential" too
-    key = key.removesuffix(_key(schedule or ""))
-    known = {_key(sampler): sampler for sampler in SAMPLERS} | _ALIASES
-    for candidate in (key, key.removeprefix("k")):
+    key, samplers = _key(name).removesuffix("scheduler").removesuffix("gpu"), _sampler_names()
+    endings = {"": None, "k": "karras", "ka": "karras"} | _schedule_names()
+    known = {sampler + ending: (samplers[sampler], endings[ending]) for sampler in samplers for ending in endings}
+    for candidate in (key, key.removeprefix("k"), key.removeprefix("sample")):
         if candidate in known:
-            return known[candidate], schedule
-    raise ValueError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+            return known[candidate]
+    nearest = _NEAREST.get(name.removesuffix("Scheduler"))
+    similar = {_key(text): text for sampler in SAMPLERS for text in (sampler, *(f"{sampler} {s}" for s in SCHEDULES))}
+    raise _unknown("sampler", name, SAMPLERS, nearest or _closest(key, similar))
+
+
+def read_schedule(name: str) -> str:
+    """Return the schedule that a name means as people write it: "karras", "Karras", "SGM Uniform", "ays", "normal".
+
+    ValueError names a similar one, or lists all.
+    """
+    key, known = _key(name), _schedule_names()
+    if key in known:
+        return known[key]
+    raise _unknown("schedule", name, SCHEDULES, _NEAREST_SCHEDULES.get(key) or _closest(key, known))
+
+
+def _sampler_names() -> dict[str, str]:
+    classes = {_key(row.scheduler): name for name, row in SAMPLERS.items() if row.scheduler}
+    return {_key(name): name for name in SAMPLERS} | classes | _SAMPLER_ALIASES
+
+
+def _schedule_names() -> dict[str, str]:
+    return {_key(name): name for name in SCHEDULES} | _SCHEDULE_ALIASES
+
+
+def _closest(key: str, known: Mapping[str, str]) -> str | None:
+    return next((known[match] for match in get_close_matches(key, known, 1, _CLOSE)), None)
+
+
+def _unknown(kind: str, name: str, known: Iterable[str], nearest: str | None) -> ValueError:
+    remedy = f"did you mean {nearest}?" if nearest else f"choose one of {', '.join(known)}"
+    return ValueError(f"{kind} {name!r} is unknown; {remedy}")
 
 
 def _key(name: str) -> str:
-    return "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
+    letters = "".join(c for c in name.lower().replace("+", "p") if c.isalnum())
+    return letters.replace("ancestral", "a")
 
 
 def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:

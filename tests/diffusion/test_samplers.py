@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from oracle import last
-from stable_diffusion.diffusion.choice import find_sampler, read_name, run_options, sampler_for, table
+from stable_diffusion.diffusion.choice import find_sampler, read_name, read_schedule, run_options, sampler_for, table
 from stable_diffusion.diffusion.samplers import SAMPLERS, lms
 from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig
+from stable_diffusion.options import Options, RunDefaults, plan_run
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DPM = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -133,12 +134,50 @@ NAMES = {
     "PLMS": ("pndm", None),
     "k_lms": ("lms", None),
     "Euler Align Your Steps": ("euler", "align_your_steps"),
+    "k_dpm_2_a_ka": ("dpm2_a", "karras"),  # A1111's aliases
+    "euler_ancestral": ("euler_a", None),  # ComfyUI
+    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", None),
+    "uni_pc_bh2": ("unipc", None),
+    "euler_normal": ("euler", "default"),
+    "EulerDiscreteScheduler": ("euler", None),  # diffusers
+    "KDPM2AncestralDiscreteScheduler": ("dpm2_a", None),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", None),
+    "dpm++2s_a": ("dpmpp_2s_a", None),  # stable-diffusion.cpp
+    "kdpm_2_k": ("dpm2", "karras"),  # InvokeAI
 }
+SIMILAR = {
+    "DPM++ 2M Karas": "dpmpp_2m karras",
+    "eulr": "euler",
+    "ipndm": "pndm",
+    "dpm++2mv2": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+}
+SCHEDULE_NAMES = {"Karras": "karras", "SGM Uniform": "sgm_uniform", "SGMUniform": "sgm_uniform", "normal": "default"}
+SCHEDULE_NAMES |= {"discrete": "default", "Align Your Steps": "align_your_steps", "ays": "align_your_steps"}
+SIMILAR_SCHEDULES = {"karas": "karras", "simple": "sgm_uniform", "ddim_uniform": "default", "exponental": "exponential"}
 
 
 def test_names_as_people_write_them():
     for written, (name, schedule) in NAMES.items():
         assert read_name(written) == (name, schedule) and find_sampler(written) == (SAMPLERS[name], schedule)
+
+
+def test_similar_names_are_offered():
+    for read, similar in ((read_name, SIMILAR), (read_schedule, SIMILAR_SCHEDULES)):
+        for written, offered in similar.items():
+            with pytest.raises(ValueError, match=rf"'{re.escape(written)}' is unknown; did you mean {offered}\?$"):
+                read(written)
+            read(offered)
+
+
+def test_schedules_as_people_write_them():
+    schedule, defaults = Schedule(ScheduleConfig()), RunDefaults("euler", 5, 1.0)
+    for written, name in SCHEDULE_NAMES.items():
+        assert read_schedule(written) == name
+        runs = [plan_run(schedule, Options(schedule=n), defaults, num_steps=5, seeds=()) for n in (written, name)]
+        assert runs[0].steps.sigmas == runs[1].steps.sigmas
+    with pytest.raises(ValueError, match="schedule 'gits' is unknown; choose one of default, karras"):
+        Options(schedule="gits")
 
 
 @pytest.mark.parametrize("name", ["best", "", "karras", "DPM++ 2M Fast", "kk_lms"])
