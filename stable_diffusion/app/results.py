@@ -45,7 +45,7 @@ _IN_A_FOLDER = "{date}_{time}_{i}_{seed}.png"
 _UNKNOWN = {"steps": 0, "cfg": 0.0, "sampler": "", "width": 0, "height": 0}
 _LONGEST_FIELD, _LONGEST_NAME = 120, 220  # bytes: file systems end at 255, and marks and numbers follow
 # Characters that some file system refuses, blanks, and marks that change the direction of text.
-_UNSAFE = re.compile(r"[\0-\x20\x7f-\xa0<>:\"/\\|?*\ud800-\udfff\u2028-\u202e\u2066-\u2069]+")
+_UNSAFE = re.compile(r"[\0-\x20\x7f-\xa0<>:\"/\\|?*\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 _EDGES = " ._-\u200d"  # a name that begins or ends with these would be hidden or look like a flag
 
 

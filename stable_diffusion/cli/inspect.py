@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ from ..app.inspect import Report, inspect
 from .parser import Parser
 
 _OPEN = {"", "parts", "targets", "stable_diffusion", "arguments", "made", "files"}  # entries with rows of their own
-_UNSHOWN = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal would obey, or cannot show
 
 
 def _lines(report: Report) -> Iterator[str]:
@@ -18,7 +16,7 @@ def _lines(report: Report) -> Iterator[str]:
     rows = list(_rows("", report))
     indent = max(len(name) for name, _ in rows) + 2
     for name, text in rows:
-        yield _UNSHOWN.sub("\ufffd", f"{name:{indent}}{text}".replace("\n", "\n" + " " * indent))
+        yield ("\n" + " " * indent).join(f"{name:{indent}}{text}".splitlines())
 
 
 def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -78,6 +76,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(f"{args.path} is neither here nor in the Hub's cache: load it once, or give a path")
     except (ValueError, OSError) as error:
         parser.error(error)
-    text = json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report))
+    text = json.dumps(report, indent=2) if args.json else "\n".join(_lines(report))
     parser.say(text)
     return 0

@@ -22,7 +22,7 @@ from ..app.results import ResultWriter, Written
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
-from .streams import open_closed, say
+from .streams import LineFormatter, open_closed, say
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -43,7 +43,7 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
     command = read(script, argv, prog)
     cpu.tune()
     parser, handler, code = command.parser, TqdmHandler(), 2
-    handler.setFormatter(logging.Formatter(f"{parser.prog}: %(message)s"))
+    handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
     for remark in command.remarks:

@@ -18,7 +18,7 @@ from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import BITS
 from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
-from .streams import say
+from .streams import in_one_line, say
 
 T = TypeVar("T")
 _HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
@@ -110,10 +110,10 @@ class Parser(argparse.ArgumentParser):
 
     def fail(self, code: int, message: str | Exception) -> NoReturn:
         """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
-        text = " ".join(str(message).splitlines()).replace("partial=True", "--lora_partial")
+        text = str(message).replace("partial=True", "--lora_partial")
         if isinstance(message, SettingError):
             text = re.sub(rf"\b({'|'.join(message.names)})\b", r"--\1", text)
-        self.exit(code, f"{self.prog}: error: {self.where}{text}\n")
+        self.exit(code, in_one_line(f"{self.prog}: error: {self.where}{text}") + "\n")
 
 
 def script_parser(script: str, prog: str | None = None) -> Parser:

@@ -1,10 +1,36 @@
-"""The streams of a process: one that is closed, full or read by nobody loses no image and changes no exit code."""
+"""The streams of a process: one that is closed, full or read by nobody loses no image and changes no exit code.
+
+All that the commands print is made printable here: file names, prompts and what is quoted of a stranger's file may hold
+characters that a terminal would obey.
+"""
 
 import atexit
+import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import TextIO
+
+# Control characters, marks that hide or turn the direction of text, and halves of characters.
+_UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal obeys or cannot show. An escape like \\u001b is that of JSON, which stays valid."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def in_one_line(message: object) -> str:
+    """Return a message in one line, also where it quotes a path or a prompt with several."""
+    return printable(" ".join(str(message).splitlines()))
+
+
+class LineFormatter(logging.Formatter):
+    """Format each log record as one printable line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_one_line(super().format(record))
 
 
 def open_closed() -> None:
@@ -41,7 +67,7 @@ def say(text: str, end: str = "\n") -> None:
     """Print on stdout, in its encoding. Raises OSError where that cannot be written to; all that follows is dropped."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except OSError:
         drop(sys.stdout)
         raise
@@ -50,4 +76,4 @@ def say(text: str, end: str = "\n") -> None:
 def remark(text: str) -> None:
     """Print a line on stderr; nothing is given up because nobody can read it."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(in_one_line(text), file=sys.stderr, flush=True)

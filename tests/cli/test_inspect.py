@@ -37,8 +37,12 @@ def test_a_picture(tmp_path, capsys, offline):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     at = max(len(name) for name in RECORD["files"]) + 2
     names, values = (" ".join(" ".join(line[part] for line in lines).split()) for part in (slice(at), slice(at, None)))
-    assert names == "path kind parameters script prompt seed cfg lora float16 tiny unet/a.safetensors software c\ufffdc"
-    said = "image a cat\ufffd[2J Steps: 1 txt2image a cat \ufffd 0 2.5 x:0.5 False sha256 abc, hub some/one@123 mlx 0.1"
+    assert (
+        names == "path kind parameters script prompt seed cfg lora float16 tiny unet/a.safetensors software c\\u001bc"
+    )
+    said = (
+        "image a cat\\u001b[2J Steps: 1 txt2image a cat \\udcff 0 2.5 x:0.5 False sha256 abc, hub some/one@123 mlx 0.1"
+    )
     assert values == f"{path} {said} d"
 
 
