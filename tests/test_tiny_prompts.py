@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from stable_diffusion.text.prompt import expand
+from stable_diffusion.text.alternatives import expand
 from tools.tiny.data import COLOURS
 
 

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..options import NUMBERS as OPTION_NUMBERS
 from ..options import Number, Options, SettingError, image_seeds
+from ..text.alternatives import expand as expand_prompt
 from ..text.prompt import EMPHASES
-from ..text.prompt import expand as expand_prompt
 from .wildcards import read_wildcards
 
 MOST_IMAGES = 9999
@@ -297,6 +297,4 @@ def _prompts(request: Request, seed: int) -> list[str]:
     if request.weight_blocks or request.emphasis == "none":
         return [request.prompt]
     wildcards = None if request.wildcards is None else read_wildcards(request.wildcards)
-    prompt = _LORA_TAG.sub(lambda tag: tag[0].replace("__", "\\__"), request.prompt)  # in a name it is no wildcard
-    prompts = expand_prompt(prompt, seed if request.alternatives == "one" else None, wildcards)
-    return [request.prompt] if prompts == [prompt] else prompts
+    return expand_prompt(request.prompt, [seed] if request.alternatives == "one" else None, wildcards)

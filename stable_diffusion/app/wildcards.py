@@ -3,15 +3,17 @@
 import os
 from collections.abc import Callable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
 
 def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]]:
-    """Return a function for ``prompt.expand`` that reads wildcards: a name -> the lines of ``folder/name.txt``.
+    """Return a function for ``alternatives.expand`` that reads wildcards: a name -> the lines of ``folder/name.txt``.
 
-    The files are UTF-8, each read when it is first needed. Blanks around a line are left out, and so are empty lines
-    and those that begin with #. A name may hold folders ("clothes/hats").
+    A name may hold folders ("clothes/hats") and be a pattern for several files ("clothes/*"). Where no file has it, it
+    is that of files in folders below. The files are UTF-8, each read when it is first needed. Blanks around a line are
+    left out, and so are empty lines, those that begin with #, and lines that came before.
 
     Raises ValueError where there is no folder, and on a call for a name that leaves it, that no file in it has, or
     whose file cannot be read.
@@ -21,24 +23,36 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
         raise ValueError(f"there is no folder of wildcards at {root}; check the path")
 
     @cache
+    def paths() -> dict[str, Path]:
+        found = sorted(path for path in root.rglob("*.*") if path.suffix in (".txt", ".json", ".yaml", ".yml"))
+        return {path.relative_to(root).with_suffix("").as_posix(): path for path in found}
+
+    @cache
     def lines(name: str) -> tuple[str, ...]:
+        name = name.replace("\\", "/")
         if not set(name.split("/")).isdisjoint({"", ".", ".."}):
             raise ValueError(f"the wildcard __{name}__ leaves the folder {root}; name a file in it")
-        path = root / f"{name}.txt"
-        try:
-            text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"there is no wildcard __{name}__ in {root}; {_similar(name, root)}") from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the wildcard file {path} cannot be read ({error}); give a text file in UTF-8") from error
-        return tuple(line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#"))
+        names = [other for other in paths() if fnmatchcase(other, name)]
+        names = names or [other for other in paths() if fnmatchcase(other, f"*/{name}")]
+        if not names:
+            raise ValueError(f"there is no wildcard __{name}__ in {root}; {_similar(name, list(paths()))}")
+        return tuple(dict.fromkeys(line for other in names for line in _lines(paths()[other])))
 
     return lines
 
 
-def _similar(name: str, root: Path) -> str:
+def _lines(path: Path) -> list[str]:
+    if path.suffix != ".txt":
+        raise ValueError(f"the wildcard file {path} is not a .txt file; write its lines into one")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the wildcard file {path} cannot be read ({error}); give a text file in UTF-8") from error
+    return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
+
+
+def _similar(name: str, names: list[str]) -> str:
     """Describe the wildcards there are, those with names like ``name`` first."""
-    names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.txt"))
     close = get_close_matches(name, names, cutoff=0.5)
     shown = ", ".join(f"__{other}__" for other in close or names[:5])
     return f"{'similar' if close else 'some'} there: {shown}" if shown else "it holds no .txt files"

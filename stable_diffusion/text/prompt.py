@@ -1,47 +1,38 @@
-r"""Read the prompt language: text -> prompts, their parts, and pieces of text with weights.
+r"""Read the prompt language: one prompt -> its parts, and pieces of text with weights.
 
     (words:1.3)  (words):1.3    weight 1.3; zero and negative weights are allowed
     (words)  ((words))          weight 1.1, 1.1 * 1.1
     [words]                     weight 1 / 1.1
-    {a|b}  [a|b]                alternatives: one prompt for each
-    __name__  __folder/name__   a wildcard: alternatives that are the lines of a list; without lists it is text
     [from:to:0.4]               "from" for the first 0.4 of the steps, then "to"; [to:0.4], [from::0.4]: either is empty
     a AND b :0.7                two prompts that guide together, the second with weight 0.7
     BREAK                       what follows starts a new chunk of 75 tokens
     \(  \[  \{  \|  \:  \_  \\  the character itself
 
+Alternatives, {a|b}, and wildcards are written out by ``alternatives``; here their signs are text.
 A bracket without its partner, and a colon that no number follows, are text: "a sign saying: open :)" is one piece.
 Weights multiply where brackets are nested.
 """
 
-import math
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from functools import cached_property
-from itertools import groupby, pairwise, product
-from typing import Literal, NamedTuple
+from itertools import groupby, pairwise
+from typing import Literal
 
 EMPHASES = ("mean", "values", "none")
 
 _EMPHASIS = 1.1
-_DEEPEST = 64  # brackets and wildcards within each other
-_MOST_PROMPTS = 10_000
-_COUNTED = 10**15  # prompts; more are not told apart
-_LONGEST = 100_000  # characters that a wildcard may grow to by those in its lines
-_PARTNERS = {")": "(", "]": "[", "}": "{"}
-_SIGNS = frozenset("()[]{}|:\\")
+_DEEPEST = 64  # brackets within each other
+_PARTNERS = {")": "(", "]": "["}
 _DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
 _NUMBER = rf"[+-]?{_DIGITS}"
 _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*")
 _WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
 _SHARE = re.compile(rf"\s*({_DIGITS})\s*")
 _KEYWORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
-_MEANING = re.compile(r"[()\[\]{}\\]|AND|BREAK")  # text without any of these is one piece
-_TOKEN = re.compile(r"\\.|[()\[\]{}|:]|[^()\[\]{}|:\\]+|\\", re.DOTALL)
-_WILDCARD = re.compile(r"__(?!_)((?:(?!__)[\w./-])+)__")
+_MEANING = re.compile(r"[()\[\]\\]|AND|BREAK")  # text without any of these is one piece
+_TOKEN = re.compile(r"\\.|[()\[\]|:]|[^()\[\]|:\\]+|\\", re.DOTALL)
 _END_OF_BLOCK = re.compile(rf":({_NUMBER})(?=\s|$)")
 
 
@@ -63,42 +54,16 @@ class Part:
     end: float = 1.0
 
 
-def expand(text: str, seed: int | None = None, wildcards: Callable[[str], Sequence[str]] | None = None) -> list[str]:
-    """Return every prompt that the alternatives of a prompt stand for, in order; with a ``seed``, one by chance.
-
-    A prompt without alternatives comes back just as typed.
-
-    Args:
-        wildcards: a wildcard's name -> its lines, at least one, each in the prompt language; None leaves ``__name__``
-            as text.
-
-    Raises ValueError for brackets and wildcards nested more than 64 deep, for more than 10,000 prompts, for wildcards
-    that lead back to themselves or grow beyond 100,000 characters, and what ``wildcards`` raises.
-    """
-    if not _MEANING.search(text) and not (wildcards and "__" in text):
-        return [text]
-    items = _Reader(wildcards).read(text)
-    if not any(group.kind == "choice" for group in _groups(items)):
-        return [text]
-    if seed is not None:
-        generator = random.Random(seed)
-        return list(_write(items, lambda branches: [generator.choice(branches)]))
-    prompts = _measure(items).prompts
-    if prompts > _MOST_PROMPTS:
-        raise ValueError(f"the alternatives stand for {prompts} prompts; at most {_MOST_PROMPTS} are expanded")
-    return list(_write(items))
-
-
 def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> list[Part]:
-    """Read a prompt without alternatives: a part for each AND and for each stretch between two changes.
+    """Read a prompt: a part for each AND and for each stretch between two changes.
 
     Args:
         emphasis: one of ``EMPHASES``; "none" reads all signs of the language as text.
         weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
             a blank, weighted by its share of the numbers' sum. Text behind the last number weighs 1.
 
-    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for alternatives (``expand`` the
-    prompt first), and for blocks whose weights sum to zero.
+    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, and for blocks whose weights sum
+    to zero.
     """
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
@@ -106,7 +71,7 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> lis
         return _blocks(text)
     if emphasis == "none" or not _MEANING.search(text):
         return [Part((Piece(text),))]
-    result, prompts = [], _split(_Reader().read(text), "AND")
+    result, prompts = [], _split(_read(text), "AND")
     for items in prompts:
         ending = "".join(item for item in items[-2:] if isinstance(item, str))
         weight = _WEIGHT_AT_END.fullmatch(ending) if len(prompts) > 1 else None  # a lone prompt has none
@@ -134,113 +99,62 @@ def _blocks(text: str) -> list[Part]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Size(NamedTuple):
-    """Hold the number of prompts of some items, the length of the longest, and the depth of brackets in them."""
-
-    prompts: int
-    length: int
-    depth: int
-
-
 @dataclass(frozen=True)
 class _Group:
     """Hold what stands in brackets.
 
-    A "weight" has one branch and the weight as its number, a "choice" a branch for each alternative. An "edit" has what
-    is read before and after a share of the run, its number. The number is None until the weight behind "(words)" is
-    read.
+    A "weight" has one branch and the weight as its number. An "edit" has what is read before and after a share of the
+    run, its number. The number is None until the weight behind "(words)" is read.
     """
 
-    kind: Literal["weight", "choice", "edit"]
+    kind: Literal["weight", "edit"]
     branches: Sequence["_Items"]
-    number: float | None = 1.0
+    number: float | None
 
     @cached_property
-    def size(self) -> _Size:
-        """Measure the group once, as wildcards share their choices."""
-        prompts, lengths, depths = zip(*map(_measure, self.branches), strict=True)
-        if self.kind == "choice":
-            return _Size(sum(prompts), max(lengths), 1 + max(depths))
-        return _Size(math.prod(prompts), sum(lengths), 1 + max(depths))
+    def depth(self) -> int:
+        """Count the brackets within each other."""
+        depths = (item.depth for branch in self.branches for item in branch if isinstance(item, _Group))
+        return 1 + max(depths, default=0)
 
 
 _Items = list[str | _Group]
 
 
-class _Reader:
-    """Read prompts, and each wildcard once, as a choice."""
+def _read(text: str) -> _Items:
+    """Read a text as its signs and words, and groups."""
+    items: _Items = []
+    opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their places in the items
+    for token in _TOKEN.findall(text):
+        partner = _PARTNERS.get(token)
+        if token in opened:
+            opened[token].append(len(items))
+            items.append(token)
+        elif partner and opened[partner]:
+            start = opened[partner].pop()
+            for places in opened.values():  # what was opened within has no partner and is text
+                while places and places[-1] > start:
+                    places.pop()
+            items[start:] = [_group(partner, items[start + 1 :])]
+        else:
+            items += _KEYWORD.split(token)
+    return _weigh(items)
 
-    def __init__(self, lines: Callable[[str], Sequence[str]] | None = None):
-        self.lines = lines
-        self.known: dict[str, _Group] = {}
-        self.open: list[str] = []  # the wildcards being read
 
-    def read(self, text: str) -> _Items:
-        items: _Items = []
-        opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their places in the items
-        for token in _TOKEN.findall(text):
-            partner = _PARTNERS.get(token)
-            if token in opened:
-                opened[token].append(len(items))
-                items.append(token)
-            elif partner and opened[partner]:
-                start = opened[partner].pop()
-                for places in opened.values():  # what was opened within has no partner and is text
-                    while places and places[-1] > start:
-                        places.pop()
-                items[start:] = [self._group(partner, items[start + 1 :])]
-            elif self.lines:
-                names = _WILDCARD.split(token)
-                items += [self._wildcard(name) if i % 2 else name for i, name in enumerate(names)]
-            else:
-                items += _KEYWORD.split(token)
-        return _weigh(items)
-
-    def _group(self, bracket: str, items: _Items) -> _Group:
-        """Read "(words:1.3)", "(words)", "{a|b}", "[a|b]", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
-        *before, last = _split(items, ":")
-        ending = "".join(last) if all(isinstance(item, str) for item in last) else ""
-        kind, branches, number = "weight", [items], None if bracket == "(" else 1 / _EMPHASIS
-        if bracket == "(":
-            if before and (weight := _WEIGHT_AT_END.fullmatch(f":{ending}")):
-                branches, number = [items[: -len(last) - 1]], float(weight[1])
-        elif bracket == "{" or "|" in items:
-            kind, branches = "choice", _split(items, "|")
-        elif len(before) in (1, 2) and (share := _SHARE.fullmatch(ending)) and float(share[1]) <= 1:
-            kind, branches, number = "edit", [[], *before][-2:], float(share[1])
-        group = _Group(kind, [_weigh(branch) for branch in branches], number)
-        self._check_depth(group.size.depth)
-        return group
-
-    def _wildcard(self, name: str) -> _Group:
-        """Return the lines of a wildcard as alternatives."""
-        if name in self.open:
-            circle = " -> ".join([*self.open[self.open.index(name) :], name])
-            raise ValueError(f"the wildcard __{name}__ leads back to itself ({circle}); take it out of one of these")
-        if name not in self.known:
-            try:
-                lines = self.lines(name)
-            except ValueError as error:
-                raise ValueError(f"{error}; __{self.open[-1]}__ asks for it" if self.open else str(error)) from error
-            if not lines:
-                raise ValueError(f"the wildcard __{name}__ has no lines; give it at least one")
-            self.open.append(name)
-            self._check_depth(0)
-            group = _Group("choice", [self.read(line) for line in lines])
-            self.open.pop()
-            if group.size.length > _LONGEST:
-                raise ValueError(f"the wildcard __{name}__ grows beyond {_LONGEST} characters; use fewer in its lines")
-            self._check_depth(group.size.depth)
-            self.known[name] = group
-        return self.known[name]
-
-    def _check_depth(self, depth: int) -> None:
-        """Raise ValueError for ``depth`` brackets and wildcards inside those that are open, if these are too many."""
-        if len(self.open) + depth > _DEEPEST:
-            place = f" at __{self.open[-1]}__" if self.open else ""
-            raise ValueError(
-                f"the prompt has brackets{place} nested more than {_DEEPEST} deep; write some of them as \\( and \\)"
-            )
+def _group(bracket: str, items: _Items) -> _Group:
+    """Read "(words:1.3)", "(words)", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
+    *before, last = _split(items, ":")
+    ending = "".join(last) if all(isinstance(item, str) for item in last) else ""
+    kind, branches, number = "weight", [items], None if bracket == "(" else 1 / _EMPHASIS
+    if bracket == "(":
+        if before and (weight := _WEIGHT_AT_END.fullmatch(f":{ending}")):
+            branches, number = [items[: -len(last) - 1]], float(weight[1])
+    elif len(before) in (1, 2) and (share := _SHARE.fullmatch(ending)) and float(share[1]) <= 1:
+        kind, branches, number = "edit", [[], *before][-2:], float(share[1])
+    group = _Group(kind, [_weigh(branch) for branch in branches], number)
+    if group.depth > _DEEPEST:
+        raise ValueError(f"the prompt has brackets nested more than {_DEEPEST} deep; write some of them as \\( and \\)")
+    return group
 
 
 def _split(items: _Items, separator: str) -> list[_Items]:
@@ -277,15 +191,6 @@ def _groups(items: _Items) -> Iterator[_Group]:
                 yield from _groups(branch)
 
 
-def _measure(items: _Items) -> _Size:
-    prompts, length, depth = 1, 0, 0
-    for item in items:
-        size = _Size(1, len(item), 0) if isinstance(item, str) else item.size
-        prompts, depth = min(prompts * size.prompts, _COUNTED), max(depth, size.depth)
-        length += size.length + isinstance(item, _Group)
-    return _Size(prompts, length, depth)
-
-
 def _pieces(items: _Items, share: float, weight: float = 1.0) -> Iterator[Piece]:
     """Yield the pieces of the items as they read at a share of the run."""
     for item in items:
@@ -294,8 +199,6 @@ def _pieces(items: _Items, share: float, weight: float = 1.0) -> Iterator[Piece]
         elif isinstance(item, str):
             if item:
                 yield Piece(item[1:] if len(item) == 2 and item[0] == "\\" else item, weight)
-        elif item.kind == "choice":
-            raise ValueError("the prompt has alternatives; expand it, and encode one of them")
         elif item.kind == "edit":
             yield from _pieces(item.branches[share >= item.number], share, weight)
         else:
@@ -309,24 +212,3 @@ def _joined(pieces: Iterator[Piece]) -> tuple[Piece, ...]:
         texts = [piece.text for piece in run]
         result += [Piece(None)] * len(texts) if is_break else [Piece("".join(texts), weight)]
     return tuple(p for p in result if p.text is None or p.text.strip() or len(result) == 1) or (Piece(""),)
-
-
-def _write(
-    items: _Items, pick: Callable[[Sequence[_Items]], Sequence[_Items]] = list, nested: bool = False
-) -> Iterator[str]:
-    """Write the prompts of the alternatives that are picked, the last one fastest, so that they read back the same."""
-
-    def texts(item: str | _Group) -> Iterator[str]:
-        if isinstance(item, str):
-            # What stands alone here was no sign; next to others it might become one.
-            yield f"\\{item}" if item in _SIGNS and (nested or item != ":") else item
-        elif item.kind == "choice":
-            for branch in pick(item.branches):
-                yield from _write(branch, pick, nested)
-        else:
-            number = f"{Decimal(repr(item.number)):f}"  # reads back as the number, and has no exponent
-            for branches in product(*(_write(branch, pick, nested=True) for branch in item.branches)):
-                inside = ":".join([*branches, number])
-                yield f"[{inside}]" if item.kind == "edit" else f"({inside})"
-
-    yield from map("".join, product(*map(texts, items)))

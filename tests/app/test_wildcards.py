@@ -5,7 +5,7 @@ import re
 import pytest
 
 from stable_diffusion.app.wildcards import read_wildcards
-from stable_diffusion.text.prompt import expand
+from stable_diffusion.text.alternatives import expand
 
 
 def write(folder, **files: bytes) -> None:
@@ -32,11 +32,11 @@ def test_a_folder_of_wildcards_says_what_is_wrong(tmp_path):
     here, unreadable = read_wildcards(tmp_path), r"the wildcard file .*{}.txt cannot be read .*; give a text file in"
     there = re.escape(str(tmp_path))
     for lines, name, message in (
-        (here, "hat", rf"no wildcard __hat__ in {there}; similar there: .*__hair__"),
+        (here, "hain", rf"no wildcard __hain__ in {there}; similar there: .*__hair__"),
         (here, "xyz", rf"no wildcard __xyz__ in {there}; some there: __coat__, __empty__, __folder__, __hair__"),
         (here, "hair/x", "no wildcard __hair/x__"),
         *((here, name, f"__{name}__ leaves the folder {there}") for name in ("../outside", "/etc/hosts", ".", "a//b")),
-        *((here, name, unreadable.format(name)) for name in ("latin", "folder", "x" * 1000)),
+        *((here, name, unreadable.format(name)) for name in ("latin", "folder")),
         (read_wildcards(tmp_path / "bare"), "a", r"bare; it holds no .txt files"),
         (here, "empty", "__empty__ has no lines"),
     ):
