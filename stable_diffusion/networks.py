@@ -16,12 +16,12 @@ from .images.depth import estimate_depth
 from .lora.delta import LoRADelta
 from .lora.files import LoRAWeights, read_lora
 from .lora.layers import AttachedLoRA, attach, check_fit, fuse
-from .lora.names import few_step_defaults
 from .models import cpu, tiling
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .options import Prompt, RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
 from .text.tokenizer import Tokenizer
+from .weights.catalog import describe_settings, few_step_settings
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, Component, open_part
 from .weights.formats.safetensors import loading_stream
@@ -334,10 +334,8 @@ class Networks:
 
     def _add_defaults(self, lora: LoRAWeights, handle: AttachedLoRA | None) -> None:
         """Adopt the sampler, steps and guidance with which the authors of a LoRA for few steps run it."""
-        settings = few_step_defaults(lora.path.as_posix(), lora.metadata)
-        if settings is not None:
-            text = ", ".join(f"{name} {value}" for name, value in settings.items())
-            _log.warning("%s was made for few steps: the defaults now are %s", lora.path.name, text)
+        if settings := few_step_settings(lora.path.as_posix(), lora.metadata):
+            _log.warning(describe_settings(lora.path.name, settings))
             self._few_step.append((handle, RunDefaults(**settings)))
 
     def load_controlnet(self, source: str | PathLike) -> ControlNetModel | T2IAdapter:

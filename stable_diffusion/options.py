@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 
-from .diffusion.choice import find_sampler, read_schedule, run_options
+from .diffusion.choice import find_sampler, read_name, read_schedule, run_options
 from .diffusion.controls import Control
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States
@@ -232,14 +232,28 @@ class RunDefaults:
     cfg_weight: float
     spacing: str | None = None
     eta: float | None = None
+    timesteps: tuple[float, ...] | None = None
 
-    def settings(self, options: Options) -> tuple[str | SamplerFunction, str | None, float | None]:
-        """Return the sampler, spacing and eta of ``options``, or these where the options name no sampler."""
-        if options.sampler is not None:
-            return options.sampler, options.spacing, options.eta
-        is_placed = any(value is not None for value in (options.spacing, options.timesteps, options.sigmas))
-        spacing, eta = options.spacing if is_placed else self.spacing, self.eta if options.eta is None else options.eta
-        return self.sampler, spacing, eta
+    def with_sampler(self, name: str) -> "RunDefaults":
+        """Return the defaults with another sampler, to which eta and timesteps do not belong."""
+        return self if name == self.sampler else replace(self, sampler=name, eta=None, timesteps=None)
+
+    def fill(self, options: Options, num_steps: int | None) -> Options:
+        """Fill in sampler, eta and the place of the steps where ``options`` leave them open.
+
+        All but the sampler is for that of these defaults: with another one ``options`` stay as they are.
+        """
+        chosen = options.sampler
+        if callable(chosen) or (chosen is not None and read_name(chosen)[0] != read_name(self.sampler)[0]):
+            return options
+        values: dict[str, Any] = {"sampler": self.sampler if chosen is None else chosen}
+        values["eta"] = self.eta if options.eta is None else options.eta
+        if options.spacing is options.timesteps is options.sigmas is None:
+            if self.timesteps is None or options.schedule is not None or num_steps not in (None, self.num_steps):
+                values["spacing"] = self.spacing
+            else:
+                values["timesteps"] = self.timesteps
+        return replace(options, **values)
 
 
 def plan_run(
@@ -263,24 +277,24 @@ def plan_run(
     """
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)
-    name, spacing, eta = defaults.settings(options)
-    sampler, curve = find_sampler(name, eta=eta, s_noise=options.s_noise)
+    options = defaults.fill(options, num_steps)
+    sampler, curve = find_sampler(options.sampler, eta=options.eta, s_noise=options.s_noise)
     curve = curve if options.schedule is None else read_schedule(options.schedule)
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
-    steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, spacing, curve)
+    steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, curve)
     after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
     count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))  # 50 * 0.58 = 28.999999999999996
     if options.denoising_start > 0:
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps
-    scale = schedule.initial_scale(steps, sampler.spacing_rule, spacing) if len(steps) else 1.0
+    scale = schedule.initial_scale(steps, sampler.spacing_rule, options.spacing) if len(steps) else 1.0
     if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
         scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
     return Run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
-        sampler_options=run_options(sampler, schedule, steps, eta=eta),
+        sampler_options=run_options(sampler, schedule, steps, eta=options.eta),
         initial_scale=scale,
         seeds=seeds,
         latents=options.latents,
@@ -295,7 +309,6 @@ def _lay_steps(
     num_steps: int | None,
     default_steps: int,
     rule: str,
-    spacing: str | None,
     curve: str | None,
 ) -> Steps:
     """Lay the whole run, where the options say or in ``num_steps`` along a curve."""
@@ -304,7 +317,7 @@ def _lay_steps(
     elif options.sigmas is not None:
         steps = schedule.at_sigmas(options.sigmas)
     else:
-        return schedule.steps(default_steps if num_steps is None else num_steps, rule, spacing, curve)
+        return schedule.steps(default_steps if num_steps is None else num_steps, rule, options.spacing, curve)
     if num_steps not in (None, len(steps)):
         raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
     return steps

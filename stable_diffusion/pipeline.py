@@ -105,7 +105,7 @@ class StableDiffusion(Networks):
         with readable("scheduler config"):
             self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
         sampler = sampler_for(self.schedule.config)
-        self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance)
+        self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance, **checkpoint.few_steps)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_configs()
@@ -151,8 +151,8 @@ class StableDiffusion(Networks):
 
     @sampler.setter
     def sampler(self, name: str) -> None:
-        self._defaults = replace(self._defaults, sampler=name)
-        self._few_step = [(lora, replace(defaults, sampler=name)) for lora, defaults in self._few_step]
+        self._defaults = self._defaults.with_sampler(name)
+        self._few_step = [(lora, defaults.with_sampler(name)) for lora, defaults in self._few_step]
 
     @sampler.deleter
     def sampler(self) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas
-from ..options import SettingError
+from ..options import RunDefaults, SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
@@ -27,13 +27,15 @@ class Batch:
     """Hold images that are generated together: requests of one image each, which differ in prompt and seed alone.
 
     ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts, one for all images or
-    one for each. Images that start from another one have its ``canvas``, and a ``strength``.
+    one for each. ``defaults`` are the model's with the LoRAs of these prompts. Images that start from another one have
+    its ``canvas``, and a ``strength``.
     """
 
     requests: tuple[Request, ...]
     size: tuple[int, int]
     text: Conditioning
     negative_text: Conditioning | str
+    defaults: RunDefaults
     canvas: Canvas | None = None
     strength: float = 1.0
     depth: Any = None
@@ -86,7 +88,7 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
         if request.refiner is not None:
             _check_refiner(model, request, strength)
     steered = controls(request, networks, inputs, size, canvas) if networks else ()
-    return Batch(requests, size, *_encode(model, requests), canvas, strength, depth, steered)
+    return Batch(requests, size, *_encode(model, requests), model.defaults, canvas, strength, depth, steered)
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
@@ -115,7 +117,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     """Describe what a batch needs memory for."""
     request = batch.request
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
-    guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
+    guidance = batch.defaults.cfg_weight if request.cfg is None else request.cfg
     larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
     return RunShape(
         len(batch.requests),

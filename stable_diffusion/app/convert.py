@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..lora.files import read_lora
 from ..lora.layers import check_fit, fuse
 from ..weights import catalog, layout
-from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
+from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors, with_few_steps
 from ..weights.load import load_component
 from ..weights.parts import PARTS
 from ..weights.quantize import quantize, read_quantization, remaining_quantization
@@ -67,6 +67,9 @@ def convert(
     replaced = {"tokenizer": request.tokenizer, "prediction": request.prediction}
     checkpoint = open_checkpoint(request.model, parts=chosen_networks(request)["parts"], **source, **replaced)
     networks = _networks(checkpoint, request, dtype)
+    for lora in (read_lora(path) for path, scale in request.lora if scale):
+        if settings := catalog.few_step_settings(lora.path.as_posix(), lora.metadata):
+            checkpoint = with_few_steps(checkpoint, settings)
     entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
     if isinstance(entry, list) and any(entry):
         estimator = open_part(request.model, "depth_estimator", **source)
@@ -144,6 +147,7 @@ def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, An
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
     defaults = (checkpoint.steps, checkpoint.guidance)
-    if defaults != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
-        index["_defaults"] = {"steps": defaults[0], "guidance": defaults[1]}  # the catalog's, for the source
+    if checkpoint.few_steps or defaults != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
+        # The catalog's, for the source.
+        index["_defaults"] = {"steps": defaults[0], "guidance": defaults[1]} | checkpoint.few_steps
     return index

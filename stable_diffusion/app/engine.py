@@ -257,7 +257,8 @@ class Engine:
         chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
         options = chosen | {"low_memory": self.model.low_memory}
         self.model = StableDiffusion(request.refiner, dtype=dtype_of(request), **options)
-        shape = replace(run_shape(self.model, self.batches[0]), larger=None, encodes=False)
+        batch = replace(self.batches[0], defaults=self.model.defaults)
+        shape = replace(run_shape(self.model, batch), larger=None, encodes=False)
         self._finishes_each &= memory.fit(self.model, shape, self._limit, is_strict=False)
 
     def _prepare(self, run: _Run, begin: Begin) -> None:

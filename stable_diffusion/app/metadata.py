@@ -116,7 +116,7 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
 
 
 def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]:
-    request, defaults = batch.requests[index], model.defaults
+    request, defaults = batch.requests[index], batch.defaults
     sampler = request.options.sampler or defaults.sampler
     name, schedule = read_name(sampler)
     components = {source.component.name: source for source in model.sources.values()}

@@ -93,7 +93,8 @@ class ResultWriter:
     def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
         """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
         request, image, settings = result.request, result.image, self._settings
-        defaults = {"steps": model.defaults.num_steps, "cfg": model.defaults.cfg_weight, "sampler": model.sampler}
+        chosen = result.batch.defaults
+        defaults = {"steps": chosen.num_steps, "cfg": chosen.cfg_weight, "sampler": chosen.sampler}
         fields = defaults | self._fields[len(self._details)] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
         text = None if settings.no_metadata else describe(model, result.batch, result.index, result.partial)

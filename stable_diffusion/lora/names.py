@@ -118,32 +118,3 @@ def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
                 position = 2 if any(path.startswith(f"{block}.attentions.") for path in paths) else 1
                 names[f"{block}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
     return names
-
-
-# The settings that authors recommend for few-step LoRAs, by patterns of their names; a number in these is the steps.
-# Lin et al. 2024, arXiv:2402.13929; Ren et al. 2024, arXiv:2404.13686 (CFG: guidance 5 to 8); Luo et al. 2023,
-# arXiv:2311.05556 (2 to 8 steps); and the files' repositories.
-_FEW_STEPS: dict[str, dict[str, str | int | float]] = {
-    r"sdxl[-_ ]?lightning.*?(\d+)[-_ ]?step": {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0},
-    r"hyper[-_ ]?sd.*?(?<!\d)(1)[-_ ]?step": {"sampler": "tcd", "eta": 1.0, "cfg_weight": 0.0},
-    r"hyper[-_ ]?sd.*?(\d+)[-_ ]?steps?[-_ ]cfg": {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 5.0},
-    r"hyper[-_ ]?sd.*?(\d+)[-_ ]?step": {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0},
-    r"(?<![a-z])lcm[-_ ]?lora|lora[-_ ]?lcm|lcm[-_](?:sd|xl)": {"sampler": "lcm", "num_steps": 4, "cfg_weight": 1.0},
-}
-
-
-def few_step_defaults(path: str, metadata: Mapping[str, str]) -> dict[str, str | int | float] | None:
-    """Return the settings for ``generate_latents`` that the authors of a few-step LoRA recommend; None for any other.
-
-    It is known by the name of its file, or the name in the metadata; where the file has the name that diffusers gives
-    to every LoRA, by the folder and the repository in the Hub's cache.
-    """
-    *folders, name = path.split("/")
-    texts = [name, *(metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata)]
-    if name.startswith(("pytorch_lora_weights", "adapter_model")):
-        texts += [*folders[-1:], *(folder for folder in folders if folder.startswith("models--"))]
-    for text in texts:
-        for pattern, settings in _FEW_STEPS.items():
-            if match := re.search(pattern, text, re.IGNORECASE):
-                return settings | ({"num_steps": int(match[1])} if match.groups() else {})
-    return None

@@ -5,9 +5,11 @@ in 2024. So an alias lists its repository first and then the mirrors, and an id 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from .parts import family_of_pipeline
 
@@ -61,14 +63,43 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
 
-# Distilled models that were published as files, which cannot say it of themselves, by their names.
-# Turbo: Sauer et al. 2023; Lightning: Lin et al. 2024, in as many steps as its name has.
-_TRAILING = {"timestep_spacing": "trailing"}
-_FILES = (
-    (r"sd_xl_turbo_1\.0(_fp16)?", {"_class_name": "EulerAncestralDiscreteScheduler"} | _TRAILING, 2),
-    (r"sd_turbo", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, 2),
-    (r"sdxl_lightning_(\d)step", {"_class_name": "EulerDiscreteScheduler"} | _TRAILING, None),
-)
+# How the authors of checkpoints, UNets and LoRAs for few steps run them, by patterns of their names; a number in these
+# is the steps. Turbo: Sauer et al. 2023; LCM: Luo et al. 2023, arXiv:2311.05556; Lightning: Lin et al. 2024,
+# arXiv:2402.13929; TCD: Zheng et al. 2024, arXiv:2402.19159; Hyper: Ren et al. 2024, arXiv:2404.13686 (CFG: 5 to 8);
+# DMD2: Yin et al. 2024, arXiv:2405.14867; PCM: Wang et al. 2024, arXiv:2405.18407, and its demo; Flash: Chadebec et al.
+# 2024, arXiv:2406.02347; SDXL Flash: its page on the Hub.
+_EULER = {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0}
+_LCM = {"sampler": "lcm", "num_steps": 4, "cfg_weight": 0.0}
+_DDIM = {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0}
+_TCD = {"sampler": "tcd", "num_steps": 4, "cfg_weight": 0.0}
+_FEW_STEPS: dict[str, dict[str, Any]] = {
+    r"^sd[-_ ]?xl[-_ ]turbo([-_ .]?(1\.0|fp16|lora|unet|v1))*$": _EULER | {"sampler": "euler_a", "num_steps": 2},
+    r"^sd[-_ ]turbo([-_ .]?(fp16|lora|unet|v1))*$": _EULER | {"num_steps": 2},
+    r"sd[-_ ]?xl[-_ ]?lightning.*?(?P<n>\d+)[-_ ]?step": _EULER,
+    r"hyper[-_ ]?sd.*?(?<!\d)1[-_ ]?step[-_ ]unet": _LCM | {"num_steps": 1, "timesteps": (800,)},
+    r"hyper[-_ ]?sd.*?(?<!\d)1[-_ ]?step": _TCD | {"eta": 1.0, "num_steps": 1},
+    r"hyper[-_ ]?sd.*?(?P<n>\d+)[-_ ]?steps?[-_ ]cfg": _DDIM | {"cfg_weight": 5.0},
+    r"hyper[-_ ]?sd.*?(?P<n>\d+)[-_ ]?step": _DDIM,
+    r"(?<![a-z])dmd2.*?(?<!\d)1[-_ ]?step": _LCM | {"num_steps": 1, "timesteps": (399,)},
+    r"(?<![a-z])dmd2.*?(?P<n>\d+)[-_ ]?step": _LCM | {"spacing": "trailing"},  # not LCM's own timesteps
+    r"(?<![a-z])pcm[-_ ]sd.*?smallcfg[-_ ](?P<n>\d+)[-_ ]?step": _TCD | {"eta": 0.0},
+    r"(?<![a-z])pcm[-_ ]sd.*?normalcfg[-_ ](?P<n>\d+)[-_ ]?step": _TCD | {"eta": 0.0, "cfg_weight": 7.5},
+    r"(?<![a-z])pcm[-_ ]sd.*?lcmlike": _LCM,
+    r"(?<![a-z])tcd[-_ ]sd|(?<![a-z])tcd[-_ ]?lora": _TCD | {"eta": 0.3},
+    r"(?<![a-z])lcm[-_ ]?lora|lora[-_ ]?lcm|lcm[-_](?:sd|xl)": _LCM | {"cfg_weight": 1.0},
+    r"(?<![a-z])flash[-_ ]sd(?!3)": _LCM,
+    r"sd[-_ ]?xl[-_ ]flash": {"sampler": "dpmpp_2m", "spacing": "trailing", "num_steps": 7, "cfg_weight": 3.0},
+}
+SCHEDULERS = {  # the classes of diffusers for these samplers
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "ddim": "DDIMScheduler",
+    "tcd": "TCDScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+# What every file in a repository or a folder is called, so that only these tell models apart.
+_GENERIC = re.compile(r"(pytorch_lora_weights|adapter_model|diffusion_pytorch_model|model)\b")
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
 
@@ -94,12 +125,30 @@ def find(model: str) -> Entry:
     return replace(known, repos=(*mirrors, model), removed=model if mirrors else None)
 
 
-def distilled(file: str) -> tuple[dict, int] | None:
-    """Return (changes to scheduler_config.json, steps) for the published file of a distilled model, by its name."""
-    for pattern, scheduler, steps in _FILES:
-        if match := re.fullmatch(pattern, file, re.IGNORECASE):
-            return scheduler, steps or int(match[1])
+def few_step_settings(path: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the settings with which the authors of a model for few steps run it; None for any other model.
+
+    They are the fields of ``RunDefaults``. A checkpoint, UNet or LoRA is known by the name of its file, or the name in
+    the metadata; where the file has a name that all have, by its folder and the repository in the Hub's cache.
+    """
+    *folders, name = path.split("/")
+    texts = [re.sub(r"\.(safetensors|ckpt|bin|pth?)$", "", name)]
+    texts += [metadata[key] for key in ("modelspec.title", "ss_output_name") if key in metadata]
+    if _GENERIC.match(name):
+        above = [folder for folder in folders if folder != "unet"]
+        texts += [*above[-1:], *(f.split("--")[-1] for f in folders if f.startswith("models--"))]
+    for text in texts:
+        for pattern, settings in _FEW_STEPS.items():
+            if match := re.search(pattern, text, re.IGNORECASE):
+                steps = match.groupdict().get("n")
+                return settings | ({"num_steps": int(steps)} if steps else {})
     return None
+
+
+def describe_settings(name: str, settings: Mapping[str, Any]) -> str:
+    """Say that a model for few steps has defaults of its own, in a line for the log."""
+    text = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"{name} was made for few steps: where nothing else is chosen it runs with {text}"
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:

@@ -7,7 +7,9 @@ opened without a network call; a folder never needs the client.
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +18,7 @@ from . import catalog, hub, layout
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
 from .formats.safetensors import check_safetensors, damaged, loading_stream
-from .formats.single_file import find, read_checkpoint, read_config
+from .formats.single_file import find, read_checkpoint, read_config, with_run
 from .layout import Checkpoint, Component, Listing, files_in, read_json
 from .parts import PARTS, family_of_pipeline
 
@@ -63,6 +65,7 @@ def open_checkpoint(
     vae = checkpoint.components["vae"].config
     if vae.get("scaling_factor", 1) is None:  # of a single file, which does not say it
         vae["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
+    checkpoint = _as_its_unet_is_run(checkpoint, os.fspath((parts or {}).get("unet", model)))
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
     if tokenizer is not None:
@@ -80,12 +83,13 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
     name, (path, entry) = os.fspath(source), _locate(source, revision)
     if path is not None and path.is_file():
-        tensors, _ = read_file(path)
+        tensors, metadata = read_file(path)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
             config["global_pool_conditions"] = True
-        return Component(kind, config, (path,), prefix)
+        component = Component(kind, config, (path,), prefix)
+        return with_run(component, tensors, metadata) if kind == "unet" else component
     if path is None:
         spec = hub.DownloadSpec(
             what=f"a repository of a {kind}",
@@ -97,7 +101,26 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     components, missing = Listing(path, files_in(path), name, float16).find_part(kind)
     if missing:
         raise ValueError(f"{name} is not complete: {path} has no {', '.join(missing)}")
-    return components[kind]
+    return with_run(components[kind], (), {}) if kind == "unet" else components[kind]
+
+
+def _as_its_unet_is_run(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Give a checkpoint the schedule and the defaults of a run that its UNet, the one of ``name``, brings along."""
+    unet = checkpoint.components["unet"]
+    checkpoint.scheduler.update(unet.scheduler)
+    if not unet.few_steps:
+        return checkpoint
+    _log.warning(catalog.describe_settings(name, unet.few_steps))
+    return with_few_steps(checkpoint, unet.few_steps)
+
+
+def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """Return a checkpoint that by default is run with the ``settings`` of a model for few steps."""
+    rest = dict(settings)
+    sampler, steps, guidance = (rest.pop(key) for key in ("sampler", "num_steps", "cfg_weight"))
+    scheduler = checkpoint.scheduler | {"_class_name": catalog.SCHEDULERS[sampler]}
+    scheduler |= {"timestep_spacing": rest["spacing"]} if "spacing" in rest else {}
+    return replace(checkpoint, scheduler=scheduler, steps=steps, guidance=guidance, few_steps=rest)
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | None, catalog.Entry | None]:
@@ -168,12 +191,13 @@ def _read_folder(
         raise ValueError(f"{name} is not complete: {folder} has no {', '.join(index.missing)}")
     scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
     if entry is not None and entry.steps is not None:
-        steps, guidance = entry.steps, entry.guidance
+        steps, guidance, few_steps = entry.steps, entry.guidance, {}
     else:
         steps, guidance = catalog.defaults_for(index.contents["_class_name"], scheduler)
         with readable(str(folder / layout.INDEX)):
             stored = index.contents.get("_defaults", {})  # what a conversion noted of its source
             steps, guidance = stored.get("steps", steps) + 0, stored.get("guidance", guidance) + 0.0
+            few_steps = {key: stored[key] for key in ("spacing", "eta", "timesteps") if key in stored}
     return Checkpoint(
         name=name,
         folder=folder,
@@ -184,6 +208,7 @@ def _read_folder(
         tokenizers={part: folder / part for part in index.tokenizers},
         steps=steps,
         guidance=guidance,
+        few_steps=few_steps,
     )
 
 

@@ -46,6 +46,8 @@ class Component:
     config: dict
     files: tuple[Path, ...]  # several when the weights are in shards
     prefix: str = ""  # of its tensors' names in files that hold other networks too
+    scheduler: dict = field(default_factory=dict)  # what a UNet's file says of scheduler_config.json
+    few_steps: dict = field(default_factory=dict)  # how a UNet for few steps is run: fields of RunDefaults
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Checkpoint:
     steps: int  # the model's defaults
     guidance: float
     pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
+    few_steps: dict = field(default_factory=dict)  # spacing, eta and timesteps of a model for few steps
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from oracle import last
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.request import Request
+from stable_diffusion.options import RunDefaults
 from stable_diffusion.weights.files import open_checkpoint
 
 
@@ -93,6 +94,14 @@ def test_diffusers_reads_what_it_wrote(tmp_path, request, family, cls):
         assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a), part
     assert ours.scheduler.config == theirs.scheduler.config
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+
+
+def test_defaults_of_a_lora_for_few_steps_stay(tmp_path, sd1_folder):
+    path = tmp_path / "dmd2_sdxl_4step_lora.safetensors"
+    write_lora(path)
+    folder = convert(Request(model=str(sd1_folder), lora=((str(path), 1.0),)), tmp_path / "new")
+    again = convert(Request(model=str(folder)), tmp_path / "again")
+    assert StableDiffusion(again).defaults == RunDefaults("lcm", 4, 0.0, spacing="trailing")
 
 
 def test_a_lora_is_in_the_weights(tmp_path, sd1_folder):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import loras
 from command_line import PROMPT, ROOT, names, pixels
 from stable_diffusion import StableDiffusion
 from stable_diffusion.app import memory
@@ -212,3 +213,43 @@ def test_a_name_of_what_the_model_decides(make):
     name = "{sampler}-{steps}-{cfg}-{width}x{height}-{model}.png"
     done = make("--n_images", 1, "--steps", 1, "--json", name=name).succeeded()
     assert Path(json.loads(done.out[0])["path"]).name == "ddim-1-1-64x64-sd.png"
+
+
+# --- models for few steps --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora_folder(sd1_folder, tmp_path_factory) -> Path:
+    """One LoRA under the names of several for few steps."""
+    folder = tmp_path_factory.mktemp("loras")
+    tensors, _ = loras.make(loras.load(sd1_folder, "sd1"))
+    for name in ("lcm-lora-sdv1-5", "Hyper-SD15-2steps-lora", "dmd2_sdxl_1step_lora", "style"):
+        loras.write(folder, tensors, f"{name}.safetensors")
+    return folder
+
+
+PROMPTS = {  # {prompt: what its picture says}
+    "a cat": ("Steps: 3, Sampler: DDIM", "CFG scale: 2"),
+    "a cat <lora:lcm-lora-sdv1-5:1>": ("Steps: 4, Sampler: LCM", "CFG scale: 1"),
+    "a cat <lora:Hyper-SD15-2steps-lora:1>": ("Steps: 2, Sampler: DDIM", "CFG scale: 0"),
+    "a cat <lora:dmd2_sdxl_1step_lora:1>": ("Steps: 1, Sampler: LCM", "CFG scale: 0"),
+    "a cat <lora:lcm-lora-sdv1-5:0>": ("Steps: 3, Sampler: DDIM", "CFG scale: 2"),
+    "a cat <lora:style:1>": ("Steps: 3, Sampler: DDIM", "CFG scale: 2"),
+}
+
+
+@pytest.mark.parametrize("memory_options", [[], ["--low_memory"]])
+def test_a_lora_for_few_steps_is_for_its_own_prompts(run, sd1_folder, lora_folder, tmp_path, memory_options):
+    index = json.loads((sd1_folder / "model_index.json").read_text()) | {"_defaults": {"steps": 3, "guidance": 2.0}}
+    model = shutil.copytree(sd1_folder, tmp_path / "model")
+    (model / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = ["--model", model, "--lora_dir", lora_folder, "--width", 64, "--height", 64, "--seed", 1, "--n_images", 1]
+    options += [*memory_options, "--no_grid", "--output", tmp_path / "all.png"]
+    run("txt2image", "--prompt_file", tmp_path / "prompts.txt", *options).succeeded()
+    for i, (prompt, (steps, guidance)) in enumerate(PROMPTS.items(), start=1):
+        text = Image.open(tmp_path / f"all_{i}.png").text["parameters"]
+        assert steps in text and guidance in text, (prompt, text)
+        options[options.index("--seed") + 1] = i
+        run("txt2image", prompt, *options[:-1], tmp_path / f"alone_{i}.png").succeeded()
+        assert np.array_equal(pixels(tmp_path / f"all_{i}.png"), pixels(tmp_path / f"alone_{i}.png")), prompt

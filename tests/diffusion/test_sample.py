@@ -9,6 +9,7 @@ from checkpoints import SCALED, both, make
 from oracle import picture, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion
 from stable_diffusion.diffusion.samplers import dpmpp_2m, euler
+from stable_diffusion.options import Options, RunDefaults, plan_run
 
 PROMPT = "the red cat"
 SMALL = {"latent_size": (4, 6), "seed": 1, "cfg_weight": 3.0}
@@ -48,6 +49,31 @@ def test_given_timesteps_and_sigmas(sd):
     assert np.array_equal(states(sd, sampler="euler", sigmas=steps.sigmas, num_steps=4), want)
     plain = [float(sigma) for sigma in steps.sigmas]
     assert relative_error(states(sd, sampler="euler", sigmas=plain), want) <= 1e-5
+
+
+DMD2 = {"sampler": "lcm", "cfg_weight": 0.0}
+ONE, FOUR = DMD2 | {"num_steps": 1, "timesteps": (399,)}, DMD2 | {"num_steps": 4, "spacing": "trailing"}
+TCD = {"sampler": "tcd", "cfg_weight": 0.0, "num_steps": 1, "eta": 1.0}
+
+
+@pytest.mark.parametrize(
+    "defaults, num_steps, given, expected",
+    [
+        (ONE, None, {}, (399,)),
+        (ONE, None, {"sampler": "LCM"}, (399,)),
+        (ONE, 2, {}, (999, 499)),  # all that is chosen wins
+        (ONE, None, {"sampler": "euler"}, (1,)),
+        (ONE, None, {"timesteps": (800,)}, (800,)),
+        (FOUR, None, {}, (999, 749, 499, 249)),
+        (FOUR, 2, {"sampler": "lcm"}, (999, 499)),
+        (FOUR, None, {"timesteps": (800, 200)}, (800, 200)),
+        (TCD, None, {"sampler": "euler", "spacing": "trailing"}, (999,)),  # which takes no eta
+    ],
+)
+def test_defaults_of_models_for_few_steps(sd, defaults, num_steps, given, expected):
+    settings = {"num_steps": num_steps, "seeds": (1,)}
+    run = plan_run(sd.schedule, Options(**given), RunDefaults(**defaults), **settings)
+    assert run.steps.timesteps == expected
 
 
 @pytest.mark.parametrize(

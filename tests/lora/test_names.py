@@ -1,4 +1,4 @@
-"""The names in LoRA files lead to the layers of the published models; where LoRAs may lie; which are few-step."""
+"""The names in LoRA files lead to the layers of the published models; where LoRAs may lie."""
 
 import json
 
@@ -11,7 +11,7 @@ from hub_server import safetensors
 from original_layout import PUBLISHED
 from stable_diffusion.lora.delta import shape_of
 from stable_diffusion.lora.files import locate, read_lora
-from stable_diffusion.lora.names import few_step_defaults, layer_names, read_key, write_keys
+from stable_diffusion.lora.names import layer_names, read_key, write_keys
 from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
 
@@ -82,37 +82,6 @@ def test_spellings():
 def test_other_names_are_none_of_a_lora():
     for name in ("unet.conv_in.weight", "emb_params", "lora_unet_conv_in.oft_blocks", "a.lora_C.weight"):
         assert read_key(name) is None, name
-
-
-EULER = {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0}
-DDIM = {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0}
-LCM = {"sampler": "lcm", "num_steps": 4, "cfg_weight": 1.0}
-CACHE = "/home/me/.cache/huggingface/hub"
-FEW_STEP = {
-    "loras/sdxl_lightning_4step_lora.safetensors": EULER | {"num_steps": 4},
-    "Hyper-SD15-8steps-lora.safetensors": DDIM | {"num_steps": 8},
-    "hyper_sdxl_2step.safetensors": DDIM | {"num_steps": 2},
-    "Hyper-SDXL-12steps-CFG-lora.safetensors": DDIM | {"num_steps": 12, "cfg_weight": 5.0},
-    "Hyper-SDXL-1step-lora.safetensors": {"sampler": "tcd", "eta": 1.0, "num_steps": 1, "cfg_weight": 0.0},
-    f"{CACHE}/models--latent-consistency--lcm-lora-sdv1-5/snapshots/1f/pytorch_lora_weights.safetensors": LCM,
-    "loras/lcm-lora-sdxl/pytorch_lora_weights.safetensors": LCM,
-    "LCM_LoRA_SDXL.safetensors": LCM,
-    "lcm-lora-sdxl/lightning_bolts.safetensors": None,
-    "hyperrealism_sd15.safetensors": None,
-    "pytorch_lora_weights.safetensors": None,
-    "calm-lora.safetensors": None,
-}
-
-
-@pytest.mark.parametrize("path, wanted", FEW_STEP.items())
-def test_few_step_loras(path, wanted):
-    assert few_step_defaults(path, {}) == wanted
-
-
-def test_few_step_loras_are_known_by_what_is_written_in_them():
-    assert few_step_defaults("renamed.safetensors", {"ss_output_name": "lcm_lora_sd15"}) == LCM
-    assert few_step_defaults("renamed.safetensors", {"modelspec.title": "SDXL Lightning 2-step"})["num_steps"] == 2
-    assert few_step_defaults("renamed.safetensors", {"ss_output_name": "watercolour"}) is None
 
 
 # --- where it may lie ------------------------------------------------------------------------------------------------

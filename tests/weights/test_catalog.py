@@ -1,6 +1,7 @@
 """The catalog: every name leads somewhere, and an unknown one to an error that helps."""
 
 import re
+from functools import partial
 
 import pytest
 
@@ -26,15 +27,52 @@ def test_xl_models_have_a_vae_for_half_precision():
     assert catalog.find("stabilityai/sdxl-turbo").half_vae == catalog.find("sdxl").half_vae
 
 
-def test_files_of_distilled_models():
-    for file, scheduler, steps in (
-        ("sd_xl_turbo_1.0_fp16", "EulerAncestralDiscreteScheduler", 2),
-        ("sd_turbo", "EulerDiscreteScheduler", 2),
-        ("SDXL_Lightning_4step", "EulerDiscreteScheduler", 4),
-    ):
-        assert catalog.distilled(file) == ({"_class_name": scheduler, "timestep_spacing": "trailing"}, steps)
-    for file in ("v1-5-pruned-emaonly", "sd_xl_base_1.0", "my_sd_turbo_merge", "dreamshaperXL_turbo"):
-        assert catalog.distilled(file) is None
+EULER = {"sampler": "euler", "spacing": "trailing", "cfg_weight": 0.0}
+DDIM = {"sampler": "ddim", "spacing": "trailing", "cfg_weight": 0.0}
+LCM = {"sampler": "lcm", "num_steps": 4, "cfg_weight": 0.0}
+TCD = {"sampler": "tcd", "num_steps": 4, "cfg_weight": 0.0}
+SNAPSHOT = "/home/me/.cache/huggingface/hub/models--{}/snapshots/1f/{}.safetensors".format
+FEW_STEPS = {  # published names of checkpoints, UNets and LoRAs
+    "sd_xl_turbo_1.0_fp16.safetensors": EULER | {"sampler": "euler_a", "num_steps": 2},
+    SNAPSHOT("stabilityai--sdxl-turbo", "unet/diffusion_pytorch_model.fp16"): EULER
+    | {"sampler": "euler_a", "num_steps": 2},
+    "sd_turbo.safetensors": EULER | {"num_steps": 2},
+    "models/SDXL_Lightning_4step.safetensors": EULER | {"num_steps": 4},
+    "sdxl_lightning_8step_unet.safetensors": EULER | {"num_steps": 8},
+    "loras/sdxl_lightning_2step_lora.safetensors": EULER | {"num_steps": 2},
+    "Hyper-SD15-8steps-lora.safetensors": DDIM | {"num_steps": 8},
+    "hyper_sdxl_2step.safetensors": DDIM | {"num_steps": 2},
+    "Hyper-SDXL-12steps-CFG-lora.safetensors": DDIM | {"num_steps": 12, "cfg_weight": 5.0},
+    "Hyper-SDXL-1step-lora.safetensors": TCD | {"num_steps": 1, "eta": 1.0},
+    "Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors": LCM | {"num_steps": 1, "timesteps": (800,)},
+    "dmd2_sdxl_4step_unet_fp16.bin": LCM | {"spacing": "trailing"},
+    "dmd2_sdxl_4step_lora_fp16.safetensors": LCM | {"spacing": "trailing"},
+    "dmd2_sdxl_1step_unet.bin": LCM | {"num_steps": 1, "timesteps": (399,)},
+    "pcm_sdxl_smallcfg_16step_converted.safetensors": TCD | {"num_steps": 16, "eta": 0.0},
+    "pcm_sd15_normalcfg_8step_converted.safetensors": TCD | {"num_steps": 8, "eta": 0.0, "cfg_weight": 7.5},
+    "pcm_sd15_lcmlike_lora_converted.safetensors": LCM,
+    SNAPSHOT("h1t--TCD-SDXL-LoRA", "pytorch_lora_weights"): TCD | {"eta": 0.3},
+    SNAPSHOT("jasperai--flash-sdxl", "pytorch_lora_weights"): LCM,
+    SNAPSHOT("latent-consistency--lcm-lora-sdv1-5", "pytorch_lora_weights"): LCM | {"cfg_weight": 1.0},
+    "loras/lcm-lora-sdxl/pytorch_lora_weights.safetensors": LCM | {"cfg_weight": 1.0},
+    "LCM_LoRA_SDXL.safetensors": LCM | {"cfg_weight": 1.0},
+    "SDXL-Flash.safetensors": EULER | {"sampler": "dpmpp_2m", "num_steps": 7, "cfg_weight": 3.0},
+}
+OTHERS = ["v1-5-pruned-emaonly", "sd_xl_base_1.0", "my_sd_turbo_merge", "dreamshaperXL_turbo", "hyperrealism_sd15"]
+OTHERS += ["pytorch_lora_weights", "calm-lora", "lcm-lora-sdxl/lightning_bolts", "flash_sd3", "unet/model", "stcd_sd15"]
+
+
+@pytest.mark.parametrize("path, settings", (FEW_STEPS | dict.fromkeys(OTHERS)).items())
+def test_models_for_few_steps(path, settings):
+    assert catalog.few_step_settings(path, {}) == settings
+    assert settings is None or settings["sampler"] in catalog.SCHEDULERS
+
+
+def test_models_for_few_steps_are_known_by_their_metadata():
+    settings = partial(catalog.few_step_settings, "renamed.safetensors")
+    assert settings({"ss_output_name": "lcm_lora_sd15"}) == LCM | {"cfg_weight": 1.0}
+    assert settings({"modelspec.title": "SDXL Lightning 2-step"}) == EULER | {"num_steps": 2}
+    assert settings({"ss_output_name": "watercolour"}) is None
 
 
 def test_every_repository_has_the_form_of_a_hub_id():

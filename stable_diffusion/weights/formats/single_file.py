@@ -8,6 +8,7 @@ exception: a bias that shows what a UNet of Stable Diffusion 2 predicts.
 import logging
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ _NOISE = {
 }
 _LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
 _FIRST_BIAS = re.compile(r"up_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.0\.norm1\.bias")
+_VELOCITY = ("v", "v_prediction", "v-prediction", "vpred", "v_pred")  # in metadata
 _MODES = {4: "", 5: "Depth2Img", 8: "InstructPix2Pix", 9: "Inpaint"}  # in a pipeline's name, by the UNet's channels
 
 
@@ -82,22 +84,19 @@ def read_checkpoint(
     can_measure = family is FAMILIES["sd2"] and pipeline == "StableDiffusionPipeline"
     measured = prefixes.get("unet") if can_measure else None
     scheduler["prediction_type"] = prediction or _prediction(tensors, metadata, where, measured)
-    if "ztsnr" in tensors:
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if "unet" in prefixes:
         unet["sample_size"] = _sample_size(family, scheduler["prediction_type"], metadata)
     steps, guidance = catalog.defaults_for(pipeline, scheduler)
-    if distilled := catalog.distilled(path.stem):
-        scheduler |= distilled[0]
-        steps, guidance = distilled[1], 0.0
-        _log.info("%s is a distilled model by its name: %d steps without guidance", where, steps)
+    components = {kind: Component(kind, configs[kind], (path,), prefixes[kind]) for kind in needed if kind in prefixes}
+    if "unet" in components:
+        components["unet"] = with_run(components["unet"], tensors, metadata)
     return Checkpoint(
         name=where,
         folder=path.parent,
         pipeline=pipeline,
         index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **family.options},
         scheduler=scheduler,
-        components={k: Component(k, configs[k], (path,), prefixes[k]) for k in needed if k in prefixes} | replaced,
+        components=components | replaced,
         tokenizers=dict.fromkeys(family.pad_tokens, path.parent),
         steps=steps,
         guidance=guidance,
@@ -191,19 +190,49 @@ def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
     return f"StableDiffusion{'XL' if family is FAMILIES['xl'] else ''}{_MODES[channels]}Pipeline"
 
 
-def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
-    """Return what the UNet predicts, by the metadata of trainers, or by an empty tensor that is a flag.
+def with_run(unet: Component, names: Collection[str], metadata: Mapping[str, str]) -> Component:
+    """Add to a UNet what its file says of the schedule, and how it is run if it is one for few steps."""
+    (path,), scheduler, few_steps = unet.files[:1], {}, {}
+    if stated := _stated_prediction(names, metadata):
+        scheduler["prediction_type"] = stated
+    elif re.search(r"lightning.*x0", path.stem):  # its variant for one step
+        scheduler["prediction_type"] = "sample"
+    if _is_flag("ztsnr", "ss_zero_terminal_snr", names, metadata):
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if unet.config.get("time_cond_proj_dim") is not None:
+        # The guidance is an input of the UNet here, not a second pass (Luo et al. 2023).
+        is_xl = unet.config.get("addition_embed_type") == "text_time"
+        few_steps = {"sampler": "lcm", "num_steps": 4, "cfg_weight": 8.0 if is_xl else 8.5}
+    else:
+        few_steps = catalog.few_step_settings(path.as_posix(), metadata) or {}
+    return replace(unet, scheduler=scheduler, few_steps=few_steps)
 
-    Where neither says it, the UNet of Stable Diffusion 2 with the prefix ``measured`` shows it, by the spread of its
-    last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which predicts
-    the velocity. Other programs that read such files look at the same tensor, with the same bound.
-    """
-    stated = metadata.get("modelspec.prediction_type", "").lower()
+
+def _is_flag(tensor: str, key: str, names: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Return whether an empty tensor or the metadata of a trainer says yes."""
+    return tensor in names or metadata.get(key, "").lower() == "true"
+
+
+def _stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> str | None:
+    """Return what a UNet predicts by the metadata of trainers and mergers, or by an empty tensor that is a flag."""
+    keys = ("modelspec.prediction_type", "modelspec.predict_key", "ss_prediction_type")
+    stated = {metadata.get(key, "").lower() for key in keys}
     architecture = metadata.get("modelspec.architecture", "")
-    if "v_pred" in tensors or stated in ("v", "v_prediction") or architecture.startswith("stable-diffusion-v2-768-v"):
+    is_v = _is_flag("v_pred", "ss_v_parameterization", names, metadata) or not stated.isdisjoint(_VELOCITY)
+    if is_v or architecture.startswith("stable-diffusion-v2-768-v"):
         return "v_prediction"
-    if stated == "epsilon" or architecture.startswith("stable-diffusion-v2-512") or measured is None:
-        return "epsilon"
+    return "epsilon" if "epsilon" in stated or architecture.startswith("stable-diffusion-v2-512") else None
+
+
+def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
+    """Return what the UNet predicts.
+
+    Where the file does not say it, the UNet of Stable Diffusion 2 with the prefix ``measured`` shows it, by the spread
+    of its last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which
+    predicts the velocity. Other programs that read such files look at the same tensor, with the same bound.
+    """
+    if (stated := _stated_prediction(tensors, metadata)) or measured is None:
+        return stated or "epsilon"
     unet = to_diffusers("unet", _network(tensors, measured))
     biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
     spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0

@@ -18,6 +18,7 @@ from oracle import perturb, relative_error
 from original_layout import diffusers_names, write_open_clip, write_original
 from stable_diffusion import StableDiffusion
 from stable_diffusion.models.config import CLIPTextConfig as TextConfig
+from stable_diffusion.weights import catalog
 from stable_diffusion.weights.files import Component, open_checkpoint, open_part, read_tensors
 from stable_diffusion.weights.load import load_component
 
@@ -182,17 +183,42 @@ def test_ckpt(made, tmp_path):
 def test_lcm(single):
     checkpoint = opened(single("sd1", {f"{UNET}time_embed.cond_proj.weight": np.ones((32, 256), np.float32)}))
     assert checkpoint.pipeline == "LatentConsistencyModelPipeline"
-    assert checkpoint.scheduler["_class_name"] == "LCMScheduler" and checkpoint.steps == 4
+    assert checkpoint.scheduler["_class_name"] == "LCMScheduler"
+    assert (checkpoint.steps, checkpoint.guidance) == (4, 8.5)
     unet = load_component(checkpoint.components["unet"])
     assert unet.config.time_cond_proj_dim == 256
     assert np.array_equal(unet.time_embedding.cond_proj.weight, np.ones((32, 256)))
 
 
-def test_distilled_models_are_known_by_the_names_of_their_files(made, tmp_path):
-    checkpoint = opened(saved(tmp_path / "sdxl_lightning_4step.safetensors", made("xl")[1]))
-    assert checkpoint.scheduler["_class_name"] == "EulerDiscreteScheduler"
-    assert checkpoint.scheduler["timestep_spacing"] == "trailing" and checkpoint.scheduler["beta_start"] == 0.00085
-    assert (checkpoint.steps, checkpoint.guidance) == (4, 0.0)
+@pytest.mark.parametrize(
+    "name, scheduler, spacing, prediction, rest",
+    [
+        ("sdxl_lightning_4step_unet", "EulerDiscreteScheduler", "trailing", "epsilon", {"spacing": "trailing"}),
+        ("sdxl_lightning_1step_unet_x0", "EulerDiscreteScheduler", "trailing", "sample", {"spacing": "trailing"}),
+        ("dmd2_sdxl_1step_unet", "LCMScheduler", "leading", "epsilon", {"timesteps": (399,)}),
+    ],
+)
+@pytest.mark.parametrize("source", ["checkpoint", "unet", "folder"])
+def test_models_for_few_steps(made, tmp_path, caplog, name, scheduler, spacing, prediction, rest, source):
+    """As a whole checkpoint, or as the UNet of another one: a file, or a folder."""
+    folder, tensors = made("xl")
+    own = saved(tmp_path / f"{name}.safetensors", tensors)
+    if source == "checkpoint":
+        checkpoint = opened(own)
+    else:
+        base = saved(tmp_path / "base.safetensors", tensors) if source == "unet" else folder
+        checkpoint = opened(base, parts={"unet": own})
+    expected = SCHEDULER if source == "folder" else {"timestep_spacing": spacing}
+    expected = expected | {"_class_name": scheduler, "prediction_type": prediction, "beta_start": 0.00085}
+    expected |= {"timestep_spacing": "trailing"} if spacing == "trailing" else {}
+    assert checkpoint.scheduler.items() >= expected.items()
+    steps = 4 if "4step" in name else 1
+    assert (checkpoint.steps, checkpoint.guidance, checkpoint.few_steps) == (steps, 0.0, rest)
+    assert said(caplog) == [f"{own} was made for few steps: where nothing else is chosen it runs with " + _listed(own)]
+
+
+def _listed(path: Path) -> str:
+    return ", ".join(f"{key} {value}" for key, value in catalog.few_step_settings(str(path), {}).items())
 
 
 # --- prediction --------------------------------------------------------------------------------------------------
@@ -205,6 +231,11 @@ def test_distilled_models_are_known_by_the_names_of_their_files(made, tmp_path):
         ("sd1", (), {"modelspec.prediction_type": "v"}, None, "v_prediction"),
         ("sd1", (), {"modelspec.prediction_type": "v"}, "epsilon", "epsilon"),
         ("xl", ("v_pred", "ztsnr"), {}, None, "v_prediction"),
+        ("xl", ("v_pred",), {"modelspec.prediction_type": "epsilon"}, None, "v_prediction"),
+        ("xl", (), {"modelspec.predict_key": "v"}, None, "v_prediction"),
+        ("xl", (), {"ss_v_parameterization": "True"}, None, "v_prediction"),
+        ("xl", (), {"ss_v_parameterization": "False", "modelspec.predict_key": "epsilon"}, None, "epsilon"),
+        ("sd2", (), {"modelspec.predict_key": "epsilon"}, None, "epsilon"),
         ("sd2", (), {"modelspec.architecture": "stable-diffusion-v2-768-v"}, None, "v_prediction"),
         ("sd2", (), {"modelspec.architecture": "stable-diffusion-v2-512"}, None, "epsilon"),
         ("sd2", (), {"modelspec.prediction_type": "epsilon"}, None, "epsilon"),
@@ -220,6 +251,16 @@ def test_prediction_as_stated(single, caplog, family, more, metadata, argument, 
     large = family == "sd2" and expected == "v_prediction"
     assert checkpoint.components["unet"].config["sample_size"] == (96 if large else 128 if family == "xl" else 64)
     assert said(caplog) == []
+
+
+@pytest.mark.parametrize("more, metadata", [(("v_pred", "ztsnr"), {}), ((), {"ss_v_parameterization": "true"})])
+def test_a_unet_brings_its_prediction_along(made, single, more, metadata):
+    unet = single("xl", dict.fromkeys(more, np.zeros(0, dtype=np.float32)), metadata)
+    scheduler = open_checkpoint(made("xl")[0], parts={"unet": unet}).scheduler
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler.get("rescale_betas_zero_snr", False) == bool(more)
+    chosen = open_checkpoint(made("xl")[0], parts={"unet": unet}, prediction="epsilon").scheduler
+    assert chosen["prediction_type"] == "epsilon"
 
 
 @pytest.mark.parametrize(("spread", "expected"), [(0.057, "epsilon"), (0.534, "v_prediction")])
