@@ -26,7 +26,7 @@ NUMBERS = OPTION_NUMBERS | {
     "width": Number(int, 64, 16384, multiple=8),
     "height": Number(int, 64, 16384, multiple=8),
     "n_images": COUNT,
-    "seed": Number(int, 0, 2**63 - 1),
+    "seed": Number(int, -1, 2**63 - 1),
     "steps": COUNT,
     "cfg": Number(float),
     "image_cfg": Number(float),
@@ -69,8 +69,8 @@ class Request:
     """Describe an image, or several that differ in prompt, seed and swept settings.
 
     ``prompt`` is the text that was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None
-    is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their fields stand
-    beside the others in flags, records and JSON. Files are paths; networks are paths or Hub ids.
+    or -1 is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their fields
+    stand beside the others in flags, records and JSON. Files are paths; networks are paths or Hub ids.
 
     Raises ValueError for a number out of range or an unknown choice.
     """
@@ -267,13 +267,13 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
     next_seed, number = None, 0
     for request, sweep in lines:
         swept = {name: settings for name, settings in sweep.items() if name != "seed"}
-        own_seeds = request.seed if isinstance(request.seed, tuple) else None
+        own_seeds = tuple(map(_drawn, request.seed)) if isinstance(request.seed, tuple) else None
         count = len(own_seeds or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
         if request.n_images not in (None, count):
             text = f"n_images {request.n_images} is not the number of the {count} seeds; leave it out"
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
-            next_seed = image_seeds(request.seed if own_seeds is None else None, 1)[0]
+            next_seed = _drawn(request.seed if own_seeds is None else None)
         for prompt in _prompts(request, next_seed):
             if len(images) + count * prod(map(len, swept.values())) > MOST_IMAGES:
                 text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
@@ -288,6 +288,11 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
                     images.append((place, request.with_values(**single, **setting)))
             next_seed, number = seeds[-1] + 1, number + 1
     return [image for _, image in sorted(images, key=lambda pair: pair[0])]
+
+
+def _drawn(seed: int | None) -> int:
+    """Return a seed, a random one for None and -1."""
+    return image_seeds(None if seed == -1 else seed, 1)[0]
 
 
 def _prompts(request: Request, seed: int) -> list[str]:

@@ -103,7 +103,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
     except (OSError, ValueError) as error:
         raise ValueError(f"the prompt file {path} cannot be read ({error}); give a text file in UTF-8") from error
     line_parser = Parser(prog=parser.prog, add_help=False)
-    left_out = FOREIGN[script] | {"prompt_file", "from_image", "without", "wildcards"}
+    left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "wildcards"}
     line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"], left_out)
     requests = []
     for number, line in enumerate(lines, start=1):

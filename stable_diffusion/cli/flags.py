@@ -27,8 +27,8 @@ FLAGS = {
         "--width PIXELS": "a multiple of 8",
         "--height PIXELS": "a multiple of 8",
         "--n_images N": "images of each prompt (4), and of each setting of lists (1)",
-        "--seed N": "of the first image, the others count on from it (random); or of each image, as a list: 1,2,3 or "
-        "1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
+        "--seed N": "of the first image, the others count on from it (-1, random); or of each image, as a list: 1,2,3 "
+        "or 1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",
         "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
@@ -45,6 +45,7 @@ FLAGS = {
         "--image_cfg SCALE": "the same as --cfg for the image, for models for instructions (1.5)",
     },
     "prompt": {
+        "--prompt -p TEXT": "the prompt, in place of the one without a flag",
         "--clip_skip N": "layers to leave out at the encoder's end (0)",
         "--emphasis": "how weights act: on the encoded words, keeping their mean; on what is taken from them; or "
         "brackets are text (mean)",
@@ -101,6 +102,7 @@ FLAGS = {
         "--batch_size N": "images to make at once, of several prompts too (as many as memory allows, up to 8)",
         "--decoding_batch_size N": "images to decode at once (1)",
         "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
+        "--cpu": "the same as --device cpu",
         "--dtype": "in which type; bfloat16 does not overflow, but rounds 8 times as much as float16 (float16 on a "
         "GPU, float32 on a CPU)",
         "--no_float16": "the same as --dtype float32",

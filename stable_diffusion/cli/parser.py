@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import BITS
 from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
+from .foreign_flags import COUNTERPARTS
 from .streams import in_one_line, say
 
 T = TypeVar("T")
@@ -55,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first of a list: --seed -1,5
         if self.add_help:
             version = f"stable-diffusion-mlx {__version__}"
             self.add_argument("--version", action="version", version=version, help="print the version and leave")
@@ -73,8 +76,11 @@ class Parser(argparse.ArgumentParser):
                 options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
             elif name not in _CHOICES:
                 options = {"action": "store_true"}
-            if name == "no_float16":
-                options = {"action": "store_const", "const": "float32", "dest": "dtype"}
+            if name in _CONSTANTS:
+                dest, const = _CONSTANTS[name]
+                options = {"action": "store_const", "const": const, "dest": dest}
+            if name == "prompt":
+                options |= {"action": _Once}
             group = group or self.add_argument_group(title, about)
             group.add_argument(*names, help=help_text, **options)
 
@@ -82,6 +88,9 @@ class Parser(argparse.ArgumentParser):
         """Parse arguments after hyphens in flags have become underscores."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
+        problems = [self._problem(word) for word in words[:end]]
+        if found := [*dict.fromkeys(filter(None, problems))]:
+            self.error("; ".join(found[:3]))
         words[:end] = [_HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word) for word in words[:end]]
         result = super().parse_known_args(words, namespace)
         try:
@@ -89,6 +98,41 @@ class Parser(argparse.ArgumentParser):
         except ImportError as error:
             self.error(error)
         return result
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse arguments, or say what is wrong with words that belong to none."""
+        result, rest = self.parse_known_args(args, namespace)
+        if not rest:
+            return result
+        words, prompt = " ".join(rest)[:100], getattr(result, "prompt", None)
+        text = f"there are words too many: {words}"
+        if all(re.fullmatch(r"-?[\d.]+", word) for word in rest):
+            text = (
+                f"{words} belongs to no flag: several values go with commas (--steps 4,8), bits for -q with --unet_bits"
+            )
+        elif prompt is not None:
+            text = f'words follow the prompt; put all of it in quotes: "{prompt[:100]} {words}"'
+        self.error(text)
+
+    def _problem(self, word: str) -> str | None:
+        """Return the name that a flag of another program has here, or one similar to an unknown flag."""
+        match = re.fullmatch(r"(--?[A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
+        if match is None:
+            return None
+        name, known = match[1].lstrip("-").replace("-", "_"), self._option_string_actions
+        flag = f"--{name}" if match[1].startswith("--") else match[1]
+        counterpart = COUNTERPARTS.get(name, "")
+        is_short = flag[:2] in known and not flag.startswith("--")  # also with its value, as in -pTEXT
+        if is_short or flag in known or (not counterpart and any(option.startswith(flag) for option in known)):
+            return None
+        needed = {f"--{one}" for one in re.findall(r"--(\w+)", counterpart or f"--{name}")}
+        if needed <= known.keys():
+            return f"{match[1]} is {counterpart} here" if counterpart[:2] == "--" else f"{match[1]}: {counterpart}"
+        if scripts := [script for script, lacking in FOREIGN.items() if needed <= _ALL - {f"--{x}" for x in lacking}]:
+            owner = " and ".join(scripts) if self.add_help else "the command, not of a line"
+            return f"{match[1]} is {counterpart or 'a flag'} of {owner}"
+        similar = get_close_matches(f"--{name}", known, 1, 0.75)
+        return f"there is no flag {match[1]}; " + (f"did you mean {similar[0]}?" if similar else "see --help")
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print the result of a command, or exit: with 141 (SIGPIPE) where nobody reads it, else with 1 and a line."""
@@ -116,6 +160,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(code, in_one_line(f"{self.prog}: error: {self.where}{text}") + "\n")
 
 
+class _Once(argparse.Action):
+    """Store a value, and refuse another one: the prompt stands without a flag or behind one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, option_string: Any = None) -> None:
+        if self.dest in namespace:
+            first = getattr(namespace, self.dest)
+            parser.error(f"the {self.dest} is given twice: {first[:80]!r} and {value[:80]!r}; put all of it in quotes")
+        setattr(namespace, self.dest, value)
+
+
 def script_parser(script: str, prog: str | None = None) -> Parser:
     """Return the parser of "txt2image" or "image2image", under the name ``prog`` (None: the process's)."""
     from_image = script == "image2image"
@@ -127,7 +181,7 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
     )
     if from_image:
         parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=text, nargs="?", help="what to show")
+    parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="what to show")
     parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and leave")
     for title, about in ABOUT.items():
         parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
@@ -210,6 +264,8 @@ def weighted(value: str) -> tuple[str, float]:
     return value, 1.0
 
 
+_ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
+_CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
 _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
 _GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
@@ -221,6 +277,7 @@ _CHOICES = CHOICES | {
 }
 _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
 _TYPES |= {
+    "prompt": text,
     "negative_prompt": text,
     "sampler": sampler,
     "schedule": partial(name, read_schedule),

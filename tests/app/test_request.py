@@ -82,7 +82,7 @@ WRONG_KINDS = {"steps": True, "cfg": "7", "canny": "yes", "lora": [["a"]], "expa
     [
         *(({name: value}, "is of the wrong kind") for name, value in WRONG_KINDS.items()),
         ({"steps": 0}, "0 is not a whole number from 1 to 9999"),
-        ({"seed": 10**400}, "is not a whole number from 0"),
+        ({"seed": 10**400}, "is not a whole number from -1"),
         ({"cfg": 10**400}, "is of the wrong kind"),
         ({"sampler": "best"}, "'best' is unknown"),
         ({"resize": "zoom"}, "'zoom' is unknown; choose one of crop, pad, stretch"),
@@ -135,6 +135,16 @@ def test_a_resolved_prompt_is_not_resolved_again():
 )
 def test_how_many_images(words, seeds):
     assert [row[-1] for row in rows(expanded("a", *words), "steps")] == seeds
+
+
+def test_a_seed_of_minus_one_is_random(prompts):
+    """On the command line, in lists, in lines of a file and in records."""
+    (alone,) = expand(arguments.read("txt2image", ["a", "--seed", "-1", "--n_images", "1"]).lines)
+    first, five = expand(arguments.read("txt2image", ["a", "--seed", "-1,5"]).lines)
+    line, *_ = expand(arguments.read("txt2image", ["--prompt_file", str(prompts("a --seed -1")), "--seed", "7"]).lines)
+    (recorded,) = expand([(Request.from_dict({"prompt": "a", "seed": -1, "n_images": 1})[0], {})])
+    seeds = [image.seed for image in (alone, first, line, recorded)]
+    assert min(seeds) >= 0 and len(set(seeds)) == 4 and five.seed == 5 and 7 not in seeds
 
 
 def test_the_first_sweep_changes_slowest_and_seeds_fastest():
@@ -200,7 +210,7 @@ def test_lines_that_are_refused(run, no_model, prompts):
         ("a --seed 20-1", ["--seed", "'20-1' goes down", "1-20"]),
         ("a --seed 1-99999999999", ["--seed", "'1-99999999999' is more than 9999 values", "fewer"]),
         ("a --steps 1-20", ["--steps", "'1-20' is not a whole number"]),
-        ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "euler, euler_a"]),
+        ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "did you mean euler?"]),
     ],
 )
 def test_what_is_refused(run, no_model, words, said):

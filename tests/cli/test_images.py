@@ -146,7 +146,16 @@ CHANGES = {
     ("image2image", "pix2pix", "--cfg 4"): "--image_cfg 3",
 }
 # Flags that change no picture, or how many there are, or that have tests of their own.
-OTHERS = {"--n_images", "--alternatives", "--prompt_file", "--from_image", "--without", "--wildcards", "--model"}
+OTHERS = {
+    "--prompt",
+    "--n_images",
+    "--alternatives",
+    "--prompt_file",
+    "--from_image",
+    "--without",
+    "--wildcards",
+    "--model",
+}
 OTHERS |= {"--revision", "--lora_partial", "--lora_dir", "--control_image"}
 OTHERS |= {usage.split()[0] for group in ("memory and time", "output", "preview") for usage in FLAGS[group]}
 

@@ -17,9 +17,11 @@ from stable_diffusion.app import engine
 from stable_diffusion.app.metadata import read_record
 from stable_diffusion.cli import arguments
 from stable_diffusion.cli.flags import FOREIGN
+from stable_diffusion.cli.foreign_flags import COUNTERPARTS
 from stable_diffusion.cli.parser import script_parser
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
+from tools.flags import flags_of
 
 SMALL = ("--width", 64, "--height", 64, "--steps", 1, "--n_images", 1)
 
@@ -73,7 +75,7 @@ BAD_VALUES = {  # what is said: flags and their values
     "a multiple of 8 from 64 to 16384": "--width 100; --width 512.0; --height 16392",
     "a whole number from 1 to 9999": "--steps 2.5; --n_rows 0; --batch_size 0; --decoding_batch_size 0; "
     f"--hires_steps 0; --preview_every 0; --n_images {'9' * 400}",
-    "a whole number from 0 to 2^63 - 1": "--seed 9223372036854775808",
+    "a whole number from -1 to 2^63 - 1": "--seed 9223372036854775808",
     "a number": "--cfg nan; --image_cfg nan",
     "a number from 0 to 1": "--eta inf; --guidance_rescale 1.5; --control_start 1.5; --control_end -1",
     "a number above 0 and at most 1": "--strength 0; --strength nan; --hires_strength 0; --refiner_start 0",
@@ -105,7 +107,11 @@ REFUSED = [
     ("--output no\nfolder\r\nhere/out.png", "no folder here does not exist", "create it"),  # in one line
     ("--n_images 2 --overwrite --output {tmp}/taken.png", "{tmp}/taken_2.png is a folder"),
     ("--negative_prompt \udcff", "'\\udcff'", "Unicode"),
-    ("words", "words"),
+    ("a b --cfg 1", "in quotes", f'"{PROMPT} a b"'),
+    ("--cfg 1 4", "4 belongs to no flag", "commas"),
+    ("-p again", "given twice", f"{PROMPT!r}", "'again'"),
+    ("--schedule karas", "did you mean karras?"),
+    ("--seed -2", "'-2' is not a whole number from -1"),
 ]
 
 
@@ -168,6 +174,40 @@ def test_flags_with_underscores_and_with_hyphens():
     hyphens = re.sub(r"(?<=--)\w+", lambda flag: flag[0].replace("_", "-"), words)
     assert "--guidance-interval" in hyphens and parse(hyphens.split()) == parse(words.split())
     assert parse(words.split()).lora_dir == "my-loras" and parse(["--", "--n-images"]).prompt == "--n-images"
+
+
+FLAGS_OF_OTHERS = {
+    "--ddim_steps 50": "--ddim_steps is --steps here",
+    "--n-steps=50 --guidance-scale 7": "--n-steps is --steps here; --guidance-scale is --cfg here",
+    "-H 512": "-H is --height here",
+    "--size 512x512": "--size is --width and --height here",
+    "--precision full": "--precision is --dtype float32, float16 or bfloat16 here",
+    "--turbo": "--turbo: leave it out",
+    "--init-img a.png": '--init-img: give the image as the first word: image2image IMAGE "prompt"',
+    "--denoising-strength 0.5": "--denoising-strength is --strength of image2image",
+    "--strength 0.5": "--strength is a flag of image2image",
+    "--stesp 5": "there is no flag --stesp; did you mean --steps?",
+    "--nothing": "there is no flag --nothing; see --help",
+    "-z": "there is no flag -z",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS_OF_OTHERS)
+def test_flags_of_other_programs_are_answered_with_ours(run, no_model, flags):
+    run("txt2image", *flags.split(), "-p", PROMPT).refused(FLAGS_OF_OTHERS[flags])
+
+
+def test_no_foreign_name_is_ours_and_all_counterparts_are():
+    known = {name for script in FOREIGN for name in flags_of(script_parser(script))}
+    assert {flag for text in COUNTERPARTS.values() for flag in re.findall(r"--\w+", text)} <= known | {"--fixed_seed"}
+    assert not {f"--{name}" for name in COUNTERPARTS} & known
+
+
+@pytest.mark.parametrize("words", [[PROMPT], ["-p", PROMPT], ["--prompt", PROMPT], [f"-p{PROMPT}"]])
+def test_a_prompt_with_and_without_a_flag(words):
+    for script, image in (("txt2image", []), ("image2image", ["in.png"])):
+        ((request, _),) = arguments.read(script, [*image, *words, "--cpu"]).lines
+        assert request.prompt == PROMPT and request.image == (image[0] if image else None)
 
 
 def test_list_of_samplers(run):
