@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .diffusion.sample import step_of
 from .images.depth import estimate_depth
-from .lora.delta import LoRADelta
+from .lora.delta import LoRADelta, Scale
 from .lora.files import LoRAWeights, read_lora
 from .lora.layers import AttachedLoRA, attach, check_fit, fuse
 from .models import cpu, tiling
@@ -50,7 +50,7 @@ class NetworkSource:
     dtype: mx.Dtype
     quantization: tuple[int, int] | None  # (bits, group size)
     attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
-    fused: Sequence[tuple[LoRASource, float]] = ()  # LoRAs in the weights, with their scales: read again for each build
+    fused: Sequence[tuple[LoRASource, Scale]] = ()  # LoRAs in the weights, with their scales: read again for each build
     words: list[mx.array] = field(default_factory=list)  # the vectors [n, C] of words added to a text encoder
     size: int = 0  # bytes of the weights in memory
     _arrays: list | None = None  # of the network that was built
@@ -102,7 +102,7 @@ class Networks:
         dtype: mx.Dtype,
         low_memory: bool,
         bits: Mapping[str, int | None],
-        loras: Sequence[tuple[LoRASource, float]] = (),
+        loras: Sequence[tuple[LoRASource, Scale]] = (),
         lora_partial: bool = False,
     ):
         self.low_memory, self.dtype = low_memory, dtype
@@ -316,10 +316,11 @@ class Networks:
 
     # --- LoRAs, embeddings, ControlNets ------------------------------------------------------------------------------
 
-    def load_lora(self, source: LoRASource, scale: float = 1.0, *, partial: bool = False) -> AttachedLoRA:
+    def load_lora(self, source: LoRASource, scale: Scale = 1.0, *, partial: bool = False) -> AttachedLoRA:
         """Run a LoRA (Hu et al. 2021) beside the weights: a file, a folder or a Hub id with one, or "id:file".
 
-        The ``scale`` of the result may be changed between two runs, and ``detach()`` removes it. LoRAs given to the
+        The ``scale`` of the result, one number or (text encoders, UNet), may be changed between two runs, and
+        ``detach()`` removes it. LoRAs given to the
         class are added to its weights instead: they cost no time, and stay. A LoRA for few steps also changes the
         defaults of a run while its scale is not 0. ``partial`` takes what fits; else ValueError names what does not.
         """

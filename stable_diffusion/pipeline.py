@@ -22,6 +22,7 @@ from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_i
 from .diffusion.samplers import Denoise
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
+from .lora.delta import Scale
 from .models import cpu
 from .models.config import readable
 from .models.layers import timestep_embedding
@@ -47,8 +48,8 @@ class StableDiffusion(Networks):
             folders or files. A "vae" may be a TAESD.
         tokenizer: a folder with vocab.json and merges.txt, for single files, which hold none.
         prediction: the UNet's prediction, "epsilon", "v_prediction" or "sample", where the checkpoint does not say it.
-        loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale); see also
-            ``load_lora``.
+        loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale), where the
+            scale is a number or (text encoders, UNet); see also ``load_lora``.
         lora_partial: take what fits of a LoRA, and do not raise for the rest.
         low_memory: keep in memory only the networks of one stage (encoding, denoising, decoding), read them again at
             their next use, and run the conditional and unconditional rows one after the other (``rows_at_once``).
@@ -78,7 +79,7 @@ class StableDiffusion(Networks):
         parts: Mapping[str, str | PathLike] | None = None,
         tokenizer: str | PathLike | None = None,
         prediction: str | None = None,
-        loras: Sequence[tuple[str | PathLike, float]] = (),
+        loras: Sequence[tuple[str | PathLike, Scale]] = (),
         lora_partial: bool = False,
         low_memory: bool = False,
         dtype: mx.Dtype | None = None,

@@ -62,12 +62,12 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     chunks: dict[tuple, int] = {}
     settings = []
     for request in requests:
-        prompts, reading = (request.text, request.negative_prompt), request.reading
+        prompts, reading = (request.text, request.negative_text), request.reading
         key = (*prompts, *reading.values())
         if key not in chunks:
             chunks[key] = max(model.count_chunks(text, **reading) for text in prompts)
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
-        settings.append((same, bool(request.negative_prompt), request.prompt_loras, chunks[key]))
+        settings.append((same, bool(request.negative_text), request.prompt_loras, chunks[key]))
     pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
     return [tuple(request for _, request in images) for _, images in pairs]
 
@@ -95,9 +95,9 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
     request = requests[0]
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
-    if request.negative_prompt and guidance <= 1:
+    if request.negative_text and guidance <= 1:
         _log.warning("the negative prompt has no effect at a guidance scale of %g; it needs more than 1", guidance)
-    pairs = [(image.text, image.negative_prompt) for image in requests]
+    pairs = [(image.text, image.negative_text) for image in requests]
     texts, negatives = map(list, zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True))
     if guidance <= 1:
         return model.encode_prompt(texts, **request.reading), ""

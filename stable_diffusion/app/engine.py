@@ -20,7 +20,7 @@ from PIL.Image import Image
 
 from ..diffusion.sample import Latents
 from ..images.image import from_array
-from ..lora.files import find_in
+from ..lora.folders import find_in
 from ..lora.layers import AttachedLoRA
 from ..options import SettingError
 from ..pipeline import StableDiffusion
@@ -29,6 +29,7 @@ from ..weights.parts import NETWORKS
 from . import memory
 from .batches import Batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
 from .inputs import Inputs, read_inputs
+from .lora_tags import remarks
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
@@ -166,6 +167,8 @@ class Engine:
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
         self._controlnets = [model.load_controlnet(path) for path, _ in self._request.controlnet]
+        for line in dict.fromkeys(line for r in requests for line in remarks(r.tagged_text, r.negative_prompt)):
+            _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]

@@ -19,13 +19,16 @@ import mlx.core as mx
 from .. import __version__
 from ..diffusion.choice import read_name
 from ..images.files import read_text
-from ..lora.files import find_in, locate
+from ..lora.files import locate
+from ..lora.folders import find_in
+from ..models.config import listed
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.quantize import read_quantization
 from . import foreign, infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
+from .lora_tags import write_tag
 from .request import KINDS, Request
 
 _open_part = cache(open_part)
@@ -69,13 +72,13 @@ def remarks(record: Record, script: str, unknown: list[str], has_model: bool) ->
     if details.get("script", script) != script:
         yield f"{path} was made with {details['script']}; what only that has is left out"
     elif unknown:
-        yield f"{path} was made with settings that are not known here: {', '.join(unknown)}"
+        yield f"{path} was made with settings that are not known here: {listed(unknown)}"
     if "partial" in details:
         yield f"{path} was not finished ({details['partial']}); here all steps are made"
     if (model := other.pop("Model", None)) and not has_model:
         yield f"{path} was made with the model {model}; --model chooses one, none is chosen for you"
     if record.other:
-        unused = ", ".join(f"{name} {value}" for name, value in other.items())
+        unused = listed(f"{name} {value}" for name, value in other.items())
         yield f"{path} is by another program, whose noise is another" + (f"; not used: {unused}" if unused else "")
 
 
@@ -84,11 +87,11 @@ def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[st
     current, before, files = _details(model, batch, 0), record.details.get("software"), record.details.get("files")
     now = current["software"]
     if versions := [f"{name} {before[name]} (now {now[name]})" for name in _changed(before, now)]:
-        yield f"{record.path} was made with {', '.join(versions)}: the picture may differ"
+        yield f"{record.path} was made with {listed(versions)}: the picture may differ"
     if isinstance(files, dict):
         others = [name for name, now in current["files"].items() if HASHES & _changed(files.get(name), now).keys()]
         if others:
-            yield f"not the files that {record.path} was made from: {', '.join(others)}"
+            yield f"not the files that {record.path} was made from: {listed(others)}"
 
 
 def _changed(before: Any, now: Mapping[str, str]) -> dict[str, str]:
@@ -105,7 +108,7 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
     """
     request, details = batch.requests[index], _details(model, batch, index)
     details |= {"partial": partial} if partial else {}
-    tags = "".join(f" <lora:{name}:{infotext.number(scale)}>" for name, scale in request.prompt_loras)
+    tags = "".join(f" {write_tag(name, scale)}" for name, scale in request.prompt_loras)
     others = _others(model, request) | {"Partial": partial or None, "Version": f"stable-diffusion-mlx {__version__}"}
     fields = details["arguments"] | details["made"]
     text = infotext.write(request.text + tags, request.negative_prompt, fields, others)

@@ -9,10 +9,12 @@ from itertools import product, repeat
 from math import prod
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..lora.delta import Scale
 from ..options import NUMBERS as OPTION_NUMBERS
 from ..options import Number, Options, SettingError, image_seeds
 from ..text.alternatives import expand as expand_prompt
 from ..text.prompt import EMPHASES
+from .lora_tags import TAG, read_loras
 from .wildcards import read_wildcards
 
 MOST_IMAGES = 9999
@@ -48,10 +50,6 @@ CHOICES = {
     "hires_upscaler": ("latents", "pixels"),
     "dtype": ("float16", "bfloat16", "float32"),
 }
-
-
-# <lora:name:0.8>; inside brackets its colons come back with a backslash.
-_LORA_TAG = re.compile(r"\s*<lora\\?:([^:<>\\]+)(?:\\?:([+-]?(?:\d+\.?\d*|\.\d+)))?>")
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,9 @@ class Request:
     text_encoder_2: str | None = None
     tokenizer: str | None = None
     prediction: str | None = None
-    lora: tuple[tuple[str, float], ...] = ()
+    lora: tuple[tuple[str, Scale], ...] = ()
     lora_partial: bool = False
-    lora_dir: str | None = None
+    lora_dir: str | tuple[str, ...] | None = None
     embedding: tuple[str, ...] = ()
     quantize: bool = False
     unet_bits: int | None = None
@@ -201,16 +199,25 @@ class Request:
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def tagged_text(self) -> str:
+        """Return the prompt: resolved, with the tags of LoRAs."""
+        return self.prompt if self.resolved_prompt is None else self.resolved_prompt
+
     @cached_property
     def text(self) -> str:
         """Return the prompt for the text encoders: resolved, without the tags of LoRAs."""
-        return _LORA_TAG.sub("", self.prompt if self.resolved_prompt is None else self.resolved_prompt)
+        return TAG.sub("", self.tagged_text)
 
     @cached_property
-    def prompt_loras(self) -> tuple[tuple[str, float], ...]:
+    def negative_text(self) -> str:
+        """Return the negative prompt for the text encoders."""
+        return TAG.sub("", self.negative_prompt)
+
+    @cached_property
+    def prompt_loras(self) -> tuple[tuple[str, Scale], ...]:
         """Return (name, scale) of each LoRA that the prompt names: ``<lora:name:0.8>``."""
-        tags = _LORA_TAG.findall(self.prompt if self.resolved_prompt is None else self.resolved_prompt)
-        return tuple((name.strip(), float(scale) if scale else 1.0) for name, scale in tags)
+        return read_loras(self.tagged_text)
 
     @property
     def reading(self) -> dict[str, Any]:

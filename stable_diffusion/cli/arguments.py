@@ -14,6 +14,7 @@ from ..app.preview import PreviewSettings
 from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
 from ..images.files import SUFFIXES
+from ..models.config import listed
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
@@ -133,7 +134,7 @@ def _repeated(
     for name in arguments.get("without", ()):
         field_name = name.lstrip("-").replace("-", "_")
         if field_name not in KINDS or field_name in ("image", "prompt"):
-            known = ", ".join(sorted((recorded.keys() & KINDS.keys()) - {"image", "prompt"}))
+            known = listed(sorted((recorded.keys() & KINDS.keys()) - {"image", "prompt"}), most=12)
             raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
         recorded.pop(field_name, None)
     parser.where = f"{record.path}: "

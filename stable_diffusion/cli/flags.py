@@ -85,7 +85,8 @@ FLAGS = {
     "model": {
         "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, a folder or a file with a checkpoint (sdxl)",
         "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
-        "--lora LORA[:SCALE] ...": "file, folder or id of a LoRA, and how much of it to add (1); may be given again",
+        "--lora LORA[:SCALE] ...": "file, folder or id of a LoRA, and how much of it to add (1), also as "
+        "TEXT_ENCODERS:UNET; may be given again",
         "--lora_partial": "take what fits of a LoRA, where some of it does not",
         **{f"--{name} PART": f"an id, folder or file with another {name}" for name in NETWORKS},
         "--tokenizer DIR": "a folder with vocab.json and merges.txt, for a file that has none",
@@ -93,7 +94,8 @@ FLAGS = {
         "--quantize -q": f"text encoders to {TEXT_BITS} bits, the UNet to {UNET_BITS}",
         "--unet_bits": "quantize the UNet to so many bits",
         "--text_bits": "quantize the text encoders to so many bits",
-        "--lora_dir DIR": "where <lora:name:0.8> in a prompt is looked for",
+        "--lora_dir DIR ...": "a folder with LoRAs, also in its sub-folders, for <lora:name:0.8> in prompts; may be "
+        "given again",
         "--embedding FILE[=WORD] ...": "a textual inversion, and its word in prompts (its own); may be given again",
     },
     "memory and time": {

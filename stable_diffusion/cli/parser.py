@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
 from ..diffusion.choice import read_name, read_schedule, table
+from ..lora.delta import Scale
 from ..models.cpu import DEVICES
 from ..networks import check_mlx
 from ..options import Number, SettingError
@@ -258,14 +259,20 @@ def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
 
 def weighted(value: str) -> tuple[str, float]:
     """Return a path and its weight: the number behind the last colon, or 1."""
-    path, colon, weight = value.rpartition(":")
-    if colon and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", weight):
-        return path, float(weight)
-    return value, 1.0
+    path, weight = _WEIGHTED.fullmatch(value).groups()
+    return path, float(weight or 1)
+
+
+def lora(value: str) -> tuple[str, Scale]:
+    """Return a path and its scale: a number behind a colon, or two, for the text encoders and for the UNet."""
+    path, last = _WEIGHTED.fullmatch(value).groups()
+    path, first = _WEIGHTED.fullmatch(path).groups() if last else (path, None)
+    return path, float(last or 1) if first in (None, last) else (float(first), float(last))
 
 
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
+_WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
 _RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
 _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
 _GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
@@ -285,4 +292,4 @@ _TYPES |= {
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
-_TYPES |= {"lora": weighted, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}
+_TYPES |= {"lora": lora, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}

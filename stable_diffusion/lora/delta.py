@@ -19,6 +19,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+Scale = float | tuple[float, float]  # of all networks, or of (text encoders, UNet)
+
+
+def scale_of(scale: Scale, network: str) -> float:
+    """Return a LoRA's scale in a network."""
+    return scale[network == "unet"] if isinstance(scale, tuple) else scale
+
 
 def is_complete(roles: Iterable[str]) -> bool:
     """Return whether these are all factors of a change: of one kind, or of a bias alone."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..weights import hub
+from ..models.config import listed
+from ..weights import hub, layout
 from ..weights.files import read_file
 from ..weights.formats.safetensors import loading_stream
-from ..weights.layout import SUFFIXES
 from .delta import LoRADelta, is_complete, rank_of
 from .names import read_key
 
-_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
+FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 _PEFT_CONFIG = "adapter_config.json"
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>.+))?")
 
@@ -66,9 +66,9 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
             tensor = mx.flatten(tensor, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not is_complete(factors)]:
-        raise ValueError(f"{path} lacks factors of its changes of {', '.join(incomplete)}")
+        raise ValueError(f"{path} lacks factors of its changes of {listed(incomplete)}")
     if not grouped:
-        raise ValueError(f"{path} is not a LoRA: it holds {', '.join(unknown[:3]) or 'nothing'}")
+        raise ValueError(f"{path} is not a LoRA: it holds {listed(unknown) or 'nothing'}")
     mx.eval([factors["alpha"] for factors in grouped.values() if "alpha" in factors])
     settings = _settings(path, metadata)
     deltas = (_delta(*layer, factors, settings) for layer, factors in grouped.items())
@@ -80,15 +80,16 @@ def locate(source: str | os.PathLike) -> Path:
     name = os.fspath(source)
     path = Path(os.path.expanduser(name))
     if path.is_file():
+        layout.check_suffix(path)
         return path
     if path.is_dir():
-        if file := next((path / file for file in _FILES if (path / file).is_file()), None):
+        if file := next((path / file for file in FOLDER_FILES if (path / file).is_file()), None):
             return file
-        raise ValueError(f"{name} holds no LoRA: it has no {' or '.join(_FILES)}; give the path of a file")
+        raise ValueError(f"{name} holds no LoRA: it has no {' or '.join(FOLDER_FILES)}; give the path of a file")
     hub_file = _HUB_FILE.fullmatch(name)
-    if hub_file is None or (hub_file["file"] is None and path.suffix in SUFFIXES):
+    if hub_file is None or (hub_file["file"] is None and path.suffix in layout.SUFFIXES):
         raise FileNotFoundError(f"there is no LoRA at {name}; give a file, a folder, or a Hub id as owner/name:file")
-    files = _FILES if hub_file["file"] is None else (hub_file["file"],)
+    files = FOLDER_FILES if hub_file["file"] is None else (hub_file["file"],)
 
     def missing_files(folder: Path, names: set[str], repo: str) -> list[str]:
         return [_PEFT_CONFIG] if _PEFT_CONFIG in names and not (folder / _PEFT_CONFIG).is_file() else []
@@ -98,19 +99,11 @@ def locate(source: str | os.PathLike) -> Path:
     return next(folder / file for file in files if (folder / file).is_file())
 
 
-def find_in(folder: str | os.PathLike, name: str) -> Path:
-    """Find a LoRA in a folder by its name, with or without the suffix; ValueError where there is none."""
-    paths = [path for path in sorted(Path(os.path.expanduser(folder)).glob("*")) if name in (path.name, path.stem)]
-    if not paths:
-        raise ValueError(f"there is no LoRA {name} in {folder}; write the name of a file there, as in <lora:name:0.8>")
-    return paths[0]
-
-
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
     """Read the settings of the training, in the file (diffusers) or beside it (PEFT): {"unet.lora_alpha": 8, ...}."""
     config, text = path.with_name(_PEFT_CONFIG), metadata.get("lora_adapter_metadata", "{}")
     try:
-        if path.name == _FILES[1] and config.is_file():
+        if path.name == FOLDER_FILES[1] and config.is_file():
             text = config.read_text(encoding="utf-8")
         settings = json.loads(text)
     except ValueError as error:

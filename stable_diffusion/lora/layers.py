@@ -17,10 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..models.config import listed
 from ..models.layers import GroupNorm, LayerNorm, conv2d
 from ..weights.formats.safetensors import loading_stream
 from ..weights.parts import family_title
-from .delta import LoRADelta, shape_of, to_layer, weight_of
+from .delta import LoRADelta, Scale, scale_of, shape_of, to_layer, weight_of
 from .files import LoRAWeights
 from .names import layer_names
 
@@ -63,7 +64,8 @@ class LoRALayer(nn.Module):
     def _scaled(self, *, factored: bool) -> _Scaled:
         """Return the changes that have an effect, with their scales: those of two factors, or all others."""
         kinds = ((delta, delta.keys() == {"down", "up"} and self.weight.ndim > 1) for delta in self.loras)
-        return [(delta, delta.lora.scale) for delta, kind in kinds if kind == factored and delta.lora.scale != 0]
+        scales = ((delta, scale_of(delta.lora.scale, delta.network)) for delta, kind in kinds if kind == factored)
+        return [(delta, scale) for delta, scale in scales if scale != 0]
 
     def _changed(self) -> Callable[[mx.array], mx.array]:
         """Return the layer with all changes but those of two factors in its parameters."""
@@ -107,13 +109,15 @@ def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) ->
     return [(path, layers[path], delta) for path, delta in pairs]
 
 
-def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) -> None:
+def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) -> None:
     """Raise ValueError unless a LoRA can be attached or fused at this scale.
 
     Refused are LoRAs of another family of models, shapes that do not fit and parts that are not in the model, all of
     them named. ``partial`` accepts a LoRA of which the model lacks some parts, and logs them, but not all.
     """
-    if not math.isfinite(scale):
+    if isinstance(scale, tuple) and len(scale) != 2:
+        raise ValueError(f"the scale {scale} of a LoRA has {len(scale)} numbers; give (text encoders, UNet)")
+    if not all(math.isfinite(scale_of(scale, name)) for name in ("text_encoder", "unet")):
         raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
     read = lora.context_width
     width = read if "unet" not in networks else max(networks["unet"].config.cross_attention_dim)
@@ -129,13 +133,13 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) 
             except ValueError as error:
                 misshapen.append(str(error))
     if misshapen:
-        raise ValueError(f"{lora.path} does not fit this model: {len(misshapen)} misshapen: {', '.join(misshapen)}")
+        raise ValueError(f"{lora.path} does not fit this model: {len(misshapen)} misshapen: {listed(misshapen)}")
     unmatched = (*lora.unknown, *(delta.name for delta in lora.deltas if delta.name not in matched))
     total = f"its {len(lora.deltas) + len(lora.unknown)} parts"
     if not matched:
         raise ValueError(f"{lora.path} is for another kind of model: this one has none of {total}, {unmatched[0]}...")
     if unmatched:
-        rest = f"{lora.path}: {len(unmatched)} of {total} are not in this model: {', '.join(unmatched)}"
+        rest = f"{lora.path}: {len(unmatched)} of {total} are not in this model: {listed(unmatched)}"
         if not partial:
             raise ValueError(f"{rest}; apply the others with partial=True, or choose a LoRA made for this model")
         _log.warning("%s; applying the others", rest)
@@ -144,11 +148,12 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: float, partial: bool) 
 class AttachedLoRA:
     """Control a LoRA that runs beside the weights. ``deltas`` hold the factors as they are now.
 
-    ``scale`` may be set between runs; within a run, values computed once for all steps keep the old one.
+    ``scale`` may be set between runs, to a number or to two: (text encoders, UNet). Within a run, values computed once
+    for all steps keep the old one.
     """
 
-    def __init__(self, lora: LoRAWeights, scale: float):
-        self.scale = scale
+    def __init__(self, lora: LoRAWeights, scale: Scale):
+        self.scale: Scale = scale
         self.deltas = [LoRADelta(d.network, d.layer, d, d.multiplier, self) for d in lora.deltas]
         self._networks: dict[str, ref[nn.Module]] = {}  # weak: a network that all others delete is freed at once
 
@@ -186,7 +191,7 @@ class AttachedLoRA:
         self.deltas, self._networks = [], {}
 
 
-def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: bool = False) -> AttachedLoRA:
+def attach(networks: _Model, lora: LoRAWeights, scale: Scale = 1.0, *, partial: bool = False) -> AttachedLoRA:
     """Run a LoRA beside the weights: a layer computes W x + scale ΔW x, the second term from the factors.
 
     The factors become the only trainable parameters of the networks that the LoRA changes, until it is detached. They
@@ -200,7 +205,7 @@ def attach(networks: _Model, lora: LoRAWeights, scale: float = 1.0, *, partial: 
     return result
 
 
-def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]]) -> None:
+def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, Scale]]) -> None:
     """Add LoRAs, which :func:`check_fit` has accepted, to the weights: W becomes W + Σ scale ΔW.
 
     The sum is float32, cast back to the type of W. Nothing is computed before a weight is used: quantizing or saving
@@ -210,8 +215,9 @@ def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, float]]) -> None:
     changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
     for name, network in networks.items():
         for lora, scale in loras:
-            for path, layer, delta in target_layers(name, network, lora.deltas) if scale != 0 else ():
-                changes.setdefault((name, path), (layer, []))[1].append((delta, scale))
+            factor = scale_of(scale, name)
+            for path, layer, delta in target_layers(name, network, lora.deltas) if factor != 0 else ():
+                changes.setdefault((name, path), (layer, []))[1].append((delta, factor))
     for path, (layer, _) in changes.items():
         if isinstance(layer, nn.QuantizedLinear):
             raise ValueError(f"{'.'.join(path)} is quantized: fuse before quantizing, or attach the LoRA instead")

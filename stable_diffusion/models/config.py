@@ -5,7 +5,7 @@ becomes one number per block, an absent key takes diffusers' default. A key that
 library does not compute is refused by name.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
@@ -27,6 +27,16 @@ def readable(kind: str) -> Iterator[None]:
         raise ValueError(f"{kind}: a value is not what it should be ({reason}); take it from its source") from error
 
 
+def listed(names: Iterable[Any], most: int = 3) -> str:
+    """Name the first few of many things, for a message of one line: "a, b, c and 97 more"."""
+    names, shown = list(map(str, names)), []
+    for name in names[:most]:
+        if sum(map(len, shown)) < 100:
+            shown.append(name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}")
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
 class Config:
     """Read a dataclass from a JSON object, named ``kind`` in errors. Null is as good as absent; lists become tuples.
 
@@ -46,7 +56,7 @@ class Config:
         known = {field.name: field for field in fields(cls)}
         required = [key for key in known if known[key].default is MISSING and cls.per_block.get(key) is None]
         if missing := [key for key in required if raw.get(key) is None]:
-            raise ValueError(f"{cls.kind} config: missing {', '.join(missing)}")
+            raise ValueError(f"{cls.kind} config: missing {listed(missing)}")
         problems = []
         for key, value in raw.items():
             if key in cls.supported:
@@ -59,7 +69,7 @@ class Config:
             elif value not in (None, False, [], ()):
                 problems.append(f"{key}={value!r} (unknown)")
         if problems:
-            raise ValueError(f"{cls.kind} config: this library cannot compute {'; '.join(problems)}")
+            raise ValueError(f"{cls.kind} config: this library cannot compute {listed(problems)}")
         # None is a value of one key: pruned models have no middle.
         settings = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
         for key, default in cls.per_block.items():

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..models.config import listed
 from .files import read_file
-from .layout import PICKLES, SUFFIXES
+from .layout import check_suffix
 
 _XL_KEYS = ("clip_l", "clip_g")
 
@@ -21,8 +22,7 @@ def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ValueError(f"there is no embedding at {path}; check the path")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"the embedding {path} is neither .safetensors nor one of {', '.join(PICKLES)}")
+    check_suffix(path)
     tensors, texts = read_file(path)
     word = path.stem
     if all(key in tensors for key in _XL_KEYS):
@@ -33,10 +33,10 @@ def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
         if key != "emb_params":  # the web UI's file of safetensors; in its pickles "*" stands for the word
             word = (texts.get("name") if key == "*" else key) or word
     else:
-        raise ValueError(f"{path} is not an embedding: it holds {', '.join(sorted(tensors)[:4]) or 'no tensors'}")
+        raise ValueError(f"{path} is not an embedding: it holds {listed(sorted(tensors)) or 'no tensors'}")
     vectors = [v[None] if v.ndim == 1 else v for v in vectors]
     if any(v.ndim != 2 or len(v) < 1 for v in vectors) or len({len(v) for v in vectors}) != 1:
-        raise ValueError(f"{path} is not an embedding: its shapes are {', '.join(str(v.shape) for v in vectors)}")
+        raise ValueError(f"{path} is not an embedding: its shapes are {listed(v.shape for v in vectors)}")
     vectors = [v.astype(mx.float32) for v in vectors]
     mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
     return word, tuple(vectors)

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.config import readable
+from ..models.config import listed, readable
 from . import catalog, hub, layout
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
@@ -100,7 +100,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         path = hub.fetch(entry.repos, spec, revision)[1]
     components, missing = Listing(path, files_in(path), name, float16).find_part(kind)
     if missing:
-        raise ValueError(f"{name} is not complete: {path} has no {', '.join(missing)}")
+        raise ValueError(f"{name} is not complete: {path} has no {listed(missing)}")
     return with_run(components[kind], (), {}) if kind == "unet" else components[kind]
 
 
@@ -133,8 +133,8 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
     entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
     is_folder = os.path.isdir(path) and (entry is None or os.path.isfile(os.path.join(path, layout.INDEX)))
     if is_folder or os.path.isfile(path):
-        if not is_folder and not path.endswith(layout.SUFFIXES):
-            raise ValueError(f"{source} is no file of weights: these end in {', '.join(layout.SUFFIXES)}")
+        if not is_folder:
+            layout.check_suffix(path)
         local, entry = Path(path), None
     elif entry is not None:
         local = entry.folder
@@ -188,7 +188,7 @@ def _read_folder(
         raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
     index = listing.read_index(replaced)
     if index.missing:
-        raise ValueError(f"{name} is not complete: {folder} has no {', '.join(index.missing)}")
+        raise ValueError(f"{name} is not complete: {folder} has no {listed(index.missing)}")
     scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
     if entry is not None and entry.steps is not None:
         steps, guidance, few_steps = entry.steps, entry.guidance, {}
@@ -231,7 +231,7 @@ def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         return mx.load(str(path), return_metadata=True, stream=loading_stream(mx.cpu))
     except RuntimeError as error:
-        raise damaged(path, str(error).partition("\n")[0]) from error
+        raise damaged(path, str(error).partition("\n")[0], is_weights=True) from error
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:
@@ -243,7 +243,7 @@ def read_tensors(component: Component) -> Mapping[str, mx.array]:
     for path in component.files:
         contents, _ = read_file(path)
         if repeated := sorted(tensors.keys() & contents.keys()):
-            raise ValueError(f"{path} repeats tensors of another file of {component.name}: {', '.join(repeated[:3])}")
+            raise ValueError(f"{path} repeats tensors of another file of {component.name}: {listed(repeated)}")
         tensors.update(contents)
     if prefix := component.prefix:
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

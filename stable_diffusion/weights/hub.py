@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..models.config import listed
 from .layout import files_in
 
 _log = logging.getLogger("stable_diffusion")
@@ -104,7 +105,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
         for _ in ("small files", "weights"):
             missing = spec.missing_files(folder, names, repo)
             if unknown := [file for file in missing if file not in names]:
-                raise ValueError(f"{repo} is not complete: it has no {', '.join(unknown)}")
+                raise ValueError(f"{repo} is not complete: it has no {listed(unknown)}")
             if missing:
                 with one_line_errors(repo, revision):  # of one commit, so that all files belong together
                     patterns = [glob.escape(file) for file in missing]
@@ -116,7 +117,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
             if folder is not None and not spec.missing_files(folder, files_in(folder), repo):
                 _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
                 return folder
-        remedy = f"the cache on this machine lacks {', '.join(missing)}: {spec.remedy}"
+        remedy = f"the cache on this machine lacks {listed(missing)}: {spec.remedy}"
         raise ConnectionError(f"{error}; {remedy}") from error
 
 

@@ -11,6 +11,7 @@ is published alone has its files in the root of its repository, or in a subfolde
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,12 @@ SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in 
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
 _CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
 _CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raise ValueError for a file that is none of weights by its name."""
+    if not os.fspath(path).endswith(SUFFIXES):
+        raise ValueError(f"{path} is no file of weights: these end in {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..models.config import readable
+from ..models.config import listed, readable
 from .files import Component, read_tensors
 from .formats.safetensors import loading_stream
 from .parts import PARTS
@@ -55,7 +55,7 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
     Weights stay lazy: they are read when first needed, in any thread, and laid out and cast on the CPU, so that no
     command buffer of a GPU waits for a disk. ``dtype`` is the type that floating-point weights are cast to; None leaves
     them in theirs.
-    Raises ValueError that lists every missing, unexpected and misshapen tensor.
+    Raises ValueError that counts missing, unexpected and misshapen tensors and names the first of each.
     """
     try:
         with mx.stream(loading_stream(mx.cpu)):
@@ -65,13 +65,12 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
                 prepare_quantized(module, tensors, component.config)
             fill(module, tensors, dtype)
     except ValueError as error:
-        files = ", ".join(map(str, component.files))
-        raise ValueError(f"{component.name} ({files}): {error}") from error
+        raise ValueError(f"{component.name} ({listed(component.files, most=1)}): {error}") from error
     return module.eval()
 
 
 def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> None:
-    """Give ``module`` the ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError lists all that do not fit.
+    """Give ``module`` the ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError for what does not fit.
 
     A 4-D weight goes from [out, in, h, w] to [out, h, w, in]. Where the parameter is a matrix, a 1×1 convolution's
     weight is flattened to one. Weights are row-contiguous, or MLX would copy those of a convolution at every call.
@@ -103,6 +102,6 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
         "misshapen": misshapen,
         "of the wrong type": mistyped,
     }
-    if lines := [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]:
+    if lines := [f"{len(names)} {kind}: {listed(sorted(names))}" for kind, names in problems.items() if names]:
         raise ValueError(f"the weights do not fit the config: {'; '.join(lines)}")
     module.update(tree_unflatten(list(weights.items())))

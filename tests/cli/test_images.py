@@ -301,6 +301,10 @@ def test_loras(draw):
     assert np.abs(draw("txt2image", "--lora", f"{file}:0.25", "--lora", f"{file}:0.25") - half).max() <= 1
     for prompt in (f"({PROMPT}:1.0) <lora:paint:0.5>", "the <lora:paint.safetensors:.5> red cat"):
         assert np.abs(draw("txt2image", "--lora_dir", "{}/loras", prompt=prompt) - half).max() <= 1
+    two = draw("txt2image", "--lora", f"{file}:0.5:-1")
+    for prompt in (f"{PROMPT} <lora:paint:0.5:-1>", f"{PROMPT} <lyco:PAINT:te=.5:unet=-1>"):
+        made = draw("txt2image", "--lora_dir", "{}/loras", "--lora_dir", "{}/loras/..", prompt=prompt)
+        assert np.abs(made - two).max() <= 1 < np.abs(two - half).max()
     under = draw("txt2image", "--lora_dir", "{}/loras", prompt=f"{PROMPT} <lora:__paint__>")
     assert np.abs(under - plain).max() > 1 and np.abs(under - half).max() > 1
 

@@ -173,7 +173,7 @@ def test_flags_with_underscores_and_with_hyphens():
     parse = script_parser("txt2image").parse_args
     hyphens = re.sub(r"(?<=--)\w+", lambda flag: flag[0].replace("_", "-"), words)
     assert "--guidance-interval" in hyphens and parse(hyphens.split()) == parse(words.split())
-    assert parse(words.split()).lora_dir == "my-loras" and parse(["--", "--n-images"]).prompt == "--n-images"
+    assert parse(words.split()).lora_dir == ["my-loras"] and parse(["--", "--n-images"]).prompt == "--n-images"
 
 
 FLAGS_OF_OTHERS = {

@@ -31,7 +31,7 @@ def test_weights_are_cast(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["missing", "unexpected", "misshapen"])
-def test_every_tensor_that_does_not_fit_is_named(part):
+def test_tensors_that_do_not_fit_are_counted_and_the_first_are_named(part):
     module = build("vae", VAE)
     tensors = stored_tensors(module)
     names = sorted(tensors)
@@ -45,9 +45,8 @@ def test_every_tensor_that_does_not_fit_is_named(part):
             tensors[name] = mx.zeros((*tensors[name].shape[:-1], tensors[name].shape[-1] + 1))
     with pytest.raises(ValueError, match=f"{len(chosen)} {part}: ") as error:
         fill(module, tensors)
-    assert "\n" not in str(error.value)
-    assert all(name in str(error.value) for name in chosen)
-    assert sum(name in str(error.value).replace(",", " ").split() for name in names) in (0, len(chosen))
+    message = str(error.value)
+    assert f": {chosen[0]}" in message and message.endswith(" more") and len(message) <= 300
 
 
 def test_a_wrong_file_is_named(tmp_path):

@@ -20,9 +20,14 @@ _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: 
 _CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
 
 
-def damaged(path: Path, reason: str) -> ValueError:
-    """Return the error for a file that cannot be read. In the Hub's cache it is a link: say what to delete."""
-    return ValueError(f"{path} is damaged ({reason}): delete {path.resolve()} and get it again")
+def damaged(path: Path, reason: str, *, is_weights: bool = False) -> ValueError:
+    """Return the error for a file that cannot be read.
+
+    Only of what is a file of weights for certain it says what to delete: in the Hub's cache ``path`` is a link.
+    """
+    is_weights = is_weights and path.suffix == ".safetensors"
+    remedy = f"delete {path.resolve()} and get it again" if is_weights else "get it again, or choose another file"
+    return ValueError(f"{path} is damaged ({reason}): {remedy}")
 
 
 @cache
@@ -60,10 +65,10 @@ def check_safetensors(path: Path) -> None:
             raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
         in_range = not shape or (min(shape) >= 0 and max(shape) < 2**31)  # MLX counts in 32 bits, and does not check
         if first != position or end - first != math.prod(shape) * _ITEM_SIZES[dtype] or not in_range:
-            raise damaged(path, f"its header gives the wrong place for {name}")
+            raise damaged(path, f"its header gives the wrong place for {name:.60}", is_weights=True)
         position = end
     if 8 + length + position != size:
-        raise damaged(path, f"it has {size} bytes and should have {8 + length + position}")
+        raise damaged(path, f"it has {size} bytes and should have {8 + length + position}", is_weights=True)
 
 
 def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:

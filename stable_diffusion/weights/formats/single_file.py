@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...models.config import listed
 from .. import catalog
 from ..layout import Checkpoint, Component
 from ..parts import FAMILIES, PARTS, Family, family_of
@@ -139,20 +140,15 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
             raise ValueError(f"{where} is {what}")
     if kind is not None:
         if kind not in networks:
-            contents = ", ".join(networks) or _examples(tensors)
+            contents = ", ".join(networks) or listed(sorted(tensors))
             raise ValueError(f"{where} holds no {kind}, but {contents}: give another file")
         return {kind: networks[kind]}
     if not networks:
-        raise ValueError(f"{where} is no model of Stable Diffusion: it holds {_examples(tensors)}")
+        raise ValueError(f"{where} is no model of Stable Diffusion: it holds {listed(sorted(tensors)) or 'no tensors'}")
     prefixes = tuple(networks.values())
     if unknown := sorted(n for n in tensors if not n.startswith(prefixes) and not _NOT_WEIGHTS.match(n)):
-        raise ValueError(f"{where} holds {len(unknown)} tensors that this library does not know: {_examples(unknown)}")
+        raise ValueError(f"{where} holds {len(unknown)} tensors that this library does not know: {listed(unknown)}")
     return networks
-
-
-def _examples(names: Collection[str]) -> str:
-    shown = sorted(names)[:5]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "no tensors"
 
 
 def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Read the tags of a prompt that name LoRAs, as AUTOMATIC1111's web UI has them.
+
+    <lora:name>  <lora:name:0.8>  <lora:name:0.5:0.8>  <lora:name:te=0.5:unet=0.8>
+
+The first scale is that of the text encoders; the UNet's follows it, or is the same. <lyco:...> is <lora:...>.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+from ..lora.delta import Scale, scale_of
+from .infotext import number
+
+TAG = re.compile(r"\s*<(lora|lyco|hypernet)\\?:([^<>]*)>", re.IGNORECASE)
+_COLON = re.compile(r"\\?:")  # in records colons within brackets may have a backslash
+_NAMED = re.compile(r"(te|unet)=(.*)", re.DOTALL)
+
+
+def read_loras(prompt: str) -> tuple[tuple[str, Scale], ...]:
+    """Return (name, scale) of each LoRA. Raises ValueError for a tag without a name or with a scale that is none."""
+    tags = (match for match in TAG.finditer(prompt) if match[1].lower() != "hypernet")
+    return tuple(_read(match)[:2] for match in tags)
+
+
+def write_tag(name: str, scale: Scale) -> str:
+    """Write the tag of a LoRA."""
+    te, unet = (number(float(scale_of(scale, network))) for network in ("text_encoder", "unet"))
+    return f"<lora:{name}:{te}>" if te == unet else f"<lora:{name}:{te}:{unet}>"
+
+
+def remarks(prompt: str, negative_prompt: str) -> Iterator[str]:
+    """Yield a line for each tag, or part of one, that has no effect."""
+    for match in TAG.finditer(prompt):
+        tag = match[0].strip()
+        if match[1].lower() == "hypernet":
+            yield f"{tag:.100}: hypernetworks are not supported; the prompt is read without it"
+        elif unused := _read(match)[2]:
+            yield f"{tag:.100}: {unused:.60} is not supported; the LoRA is used without it"
+    if match := TAG.search(negative_prompt):
+        yield f"{match[0].strip():.100} has no effect in the negative prompt; write it in the prompt"
+
+
+def _read(match: re.Match[str]) -> tuple[str, Scale, str]:
+    """Return the name of a tag, its scale, and those of its items that are not supported, such as "dyn=8"."""
+    name, *items = map(str.strip, _COLON.split(match[2]))
+    if not name:
+        raise ValueError(f"{match[0].strip():.100} names no LoRA; write <lora:name:0.8>")
+    named = dict(found.groups() for item in items if (found := _NAMED.fullmatch(item)))
+    places = [item for item in items if "=" not in item]
+    te = named.get("te", places[0] if places else "1")
+    scales = [te, named.get("unet", places[1] if len(places) > 1 else te)]
+    for i, text in enumerate(scales):
+        try:
+            scales[i] = float(text)
+        except ValueError:
+            scales[i] = math.nan
+        if not math.isfinite(scales[i]):
+            raise ValueError(f"{match[0].strip():.100}: the scale {text!r:.40} is no number; write <lora:name:0.8>")
+    unused = [*(item for item in items if "=" in item and not _NAMED.fullmatch(item)), *places[2:]]
+    return name, scales[0] if scales[0] == scales[1] else (scales[0], scales[1]), ", ".join(unused)

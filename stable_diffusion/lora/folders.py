@@ -1,0 +1,91 @@
+"""Find LoRAs in folders by the names that prompts give them: <lora:bob:0.8>, <lora:people/bob:0.8>."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..models.config import listed
+from ..weights.layout import SUFFIXES
+from .files import FOLDER_FILES
+
+_OUTPUT_NAME = re.compile(rb'"ss_output_name"\s*:\s*"([^"\\]+)"')  # in the header of a file by kohya's scripts
+_HEADER = 2**20  # bytes in which it stands
+
+
+def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> Path:
+    """Find a LoRA in folders and their sub-folders by its name.
+
+    The name is a file's, with or without suffix, or that of a folder that diffusers or PEFT wrote, or the end of its
+    path. The file at this very path in a folder comes first, then one in a sub-folder, then names in other case, then
+    the name that kohya's scripts noted in a file. Only files of weights count, and no hidden ones. Links are followed.
+
+    Raises ValueError where there is none, or several.
+    """
+    folders = [folders] if isinstance(folders, str | os.PathLike) else folders
+    roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
+    if missing := [folder for folder, root in zip(folders, roots, strict=True) if not root.is_dir()]:
+        raise ValueError(f"there is no folder {missing[0]} with LoRAs; give one that is there")
+    files = {file: root for root in roots for file in _files(root)}
+    wanted = tuple(re.split(r"[/\\]", name))
+    for spell in (str, _fold):
+        spelled = tuple(map(spell, wanted))
+        named = {f: n for f in files if (n := [n for n in _names(f, spell) if n[-len(spelled) :] == spelled])}
+        at_path = [f for f, n in named.items() if any(len(x) == len(files[f].parts) + len(spelled) for x in n)]
+        if found := at_path or list(named):
+            return _only(found, name)
+    if found := [file for file in files if _output_name(file) == name]:
+        return _only(found, name)
+    similar = get_close_matches(name, {file.stem for file in files}, n=1)
+    guess = f"did you mean {similar[0]}? " if similar else ""
+    raise ValueError(
+        f"there is no LoRA {name} in {listed(folders)}: {guess}write the name of a file there, as in <lora:name:0.8>"
+    )
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Iterate over the files of weights in a folder; one that links lead back to is read once."""
+    seen = set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for name in sorted(names):
+            if name.endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(place, name)
+
+
+def _names(file: Path, spell: Callable[[str], str]) -> list[tuple[str, ...]]:
+    """Return the names of a file as parts of a path: with and without suffix, and for some files their folder."""
+    *parents, last = map(spell, file.parts)
+    names = [(*parents, last), (*parents, last.removesuffix(spell(file.suffix)))]
+    return [*names, tuple(parents)] if file.name in FOLDER_FILES else names
+
+
+def _fold(text: str) -> str:
+    """Return a name as file systems compare it that ignore case; those of Macs decompose accents."""
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _output_name(file: Path) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            match = _OUTPUT_NAME.search(opened.read(_HEADER)) if file.suffix == SUFFIXES[0] else None
+    except OSError:
+        return None
+    return match[1].decode(errors="replace") if match else None
+
+
+def _only(found: Sequence[Path], name: str) -> Path:
+    """Return the one file, of those that differ in the suffix alone the safest; ValueError for several."""
+    found = sorted(found, key=lambda file: SUFFIXES.index(file.suffix))
+    distinct = {os.path.realpath(file.with_suffix("")): file for file in reversed(found)}
+    if len({os.path.realpath(file) for file in distinct.values()}) > 1:
+        places = listed(sorted(map(str, distinct.values())))
+        remedy = "write more of the path, as in <lora:people/bob>"
+        raise ValueError(f"{len(distinct)} LoRAs are called {name}: {places}; {remedy}")
+    return found[0]
