@@ -95,8 +95,14 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
     request = requests[0]
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
-    if request.negative_text and guidance <= 1:
-        _log.warning("the negative prompt has no effect at a guidance scale of %g; it needs more than 1", guidance)
+    options = request.options
+    unused = {
+        "the negative prompt": request.negative_text,
+        "guidance_rescale": options.guidance_rescale,
+        "guidance_interval": options.guidance_interval != (0, 1),
+    }
+    for name in (name for name, is_given in unused.items() if is_given and guidance <= 1):
+        _log.warning("%s has no effect at a guidance scale of %g; it needs more than 1", name, guidance)
     pairs = [(image.text, image.negative_text) for image in requests]
     texts, negatives = map(list, zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True))
     if guidance <= 1:

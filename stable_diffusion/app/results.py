@@ -85,6 +85,8 @@ class ResultWriter:
             chosen = {name: getattr(request, name) for name in ("steps", "cfg", "width", "height")}
             chosen["sampler"] = request.options.sampler
             self._fields.append(fields | {name: value for name, value in chosen.items() if value is not None})
+        if settings.n_rows > 1 and (settings.no_grid or len(requests) == 1):
+            _log.warning("n_rows %d has no effect: there is no grid", settings.n_rows)
         self._outputs = Outputs(settings.output, self._fields, settings.overwrite)
         self._details: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,23 @@ from ..models.config import listed
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
-# What a flag has no effect without.
-_NEEDED = {"preview_every": ["preview"], "preview_vae": ["preview", "stepwise"], "without": ["from_image"]}
+# A flag without effect is refused where another flag is missing, and remarked where the prompts are the reason.
+_NEEDED = {
+    **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end"), "controlnet"),
+    **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
+    "refiner_start": "refiner",
+    "no_composite": "mask expand",
+    "resize": "image control_image",
+    "lora_partial": "lora lora_dir",
+    "preview_every": "preview",
+    "preview_vae": "preview stepwise",
+    "without": "from_image",
+}
+_NEEDED_IN_PROMPTS = {
+    "lora_dir": ("<lora:", "<lora:name:0.8>"),
+    "wildcards": ("__", "__name__"),
+    "alternatives": ("{", "{red|blue}"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         base, arguments, notes = _repeated(parser, script, arguments, record)
     if script == "image2image" and base.image is None and "image" not in arguments:
         raise ValueError("give the image to start from, and a prompt")
+    _check_needed(script, arguments, base)
     has_file = "prompt_file" in arguments
     if has_file and "prompt" in arguments:
         raise ValueError("give a prompt or a file of them")
@@ -68,6 +84,7 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         for kind in (Resources, OutputSettings, PreviewSettings)
     )
     switches = {name: name in arguments for name in ("preload_models", "json", "verbose")}
+    notes = [*notes, *_unused(arguments, lines)]
     return Command(parser, lines, resources, output, preview, record, notes, arguments.get("device"), **switches)
 
 
@@ -80,9 +97,23 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise ValueError("--low_memory reads each network when it is used, --preload_models all at once: leave one out")
     if preview is not None and os.path.abspath(preview) == os.path.abspath(output):
         raise ValueError(f"--preview and --output both name {preview}; give the preview another name")
-    for name, needed in _NEEDED.items():
-        if name in names and names.isdisjoint(needed):
-            raise ValueError(f"--{name} needs {' or '.join(f'--{flag} FILE' for flag in needed)}")
+
+
+def _check_needed(script: str, arguments: Mapping[str, Any], base: Request) -> None:
+    """Refuse flags that do nothing without another one, which a record of --from_image may have too."""
+    for name in _NEEDED.keys() & arguments.keys():
+        needed = _NEEDED[name].split()
+        if not any(flag in arguments or (flag in KINDS and base.value(flag)) for flag in needed):
+            flags = [f"--{flag}" for flag in needed if flag not in FOREIGN[script]]
+            raise ValueError(f"--{name} has no effect without {' or '.join(flags)}")
+
+
+def _unused(arguments: Mapping[str, Any], lines: Sequence[tuple[Request, Sweep]]) -> Iterator[str]:
+    """Yield remarks on flags that no prompt makes use of."""
+    prompts = [text for request, _ in lines for text in (request.prompt, request.negative_prompt)]
+    for name, (mark, example) in _NEEDED_IN_PROMPTS.items():
+        if name in arguments and not any(mark in prompt for prompt in prompts):
+            yield f"--{name} has no effect: no prompt has {example}"
 
 
 def line_of(base: Request, arguments: Mapping[str, Any]) -> tuple[Request, Sweep]:

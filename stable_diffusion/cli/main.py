@@ -46,12 +46,12 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
     handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
-    for remark in command.remarks:
-        _log.warning("%s", remark)
     with signals(_log.warning) as stop:
         try:
             cpu.choose_device(command.device)
             work = Script(command, stop)
+            for remark in command.remarks:  # a refusal is one line
+                _log.warning("%s", remark)
             code, stop.is_expected = 1, True
             work.run()
         except FloatingPointError as error:

@@ -288,8 +288,8 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(sd, tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--preview_every", 3], ["--preview_every needs --preview"]),
-        (["--preview_vae", "taesd"], ["--preview_vae needs --preview FILE or --stepwise FILE"]),
+        (["--preview_every", 3], ["--preview_every has no effect without --preview"]),
+        (["--preview_vae", "taesd"], ["--preview_vae has no effect without --preview or --stepwise"]),
         (["--preview", "p.bmp"], [".bmp", ".png"]),
         (["--preview", "file/previews"], ["file/previews", "could not be made"]),
         (["--preview", "./out.png"], ["--preview and --output both name ./out.png"]),

@@ -110,6 +110,14 @@ REFUSED = [
     ("a b --cfg 1", "in quotes", f'"{PROMPT} a b"'),
     ("--cfg 1 4", "4 belongs to no flag", "commas"),
     ("-p again", "given twice", f"{PROMPT!r}", "'again'"),
+    ("--canny", "--canny has no effect without --controlnet"),
+    ("--control_end 0.5", "--control_end has no effect without --controlnet"),
+    ("--hires_steps 5", "--hires_steps has no effect without --hires"),
+    ("--refiner_start 0.5", "--refiner_start has no effect without --refiner"),
+    ("--resize pad", "--resize has no effect without --control_image"),
+    ("--lora_partial", "--lora_partial has no effect without --lora or --lora_dir"),
+    ("--without lora", "--without has no effect without --from_image"),
+    ("--quality 90", "--quality is for JPEG and WebP"),
     ("--schedule karas", "did you mean karras?"),
     ("--seed -2", "'-2' is not a whole number from -1"),
 ]
@@ -266,6 +274,32 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
     expected = f"the negative prompt has no effect at a guidance scale of {told}; it needs more than 1"
     assert [line.partition(": ")[2] for line in done.remarks] == ([expected] if told else [])
     assert run("txt2image", PROMPT, *options).succeeded().remarks == []
+
+
+@pytest.mark.parametrize(
+    "options, remark",
+    [
+        ("--lora_dir {}", "--lora_dir has no effect: no prompt has <lora:name:0.8>"),
+        ("--wildcards {}", "--wildcards has no effect: no prompt has __name__"),
+        ("--alternatives one", "--alternatives has no effect: no prompt has {red|blue}"),
+        ("--n_rows 2", "n_rows 2 has no effect: there is no grid"),
+        ("--n_images 2 --n_rows 2 --no_grid", "n_rows 2 has no effect: there is no grid"),
+        ("--cfg 1 --guidance_interval 0,0.5", "guidance_interval has no effect at a guidance scale of 1"),
+        ("--cfg 0 --guidance_rescale 0.7", "guidance_rescale has no effect at a guidance scale of 0"),
+    ],
+)
+def test_flags_without_effect_are_remarked(run, tmp_path, options, remark):
+    given = ["--model", "tiny", *SMALL, "--output", tmp_path / "a.png", *options.replace("{}", str(tmp_path)).split()]
+    done = run("txt2image", PROMPT, *given).succeeded()
+    assert len(done.remarks) == 1 and remark in done.remarks[0]
+
+
+def test_what_a_picture_records_counts_as_given(run, tmp_path):
+    made = ["--output", tmp_path / "a.png", "--model", "tiny", *SMALL, "--hires", 1.5]
+    run("txt2image", PROMPT, *made).succeeded()
+    again = ["--from_image", tmp_path / "a.png", "--output", tmp_path / "b.png"]
+    run("txt2image", *again, "--hires_strength", 1).succeeded()
+    run("txt2image", *again, "--without", "hires", "--hires_strength", 1).refused("without --hires")
 
 
 # --- quantization and precision --------------------------------------------------------------------------------------
