@@ -196,7 +196,7 @@ def test_what_cannot_be_left_out(picture, run, no_model):
             f"--without {name} is none of the flags",
             "the picture has cfg, dtype, lora, negative_prompt, quantize, seed",
         )
-    run("txt2image", PROMPT, "--without", "cfg").refused("--without has no effect without --from_image FILE")
+    run("txt2image", PROMPT, "--without", "cfg").refused("--without has no effect without --from_image")
 
 
 def remarks(script: str, *words: object) -> list[str]:
