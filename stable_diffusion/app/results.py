@@ -9,7 +9,8 @@ output                    images                      grid        of the next ru
 ``cats/``, a folder       by the pattern ``{date}_{time}_{i}_{seed}.png`` in it
 ========================= =========================== =========== ========================
 
-A name is taken by the finished file only, so two processes may write into one folder.
+A run takes the next number where any file of another one has its own: after cat_1.png, ..., cat_3.png without a grid, a
+single image is cat-2.png. A name is taken by the finished file only, so two processes may write into one folder.
 """
 
 import logging
@@ -28,7 +29,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..images.files import check_output, save
+from ..images.files import SUFFIXES, check_output, save
 from ..images.image import grid
 from ..pipeline import StableDiffusion
 from .engine import Result
@@ -149,44 +150,55 @@ class Outputs:
 
     Args:
         output: a file; a folder, which exists or ends in a slash; or a pattern with ``FIELDS`` in braces, with format
-            specifications if needed, such as ``{i:03}``. The folder of a file must exist. Those of the others are
-            created with the first image.
+            specifications if needed, such as ``{i:03}``. Missing folders are made with the first image.
         images: the known fields of each, without date and time.
-        overwrite: replace existing files, except those of this run. Otherwise the next free number is taken: one for
-            all files of the run if ``output`` is a file, else one for each.
+        overwrite: replace existing files, except those of this run. Otherwise the next free number is taken: if
+            ``output`` is a file, one for all files of the run, of which no other run has left any; else one for each.
 
     Raises ValueError or OSError, one line with the remedy, for an unknown field and names that cannot be written to.
     """
 
     def __init__(self, output: str, images: Sequence[Mapping[str, Any]], overwrite: bool = False):
         output = os.path.expanduser(output)
-        is_folder = bool(output.strip()) and os.path.isdir(output)
+        if not output.strip():
+            raise ValueError("the output path is empty; give one like image.png")
+        is_folder = os.path.isdir(output)
         if is_folder:  # its braces are part of its name
             output = output.replace("{", "{{").replace("}", "}}")
         if is_folder or output.endswith(os.sep):
             output = os.path.join(output, _IN_A_FOLDER)
+        elif Path(output).suffix.lower() not in SUFFIXES:
+            known = f"choose one of {', '.join(SUFFIXES)}, or {output}/ for a folder"
+            raise ValueError(f"the output {output} has the suffix {Path(output).suffix!r}; {known}")
         self._output, self._several, self._overwrite = output, len(images) > 1, overwrite
         self._is_pattern = "{" in output or "}" in output
-        self._began, self._number = datetime.now(), 1
+        self._began = datetime.now()
         self._written: set[str] = set()
-        if not self._is_pattern:
-            check_output(output)
         images = [_UNKNOWN | dict(fields) for fields in images]
         try:
             paths = [self._path(fields) for fields in images]
         except ValueError as error:
             raise ValueError(f"the output {output} is no pattern: {error}") from None
-        for path in paths:
-            folder = path.parent
-            if self._is_pattern:
-                folder = next(parent for parent in path.parents if os.path.lexists(parent))
-                if not os.path.isdir(folder):
-                    raise ValueError(f"the output folder {folder} is a file; choose another name")
+        for path in paths if self._is_pattern else [Path(output), *paths]:
+            folder = next(parent for parent in path.parents if os.path.lexists(parent))
+            if not os.path.isdir(folder):
+                raise ValueError(f"the output folder {folder} is a file; choose another name")
             is_taken = not overwrite and os.path.isdir(folder / path.name)  # the next number is free
             check_output(folder / (f"another{path.suffix}" if is_taken else path.name))
-        names = [] if self._is_pattern or overwrite else [({}, "grid"), *((fields, "") for fields in images)]
-        while any(os.path.lexists(self._path(fields, mark, self._number)) for fields, mark in names):
-            self._number += 1
+        self._makes_folder = self._is_pattern or not os.path.isdir(path.parent)
+        if self._makes_folder and not self._is_pattern:
+            _log.warning("the folder %s is new: it is made with the first image", path.parent)
+        self._number = 1 if self._is_pattern or overwrite else self._first_free(path.parent)
+
+    def _first_free(self, folder: Path) -> int:
+        """Return the first number of which no run has left a file: a single image would look like another's grid."""
+        stem, suffix = (re.escape(_one_spelling(part)) for part in os.path.splitext(os.path.basename(self._output)))
+        of_a_run = re.compile(rf"{stem}(?:-(\d+))?(?:_(?:grid_)?\d+)?(?:_partial)?{suffix}")
+        with suppress(OSError):  # a folder that is new, or whose files may not be listed
+            matches = filter(None, (of_a_run.fullmatch(_one_spelling(name)) for name in os.listdir(folder)))
+            taken = {int(match[1] or 1) for match in matches}
+            return next(number for number in count(1) if number not in taken)
+        return 1
 
     def write(self, image: Image, fields: Mapping[str, Any], mark: str = "", **options: Any) -> Path:
         """Write an image under its name, or the next free one, and return the path.
@@ -204,14 +216,14 @@ class Outputs:
 
     def _write(self, image: Image, fields: Mapping[str, Any], mark: str, options: Mapping[str, Any]) -> Path:
         folder = self._path(fields, mark).parent
-        if self._is_pattern:
+        if self._makes_folder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
         for number in count(self._number):
             path = self._path(fields, mark, number)
-            name = unicodedata.normalize("NFC", str(path)).casefold()  # one file of a Mac has several spellings
+            name = _one_spelling(str(path))
             if name in self._written or (not self._overwrite and os.path.lexists(path)):
                 continue
             with suppress(FileExistsError):  # another process was faster
@@ -251,6 +263,11 @@ class _Filler(Formatter):
         if not isinstance(value, str):
             return text
         return _cut(_UNSAFE.sub("_", text).strip(_EDGES), _LONGEST_FIELD).rstrip(_EDGES) or "_"
+
+
+def _one_spelling(name: str) -> str:
+    """Return a name in the one form of all that mean the same file on a Mac."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _cut(text: str, limit: int) -> str:

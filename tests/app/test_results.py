@@ -61,11 +61,27 @@ def test_the_next_run_has_the_next_number(write):
     assert write("a.webp", 2, grid=True) == ["a_1.webp", "a_2.webp", "a.webp"]
     assert write("a.webp", 2, grid=True) == ["a-2_1.webp", "a-2_2.webp", "a-2.webp"]
     assert write("a.webp", 3)[-1] == "a-3_3.webp"
-    assert write("a.webp") == ["a-3.webp"]  # the run before had no grid
+    assert write("a.webp") == ["a-4.webp"]  # a-3.webp would look like the grid of the run before
+    Path("a_1.webp").unlink()
+    assert write("a.webp", 1) == ["a-5.webp"]  # a_2.webp is there
     Path("b_1.png").mkdir()
     assert write("b.png", 2)[0] == "b-2_1.png"
     Path("c_2.png").symlink_to("nowhere")
     assert write("c.png", 2) == ["c-2_1.png", "c-2_2.png"]
+
+
+@pytest.mark.parametrize(
+    "left", ["a.png", "a_1.png", "a_17.png", "a_2_partial.png", "a_partial.png", "a_grid_2.png", "A.PNG"]
+)
+def test_a_file_of_another_run_takes_the_number_of_all(write, left):
+    Path(left).write_text("")
+    assert write("a.png") == ["a-2.png"] and write("a.png", 2, grid=True)[-1] == "a-3.png"
+
+
+@pytest.mark.parametrize("left", ["a_old.png", "ab_1.png", "a_1.jpg", "a-2.png", "a-2_1.png", "a_1.png.bak"])
+def test_other_files_take_no_number(write, left):
+    Path(left).write_text("")
+    assert write("a.png") == ["a.png"]
 
 
 def test_overwriting(write, tmp_path):
@@ -80,7 +96,7 @@ def test_overwriting(write, tmp_path):
 def test_other_words_follow_the_name(write):
     pattern = opened("{seed}.png", 2)
     assert str(opened("a.png", 3).write(picture(), VALUES | {"i": 3}, "partial")) == "a_3_partial.png"
-    assert str(opened("a.png").write(picture(), VALUES, "partial")) == "a_partial.png"
+    assert str(opened("b.png").write(picture(), VALUES, "partial")) == "b_partial.png"
     assert [str(pattern.write(picture(), VALUES, "grid")) for _ in range(2)] == ["7_grid.png", "7_grid-2.png"]
 
 
@@ -121,6 +137,7 @@ def test_folders(write, tmp_path):
         (name,) = write(output)
         assert re.fullmatch(rf"{re.escape(folder)}/\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_1_7(-2)?\.png", name), name
     assert re.search(r"_1_7_grid(-2)?\.png$", write("new/er", 2, grid=True)[-1])
+    assert write("made/with/a.png", 2, grid=True)[-1] == "made/with/a.png"
     assert write("{model}/{prompt}/{seed}.png", prompt="..") == ["tiny/_/7.png"]
     assert write(f"{tmp_path}/deep/{{i}}.png", 2) == [f"{tmp_path}/deep/{i}.png" for i in (1, 2)]
 
@@ -133,7 +150,9 @@ def test_folders(write, tmp_path):
         ("{i:q}.png", ["{i:q}.png", "'q'"]),
         ("{i.png", ["{i.png is no pattern"]),
         ("", ["empty"]),
-        ("none/a.png", ["folder none does not exist", "create it"]),
+        ("file/a.png", ["file is a file"]),
+        ("pics", ["''", ".png", "pics/ for a folder"]),
+        ("a.bmp", ["'.bmp'", ".png, .jpg, .jpeg, .webp"]),
         ("{seed}", ["''", ".png"]),
         ("file/more/{seed}.png", ["file is a file"]),
         ("a" * 300 + ".png", ["could not be written", "another name"]),
@@ -146,7 +165,7 @@ def test_refused(tmp_path, monkeypatch, output, words):
         opened(output)
     text = str(caught.value)
     assert not [word for word in words if word not in text] and "\n" not in text, text
-    for output in ("new/", "{seed}/{i}.png", "a.png"):
+    for output in ("new/", "{seed}/{i}.png", "a.png", "new/a.png"):
         opened(output)
     assert names(tmp_path) == ["file"]  # checking makes nothing
 

@@ -104,7 +104,7 @@ REFUSED = [
     ("--unet_bits 7", "--unet_bits", "7", "2, 3, 4, 5, 6, 8"),
     ("--text_bits x", "--text_bits", "'x'"),
     ("--output=", "output path is empty", "image.png"),
-    ("--output no\nfolder\r\nhere/out.png", "no folder here does not exist", "create it"),  # in one line
+    ("--output no\nfolder\r\nhere", "no folder here has the suffix ''", "for a folder"),  # in one line
     ("--n_images 2 --overwrite --output {tmp}/taken.png", "{tmp}/taken_2.png is a folder"),
     ("--negative_prompt \udcff", "'\\udcff'", "Unicode"),
     ("a b --cfg 1", "in quotes", f'"{PROMPT} a b"'),
