@@ -15,9 +15,10 @@ import mlx.core as mx
 
 from ..models.config import listed, readable
 from . import catalog, hub, layout
+from .formats.kinds import kind_of
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
-from .formats.safetensors import check_safetensors, damaged, loading_stream
+from .formats.safetensors import read_safetensors
 from .formats.single_file import find, read_checkpoint, read_config, with_run
 from .layout import Checkpoint, Component, Listing, files_in, read_json
 from .parts import PARTS, family_of_pipeline
@@ -223,21 +224,16 @@ _VOCABULARY = hub.DownloadSpec(
 def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return the tensors of a file under the names in it, which are read when they are evaluated, and its metadata.
 
-    Raises ValueError for a damaged file, or one with types that MLX does not read.
+    The content decides how it is read, not the name. Raises ValueError for a file that is damaged or of another kind.
     """
-    if path.suffix in layout.PICKLES:
-        return read_pickle(path)
-    check_safetensors(path)
-    try:
-        return mx.load(str(path), return_metadata=True, stream=loading_stream(mx.cpu))
-    except RuntimeError as error:
-        raise damaged(path, str(error).partition("\n")[0], is_weights=True) from error
+    kind = kind_of(path) or ("pickle" if path.suffix in layout.PICKLES else "safetensors")
+    return read_pickle(path) if kind == "pickle" else read_safetensors(path)
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:
     """Return the tensors of a component under diffusers' names. They are read from the disk when they are evaluated.
 
-    Raises ValueError for a damaged file, types that MLX does not read, or two files with the same tensor.
+    Raises ValueError for a damaged file, or two files with the same tensor.
     """
     tensors: dict[str, mx.array] = {}
     for path in component.files:
@@ -247,4 +243,7 @@ def read_tensors(component: Component) -> Mapping[str, mx.array]:
         tensors.update(contents)
     if prefix := component.prefix:
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return to_diffusers(component.name, tensors)
+    named = to_diffusers(component.name, tensors)
+    if component.config.get("architectures") == ["CLIPTextModel"]:  # which has none, whatever is in its file
+        named.pop("text_projection.weight", None)
+    return named

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from .formats.kinds import kind_of
 from .formats.safetensors import damaged
 from .parts import NETWORKS, PARTS
 
@@ -42,6 +43,7 @@ _CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizer
 def check_suffix(path: str | os.PathLike) -> None:
     """Raise ValueError for a file that is none of weights by its name."""
     if not os.fspath(path).endswith(SUFFIXES):
+        kind_of(Path(path))  # which says what some other files are
         raise ValueError(f"{path} is no file of weights: these end in {', '.join(SUFFIXES)}")
 
 
@@ -163,6 +165,7 @@ class Listing:
                 for stem in stems:
                     stem = "pytorch_model" if (stem, suffix) == ("model", ".bin") else stem
                     choices += [f"{place}{stem}{half}{suffix}", f"{place}{stem}{suffix}.index{half}.json"]
+                    choices += [f"{place}{stem}{suffix}{half}.index.json", f"{place}{stem}{half}{suffix}.index.json"]
         chosen = next((choice for choice in choices if choice in self.names), None)
         if chosen is None:
             raise ValueError(f"{self.where} is not complete: {place}{stems[0]}.safetensors is missing")

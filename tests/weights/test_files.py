@@ -1,17 +1,21 @@
 """Local checkpoints: what is read from a folder, what is refused, and files that are not what they claim."""
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hub_server import SD_PARTS, XL_PARTS, checkpoint_files, safetensors, shard, to_json, write
 from stable_diffusion.weights import catalog
-from stable_diffusion.weights.files import Component, open_checkpoint, read_tensors
+from stable_diffusion.weights.files import Component, open_checkpoint, read_file, read_tensors
 from stable_diffusion.weights.formats.safetensors import check_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -77,9 +81,21 @@ def test_either_name_of_a_weight_file(tmp_path, files):
     assert [path.name for path in components["text_encoder"].files] == ["diffusion_pytorch_model.safetensors"]
 
 
-def test_shards(tmp_path, files):
-    write(tmp_path, shard(files, "unet"))
-    unet = open_checkpoint(tmp_path).components["unet"]
+INDICES = [  # as diffusers and transformers have spelled them
+    "{}.safetensors.index.json",
+    "{}.safetensors.index.fp16.json",
+    "{}.safetensors.fp16.index.json",
+    "{}.fp16.safetensors.index.json",
+]
+
+
+@pytest.mark.parametrize("spelling", INDICES)
+@pytest.mark.parametrize("float16", [False, True])
+def test_shards(tmp_path, files, spelling, float16):
+    files, stem = shard(files, "unet"), "unet/diffusion_pytorch_model"
+    files[spelling.format(stem)] = files.pop(INDICES[0].format(stem))
+    write(tmp_path, files)
+    unet = open_checkpoint(tmp_path, float16=float16).components["unet"]
     assert len(unet.files) == 2
     tensors = read_tensors(unet)
     assert {name: tensor[0].item() for name, tensor in tensors.items()} == {"weight_0": 0.0, "weight_1": 1.0}
@@ -172,8 +188,47 @@ def test_path_that_is_not_there(model, tmp_path, monkeypatch):
 
 def test_file_is_no_checkpoint(tmp_path):
     for name, message in (("model.safetensors", "is damaged"), ("model.zip", "no file of weights")):
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"?")
         assert message in refused(tmp_path / name)
+
+
+KINDS = [  # what other programs and servers leave under the names of weights
+    (b"", "is empty: get it again"),
+    (b"GGUF\3\0\0\0" + bytes(40), "is a GGUF file"),
+    (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page, not the file behind it"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 34\n", "is only a pointer of Git LFS"),
+    (b'{"error": "Repository not found"}', "is JSON text"),
+    (b"\x08\x07\x12\x07pytorch" + bytes(40), "is an ONNX model"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(40), "is a PNG picture"),
+    (b"\x1f\x8b\x08" + bytes(40), "is a gzip archive: unpack it"),
+    (b"PK\3\4" + bytes(40), "is not loaded"),
+    (bytes(40), ""),
+]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "bin", "gguf"])
+@pytest.mark.parametrize("content, message", KINDS)
+def test_another_file_under_a_name_of_weights(tmp_path, suffix, content, message):
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    for text in (refused(path), refused("tiny", parts={"unet": path})):
+        is_known = suffix != "gguf" or not content.startswith(b"PK")
+        assert str(path) in text and (message if is_known else "no file of weights") in text and len(text) < 300
+        assert "delete" not in text or message == ""
+
+
+def test_the_content_decides_and_not_the_name(tmp_path):
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "pickle.safetensors")
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    for suffix in ("ckpt", "bin", "pt"):
+        (tmp_path / f"safe.{suffix}").write_bytes(safetensors(a=mx.arange(3.0)))
+    for path in tmp_path.iterdir():
+        assert read_file(path)[0]["a"].tolist() == [0, 1, 2], path
+    dangerous = pickle.dumps({"a": print})
+    (tmp_path / "x.safetensors").write_bytes(dangerous)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not loaded: "):
+        read_file(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("model", ["", "\0", "x" * 5000])
@@ -307,7 +362,58 @@ def test_damaged_file(tmp_path, content):
     assert has_header or content not in (file_of(GOOD, data=31), file_of(changed(shape=[5])))
 
 
-@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", ["F16"]])
-def test_type_that_mlx_does_not_read(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["C64", "F8_E8M0", ["F16"]])
+def test_type_that_is_not_read(tmp_path, dtype):
     with pytest.raises(ValueError, match=r"holds b as .*, which this library does not read: save it as F16 or F32"):
         read_tensors(component(tmp_path, file_of(changed(dtype=dtype))))
+
+
+# Every value of the types that MLX does not compute in.
+EIGHTS = torch.arange(256, dtype=torch.uint8)
+TYPES = {dtype: EIGHTS.view(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
+TYPES[torch.float64] = torch.tensor([0.1, -1e300, 1e-300, torch.nan, torch.inf, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_types_that_mlx_does_not_compute_in(tmp_path, dtype, suffix):
+    path, values = tmp_path / f"x.{suffix}", TYPES[dtype]
+    tensors = {"x": values, "half": torch.arange(5).half(), "square": values[:4].reshape(2, 2), "one": values[3]}
+    if suffix == "ckpt":
+        torch.save(tensors, path)
+    else:
+        save_file({name: value.clone() for name, value in tensors.items()}, path, metadata={"format": "pt", "a": "b"})
+    ours, metadata = read_file(path)
+    assert metadata.get("a", "b") == "b" and ours.keys() == tensors.keys()
+    for name, theirs in tensors.items():
+        assert ours[name].dtype == (mx.float32 if dtype == torch.float64 and name != "half" else mx.float16)
+        assert np.array_equal(np.array(ours[name]), theirs.to(torch.float32).numpy(), equal_nan=True), name
+
+
+def test_scaled_values_of_8_bits(tmp_path):
+    """The two ways of ComfyUI: a scale for a layer or for each of its rows; marks and scales of activations go."""
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:120].reshape(4, 30)
+    scales = {"a.scale_weight": torch.tensor(0.37), "b.weight_scale": torch.tensor([1.0, 2.0, 0.5, 3.0])}
+    tensors = {"a.weight": weight, "b.weight": weight.clone(), "a.bias": torch.ones(4).half()} | scales
+    marks = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn), "a.scale_input": torch.tensor(1.0)}
+    marks["b.comfy_quant"] = torch.zeros(10, dtype=torch.uint8)
+    save_file(tensors | marks, tmp_path / "x.safetensors")
+    ours, _ = read_file(tmp_path / "x.safetensors")
+    assert ours.keys() == {"a.weight", "b.weight", "a.bias"}
+    assert np.array_equal(ours["a.weight"], weight.float() * scales["a.scale_weight"])
+    assert np.array_equal(ours["b.weight"], weight.float() * scales["b.weight_scale"][:, None])
+    for wrong in ({"b.weight_scale": torch.ones(3)}, {"b.weight": torch.ones(4, 2, dtype=torch.uint8)}):
+        save_file(tensors | marks | wrong, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=r"x\.safetensors holds b\..*: take"):
+            read_file(tmp_path / "x.safetensors")
+
+
+def test_sizes_are_checked_before_anything_is_made_of_them(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(b'{"__metadata__": {"a": "' + b"x" * 2**24 + b'"}}'))
+    with pytest.raises(ValueError, match="has a header of 16,777,243 bytes, of which at most 16,777,216 are read"):
+        read_file(path)
+    many = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_001)}
+    path.write_bytes(file_of(many, data=0))
+    with pytest.raises(ValueError, match="holds 100,001 tensors, of which at most 100,000 are read"):
+        read_file(path)

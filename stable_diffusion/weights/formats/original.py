@@ -80,7 +80,8 @@ _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
 # Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
-_NOT_WEIGHTS = re.compile(r"((^|\.)position_ids|^logit_scale|^attn_mask)$|^(visual|vision_model|visual_projection)\.")
+NOT_OF_TEXT_ENCODER = r"((position_ids|logit_scale|logit_bias|attn_mask)$|(visual|vision_model|visual_projection)\.)"
+_NOT_WEIGHTS = re.compile(rf"(^|\.){NOT_OF_TEXT_ENCODER}")
 _BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it
 
 

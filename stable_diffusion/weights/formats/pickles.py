@@ -12,17 +12,16 @@ import math
 import pickle
 import pickletools
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections import namedtuple
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .safetensors import header_of, loading_stream
+from .safetensors import cast_bits, load_copy, loading_stream
 
 _MAX_STEPS = 1_000_000  # instructions; a checkpoint of 2,000 tensors takes 60,000
 _MAX_READ = 1 << 24  # bytes of a pickle, or of a zip archive's list of entries
@@ -30,10 +29,11 @@ _MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
 _MAX_REUSE = 4  # times the size of the file that all tensors may have together: a few share their storage
 _CHUNK = 1 << 20  # bytes that are copied at once
 
-# Each type's code in a safetensors header, and its bytes. MLX reads no F64: the bits are taken, and converted here.
+# Each type's code in a safetensors header, and its bytes. Those that MLX does not read are taken as bits, and cast.
+_CASTS = {"float64": ("F64", mx.uint64), "float8_e4m3fn": ("F8_E4M3", mx.uint8), "float8_e5m2": ("F8_E5M2", mx.uint8)}
 _TYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float64": ("U64", 8)}
 _TYPES |= {f"{sign}int{8 * n}": (f"{sign or 'i'}{8 * n}".upper(), n) for sign in ("", "u") for n in (1, 2, 4, 8)}
-_TYPES |= {"bool": ("BOOL", 1), "": ("U8", 1)}
+_TYPES |= {"bool": ("BOOL", 1), "": ("U8", 1), "float8_e4m3fn": ("U8", 1), "float8_e5m2": ("U8", 1)}
 _STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Double": "float64", "Bool": "bool"}
 _STORAGES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
@@ -214,34 +214,32 @@ def _copy(file: _File, storages: Collection[_Storage], places: dict[_Storage, in
     fits = sum(s.size for s in storages) <= size and all(places[s] + s.size <= size for s in storages)
     _need(fits, "it ends within a storage")
     rows = {str(i): (storage.code, [storage.length], storage.size) for i, storage in enumerate(storages)}
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
-        copy.write(header_of(rows))
+
+    def pieces() -> Iterator[bytes]:
         for storage in storages:
             file.seek(places[storage])
             for start in range(0, storage.size, _CHUNK):
-                copy.write(file.read(min(_CHUNK, storage.size - start)))
-        copy.flush()
-        arrays = mx.load(copy.name, stream=loading_stream(mx.cpu))
-    return dict(zip(storages, map(arrays.get, rows), strict=True))
+                yield file.read(min(_CHUNK, storage.size - start))
+
+    return dict(zip(storages, map(load_copy(rows, pieces()).get, rows), strict=True))
 
 
 def _view(row: mx.array, tensor: _Tensor) -> mx.array:
     stream = loading_stream(mx.cpu)
-    if tensor.storage.dtype == "" or tensor.dtype == "float64":
-        row = row.view(getattr(mx, tensor.dtype, mx.bool_), stream=stream)
-    array = mx.as_strided(row, tensor.shape, tensor.strides, tensor.offset, stream=stream)
-    return array.astype(mx.float32, stream=stream) if tensor.dtype == "float64" else array  # no GPU has it
+    code, bits = _CASTS.get(tensor.dtype, (None, getattr(mx, tensor.dtype, mx.bool_)))
+    array = mx.as_strided(row.view(bits, stream=stream), tensor.shape, tensor.strides, tensor.offset, stream=stream)
+    return array if code is None else cast_bits(array, code)
 
 
 def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return the tensors of a file by name, which are read when they are evaluated, and the texts beside them.
 
     Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param". float64
-    becomes float32. Raises ValueError for a file that is damaged, has no tensors, or asks for what no weights need.
+    becomes float32, an 8-bit float float16. Raises ValueError for a file that is damaged, has no tensors, or asks for
+    what no weights need.
     """
     with _File(path.open("rb", buffering=0)) as file:
-        start = file.peek(9)[:9]
-        _need(start[8:] != b"{", f"{path} is a safetensors file: give it a name that ends in .safetensors")
+        start = file.peek(4)[:4]
         try:
             _need(start.startswith((b"PK\3\4", b"\x80")), "it does not begin as torch's files do")
             value, places = (_read_archive if start.startswith(b"PK") else _read_row)(file)

@@ -1,20 +1,25 @@
-"""Check and write safetensors files: a JSON header, then the values of each tensor one behind the other."""
+"""Read and write safetensors files: a JSON header, then the values of each tensor one behind the other."""
 
 import json
 import math
 import operator
+import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-# Bytes per value of the types that mx.load reads as themselves (it gives 8-bit floats as integers).
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
+# Bytes per value of each type. F64 and the 8-bit floats are those of ``cast_bits``; mx.load gives F8_E4M3 as its bits.
+_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_BITS = {"F64": "U64", "F8_E4M3": "U8", "F8_E5M2": "U8"}
+_MAX_HEADER = 1 << 24  # bytes; the header of SDXL has 300,000, those of LoRAs list all tags of the training
+_MAX_TENSORS = 100_000
+_CHUNK = 1 << 20  # bytes that are copied at once
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
 _CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
@@ -39,26 +44,59 @@ def loading_stream(kind: mx.DeviceType) -> mx.Stream:
     return mx.new_thread_unsafe_stream(mx.Device(kind, 0))
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise ValueError unless the header describes exactly the bytes that follow it, in types that MLX reads.
+def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return the tensors of a file by name, which are read when they are evaluated, and its metadata.
 
-    MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run.
+    float64 becomes float32; 8-bit floats become float16, times the scale that is stored beside them. Raises ValueError
+    for a file that is damaged, or has other types.
+    """
+    header, start = check_safetensors(path)
+    metadata = header.pop("__metadata__", None) or {}
+    types = {name: tensor["dtype"] for name, tensor in header.items()}
+    try:
+        if {"F64", "F8_E5M2"}.isdisjoint(types.values()):
+            tensors, metadata = mx.load(
+                str(path), format="safetensors", return_metadata=True, stream=loading_stream(mx.cpu)
+            )
+        else:  # which mx.load refuses, so it gets a copy of the file that calls them integers
+            spans = {name: tensor["data_offsets"] for name, tensor in header.items()}
+            names = sorted(spans, key=spans.get)
+            rows = {n: (_BITS.get(types[n], types[n]), header[n]["shape"], spans[n][1] - spans[n][0]) for n in names}
+            with path.open("rb") as file:
+                file.seek(start)
+                tensors = load_copy(rows, iter(lambda: file.read(_CHUNK), b""))
+    except RuntimeError as error:
+        raise damaged(path, str(error).partition("\n")[0], is_weights=True) from error
+    tensors |= {name: cast_bits(tensors[name], code) for name, code in types.items() if code in _BITS}
+    return _scaled(path, tensors, {name for name, code in types.items() if code.startswith("F8")}), metadata
+
+
+def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header and the number of bytes before the values, which are exactly those that the header describes.
+
+    MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run. Raises ValueError
+    for any other file, for more than a checkpoint has, and for types that are not read here.
     """
     size = path.stat().st_size
     spans = []
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        if not 2 <= length <= size - 8:
             raise damaged(path, f"its {size} bytes do not begin with a header")
+        if length > _MAX_HEADER:
+            raise ValueError(f"{path} has a header of {length:,} bytes, of which at most {_MAX_HEADER:,} are read")
         try:
-            for name, tensor in json.loads(file.read(length)).items():
+            header = json.loads(file.read(length))
+            for name, tensor in header.items():
                 if name != "__metadata__":
                     first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
                     spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
             spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise damaged(path, "its header is not that of a safetensors file") from error
+    if len(spans) > _MAX_TENSORS:
+        raise ValueError(f"{path} holds {len(spans):,} tensors, of which at most {_MAX_TENSORS:,} are read")
     position = 0
     for first, end, name, dtype, shape in spans:
         if dtype not in _ITEM_SIZES:
@@ -69,6 +107,51 @@ def check_safetensors(path: Path) -> None:
         position = end
     if 8 + length + position != size:
         raise damaged(path, f"it has {size} bytes and should have {8 + length + position}", is_weights=True)
+    return header, 8 + length
+
+
+def cast_bits(bits: mx.array, code: str) -> mx.array:
+    """Return the values of a type that MLX does not compute in, out of their bits: F64 as float32, others as float16.
+
+    Any 8-bit float is a float16 too; F8_E5M2 is the upper half of one.
+    """
+    with mx.stream(loading_stream(mx.cpu)):
+        if code == "F64":
+            return bits.view(mx.float64).astype(mx.float32)
+        if code == "F8_E4M3":
+            return mx.from_fp8(bits, mx.float16)
+        return mx.left_shift(bits.astype(mx.uint16), mx.array(8, mx.uint16)).view(mx.float16)
+
+
+# What ComfyUI stores beside 8-bit weights: their scales, scales of activations, and a mark for the kind.
+_SCALE = re.compile(r"(.*\.)?(scale_weight|weight_scale)$")
+_SCALING = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)$")
+
+
+def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -> dict[str, mx.array]:
+    """Multiply weights of 8 bits by their scales. Raises ValueError for a quantization of another kind."""
+    for name in [name for name in tensors if _SCALE.match(name) or _SCALING.match(name)] if eights else ():
+        layer, _, kind = name.rpartition(".")
+        scale, weight = tensors.pop(name), f"{layer}.weight"
+        if kind == "comfy_quant" and weight not in eights:
+            raise ValueError(f"{path} holds quantized values as {weight}, which are not read: take float16 or F8_E4M3")
+        if not _SCALE.match(name):
+            continue
+        if weight not in eights or scale.size not in (1, len(tensors[weight])):
+            raise ValueError(f"{path} holds {name}, which is no scale of F8 values: take the model in float16")
+        with mx.stream(loading_stream(mx.cpu)):
+            shape = (scale.size, *[1] * (tensors[weight].ndim - 1))
+            tensors[weight] = tensors[weight] * scale.astype(mx.float32).reshape(shape)
+    return tensors
+
+
+def load_copy(rows: Mapping[str, tuple[str, Sequence[int], int]], pieces: Iterable[bytes]) -> dict[str, mx.array]:
+    """Load tensors, see ``header_of``, from a temporary file, which vanishes with the arrays that are read from it."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+        copy.write(header_of(rows))
+        copy.writelines(pieces)
+        copy.flush()
+        return mx.load(copy.name, stream=loading_stream(mx.cpu))
 
 
 def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:

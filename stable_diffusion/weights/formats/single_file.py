@@ -18,7 +18,7 @@ from ...models.config import listed
 from .. import catalog
 from ..layout import Checkpoint, Component
 from ..parts import FAMILIES, PARTS, Family, family_of
-from .original import to_diffusers
+from .original import NOT_OF_TEXT_ENCODER, to_diffusers
 from .shapes import READERS, Tensors
 
 _log = logging.getLogger("stable_diffusion")
@@ -26,10 +26,11 @@ _log = logging.getLogger("stable_diffusion")
 # What checkpoints hold beside the networks: the noise schedule of training and its flags, running averages (the
 # weights themselves are what everyone uses), the depth estimator of Stable Diffusion 2, training leftovers.
 _NOT_WEIGHTS = re.compile(
-    r"(alphas_cumprod|betas|sqrt_alphas_cumprod|alphas_cumprod_prev|log_one_minus_alphas_cumprod)$"
+    r"(model\.)?(alphas_cumprod|betas|sqrt_alphas_cumprod|alphas_cumprod_prev|log_one_minus_alphas_cumprod)$"
     r"|sqrt_(one_minus|recip|recipm1)_alphas_cumprod$|posterior_(variance|log_variance_clipped|mean_coef[12])$"
     r"|(lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr|denoiser\.(log_)?sigmas)$"
-    r"|(model_ema|depth_model|embedding_manager)\."
+    r"|(model_ema|depth_model|embedding_manager|(optimizer|lr_scheduler|swa_model)\w*)\."
+    rf"|(.*\.)?{NOT_OF_TEXT_ENCODER}|(.*\.)?text_projection(\.weight)?$"  # of CLIP, wherever they stand
 )
 
 # Files of other kinds, by what a name in them looks like.
@@ -125,11 +126,12 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
     ``where`` is the file's name, for messages. Where only the network ``kind`` is needed, all else does not matter.
     Raises ValueError when there is none, or for tensors that belong to none.
     """
+    weights = [name for name in tensors if not _NOT_WEIGHTS.match(name)]
     networks = {
         network: prefix
         for network, part in PARTS.items()
         for prefix in part.prefixes
-        if any(name.startswith(prefix) for name in tensors)
+        if any(name.startswith(prefix) for name in weights)
     }
     if not networks or (kind is not None and kind not in networks):
         names = ("controlnet", *PARTS)  # a ControlNet has the tensors of a UNet too
@@ -146,7 +148,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
     if not networks:
         raise ValueError(f"{where} is no model of Stable Diffusion: it holds {listed(sorted(tensors)) or 'no tensors'}")
     prefixes = tuple(networks.values())
-    if unknown := sorted(n for n in tensors if not n.startswith(prefixes) and not _NOT_WEIGHTS.match(n)):
+    if unknown := sorted(name for name in weights if not name.startswith(prefixes)):
         raise ValueError(f"{where} holds {len(unknown)} tensors that this library does not know: {listed(unknown)}")
     return networks
 
@@ -163,6 +165,8 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"{where}: its {kind} cannot be read: {error}") from error
+    if kind == "text_encoder":
+        config["architectures"] = ["CLIPTextModel"]  # nothing reads its projection
     if "positional_embedding" in network:
         config["hidden_act"] = "gelu"  # of every OpenCLIP
     return config

@@ -118,6 +118,8 @@ def test_safetensors(tmp_path, damaged, count):
         for name, value in ours.items():
             first, end = entries[name]["data_offsets"]
             assert list(value.shape) == entries[name]["shape"]
+            if entries[name]["dtype"] in ("F64", "F8_E4M3", "F8_E5M2"):  # which are cast
+                continue
             assert value.nbytes == end - first == prod(entries[name]["shape"]) * value.itemsize
             stored = data[begin + first : begin + end]
             assert np.array(mx.contiguous(value).reshape(-1).view(mx.uint8)).tobytes() == stored

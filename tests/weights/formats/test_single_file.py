@@ -138,6 +138,41 @@ def test_read_back_bit_for_bit(made, single, family):
             assert TextConfig.from_dict(component.config) == TextConfig.from_dict(theirs.components[name].config)
 
 
+_PROJECTION = np.ones((64, 64), np.float32)
+OF_CLIP = ["{}logit_scale", "{}transformer.logit_scale", "{}transformer.text_model.embeddings.position_ids"]
+OF_CLIP += ["{}visual.proj", "{}transformer.vision_model.post_layernorm.bias", "{}text_projection", "{}attn_mask"]
+OF_CLIP += ["{}transformer.text_projection.weight"]  # of CLIP-L, as ComfyUI writes it
+OF_TRAINING = ["model_ema.decay", "model_ema.diffusion_modelout2bias", "denoiser.sigmas", "betas", "global_step"]
+OF_TRAINING += ["alphas_cumprod", "optimizer.state.0.exp_avg", "lr_schedulers.0.base_lrs", "model.betas", "logvar"]
+
+
+@pytest.mark.parametrize(
+    "family, encoders",
+    [
+        ("sd1", [CLIP]),
+        ("sd2", [f"{CLIP}model.", CLIP]),
+        ("xl", ["conditioner.embedders.0.", "conditioner.embedders.1.model.", "conditioner.embedders.1."]),
+        ("refiner", ["conditioner.embedders.0.model.", "conditioner.embedders.0."]),
+    ],
+)
+def test_what_no_network_reads_is_left_out(made, single, family, encoders):
+    """Names of CLIP beside its text encoder, and of a training, as other programs save and merge them."""
+    names = [n.format(p) for p in encoders for n in OF_CLIP[: -1 if p.endswith(".model.") else None]]
+    junk = {name: _PROJECTION for name in [*names, *OF_TRAINING] if name not in made(family)[1]}
+    ours = opened(single(family, junk)).components
+    for name, component in open_checkpoint(made(family)[0]).components.items():
+        assert_same(ours[name], component)
+
+
+def test_a_text_encoder_without_a_projection_in_a_folder(made, tmp_path):
+    tensors = read_tensors(open_part(made("sd1")[0], "text_encoder"))
+    more = dict.fromkeys(("text_projection.weight", "logit_scale", "vision_model.post_layernorm.bias"), _PROJECTION)
+    path = saved(tmp_path / "model.safetensors", {name: np.array(v) for name, v in tensors.items()} | more)
+    assert (
+        read_tensors(Component("text_encoder", {"architectures": ["CLIPTextModel"]}, (path,))).keys() == tensors.keys()
+    )
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
 def test_latents_are_those_of_the_folder(made, single, family):
     """The whole way, with the scheduler that the family is known to have; pad tokens are the tokenizers' own."""
