@@ -17,6 +17,7 @@ from .lora.delta import LoRADelta, Scale
 from .lora.files import LoRAWeights, read_lora
 from .lora.layers import AttachedLoRA, attach, check_fit, fuse
 from .models import cpu, tiling
+from .models.config import CLIPTextConfig
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .options import Prompt, RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
@@ -115,8 +116,9 @@ class Networks:
         for name, folder in sorted(checkpoint.tokenizers.items()):
             suffix = "" if not several else "_2" if name.endswith("_2") else "_1"
             self._encoders.append((f"tokenizer{suffix}", f"text_encoder{suffix}"))
-            attributes[name.replace("tokenizer", "text_encoder")] = f"text_encoder{suffix}"
-            setattr(self, f"tokenizer{suffix}", Tokenizer.from_folder(folder, checkpoint.pad_tokens.get(name)))
+            attributes[encoder := name.replace("tokenizer", "text_encoder")] = f"text_encoder{suffix}"
+            size = CLIPTextConfig.from_dict(checkpoint.components[encoder].config).vocab_size
+            setattr(self, f"tokenizer{suffix}", Tokenizer.from_folder(folder, checkpoint.pad_tokens.get(name), size))
         loaded = {}
         for part, attribute in (attributes | {"vae": "autoencoder"}).items():
             component = checkpoint.components[part]

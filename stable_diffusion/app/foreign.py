@@ -4,13 +4,13 @@ Fooocus, InvokeAI, NovelAI, SwarmUI, Easy Diffusion, Draw Things and mflux diffe
 these to the web UI's names, which ``infotext`` reads. Of ComfyUI's graphs those with one sampler are read.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
+from ..models.config import parse_json
 from ..weights.layout import SUFFIXES
 from . import infotext
 
@@ -62,13 +62,13 @@ def read(texts: Mapping[str, str]) -> Arguments | None:
 
 def _object(text: str | None) -> dict[str, Any]:
     """Return the object that a text is in JSON, with the values of an object around it; {} for another text."""
-    values = None
-    with suppress(ValueError, RecursionError):
-        values = json.loads(text) if text and text.lstrip().startswith("{") else None
+    values: dict[str, Any] = {}
+    with suppress(ValueError):
+        values = parse_json(text or "", "a text")
     for wrapper in _WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+        if isinstance(values.get(wrapper), dict):
             values = values | values.pop(wrapper)
-    return values if isinstance(values, dict) else {}
+    return values
 
 
 def _arguments(values: Mapping[str, Any]) -> Arguments:

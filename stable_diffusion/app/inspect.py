@@ -3,7 +3,6 @@
 Of weights only a LoRA's alphas and an embedding's vectors are read.
 """
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ from ..images.files import read_text
 from ..lora.delta import LoRADelta, rank_of
 from ..lora.files import LoRAWeights, read_lora
 from ..lora.names import read_key
-from ..models.config import readable
+from ..models.config import parse_json, readable
 from ..weights import layout
 from ..weights.embeddings import read_embedding
 from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors
@@ -60,8 +59,8 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
 
 def _inspect_image(path: Path) -> Report:
     texts: Report = read_text(path)
-    with suppress(ValueError, RecursionError):
-        texts |= {"stable_diffusion": json.loads(texts.get("stable_diffusion", ""))}
+    with suppress(ValueError):
+        texts |= {"stable_diffusion": parse_json(texts.get("stable_diffusion", ""), path)}
     return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
 
 

@@ -21,7 +21,7 @@ from ..diffusion.choice import read_name
 from ..images.files import read_text
 from ..lora.files import locate
 from ..lora.folders import find_in
-from ..models.config import listed
+from ..models.config import listed, parse_json
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.quantize import read_quantization
@@ -50,9 +50,9 @@ class Record:
 def read_record(path: str | os.PathLike) -> Record:
     """Read how a picture was made; ValueError, one line, where it does not say so."""
     texts = read_text(path)
-    with suppress(ValueError, RecursionError):
-        details = json.loads(texts.get("stable_diffusion", ""))
-        if isinstance(details, dict) and isinstance(arguments := details.get("arguments"), dict):
+    with suppress(ValueError):
+        details = parse_json(texts.get("stable_diffusion", ""), path)
+        if isinstance(arguments := details.get("arguments"), dict):
             if arguments.pop("float16", None) is False:  # as version 0.1 records the type
                 arguments.setdefault("dtype", "float32")
             return Record(str(path), arguments, details=details)

@@ -1,6 +1,5 @@
 """Find and read LoRA files: a file -> the changes of a model's layers, in factors."""
 
-import json
 import math
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.config import listed
+from ..models.config import listed, parse_json, read_json
 from ..weights import hub, layout
 from ..weights.files import read_file
 from ..weights.formats.safetensors import loading_stream
@@ -71,7 +70,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
         raise ValueError(f"{path} is not a LoRA: it holds {listed(unknown) or 'nothing'}")
     mx.eval([factors["alpha"] for factors in grouped.values() if "alpha" in factors])
     settings = _settings(path, metadata)
-    deltas = (_delta(*layer, factors, settings) for layer, factors in grouped.items())
+    deltas = (_delta(path, *layer, factors, settings) for layer, factors in grouped.items())
     return LoRAWeights(path, tuple(deltas), tuple(unknown), metadata)
 
 
@@ -101,17 +100,13 @@ def locate(source: str | os.PathLike) -> Path:
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
     """Read the settings of the training, in the file (diffusers) or beside it (PEFT): {"unet.lora_alpha": 8, ...}."""
-    config, text = path.with_name(_PEFT_CONFIG), metadata.get("lora_adapter_metadata", "{}")
-    try:
-        if path.name == FOLDER_FILES[1] and config.is_file():
-            text = config.read_text(encoding="utf-8")
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the settings of the LoRA {path} are not valid JSON: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+    config = path.with_name(_PEFT_CONFIG)
+    if path.name == FOLDER_FILES[1] and config.is_file():
+        return read_json(config)
+    return parse_json(metadata.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
 
 
-def _delta(network: str, layer: str, factors: dict[str, mx.array], settings: Mapping) -> LoRADelta:
+def _delta(path: Path, network: str, layer: str, factors: dict[str, mx.array], settings: Mapping) -> LoRADelta:
     """Take alpha out of the factors. Where the file has none it is in the settings, or equals the rank."""
     rank, alpha = rank_of(factors), factors.pop("alpha", None)
     if rank is None:
@@ -124,10 +119,15 @@ def _delta(network: str, layer: str, factors: dict[str, mx.array], settings: Map
         alpha = alpha.item() if alpha.size == 1 else math.nan
     else:
         alpha = setting("lora_alpha")
-        for pattern, value in (setting("alpha_pattern") or {}).items():
+        if not isinstance(patterns := setting("alpha_pattern") or {}, dict):
+            raise ValueError(f"the alpha_pattern of {path} is {patterns!r:.60} and no object; take it from its source")
+        for pattern, value in patterns.items():
             flat = pattern.strip("^$").replace(".", "_")
             alpha = value if layer == flat or layer.endswith(f"_{flat}") else alpha
-    multiplier = 1.0 if alpha is None else alpha / (math.sqrt(rank) if setting("use_rslora") else rank)
+    try:
+        multiplier = 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if setting("use_rslora") else rank)
+    except (TypeError, ValueError, OverflowError):  # JSON holds texts, lists and integers of any size
+        multiplier = math.nan
     if not math.isfinite(multiplier):
-        raise ValueError(f"the LoRA has alpha {alpha} for {network}.{layer}, which is no number")
+        raise ValueError(f"the LoRA {path} has alpha {alpha!r:.60} for {network}.{layer}, which is no number")
     return LoRADelta(network, layer, factors, multiplier)

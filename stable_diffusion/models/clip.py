@@ -81,7 +81,7 @@ class CLIPEmbeddings(nn.Module):
             raise ValueError(f"{n} tokens do not fit into {self._positions} positions; shorten the text")
         tokens = self.token_embedding(mx.minimum(ids, self._vocabulary - 1))
         if len(self._added):
-            added = self._added[mx.maximum(ids - self._vocabulary, 0)].astype(tokens.dtype)
+            added = self._added[mx.clip(ids - self._vocabulary, 0, len(self._added) - 1)].astype(tokens.dtype)
             tokens = mx.where((ids >= self._vocabulary)[..., None], added, tokens)
         return tokens + self.position_embedding(mx.arange(n))
 

@@ -5,9 +5,11 @@ becomes one number per block, an absent key takes diffusers' default. A key that
 library does not compute is refused by name.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed here}
@@ -15,6 +17,63 @@ Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed 
 # Keys about training and the moving average of the weights, which change nothing that is computed.
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
+
+_LARGEST = 10_000_000  # characters of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
+_REMEDY = "take it from its source"
+_DEEPEST = 20  # lists and objects in one another
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of at most 10 MB in UTF-8, with or without a byte order mark; ValueError for another."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LARGEST + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not readable as UTF-8 text ({error.reason}); take it from its source") from None
+    if len(text) > _LARGEST:
+        raise ValueError(f"{path} has more than the {_LARGEST / 1e6:.0f} MB of such a file; take it from its source")
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object; ValueError, one line with the path, for another."""
+    remedy = f"delete {path.resolve()} and get it again" if path.is_symlink() else _REMEDY  # a link of the Hub's cache
+    return parse_json(read_text(path), path, remedy)
+
+
+def parse_json(text: str, source: object, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Parse a JSON object. ValueError, one line that begins with ``source``, for anything else.
+
+    Texts of more than 10 MB or 20 levels are refused: they would take all memory, or all of Python's stack.
+    """
+    try:
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST / 1e6:.0f} MB")
+        value = json.loads(text, parse_int=_integer)
+        if _depth(value) > _DEEPEST:
+            raise RecursionError
+    except (ValueError, RecursionError) as error:
+        problem = f"more than {_DEEPEST} levels" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{source} is not readable as JSON ({problem}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; {remedy}")
+    return value
+
+
+def _integer(digits: str) -> int:
+    """Return an integer; Python refuses thousands of digits in words of its own."""
+    if len(digits) > 1000:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects stand in one another, counted up to the first level too many."""
+    depth, level = 0, [value]
+    while depth <= _DEEPEST and (level := [entry for entry in level if isinstance(entry, list | dict)]):
+        level = [inner for entry in level for inner in (entry.values() if isinstance(entry, dict) else entry)]
+        depth += 1
+    return depth
 
 
 @contextmanager

@@ -6,17 +6,18 @@ The ids equal those of the reference, transformers' fast CLIPTokenizer, for all 
 References: Radford et al. 2021 (CLIP), Radford et al. 2019 (byte-level BPE), Sennrich et al. 2016 (BPE).
 """
 
-import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from itertools import chain, pairwise
-from operator import index, or_
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import regex
+
+from ..models.config import read_json, read_text
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -24,6 +25,8 @@ _ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS
 _END_OF_WORD = "</w>"
 _LONGEST_MERGE = 512  # bytes: merging takes time with their square, and a word of 100 kB in such runs 0.4 s
 _NO_MERGE = (1 << 62, -1)
+_LARGEST_ID = 2**31 - 1
+_MOST_SPECIAL = 5000  # special tokens: a pattern finds them, which 50,000 of them take seconds to make
 
 _BLANKS = regex.compile(r"\s+")
 # To the NFC of the reference, which dates from Unicode 9, later marks are characters that nothing combines with.
@@ -90,25 +93,30 @@ class Tokenizer:
         self._split_exact, self._split_folded = _any_of(self._exact), _any_of(self._folded)
 
     @classmethod
-    def from_folder(cls, folder: Path | str, pad_token: str | None = None) -> "Tokenizer":
+    def from_folder(cls, folder: Path | str, pad_token: str | None = None, size: int | None = None) -> "Tokenizer":
         """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or tokenizer.json where these are missing.
 
         The special tokens come from special_tokens_map.json, else from tokenizer_config.json, which alone counts when
-        it has a table of added tokens, as in the reference. A ``pad_token`` takes the place of theirs.
+        it has a table of added tokens, as in the reference. A ``pad_token`` takes the place of theirs. ``size`` is the
+        number of tokens that the text encoder knows.
         Raises ValueError, one line that names the file and the key, for what is missing or malformed.
         """
         folder = Path(os.path.expanduser(folder))
         vocab, merges, added = _read_vocabulary(folder)
+        if (highest := max(vocab.values(), default=0)) >= (size or highest + 1):
+            raise ValueError(f"{folder} has the id {highest}, the text encoder {size} tokens; give its own tokenizer")
         config = _JsonFile(folder / "tokenizer_config.json", optional=True)
         files = [config, _JsonFile(folder / "special_tokens_map.json", optional=True)]
         if "added_tokens_decoder" in config:
             added, files = config.read("added_tokens_decoder", _tokens_by_id), [config]
         special, additional = {role: {token: False} for role, token in _ROLES.items()}, {}
         for file in files:
-            special |= {role: file.read(role, _token) for role in _ROLES if role in file}
+            special |= {role: token for role in _ROLES if (token := file.read(role, _token))}
             additional = file.read("additional_special_tokens", _tokens, additional)
         if pad_token is not None:
             special["pad_token"] = {pad_token: False}
+        if (count := len(added) + len(additional)) > _MOST_SPECIAL:
+            raise ValueError(f"{folder} names {count} special tokens; at most {_MOST_SPECIAL} are read")
         for token in (*added, *additional):  # those that are new take the ids after the vocabulary
             vocab.setdefault(token, len(vocab))
         length = config.read("model_max_length", int, 77)
@@ -209,14 +217,14 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Any], dict[str,
         file |= file.read("model", dict, {})
         if file.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= file.keys():
             raise ValueError(f"{file.path} is not a BPE tokenizer; CLIP needs one")
-        vocab = file.read("vocab", lambda table: {token: index(id_) for token, id_ in table.items()})
-        return vocab, file.read("merges", list), file.read("added_tokens", _tokens, {})
+        return file.ids(file["vocab"]), file.read("merges", list), file.read("added_tokens", _tokens, {})
     file = _JsonFile(folder / "vocab.json")
-    vocab = {token: file.read(token, index) for token in file}
-    lines = _read_text(folder / "merges.txt").split("\n")
+    vocab = file.ids(file.content)
+    lines = read_text(_existing(folder / "merges.txt")).split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     file = _JsonFile(folder / "added_tokens.json", optional=True)
-    return vocab, merges, dict.fromkeys(sorted(file, key=lambda token: file.read(token, index)), True)
+    added = file.ids(file.content)
+    return vocab, merges, dict.fromkeys(sorted(added, key=added.get), True)
 
 
 class _JsonFile(dict[str, Any]):
@@ -224,45 +232,47 @@ class _JsonFile(dict[str, Any]):
 
     def __init__(self, path: Path, optional: bool = False):
         self.path = path
-        try:
-            content = {} if optional and not path.is_file() else json.loads(_read_text(path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not readable as JSON ({error}); download it again") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not an object; download it again")
-        super().__init__((key, value) for key, value in content.items() if value not in (None, "", [], {}))
+        self.content = {} if optional and not path.is_file() else read_json(_existing(path))
+        super().__init__((key, value) for key, value in self.content.items() if value not in (None, "", [], {}))
 
     def read(self, key: str, parse: Callable[[Any], Any], default: Any = None) -> Any:
         """Parse a field where it is present."""
         try:
             return parse(self[key]) if key in self else default
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{self.path}: {key!r} has an unknown shape, {self[key]!r:.60}; download it again"
-            ) from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise self._unknown(key, self[key]) from None
+
+    def ids(self, table: Any) -> dict[str, int]:
+        """Check that an object holds an id for every token."""
+        if not isinstance(table, dict):
+            raise self._unknown("vocab", table)
+        for token, id_ in table.items():
+            if type(id_) is not int or not 0 <= id_ <= _LARGEST_ID:
+                raise self._unknown(token, id_)
+        return table
+
+    def _unknown(self, key: str, value: Any) -> ValueError:
+        return ValueError(f"{self.path}: {key!r:.60} has an unknown shape, {value!r:.60}; download it again")
 
 
-def _read_text(path: Path) -> str:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} is missing; a tokenizer is vocab.json and merges.txt, or tokenizer.json")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable as UTF-8 text ({error}); download it again") from None
+    return path
 
 
 def _token(value: str | dict[str, Any]) -> dict[str, bool]:
     """Read a string or the fields of an AddedToken: text -> whether it is looked for after normalisation."""
     if isinstance(value, str):
-        return {value: False}
+        return {value: False} if value else {}
     text = value["content"] + ""  # TypeError for what is no text
-    return {text: bool(value.get("normalized", not value.get("special", False)))}
+    return {text: bool(value.get("normalized", not value.get("special", False)))} if text else {}
 
 
 def _tokens(tokens: list[Any]) -> dict[str, bool]:
     if not isinstance(tokens, list):
         raise TypeError(type(tokens))
-    return reduce(or_, map(_token, tokens), {})
+    return {text: normalized for token in tokens for text, normalized in _token(token).items()}
 
 
 def _tokens_by_id(table: dict[str, Any]) -> dict[str, bool]:

@@ -10,7 +10,6 @@
 is published alone has its files in the root of its repository, or in a subfolder as here.
 """
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from ..models.config import read_json
 from .formats.kinds import kind_of
 from .formats.safetensors import damaged
 from .parts import NETWORKS, PARTS
@@ -193,14 +193,3 @@ def best_files(float16: bool) -> frozenset[str]:
 def files_in(folder: Path) -> set[str]:
     """Return the names of a checkpoint folder's files; a link to nothing is not one."""
     return {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()}
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file whose value is an object. Raises ValueError when it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise damaged(path, "not a JSON object")
-    return value

@@ -83,6 +83,9 @@ CONFIGS = {
     ),
 }
 
+NO_IDS = [("null", "None"), ("[1]", "[1]"), ("-1", "-1"), ("true", "True"), ("1.0", "1.0"), (str(2**63), str(2**63))]
+MANY = [f"<{i}>" for i in range(50_000)]
+
 
 @pytest.fixture(scope="session")
 def bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -268,10 +271,24 @@ def test_what_transformers_5_saves(pair, tmp_path):
         ("tokenizer.json", "[]", "tokenizer.json holds a list"),
         ("tokenizer.json", '{"model": "BPE"}', "tokenizer.json: 'model'"),
         ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "tokenizer.json is not a BPE tokenizer"),
-        ("tokenizer.json", '{"model": {"vocab": {"a": "b"}, "merges": ["a b"]}}', "tokenizer.json: 'vocab'"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "b"}, "merges": ["a b"]}}', "tokenizer.json: 'a' has an unkn"),
+        ("tokenizer.json", '{"model": {"vocab": [1], "merges": ["a b"]}}', "tokenizer.json: 'vocab'"),
+        *(("vocab.json", f'{{"a": {id_}}}', f"vocab.json: 'a' has an unknown shape, {shown}") for id_, shown in NO_IDS),
+        ("added_tokens.json", '{"a": null}', "added_tokens.json: 'a'"),
+        ("vocab.json", '{"a": ' + "1" * 5000 + "}", "vocab.json is not readable as JSON (a number of 5000 digits)"),
+        ("vocab.json", '{"a": ' * 480 + "1" + "}" * 480, "vocab.json is not readable as JSON (more than 20 levels)"),
+        ("vocab.json", '{"a": "' + "x" * 10_000_000 + '"}', "vocab.json has more than the 10 MB"),
+        ("merges.txt", "a b\n" * 2_500_001, "merges.txt has more than the 10 MB"),
+        ("tokenizer_config.json", '{"model_max_length": [77]}', "tokenizer_config.json: 'model_max_length'"),
+        ("tokenizer_config.json", '{"model_max_length": 1e400}', "tokenizer_config.json: 'model_max_length'"),
+        ("tokenizer_config.json", '{"pad_token": ["!"]}', "tokenizer_config.json: 'pad_token'"),
+        ("tokenizer_config.json", '{"pad_token": 3}', "tokenizer_config.json: 'pad_token'"),
+        ("tokenizer_config.json", json.dumps({"additional_special_tokens": MANY}), "50000 special tokens; at most"),
+        ("added_tokens.json", json.dumps({token: i for i, token in enumerate(MANY)}), "50000 special tokens; at most"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": 7}}', "tokenizer.json: 'merges'"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 1}, "merges": [7]}, "added_tokens": [7]}', "'added_tokens'"),
     ],
+    ids=lambda text: str(text)[:40],
 )
 def test_broken_folders(bpe, tmp_path, name, content, message):
     folder = write_folder(tmp_path / "broken", bpe, *CONFIGS["sd1"])
@@ -325,3 +342,31 @@ def test_bad_arguments(bpe, sd1):
         Tokenizer(*bpe, pad_token="[PAD]")
     with pytest.raises(ValueError, match=r"not valid Unicode at character 2[^\n]*$"):  # a lone surrogate
         sd1[0].encode("ab\udcffc")
+
+
+def test_special_tokens_that_are_empty_or_look_like_patterns(bpe, tmp_path):
+    """The reference ignores the first, and the others are text."""
+    tokens = ["", "(a+)+$", "[[[", ".*", "\\b", "<|x|>"]
+    folder = write_folder(tmp_path / "odd", bpe, *CONFIGS["sd1"])
+    config = {"pad_token": {"content": ""}, "additional_special_tokens": tokens}
+    (folder / "special_tokens_map.json").write_text(json.dumps(OBJECTS | config))
+    ours = Tokenizer.from_folder(folder)
+    text = "a" * 50_000 + "! (a+)+$ [[[ .* \\b <|x|> b"
+    ids = ours.encode(text)
+    assert [i for i in ids if i >= len(bpe[0])] == [ours.vocab[token] for token in tokens[1:]]
+    assert ours.pad_id == ours.eos_id and "" not in ours.vocab
+
+
+def test_a_vocabulary_that_the_text_encoder_does_not_know(sd1_folder):
+    size = max(json.loads((sd1_folder / "vocab.json").read_text()).values()) + 1
+    Tokenizer.from_folder(sd1_folder, size=size)
+    with pytest.raises(ValueError, match=rf"has the id {size - 1}, the text encoder {size - 1} tokens; give its own"):
+        Tokenizer.from_folder(sd1_folder, size=size - 1)
+
+
+def test_text_files_with_a_byte_order_mark_and_other_line_ends(bpe, sd1, tmp_path):
+    folder = write_folder(tmp_path / "windows", bpe, *CONFIGS["sd1"])
+    for name in ("vocab.json", "merges.txt"):
+        text = (folder / name).read_bytes().replace(b"\n", b"\r\n")
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + text)
+    assert Tokenizer.from_folder(folder).encode(SAMPLE) == sd1[0].encode(SAMPLE)
