@@ -15,7 +15,8 @@ from stable_diffusion.app.request import Request
 from stable_diffusion.app.results import Outputs
 from stable_diffusion.app.wildcards import read_wildcards
 from stable_diffusion.images.files import check_output, open_image, save
-from stable_diffusion.lora.files import find_in, locate
+from stable_diffusion.lora.files import locate
+from stable_diffusion.lora.folders import find_in
 from stable_diffusion.lora.save import write_lora
 from stable_diffusion.text.tokenizer import Tokenizer
 from stable_diffusion.weights.catalog import ALIASES

@@ -19,7 +19,6 @@ _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", 
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
 
 _LARGEST = 10_000_000  # characters of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
-_REMEDY = "take it from its source"
 _DEEPEST = 20  # lists and objects in one another
 
 
@@ -37,11 +36,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object; ValueError, one line with the path, for another."""
-    remedy = f"delete {path.resolve()} and get it again" if path.is_symlink() else _REMEDY  # a link of the Hub's cache
-    return parse_json(read_text(path), path, remedy)
+    return parse_json(read_text(path), path)
 
 
-def parse_json(text: str, source: object, remedy: str = _REMEDY) -> dict[str, Any]:
+def parse_json(text: str, source: object) -> dict[str, Any]:
     """Parse a JSON object. ValueError, one line that begins with ``source``, for anything else.
 
     Texts of more than 10 MB or 20 levels are refused: they would take all memory, or all of Python's stack.
@@ -54,9 +52,9 @@ def parse_json(text: str, source: object, remedy: str = _REMEDY) -> dict[str, An
             raise RecursionError
     except (ValueError, RecursionError) as error:
         problem = f"more than {_DEEPEST} levels" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{source} is not readable as JSON ({problem}); {remedy}") from None
+        raise ValueError(f"{source} is not readable as JSON ({problem}); take it from its source") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; {remedy}")
+        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; take it from its source")
     return value
 
 
