@@ -16,10 +16,9 @@ import mlx.core as mx
 from PIL.Image import Image
 
 from .diffusion.choice import sampler_for
-from .diffusion.denoiser import Denoiser, consistency, inpainting
+from .diffusion.denoiser import Denoiser, DenoiseStep, consistency, inpainting
 from .diffusion.guidance import guidance_batches
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
-from .diffusion.samplers import Denoise
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
@@ -275,15 +274,17 @@ class StableDiffusion(Networks):
         initial = partial(from_image, run, self.encode, factor, self.mode, strength, pixels, repaint, depth_map)
         return Latents(self._run(run, prompts, options, initial), run.length)
 
-    def number_of_steps(self, num_steps: int | None = None, strength: float = 1.0, **keywords: Any) -> int:
+    def number_of_steps(
+        self, num_steps: int | None = None, strength: float = 1.0, *, options: Options | None = None, **keywords: Any
+    ) -> int:
         """Return how many steps a run makes: of ``num_steps`` (None: the default) the fraction ``strength``.
 
         The fraction is rounded down as in diffusers, but to at least one step while ``strength`` is above 0.
-        ``keywords`` are options of the run that matter: sampler, schedule, denoising_start...
+        ``options`` and ``keywords`` are those of the run: sampler, schedule, denoising_start...
         """
         if keywords.get("denoising_start"):
             keywords["latents"] = mx.zeros(0)  # not used here
-        return self._plan(Options.of(None, keywords), num_steps, (0,), strength).length
+        return self._plan(Options.of(options, keywords), num_steps, (0,), strength).length
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
@@ -337,8 +338,9 @@ class StableDiffusion(Networks):
             image_guidance=prompts.image_cfg_weight,
             interval=options.guidance_interval,
             rescale=options.guidance_rescale,
+            steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
-        denoise: Denoise = Denoiser(
+        denoise: DenoiseStep = Denoiser(
             unet,
             self.schedule,
             run.steps,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -111,9 +112,8 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
-    keywords = {"sampler": request.options.sampler, "schedule": request.options.schedule}
-    last_steps = model.number_of_steps(request.steps, denoising_start=request.refiner_start, **keywords)
-    if model.number_of_steps(request.steps, strength, **keywords) < last_steps:
+    count = partial(model.number_of_steps, request.steps, options=request.options)
+    if count(strength) < count(denoising_start=request.refiner_start):
         text = f"strength {strength:g} begins with less noise than the refiner at refiner_start"
         text += f" {request.refiner_start:g}; raise one of them"
         raise SettingError(text, "strength", "refiner_start")
@@ -160,6 +160,9 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
     """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
     height, width = (max(1, round(side * request.hires)) for side in x.shape[1:3])
+    steps = model.number_of_steps(request.steps, batch.strength, options=request.options)
+    texts = [text if isinstance(text, str) else text.after(steps) for text in (batch.text, batch.negative_text)]
+    batch = replace(batch, text=texts[0], negative_text=texts[1])
     keywords = _keywords(batch, controls=controls(request, networks, inputs, (width * unit, height * unit)))
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
     larger = upscale(model, x, (height, width), request.hires_upscaler)

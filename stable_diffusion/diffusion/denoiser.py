@@ -1,7 +1,7 @@
 """D(x, sigma), the estimate of the clean latents that the samplers integrate (Karras et al. 2022), and its wrappers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -12,8 +12,9 @@ from ..models.layers import Context
 from ..models.unet import UNet2DConditionModel
 from .controls import Control, control_outputs
 from .guidance import GuidanceBatch
-from .samplers import Denoise
 from .schedule import Schedule, Sigma, Steps
+
+DenoiseStep = Callable[[mx.array, float, int], mx.array]  # D, and the sampler's step in which it is evaluated
 
 
 @dataclass
@@ -22,7 +23,7 @@ class _Part:
 
     rows: GuidanceBatch
     context: Context
-    cycle: int = -1  # of DeepCache, and its map
+    full_step: float = -math.inf  # the last in which all of the UNet ran, and its map for DeepCache
     maps: list[mx.array] = field(default_factory=list)
 
 
@@ -32,14 +33,14 @@ class Denoiser:
     Args:
         unet: the network.
         schedule: the noise levels that it was trained on.
-        steps: the run. Its sigmas know their step; another level belongs to the step that it lies in.
+        steps: the run.
         dtype: type in which the networks compute.
         batches: from ``guidance_batches``.
         controls: ControlNets and T2I-Adapters; each embeds its image once.
         rows_at_once: run at most this number of rows of a batch at once, part after part, which takes less memory.
         deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
-            on the output of the first convolution at the step's own latents.
+            on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
     """
 
@@ -66,12 +67,18 @@ class Denoiser:
             parts = batch.split(size) if size < count else [batch]
             contexts = [Context(part.conditioning.context, part.conditioning.v_context) for part in parts]
             self._batches.append((batch, list(map(_Part, parts, contexts))))
+        self._current = self._batches[0]
 
-    def __call__(self, x: mx.array, sigma: float) -> mx.array:
-        """Estimate x0 from ``x = x0 + sigma * noise``, both [n, h, w, 4] float32."""
-        if not isinstance(sigma, Sigma):  # a level that a sampler has computed
-            sigma = Sigma(sigma, self._steps.step_at(sigma), self._schedule.timestep(sigma))
-        batch, parts = next(entry for entry in reversed(self._batches) if entry[0].first_step <= sigma.step)
+    def __call__(self, x: mx.array, sigma: float, step: int = 0) -> mx.array:
+        """Estimate x0 from ``x = x0 + sigma * noise``, both [n, h, w, 4] float32, for a step of the sampler.
+
+        The step decides which rows guide, so they are the same at all levels that a sampler evaluates in one step.
+        """
+        if step not in self._current[0].steps:
+            for part in self._current[1]:  # frees the keys and values of rows that may not come again
+                part.context = Context(part.context.encoded, part.context.v_encoded)
+            self._current = next(entry for entry in self._batches if step in entry[0].steps)
+        batch, parts = self._current
         x_in = (x / math.sqrt(sigma**2 + 1)).astype(self._dtype)  # the scale of training
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
@@ -79,23 +86,22 @@ class Denoiser:
                 # Each part waits for the one before, or MLX would compute them together, in the memory of all.
                 x_in = mx.depends(x_in, outputs[-1])
             with nullcontext() if self._rows_at_once else cpu.stream_of(i, len(parts)):
-                outputs.append(self._predict(x_in[part.rows.images], sigma, part))
+                outputs.append(self._predict(x_in[part.rows.images], sigma, step, part))
         prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
         return to_x0(prediction, x, sigma, self._schedule.config.prediction_type)
 
-    def _predict(self, x: mx.array, sigma: Sigma, part: _Part) -> mx.array:
+    def _predict(self, x: mx.array, sigma: float, step: int, part: _Part) -> mx.array:
         """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
-        rows, conditioning = part.rows, part.rows.conditioning
+        rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.timestep(sigma)
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
-        temb = self._unet.embed_time(sigma.timestep, x.dtype, text_time, conditioning.guidance)
+        temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
         residuals, features, cache = None, (), None
-        if acting := [entry for entry in self._controls if entry[0].acts(sigma.step, len(self._steps))]:
-            inputs = x, sigma.timestep, text_time, part.context, rows.is_cond
+        if acting := [entry for entry in self._controls if entry[0].acts(step, len(self._steps))]:
+            inputs = x, timestep, text_time, part.context, rows.is_cond
             residuals, features = control_outputs(acting, *inputs)
         if self._deep_cache > 1:
-            cycle = (sigma.step - rows.first_step) // self._deep_cache
-            if cycle != part.cycle:  # the first step of a cycle fills an empty list
-                part.cycle, part.maps = cycle, []
+            if step - part.full_step >= self._deep_cache:  # a full step fills an empty list
+                part.full_step, part.maps = step, []
             cache = part.maps
         if conditioning.channels is not None:
             x = mx.concatenate([x, conditioning.channels.astype(x.dtype)], axis=-1)
@@ -139,30 +145,30 @@ class InpaintMask:
         return self.mask * x + (1 - self.mask) * (self.x0 + sigma * self.noise)
 
 
-def inpainting(denoise: Denoise, mask: InpaintMask) -> Denoise:
+def inpainting(denoise: DenoiseStep, mask: InpaintMask) -> DenoiseStep:
     """Wrap D so that a run keeps a part of an image (Lugmayr et al. 2022, without resampling).
 
     D gets that part under the noise of the level, and its estimate has it without noise. The first latents of a run
     stay as they are: at full strength they are noise alone.
     """
 
-    def blended(x: mx.array, sigma: float) -> mx.array:
+    def blended(x: mx.array, sigma: float, step: int = 0) -> mx.array:
         first = isinstance(sigma, Sigma) and sigma.step == 0
-        return mask.blend(denoise(x if first else mask.blend(x, sigma), sigma), 0.0)
+        return mask.blend(denoise(x if first else mask.blend(x, sigma), sigma, step), 0.0)
 
     return blended
 
 
-def consistency(denoise: Denoise, schedule: Schedule) -> Denoise:
+def consistency(denoise: DenoiseStep, schedule: Schedule) -> DenoiseStep:
     """Wrap D for a consistency model (Song et al. 2023, eq. 5): near timestep 0 the estimate is the latent itself.
 
     It is ``c_skip * x / sqrt(sigma^2 + 1) + c_out * D``, with LCM's scalings (Luo et al. 2023, appendix) over the
     timestep times ``timestep_scaling``. The standard deviation of the data is taken as 0.5.
     """
 
-    def leap(x: mx.array, sigma: float) -> mx.array:
+    def leap(x: mx.array, sigma: float, step: int = 0) -> mx.array:
         s = schedule.config.timestep_scaling * schedule.timestep(sigma)
         c_skip, c_out = 0.25 / (s**2 + 0.25), s / math.sqrt(s**2 + 0.25)
-        return c_out * denoise(x, sigma) + (c_skip / math.sqrt(sigma**2 + 1)) * x
+        return c_out * denoise(x, sigma, step) + (c_skip / math.sqrt(sigma**2 + 1)) * x
 
     return leap

@@ -7,20 +7,20 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from ..text.encode import Conditioning, concatenate
+from ..text.encode import Conditioning, PromptRow, concatenate
 
 Weighted = list[tuple[int, float]]  # (index of a row in the conditioning, its weight)
 
 
 @dataclass(frozen=True)
 class GuidanceBatch:
-    """Hold the conditional and unconditional rows of the UNet's batch, from ``first_step`` to the next batch's.
+    """Hold the conditional and unconditional rows of the UNet's batch in some ``steps`` of a run.
 
     Row b belongs to image ``images[b]``; ``is_cond[b]`` is 1 for a row of the prompt and 0 for one of the negative
     prompt. ``weights`` [n, B] combine the outputs of B rows into those of n images; None where the rows are the images.
     """
 
-    first_step: int
+    steps: tuple[int, ...]
     conditioning: Conditioning
     images: mx.array
     is_cond: mx.array
@@ -33,7 +33,7 @@ class GuidanceBatch:
         for first in range(0, len(self.images), rows_at_once):
             rows = slice(first, first + rows_at_once)
             conditioning = self.conditioning.map(lambda array, rows=rows: array[rows])
-            parts.append(GuidanceBatch(self.first_step, conditioning, self.images[rows], self.is_cond[rows]))
+            parts.append(GuidanceBatch(self.steps, conditioning, self.images[rows], self.is_cond[rows]))
         return parts
 
     def combine(self, outputs: mx.array) -> mx.array:
@@ -79,8 +79,9 @@ def guidance_batches(
     image_guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
+    steps_before: int = 0,
 ) -> list[GuidanceBatch]:
-    """Make the batches of a run of ``steps`` steps: a new one at each step where the rows or their weights change.
+    """Make the batches of a run of ``steps`` steps: one for all steps that have the same rows and weights.
 
     With a ``negative`` conditioning the output is ``negative + guidance * (positive - negative)`` (Ho & Salimans 2022).
     Each part of a prompt guides, times its weight (Liu et al. 2022). Without guidance the output is the weighted mean
@@ -91,27 +92,29 @@ def guidance_batches(
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
         interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
         rescale: see :meth:`GuidanceBatch.combine`; 0 is off.
+        steps_before: steps that another model has made of the same run; prompts that change count them too.
     """
     tables = [table for table in (positive, negative, uncond_image) if table is not None]
     conditioning = concatenate(tables)
     prompts = [range(*ends) for ends in pairwise(accumulate(map(len, tables), initial=0))]  # of each table
-    # The first step at a share of the run or later; the tolerance is for products such as 0.3 * 10.
-    shares = {*interval, *(share for row in conditioning.rows for share in (row.start, row.end))}
-    step_at = {share: math.ceil(share * steps - 1e-9) for share in shares}
-    guided = range(*(step_at[share] for share in interval)) if negative is not None else range(0)
-    starts = {0, guided.start, guided.stop} | {step_at[row.start] for row in conditioning.rows}
+    # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
+    guided = range(*(math.ceil(end * steps - 1e-9) for end in interval)) if negative is not None else range(0)
+    steps_of: dict[tuple[tuple[tuple[int, PromptRow], ...], bool], list[int]] = {}
+    for step in range(steps):
+        place = steps_before + step, steps_before + steps
+        active = tuple((i, row) for i, row in enumerate(conditioning.rows) if row.is_read(*place))
+        steps_of.setdefault((active, step in guided), []).append(step)
     scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance), []
-    for step in sorted(start for start in starts if start < steps):
-        active = [(i, row) for i, row in enumerate(conditioning.rows) if step_at[row.start] <= step < step_at[row.end]]
+    for (active, is_guided), of_batch in steps_of.items():
         rows: list[_Row] = []
         for image in range(n_images):
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
             parts = [[(i, row.weight) for i, row in active if row.prompt == prompt] for prompt in of_image]
-            if step in guided:
+            if is_guided:
                 rows += _guided_rows(image, *parts, scales=scales, rescales=rescale > 0)
             else:
                 rows += [_Row(index, image, weight, is_cond=True) for index, weight in _mean(parts[0])]
-        batches.append(_batch(step, conditioning, rows, n_images, rescale if step in guided else 0.0))
+        batches.append(_batch(tuple(of_batch), conditioning, rows, n_images, rescale if is_guided else 0.0))
     return batches
 
 
@@ -139,14 +142,16 @@ def _mean(rows: Weighted) -> Weighted:
     return [(index, weight / total) for index, weight in rows]
 
 
-def _batch(step: int, conditioning: Conditioning, rows: Sequence[_Row], n_images: int, rescale: float) -> GuidanceBatch:
+def _batch(
+    steps: tuple[int, ...], conditioning: Conditioning, rows: Sequence[_Row], n_images: int, rescale: float
+) -> GuidanceBatch:
     indices, images = [row.index for row in rows], mx.array([row.image for row in rows])
     if indices != list(range(len(conditioning.rows))):
         conditioning = conditioning.map(lambda array: array[mx.array(indices)])
     of_image = mx.arange(n_images)[:, None] == images  # [n, B]
     are_images = [row.image for row in rows] == list(range(n_images))
     return GuidanceBatch(
-        first_step=step,
+        steps=steps,
         conditioning=conditioning,
         images=images,
         is_cond=mx.array([int(row.is_cond) for row in rows]),

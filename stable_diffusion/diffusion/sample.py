@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from ..models import cpu
 from ..models.layers import resample
-from .denoiser import InpaintMask
-from .samplers import Denoise, Noise, Sampler
+from .denoiser import DenoiseStep, InpaintMask
+from .samplers import Noise, Sampler
 from .schedule import Steps
 
 # The arrays that come before the first step, then (latents, estimate of x0) after each step.
@@ -173,24 +173,25 @@ def step_of(x_t: mx.array) -> int | None:
     return _steps.get(id(x_t))
 
 
-def sample(denoise: Denoise, run: Run, first: InitialLatents) -> Pairs:
+def sample(denoise: DenoiseStep, run: Run, first: InitialLatents) -> Pairs:
     """Yield the latents [n, h, w, 4] after each step and the estimate of x0, float32, not yet computed.
 
     The latents are in the variance-preserving scale of training. What the mask of ``first`` keeps ends without noise,
     also with samplers that stop just above zero.
     """
-    predicted = first.x
+    predicted, step = first.x, 0
 
     def remembered(x: mx.array, sigma: float) -> mx.array:
         nonlocal predicted
-        predicted = denoise(x, sigma)
+        predicted = denoise(x, sigma, step)
         return predicted
 
     states = run.sampler.run(remembered, first.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
     # There are fewer sigmas than states where another model continues.
-    for done, (sigma, x) in enumerate(zip(run.steps.sigmas[1 : run.length + 1], states, strict=False), start=1):
+    for sigma, x in zip(run.steps.sigmas[1 : run.length + 1], states, strict=False):
+        step += 1
         latents = x / math.sqrt(sigma**2 + 1)
-        if first.mask is not None and done == len(run.steps):
+        if first.mask is not None and step == len(run.steps):
             latents = first.mask.blend(latents, 0.0)
         elif first.mask is not None:
             latents = first.mask.blend(x, sigma) / math.sqrt(sigma**2 + 1)

@@ -202,13 +202,6 @@ class Steps:
         levels = [Sigma(sigma, sigma.step - first, sigma.timestep) for sigma in self.sigmas[first:-1]]
         return replace(self, sigmas=(*levels, self.sigmas[-1]))
 
-    def step_at(self, sigma: float) -> int:
-        """Return the step that a noise level belongs to: a Sigma's own, or the last that starts at it or above."""
-        if isinstance(sigma, Sigma):
-            return sigma.step
-        rounded = sigma * (1 - 1e-6)  # a level of the run that went through float32 belongs to its step
-        return max(sum(level >= rounded for level in self.sigmas[:-1]) - 1, 0)
-
 
 class Schedule:
     """Hold the noise levels that a model was trained on, and lay runs through them.

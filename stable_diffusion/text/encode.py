@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 import mlx.core as mx
 
 from ..models.clip import CLIPTextModel
-from .prompt import Part, Piece, parts
+from .prompt import Part, Piece, Span, parts
 from .tokenizer import Tokenizer
 
 _log = logging.getLogger("stable_diffusion")
@@ -19,12 +19,15 @@ Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Describe a row of a conditioning: its prompt, its weight, and the part of a run (0 ... 1) in which it counts."""
+    """Describe a row of a conditioning: its prompt, its weight, and the spans of a run in which it is read."""
 
     prompt: int = 0
     weight: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    spans: tuple[Span, ...] = (Span(),)
+
+    def is_read(self, step: int, steps: int) -> bool:
+        """Return whether the row is read in a step, from 0, of a run of ``steps``."""
+        return any(span.holds(step, steps) for span in self.spans)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Conditioning:
         places = [i for i, row in enumerate(self.rows) if row.prompt in numbers]
         rows = tuple(replace(self.rows[i], prompt=numbers.index(self.rows[i].prompt)) for i in places)
         return replace(self.map(lambda array: array[mx.array(places)]), rows=rows)
+
+    def after(self, steps: int) -> "Conditioning":
+        """Return the conditioning of a second pass, for which prompts count on: the first pass made ``steps``."""
+        rows = (replace(row, spans=tuple(span.after(steps) for span in row.spans)) for row in self.rows)
+        return replace(self, rows=tuple(rows))
 
     def with_channels(self, channels: mx.array) -> "Conditioning":
         """Return the conditioning with ``channels`` [1, h, w, C] for every row."""
@@ -172,7 +180,7 @@ def encode(
         _log_chunks(encoders[0][0], [part for _, part in read], truncate)  # a second tokenizer reads the same
     encoded = cache(lambda pieces: _encode_pieces(pieces, encoders, xl, clip_skip, emphasis, truncate))
     rows = same_length([encoded(part.pieces) for _, part in read], lambda: encoded((Piece(""),)).context)
-    table = replace(concatenate(rows), rows=tuple(PromptRow(n, part.weight, part.start, part.end) for n, part in read))
+    table = replace(concatenate(rows), rows=tuple(PromptRow(n, part.weight, part.spans) for n, part in read))
     if not weight_blocks:
         return table
     shares = [[row.weight if row.prompt == n else 0.0 for row in table.rows] for n in range(len(texts))]

@@ -4,6 +4,8 @@ r"""Read the prompt language: one prompt -> its parts, and pieces of text with w
     (words)  ((words))          weight 1.1, 1.1 * 1.1
     [words]                     weight 1 / 1.1
     [from:to:0.4]               "from" for the first 0.4 of the steps, then "to"; [to:0.4], [from::0.4]: either is empty
+    [from:to:10]                the same after 10 steps; a second pass counts on, and its fractions are from 1 to 2
+    [a|b]  [a|b|]               "a" and "b" in turns, one step each; the last may be empty
     a AND b :0.7                two prompts that guide together, the second with weight 0.7
     BREAK                       what follows starts a new chunk of 75 tokens
     \(  \[  \{  \|  \:  \_  \\  the character itself
@@ -13,6 +15,7 @@ A bracket without its partner, and a colon that no number follows, are text: "a 
 Weights multiply where brackets are nested.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +27,13 @@ EMPHASES = ("mean", "values", "none")
 
 _EMPHASIS = 1.1
 _DEEPEST = 64  # brackets within each other
+_MOST_TEXTS = 500  # that a prompt changes through
 _PARTNERS = {")": "(", "]": "["}
 _DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
 _NUMBER = rf"[+-]?{_DIGITS}"
 _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*")
 _WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
-_SHARE = re.compile(rf"\s*({_DIGITS})\s*")
+_WHEN = re.compile(rf"\s*({_NUMBER})\s*")
 _KEYWORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
 _MEANING = re.compile(r"[()\[\]\\]|AND|BREAK")  # text without any of these is one piece
 _TOKEN = re.compile(r"\\.|[()\[\]|:]|[^()\[\]|:\\]+|\\", re.DOTALL)
@@ -45,25 +49,49 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Hold some steps of a run: from one fraction of it to another, from one step to another, of each ``period`` one.
+
+    Steps count from 0. Each pair excludes its end.
+    """
+
+    start: float = 0.0
+    end: float = math.inf
+    first: float = 0
+    last: float = math.inf
+    phase: int = 0
+    period: int = 1
+
+    def holds(self, step: int, steps: int) -> bool:
+        """Return whether a step of a run of ``steps`` is one of these."""
+        start, end = (fraction * steps - 1e-9 for fraction in (self.start, self.end))  # 0.07 * 100 is above 7
+        return start <= step < end and self.first <= step < self.last and step % self.period == self.phase
+
+    def after(self, steps: int) -> "Span":
+        """Return the span as a second pass counts it: the first one made ``steps``, and fractions up to 1 are of it."""
+        numbers = {"start": self.start - 1, "end": self.end - 1, "first": self.first - steps, "last": self.last - steps}
+        return replace(self, **numbers)
+
+
+@dataclass(frozen=True)
 class Part:
-    """Hold one of the prompts that guide together, as it reads from ``start`` to ``end``, shares of a run's steps."""
+    """Hold one of the prompts that guide together, as it reads in some spans of a run."""
 
     pieces: tuple[Piece, ...]
     weight: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    spans: tuple[Span, ...] = (Span(),)
 
 
 def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> list[Part]:
-    """Read a prompt: a part for each AND and for each stretch between two changes.
+    """Read a prompt: a part for each AND, and for each text that it changes through.
 
     Args:
         emphasis: one of ``EMPHASES``; "none" reads all signs of the language as text.
         weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
             a blank, weighted by its share of the numbers' sum. Text behind the last number weighs 1.
 
-    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, and for blocks whose weights sum
-    to zero.
+    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for prompts that change through
+    more than 500 texts, and for blocks whose weights sum to zero.
     """
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
@@ -76,9 +104,11 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> lis
         ending = "".join(item for item in items[-2:] if isinstance(item, str))
         weight = _WEIGHT_AT_END.fullmatch(ending) if len(prompts) > 1 else None  # a lone prompt has none
         items = items[:-2] if weight else items
-        shares = {group.number for group in _groups(items) if group.kind == "edit" and 0 < group.number < 1}
-        for start, end in pairwise([0.0, *sorted(shares), 1.0]):
-            result.append(Part(_joined(_pieces(items, start)), float(weight[1]) if weight else 1.0, start, end))
+        spans: dict[tuple[Piece, ...], list[Span]] = {}
+        for span in _spans(items):
+            spans.setdefault(_joined(_pieces(items, span)), []).append(span)
+        factor = float(weight[1]) if weight else 1.0
+        result += [Part(pieces, factor, tuple(of_pieces)) for pieces, of_pieces in spans.items()]
     return result
 
 
@@ -103,11 +133,12 @@ def _blocks(text: str) -> list[Part]:
 class _Group:
     """Hold what stands in brackets.
 
-    A "weight" has one branch and the weight as its number. An "edit" has what is read before and after a share of the
-    run, its number. The number is None until the weight behind "(words)" is read.
+    A "weight" has one branch and the weight as its number, which is None until the weight behind "(words)" is read. An
+    "edit" has what is read before and after its number, a float for a fraction of the run and an int for a step. "turns"
+    have a branch for each step in turn.
     """
 
-    kind: Literal["weight", "edit"]
+    kind: Literal["weight", "edit", "turns"]
     branches: Sequence["_Items"]
     number: float | None
 
@@ -142,15 +173,17 @@ def _read(text: str) -> _Items:
 
 
 def _group(bracket: str, items: _Items) -> _Group:
-    """Read "(words:1.3)", "(words)", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
+    """Read "(words:1.3)", "(words)", "[a|b]", "[from:to:0.4]", "[to:0.4]" or "[words]"."""
     *before, last = _split(items, ":")
     ending = "".join(last) if all(isinstance(item, str) for item in last) else ""
     kind, branches, number = "weight", [items], None if bracket == "(" else 1 / _EMPHASIS
     if bracket == "(":
         if before and (weight := _WEIGHT_AT_END.fullmatch(f":{ending}")):
             branches, number = [items[: -len(last) - 1]], float(weight[1])
-    elif len(before) in (1, 2) and (share := _SHARE.fullmatch(ending)) and float(share[1]) <= 1:
-        kind, branches, number = "edit", [[], *before][-2:], float(share[1])
+    elif "|" in items:
+        kind, branches = "turns", _split(items, "|")
+    elif len(before) in (1, 2) and (when := _WHEN.fullmatch(ending)):
+        kind, branches, number = "edit", [[], *before][-2:], (float if "." in when[1] else int)(when[1])
     group = _Group(kind, [_weigh(branch) for branch in branches], number)
     if group.depth > _DEEPEST:
         raise ValueError(f"the prompt has brackets nested more than {_DEEPEST} deep; write some of them as \\( and \\)")
@@ -191,18 +224,37 @@ def _groups(items: _Items) -> Iterator[_Group]:
                 yield from _groups(branch)
 
 
-def _pieces(items: _Items, share: float, weight: float = 1.0) -> Iterator[Piece]:
-    """Yield the pieces of the items as they read at a share of the run."""
+def _spans(items: _Items) -> list[Span]:
+    """Return the spans of a run in each of which the items read as one text."""
+    groups = list(_groups(items))
+    changes = [group.number for group in groups if group.kind == "edit" and group.number > 0]
+    fractions, steps = (sorted({change for change in changes if isinstance(change, kind)}) for kind in (float, int))
+    period = math.lcm(*(len(group.branches) for group in groups if group.kind == "turns"))
+    if (count := (len(fractions) + 1) * (len(steps) + 1) * period) > _MOST_TEXTS:
+        raise ValueError(f"the prompt changes through {count} texts in a run; at most {_MOST_TEXTS} are encoded")
+    return [
+        Span(start, end, first, last, phase, period)
+        for start, end in pairwise([0.0, *fractions, math.inf])
+        for first, last in pairwise([0, *steps, math.inf])
+        for phase in range(period)
+    ]
+
+
+def _pieces(items: _Items, span: Span, weight: float = 1.0) -> Iterator[Piece]:
+    """Yield the pieces of the items as they read in a span of the run."""
     for item in items:
         if item == "BREAK":
             yield Piece(None)
         elif isinstance(item, str):
             if item:
                 yield Piece(item[1:] if len(item) == 2 and item[0] == "\\" else item, weight)
+        elif item.kind == "turns":
+            yield from _pieces(item.branches[span.phase % len(item.branches)], span, weight)
         elif item.kind == "edit":
-            yield from _pieces(item.branches[share >= item.number], share, weight)
+            start = span.start if isinstance(item.number, float) else span.first
+            yield from _pieces(item.branches[start >= item.number], span, weight)
         else:
-            yield from _pieces(item.branches[0], share, weight * item.number)
+            yield from _pieces(item.branches[0], span, weight * item.number)
 
 
 def _joined(pieces: Iterator[Piece]) -> tuple[Piece, ...]:

@@ -10,10 +10,11 @@ import pytest
 
 @dataclass
 class Call:
-    """The rows of one call of the UNet, its embedded timestep, and True if all of the UNet ran."""
+    """The rows of one call of the UNet, its embedded timestep and prompts, and True if all of the UNet ran."""
 
     rows: int
     temb: mx.array
+    encoded: mx.array
     full: bool
 
 
@@ -28,7 +29,7 @@ class RecordingUNet:
         return getattr(self.network, name)
 
     def __call__(self, x: mx.array, temb: mx.array, context: Any, *, cache: list | None = None, **more) -> mx.array:
-        self.calls.append(Call(len(x), temb, not cache))
+        self.calls.append(Call(len(x), temb, context.encoded, not cache))
         return self.network(x, temb, context, cache=cache, **more)
 
 

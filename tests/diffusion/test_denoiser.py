@@ -46,17 +46,17 @@ def test_parts_are_computed_one_after_the_other(sd):
     assert peak(1) < 0.4 * peak(None)
 
 
-def test_the_step_and_timestep_of_a_level(sd, unet):
-    """A level of the run brings both; a plain float gets those that it has in the schedule."""
+def test_the_timestep_of_a_level_and_the_rows_of_a_step(sd, unet):
+    """A level of the run brings its timestep; a plain float gets the one that it has in the schedule."""
     steps = sd.schedule.steps(4, "multistep", schedule="karras")  # its timesteps are rounded
     batches = guidance_batches(4, 1, table(1, 1, seed=0), table(1, 1, seed=1), 5.0, interval=(0.5, 1.0))
     denoise = Denoiser(unet, sd.schedule, steps, mx.float32, batches)
     x = mx.array(normal(1, 6, 8, 4, seed=2))
     second, third = steps.sigmas[1:3]
     levels = [second, float(second), math.sqrt(second * third), third, float(third)]
-    for level in levels:
-        denoise(x, level)
-    assert [call.rows for call in unet.calls] == [1, 1, 1, 2, 2]
+    for level, step in zip(levels, [1, 1, 1, 2, 1], strict=True):
+        denoise(x, level, step)
+    assert [call.rows for call in unet.calls] == [1, 1, 1, 2, 1]
     timesteps = [second.timestep, *(sd.schedule.timestep(level) for level in levels[1:3])]
     timesteps += [third.timestep, sd.schedule.timestep(float(third))]
     assert len(set(timesteps)) == 5
@@ -71,7 +71,7 @@ def test_a_mask_keeps_its_part_under_noise(sd):
     mask = mx.array([[1.0, 0.0], [0.5, 1.0]])[None, ..., None]
     inputs = []
 
-    def denoise(x: mx.array, sigma: float) -> mx.array:
+    def denoise(x: mx.array, sigma: float, step: int) -> mx.array:
         inputs.append(x)
         return estimate
 

@@ -13,6 +13,7 @@ from oracle import last, nchw, nhwc, normal, picture, relative_error
 from stable_diffusion import StableDiffusion
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.text.encode import Conditioning, PromptRow
+from stable_diffusion.text.prompt import Span
 
 PROMPT = "the red cat"
 SMALL = {"num_steps": 4, "latent_size": (6, 8), "seed": 3}
@@ -33,7 +34,11 @@ def outputs(count: int) -> mx.array:
 def test_two_images_of_one_prompt():
     positive, negative = table(PromptRow()), table(PromptRow(), seed=1)
     (batch,) = guidance_batches(5, 2, positive, negative, 7.5)
-    assert batch.first_step == 0 and batch.images.tolist() == [0, 0, 1, 1] and batch.is_cond.tolist() == [1, 0, 1, 0]
+    assert (
+        batch.steps == (0, 1, 2, 3, 4)
+        and batch.images.tolist() == [0, 0, 1, 1]
+        and batch.is_cond.tolist() == [1, 0, 1, 0]
+    )
     pair = mx.concatenate([positive.context, negative.context])
     assert mx.array_equal(batch.conditioning.context, mx.concatenate([pair, pair]))
     cond_a, uncond_a, cond_b, uncond_b = out = outputs(4)
@@ -85,14 +90,31 @@ def test_two_scales():
 
 
 def test_a_batch_for_each_range_of_steps():
-    positive = table(PromptRow(0, start=0.0, end=0.5), PromptRow(0, start=0.5, end=1.0))
+    positive = table(PromptRow(0, spans=(Span(end=0.5),)), PromptRow(0, spans=(Span(0.5),)))
     batches = guidance_batches(10, 1, positive, table(PromptRow(), seed=1), 5.0, interval=(0.3, 0.8), rescale=0.7)
-    assert [batch.first_step for batch in batches] == [0, 3, 5, 8]
+    assert [batch.steps for batch in batches] == [(0, 1, 2), (3, 4), (5, 6, 7), (8, 9)]
     assert [batch.is_cond.tolist() for batch in batches] == [[1], [1, 0], [1, 0], [1]]
     assert [batch.rescale for batch in batches] == [0, 0.7, 0.7, 0]
     first = [batch.conditioning.context[0] for batch in batches]
     want = [positive.context[i] for i in (0, 0, 1, 1)]
     assert all(mx.array_equal(a, b) for a, b in zip(first, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "steps, before, turns, wanted",
+    [
+        (7, 0, 3, [(0, 3, 6), (1, 4), (2, 5)]),
+        (4, 6, 3, [(0, 3), (1,), (2,)]),  # step 6 of the whole run is the first one's again
+        (4, 7, 3, [(0, 3), (1,), (2,)]),
+        (3, 0, 5, [(0,), (1,), (2,)]),
+    ],
+)
+def test_rows_that_take_turns_have_a_batch_each(steps, before, turns, wanted):
+    positive = table(*(PromptRow(0, spans=(Span(phase=i, period=turns),)) for i in range(turns)))
+    batches = guidance_batches(steps, 1, positive, table(PromptRow(), seed=1), 5.0, steps_before=before)
+    assert [batch.steps for batch in batches] == wanted
+    for i, batch in enumerate(batches):
+        assert mx.array_equal(batch.conditioning.context[0], positive.context[(before + i) % turns])
 
 
 # --- rescaling -------------------------------------------------------------------------------------------------------

@@ -236,17 +236,6 @@ def test_the_last_steps_of_a_run():
     assert len(steps.last(0)) == 0
 
 
-def test_the_step_of_a_computed_level():
-    """It is the last step that starts there or above, also where the level went through float32."""
-    steps = schedule(**SCALED).steps(4)
-    a, b, c, d, _ = steps.sigmas
-    assert [steps.step_at(float(sigma)) for sigma in steps.sigmas] == [0, 1, 2, 3, 3]
-    curve = schedule(**SCALED).steps(20, schedule="karras")
-    assert [curve.step_at(float(np.float32(sigma))) for sigma in curve.sigmas[:-1]] == list(range(20))
-    assert [steps.step_at(math.sqrt(s * t)) for s, t in ((a, b), (b, c), (c, d))] == [0, 1, 2]
-    assert steps.step_at(2 * a) == 0 and steps.step_at(d / 2) == 3
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -179,7 +179,7 @@ def test_parts_guide_together(sd):
 
 def test_changes_at_the_ends_are_none(sd):
     plain = [last(sd.generate_latents(t, **SMALL)) for t in ("red", "blue")]
-    assert np.array_equal(last(sd.generate_latents("[red:blue:1]", **SMALL)), plain[0])
+    assert np.array_equal(last(sd.generate_latents("[red:blue:1.0]", **SMALL)), plain[0])
     assert np.array_equal(last(sd.generate_latents("[red:blue:0]", **SMALL)), plain[1])
     first, second = sd.generate_latents("[red:blue:0.5]", **SMALL)
     assert np.array_equal(first, next(sd.generate_latents("red", **SMALL)))

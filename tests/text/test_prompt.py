@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from stable_diffusion.text.prompt import Part, Piece, parts
+from stable_diffusion.text.prompt import Part, Piece, Span, parts
 
 BREAK = (None, 1.0)
 TEXTS = {
@@ -38,8 +38,8 @@ def pieces(text: str) -> list[Piece]:
     return list(part.pieces)
 
 
-def part(text: str, weight: float = 1.0, start: float = 0.0, end: float = 1.0) -> Part:
-    return Part((Piece(text),), weight, start, end)
+def part(text: str, weight: float = 1.0, *spans: Span) -> Part:
+    return Part((Piece(text),), weight, spans or (Span(),))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -68,16 +68,54 @@ def test_parts_that_guide_together():
 
 
 def test_parts_that_change_on_the_way():
-    assert parts("a [red:blue:0.4] cat") == [part("a red cat", 1, 0, 0.4), part("a blue cat", 1, 0.4, 1)]
-    assert parts("[cat:.3]") == [part("", 1, 0, 0.3), part("cat", 1, 0.3, 1)]
-    assert parts("[cat::0.3]") == [part("cat", 1, 0, 0.3), part("", 1, 0.3, 1)]
-    assert parts("[[a:b:0.2]:c:0.6]") == [part("a", 1, 0, 0.2), part("b", 1, 0.2, 0.6), part("c", 1, 0.6, 1)]
-    assert parts("[a:b:0]") == [part("b")] and parts("[a:b:1]") == [part("a")]
-    assert parts("[a:b:0.5] AND c") == [part("a ", 1, 0, 0.5), part("b ", 1, 0.5, 1), part(" c")]
-    changes = [Part((Piece("a", 2), Piece(" c")), 1, 0, 0.5), Part((Piece("b", 3), Piece(" c")), 1, 0.5, 1)]
-    assert parts("[(a:2):(b:3):0.5] c") == changes
-    for text in ("[a:b]", "[a:b:2]", "[a:b:c:0.5]", "[a:b:x]"):
+    early, late = Span(end=0.4), Span(0.4)
+    assert parts("a [red:blue:0.4] cat") == [part("a red cat", 1, early), part("a blue cat", 1, late)]
+    assert parts("[cat:.4]") == [part("", 1, early), part("cat", 1, late)]
+    assert parts("[cat::0.4]") == [part("cat", 1, early), part("", 1, late)]
+    middle = Span(0.2, 0.4)
+    assert parts("[[a:b:0.2]:c:0.4]") == [part("a", 1, Span(end=0.2)), part("b", 1, middle), part("c", 1, late)]
+    assert parts("[a:b:0]") == parts("[a:b:-.5]") == [part("b")]
+    assert parts("[a:b:0.4] AND c") == [part("a ", 1, early), part("b ", 1, late), part(" c")]
+    changes = [Part((Piece("a", 2), Piece(" c")), 1, (early,)), Part((Piece("b", 3), Piece(" c")), 1, (late,))]
+    assert parts("[(a:2):(b:3):0.4] c") == changes
+    for text in ("[a:b]", "[a:b:c:0.5]", "[a:b:x]", "[a:b:2x]"):
         assert pieces(text)[0].weight == pytest.approx(1 / 1.1)
+
+
+def test_numbers_without_a_point_are_steps():
+    assert parts("[a:b:1]") == [part("a", 1, Span(last=1)), part("b", 1, Span(first=1))]
+    assert parts("[a:b:1.]") == [part("a", 1, Span(end=1.0)), part("b", 1, Span(1.0))]
+    both = [Span(0, 1.0, 0, 1), Span(0, 1.0, 1), Span(1.0, last=1), Span(1.0, first=1)]
+    texts = ["ac", "bc", "ad", "bd"]
+    assert parts("[a:b:1][c:d:1.0]") == [part(text, 1, span) for text, span in zip(texts, both, strict=True)]
+
+
+def test_texts_that_take_turns():
+    first, second = Span(period=2), Span(phase=1, period=2)
+    assert parts("a [red|blue] cat") == [part("a red cat", 1, first), part("a blue cat", 1, second)]
+    weighted = Part((Piece("b", 1.3),), 1, (second,))
+    assert parts("[a|(b:1.3)]") == [part("a", 1, first), weighted]
+    assert parts("[a|b] AND c")[:2] == [part("a ", 1, first), part("b ", 1, second)]
+    assert parts("[a BREAK b|c]")[0].pieces == (Piece("a "), Piece(None), Piece(" b"))
+    assert parts("[a|b|a]") == [
+        part("a", 1, Span(period=3), Span(phase=2, period=3)),
+        part("b", 1, Span(phase=1, period=3)),
+    ]
+    assert pieces(r"(a|b) | [a\|b]")[0].text == "a|b"
+    turns = "[a|b|c|d|e|f|g] [a|b|c|d|e|f|g|h|i] [a|b|c|d|e|f|g|h]"
+    with pytest.raises(ValueError, match="changes through 504 texts in a run; at most 500"):
+        parts(turns)
+    assert len(parts(turns.replace("|f|g|h]", "]").replace("|h|i]", "]"))) == 35
+
+
+def test_a_second_pass_counts_on():
+    """Steps of the first pass, and fractions up to 1, are over; turns begin again."""
+    spans = {"[a:b:25]": "aaaaabbbbb", "[a:b:20]": "b" * 10, "[a:b:5]": "b" * 10, "[a:b:0.5]": "b" * 10}
+    spans |= {"[a:b:1.5]": "aaaaabbbbb", "[a:b:1.0]": "b" * 10, "[a:b:2.0]": "a" * 10, "[a|b]": "ab" * 5, "a": "a" * 10}
+    for text, wanted in spans.items():
+        later = [(p.pieces[0].text, [span.after(20) for span in p.spans]) for p in parts(text)]
+        read = [t for step in range(10) for t, spans in later if any(span.holds(step, 10) for span in spans)]
+        assert "".join(read) == wanted
 
 
 def test_blocks_have_shares_of_the_sum_of_weights():
@@ -91,14 +129,17 @@ def test_blocks_have_shares_of_the_sum_of_weights():
 
 
 def test_random_text_is_read_or_refused():
-    letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999", "[a:b:0.5]"]
+    letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
+    letters += ["[a:b:0.5]", "[a|b]", "[a:2]"]
     generator = random.Random(0)
     for _ in range(3_000):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
         with suppress(ValueError):  # of weights that sum to 0
             parts(text, weight_blocks=True)
         result = parts(text)
-        assert result[0].start == 0 and result[-1].end == 1 and all(part.pieces for part in result)
+        assert all(part.pieces for part in result)
+        read = [sum(any(span.holds(step, 5) for span in part.spans) for part in result) for step in range(5)]
+        assert min(read) == max(read) >= 1  # one text for each AND
 
 
 LONG = ["(" * 200_000, "(a)" * 50_000, "([" * 60 + "x" * 100_000, "{[" * 50_000 + ")" * 100_000]
