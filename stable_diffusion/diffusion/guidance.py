@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..text.encode import Conditioning, PromptRow, concatenate
 
 Weighted = list[tuple[int, float]]  # (index of a row in the conditioning, its weight)
+_Active = tuple[tuple[int, PromptRow], ...]  # the rows of a conditioning that a step reads, with their indices
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,8 @@ def guidance_batches(
     prompts = [range(*ends) for ends in pairwise(accumulate(map(len, tables), initial=0))]  # of each table
     # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
     guided = range(*(math.ceil(end * steps - 1e-9) for end in interval)) if negative is not None else range(0)
-    steps_of: dict[tuple[tuple[tuple[int, PromptRow], ...], bool], list[int]] = {}
-    for step in range(steps):
-        place = steps_before + step, steps_before + steps
-        active = tuple((i, row) for i, row in enumerate(conditioning.rows) if row.is_read(*place))
-        steps_of.setdefault((active, step in guided), []).append(step)
     scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance), []
-    for (active, is_guided), of_batch in steps_of.items():
+    for (active, is_guided), of_batch in _alike(conditioning, steps, steps_before, guided).items():
         rows: list[_Row] = []
         for image in range(n_images):
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
@@ -114,8 +110,20 @@ def guidance_batches(
                 rows += _guided_rows(image, *parts, scales=scales, rescales=rescale > 0)
             else:
                 rows += [_Row(index, image, weight, is_cond=True) for index, weight in _mean(parts[0])]
-        batches.append(_batch(tuple(of_batch), conditioning, rows, n_images, rescale if is_guided else 0.0))
+        batches.append(_batch(of_batch, conditioning, rows, n_images, rescale if is_guided else 0.0))
     return batches
+
+
+def _alike(
+    conditioning: Conditioning, steps: int, steps_before: int, guided: range
+) -> dict[tuple[_Active, bool], list[int]]:
+    """Group the steps that read the same rows and are guided alike."""
+    groups: dict[tuple[_Active, bool], list[int]] = {}
+    for step in range(steps):
+        place = steps_before + step, steps_before + steps
+        active = tuple((i, row) for i, row in enumerate(conditioning.rows) if row.is_read(*place))
+        groups.setdefault((active, step in guided), []).append(step)
+    return groups
 
 
 def _guided_rows(
@@ -143,7 +151,7 @@ def _mean(rows: Weighted) -> Weighted:
 
 
 def _batch(
-    steps: tuple[int, ...], conditioning: Conditioning, rows: Sequence[_Row], n_images: int, rescale: float
+    steps: Sequence[int], conditioning: Conditioning, rows: Sequence[_Row], n_images: int, rescale: float
 ) -> GuidanceBatch:
     indices, images = [row.index for row in rows], mx.array([row.image for row in rows])
     if indices != list(range(len(conditioning.rows))):
@@ -151,7 +159,7 @@ def _batch(
     of_image = mx.arange(n_images)[:, None] == images  # [n, B]
     are_images = [row.image for row in rows] == list(range(n_images))
     return GuidanceBatch(
-        steps=steps,
+        steps=tuple(steps),
         conditioning=conditioning,
         images=images,
         is_cond=mx.array([int(row.is_cond) for row in rows]),

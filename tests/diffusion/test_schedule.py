@@ -1,7 +1,6 @@
 """Timesteps and noise levels against diffusers, for every spacing and number of steps."""
 
 import inspect
-import math
 
 import diffusers
 import numpy as np
