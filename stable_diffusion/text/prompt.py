@@ -134,8 +134,8 @@ class _Group:
     """Hold what stands in brackets.
 
     A "weight" has one branch and the weight as its number, which is None until the weight behind "(words)" is read. An
-    "edit" has what is read before and after its number, a float for a fraction of the run and an int for a step. "turns"
-    have a branch for each step in turn.
+    "edit" has what is read before and after its number, a float for a fraction of the run and an int for a step. A
+    group of "turns" has a branch for each step in turn.
     """
 
     kind: Literal["weight", "edit", "turns"]
