@@ -24,12 +24,14 @@ from ..lora.folders import find_in
 from ..models.config import listed, parse_json
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
+from ..weights.layout import SUFFIXES, VOCABULARY
 from ..weights.quantize import read_quantization
 from . import foreign, infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .lora_tags import write_tag
 from .request import KINDS, Request
+from .sources import map_sources, short_names
 
 _open_part = cache(open_part)
 
@@ -89,7 +91,11 @@ def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[st
     if versions := [f"{name} {before[name]} (now {now[name]})" for name in _changed(before, now)]:
         yield f"{record.path} was made with {listed(versions)}: the picture may differ"
     if isinstance(files, dict):
-        others = [name for name, now in current["files"].items() if HASHES & _changed(files.get(name), now).keys()]
+        before = {
+            name: next((files[key] for key in files if f"/{key}".endswith(f"/{name}")), None)
+            for name in current["files"]
+        }
+        others = [name for name, now in current["files"].items() if HASHES & _changed(before[name], now).keys()]
         if others:
             yield f"not the files that {record.path} was made from: {listed(others)}"
 
@@ -100,15 +106,18 @@ def _changed(before: Any, now: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in now.items() if before.get(name, value) != value}
 
 
-def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = "") -> dict[str, str]:
+def describe(
+    model: StableDiffusion, batch: Batch, index: int, partial: str = "", full_paths: bool = False
+) -> dict[str, str]:
     """Return the texts for image ``index`` of a batch: {"parameters": ..., "stable_diffusion": ...}.
 
     ``model`` is the one of the request, also where a refiner finished the image. ``partial`` says how far an unfinished
-    image came, such as "step 12 of 20".
+    image came, such as "step 12 of 20". Files are named without their folders, unless ``full_paths``.
     """
-    request, details = batch.requests[index], _details(model, batch, index)
+    request, details = batch.requests[index], _details(model, batch, index, full_paths)
     details |= {"partial": partial} if partial else {}
-    tags = "".join(f" {write_tag(name, scale)}" for name, scale in request.prompt_loras)
+    loras = [(_lora_name(source), scale) for source, scale in request.lora] + [*request.prompt_loras]
+    tags = "".join(f" {write_tag(name, scale)}" for name, scale in loras)
     others = _others(model, request) | {"Partial": partial or None, "Version": f"stable-diffusion-mlx {__version__}"}
     fields = details["arguments"] | details["made"]
     text = infotext.write(request.text + tags, request.negative_prompt, fields, others)
@@ -118,8 +127,9 @@ def describe(model: StableDiffusion, batch: Batch, index: int, partial: str = ""
     }
 
 
-def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]:
+def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool = False) -> dict[str, Any]:
     request, defaults = batch.requests[index], batch.defaults
+    names = {} if full_paths else short_names(request)
     sampler = request.options.sampler or defaults.sampler
     name, schedule = read_name(sampler)
     components = {source.component.name: source for source in model.sources.values()}
@@ -133,7 +143,8 @@ def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]
         "batch": batch.seeds,
     }
     steps = defaults.num_steps if request.steps is None else request.steps
-    arguments = request.to_dict() | {"model": request.model, "n_images": 1, "seed": request.seed, "steps": steps}
+    short = map_sources(request, lambda field, source: names.get(source, source))
+    arguments = short.to_dict() | {"model": short.model, "n_images": 1, "seed": request.seed, "steps": steps}
     if batch.canvas is None:
         arguments["width"], arguments["height"] = batch.size
     else:
@@ -148,7 +159,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]
         "script": "txt2image" if request.image is None else "image2image",
         "arguments": {name: arguments[name] for name in KINDS if name in arguments},
         "made": made,
-        "files": {name: known for name, path in _files(model, request).items() if (known := fingerprint(path))},
+        "files": {name: known for name, path in _files(model, request, names).items() if (known := fingerprint(path))},
         "software": {
             "stable_diffusion": __version__,
             "mlx": mx.__version__,
@@ -160,28 +171,38 @@ def _details(model: StableDiffusion, batch: Batch, index: int) -> dict[str, Any]
 
 def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
     """Return what other programs know of an image under their names, beside the fields of its request."""
-    nets = {f"ControlNet {i}": f"Model: {_short(net)}, Weight: {x:g}" for i, (net, x) in enumerate(request.controlnet)}
-    hashes = [f"{Path(name).stem}: {known}" for name, path in _loras(request).items() if (known := lora_hash(path))]
+    nets = {f"ControlNet {i}": f"Model: {_title(net)}, Weight: {x:g}" for i, (net, x) in enumerate(request.controlnet)}
+    loras = {_lora_name(name): known for name, path in _loras(request).items() if (known := lora_hash(path))}
+    model_digest = model_hash(model.sources["unet"].component.files[0])
+    hashes = {"model": model_digest} | {f"lora:{name}": known[:10] for name, known in loras.items()}
     return {
-        "Model hash": model_hash(model.sources["unet"].component.files[0]),
-        "Model": _short(request.model),
-        "VAE": request.vae and _short(request.vae),
-        "Refiner": request.refiner and _short(request.refiner),
+        "Model hash": model_digest,
+        "Model": _title(request.model),
+        "VAE": request.vae and _title(request.vae),
+        "Refiner": request.refiner and _title(request.refiner),
         **nets,
-        "Lora hashes": ", ".join(hashes) or None,
+        "Lora hashes": ", ".join(f"{name}: {known}" for name, known in loras.items()) or None,
+        "Hashes": json.dumps(hashes, ensure_ascii=False) if loras else None,
     }
 
 
-def _short(source: str) -> str:
-    path = Path(os.path.expanduser(source))
-    return path.stem if path.is_file() else path.name if path.is_dir() else source
+def _title(source: str) -> str:
+    """Return the name by which other programs know a file, a folder, or a file on the Hub; a Hub id as it is."""
+    path = Path(source.rpartition(":")[2]).expanduser()
+    if path.suffix in SUFFIXES:
+        return path.stem
+    return path.name if path.is_dir() or path.is_absolute() else source
+
+
+def _lora_name(source: str) -> str:
+    return _title(source).rpartition("/")[2]
 
 
 # --- files, of which those that are gone by now are left out ---------------------------------------------------------
 
 
-def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
-    """Return the files that decided an image, by their names in the record."""
+def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -> dict[str, Path]:
+    """Return the files that decided an image, by their names in the record: ``names`` stand for paths."""
     parts = [source.component for source in model.sources.values()]
     networks = [(getattr(request, part.name, None) or request.model, part) for part in parts]
     others = [(source, "controlnet") for source, _ in request.controlnet]
@@ -191,10 +212,18 @@ def _files(model: StableDiffusion, request: Request) -> dict[str, Path]:
     files = {}
     for source, part in networks:
         is_file = os.path.isfile(os.path.expanduser(source))  # else it is named by its place in a folder or repository
-        files |= {source if is_file else f"{source} {part.name}/{path.name}": path for path in part.files}
+        name = names.get(source, source)
+        files |= {name if is_file else f"{name} {part.name}/{path.name}": path for path in part.files}
     embeddings = [embedding.rsplit("=", 1)[0] for embedding in request.embedding]
-    inputs = filter(None, (request.image, request.mask, request.depth, *request.control_image, *embeddings))
-    return files | _loras(request) | {path: Path(os.path.expanduser(path)) for path in inputs}
+    inputs = [
+        path for path in (request.image, request.mask, request.depth, *request.control_image, *embeddings) if path
+    ]
+    others = _loras(request) | {path: Path(path).expanduser() for path in inputs}
+    files |= {names.get(source, source): path for source, path in others.items()}
+    if request.tokenizer:
+        folder, name = Path(request.tokenizer).expanduser(), names.get(request.tokenizer, request.tokenizer)
+        files |= {f"{name} {file}": folder / file for file in VOCABULARY}
+    return files
 
 
 def _loras(request: Request) -> dict[str, Path]:

@@ -60,6 +60,7 @@ class OutputSettings:
     n_rows: int = 1
     quality: int | None = None
     no_metadata: bool = False
+    full_paths: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Written:
 
 
 class ResultWriter:
-    """Write the images of ``requests``, one image each, and their grid.
+    """Write the images of ``requests``, one image each, and their grid, which has the first image's record.
 
     Where they go is checked here: raises ValueError or OSError, one line, before any work. An image that cannot be
     written leaves the first ``error``; the others, which have taken as much work, are written.
@@ -91,6 +92,7 @@ class ResultWriter:
         self._outputs = Outputs(settings.output, self._fields, settings.overwrite)
         self._details: list[dict[str, Any]] = []
         self._images: list[Image] = []  # for the grid
+        self._texts: list[dict[str, str] | None] = []
         self.error: OSError | None = None
 
     def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
@@ -100,13 +102,16 @@ class ResultWriter:
         defaults = {"steps": chosen.num_steps, "cfg": chosen.cfg_weight, "sampler": chosen.sampler}
         fields = defaults | self._fields[len(self._details)] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
-        text = None if settings.no_metadata else describe(model, result.batch, result.index, result.partial)
+        text = None
+        if not settings.no_metadata:
+            text = describe(model, result.batch, result.index, result.partial, settings.full_paths)
         try:
             path = self._outputs.write(image, fields, mark, text=text, quality=settings.quality)
         except NotWrittenError as error:
             self.error, path = self.error or error, error.kept
         if len(self._requests) > 1 and not settings.no_grid:
             self._images.append(image)
+            self._texts.append(text)
         record = {"kind": mark or "image", "path": str(path)} | fields
         record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
         record |= {"partial": result.partial} if result.partial else {}
@@ -129,7 +134,8 @@ class ResultWriter:
         for number, (image, shown) in enumerate(grids, start=1):
             if image is not None:
                 mark = "grid" if number == 1 else f"grid_{number}"
-                path = self._outputs.write(image, self._details[shown[0]], mark, quality=self._settings.quality)
+                options = {"text": self._texts[shown[0]], "quality": self._settings.quality}
+                path = self._outputs.write(image, self._details[shown[0]], mark, **options)
                 record = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height}
                 yield Written(str(path), record | {"images": [self._details[i]["path"] for i in shown]})
 

@@ -13,6 +13,7 @@ from ..app.metadata import Record, read_record, remarks
 from ..app.preview import PreviewSettings
 from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
+from ..app.sources import find_sources
 from ..images.files import SUFFIXES
 from ..models.config import listed
 from .flags import FLAGS, FOREIGN, SWEPT
@@ -28,7 +29,7 @@ _NEEDED = {
     "lora_partial": "lora lora_dir",
     "preview_every": "preview",
     "preview_vae": "preview stepwise",
-    "without": "from_image",
+    **dict.fromkeys(("without", "trust"), "from_image"),
 }
 _NEEDED_IN_PROMPTS = {
     "lora_dir": ("<lora:", "<lora:name:0.8>"),
@@ -135,7 +136,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
     except (OSError, ValueError) as error:
         raise ValueError(f"the prompt file {path} cannot be read ({error}); give a text file in UTF-8") from error
     line_parser = Parser(prog=parser.prog, add_help=False)
-    left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "wildcards"}
+    left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "trust", "wildcards"}
     line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"], left_out)
     requests = []
     for number, line in enumerate(lines, start=1):
@@ -160,7 +161,7 @@ def _repeated(
     parser: Parser, script: str, arguments: dict[str, Any], record: Record
 ) -> tuple[Request, dict[str, Any], list[str]]:
     """Return the request that a picture records, the flags that replace parts of it, and remarks."""
-    left_out = FOREIGN[script] | {"n_images"}
+    left_out = FOREIGN[script] | {"n_images", "wildcards"}  # the record has the prompt that these came to
     recorded = {name: value for name, value in record.arguments.items() if name not in left_out}
     for name in arguments.get("without", ()):
         field_name = name.lstrip("-").replace("-", "_")
@@ -168,10 +169,13 @@ def _repeated(
             known = listed(sorted((recorded.keys() & KINDS.keys()) - {"image", "prompt"}), most=12)
             raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
         recorded.pop(field_name, None)
+    has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
+    for name, is_replaced in {"revision": "model" in arguments, "lora_dir": has_prompt}.items():
+        if is_replaced:
+            recorded.pop(name, None)
     parser.where = f"{record.path}: "
     request, unknown = Request.from_dict(recorded)
     parser.where = ""
-    has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
     if not isinstance(recorded.get("prompt"), str) and not has_prompt:
         raise ValueError(f"{record.path} names no prompt; give one")
     if script == "image2image" and "image" in arguments and not has_prompt:
@@ -182,4 +186,12 @@ def _repeated(
         raise ValueError(f"{record.path} names no image; give one")
     if not {"n_images", "prompt_file"} & arguments.keys() and not isinstance(arguments.get("seed"), tuple):
         arguments = arguments | {"n_images": 1}
-    return request, arguments, list(remarks(record, script, unknown, "model" in arguments))
+    fields, folders = recorded.keys() - arguments.keys(), arguments.get("lora_dir", [])
+    files = record.details.get("files")
+    request = find_sources(request, fields, record.path, files, folders, trust="trust" in arguments)
+    notes = list(remarks(record, script, unknown, "model" in arguments))
+    if request.prompt_loras and not record.details and not folders and not has_prompt:
+        names = listed([name for name, *_ in request.prompt_loras])
+        notes.append(f"{record.path}: its LoRAs are not used ({names}); --lora_dir DIR says where they are")
+        request = request.with_values(prompt=request.text)
+    return request, arguments, notes

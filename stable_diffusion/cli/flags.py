@@ -55,6 +55,8 @@ FLAGS = {
         "--prompt_file FILE": "a prompt on each line, with options of its own if it likes",
         "--from_image FILE": "make this picture again; flags, and a prompt, take the place of what it says",
         "--without FLAG ...": "leave out this flag of --from_image's picture, such as lora; may be given again",
+        "--trust": "with --from_image: use all files and models that the picture names, also those that it does not "
+        "prove to know by a hash and those that have to be downloaded",
         "--wildcards DIR": "read __name__ in prompts as the lines of DIR/name.txt",
     },
     "a part of the image": {
@@ -121,6 +123,7 @@ FLAGS = {
         "--json": "print an object in JSON for each file, not its path and seed",
         "--quality N": "of JPEG and WebP, 1 to 100 (95)",
         "--no_metadata": "write nothing into the images of how they were made",
+        "--full_paths": "write the whole paths of files into the images, not their names alone",
         "--verbose -v": "say what is chosen, and how much memory was used",
     },
     "preview": {

@@ -2,21 +2,35 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..app.inspect import Report, inspect
 from .parser import Parser
+from .streams import printable
 
 _OPEN = {"", "parts", "targets", "stable_diffusion", "arguments", "made", "files"}  # entries with rows of their own
+_WIDTH, _LONGEST_NAME = 80, 14
 
 
 def _lines(report: Report) -> Iterator[str]:
-    """Yield the report as aligned lines of text."""
-    rows = list(_rows("", report))
-    indent = max(len(name) for name, _ in rows) + 2
+    """Yield the report as aligned lines of text that a terminal of 80 columns shows whole."""
+    rows = [(printable(name), printable(text)) for name, text in _rows("", report)]
+    indent = min(max(len(name) for name, _ in rows), _LONGEST_NAME) + 2
     for name, text in rows:
-        yield ("\n" + " " * indent).join(f"{name:{indent}}{text}".splitlines())
+        start = f"{name:{indent}}"
+        if len(name) > _LONGEST_NAME:  # a file: it has lines of its own
+            yield from _wrap(name, _WIDTH)
+            start = "    "
+        for line in text.splitlines():
+            for part in _wrap(line, _WIDTH - len(start)) or [""]:
+                yield f"{start}{part}".rstrip()
+                start = " " * len(start)
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, break_on_hyphens=False, replace_whitespace=False)
 
 
 def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:

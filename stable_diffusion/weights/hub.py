@@ -58,6 +58,13 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
     raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
 
 
+def is_cached(repo: str) -> bool:
+    """Return whether the cache holds a version of a repository, complete or not, without a network call."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots").is_dir()
+
+
 def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path | None, list[str]]:
     """Return the folder of a revision in the client's cache, and the files that it lacks, without a network call.
 

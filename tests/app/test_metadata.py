@@ -43,14 +43,19 @@ Draw = Callable[..., list[Path]]
 
 @pytest.fixture
 def draw(run, tmp_path, monkeypatch) -> Draw:
-    """Run a script with ``options`` and return the images that it wrote, without a grid."""
+    """Run a script with ``options`` and return the images that it wrote, without a grid.
+
+    They name files by whole paths, so that these are found again.
+    """
     monkeypatch.chdir(tmp_path)
     count = iter(range(100))
 
     def call(script: str, *options, suffix: str = ".png") -> list[Path]:
         folder = tmp_path / f"{next(count)}"
         folder.mkdir()
-        draw.done = run(script, *options, "--no_grid", "--output", folder / f"{{i}}{suffix}").succeeded()
+        draw.done = run(
+            script, *options, "--no_grid", "--full_paths", "--output", folder / f"{{i}}{suffix}"
+        ).succeeded()
         return sorted(folder.iterdir(), key=lambda path: int(path.stem))
 
     draw = call
@@ -151,7 +156,7 @@ def test_the_defaults_of_a_model(draw, xl_folder):
 
 def parsed(script: str, *words: object) -> dict:
     """Return the values of the only request of a script that are not the defaults, and of its sweep."""
-    ((request, sweep),) = cli_arguments.read(script, [str(word) for word in words]).lines
+    ((request, sweep),) = cli_arguments.read(script, [*map(str, words), "--trust"]).lines
     return request.to_dict() | dict(sweep)
 
 
@@ -201,7 +206,7 @@ def test_what_cannot_be_left_out(picture, run, no_model):
 
 def remarks(script: str, *words: object) -> list[str]:
     """Return what a script says of the picture that it repeats."""
-    return list(cli_arguments.read(script, [str(word) for word in words]).remarks)
+    return list(cli_arguments.read(script, [*map(str, words), "--trust"]).remarks)
 
 
 def test_the_other_script(picture, tmp_path):
@@ -309,7 +314,7 @@ def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path)
     lora = ["--lora", files / "more.safetensors"]
     (path,) = draw("image2image", "in.png", PROMPT, "--model", sd1_folder, "--steps", 1, "--n_images", 1, *lora)
     noise(seed=5).save(tmp_path / "in.png")
-    again(draw, "image2image", path)
+    again(draw, "image2image", path, "--trust")
     assert said_by(draw) == [f"not the files that {path} was made from: in.png"]
     again(draw, "image2image", path, files / "hint.png")  # in place of the one that changed
     assert said_by(draw) == []
@@ -332,7 +337,7 @@ def test_an_unfinished_image_and_files_that_are_gone(draw, sd1_folder, files, tm
     def late(*given, **options):
         for path in ("loras/paint.safetensors", "more.safetensors", "net/config.json"):
             (tmp_path / path).unlink(missing_ok=True)
-        return describe(*given[:3], "1 of 2 steps")
+        return describe(*given[:3], "1 of 2 steps", *given[4:])
 
     monkeypatch.setattr(results, "describe", late)
     options = ["--lora_dir", "loras", "--lora", "more.safetensors", "--controlnet", "net", "--control_image"]

@@ -153,6 +153,7 @@ OTHERS = {
     "--prompt_file",
     "--from_image",
     "--without",
+    "--trust",
     "--wildcards",
     "--model",
 }

@@ -26,37 +26,47 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_picture(tmp_path, capsys, offline):
+def test_a_picture(tmp_path, capsys, offline, monkeypatch):
     """A terminal is not told what to do; what is 0 or off is said."""
-    path, record = tmp_path / "a.png", RECORD | {"arguments": RECORD["arguments"] | {"seed": 0}}
+    monkeypatch.chdir(tmp_path)
+    path, record = "a.png", RECORD | {"arguments": RECORD["arguments"] | {"seed": 0}}
     texts = {"parameters": SAID, "stable_diffusion": json.dumps(record), "c\x1bc": "d"}
     save_image(Image.new("RGB", (8, 8)), path, texts)
-    assert main([str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(path)} | inspect(path)
-    assert main([str(path)]) == 0
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    at = max(len(name) for name in RECORD["files"]) + 2
-    names, values = (" ".join(" ".join(line[part] for line in lines).split()) for part in (slice(at), slice(at, None)))
+    assert main([path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": path} | inspect(path)
+    assert main([path]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "path a.png kind image parameters a cat\\u001b[2J Steps: 1 script txt2image prompt a cat \\udcff seed 0 cfg "
+        "2.5 lora x:0.5 float16 False tiny unet/a.safetensors sha256 abc, hub some/one@123 software mlx 0.1 c\\u001bc d"
+    )
+
+
+def test_a_terminal_of_80_columns(tmp_path, capsys, offline):
+    """Lines of a text stay lines, long ones are split between words, and only what is longer than a line within one."""
+    prompt, name = "a red circle " * 30 + "x" * 200, f"{'long ' * 30}unet/a.safetensors"
+    record = {"arguments": {"prompt": f"{prompt}\n\nsecond"}, "files": {name: {"sha256": "0" * 64, "hub": "a/b@c"}}}
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"stable_diffusion": json.dumps(record)})
+    assert main([str(tmp_path / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and f"    sha256 {'0' * 64}, hub" in lines
     assert (
-        names == "path kind parameters script prompt seed cfg lora float16 tiny unet/a.safetensors software c\\u001bc"
+        lines[lines.index(" " * 16 + "second") - 1] == ""
+        and len({line[:16] for line in lines if "circle" in line}) == 2
     )
-    said = (
-        "image a cat\\u001b[2J Steps: 1 txt2image a cat \\udcff 0 2.5 x:0.5 False sha256 abc, hub some/one@123 mlx 0.1"
-    )
-    assert values == f"{path} {said} d"
 
 
-def test_lines_are_aligned(capsys, offline, tmp_path):
-    folder = convert(Request(model="tiny", unet_bits=8), tmp_path / "new")
-    assert main([str(folder)]) == 0
+def test_lines_are_aligned(capsys, offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(Request(model="tiny", unet_bits=8), tmp_path / "new")
+    assert main(["new"]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = {line.split()[0]: line for line in lines}
     assert head["family"].split(maxsplit=1)[1] == "Stable Diffusion 1" and "epsilon" in head["prediction"]
-    assert len({line.index(line.split(maxsplit=1)[1]) for line in lines[:-3]}) == 1
-    table = lines[-3:]
+    table = [line for line in lines if " MB  " in line]
     assert [line.split()[0] for line in table] == ["unet", "vae", "text_encoder"]
     assert len({line.index(" MB") for line in table}) == 1
-    assert table[0].endswith("float16  UNet2DConditionModel  8 bits in groups of 32")
+    assert len({line.index(line.split(maxsplit=1)[1]) for line in lines[: lines.index(table[0])]}) == 1
+    assert " ".join(" ".join(lines).split()).count("float16 UNet2DConditionModel 8 bits in groups of 32") == 1
 
 
 def test_a_lora_in_words(capsys, offline, tmp_path):

@@ -1,0 +1,121 @@
+"""The files, folders and networks that a request names: short in a record, found and checked when one is repeated.
+
+A record names a file without the folder it was in, and its hash. Whoever wrote the record may be a stranger, so a file
+is used only if it has a hash of the record, which proves that its content was known to them, and a network of the Hub
+only if it is in the cache. All else has to be named by hand, or trusted.
+"""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..lora.files import locate
+from ..models.config import listed
+from ..weights import catalog, hub
+from ..weights.layout import SUFFIXES
+from ..weights.parts import NETWORKS
+from .fingerprints import HASHES, fingerprint
+from .request import Request
+
+_NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "lora")
+FIELDS = (*_NETWORKS, "image", "mask", "depth", "control_image", "embedding", "tokenizer", "lora_dir", "wildcards")
+
+
+def map_sources(request: Request, change: Callable[[str, str], str], fields: Collection[str] = FIELDS) -> Request:
+    """Return a request with ``change(field, source)`` in place of each source that its ``fields`` name."""
+
+    def mapped(field: str, value: Any) -> Any:
+        if isinstance(value, str):
+            file, *word = value.rsplit("=", 1) if field == "embedding" else [value]
+            return "=".join([change(field, file), *word])
+        return tuple(mapped(field, one) for one in value) if isinstance(value, tuple) else value
+
+    return request.with_values(**{field: mapped(field, request.value(field)) for field in FIELDS if field in fields})
+
+
+def short_names(request: Request) -> dict[str, str]:
+    """Return names without folders for the sources of a request that have an absolute path or one with "..".
+
+    They differ from each other, and from the aliases of models.
+    """
+    names: dict[str, str] = {}
+
+    def shorten(field: str, source: str) -> str:
+        path = Path(source).expanduser()
+        if (path.is_absolute() or ".." in path.parts) and source not in names:
+            name = f"./{path.name}" if path.name.lower() in catalog.ALIASES else path.name
+            names[source] = f"{path.parent.name}/{name}" if name in names.values() else name
+        return source
+
+    map_sources(request, shorten)
+    return names
+
+
+def find_sources(
+    request: Request, fields: Collection[str], picture: str, files: Any, folders: Sequence[str], *, trust: bool = False
+) -> Request:
+    """Return a request with the places of the sources that a record names.
+
+    Args:
+        fields: the fields whose values are the record's.
+        picture: the path of the picture; files are looked for beside it, in the current folder, and in ``folders``.
+        files: the record's {name: hashes}.
+        trust: use also what the record does not prove to know.
+
+    Raises ValueError, one line, for sources that are not found or not trusted.
+    """
+    files = files if isinstance(files, dict) else {}
+    hashes = {known for entry in files.values() for known in _hashes(entry)}
+    fields = [field for field in fields if field != "lora_dir" or request.prompt_loras]
+    refused: list[str] = []
+
+    def find(field: str, source: str) -> str:
+        is_alias = field in _NETWORKS and source.lower() in catalog.ALIASES
+        path = os.path.expanduser(source)
+        places = [os.path.join(folder, path) for folder in ("", os.path.dirname(picture), *folders)]
+        here = [] if is_alias else [place for place in places if os.path.lexists(place)]
+        for place in here:
+            with suppress(ValueError, OSError):
+                paths = _files(field, Path(place), [key.removeprefix(f"{source} ") for key in files], request)
+                if paths and all(_hashes(fingerprint(path)) & hashes for path in paths):
+                    return place
+        repos = _repos(source) if field in _NETWORKS and not here else None
+        if not trust and not (repos is not None and (not repos or any(map(hub.is_cached, repos)))):
+            reason = "another hash" if here else "not here" if repos is None else "a download"
+            refused.append(f"--{field} {listed([source])} ({reason})")
+        return here[0] if here else source
+
+    request = map_sources(request, find, fields)
+    if refused:
+        remedy = "give these flags yourself, or use --without or --trust"
+        raise ValueError(f"{picture} names {listed(refused)}; {remedy}")
+    return request
+
+
+def _hashes(entry: Any) -> set[str]:
+    entry = entry if isinstance(entry, dict) else {}
+    return {entry[key] for key in HASHES & entry.keys() if isinstance(entry[key], str)}
+
+
+def _files(field: str, place: Path, names: Sequence[str], request: Request) -> list[Path]:
+    """Return the files of a source that was found: of a folder those that a record has with ``names``."""
+    if field == "lora_dir":  # not its sub-folders, which may be a whole disk
+        places = [place / f"{name}{suffix}" for name, _ in request.prompt_loras for suffix in ("", *SUFFIXES)]
+        return [path for path in places if path.is_file()]
+    if field == "lora":
+        return [locate(place)]
+    if not place.is_dir():
+        return [place]
+    inside = [Path(*Path(name).parts[-depth:]) for name in names for depth in (1, 2)]
+    return [path for path in (place / name for name in inside if ".." not in name.parts) if path.is_file()]
+
+
+def _repos(source: str) -> tuple[str, ...] | None:
+    """Return the repositories on the Hub that a source may be, () for the bundled model; None for another source."""
+    if source.endswith(SUFFIXES) and ":" not in source and source.count("/") < 2:
+        return None  # a file, which on the Hub is owner/name/file
+    with suppress(ValueError):
+        return catalog.find("/".join(source.partition(":")[0].split("/")[:2])).repos
+    return None
