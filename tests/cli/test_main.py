@@ -362,7 +362,7 @@ def test_type_and_exactness_are_in_the_record_and_repeated(models, run, tmp_path
     run("txt2image", PROMPT, *options, "--exact", "--dtype", "bfloat16", "--output", first, "--overwrite").succeeded()
     monkeypatch.setenv("MLX_CONV_WINOGRAD_WORKING_SET", "0")
     seen.clear()
-    run("txt2image", "--from_image", first, "--output", again).succeeded()
+    run("txt2image", "--from_image", first, "--model", models["sd"], "--output", again).succeeded()
     assert set(seen) == {(mx.bfloat16, "1")} and np.array_equal(pixels(first), pixels(again))
     record = read_record(again)
     assert record.arguments["dtype"] == "bfloat16" and record.arguments["exact"] is True
