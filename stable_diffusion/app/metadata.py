@@ -65,7 +65,9 @@ def read_record(path: str | os.PathLike) -> Record:
         raise ValueError(f"{path} {error}; {remedy}") from None
     if found is None:
         raise ValueError(f"{path} does not say how it was made; {remedy}")
-    return Record(str(path), *found)
+    arguments, other = found
+    # What this program takes for alternatives is text in theirs.
+    return Record(str(path), arguments | {"resolved_prompt": arguments.get("prompt")}, other)
 
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:

@@ -68,6 +68,8 @@ def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
     for name in dict.fromkeys(name for variant in variants for name in variant.swept):
         settings = [request.value(name) for request in requests]
         texts = ["default" if v is None else f"{v:g}" if isinstance(v, float) else f"{v}" for v in settings]
+        if name == "seed":  # of which several may be the same
+            settings = [(seed, v.seeds[: v.image].count(seed)) for v, seed in zip(variants, settings, strict=True)]
         axes[name] = [(value, f"{name} {text}") for value, text in zip(settings, texts, strict=True)]
     if not axes:
         return []

@@ -1,12 +1,11 @@
 """A request: everything that decides the pixels of an image, as one record from flags, metadata or JSON."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product, repeat
-from math import prod
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora.delta import Scale
@@ -78,6 +77,7 @@ class Request:
     resolved_prompt: str | None = None
     seed: int | tuple[int, ...] | None = None
     n_images: int | None = None
+    fixed_seed: bool = False
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -264,16 +264,18 @@ Sweep = dict[str, tuple[Any, ...]]  # the settings that have several values, in 
 def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
     """Expand requests to one for each image, in the order of the images.
 
-    Choices and wildcards of a prompt stand for a prompt each. Each combination of swept values is a setting: the first
-    of them changes slowest, then come the prompts, then the seeds. Seeds count on over all prompts, and start again
-    where a line names one; several seeds are those of every prompt. All settings of a prompt have the same seeds.
+    Alternatives and wildcards stand for a prompt each; with ``alternatives`` "one", each image draws its own by its
+    seed. Each combination of swept values is a setting: the first of them changes slowest, then come the prompts, then
+    the seeds. Seeds count on from prompt to prompt, and start again where a line names one. With ``fixed_seed``, and
+    where settings are swept, all prompts have the same seeds. Several seeds are those of every prompt.
 
     Raises ValueError for more than 9999 images, and where ``n_images`` is not the number of the seeds.
     """
     images: list[tuple[int, Request]] = []
-    next_seed, number = None, 0
+    read, next_seed, number = cache(read_wildcards), None, 0
     for request, sweep in lines:
         swept = {name: settings for name, settings in sweep.items() if name != "seed"}
+        settings = [dict(zip(swept, chosen, strict=True)) for chosen in product(*swept.values())]
         own_seeds = tuple(map(_drawn, request.seed)) if isinstance(request.seed, tuple) else None
         count = len(own_seeds or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
         if request.n_images not in (None, count):
@@ -281,19 +283,20 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
             next_seed = _drawn(request.seed if own_seeds is None else None)
-        for prompt in _prompts(request, next_seed):
-            if len(images) + count * prod(map(len, swept.values())) > MOST_IMAGES:
+        seeds = own_seeds or tuple(range(next_seed, next_seed + count))
+        for prompts in _prompts(request, seeds, read):
+            if len(images) + count * len(settings) > MOST_IMAGES:
                 text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
                 raise SettingError(text, "n_images")
-            seeds = own_seeds or tuple(range(next_seed, next_seed + count))
-            resolved = None if prompt == request.prompt else prompt
-            for place, chosen in enumerate(product(*swept.values())):
-                for i, seed in enumerate(seeds):
+            for place, setting in enumerate(settings):
+                for i, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True)):
+                    single = {"seed": seed, "n_images": 1, "fixed_seed": False}
                     variant = Variant(number, i, seeds, tuple(sweep))
-                    single = {"seed": seed, "n_images": 1, "resolved_prompt": resolved, "variant": variant}
-                    setting = dict(zip(swept, chosen, strict=True))
-                    images.append((place, request.with_values(**single, **setting)))
-            next_seed, number = seeds[-1] + 1, number + 1
+                    images.append((place, request.with_values(variant=variant, **prompt, **single, **setting)))
+            number += 1
+            if not (request.fixed_seed or swept):
+                next_seed = seeds[-1] + 1
+                seeds = own_seeds or tuple(range(next_seed, next_seed + count))
     return [image for _, image in sorted(images, key=lambda pair: pair[0])]
 
 
@@ -302,11 +305,22 @@ def _drawn(seed: int | None) -> int:
     return image_seeds(None if seed == -1 else seed, 1)[0]
 
 
-def _prompts(request: Request, seed: int) -> list[str]:
-    """Return the prompts that choices and wildcards stand for, with the tags of LoRAs."""
-    if request.resolved_prompt is not None:
-        return [request.resolved_prompt]
-    if request.weight_blocks or request.emphasis == "none":
-        return [request.prompt]
-    wildcards = None if request.wildcards is None else read_wildcards(request.wildcards)
-    return expand_prompt(request.prompt, [seed] if request.alternatives == "one" else None, wildcards)
+def _prompts(
+    request: Request, seeds: Sequence[int], read: Callable[[str], Callable[[str], Sequence[str]]]
+) -> Iterator[list[dict[str, str]]]:
+    """Yield, for every prompt that alternatives and wildcards stand for, the fields that hold it for each seed."""
+    typed = request.prompt, request.negative_prompt
+    if request.resolved_prompt is not None or request.weight_blocks or request.emphasis == "none":
+        yield [{}] * len(seeds)
+        return
+    wildcards = None if request.wildcards is None else read(request.wildcards)
+    drawn = seeds if request.alternatives == "one" else None
+    prompts, negatives = (expand_prompt(text, drawn, wildcards) for text in typed)
+    groups = (
+        [zip(prompts, negatives, strict=True)]
+        if drawn
+        else ([pair] * len(seeds) for pair in product(prompts, negatives))
+    )
+    names = "resolved_prompt", "negative_prompt"
+    for pairs in groups:
+        yield [{} if pair == typed else dict(zip(names, pair, strict=True)) for pair in pairs]

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+from ..models.config import read_text
+
 
 def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]]:
     """Return a function for ``alternatives.expand`` that reads wildcards: a name -> the lines of ``folder/name.txt``.
@@ -24,8 +26,7 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
 
     @cache
     def paths() -> dict[str, Path]:
-        found = sorted(path for path in root.rglob("*.*") if path.suffix in (".txt", ".json", ".yaml", ".yml"))
-        return {path.relative_to(root).with_suffix("").as_posix(): path for path in found}
+        return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.txt"))}
 
     @cache
     def lines(name: str) -> tuple[str, ...]:
@@ -35,24 +36,25 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
         names = [other for other in paths() if fnmatchcase(other, name)]
         names = names or [other for other in paths() if fnmatchcase(other, f"*/{name}")]
         if not names:
-            raise ValueError(f"there is no wildcard __{name}__ in {root}; {_similar(name, list(paths()))}")
+            raise ValueError(f"there is no wildcard __{name:.60}__ in {root}; {_similar(name, [*paths()], root)}")
         return tuple(dict.fromkeys(line for other in names for line in _lines(paths()[other])))
 
     return lines
 
 
 def _lines(path: Path) -> list[str]:
-    if path.suffix != ".txt":
-        raise ValueError(f"the wildcard file {path} is not a .txt file; write its lines into one")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the wildcard file {path} cannot be read ({error}); give a text file in UTF-8") from error
+        text = read_text(path)
+    except OSError as error:
+        raise ValueError(f"the wildcard file {path} cannot be read ({error.strerror}); give a text file") from error
     return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
 
 
-def _similar(name: str, names: list[str]) -> str:
-    """Describe the wildcards there are, those with names like ``name`` first."""
+def _similar(name: str, names: list[str], root: Path) -> str:
+    """Describe the wildcards there are, those with names like ``name`` first, or files of another kind."""
     close = get_close_matches(name, names, cutoff=0.5)
+    others = [path.name for path in sorted(root.rglob("*.*")) if path.suffix in (".json", ".yaml", ".yml")]
+    if others and not close:
+        return f"{others[0]} is not read: write each of its lists into a .txt file"
     shown = ", ".join(f"__{other}__" for other in close or names[:5])
     return f"{'similar' if close else 'some'} there: {shown}" if shown else "it holds no .txt files"

@@ -15,7 +15,8 @@ from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
 from ..app.sources import find_sources
 from ..images.files import SUFFIXES
-from ..models.config import listed
+from ..models.config import listed, read_text
+from ..text.alternatives import COMMENT
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
@@ -132,15 +133,16 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
     """Read a file of prompts: a prompt on each line, and flags of the groups "picture" and "prompt" if it likes."""
     path = Path(os.path.expanduser(arguments["prompt_file"]))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the prompt file {path} cannot be read ({error}); give a text file in UTF-8") from error
+        lines = read_text(path).split("\n")
+    except OSError as error:
+        raise ValueError(f"the prompt file {path} cannot be read ({error.strerror}); give a text file") from error
     line_parser = Parser(prog=parser.prog, add_help=False)
-    left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "trust", "wildcards"}
+    left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "trust", "wildcards", "fixed_seed"}
     line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"], left_out)
     requests = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
+        line = COMMENT.sub("", line)
+        if not line.strip():
             continue
         prompt, _, flags = re.sub(r"(^|\s)(?=--\w)", "\0", line, count=1).partition("\0")
         line_parser.where = f"{path}, line {number}: "
@@ -150,7 +152,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
             requests.append(line_of(base, arguments | line_arguments | {"prompt": prompt.strip()}))
         except ValueError as error:
             line_parser.error(error)
-        if isinstance(arguments.get("seed"), int):  # a single one is where counting began
+        if isinstance(arguments.get("seed"), int) and "fixed_seed" not in arguments:  # it is where counting began
             arguments = {name: value for name, value in arguments.items() if name != "seed"}
     if not requests:
         raise ValueError(f"the prompt file {path} holds no prompt; write one on each line")

@@ -205,20 +205,21 @@ def number(limits: Number, value: str) -> float:
 
 
 def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
-    """Return a value, or a tuple of those between commas, each once; with ``ranges`` 2-5 are 2, 3, 4 and 5."""
-    result: dict[T, None] = {}
+    """Return a value, or a tuple of those between commas: each once, or with ``ranges`` as given, 2-4 as 2, 3 and 4."""
+    result: list[T] = []
     for part in value.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
         if ends is None:
-            result[one(part.strip())] = None
+            result.append(one(part.strip()))
             continue
         first, last = map(one, ends.groups())
         if first > last:
             raise argparse.ArgumentTypeError(f"{part!r} goes down; write the smaller number first: {last}-{first}")
         if last - first >= MOST_IMAGES:
             raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_IMAGES} values; give fewer")
-        result |= dict.fromkeys(range(first, last + 1))
-    return tuple(result) if len(result) > 1 else next(iter(result))
+        result += range(first, last + 1)
+    values = tuple(result if ranges else dict.fromkeys(result))
+    return values if len(values) > 1 else values[0]
 
 
 def name(read: Callable[[str], Any], value: str) -> Any:

@@ -5,6 +5,7 @@ becomes one number per block, an absent key takes diffusers' default. A key that
 library does not compute is refused by name.
 """
 
+import codecs
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +19,28 @@ Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed 
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
 
-_LARGEST = 10_000_000  # characters of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
+_LARGEST = 10_000_000  # bytes of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
 _DEEPEST = 20  # lists and objects in one another
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of at most 10 MB in UTF-8, with or without a byte order mark; ValueError for another."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_LARGEST + 1)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not readable as UTF-8 text ({error.reason}); take it from its source") from None
-    if len(text) > _LARGEST:
+    """Read a text file of at most 10 MB in UTF-8 or, by its byte order mark, UTF-16; ValueError for another.
+
+    Each end of a line, \\r\\n and \\r too, comes back as \\n. No other character ends a line.
+    """
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
         raise ValueError(f"{path} has more than the {_LARGEST / 1e6:.0f} MB of such a file; take it from its source")
-    return text
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:  # as in UTF-16 without a mark
+            raise UnicodeError("it has NUL characters")
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{path} is not readable as UTF-8 text ({reason}); save it in UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

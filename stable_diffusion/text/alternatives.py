@@ -29,7 +29,7 @@ _MOST_PROMPTS = 10_000
 _COUNTED = 10**15  # prompts; more are not told apart
 _LONGEST = 100_000  # characters that alternatives may grow to
 _PARTNERS = {"]": "[", "}": "{"}
-_COMMENT = re.compile(r"(?:^[^\S\n]*#|(?<!\s)\s+#(?=[\s#]|$)).*", re.MULTILINE)
+COMMENT = re.compile(r"(?:^[^\S\n]*#|(?<!\s)\s+#(?=[\s#]|$)).*", re.MULTILINE)
 _MEANING = re.compile(r"[{#$]|__")  # text without any of these has no alternatives
 _TOKEN = re.compile(
     r"(?P<brace>\$\{(?=\s*[A-Za-z_-][\w-]*\s*[?=:}])|%\{(?=[^{}|]*\$\$)|\{)"
@@ -166,7 +166,7 @@ class _Reader:
 
     def read(self, text: str) -> _Items:
         """Read a text: what is as it was typed, and choices."""
-        text = _COMMENT.sub("", text)
+        text = COMMENT.sub("", text)
         if not _MEANING.search(text):
             return [text]
         items: _Items = []

@@ -62,7 +62,7 @@ def test_prompts_are_a_list_too():
     assert (plot.columns, plot.rows) == (("cfg 1", "cfg 2"), ("red", "blue"))
     assert plot.cells == {(0, 0): 0, (1, 0): 1, (0, 1): 2, (1, 1): 3}
     by_prompt = compared(sweep, request.with_values(n_images=2))
-    assert [plot.title for plot in by_prompt] == ["image 1", "image 2"]  # of each prompt, whose seeds differ
+    assert [plot.title for plot in by_prompt] == ["seed 5", "seed 6"]  # of each prompt
     assert [plot.rows for plot in by_prompt] == [("red", "blue")] * 2
     assert by_prompt[1].cells == {(0, 0): 1, (1, 0): 3, (0, 1): 5, (1, 1): 7}
     assert compared({}, request) == []  # without lists nothing is compared

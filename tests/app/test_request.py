@@ -119,6 +119,52 @@ def test_a_resolved_prompt_is_not_resolved_again():
     assert arguments.line_of(request, {"prompt": "green cat"})[0].text == "green cat"  # another takes its place
 
 
+@pytest.fixture
+def words(tmp_path):
+    """A folder of wildcards."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "colour.txt").write_text("\n".join(f"colour{i}" for i in range(50)))
+    return tmp_path / "words"
+
+
+DRAWN = ["{a|b|c|d|e|f|g|h}", "__colour__ {cat|dog}", "{2$$a|b|c|d|e}", "{9::a|b|c} __col*__", "a <lora:{x|y|z}:1>"]
+
+
+@pytest.mark.parametrize("prompt", DRAWN)
+def test_each_image_draws_its_own_alternatives(words, prompt):
+    """As if it were made alone, also of a list of seeds and beside other settings."""
+    one = [prompt, "--alternatives", "one", "--wildcards", words]
+    images = expanded(*one, "--seed", 5, "--n_images", 12)
+    alone = [expanded(*one, "--seed", seed, "--n_images", 1)[0] for seed in range(5, 17)]
+    assert [(i.seed, i.text, i.prompt_loras) for i in images] == [(i.seed, i.text, i.prompt_loras) for i in alone]
+    assert len({image.resolved_prompt for image in images}) >= 3 and {image.prompt for image in images} == {prompt}
+    assert [i.text for i in expanded(*one, "--seed", "9,6,9")] == [images[place].text for place in (4, 1, 4)]
+    swept = expanded(*one, "--seed", "5-16", "--cfg", "1,2")
+    assert [image.text for image in swept] == 2 * [image.text for image in images]
+
+
+def test_lines_of_a_file_draw_their_own_alternatives(words, prompts):
+    file = prompts("a {b|c|d|e} __colour__", "{b|c|d|e} f --seed 3", "{b|c|d|e} g")
+    images = expanded("--prompt_file", file, "--alternatives", "one", "--wildcards", words, "--seed", 7)
+    assert [image.seed for image in images] == [7, 8, 9, 10, 3, 4, 5, 6, 7, 8, 9, 10]
+    for image in images:
+        more = "--alternatives", "one", "--wildcards", words, "--seed", image.seed, "--n_images", 1
+        assert expanded(image.prompt, *more)[0].text == image.text
+    assert len({image.text for image in images}) > 6
+
+
+def test_alternatives_of_the_negative_prompt():
+    request = Request(prompt="{a|b}", negative_prompt="{c|d} # e", seed=1, n_images=1)
+    pairs = [(image.text, image.negative_prompt) for image in expand([(request, {})])]
+    assert pairs == list(product("ab", "cd"))
+    (image,) = expand([(request.with_values(prompt="a", alternatives="one"), {})])
+    assert image.negative_prompt in ("c", "d") and image.resolved_prompt == "a"
+    assert expand([(image, {})])[0].negative_prompt == image.negative_prompt
+    for values in ({"resolved_prompt": "b"}, {"weight_blocks": True}, {"emphasis": "none"}):
+        (image,) = expand([(request.with_values(**values), {})])
+        assert (image.negative_prompt, image.resolved_prompt) == ("{c|d} # e", values.get("resolved_prompt"))
+
+
 # --- how many images, and their seeds --------------------------------------------------------------------------------
 
 
@@ -159,10 +205,28 @@ def test_the_first_sweep_changes_slowest_and_seeds_fastest():
 
 def test_prompts_stand_together_in_each_setting():
     images = expanded("{red|blue} cat", "--steps", "1,2", "--seed", 5, "--n_images", 2)
-    seeds = {"red cat": (5, 6), "blue cat": (7, 8)}
-    assert rows(images, "steps") == [(text, steps, seeds[text]) for steps in (1, 2) for text in seeds]
+    assert rows(images, "steps") == [(f"{c} cat", s, (5, 6)) for s in (1, 2) for c in ("red", "blue")]
     images = expanded("{red|blue} cat", "--steps", "1,2", "--seed", "5,9")
     assert rows(images, "steps") == [(f"{c} cat", s, (5, 9)) for s in (1, 2) for c in ("red", "blue")]
+
+
+SEEDS = {
+    "{red|blue} cat --seed 5 --n_images 2": [("red cat", (5, 6)), ("blue cat", (7, 8))],
+    "{red|blue} cat --seed 5 --n_images 2 --fixed_seed": [("red cat", (5, 6)), ("blue cat", (5, 6))],
+    "{red|blue} cat --n_images 1 --fixed_seed": [("red cat", (100,)), ("blue cat", (100,))],
+    "{red|blue} star --cfg 1,4 --seed 3": [("red star", (3, 3)), ("blue star", (3, 3))],
+    "{red|blue} star --sampler euler,heun --n_images 2": [("red star", (100, 101) * 2), ("blue star", (100, 101) * 2)],
+    "cat --seed 7,7": [("cat", (7, 7))],
+    "cat --seed 7,7 --fixed_seed": [("cat", (7, 7))],
+    "cat --seed 7 --n_images 2 --fixed_seed": [("cat", (7, 8))],
+}
+
+
+@pytest.mark.parametrize("command", SEEDS)
+def test_seeds_of_prompts_that_are_compared(command):
+    prompt, _, flags = command.partition(" --")
+    images = expanded(prompt, *f"--{flags}".split())
+    assert rows(images) == SEEDS[command] and not any(image.fixed_seed for image in images)
 
 
 # --- lines of a file -------------------------------------------------------------------------------------------------
@@ -190,6 +254,23 @@ def test_sweeps_of_the_command_line_hold_for_each_line(prompts):
     settings += [("three", 2, None), ("four", 1, 2.0), ("four", 2, 1.0), ("four", 2, 2.0)]
     assert rows(images, "steps", "cfg") == [(*setting, seeds.get(setting[0], (3, 4))) for setting in settings]
     assert images[-1].variant.swept == ("steps", "seed", "cfg")
+
+
+@pytest.mark.parametrize(
+    "flags, seeds",
+    [
+        ("--seed 3 --n_images 1", [3, 7, 8, 8]),
+        ("--seed 3 --n_images 1 --fixed_seed", [3, 7, 3, 3]),
+        ("--n_images 1 --fixed_seed", [100, 7, 7, 7]),
+        ("--seed 3 --n_images 1 --steps 1,2", [3, 7, 7, 7]),
+    ],
+)
+def test_seeds_of_lines_that_are_compared(prompts, flags, seeds):
+    images = expanded("--prompt_file", prompts("one", "two --seed 7", "three --cfg 1,2", "four"), *flags.split())
+    settings = rows(images, "steps", "cfg")
+    assert {(text, *seeds) for text, *_, seeds in settings} == {
+        *zip(("one", "two", "three", "four"), seeds, strict=True)
+    }
 
 
 def test_lines_that_are_refused(run, no_model, prompts):
@@ -231,7 +312,7 @@ def test_images_of_one_setting_are_grouped(sd1_folder):
         return [[(r.text, r.seed, r.steps) for r in images] for images in group(sd, expanded(*words))]
 
     assert groups("a", "--seed", "9,1,4", "--steps", 5) == [[("a", 9, 5), ("a", 1, 5), ("a", 4, 5)]]
-    together = [[(w, i, s) for i, w in enumerate(("red", "cat", "blue"), start=1)] for s in (5, 6)]
+    together = [[(word, 1, steps) for word in ("red", "cat", "blue")] for steps in (5, 6)]
     assert groups("{red|cat|blue}", "--steps", "5,6", "--seed", 1) == together
     long = " ".join(["cat"] * 80)
     assert [len(images) for images in groups(f"{{a|{long}|b}}", "--n_images", 1)] == [1, 1, 1]

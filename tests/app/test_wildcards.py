@@ -29,7 +29,10 @@ def test_a_folder_of_wildcards_says_what_is_wrong(tmp_path):
     write(tmp_path, hair=b"a", hairs_in_hat=b"b", coat=b"c", empty=b"# only this\n", latin="größer".encode("latin-1"))
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "bare").mkdir()
-    here, unreadable = read_wildcards(tmp_path), r"the wildcard file .*{}.txt cannot be read .*; give a text file in"
+    here, unreadable = (
+        read_wildcards(tmp_path),
+        r"{}.txt (cannot be read \(Is a directory\)|is not readable as UTF-8 text \(.*\))",
+    )
     there = re.escape(str(tmp_path))
     for lines, name, message in (
         (here, "hain", rf"no wildcard __hain__ in {there}; similar there: .*__hair__"),
@@ -44,3 +47,32 @@ def test_a_folder_of_wildcards_says_what_is_wrong(tmp_path):
             expand(f"__{name}__", wildcards=lines)
     with pytest.raises(ValueError, match=r"there is no folder of wildcards at .*absent; check the path"):
         read_wildcards(tmp_path / "absent")
+
+
+def test_patterns_and_names_in_folders_below(tmp_path):
+    write(tmp_path, colour=b"red\nblue\nred", colours=b"blue\npink", artists_in_old=b"Monet\n", artists_in_new=b"Koons")
+    write(tmp_path, hair_of_cats=b"grey")
+    lines = read_wildcards(tmp_path)
+    for name, wanted in {
+        "colour": ("red", "blue"),
+        "colour*": ("red", "blue", "pink"),
+        "artists/*": ("Koons", "Monet"),
+        "old": ("Monet",),
+        "*/n?w": ("Koons",),
+        "artists\\old": ("Monet",),
+        "[a-b]*": ("Koons", "Monet"),
+        "hair_of*": ("grey",),
+    }.items():
+        assert lines(name) == wanted
+    for name in ("old/new", "colourless*", "colou"):
+        with pytest.raises(ValueError, match=r"there is no wildcard __.*__ in .*; (some|similar) there: "):
+            lines(name)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_lists_of_another_kind_are_named(tmp_path, suffix):
+    (tmp_path / f"animals.{suffix}").write_text('{"cat": ["wild cat"]}')
+    write(tmp_path, colour=b"red")
+    assert read_wildcards(tmp_path)("*") == ("red",)
+    with pytest.raises(ValueError, match=rf"no wildcard __animals/cat__ .*; animals.{suffix} is not read: write each"):
+        read_wildcards(tmp_path)("animals/cat")

@@ -149,6 +149,7 @@ CHANGES = {
 OTHERS = {
     "--prompt",
     "--n_images",
+    "--fixed_seed",
     "--alternatives",
     "--prompt_file",
     "--from_image",
