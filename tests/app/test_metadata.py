@@ -15,7 +15,7 @@ from command_line import PROMPT, pixels
 from stable_diffusion.app import metadata, results
 from stable_diffusion.app.fingerprints import fingerprint, lora_hash
 from stable_diffusion.app.metadata import describe, read_record
-from stable_diffusion.app.request import Request
+from stable_diffusion.app.request import Request, expand
 from stable_diffusion.app.results import OutputSettings
 from stable_diffusion.cli import arguments as cli_arguments
 from stable_diffusion.images.files import read_text, save
@@ -297,7 +297,23 @@ def test_a_picture_of_another_program(draw, sd1_folder, tmp_path):
     said = ["--negative_prompt", "blue", "--steps", 2, "--sampler", "dpmpp_2m", "--schedule", "karras", "--cfg", 3]
     said += ["--seed", 5, "--width", 64, "--height", 72, "--clip_skip", 1, "--n_images", 1]
     (wanted,) = draw("txt2image", "the red cat", "--model", sd1_folder, *said)
-    assert_same(path, wanted)
+    assert np.array_equal(pixels(path), pixels(wanted))
+    assert read_record(path).arguments == read_record(wanted).arguments | {"resolved_prompt": "the red cat"}
+
+
+def test_braces_of_another_program_are_text(tmp_path):
+    """Also where the picture that was made of it is repeated."""
+    text = "a {cat|dog}, __x__, 50% # b"
+    save(
+        noise(),
+        tmp_path / "other.png",
+        {"parameters": f"{text}\nNegative prompt: {{c|d}}\nSteps: 2, Seed: 5, CFG scale: 3"},
+    )
+    (line, sweep), *others = cli_arguments.read("txt2image", ["--from_image", str(tmp_path / "other.png")]).lines
+    (image,) = expand([(line, sweep)])
+    assert not others and (image.text, image.negative_prompt) == (text, "{c|d}")
+    (again,) = expand([(Request.from_dict(image.to_dict())[0], {})])
+    assert (again.text, again.negative_prompt) == (text, "{c|d}")
 
 
 def test_what_we_say_is_read_as_that_of_another_program(draw, sd1_folder, files, tmp_path):
