@@ -26,6 +26,7 @@ from .weights.catalog import describe_settings, few_step_settings
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, Component, open_part
 from .weights.formats.safetensors import loading_stream
+from .weights.layout import SUFFIXES
 from .weights.load import load_component, read_weights, size_in_bytes
 from .weights.quantize import quantize, remaining_quantization
 
@@ -110,6 +111,7 @@ class Networks:
         self.sources: dict[str, NetworkSource] = {}  # by attribute
         self._lock = threading.RLock()
         self._encoders: list[tuple[str, str]] = []  # the attributes of tokenizer and text encoder
+        self.embeddings: dict[str, tuple[str, ...]] = {}  # a file -> its words in prompts
         self._attached: list[AttachedLoRA] = []
         self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of LoRAs for few steps; None: fused
         attributes, several = {"unet": "unet"}, len(checkpoint.tokenizers) > 1
@@ -127,15 +129,18 @@ class Networks:
             is_safe = part != "vae" or not component.config.get("force_upcast", True)
             source = NetworkSource(component, dtype if is_safe else mx.float32, quantization, self._attached)
             self.sources[attribute], loaded[part] = source, load_component(component, source.dtype)
-        fused = []
+        fused, bundled = [], {}
         for lora, scale in loras:
             weights = read_lora(lora)
             check_fit(loaded, weights, scale, lora_partial)
             self._add_defaults(weights, None)
             fused.append((weights.path, scale))
+            bundled |= weights.embeddings
         for attribute, source in self.sources.items():
             source.fused = fused
             setattr(self, attribute, source.build(loaded[source.component.name]))
+        for word, vectors in bundled.items():
+            self._add_words((word,), vectors, word)
 
     # --- reading and releasing ---------------------------------------------------------------------------------------
 
@@ -333,6 +338,8 @@ class Networks:
             self._attached[:] = [*(attached for attached in self._attached if attached.is_attached), result]
             self._few_step = [(handle, d) for handle, d in self._few_step if handle is None or handle.is_attached]
             self._add_defaults(lora, result)
+        for word, vectors in lora.embeddings.items():
+            self._add_words((word,), vectors, word)
         return result
 
     def _add_defaults(self, lora: LoRAWeights, handle: AttachedLoRA | None) -> None:
@@ -355,21 +362,28 @@ class Networks:
         """Add a textual inversion embedding (Gal et al. 2023); returns the word for it in prompts.
 
         ``path`` is a file, see :func:`stable_diffusion.weights.embeddings.read_embedding`; ``word`` None is the one in
-        the file. Raises ValueError where it is no embedding, or is for text encoders of another width.
+        the file, and its name is another. As in ComfyUI, embedding:word is the word too.
+        Raises ValueError where it is no embedding, or is for text encoders of another width.
         """
-        name, vectors = read_embedding(path)
-        word = name if word is None else word
-        if self.is_xl and len(self._encoders) == 1:  # the refiner reads with OpenCLIP-G alone
-            vectors = vectors[-1:]
+        words, vectors = read_embedding(path)
+        words = words if word is None else (word,)
+        self._add_words(words, vectors, str(path))
+        self.embeddings[str(path)] = words
+        return words[0]
+
+    def _add_words(self, words: Sequence[str], vectors: Sequence[mx.array], where: str) -> None:
+        """Let each of ``words`` stand for vectors [n, C] of the text encoders; ``where`` is their file, for errors."""
+        vectors = vectors[-len(self._encoders) :]  # XL's refiner reads with OpenCLIP-G alone
         if len(vectors) != (count := len(self._encoders)):
-            raise ValueError(f"{path} has vectors for {len(vectors)} text encoders; this model has {count}")
+            raise ValueError(f"{where} has vectors for {len(vectors)} text encoders; this model has {count}")
         try:
             for (tokenizer, encoder), table in zip(self._encoders, vectors, strict=True):
                 # On the stream of the loader, so that any thread can evaluate it.
                 with self._lock, mx.stream(loading_stream(mx.default_device().type)):
                     ids = getattr(self, encoder).text_model.embeddings.add(table)
                     self.sources[encoder].words.append(table)
-                getattr(self, tokenizer).add(word, ids)
+                for word in words:
+                    for name in (f"embedding:{word}", *(f"embedding:{word}{suffix}" for suffix in SUFFIXES), word):
+                        getattr(self, tokenizer).add(name, ids)
         except ValueError as error:
-            raise ValueError(f"{path} is for another family of models: {error}") from error
-        return word
+            raise ValueError(f"{where} is for another family of models: {error}") from error

@@ -30,7 +30,7 @@ from . import memory
 from .batches import Batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
 from .inputs import Inputs, read_inputs
 from .lora_tags import remarks
-from .request import Request
+from .request import Request, split_embedding
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -125,7 +125,7 @@ def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
         **chosen_networks(request),
     )
     for embedding in request.embedding:
-        model.load_embedding(*embedding.rsplit("=", 1))
+        model.load_embedding(*split_embedding(embedding))
     return model
 
 
@@ -167,7 +167,7 @@ class Engine:
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
         self._controlnets = [model.load_controlnet(path) for path, _ in self._request.controlnet]
-        for line in dict.fromkeys(line for r in requests for line in remarks(r.tagged_text, r.negative_prompt)):
+        for line in remarks(dict.fromkeys((r.tagged_text, r.negative_prompt) for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}

@@ -156,7 +156,7 @@ def _types(tensors: Iterable[mx.array]) -> dict[str, int]:
 
 
 def _inspect_embedding(path: Path) -> Report:
-    word, vectors = read_embedding(path)
+    (word, *_), vectors = read_embedding(path)
     widths = [v.shape[1] for v in vectors]
     family = FAMILIES["xl"].title if len(widths) > 1 else family_title(widths[0])
     return {"kind": "embedding", "family": family, "word": word, "vectors": len(vectors[0]), "widths": widths}

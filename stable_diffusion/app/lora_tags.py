@@ -1,4 +1,4 @@
-"""Read the tags of a prompt that name LoRAs, as AUTOMATIC1111's web UI has them.
+"""Read the tags of prompts that name LoRAs, as AUTOMATIC1111's web UI has them.
 
     <lora:name>  <lora:name:0.8>  <lora:name:0.5:0.8>  <lora:name:te=0.5:unet=0.8>
 
@@ -6,14 +6,18 @@ The first scale is that of the text encoders; the UNet's follows it, or is the s
 """
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from ..lora.delta import Scale, scale_of
+from ..models.config import listed
 from .infotext import number
 
 TAG = re.compile(r"\s*<(lora|lyco|hypernet)\\?:([^<>]*)>", re.IGNORECASE)
 _COLON = re.compile(r"\\?:")  # in records colons within brackets may have a backslash
+_COMFYUI = re.compile(r"(?<!\w)embedding:([^\s,:()\[\]{}|]+)")
 _NAMED = re.compile(r"(te|unet)=(.*)", re.DOTALL)
 
 
@@ -29,8 +33,25 @@ def write_tag(name: str, scale: Scale) -> str:
     return f"<lora:{name}:{te}>" if te == unet else f"<lora:{name}:{te}:{unet}>"
 
 
-def remarks(prompt: str, negative_prompt: str) -> Iterator[str]:
-    """Yield a line for each tag, or part of one, that has no effect."""
+def remarks(prompts: Iterable[tuple[str, str]], embeddings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for each LoRA and each embedding that has no effect.
+
+    ``prompts`` are pairs (prompt, negative prompt), ``embeddings`` the words of each file.
+    """
+    prompts = list(prompts)
+    lines = [line for pair in prompts for line in _of_tags(*pair)]
+    text = TAG.sub("", "\n".join(chain.from_iterable(prompts))).casefold()
+    for path, words in embeddings.items():
+        if not any(word.casefold() in text for word in words):
+            lines.append(f"the embedding {path} has no effect: no prompt holds {listed(words)}")
+    known = {word.casefold() for words in embeddings.values() for word in words}
+    for name in _COMFYUI.findall(text):
+        if known.isdisjoint({name, os.path.splitext(name)[0]}):
+            lines.append(f"the prompt names embedding:{name:.60}, which is not loaded; give its file as an embedding")
+    return list(dict.fromkeys(lines))
+
+
+def _of_tags(prompt: str, negative_prompt: str) -> Iterator[str]:
     for match in TAG.finditer(prompt):
         tag = match[0].strip()
         if match[1].lower() == "hypernet":

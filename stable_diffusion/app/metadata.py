@@ -30,7 +30,7 @@ from . import foreign, infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .lora_tags import write_tag
-from .request import KINDS, Request
+from .request import KINDS, Request, split_embedding
 from .sources import map_sources, short_names
 
 _open_part = cache(open_part)
@@ -216,7 +216,7 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
         is_file = os.path.isfile(os.path.expanduser(source))  # else it is named by its place in a folder or repository
         name = names.get(source, source)
         files |= {name if is_file else f"{name} {part.name}/{path.name}": path for path in part.files}
-    embeddings = [embedding.rsplit("=", 1)[0] for embedding in request.embedding]
+    embeddings = [split_embedding(embedding)[0] for embedding in request.embedding]
     inputs = [
         path for path in (request.image, request.mask, request.depth, *request.control_image, *embeddings) if path
     ]

@@ -1,5 +1,6 @@
 """A request: everything that decides the pixels of an image, as one record from flags, metadata or JSON."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -224,6 +225,12 @@ class Request:
         """Return the keywords of ``encode_prompt``."""
         names = ("emphasis", "truncate", "weight_blocks")
         return {"clip_skip": self.options.clip_skip} | {name: getattr(self, name) for name in names}
+
+
+def split_embedding(embedding: str) -> tuple[str, str | None]:
+    """Return the file of an embedding, and the word that it gets where one is given: FILE or FILE=WORD."""
+    path, equals, word = embedding.rpartition("=")
+    return (embedding, None) if not equals or os.path.isfile(os.path.expanduser(embedding)) else (path, word)
 
 
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))

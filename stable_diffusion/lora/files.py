@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from ..models.config import listed, parse_json, read_json
 from ..weights import hub, layout
+from ..weights.embeddings import vectors_of
 from ..weights.files import read_file
 from ..weights.formats.safetensors import loading_stream
 from .delta import LoRADelta, is_complete, rank_of
-from .names import read_key
+from .names import BUNDLED, UNUSED, not_supported, read_key
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 _PEFT_CONFIG = "adapter_config.json"
@@ -24,12 +25,16 @@ _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>.+))?")
 
 @dataclass(frozen=True, eq=False)
 class LoRAWeights:
-    """Hold a LoRA file: the changes of layers, the names that are no LoRA's, and the metadata."""
+    """Hold a LoRA file: the changes of layers, the names that are no LoRA's, and the metadata.
+
+    ``embeddings`` are words that were trained with it, with their vectors [n, C] for each text encoder.
+    """
 
     path: Path
     deltas: tuple[LoRADelta, ...]
     unknown: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Mapping[str, tuple[mx.array, ...]] = field(default_factory=dict)
 
     @property
     def context_width(self) -> int | None:
@@ -51,14 +56,22 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
     """
     path = locate(source)
     tensors, metadata = read_file(path)
+    if what := not_supported(tensors):
+        known = "give a LoRA, LoCon, LoHa, LoKr or DoRA for Stable Diffusion 1, 2 or XL"
+        raise ValueError(f"{path} is {what}, which is not supported: {known}")
     grouped: dict[tuple[str, str], dict[str, mx.array]] = {}
-    unknown = []
+    unknown, bundled = [], {}
     for name, tensor in sorted(tensors.items()):
+        if match := BUNDLED.fullmatch(name):
+            bundled.setdefault(match[1], {})[match[2]] = tensor
+            continue
         key = read_key(name)
         if key is None:
             unknown.append(name)
             continue
         network, layer, role = key
+        if UNUSED.fullmatch(f"{network}.{layer}"):
+            continue
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
             raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
         if "lora_magnitude_vector" in name:  # PEFT's lengths are always those of rows, whatever their shape looks like
@@ -71,7 +84,8 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
     mx.eval([factors["alpha"] for factors in grouped.values() if "alpha" in factors])
     settings = _settings(path, metadata)
     deltas = (_delta(path, *layer, factors, settings) for layer, factors in grouped.items())
-    return LoRAWeights(path, tuple(deltas), tuple(unknown), metadata)
+    embeddings = {word: vectors_of(vectors, f"{path}, {word}") for word, vectors in bundled.items()}
+    return LoRAWeights(path, tuple(deltas), tuple(unknown), metadata, embeddings)
 
 
 def locate(source: str | os.PathLike) -> Path:

@@ -6,6 +6,8 @@ Trainers write the same layer, and the same factor of its change, in many ways:
     lora_unet_input_blocks_4_1_proj_in.lora_down.weight                      kohya, with the blocks' original names
     unet.down_blocks.1.attentions.0.proj_in.lora_A.weight                    PEFT, diffusers
     unet.….attn1.processor.to_q_lora.down.weight                             diffusers before 0.18
+    diffusion_model.….lora_up.weight, text_encoders.clip_l.transformer.….diff   ComfyUI
+    clip_g.….lora_down.weight, bundle_emb.word.clip_l                        OneTrainer
     lora_unet_….hada_w1_a, ….lokr_w2_b, ….lora_mid.weight, ….dora_scale      LyCORIS
 
 A name is a network's prefix, a layer and a role. The tables below list prefixes and roles for both directions. With
@@ -22,7 +24,6 @@ PREFIXES = {
     "kohya": {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
     "kohya-xl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
     "peft": {"unet": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."},
-    "comfyui": {"unet": "diffusion_model."},
 }
 _FACTORS = [f"{kind}_{part}{i}" for kind in ("hada", "lokr") for i in "12" for part in "wt"]
 _LYCORIS = ["alpha", "dora_scale", "diff", "diff_b", *_FACTORS, *(f"{f}_{side}" for f in _FACTORS for side in "ab")]
@@ -35,7 +36,27 @@ ROLES = {
 }
 ROLES["kohya-xl"] = ROLES["kohya"]
 
-_NETWORKS = {prefix: network for table in PREFIXES.values() for network, prefix in table.items()}
+_NETWORK = re.compile(
+    r"(?P<text_encoder_2>lora_te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.(transformer\.)?)"
+    r"|(?P<text_encoder>lora_te1?[._]|text_encoder\.|(text_encoders\.)?clip_[lh]\.(transformer\.)?|(?=text_model[._]))"
+    r"|(?P<unet>lora_unet[._]|unet\.|(model\.)?diffusion_model\.|)"
+)
+# CLIP's own, which no text encoder here uses.
+UNUSED = re.compile(r"text_encoder(_2)?\.logit_scale|text_encoder\.text_projection")
+BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(?:string_to_param\.)?(.+)")
+_NOT_SUPPORTED = {
+    r"\.[ab][12](\.weight)?$": "a GLoRA",
+    r"\.oft_\w+$|\.oft_R\.|\.boft_": "an OFT",
+    r"\.on_input$|\.ia3_l\b": "an IA3",
+    r"\.vera_lambda_": "a VeRA",
+    r"\.(lora_E|hra_u|fourierft_spectrum|randlora_\w+)\b": "an adapter of another kind",
+    r"(double|single)_(blocks|transformer_blocks)": "a LoRA for Flux",
+    r"joint_blocks|(^|\.)transformer_blocks\..*\.add_[kqv]_proj|lora_te3_|t5xxl": "a LoRA for Stable Diffusion 3",
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)": "a LoRA for Wan",
+    r"^lora_prior_": "a LoRA for Stable Cascade",
+    r"motion_modules": "a LoRA for AnimateDiff",
+    r"^(lora_)?transformer[._]": "a LoRA for a model without UNet",
+}
 _ENDINGS = {f".{ending.removesuffix('.weight')}": role for table in ROLES.values() for role, ending in table.items()}
 # "….lora.down.weight", "…_lora.down.weight", "….lora_linear_layer.down.weight", with an adapter's name before "weight"
 _FACTOR = re.compile(r"[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.(weight|bias)$")
@@ -53,10 +74,16 @@ def read_key(name: str) -> tuple[str, str, str] | None:
     if ending is None:
         return None
     layer = name.removesuffix(ending).removeprefix("lycoris_").replace("base_model.model.", "")
-    prefix = next((prefix for prefix in _NETWORKS if layer.startswith(prefix)), "")
-    layer = re.sub(r"[._]lora(_linear_layer)?$", "", layer.removeprefix(prefix))
-    layer = layer.replace(".processor", "").replace(".", "_")
-    return _NETWORKS.get(prefix, "text_encoder" if layer.startswith("text_model_") else "unet"), layer, _ENDINGS[ending]
+    prefix = _NETWORK.match(layer)
+    layer = re.sub(r"[._]lora(_linear_layer)?$", "", layer[prefix.end() :])
+    network = next(name for name, text in prefix.groupdict().items() if text is not None)
+    return network, layer.replace(".processor", "").replace(".", "_"), _ENDINGS[ending]
+
+
+def not_supported(names: Collection[str]) -> str | None:
+    """Return what a file is, such as "a GLoRA", if it is of another kind or for other models than those here."""
+    kinds = (what for pattern, what in _NOT_SUPPORTED.items() if any(re.search(pattern, name) for name in names))
+    return next(kinds, None)
 
 
 def write_keys(naming: str, network: str, paths: Collection[str]) -> dict[str, str]:

@@ -90,6 +90,7 @@ class Tokenizer:
                 raise ValueError(f"merge {rank + 1}, {pair!r:.60}, {reason}; download its file again") from None
         self._exact = {token: [vocab[token]] for token, normalized in special_tokens.items() if not normalized}
         self._folded = {_normalize(token): vocab[token] for token, normalized in special_tokens.items() if normalized}
+        self._added: dict[str, list[int]] = {}  # words of embeddings, in any case, as their authors' programs read them
         self._split_exact, self._split_folded = _any_of(self._exact), _any_of(self._folded)
 
     @classmethod
@@ -141,8 +142,8 @@ class Tokenizer:
         ids = []
         # Each split alternates: text, special token, text, ...
         for i, part in enumerate(self._split_exact.split(text)):
-            if i % 2:
-                ids += self._exact[part]
+            if i % 2 and (known := self._exact.get(part) or self._added.get(part.casefold())):
+                ids += known
                 continue
             for j, piece in enumerate(self._split_folded.split(_normalize(part))):
                 if j % 2:
@@ -170,11 +171,11 @@ class Tokenizer:
         return result
 
     def add(self, word: str, ids: Sequence[int]) -> None:
-        """Let ``word``, written just so and standing alone, mean ``ids``. Raises ValueError for a blank word."""
+        """Let ``word``, in upper or lower case and standing alone, mean ``ids``. Raises ValueError for a blank word."""
         if not word.strip():
             raise ValueError(f"{word!r} cannot name an embedding; give a word")
-        self._exact[word] = list(ids)
-        self._split_exact = _any_of(self._exact)
+        self._added[word.casefold()] = list(ids)
+        self._split_exact = _any_of(self._exact, self._added)
         self._tokens |= dict.fromkeys(ids, "") | {ids[0]: word + _END_OF_WORD}
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -201,9 +202,14 @@ def _normalize(text: str) -> str:
     return _BLANKS.sub(" ", text).replace("Σ", "σ").lower()  # str.lower would make a Σ at the end of a word ς
 
 
-def _any_of(tokens: Iterable[str]) -> regex.Pattern:
-    """Return a pattern that captures the leftmost and longest of the tokens where it is no part of a word."""
-    longest_first = "|".join(map(regex.escape, sorted(tokens, key=len, reverse=True)))
+def _any_of(tokens: Iterable[str], added: Iterable[str] = ()) -> regex.Pattern:
+    """Return a pattern that captures the leftmost and longest of the tokens where it is no part of a word.
+
+    Those ``added`` are found in upper and lower case.
+    """
+    patterns = {token: regex.escape(token) for token in tokens}
+    patterns |= {token: f"(?i:{regex.escape(token)})" for token in added if token not in patterns}
+    longest_first = "|".join(patterns[token] for token in sorted(patterns, key=len, reverse=True))
     return regex.compile(rf"(?:\b|(?!\w))({longest_first or '(?!)'})(?:\b|(?<!\w))")
 
 

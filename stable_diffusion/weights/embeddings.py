@@ -1,6 +1,7 @@
 """Read textual inversion files (Gal et al. 2023): vectors for a new word, of one text encoder or of XL's two."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,31 +13,37 @@ from .layout import check_suffix
 _XL_KEYS = ("clip_l", "clip_g")
 
 
-def read_embedding(path: str | os.PathLike) -> tuple[str, tuple[mx.array, ...]]:
-    """Read the word that a file is for, and its vectors [n, C] for each text encoder (XL: CLIP-L, OpenCLIP-G).
+def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.array, ...]]:
+    """Read the words that a file is for, and its vectors [n, C] for each text encoder (XL: CLIP-L, OpenCLIP-G).
 
     Reads .safetensors, .pt and .bin as they are written by AUTOMATIC1111's web UI ("emb_params"; "string_to_param" and
-    "name"), by diffusers (the word is the name of the tensor) and by trainers for XL ("clip_l", "clip_g"). The word is
-    the file's name where the file does not say it. Raises ValueError for anything else, one line with the path.
+    "name"), by diffusers (the word is the name of the tensor) and by trainers for XL ("clip_l", "clip_g"). The words
+    are the one in the file, if there is one, and the file's name, under which it was published.
+
+    Raises ValueError for anything else, one line with the path.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ValueError(f"there is no embedding at {path}; check the path")
     check_suffix(path)
     tensors, texts = read_file(path)
-    word = path.stem
+    key = next(iter(tensors), "")
+    named = texts.get("name") if key == "*" else key if len(tensors) == 1 and key != "emb_params" else None
+    words = dict.fromkeys(word for word in (named, path.stem) if word and word != "*")
+    return tuple(words), vectors_of(tensors, str(path))
+
+
+def vectors_of(tensors: Mapping[str, mx.array], where: str) -> tuple[mx.array, ...]:
+    """Return the vectors in the tensors of an embedding. Raises ValueError where it is none; ``where`` names it."""
     if all(key in tensors for key in _XL_KEYS):
         vectors = [tensors[key] for key in _XL_KEYS]
     elif len(tensors) == 1:
-        ((key, value),) = tensors.items()
-        vectors = [value]
-        if key != "emb_params":  # the web UI's file of safetensors; in its pickles "*" stands for the word
-            word = (texts.get("name") if key == "*" else key) or word
+        vectors = list(tensors.values())
     else:
-        raise ValueError(f"{path} is not an embedding: it holds {listed(sorted(tensors)) or 'no tensors'}")
+        raise ValueError(f"{where} is not an embedding: it holds {listed(sorted(tensors)) or 'no tensors'}")
     vectors = [v[None] if v.ndim == 1 else v for v in vectors]
     if any(v.ndim != 2 or len(v) < 1 for v in vectors) or len({len(v) for v in vectors}) != 1:
-        raise ValueError(f"{path} is not an embedding: its shapes are {listed(v.shape for v in vectors)}")
+        raise ValueError(f"{where} is not an embedding: its shapes are {listed(v.shape for v in vectors)}")
     vectors = [v.astype(mx.float32) for v in vectors]
     mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
-    return word, tuple(vectors)
+    return tuple(vectors)

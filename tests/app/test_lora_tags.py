@@ -46,10 +46,25 @@ def test_mistakes_are_not_words(tag):
     ],
 )
 def test_remarks(prompt, negative, wanted):
-    lines = list(remarks(prompt, negative))
+    lines = remarks([(prompt, negative)] * 2, {})
     assert len(lines) == len(wanted) and all(part in line for part, line in zip(wanted, lines, strict=True))
     request = Request(prompt=prompt, negative_prompt=negative)
     assert "<" not in request.text + request.negative_text
+
+
+@pytest.mark.parametrize(
+    "prompt, negative, wanted",
+    [
+        ("a cat", "bad, BADTHING4", []),
+        ("(embedding:badthing4:1.2) cat", "", []),
+        ("embedding:badthing4.pt, cat", "", []),
+        ("a cat", "ugly", ["the embedding words/badthing4.pt has no effect: no prompt holds badthing3, badthing4"]),
+        ("badthing3", "embedding:other, ugly", ["the prompt names embedding:other, which is not loaded"]),
+    ],
+)
+def test_remarks_on_embeddings(prompt, negative, wanted):
+    lines = remarks([(prompt, negative)], {"words/badthing4.pt": ("badthing3", "badthing4")})
+    assert len(lines) == len(wanted) and all(part in line for part, line in zip(wanted, lines, strict=True))
 
 
 def test_tags_survive_alternatives_and_records():

@@ -11,7 +11,7 @@ from hub_server import safetensors
 from original_layout import PUBLISHED
 from stable_diffusion.lora.delta import shape_of
 from stable_diffusion.lora.files import locate, read_lora
-from stable_diffusion.lora.names import layer_names, read_key, write_keys
+from stable_diffusion.lora.names import layer_names, not_supported, read_key, write_keys
 from stable_diffusion.models.layers import GroupNorm
 from stable_diffusion.weights.load import build
 
@@ -65,6 +65,15 @@ SPELLINGS = {  # beside those of published UNets above, and those that diffusers
     "text_encoder_2.encoder.layers.3.mlp.fc2.lora_A.weight": f"{TEXT}.mlp.fc2",
     "diffusion_model.input_blocks.1.0.in_layers.0.diff": "down_blocks.0.resnets.0.norm1",
     "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight": f"{BLOCK}.attn1.to_q",
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1.lora_up.weight": f"{TEXT}.mlp.fc1",
+    "text_encoders.clip_g.transformer.text_projection.lora_A.weight": "text_projection",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.3.self_attn.q_proj.diff": f"{TEXT}.self_attn.q_proj",
+    "text_encoders.clip_h.transformer.text_model.encoder.layers.3.mlp.fc1.lora_up.weight": f"{TEXT}.mlp.fc1",
+    "clip_g.text_model.encoder.layers.3.mlp.fc1.lora_down.weight": f"{TEXT}.mlp.fc1",
+    "clip_l.transformer.text_model.encoder.layers.3.mlp.fc1.alpha": f"{TEXT}.mlp.fc1",
+    "lora_te1.text_model.encoder.layers.3.mlp.fc1.lora_down.weight": f"{TEXT}.mlp.fc1",
+    "lora_te_text_model_encoder_layers_3_mlp_fc1.hada_w1_a": f"{TEXT}.mlp.fc1",
+    "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_up.weight": f"{BLOCK}.attn1.to_q",
     "lycoris_down_blocks_1_attentions_0_proj_in.lokr_w2_a": "down_blocks.1.attentions.0.proj_in",
 }
 
@@ -75,13 +84,58 @@ def test_spellings():
     for name, path in SPELLINGS.items():
         network, layer, _ = read_key(name)
         assert (unet if network == "unet" else text).get(layer) == path, name
-        second = "te2" in name or "encoder_2" in name
+        second = any(mark in name for mark in ("te2", "encoder_2", "clip_g"))
         assert network == ("unet" if "block" in path else "text_encoder_2" if second else "text_encoder")
 
 
 def test_other_names_are_none_of_a_lora():
     for name in ("unet.conv_in.weight", "emb_params", "lora_unet_conv_in.oft_blocks", "a.lora_C.weight"):
         assert read_key(name) is None, name
+
+
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (["lora_unet_conv_in.a1.weight", "lora_unet_conv_in.b2.weight", "lora_unet_conv_in.alpha"], "a GLoRA,"),
+        (["lora_unet_conv_in.oft_blocks", "lora_unet_conv_in.alpha"], "an OFT,"),
+        (["base_model.model.down_blocks.0.attentions.0.proj_in.oft_R.default"], "an OFT,"),
+        (["lora_unet_mid_block_attentions_0_proj_in.on_input", "lora_unet_mid_block.weight"], "an IA3,"),
+        (["base_model.model.conv_in.vera_lambda_b"], "a VeRA,"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "a LoRA for Flux,"),
+        (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA for Flux,"),
+        (["transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight"], "a LoRA for Stable Diffusion 3,"),
+        (["diffusion_model.blocks.0.cross_attn.k.lora_A.weight"], "a LoRA for Wan,"),
+        (["lora_unet_blocks_0_self_attn_k.lora_down.weight"], "a LoRA for Wan,"),
+        (["lora_prior_unet_down_blocks_0.lora_down.weight"], "a LoRA for Stable Cascade,"),
+        (["down_blocks.0.motion_modules.0.proj_in.lora_A.weight"], "a LoRA for AnimateDiff,"),
+        (["transformer.layers.0.attention.to_q.lora_A.weight"], "a LoRA for a model without UNet,"),
+    ],
+)
+def test_kinds_that_are_not_supported_are_named(names, wanted, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors(**{name: mx.ones((2, 2)) for name in names}))
+    with pytest.raises(ValueError, match=rf"a\.safetensors is {wanted} which is not supported: give a LoRA") as error:
+        read_lora(path)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 200
+
+
+@pytest.mark.parametrize("model", UNETS.values())
+def test_no_layer_of_a_unet_is_of_another_kind(model):
+    paths = layers("unet", REAL_UNETS[model])
+    assert not_supported([*paths, *(f"lora_unet_{path.replace('.', '_')}.lora_down.weight" for path in paths)]) is None
+
+
+def test_what_no_text_encoder_uses_is_passed_over(tmp_path):
+    """ComfyUI writes the changes of all that CLIP has; OneTrainer the words that were trained along."""
+    extra = {f"text_encoders.clip_{x}.logit_scale.diff": mx.array(0.0) for x in "lg"}
+    projection = "text_encoders.clip_l.transformer.text_projection.lora"
+    extra |= {f"{projection}_{x}.weight": mx.ones((4, 4)) for x in ("up", "down")}
+    extra |= {"bundle_emb.my word.clip_l": mx.ones((2, 4)), "bundle_emb.my word.clip_g": mx.ones((2, 6))}
+    (tmp_path / "a.safetensors").write_bytes(small(**extra, **{"bundle_emb.v.string_to_param.*": mx.ones((1, 4))}))
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert [delta.name for delta in lora.deltas] == ["unet.conv_in"] and not lora.unknown
+    shapes = {word: [v.shape for v in found] for word, found in lora.embeddings.items()}
+    assert shapes == {"my word": [(2, 4), (2, 6)], "v": [(1, 4)]}
 
 
 # --- where it may lie ------------------------------------------------------------------------------------------------

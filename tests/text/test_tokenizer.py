@@ -319,6 +319,7 @@ def test_words_of_embeddings_stand_alone(bpe):
     ours.add("<cat>", [9002])
     assert ours.encode("xcat cats") == plain
     assert ours.encode("cat, a<cat>b") == [9000, 9001, *ours.encode(", a"), 9002, *ours.encode("b")]
+    assert ours.encode("CAT <Cat>") == [9000, 9001, 9002] and ours.encode("ſ") == Tokenizer(*bpe).encode("ſ")
     assert ours.decode([9000, 9001, 9002]) == "cat <cat>"
     with pytest.raises(ValueError, match="' ' cannot name an embedding"):
         ours.add(" ", [9003])

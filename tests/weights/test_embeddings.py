@@ -42,10 +42,23 @@ def test_several_embeddings_and_a_word_of_ones_own(sd, tmp_path):
     assert np.array_equal(ours, sd.encode_prompt("the red blue cat").context)
 
 
+@pytest.mark.parametrize("inner", ["badthing3", "*", None, "<bad thing>"])
+def test_the_name_of_the_file_and_the_one_in_it_are_words(sd, tmp_path, inner):
+    row = torch.from_numpy(np.array(vectors(sd.tokenizer, sd.text_encoder, "the red")))
+    torch.save({"string_to_param": {"*": row}, "name": inner}, tmp_path / "badthing4.pt")
+    named = [inner] if inner not in (None, "*") else []
+    assert sd.load_embedding(tmp_path / "badthing4.pt") == [*named, "badthing4"][0]
+    want = sd.encode_prompt("a (the red:1.2) cat").context
+    for word in (*named, "badthing4", "BadThing4", "embedding:badthing4", "embedding:badthing4.pt"):
+        assert np.array_equal(sd.encode_prompt(f"a ({word}:1.2) cat").context, want), word
+    star = sd.encode_prompt("a * cat").context
+    assert np.array_equal(star, StableDiffusion(sd.source).encode_prompt("a * cat").context)
+
+
 def test_the_word_is_no_part_of_another(sd, tmp_path):
-    before = sd.encode_prompt("words wordy Word sword").context
+    before = sd.encode_prompt("words wordy sword").context
     sd.load_embedding(save(tmp_path / "word.safetensors", emb_params=mx.array(normal(1, 32))))
-    assert np.array_equal(before, sd.encode_prompt("words wordy Word sword").context)
+    assert np.array_equal(before, sd.encode_prompt("words wordy sword").context)
     assert sd.tokenizer.decode(sd.tokenizer.encode("a word here")) == "a word here"
 
 
@@ -77,8 +90,12 @@ def test_on_quantized_encoders(sd1_folder, tmp_path):
 )
 def test_layouts(tmp_path, tensors, name, count):
     file = save(tmp_path / "file.safetensors", **{k: mx.ones(shape, dtype=mx.float16) for k, shape in tensors.items()})
-    word, found = read_embedding(file)
-    assert word == name and len(found) == count and all(v.ndim == 2 and v.dtype == mx.float32 for v in found)
+    words, found = read_embedding(file)
+    assert (
+        words == tuple(dict.fromkeys((name, "file")))
+        and len(found) == count
+        and all(v.ndim == 2 and v.dtype == mx.float32 for v in found)
+    )
 
 
 STAR = torch.arange(24.0).reshape(3, 8)
@@ -94,8 +111,12 @@ PICKLED = {
 @pytest.mark.parametrize("saved, word", PICKLED.values(), ids=PICKLED)
 def test_layouts_of_pickles(tmp_path, saved, word):
     torch.save(saved, tmp_path / "file.pt")
-    name, (found,) = read_embedding(tmp_path / "file.pt")
-    assert name == word and found.dtype == mx.float32 and np.array_equal(found, STAR.numpy())
+    words, (found,) = read_embedding(tmp_path / "file.pt")
+    assert (
+        words == tuple(dict.fromkeys((word, "file")))
+        and found.dtype == mx.float32
+        and np.array_equal(found, STAR.numpy())
+    )
 
 
 @pytest.mark.parametrize("saved", [[STAR], {"name": "cat"}, {"string_to_param": {"*": STAR, "+": STAR}}])
@@ -130,3 +151,17 @@ def test_vectors_of_another_width(sd, tmp_path):
     message = "another family of models: vectors of width 48 do not fit a text encoder of 32"
     with pytest.raises(ValueError, match=message):
         sd.load_embedding(file)
+
+
+def test_words_that_a_lora_brings_along(sd1_folder, tmp_path):
+    file = tmp_path / "a.safetensors"
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    factors = {f"{layer}.lora_down.weight": mx.zeros((1, 32)), f"{layer}.lora_up.weight": mx.zeros((64, 1))}
+    plain = StableDiffusion(sd1_folder)
+    row = vectors(plain.tokenizer, plain.text_encoder, "red")
+    save(file, **factors, **{"bundle_emb.newword.string_to_param.*": row})
+    attached, fused = StableDiffusion(sd1_folder), StableDiffusion(sd1_folder, loras=[(file, 1.0)])
+    attached.load_lora(file)
+    want = plain.encode_prompt("a red cat").context
+    for sd in (attached, fused):
+        assert np.array_equal(sd.encode_prompt("a newword cat").context, want)
