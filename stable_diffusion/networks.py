@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any, Unpack
 
@@ -180,9 +181,13 @@ class Networks:
             if self.low_memory:
                 self.release(keep=names)
             networks = [getattr(self, name) for name in names]
-        for network in (*networks, *beside):
-            read_weights(network)
+        beside_names = [type(network).__name__ for network in beside]
+        for name, network in zip((*names, *beside_names), (*networks, *beside), strict=True):
+            read_weights(network, partial(self.on_layer, name))
         return networks
+
+    def on_layer(self, name: str, number: int, total: int) -> None:
+        """Do nothing; a program that shows how far a network is read puts a function in the place of this method."""
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now and not when they are first needed."""

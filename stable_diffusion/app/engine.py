@@ -259,7 +259,9 @@ class Engine:
         request, chosen = self._request, chosen_networks(self._request)
         chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
         options = chosen | {"low_memory": self.model.low_memory}
+        on_layer = self.model.on_layer
         self.model = StableDiffusion(request.refiner, dtype=dtype_of(request), **options)
+        self.model.on_layer = on_layer
         batch = replace(self.batches[0], defaults=self.model.defaults)
         shape = replace(run_shape(self.model, batch), larger=None, encodes=False)
         self._finishes_each &= memory.fit(self.model, shape, self._limit, is_strict=False)

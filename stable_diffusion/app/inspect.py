@@ -43,7 +43,7 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report
     """
     with readable(f"{source}"):
         path = Path(os.path.expanduser(source))
-        if path.suffix.lower() in IMAGES and path.is_file():
+        if path.suffix.lower() in IMAGES and not path.is_dir():
             return _inspect_image(path)
         try:
             return _inspect_checkpoint(open_checkpoint(source, revision=revision, tokenizer=path.parent))

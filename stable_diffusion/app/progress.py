@@ -11,29 +11,45 @@ from tqdm import tqdm
 from .engine import Step
 
 _RECENT = 5  # steps whose mean is shown; the first one also reads weights
+_DELAY = 0.5  # seconds, before which reading a network is not worth a bar
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class ProgressBar:
-    """Show a bar on stderr for each pass of a batch, where stderr is a terminal; for ``Engine.run(on_step=...)``."""
+    """Show a bar on stderr for each pass of a batch, where stderr is a terminal; for ``Engine.run(on_step=...)``.
+
+    ``steps`` and ``seconds`` are those of all passes.
+    """
 
     _bar: tqdm | None = None
+    _loading: tqdm | None = None
+    steps, seconds = 0, 0.0
 
     def __call__(self, step: Step) -> None:
         """Begin a bar at step 0, else move it."""
         if step.number == 0:
             self.close()
-            name = f"{step.batch.index} " if step.batch.index else ""
+            name = f"batch {step.batch.index} " if step.batch.index else ""
             self._bar = tqdm(total=step.total, desc=name, bar_format=_FORMAT, disable=None, dynamic_ncols=True)
             self._times = deque([perf_counter()], maxlen=_RECENT + 1)
             return
         self._times.append(perf_counter())
+        self.steps, self.seconds = self.steps + 1, self.seconds + self._times[-1] - self._times[-2]
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         left = tqdm.format_interval(seconds * (step.total - step.number + step.later))
         active, peak = mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9
         figures = f"{seconds:.2f} s/step, {left} left, {active:.2f} GB (peak {peak:.2f})"
         self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update()
+
+    def load(self, name: str, number: int, total: int) -> None:
+        """Show how many layers of a network are read and quantized, where that takes a while."""
+        if number == 1:
+            options = {"delay": _DELAY, "leave": False, "disable": None, "dynamic_ncols": True}
+            self._loading = tqdm(total=total, desc=f"loading {name} ", bar_format=_FORMAT, **options)
+        self._loading.update()
+        if number == total:
+            self._loading.close()
 
     def close(self) -> None:
         """End the bar that is shown."""

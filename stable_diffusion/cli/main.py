@@ -8,10 +8,14 @@ on stdout are complete.
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 
+from ..app.batches import Batch
 from ..app.engine import Engine, Result, Step, open_model
 from ..app.inputs import read_inputs
 from ..app.metadata import changes
@@ -25,6 +29,7 @@ from .signals import Stop, signals
 from .streams import LineFormatter, open_closed, say
 
 _log = logging.getLogger("stable_diffusion")
+_progress = _log.getChild("progress")  # what a run does and has taken, for a terminal
 
 
 def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -46,6 +51,7 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
     handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
     _log.handlers = [handler]
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
+    _progress.setLevel(logging.INFO if command.verbose or sys.stderr.isatty() else logging.WARNING)
     with signals(_log.warning) as stop:
         try:
             cpu.choose_device(command.device)
@@ -74,12 +80,13 @@ class Script:
     """
 
     def __init__(self, command: Command, stop: Stop):
-        self._stop, self._json = stop, command.json
+        self._stop, self._json, self._start, self._bar = stop, command.json, perf_counter(), ProgressBar()
         requests = expand(command.lines)
         self._writer = ResultWriter(requests, command.output)
         self._previews = PreviewWriter(command.preview)
         inputs = read_inputs(requests[0])
         self._model = open_model(requests[0], command.resources.low_memory)
+        self._model.on_layer = self._bar.load
         if command.preload_models:
             self._model.ensure_models_are_loaded()
         self._previews.open(self._model)
@@ -87,13 +94,13 @@ class Script:
         if command.record is not None:
             for line in changes(command.record, self._model, self._engine.batches[0]):
                 _log.warning("%s", line)
-        self._bar = ProgressBar()
 
     def run(self) -> None:
         """Generate the images and write each as soon as it is decoded."""
-        unet_peak = 0
+        _progress.info("%s", self._plan())
+        unet_peak, n_images = 0, 0
         for result in self._engine.run(self._on_step):
-            unet_peak = unet_peak or mx.get_peak_memory()
+            unet_peak, n_images = unet_peak or mx.get_peak_memory(), n_images + 1
             self._bar.close()
             for written in self._writer.add(result, self._model):
                 self._print(written)
@@ -106,8 +113,24 @@ class Script:
             raise KeyboardInterrupt
         for written in self._writer.finish():
             self._print(written)
-        peak = mx.get_peak_memory()
-        _log.info("peak memory: %.3f GB for the UNet, %.3f GB overall", unet_peak / 1024**3, peak / 1024**3)
+        seconds, step = perf_counter() - self._start, self._bar.seconds / max(self._bar.steps, 1)
+        memory = f"{unet_peak / 1e9:.2f} GB for the UNet, {mx.get_peak_memory() / 1e9:.2f} GB overall"
+        images = "1 image" if n_images == 1 else f"{n_images} images"
+        _progress.info("%s in %.1f s, %.2f s/step, peak memory: %s", images, seconds, step, memory)
+
+    def _plan(self) -> str:
+        """Describe the run in one line; several values of swept settings stand with a slash between."""
+        batches = self._engine.batches
+
+        def each(value: Callable[[Batch], Any]) -> str:
+            return "/".join(dict.fromkeys(str(value(batch)) for batch in batches))
+
+        size = each(lambda batch: "{}x{}".format(*batch.size))
+        steps = each(lambda batch: batch.request.steps or batch.defaults.num_steps)
+        sampler = each(lambda batch: batch.request.options.sampler or batch.defaults.sampler)
+        device = "gpu" if mx.default_device() == mx.gpu else "cpu"
+        dtype = str(self._model.dtype).removeprefix("mlx.core.")
+        return f"{batches[0].request.model}, {size}, {steps} steps of {sampler}, {device}, {dtype}"
 
     def _on_step(self, step: Step) -> bool:
         self._bar(step)

@@ -1,7 +1,7 @@
 """Build modules from configs and tensors, strictly: every tensor is used, every parameter is filled."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -17,14 +17,17 @@ from .quantize import prepare_quantized
 _READING = threading.Lock()
 
 
-def read_weights(network: Any) -> None:
-    """Read the weights of a module that are still in its files, one layer at a time, in one thread at a time.
+def read_weights(network: Any, on_layer: Callable[[int, int], None] = lambda number, total: None) -> None:
+    """Read, and quantize, the weights of a module that are still in its files, a layer and a thread at a time.
 
-    A function in the place of a network has none.
+    ``on_layer`` is called with the number of layers that have been read, and of all. A function in the place of a
+    network has none.
     """
     with _READING:
-        for _, layer in network.named_modules() if isinstance(network, nn.Module) else ():
+        layers = [layer for _, layer in network.named_modules()] if isinstance(network, nn.Module) else []
+        for number, layer in enumerate(layers, start=1):
             mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
+            on_layer(number, len(layers))
 
 
 def size_in_bytes(module: nn.Module) -> int:

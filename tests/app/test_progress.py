@@ -65,8 +65,22 @@ def test_a_step_lasts_as_long_as_the_last_five(watched):
 
 def test_time_that_is_left_counts_the_runs_to_come(watched):
     shown = lines(watched([2.0, 2.0], later=30, index="2/3"))
-    assert all(line.startswith("2/3 ") for line in shown)
+    assert all(line.startswith("batch 2/3 ") for line in shown)
     assert "01:02 left" in shown[1] and "01:00 left" in shown[2]
+
+
+def test_reading_a_network_has_a_bar_that_goes_again(monkeypatch):
+    monkeypatch.setattr(progress, "tqdm", Eager)
+    for delay, is_shown in ((0, True), (60, False)):
+        monkeypatch.setattr(progress, "_DELAY", delay)
+        stream = io.StringIO()
+        stream.isatty = lambda: True
+        with redirect_stderr(stream):
+            bar = progress.ProgressBar()
+            for number in (1, 2):
+                bar.load("unet", number, 2)
+        shown = stream.getvalue()
+        assert ("loading unet  50%|" in shown) == is_shown and shown.rpartition("\r")[2] == ""
 
 
 def test_nothing_is_written_where_there_is_no_terminal(watched):

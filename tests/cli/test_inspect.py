@@ -104,6 +104,7 @@ def test_what_it_is_not_is_one_line(tmp_path, capsys, offline):
         ("flux.safetensors", "is Flux, which is not supported"),
         (".", "has no model_index.json"),
         ("none", "no such folder"),
+        ("none.png", "there is no image at"),
     ):
         with pytest.raises(SystemExit) as error:
             main([str(tmp_path / name)])

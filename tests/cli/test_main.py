@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,7 +63,24 @@ def test_a_process_that_changes_an_image(models, tmp_path):
     done = process("image2image", tmp_path / "in.png", PROMPT, *options).succeeded()
     assert len(done.out) == 1 and re.fullmatch(rf"{tmp_path}/out\.webp seed \d+", done.out[0])
     assert any(re.search(r"peak memory: [\d.]+ GB for the UNet, [\d.]+ GB overall", line) for line in done.remarks)
+    assert any(line.endswith("xl, 96x64, 2 steps of euler_a, cpu, float32") for line in done.remarks)
     assert pixels(tmp_path / "out.webp").shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_sees_what_a_run_does_and_has_taken(run, tmp_path, monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    options = ["--model", "tiny", "--steps", "1,2", "--width", 64, "--output", tmp_path / "a.png", "--json"]
+    done = run("txt2image", PROMPT, *options).succeeded()
+    assert all(json.loads(line) for line in done.out)
+    if not is_terminal:
+        assert done.err == ""
+        return
+    first, last = done.remarks
+    assert first.endswith("tiny, 64x64, 1/2 steps of ddim, cpu, float32")
+    assert re.search(
+        r"2 images in [\d.]+ s, [\d.]+ s/step, peak memory: [\d.]+ GB for the UNet, [\d.]+ GB overall", last
+    )
 
 
 def test_a_process_that_is_refused():
