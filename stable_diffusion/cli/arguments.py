@@ -79,7 +79,8 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
     if has_file and "prompt" in arguments:
         raise ValueError("give a prompt or a file of them")
     if not has_file and "prompt" not in arguments and record is None:
-        raise ValueError("give a prompt, or --prompt_file FILE")
+        place = "give a prompt behind the image" if script == "image2image" else "give a prompt"
+        raise ValueError(f"{place}, or --prompt_file FILE")
     lines = _prompt_lines(parser, script, arguments, base) if has_file else [line_of(base, arguments)]
     resources, output, preview = (
         kind(**{name: arguments[name] for name in kind.__dataclass_fields__.keys() & arguments.keys()})

@@ -31,7 +31,7 @@ _NAMES = {  # ours, or what to do: theirs
     "--schedule karras": "karras use_karras_sigmas karras_sigmas",
     "--eta": "ddim_eta",
     "--strength": "denoise denoising_strength denoise_strength img2img_strength prompt_strength",
-    "--strength, where 1 keeps nothing of the image": "image_strength init_image_strength",
+    "--strength (1 leaves nothing of the image)": "image_strength init_image_strength",
     "--mask": "mask_image mask_path mask_img init_mask masked_image_path",
     "--mask_padding": "inpaint_full_res_padding inpaint_full_res padding_mask_crop",
     "--invert_mask": "inpainting_mask_invert",
@@ -92,7 +92,7 @@ _NAMES = {  # ours, or what to do: theirs
     ),
     "leave it out, the model decides it": "config C f laion400m",
     "leave it out, there is no safety checker": "safety_checker disable_safety_checker no_nsfw_filter nsfw_checker",
-    "leave it out, images say how they were made without it": "metadata save_metadata",
+    "leave it out, images always say how they were made": "metadata save_metadata",
     "write it as the suffix of --output: .png, .jpg or .webp": "format image_format output_format",
 }
 COUNTERPARTS = {name: text for text, names in _NAMES.items() for name in names.split()}

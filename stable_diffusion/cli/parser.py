@@ -108,9 +108,9 @@ class Parser(argparse.ArgumentParser):
         words, prompt = " ".join(rest)[:100], getattr(result, "prompt", None)
         text = f"there are words too many: {words}"
         if all(re.fullmatch(r"-?[\d.]+", word) for word in rest):
-            text = (
-                f"{words} belongs to no flag: several values go with commas (--steps 4,8), bits for -q with --unet_bits"
-            )
+            text = f"{words} belongs to no flag: lists have commas (--steps 4,8), and --unet_bits sets the bits of -q"
+        elif prompt is not None and os.path.isfile(prompt):
+            text = f"{prompt} is a file; image2image makes images from one"
         elif prompt is not None:
             text = f'words follow the prompt; put all of it in quotes: "{prompt[:100]} {words}"'
         self.error(text)

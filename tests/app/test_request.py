@@ -186,11 +186,11 @@ def test_how_many_images(words, seeds):
 def test_a_seed_of_minus_one_is_random(prompts):
     """On the command line, in lists, in lines of a file and in records."""
     (alone,) = expand(arguments.read("txt2image", ["a", "--seed", "-1", "--n_images", "1"]).lines)
-    first, five = expand(arguments.read("txt2image", ["a", "--seed", "-1,5"]).lines)
+    first, five, last = expand(arguments.read("txt2image", ["a", "--seed", "-1,5,-1"]).lines)
     line, *_ = expand(arguments.read("txt2image", ["--prompt_file", str(prompts("a --seed -1")), "--seed", "7"]).lines)
     (recorded,) = expand([(Request.from_dict({"prompt": "a", "seed": -1, "n_images": 1})[0], {})])
-    seeds = [image.seed for image in (alone, first, line, recorded)]
-    assert min(seeds) >= 0 and len(set(seeds)) == 4 and five.seed == 5 and 7 not in seeds
+    seeds = [image.seed for image in (alone, first, last, line, recorded)]
+    assert min(seeds) >= 0 and len(set(seeds)) == 5 and five.seed == 5 and 7 not in seeds
 
 
 def test_the_first_sweep_changes_slowest_and_seeds_fastest():

@@ -151,7 +151,8 @@ def test_refused(run, no_model, tmp_path, options, words):
 
 def test_bad_prompts(run, no_model, tmp_path):
     run("txt2image").refused("give a prompt, or --prompt_file")
-    run("image2image", "in.png").refused("prompt")
+    run("image2image", "in.png").refused("give a prompt behind the image")
+    run("txt2image", __file__, "a cat").refused("is a file; image2image")
     run("txt2image", "a \udcff").refused("'a \\udcff'", "Unicode")
     run("txt2image", "{a|b|c|d|e|f|g|h|i|j}" * 9).refused("at most 10000")
     run("txt2image", "a", "--prompt_file", "prompts.txt").refused("a prompt or a file of them")
