@@ -28,9 +28,18 @@ from .models.layers import timestep_embedding
 from .networks import Networks, check_mlx
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning, with_sizes
-from .weights.files import open_checkpoint
+from .weights.files import Checkpoint, open_checkpoint
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+
+def _schedule(checkpoint: Checkpoint) -> Schedule:
+    """Read the noise schedule of a checkpoint; ValueError, with its name, for what is not computed here."""
+    try:
+        with readable("scheduler config"):
+            return Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name}: {error}") from error
 
 
 class StableDiffusion(Networks):
@@ -102,8 +111,7 @@ class StableDiffusion(Networks):
         )
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
         super().__init__(checkpoint, dtype, low_memory, bits, loras, lora_partial)
-        with readable("scheduler config"):
-            self.schedule = Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
+        self.schedule = _schedule(checkpoint)
         sampler = sampler_for(self.schedule.config)
         self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance, **checkpoint.few_steps)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))

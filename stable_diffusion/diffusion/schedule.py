@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self
 
-from ..models.config import Config
+from ..models.config import Config, short
 from .curves import CURVES, TABLES, log_linear
 
 SCHEDULES = ("default", *CURVES, "sgm_uniform", *TABLES)
@@ -113,12 +113,16 @@ class ScheduleConfig(Config):
         for key, supported in _NOISE_SETTINGS.items():
             if raw.get(key) not in (None, *supported):
                 names = f" (supported: {', '.join(map(repr, supported))})" if supported else ""
-                raise ValueError(f"scheduler config: {key}={raw[key]!r} is not supported{names}")
+                raise ValueError(f"scheduler config: {key}={short(raw[key])} is not supported{names}")
         followed = _SAMPLER_SETTINGS | _CLASS_SETTINGS.get(fields["class_name"], {})
         fields["not_followed"] = tuple(
-            f"{key}={raw[key]!r}" for key, supported in followed.items() if raw.get(key) not in (None, *supported)
+            f"{key}={short(raw[key])}" for key, supported in followed.items() if raw.get(key) not in (None, *supported)
         )
-        return super().from_dict(fields)
+        config = super().from_dict(fields)
+        betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
+        if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
+            raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")
+        return config
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,22 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed here}
 
 # Keys about training and the moving average of the weights, which change nothing that is computed.
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
+
+# Bounds of whole numbers, far beyond any published model; nothing is looped over before they are checked.
+_MOST = {"layers_per_block": 8, "num_hidden_layers": 64, "vocab_size": 1 << 20, "num_train_timesteps": 100_000}
+_MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "num_res_blocks"), 64)
+_MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), 32)
+_MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
+_MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices"}
+_LONGEST = {"trained_betas": 100_000}  # of lists, else 16
 
 _LARGEST = 10_000_000  # bytes of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
 _DEEPEST = 20  # lists and objects in one another
@@ -88,7 +97,7 @@ def readable(kind: str) -> Iterator[None]:
     """Turn Python's errors about JSON values of the wrong type (a text for a number, ...) into a ValueError."""
     try:
         yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{kind}: a value is not what it should be ({reason}); take it from its source") from error
 
@@ -129,22 +138,69 @@ class Config:
                 entries = value if key in cls.per_block and isinstance(value, list | tuple) else [value]
                 if wrong := [entry for entry in entries if _as_tuple(entry) not in cls.supported[key]]:
                     names = " or ".join(map(repr, cls.supported[key]))
-                    problems.append(f"{key}={wrong[0]!r} (supported: {names})")
+                    problems.append(f"{key}={short(wrong[0])} (supported: {names})")
             elif cls.ignored is None or key in known or key in cls.ignored or key.startswith("_"):
                 continue
             elif value not in (None, False, [], ()):
-                problems.append(f"{key}={value!r} (unknown)")
+                problems.append(f"{key}={short(value)} (unknown)")
         if problems:
             raise ValueError(f"{cls.kind} config: this library cannot compute {listed(problems)}")
         # None is a value of one key: pruned models have no middle.
         settings = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
+        if "block_out_channels" in known:
+            cls._check("block_out_channels", settings["block_out_channels"], known["block_out_channels"].type)
         for key, default in cls.per_block.items():
             value = settings.get(key, default)
             count = len(settings["block_out_channels"])
             if isinstance(value, tuple) and len(value) != count:
-                raise ValueError(f"{cls.kind} config: {key}={raw[key]!r} has {len(value)} entries for {count} blocks")
+                text = f"{key}={short(raw[key])} has {len(value)} entries for {count} blocks"
+                raise ValueError(f"{cls.kind} config: {text}")
             settings[key] = value if isinstance(value, tuple) else (value,) * count
-        return cls(**{key: value for key, value in settings.items() if key in known})
+        settings = {key: value for key, value in settings.items() if key in known}
+        for key, value in settings.items():
+            cls._check(key, value, known[key].type)
+        return cls(**settings)
+
+    def __post_init__(self) -> None:
+        groups = getattr(self, "norm_num_groups", 1)
+        if wrong := [width for width in getattr(self, "block_out_channels", ()) if width % groups]:
+            raise ValueError(f"{self.kind} config: width {wrong[0]} does not divide into norm_num_groups={groups}")
+
+    @classmethod
+    def _check(cls, key: str, value: Any, kind: Any) -> None:
+        """Raise ValueError for a value that is not of the type of its field, or beyond its bounds."""
+        least, most, longest = int(key not in _MAY_BE_ZERO), _MOST.get(key, 1 << 17), _LONGEST.get(key, 16)
+        if _fits(value, kind, least, most, longest):
+            return
+        kinds = {int: f"a whole number from {least} to {most:,}", float: "a finite number", bool: "true or false"}
+        names = [text for one, text in kinds.items() if one in _leaves(kind)] or ["a text"]
+        text = f"a list of at most {longest}, each " * (get_origin(kind) is tuple) + " or ".join(names)
+        raise ValueError(f"{cls.kind} config: {key}={short(value)} must be {text}; take it from its source")
+
+
+def _fits(value: Any, kind: Any, least: int, most: int, longest: int) -> bool:
+    """Return whether a JSON value is of a type, its whole numbers in bounds, its lists no longer than ``longest``."""
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one, least, most, longest) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        is_list = isinstance(value, tuple) and len(value) <= longest
+        return is_list and all(_fits(entry, get_args(kind)[0], least, most, longest) for entry in value)
+    if kind is int:
+        return type(value) is int and least <= value <= most
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= 1e12  # which is false for NaN
+    return isinstance(value, kind)
+
+
+def _leaves(kind: Any) -> set[Any]:
+    """Return the types that a type is made of."""
+    return {kind}.union(*map(_leaves, get_args(kind)))
+
+
+def short(value: Any) -> str:
+    """Write a value of a file as it stands in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _as_tuple(value: Any) -> Any:
@@ -176,8 +232,11 @@ class CLIPTextConfig(Config):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read a text encoder's ``config.json``, whose class says whether there is a projection."""
-        architectures = raw.get("architectures") or ()
-        return super().from_dict({**raw, "with_projection": "CLIPTextModelWithProjection" in architectures})
+        with_projection = raw.get("architectures") in (
+            ["CLIPTextModelWithProjection"],
+            ("CLIPTextModelWithProjection",),
+        )
+        return super().from_dict({**raw, "with_projection": with_projection})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +326,7 @@ class UNetConfig(EncoderConfig):
     }
 
     out_channels: int = 4
-    sample_size: int | None = None
+    sample_size: int | tuple[int, ...] | None = None
     up_block_types: tuple[str, ...]
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
     time_cond_proj_dim: int | None = None

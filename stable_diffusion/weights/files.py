@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.config import listed, readable
+from ..models.config import listed, readable, short
 from . import catalog, hub, layout
 from .formats.kinds import kind_of
 from .formats.original import to_diffusers
@@ -58,7 +58,8 @@ def open_checkpoint(
     if float16 and entry and entry.half_vae and "vae" not in replaced:
         replaced |= _half_vae(entry.half_vae)
     if path is not None and path.is_file():
-        checkpoint = read_checkpoint(path, name, *read_file(path), replaced, prediction)
+        with readable(name):  # also configs of parts
+            checkpoint = read_checkpoint(path, name, *read_file(path), replaced, prediction)
         if tokenizer is None:  # both kinds of CLIP have one vocabulary, which is not in the file
             tokenizer = hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     else:
@@ -186,11 +187,14 @@ def _read_folder(
     """Read the configuration of a complete folder and choose its weight files."""
     listing = Listing(folder, files_in(folder), name, float16)
     if layout.INDEX not in listing.names:
-        raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}")
+        kind = read_json(folder / "config.json").get("_class_name") if "config.json" in listing.names else None
+        alone = f", but is a {short(kind)} alone: give a whole model, and this as a part of it" if kind else ""
+        raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}{alone}")
     index = listing.read_index(replaced)
     if index.missing:
         raise ValueError(f"{name} is not complete: {folder} has no {listed(index.missing)}")
     scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
+    layout.check_noise(scheduler, name)
     if entry is not None and entry.steps is not None:
         steps, guidance, few_steps = entry.steps, entry.guidance, {}
     else:

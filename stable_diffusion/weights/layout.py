@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from ..models.config import read_json
+from ..models.config import read_json, short
 from .formats.kinds import kind_of
 from .formats.safetensors import damaged
 from .parts import NETWORKS, PARTS
@@ -38,6 +38,22 @@ SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in 
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
 _CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
 _CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
+
+
+def check_noise(scheduler: Mapping, where: str) -> None:
+    """Raise ValueError, with the kind of model, for a scheduler_config.json of noise that is not computed here."""
+    name = scheduler["_class_name"]
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: the class of its scheduler, {short(name)}, is no text; take it from its source")
+    if name.startswith("EDM") or scheduler.get("sigma_data") is not None or scheduler.get("sigma_min") == 0.002:
+        kind, needed = "an EDM model, as Playground 2.5 and CosXL", "EDM's scaling of what the UNet reads and writes"
+    elif "flow" in f"{name} {scheduler.get('prediction_type')}".lower() or scheduler.get("use_flow_sigmas"):
+        kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"
+    else:
+        return
+    raise ValueError(
+        f"{where} is {kind}, which is not supported: it would need {needed}; take a model of SD 1, 2 or XL"
+    )
 
 
 def check_suffix(path: str | os.PathLike) -> None:

@@ -45,7 +45,7 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
     try:
         with readable(f"{name} config"):
             classes = PARTS[name].classes
-            config_class, module_class = classes.get(config.get("_class_name")) or next(iter(classes.values()))
+            config_class, module_class = classes.get(str(config.get("_class_name"))) or next(iter(classes.values()))
             # How weights are stored says nothing of the network.
             return module_class(config_class.from_dict({k: v for k, v in config.items() if k != "quantization"}))
     finally:

@@ -176,7 +176,14 @@ REFUSED = [
     *(({key: "nonsense"}, f"{key}='nonsense' is not supported") for key in (*NONSENSE, "timestep_spacing")),
     ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas can hold"),
     ({"use_flow_sigmas": True}, "use_flow_sigmas=True is not supported"),
-    ({"beta_start": "x"}, "a value is not what it should be"),
+    ({"beta_start": "x"}, "beta_start='x' must be a finite number"),
+    (
+        {"num_train_timesteps": 2**63},
+        "num_train_timesteps=9223372036854775808 must be a whole number from 1 to 100,000",
+    ),
+    ({"num_train_timesteps": [1000]}, "num_train_timesteps=.*must be a whole number"),
+    ({"beta_start": 5}, "a beta of 5 is no share of noise"),
+    ({"beta_schedule": "x" * 9**6}, "beta_schedule='x{56}... is not supported"),
     ({"trained_betas": []}, "a value is not what it should be"),
 ]
 

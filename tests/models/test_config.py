@@ -1,5 +1,6 @@
 """Configs of all networks: what is not computed is refused by name."""
 
+import math
 import re
 from dataclasses import fields
 
@@ -70,14 +71,33 @@ CHANGES = [
     ("unet", {"transformer_layers_per_block": [1, [2, 2], 1]}, "needs reverse_transformer_layers_per_block"),
     ("unet", {"attention_head_dim": 5}, "attention width 32 does not divide into 5 heads"),
     ("text_encoder", {"num_attention_heads": 5}, "text encoder width 64 does not divide into 5 heads"),
-    ("text_encoder", {"hidden_size": "wide"}, "a value is not what it should be"),
+    ("text_encoder", {"hidden_size": "wide"}, "hidden_size='wide' must be a whole number from 1 to 131,072"),
+    *(
+        ("text_encoder", {"num_hidden_layers": n}, f"={n} must be a whole number from 1 to 64")
+        for n in (10**30, 0, 1.5)
+    ),
+    ("text_encoder", {"layer_norm_eps": math.nan}, "layer_norm_eps=nan must be a finite number"),
+    ("text_encoder", {"architectures": 7}, "architectures=7"),
+    ("unet", {"layers_per_block": 10**30}, "must be a list of at most 16, each a whole number from 1 to 8"),
+    ("unet", {"transformer_layers_per_block": [1, 10**9, 1]}, "each a whole number from 0 to 32"),
+    ("unet", {"block_out_channels": [32] * 17}, "must be a list of at most 16"),
+    ("unet", {"block_out_channels": 32}, "block_out_channels=32 must be a list"),
+    ("unet", {"block_out_channels": [2**63, 2**63, 32]}, "each a whole number from 1 to 131,072"),
+    ("unet", {"norm_num_groups": 5}, "width 32 does not divide into norm_num_groups=5"),
+    ("unet", {"norm_num_groups": []}, "norm_num_groups=() must be a whole number"),
+    ("unet", {"use_linear_projection": "yes"}, "use_linear_projection='yes' must be true or false"),
+    ("unet", {"sample_size": {"height": 64}}, "sample_size={'height': 64} must be a whole number"),
+    ("vae", VAE | {"scaling_factor": [0.1]}, "scaling_factor=(0.1,) must be a finite number"),
+    ("vae", TAESD | {"num_encoder_blocks": [10**30]}, "each a whole number from 1 to 64"),
+    ("controlnet", {"layers_per_block": 9}, "each a whole number from 1 to 8"),
+    ("backbone", {"depths": [10**30, 1, 1]}, "each a whole number from 1 to 64"),
     ("vae", TAESD | {"encoder_block_out_channels": [8, 16, 8]}, "(8, 16, 8) must be one width"),
     ("vae", TAESD | {"num_decoder_blocks": [2, 1]}, "one width for each of (2, 1)"),
     ("vae", TAESD | {"num_encoder_blocks": [1, 1], "encoder_block_out_channels": [8, 8]}, "differ in their number"),
     ("depth_estimator", {"is_hybrid": None}, "is_hybrid=None"),
     ("depth_estimator", {"reassemble_factors": [4, 2, 1, 1]}, "reassemble_factors end in (1, 1)"),
     ("depth_estimator", {"image_size": 80}, "image_size=80 (supported: multiples of 32"),
-    ("depth_estimator", {"image_size": [64, 64]}, "a value is not what it should be"),
+    ("depth_estimator", {"image_size": [64, 64]}, "image_size=(64, 64) must be a whole number"),
     ("depth_estimator", {"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
     ("depth_estimator", {"backbone_out_indices": [0, 1, 2, 4]}, "of 4 layers, backbone_out_indices end in (2, 4)"),
     ("depth_estimator", {"neck_hidden_sizes": [16, 64, 24, 40]}, "the first are (32, 64)"),

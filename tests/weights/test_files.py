@@ -150,6 +150,33 @@ def test_unsupported_pipeline_is_refused_by_name(tmp_path, pipeline):
     assert f"is a {pipeline}, which is not supported" in message
 
 
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0}, "is an EDM model"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.002, "timestep_type": "continuous"},
+            "is an EDM model",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "is a model of flow"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+            "is a model of flow",
+        ),
+        ({"_class_name": [1]}, "the class of its scheduler, [1], is no text"),
+    ],
+)
+def test_noise_of_another_kind_is_refused_by_name(tmp_path, files, scheduler, message):
+    files["scheduler/scheduler_config.json"] = to_json(scheduler)
+    text = refused(write(tmp_path, files))
+    assert message in text and str(tmp_path) in text and len(text) < 300
+
+
+def test_a_part_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert "has no model_index.json, but is a 'FluxTransformer2DModel' alone" in refused(tmp_path)
+
+
 MODES = ["Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "XL", "XLImg2Img", "XLInpaint"]
 SUPPORTED = [*(f"StableDiffusion{mode}Pipeline" for mode in MODES), "StableDiffusionInpaintPipelineLegacy"]
 

@@ -44,6 +44,15 @@ _OTHER_KINDS = (
     (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as one"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported"),
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
+    (r"(.*\.)?clip_(txt_|txt_pooled_)?mapper\.", "Stable Cascade, which is not supported"),
+    (r"(.*\.)?double_layers\.", "AuraFlow, which is not supported"),
+    (r"(.*\.)?(t_block|adaln_single)\.", "PixArt, which is not supported"),
+    (r"(.*\.)?mlp_t5\.", "Hunyuan-DiT, which is not supported"),
+    (r"(.*\.)?head\.modulation$", "Wan, which is not supported"),
+    (r"(.*\.)?transformer_blocks\.0\.img_mod\.", "Qwen-Image, which is not supported"),
+    (r"(.*\.)?cap_embedder\.", "Lumina, which is not supported"),
+    (r"(.*\.)?time_stack\.", "Stable Video Diffusion, which is not supported"),
+    (r".*\.(absmax|quant_map)$", "quantized by bitsandbytes, which is not supported: take it in float16"),
 )
 
 # The noise that all families were trained on.
