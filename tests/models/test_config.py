@@ -145,6 +145,6 @@ def test_json(tmp_path):
     parse_json('{"a":' * 20 + "1" + "}" * 20, "x")
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"\xc3\xa4": 1}\r\n')
     assert read_json(tmp_path / "a.json") == {"ä": 1}
-    (tmp_path / "a.json").write_bytes(b"\xff\xfe{\0")
+    (tmp_path / "a.json").write_bytes(b"\xff{\0")
     with pytest.raises(ValueError, match=r"^[^\n]*a\.json is not readable as UTF-8 text"):
         read_json(tmp_path / "a.json")
