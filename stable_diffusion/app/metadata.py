@@ -7,7 +7,7 @@ of this one image ("arguments"), what the model added to it ("made"), the files 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,6 +25,7 @@ from ..models.config import listed, parse_json
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.layout import SUFFIXES, VOCABULARY
+from ..weights.parts import FAMILIES, family_of
 from ..weights.quantize import read_quantization
 from . import foreign, infotext
 from .batches import Batch
@@ -68,6 +69,17 @@ def read_record(path: str | os.PathLike) -> Record:
     arguments, other = found
     # What this program takes for alternatives is text in theirs.
     return Record(str(path), arguments | {"resolved_prompt": arguments.get("prompt")}, other)
+
+
+def for_model(record: Record, requests: Sequence[Request], model: StableDiffusion) -> list[Request]:
+    """Return requests that repeat a picture as the program that recorded it draws with such a model.
+
+    The web UI's clip skip acts on Stable Diffusion 1 alone.
+    """
+    skip, family = record.arguments.get("clip_skip"), family_of(model.sources["unet"].component.config)
+    if record.details or not skip or family is FAMILIES["sd1"]:
+        return list(requests)
+    return [r.with_values(clip_skip=0) if r.options.clip_skip == skip else r for r in requests]
 
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:

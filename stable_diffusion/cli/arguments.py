@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
     if "from_image" in arguments:
         record = read_record(arguments["from_image"])
         base, arguments, notes = _repeated(parser, script, arguments, record)
+        followed = {name: value for name, value in record.arguments.items() if name not in arguments}
+        record = replace(record, arguments=followed)
     if script == "image2image" and base.image is None and "image" not in arguments:
         raise ValueError("give the image to start from, and a prompt")
     _check_needed(script, arguments, base)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..app.batches import Batch
 from ..app.engine import Engine, Result, Step, open_model
 from ..app.inputs import read_inputs
-from ..app.metadata import changes
+from ..app.metadata import changes, for_model
 from ..app.preview import PreviewWriter
 from ..app.progress import ProgressBar, TqdmHandler
 from ..app.request import expand
@@ -90,6 +90,8 @@ class Script:
         if command.preload_models:
             self._model.ensure_models_are_loaded()
         self._previews.open(self._model)
+        if command.record is not None:
+            requests = for_model(command.record, requests, self._model)
         self._engine = Engine(self._model, requests, command.resources, inputs)
         if command.record is not None:
             for line in changes(command.record, self._model, self._engine.batches[0]):

@@ -61,6 +61,34 @@ def test_with_a_second_pass_too(make, events):
     assert events == ["step"] * 3 + [0] + ["step"] * 3 + [1]
 
 
+@pytest.mark.parametrize(
+    "prompt, first, second, refined",
+    [
+        ("[red:blue:3]", "rrrb", "bb", "rrrb"),
+        ("[red:blue:0.5]", "rrbb", "bb", "rrbb"),
+        ("[red:blue:5]", "rrrr", "rb", "rrrr"),
+        ("[red:blue:1.5]", "rrrr", "rb", "rrrr"),
+        ("[red|blue]", "rbrb", "rb", "rbrb"),
+    ],
+)
+def test_prompts_that_change_count_on_in_a_later_pass(
+    run, sd1_folder, tmp_path, monkeypatch, prompt, first, second, refined
+):
+    """A second pass counts on, and so does a refiner, which makes the last steps of the first."""
+    unet, read = UNet2DConditionModel.__call__, []
+    words = {word[0]: StableDiffusion(sd1_folder).encode_prompt(word).context for word in ("red", "blue")}
+    monkeypatch.setattr(
+        UNet2DConditionModel,
+        "__call__",
+        lambda self, x, temb, context, **k: read.append(context.encoded) or unet(self, x, temb, context, **k),
+    )
+    for flags, wanted in ((["--hires", 1.5], first + second), (["--refiner", sd1_folder], refined)):
+        read.clear()
+        options = ["--model", sd1_folder, *SMALL, "--n_images", 1, "--steps", 4, *flags]
+        run("txt2image", prompt, *options, "--dtype", "float32", "--output", tmp_path / "a.png").succeeded()
+        assert [letter for text in read for letter, word in words.items() if mx.array_equal(text, word)] == [*wanted]
+
+
 def test_a_refiner_finishes_one_batch_after_the_other(make, events, sd1_folder):
     refiner = ["--refiner", sd1_folder, "--refiner_start", 0.5]
     make("--n_images", 2, "--batch_size", 1, "--steps", 4, "--no_grid", *refiner).succeeded()

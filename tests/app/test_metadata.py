@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 
 from app.test_infotext import as_others_read
+from checkpoints import SCALED, make
 from cli.test_images import noise, rectangle, write_lora
 from command_line import PROMPT, pixels
 from stable_diffusion.app import metadata, results
@@ -103,6 +105,15 @@ def test_what_lists_and_alternatives_came_to(draw, sd1_folder):
     assert {(a["steps"], a["sampler"], a["resolved_prompt"].split()[1]) for a in said} == wanted
     assert {a["prompt"] for a in said} == {"the {red|blue} cat"}
     assert_same(images[6], again(draw, "txt2image", images[6]))
+
+
+def test_prompts_are_recorded_as_typed(draw, sd1_folder):
+    """Also those that alternatives stand in, whatever signs are beside them."""
+    typed = r"[small] ((big)) (cat):1.20 :) [a:b:.50] [red|blue|] \\(x\\) a\_b"
+    (path,) = draw("txt2image", typed, "--model", sd1_folder, *QUICK, "--n_images", 1)
+    paths = draw("txt2image", typed + " {the|on)}", "--model", sd1_folder, *QUICK, "--n_images", 1)
+    texts = [read_text(path)["parameters"].partition("\n")[0] for path in (path, *paths)]
+    assert texts == [typed, typed + " the", typed + " on)"]
 
 
 def test_a_masked_image_in_another_format(draw, sd1_folder, files):
@@ -314,6 +325,26 @@ def test_braces_of_another_program_are_text(tmp_path):
     assert not others and (image.text, image.negative_prompt) == (text, "{c|d}")
     (again,) = expand([(Request.from_dict(image.to_dict())[0], {})])
     assert (again.text, again.negative_prompt) == (text, "{c|d}")
+
+
+@pytest.mark.parametrize(
+    "family, flags, skipped",
+    [
+        ("sd1", [], 1),
+        ("sd2", [], 0),
+        ("xl", [], 0),
+        ("xl", ["--clip_skip", 1], 1),
+        ("sd2", ["--clip_skip", 0], 0),
+        ("sd1", ["--without", "clip_skip"], 0),
+    ],
+)
+def test_clip_skip_of_another_program_is_that_of_a_family(run, tmp_path, monkeypatch, family, flags, skipped):
+    """The web UI has it for Stable Diffusion 1 alone; a flag of ours acts on all."""
+    make(tmp_path / family, family, DDIMScheduler(**SCALED))
+    save(noise(), tmp_path / "other.png", {"parameters": FOREIGN})
+    monkeypatch.chdir(tmp_path)
+    run("txt2image", "--from_image", "other.png", "--model", family, *flags, "--output", "a.png").succeeded()
+    assert read_record("a.png").arguments.get("clip_skip", 0) == skipped
 
 
 def test_what_we_say_is_read_as_that_of_another_program(draw, sd1_folder, files, tmp_path):
