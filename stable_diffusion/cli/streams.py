@@ -4,7 +4,6 @@ All that the commands print is made printable here: file names, prompts and what
 characters that a terminal would obey.
 """
 
-import atexit
 import logging
 import os
 import re
@@ -42,19 +41,6 @@ def open_closed() -> None:
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8", closefd=False))
-    atexit.unregister(flush)  # of another command of this process
-    atexit.register(flush)
-
-
-def flush() -> None:
-    """Write what is left, or drop it: Python would end with exit code 120 where stderr cannot be written to."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            drop(stream)
-        except ValueError:  # it was closed by the program that runs the script
-            pass
 
 
 def drop(stream: TextIO) -> None:
