@@ -18,7 +18,8 @@ _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "F8_E4M3": 1,
 _ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 _BITS = {"F64": "U64", "F8_E4M3": "U8", "F8_E5M2": "U8"}
 _MAX_HEADER = 1 << 24  # bytes; the header of SDXL has 300,000, those of LoRAs list all tags of the training
-_MAX_TENSORS = 100_000
+_MAX_TENSORS = 20_000  # SDXL has 2,500, a LoRA for all of its layers 4,000
+_MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
 _CHUNK = 1 << 20  # bytes that are copied at once
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
@@ -87,7 +88,12 @@ def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
         if length > _MAX_HEADER:
             raise ValueError(f"{path} has a header of {length:,} bytes, of which at most {_MAX_HEADER:,} are read")
         try:
-            header = json.loads(file.read(length))
+            text = file.read(length)
+            if text.count(b"[") + text.count(b"{") > _MAX_LISTS:
+                raise ValueError("too many lists")
+            header = json.loads(text)
+            if not all(isinstance(value, str) for value in (header.get("__metadata__") or {}).values()):
+                raise ValueError("metadata that are no texts")
             for name, tensor in header.items():
                 if name != "__metadata__":
                     first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
@@ -137,7 +143,7 @@ def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -
             raise ValueError(f"{path} holds quantized values as {weight}, which are not read: take float16 or F8_E4M3")
         if not _SCALE.match(name):
             continue
-        if weight not in eights or scale.size not in (1, len(tensors[weight])):
+        if weight not in eights or scale.size not in (1, *tensors[weight].shape[:1]):
             raise ValueError(f"{path} holds {name}, which is no scale of F8 values: take the model in float16")
         with mx.stream(loading_stream(mx.cpu)):
             shape = (scale.size, *[1] * (tensors[weight].ndim - 1))
