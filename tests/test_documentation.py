@@ -90,6 +90,7 @@ def stop(*args: object, **kwargs: object) -> NoReturn:
 def folder(tmp_path, monkeypatch) -> Path:
     """The current folder of the commands, with the files that they read: a LoRA for one matrix is among them."""
     shutil.copytree(ROOT / "docs" / "pictures", tmp_path / "docs" / "pictures")
+    shutil.copytree(ROOT / "stable_diffusion" / "tiny" / "lora", tmp_path / "stable_diffusion" / "tiny" / "lora")
     Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "photo.jpg")
     mx.save_safetensors(str(tmp_path / "model.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny"))
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"

@@ -14,22 +14,28 @@ from typing import TextIO
 # Control characters, marks that hide or turn the direction of text, and halves of characters.
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
+LONGEST = 300  # characters of a message
+
 
 def printable(text: str) -> str:
     """Escape what a terminal obeys or cannot show. An escape like \\u001b is that of JSON, which stays valid."""
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def in_one_line(message: object) -> str:
-    """Return a message in one line, also where it quotes a path or a prompt with several."""
-    return printable(" ".join(str(message).splitlines()))
+def in_one_line(message: object, longest: int = LONGEST) -> str:
+    """Return a message in one line, also where it quotes a path or a prompt with several.
+
+    Of a long one the middle is left out: what is wrong stands first, and what to do last.
+    """
+    text = printable(" ".join(str(message).splitlines()))
+    return text if len(text) <= longest else f"{text[: longest - 125]} ... {text[-120:]}"
 
 
 class LineFormatter(logging.Formatter):
-    """Format each log record as one printable line."""
+    """Format each log record as one printable line, which has any length only where the user asks for more."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return in_one_line(super().format(record))
+        return in_one_line(super().format(record), LONGEST if record.levelno >= logging.WARNING else sys.maxsize)
 
 
 def open_closed() -> None:

@@ -111,7 +111,7 @@ BAD_VALUES = {  # what is said: flags and their values
 def test_values_that_are_refused(run, said):
     for flag, value in map(str.split, BAD_VALUES[said].split("; ")):
         script = "image2image" if flag[2:] in FOREIGN["txt2image"] else "txt2image"
-        run(script, PROMPT, flag, value).refused(flag, repr(value), said)
+        run(script, PROMPT, flag, value).refused(flag, repr(value)[:100], said)
 
 
 REFUSED = [
@@ -188,7 +188,7 @@ def test_a_config_with_unknown_values(run, models, tmp_path):
     changes = {"act_fn": "mish", "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     done = run("txt2image", PROMPT, "--model", tmp_path / "model", "--output", tmp_path / "out.png")
-    done.refused(*(repr(value) for value in changes.values()))
+    done.refused("act_fn", repr(changes["mid_block_type"]))
     assert names(tmp_path) == ["model"]
 
 

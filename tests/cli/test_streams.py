@@ -1,6 +1,7 @@
 """What the commands print is printable, whatever is in names, prompts and files of strangers."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.__main__ import run
-from stable_diffusion.cli.streams import in_one_line, printable
+from stable_diffusion.cli.streams import LONGEST, LineFormatter, in_one_line, printable
 from stable_diffusion.images.files import save
+from stable_diffusion.models.config import listed
 from stable_diffusion.weights.catalog import ALIASES
 
 EVIL = "\x1b]0;owned\x07\x9b31m\u202etxt\r\x85\ud83d"  # the title of a window, colours, turned text, half a character
@@ -77,3 +79,17 @@ def test_printable():
     assert printable(EVIL) == f"{SHOWN}\\u000d\\u0085\\ud83d"
     assert json.loads(f'"{printable(EVIL)}"') == EVIL
     assert in_one_line(ValueError("a\nb\r\nc\u2028d\x1b")) == "a b c d\\u001b"
+
+
+def test_no_message_is_longer_than_300_characters():
+    """Lists are a count and the first three; of anything else that is long, the beginning and the end are shown."""
+    names = [f"down_blocks.{i}.attentions.1.transformer_blocks.0.attn1.to_q" for i in range(500)]
+    assert listed(["a", "b", "c"]) == "a, b, c" and listed("abcd") == "a, b, c and 1 more" and listed([]) == ""
+    assert listed(names).startswith(f"{names[0]}, {names[1]}") and listed(names).endswith("and 498 more")
+    assert len(listed(["x" * 10_000] * 9)) < 120
+    message = f"the model is missing {', '.join(names)}; choose another file"
+    shown = in_one_line(message)
+    assert len(shown) == LONGEST == 300 and shown.startswith(message[:100]) and shown.endswith("; choose another file")
+    for level, length in ((logging.WARNING, 300), (logging.INFO, len(message))):
+        record = logging.LogRecord("x", level, "", 0, message, (), None)
+        assert len(LineFormatter("%(message)s").format(record)) == length

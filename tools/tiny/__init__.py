@@ -6,8 +6,10 @@
     python -m tools.tiny.contact_sheet sheet.png                # captions x seeds, rendered by this library
     python -m tools.tiny.train_control stable_diffusion/tiny    # its ControlNet for edges
     python -m tools.tiny.evaluate_control stable_diffusion/tiny     # how well that is followed
+    python -m tools.tiny.train_lora stable_diffusion/tiny       # a LoRA for it, of another style
 
 data.py draws the captioned images, score.py reads images back, models.py holds the sizes of the networks, bpe.py
 learns the tokenizer, autoencoder.py and train.py the networks, optimize.py is the optimizer and the checkpoints,
-export.py writes diffusers' layout in float16; train_control.py and evaluate_control.py are the ControlNet's.
+export.py writes diffusers' layout in float16; train_control.py and evaluate_control.py are the ControlNet's,
+train_lora.py is the LoRA's.
 """
