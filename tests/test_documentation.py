@@ -44,7 +44,7 @@ README = TEXTS["README.md"]
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKS = {"", "download", "minutes", "install", "file"}
 _SHOWN = [path.name for path in (ROOT / "docs" / "pictures").iterdir()]
-_NOT_RUN = {".venv/bin/pip", "pip", "eval", "apt-get", "ruff", ".", "source"}
+_NOT_RUN = {".venv/bin/pip", "pip", "eval", "apt-get", "ruff", ".", "source", "mkdir", "export"}
 
 
 @dataclass(frozen=True)
