@@ -42,6 +42,7 @@ _WEIGHT = re.compile(r"\s*(\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})\s*::")
 _NO_EFFECT = {
     "${": "variables, as ${name=text}, are not supported: they are text",
     **dict.fromkeys(("%{", "$$"), "$$ is text where it does not follow { and a number, and so are wrappers, %{a$$b}"),
+    "__": "wildcards, as __name__, are text without a folder of lists",
     "#": r"a # that does not stand between blanks begins no comment: it is text; write \# to say so",
     **dict.fromkeys("~!@", "the prefixes ~, ! and @ of alternatives and wildcards have no effect"),
 }
@@ -202,10 +203,10 @@ class _Reader:
             return text
         if opening["method"]:
             _remark(opening["method"])
-        inside = _TOKEN.fullmatch(text[len(opening[0]) : -1])
         if opening["bounds"] is None:
             return self._check(_Choice(*_weigh(options)))
-        if inside and inside["name"] and self.lines:  # so many lines of a list
+        inside = _TOKEN.fullmatch(text[len(opening[0]) : -1])
+        if inside and inside["name"] and isinstance(options[0][0], _Choice):  # so many lines of a list
             options, weights = options[0][0].options, options[0][0].weights
         else:
             options, weights = _weigh(options, strip=True)
@@ -219,7 +220,7 @@ class _Reader:
         """Return the lines of a wildcard as options."""
         name = token["name"]
         if self.lines is None:
-            _log.warning("there is no folder of wildcards: %s is text", token[0])
+            _remark("__")
             return token[0]
         if token["variables"]:
             _remark("${")

@@ -46,6 +46,7 @@ REMARKS = {
     "{@2$$a|b}": ["a,b", "b,a"],
     "__~colour2__": ["pink"],
     "__colour2(x=1)__": ["__colour2(x=1)__"],
+    "{2$$__colour2(x=1)__}": ["__colour2(x=1)__"],
     "poster #1": ["poster #1"],
     "C#": ["C#"],
 }
@@ -75,6 +76,13 @@ def test_the_same_prompts_as_dynamicprompts(folder, caplog, text):
     ours, drawn = (expand(text, seeds, read_wildcards(folder)) for seeds in (None, range(40)))
     assert blanks(ours) == blanks(theirs) >= blanks(drawn) and len(ours) == len({*ours})
     assert not [record for record in caplog.records if record.name.startswith("stable_diffusion")]
+
+
+def test_wildcards_without_lists_are_remarked_on_once(caplog):
+    assert expand("a __colour__ {__animals/*__|cat}") == ["a __colour__ __animals/*__", "a __colour__ cat"]
+    assert {record.message for record in caplog.records} == {
+        "wildcards, as __name__, are text without a folder of lists"
+    }
 
 
 @pytest.mark.parametrize("text", REMARKS)
@@ -214,6 +222,8 @@ def test_wildcards_within_wildcards_have_limits(seeds):
         ("__b__ __c____b__", 10_003_000_300_010),
         ("{a|b|c|d|e|f|g|h|i|j}" * 12, 10**12),
         ("{a|b}" * 1000, 10**15),  # more are not told apart
+        ("{1-2$$" + "|".join(map(str, range(101))) + "}", 101 + 101 * 100),
+        ("{8$$" + "|" * 50_000 + "}", 10**15),
     ],
 )
 def test_too_many_prompts_are_refused(text, count):
@@ -251,7 +261,7 @@ def test_random_text_is_expanded_or_refused():
 
 
 LONG = ["{" * 200_000, "{a}" * 50_000, "{[" * 50_000 + "}" * 100_000, "[" * 50_000 + "]" * 50_000, "{2$$" * 50_000]
-LONG += ["__a" * 50_000, "_" * 200_000, "{" + "|" * 90_000 + "}", "{9$$" + "a|" * 40_000 + "}", "%{" * 50_000]
+LONG += ["__a" * 50_000, "_" * 200_000, "{" + "|" * 90_000 + "}", "{30000$$" + "a|" * 40_000 + "}", "%{" * 50_000]
 LONG += ["{" + "[a|" * 30_000 + "]" * 30_000 + "}", "${a=" * 40_000, " " * 200_000, "\n" * 200_000, " #a" * 50_000]
 
 
