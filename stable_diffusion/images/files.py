@@ -50,6 +50,7 @@ _REFUSED = {
     "a ZIP archive": rb"PK\x03\x04",
 }
 _UTF_16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
+_MOST_PIXELS = 2**26
 _LARGEST_EXIF = 65533  # bytes; a JPEG segment has a 16-bit length
 
 
@@ -258,7 +259,9 @@ def read_text(path: str | os.PathLike) -> dict[str, str]:
         with suppress(Exception):  # as for pixels, damaged metadata raises all sorts of things
             if image.format == "PNG":
                 texts = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
-                texts |= {key: str(value) for key, value in image.text.items()}  # also those behind the pixels
+                if image.width * image.height > _MOST_PIXELS:  # which are decoded for the texts behind them
+                    return texts
+                texts |= {key: str(value) for key, value in image.text.items()}
             elif image.format == "JPEG" and "comment" in image.info:
                 texts = {"Comment": image.info["comment"].decode("utf-8", "replace").rstrip("\0")}
         with suppress(Exception):
