@@ -93,7 +93,7 @@ def remarks(record: Record, script: str, unknown: list[str], has_model: bool) ->
         yield f"{path} was not finished ({details['partial']}); here all steps are made"
     if (model := other.pop("Model", None)) and not has_model:
         yield f"{path} was made with the model {model}; --model chooses one, none is chosen for you"
-    if record.other:
+    if not details:
         unused = listed(f"{name} {value}" for name, value in other.items())
         yield f"{path} is by another program, whose noise is another" + (f"; not used: {unused}" if unused else "")
 

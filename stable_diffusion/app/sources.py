@@ -82,7 +82,9 @@ def find_sources(
                 if paths and all(_hashes(fingerprint(path)) & hashes for path in paths):
                     return place
         repos = _repos(source) if field in _NETWORKS and not here else None
-        if not trust and not (repos is not None and (not repos or any(map(hub.is_cached, repos)))):
+        revision = request.revision if field == "model" else None
+        is_cached = repos is not None and (not repos or any(hub.is_cached(repo, revision) for repo in repos))
+        if not (trust or is_cached):
             reason = "another hash" if here else "not here" if repos is None else "a download"
             refused.append(f"--{field} {listed([source])} ({reason})")
         return here[0] if here else source

@@ -198,5 +198,5 @@ def _repeated(
     if request.prompt_loras and not record.details and not folders and not has_prompt:
         names = listed([name for name, *_ in request.prompt_loras])
         notes.append(f"{record.path}: its LoRAs are not used ({names}); --lora_dir DIR says where they are")
-        request = request.with_values(prompt=request.text)
+        request = request.with_values(prompt=request.text, resolved_prompt=request.text)
     return request, arguments, notes

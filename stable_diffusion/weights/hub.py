@@ -6,6 +6,7 @@ The client is imported where it is used, so that local files can be read without
 import errno
 import glob
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,11 +59,15 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
     raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
 
 
-def is_cached(repo: str) -> bool:
-    """Return whether the cache holds a version of a repository, complete or not, without a network call."""
+def is_cached(repo: str, revision: str | None = None) -> bool:
+    """Return whether the cache holds a revision of a repository, or any, complete or not, without a network call."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots").is_dir()
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    if revision is None:
+        return (folder / "snapshots").is_dir()
+    is_inside = {"..", os.sep}.isdisjoint(Path(revision).parts)
+    return is_inside and any((folder / kind / revision).exists() for kind in ("refs", "snapshots"))
 
 
 def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path | None, list[str]]:

@@ -150,6 +150,33 @@ def test_a_controlnet_and_a_second_pass(draw, sd1_folder, files):
     assert shown.items() < settings.items() and settings["Hires upscaler"] == "Lanczos"
 
 
+def test_the_text_names_loras_once(draw, sd1_folder, files, tmp_path):
+    """Those of --lora stand in the prompt as others name them, and a run that reads the text does not double them."""
+    lora = ["--lora", f"{files / 'loras' / 'paint.safetensors'}:0.5", "--lora_dir", files / "loras"]
+    options = ["--model", sd1_folder, *QUICK, "--n_images", 1, "--seed", 1, "--eta", 0.5]
+    (path,) = draw("txt2image", "red <lora:paint:0.25>", *lora, *options)
+    text = read_text(path)["parameters"]
+    assert text.startswith("red <lora:paint:0.5> <lora:paint:0.25>\n") and "Eta: 0.5, " in text
+    (path,) = draw("txt2image", "red", *lora[:2], *options)
+    save(noise(), tmp_path / "text.png", {"parameters": read_text(path)["parameters"]})
+    (made,) = draw("txt2image", "--from_image", "text.png", "--model", sd1_folder, *lora[2:])
+    assert read_text(made)["parameters"] == read_text(path)["parameters"]
+    assert np.abs(pixels(made) - pixels(path)).max() <= 1  # attached where it was fused
+    again(draw, "txt2image", path)
+    assert read_text(path)["parameters"].count("<lora:") == 1
+
+
+def test_a_grid_has_the_record_of_its_first_image(run, sd1_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", sd1_folder, *QUICK, "--seed", 7]
+    run("txt2image", PROMPT, *options, "--n_images", 2, "--output", "a.jpg").succeeded()
+    run("txt2image", PROMPT, *options, "--cfg", "1,2", "--output", "b.png").succeeded()
+    run("txt2image", PROMPT, *options, "--n_images", 2, "--no_metadata", "--output", "c.png").succeeded()
+    for grid, first in (("a.jpg", "a_1.jpg"), ("b.png", "b_1.png")):
+        assert read_text(tmp_path / grid) == read_text(tmp_path / first) and read_record(grid).arguments["seed"] == 7
+    assert read_text(tmp_path / "c.png") == {}
+
+
 def test_the_defaults_of_a_model(draw, xl_folder):
     (path,) = draw("txt2image", PROMPT, "--model", xl_folder, "--n_images", 1, "--height", 64)
     said = read_record(path).arguments

@@ -177,6 +177,20 @@ def test_what_is_known_needs_no_trust(tmp_path, no_network):
     assert request.lora_dir is None
 
 
+@pytest.mark.parametrize("revision, is_known", [("main", True), ("abc", True), ("new", False), ("../../x", False)])
+def test_a_revision_is_one_in_the_cache(tmp_path, no_network, revision, is_known, capsys):
+    folder = no_network / "models--me--net"
+    for place in (folder / "refs" / "main", folder / "snapshots" / "abc", tmp_path / "cache" / "x"):
+        place.mkdir(parents=True)
+    picture = with_record(tmp_path / "p.png", {"model": "me/net", "revision": revision})
+    if is_known:
+        assert command(picture).lines[0][0].revision == revision
+    else:
+        with pytest.raises(SystemExit):
+            command(picture)
+        assert "--model me/net (a download)" in capsys.readouterr().err
+
+
 def test_loras_of_another_program(tmp_path):
     """They are named, and used where there is a folder of LoRAs."""
     save(noise(), tmp_path / "p.png", {"parameters": f"{TAGGED}\nSteps: 2, Seed: 1, CFG scale: 3"})
