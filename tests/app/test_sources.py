@@ -177,6 +177,16 @@ def test_what_is_known_needs_no_trust(tmp_path, no_network):
     assert request.lora_dir is None
 
 
+def test_a_folder_is_not_known_by_files_outside_it(tmp_path, capsys):
+    write_lora(tmp_path / "more.safetensors")
+    (tmp_path / "dreams").mkdir()
+    files = {"dreams ../more.safetensors": fingerprint(tmp_path / "more.safetensors")}
+    picture = with_record(tmp_path / "p.png", {"model": "dreams"}, files=files)
+    with pytest.raises(SystemExit):
+        command(picture)
+    assert "--model dreams (another hash)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("revision, is_known", [("main", True), ("abc", True), ("new", False), ("../../x", False)])
 def test_a_revision_is_one_in_the_cache(tmp_path, no_network, revision, is_known, capsys):
     folder = no_network / "models--me--net"
