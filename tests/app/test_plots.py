@@ -194,3 +194,8 @@ def test_a_script_writes_a_grid_for_each_further_value(run, sd1_folder, tmp_path
         columns, rows = sorted({x for x, _ in places}), sorted({y for _, y in places})
         assert places == [(x, y) for x in columns for y in rows] and (len(columns), len(rows)) == (3, 2)
         assert ink(canvas, (0, 0, canvas.width, rows[0])) > 50 < ink(canvas, (0, 0, columns[0], canvas.height))
+
+
+def test_a_seed_that_is_given_twice_has_two_columns():
+    (plot,) = compared({"cfg": (1.0, 2.0), "seed": (7, 7)}, Request(prompt="a", seed=(7, 7)))
+    assert (plot.columns, plot.rows) == (("cfg 1", "cfg 2"), ("seed 7", "seed 7")) and len(plot.cells) == 4
