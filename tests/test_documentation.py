@@ -32,6 +32,7 @@ from PIL import Image
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
 from stable_diffusion import SAMPLERS, __version__
+from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
 from stable_diffusion.weights import catalog, hub
 from tools import flags
@@ -138,8 +139,8 @@ def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [main, *argv])
         if mark == "minutes":
-            parse = argparse.ArgumentParser.parse_args
-            patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *given: stop(parse(self, *given)))
+            for kind in (argparse.ArgumentParser, Parser):
+                patch.setattr(kind, "parse_args", lambda *given, parse=kind.parse_args: stop(parse(*given)))
         code = 0
         try:
             run(main if words[0] == "-m" else str(ROOT / main), run_name="__main__")

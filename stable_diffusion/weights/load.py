@@ -68,7 +68,7 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
                 prepare_quantized(module, tensors, component.config)
             fill(module, tensors, dtype)
     except ValueError as error:
-        files = listed(("/".join(file.parts[-3:]) for file in component.files), most=1)
+        files = listed(map(str, component.files), most=1)
         raise ValueError(f"{component.name} ({files}): {error}") from error
     return module.eval()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from checkpoints import as_single_file
+from checkpoints import SCALED, VAE, as_single_file, make
 from cli.test_images import write_lora
 from oracle import last
 from stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -125,13 +125,16 @@ def test_parts_and_prediction_from_elsewhere(tmp_path, sd1_folder, xl_folder):
     assert StableDiffusion(folder).schedule.config.prediction_type == "v_prediction"
 
 
-def test_a_single_file(tmp_path, sd1_folder):
+def test_a_single_file(tmp_path):
     """What stands in no file, the small files of a folder, is made."""
-    tensors = as_single_file(sd1_folder)
+    source = tmp_path / "source"
+    vae = VAE | {"block_out_channels": [32, 32, 64, 64], "norm_num_groups": 32}  # the groups of a single file
+    make(source, "sd1", diffusers.DDIMScheduler(**SCALED), vae=vae)
+    tensors = as_single_file(source)
     attention = "vae.encoder.mid_block.attentions.0.to_q.weight"  # a 1×1 convolution in files of the original code
     mx.save_safetensors(str(tmp_path / "one.safetensors"), tensors | {attention: tensors[attention][..., None, None]})
     folder, vocabulary = tmp_path / "new", tmp_path / "vocabulary"
-    shutil.copytree(sd1_folder / "tokenizer", vocabulary, ignore=shutil.ignore_patterns("*_*.json"))
+    shutil.copytree(source / "tokenizer", vocabulary, ignore=shutil.ignore_patterns("*_*.json"))
     request = Request(model=str(tmp_path / "one.safetensors"), tokenizer=str(vocabulary), dtype="float32")
     convert(request, folder)
     index = json.loads((folder / "model_index.json").read_text())

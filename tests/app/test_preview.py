@@ -51,7 +51,7 @@ def see(writer: PreviewWriter, steps: int, latents, is_retry: bool = False) -> N
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_predicted_is_the_last_estimate_of_the_step(sd, sampler, monkeypatch):
     estimates, call = [], Denoiser.__call__
-    monkeypatch.setattr(Denoiser, "__call__", lambda self, x, s: estimates.append(call(self, x, s)) or estimates[-1])
+    monkeypatch.setattr(Denoiser, "__call__", lambda *args: estimates.append(call(*args)) or estimates[-1])
     run = sd.generate_latents(PROMPT, num_steps=3, latent_size=(4, 6), seed=1, cfg_weight=3.0, sampler=sampler)
     assert run.predicted is None
     for x_t in run:
