@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
 def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
     """Return what other programs know of an image under their names, beside the fields of its request."""
     nets = {f"ControlNet {i}": f"Model: {_title(net)}, Weight: {x:g}" for i, (net, x) in enumerate(request.controlnet)}
-    loras = {_lora_name(name): known for name, path in _loras(request).items() if (known := lora_hash(path))}
+    loras = {name: known for name, _, path in _loras(request, {}) if (known := lora_hash(path))}
     model_digest = model_hash(model.sources["unet"].component.files[0])
     hashes = {"model": model_digest} | {f"lora:{name}": known[:10] for name, known in loras.items()}
     return {
@@ -232,19 +232,26 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
     inputs = [
         path for path in (request.image, request.mask, request.depth, *request.control_image, *embeddings) if path
     ]
-    others = _loras(request) | {path: Path(path).expanduser() for path in inputs}
-    files |= {names.get(source, source): path for source, path in others.items()}
+    files |= {name: path for _, name, path in _loras(request, names)}
+    files |= {names.get(path, path): Path(path).expanduser() for path in inputs}
     if request.tokenizer:
         folder, name = Path(request.tokenizer).expanduser(), names.get(request.tokenizer, request.tokenizer)
         files |= {f"{name} {file}": folder / file for file in VOCABULARY}
     return files
 
 
-def _loras(request: Request) -> dict[str, Path]:
-    finders = {name: locate for name, _ in request.lora}
-    finders |= {name: partial(find_in, request.lora_dir) for name, _ in request.prompt_loras}
-    files = {}
-    for name, find in finders.items():
+def _loras(request: Request, names: Mapping[str, str]) -> Iterator[tuple[str, str, Path]]:
+    """Yield (name in a tag, name in the record, file) of the LoRAs of a request.
+
+    The record has "style.safetensors", or for one that a prompt names its place in a folder, "loras people/bob.pt".
+    """
+    for source, _ in request.lora:
         with suppress(ValueError, OSError):
-            files[name] = find(name)
-    return files
+            yield _lora_name(source), names.get(source, source), locate(source)
+    folders = [request.lora_dir] if isinstance(request.lora_dir, str) else request.lora_dir or ()
+    roots = {folder: Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders}
+    for name, _ in request.prompt_loras:
+        with suppress(ValueError, OSError):
+            path = find_in(folders, name)
+            folder = next(folder for folder, root in roots.items() if path.is_relative_to(root))
+            yield name, f"{names.get(folder, folder)} {path.relative_to(roots[folder]).as_posix()}", path

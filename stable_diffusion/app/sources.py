@@ -17,7 +17,7 @@ from ..weights import catalog, hub
 from ..weights.layout import SUFFIXES
 from ..weights.parts import NETWORKS
 from .fingerprints import HASHES, fingerprint
-from .request import Request
+from .request import Request, split_embedding
 
 _NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "lora")
 FIELDS = (*_NETWORKS, "image", "mask", "depth", "control_image", "embedding", "tokenizer", "lora_dir", "wildcards")
@@ -28,8 +28,8 @@ def map_sources(request: Request, change: Callable[[str, str], str], fields: Col
 
     def mapped(field: str, value: Any) -> Any:
         if isinstance(value, str):
-            file, *word = value.rsplit("=", 1) if field == "embedding" else [value]
-            return "=".join([change(field, file), *word])
+            file, word = split_embedding(value) if field == "embedding" else (value, None)
+            return change(field, file) + ("" if word is None else f"={word}")
         return tuple(mapped(field, one) for one in value) if isinstance(value, tuple) else value
 
     return request.with_values(**{field: mapped(field, request.value(field)) for field in FIELDS if field in fields})
@@ -103,9 +103,12 @@ def _hashes(entry: Any) -> set[str]:
 
 def _files(field: str, place: Path, names: Sequence[str], request: Request) -> list[Path]:
     """Return the files of a source that was found: of a folder those that a record has with ``names``."""
-    if field == "lora_dir":  # not its sub-folders, which may be a whole disk
-        places = [place / f"{name}{suffix}" for name, _ in request.prompt_loras for suffix in ("", *SUFFIXES)]
-        return [path for path in places if path.is_file()]
+    if field == "lora_dir":  # no search in its sub-folders, which may be a whole disk
+        tags = [name for name, _ in request.prompt_loras]
+        titles = {Path(tag).name for tag in tags}
+        names = [name for name in names if name.endswith(SUFFIXES) and {Path(name).stem, Path(name).name} & titles]
+        names += [f"{tag}{suffix}" for tag in tags for suffix in ("", *SUFFIXES)]
+        return [path for path in (place / name.lstrip("/") for name in names if ".." not in name) if path.is_file()]
     if field == "lora":
         return [locate(place)]
     if not place.is_dir():

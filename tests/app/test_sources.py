@@ -64,9 +64,8 @@ def test_pictures_name_no_folders(made, name):
         "image": "in.png",
     }
     assert said.items() <= record.arguments.items()
-    assert {"in.png", "more.safetensors", "paint", "dreams vae/diffusion_pytorch_model.safetensors"} <= set(
-        record.details["files"]
-    )
+    files = ["in.png", "more.safetensors", "loras paint.safetensors", "dreams vae/diffusion_pytorch_model.safetensors"]
+    assert record.details["files"].keys() >= {*files}
 
 
 def test_names_are_told_apart():
@@ -94,6 +93,16 @@ def test_files_are_found_by_name_and_hash(made, run, tmp_path, place):
         os.chdir(tmp_path / "elsewhere")
     run("image2image", *words, "--from_image", picture, "--output", tmp_path / "b.png").succeeded()
     assert (pixels(tmp_path / "b.png") == pixels(made / "a.png")).all()
+
+
+def test_a_lora_in_a_sub_folder_is_found_again(run, tmp_path, sd1_folder):
+    (tmp_path / "loras" / "people").mkdir(parents=True)
+    write_lora(tmp_path / "loras" / "people" / "bob.safetensors", seed=1)
+    options = ["--model", sd1_folder, *QUICK]
+    run("txt2image", "a star <lora:bob:0.5>", "--lora_dir", "loras", *options, "--output", "a.png").succeeded()
+    assert "loras people/bob.safetensors" in read_record("a.png").details["files"]
+    run("txt2image", "--from_image", "a.png", *options, "--output", "b.png").succeeded()
+    assert (pixels("b.png") == pixels("a.png")).all()
 
 
 def command(picture: Path, *words: object, script: str = "txt2image") -> cli_arguments.Command:
