@@ -94,7 +94,8 @@ class Options:
         guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
             2024); outside of them the UNet runs for the prompt alone.
         guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
-            for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. Models with zero terminal SNR need about 0.7.
+            for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. None is 0.7, the paper's value, for checkpoints
+            with zero terminal SNR and v-prediction, and 0 for others.
         deep_cache: run the whole UNet in every n-th step only and its last layer in the others (Ma et al. 2023); 1 is
             exact.
         token_merging: fraction of positions, 0 ... 0.75, that the UNet's largest self-attentions merge with similar
@@ -118,7 +119,7 @@ class Options:
     s_noise: float | None = None
     clip_skip: int = 0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
+    guidance_rescale: float | None = None
     deep_cache: int = 1
     token_merging: float = 0.0
     size_conditioning: SizeConditioning | None = None
@@ -179,7 +180,7 @@ class OptionKeywords(TypedDict, total=False):
     s_noise: float | None
     clip_skip: int
     guidance_interval: tuple[float, float]
-    guidance_rescale: float
+    guidance_rescale: float | None
     deep_cache: int
     token_merging: float
     size_conditioning: SizeConditioning | None

@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from .diffusion.choice import sampler_for
 from .diffusion.denoiser import Denoiser, DenoiseStep, consistency, inpainting
-from .diffusion.guidance import guidance_batches
+from .diffusion.guidance import guidance_batches, guidance_rescale
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
 from .diffusion.schedule import Schedule, ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
@@ -345,7 +345,7 @@ class StableDiffusion(Networks):
             uncond_image=uncond_image,
             image_guidance=prompts.image_cfg_weight,
             interval=options.guidance_interval,
-            rescale=options.guidance_rescale,
+            rescale=guidance_rescale(options.guidance_rescale, self.schedule.config),
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
         denoise: DenoiseStep = Denoiser(

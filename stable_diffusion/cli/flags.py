@@ -33,8 +33,8 @@ FLAGS = {
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",
         "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
-        "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1; about 0.7 for models with "
-        "zero terminal SNR (0)",
+        "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1 (0.7 for models with zero "
+        "terminal SNR and v-prediction, 0 for others)",
         "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",
         "--token_merging SHARE": "of positions, up to 0.75, that large self-attentions merge: faster, inexact (0)",
         "--sampler NAME": "how to denoise, see --list_samplers",

@@ -8,9 +8,17 @@ from itertools import accumulate, pairwise
 import mlx.core as mx
 
 from ..text.encode import Conditioning, PromptRow, concatenate
+from .schedule import ScheduleConfig
 
 Weighted = list[tuple[int, float]]  # (index of a row in the conditioning, its weight)
 _Active = tuple[tuple[int, PromptRow], ...]  # the rows of a conditioning that a step reads, with their indices
+
+
+def guidance_rescale(share: float | None, config: ScheduleConfig) -> float:
+    """Return the share of rescaled guidance; None is what the checkpoint needs (Lin et al. 2024, section 3.4)."""
+    if share is not None:
+        return share
+    return 0.7 if config.rescale_betas_zero_snr and config.prediction_type == "v_prediction" else 0.0
 
 
 @dataclass(frozen=True)

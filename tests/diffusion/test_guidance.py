@@ -147,6 +147,23 @@ def test_rescaling_in_a_pipeline(tmp_path, family, prediction):
     both(pipe, StableDiffusion(tmp_path / "sd"), steps=4, guidance_rescale=0.7, theirs={"guidance_rescale": 0.7})
 
 
+@pytest.mark.parametrize(
+    "zero_snr, prediction, given, expected",
+    [
+        (True, "v_prediction", {}, 0.7),
+        (True, "v_prediction", {"guidance_rescale": 0.0}, 0.0),
+        (True, "v_prediction", {"guidance_rescale": 0.3}, 0.3),
+        (False, "v_prediction", {}, 0.0),
+    ],
+)
+def test_a_checkpoint_with_zero_terminal_snr_is_rescaled(tmp_path, zero_snr, prediction, given, expected):
+    """Lin et al. 2024 recommend 0.7 for their v-prediction models; what is given wins, and a 0 is given too."""
+    options = {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr, "timestep_spacing": "trailing"}
+    pipe = make(tmp_path / "sd", "sd1", diffusers.DDIMScheduler(**SCALED, **options, clip_sample=False))
+    sd = StableDiffusion(tmp_path / "sd")
+    both(pipe, sd, steps=3, theirs={"guidance_rescale": expected}, **given)
+
+
 # --- the interval ----------------------------------------------------------------------------------------------------
 
 
