@@ -14,7 +14,8 @@ from .diffusion.choice import find_sampler, read_name, read_schedule, run_option
 from .diffusion.controls import Control
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States
-from .diffusion.schedule import SPACINGS, Schedule, Steps
+from .diffusion.schedule import Schedule, Steps
+from .diffusion.schedule_config import SPACINGS
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
 

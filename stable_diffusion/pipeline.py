@@ -19,7 +19,8 @@ from .diffusion.choice import sampler_for
 from .diffusion.denoiser import Denoiser, DenoiseStep, consistency, inpainting
 from .diffusion.guidance import guidance_batches, guidance_rescale
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
-from .diffusion.schedule import Schedule, ScheduleConfig
+from .diffusion.schedule import Schedule
+from .diffusion.schedule_config import ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
 from .models import cpu

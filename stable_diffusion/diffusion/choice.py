@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from .samplers import SAMPLERS, Sampler, States
-from .schedule import SCHEDULES, Schedule, ScheduleConfig, Steps
+from .schedule import SCHEDULES, Schedule, Steps
+from .schedule_config import ScheduleConfig
 
 _log = logging.getLogger("stable_diffusion")
 
