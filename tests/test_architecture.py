@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cli": LIBRARY | {"", "app"},
 }
 HOMES = {"huggingface_hub": {"weights"}, "regex": {"text"}, "tqdm": {"app"}, "argparse": {"cli"}}
-HOMES |= {"numpy": {"images", "app"}, "PIL": {"images", "app", ""}}
+HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", ""}}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
 
