@@ -1,5 +1,6 @@
 """Random generators of other programs: to the bit against torch on the CPU, and against published values for CUDA."""
 
+import math
 import time
 
 import numpy as np
@@ -68,6 +69,9 @@ def test_draws_of_cuda_follow_each_other():
     generator, small = CudaGenerator(5), CudaGenerator(5)
     draws = [generator.normal(4096) for _ in range(3)]
     assert all(np.array_equal(small.normal(7), draw[:7]) for draw in draws)
+    u, v, *_ = philox(np.array([1, 0, 6, 0], dtype=np.uint64), (5, 0))  # of the second call the seventh value
+    want = math.sqrt(-2 * math.log((int(u) + 0.5) / 2**32)) * math.sin(2 * math.pi * (int(v) + 0.5) / 2**32)
+    assert draws[1][6] == np.float32(want)
     assert abs(np.corrcoef(draws)[np.triu_indices(3, 1)]).max() < 0.05
     assert not np.array_equal(CudaGenerator(5 + 2**32).normal(16), draws[0][:16])
     assert abs(np.std(draws) - 1) < 0.02
