@@ -28,7 +28,7 @@ from .models.config import readable
 from .models.layers import timestep_embedding
 from .networks import Networks, check_mlx
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
-from .text.encode import Conditioning, SizeConditioning, with_sizes
+from .text.encode import Conditioning, SizeConditioning
 from .weights.files import Checkpoint, open_checkpoint
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -387,10 +387,9 @@ class StableDiffusion(Networks):
         if self.is_xl:
             pixels = tuple(self.pixels_per_latent * side for side in first.x.shape[1:3])
             sizes = options.size_conditioning or SizeConditioning()
-            scores = self._scores_aesthetics
-            positive = with_sizes(positive, pixels, sizes, sizes.aesthetic_score if scores else None)
-            if negative is not None:
-                negative = with_sizes(negative, pixels, sizes, sizes.negative_aesthetic_score if scores else None)
+            ids = partial(sizes.time_ids, pixels, has_score=self._scores_aesthetics)
+            positive = positive.with_time_ids(ids(is_cond=True))
+            negative = None if negative is None else negative.with_time_ids(ids(is_cond=False))
         if first.channels is None:
             return positive, negative, None
         if negative is None:

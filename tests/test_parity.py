@@ -52,6 +52,17 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
     both(pipe, sd, steps=4, guidance=guidance, negative_text=negative, micro=micro, theirs=given)
 
 
+def test_sizes_of_the_negative_prompt(tmp_path):
+    scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
+    pipe = make(tmp_path / "xl", "xl", scheduler)
+    sizes = {"original_size": (100, 200), "target_size": (50, 60)}
+    negative = {"negative_original_size": (64, 32), "negative_target_size": (70, 80)}
+    theirs = sizes | negative
+    theirs |= {"crops_coords_top_left": (3, 4), "negative_crops_coords_top_left": (5, 6)}
+    ours = SizeConditioning(**sizes, **negative, crop=(3, 4), negative_crop=(5, 6))
+    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=3, size_conditioning=ours, theirs=theirs)
+
+
 def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 96, 3), dtype=np.uint8))
 

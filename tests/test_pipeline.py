@@ -115,10 +115,12 @@ def test_micro_conditioning_reaches_the_unet(xl, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "embed_time", watched)
     micro = SizeConditioning(original_size=(100, 200), crop=(3, 4), target_size=(50, 60))
     run = {"num_steps": 1, "latent_size": (6, 8), "cfg_weight": 2.0}
-    for given in (None, micro):
+    negative = SizeConditioning(crop=(3, 4), negative_original_size=(9, 8), negative_crop=(0, 0))
+    for given in (None, micro, negative):
         mx.eval(*xl.generate_latents(PROMPT, micro=given, **run))
     assert seen[0].tolist() == [[48, 64, 0, 0, 48, 64]] * 2
     assert seen[1].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
+    assert seen[2].tolist() == [[48, 64, 3, 4, 48, 64], [9, 8, 0, 0, 48, 64]]
 
 
 def test_parts_may_be_used_and_deleted(sd1_folder, xl_folder):

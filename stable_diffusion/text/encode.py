@@ -72,6 +72,10 @@ class Conditioning:
         rows = (replace(row, spans=tuple(span.after(steps) for span in row.spans)) for row in self.rows)
         return replace(self, rows=tuple(rows))
 
+    def with_time_ids(self, time_ids: Sequence[float]) -> "Conditioning":
+        """Return the conditioning with the same ``time_ids`` for every row."""
+        return replace(self, time_ids=mx.array([time_ids] * len(self.rows), dtype=mx.float32))
+
     def with_channels(self, channels: mx.array) -> "Conditioning":
         """Return the conditioning with ``channels`` [1, h, w, C] for every row."""
         return replace(self, channels=mx.repeat(channels, len(self.rows), axis=0))
@@ -89,6 +93,8 @@ class SizeConditioning:
         crop: (top, left) of the cut.
         target_size: that it was resized to. None stands for the size of the result.
         aesthetic_score, negative_aesthetic_score: of the refiner, in place of the target size.
+        negative_original_size, negative_crop, negative_target_size: for the negative prompt; None stands for those of
+            the prompt.
     """
 
     original_size: tuple[int, int] | None = None
@@ -96,15 +102,21 @@ class SizeConditioning:
     target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
 
+    def time_ids(self, pixels: tuple[int, int], is_cond: bool, has_score: bool) -> list[float]:
+        """Return XL's time ids of the prompt or the negative prompt, for a picture of ``pixels`` (height, width).
 
-def with_sizes(
-    conditioning: Conditioning, pixels: tuple[int, int], sizes: SizeConditioning, score: float | None
-) -> Conditioning:
-    """Add XL's time ids for a picture of ``pixels`` (height, width); with an aesthetic ``score``, the refiner's."""
-    last = (sizes.target_size or pixels) if score is None else (score,)
-    ids = [[*(sizes.original_size or pixels), *sizes.crop, *last]] * len(conditioning.rows)
-    return replace(conditioning, time_ids=mx.array(ids, dtype=mx.float32))
+        With ``has_score`` they are the refiner's, which end with an aesthetic score.
+        """
+        original, crop, target = self.original_size or pixels, self.crop, self.target_size or pixels
+        score = self.aesthetic_score
+        if not is_cond:
+            original, crop = self.negative_original_size or original, self.negative_crop or crop
+            target, score = self.negative_target_size or target, self.negative_aesthetic_score
+        return [*original, *crop, *((score,) if has_score else target)]
 
 
 def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
