@@ -143,9 +143,9 @@ def silu(x: mx.array) -> mx.array:
     return _silu(x, _exp(_minus_size(x)))
 
 
-def scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """Compute the SiLU of x * scale + shift, which broadcast over x."""
-    y, exponent = _scaled_and_minus_size(x, scale, shift)
+def scaled_silu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Compute the SiLU of (x - mean) * scale + shift, which broadcast over x."""
+    y, exponent = _scaled_and_minus_size(x, mean, scale, shift)
     return _silu(y, _exp(exponent))
 
 
@@ -196,8 +196,8 @@ _minus_half_square = _loop(lambda x: mx.maximum(-0.5 * x * x, -32.0))
 
 
 @mx.compile
-def _scaled_and_minus_size(x: mx.array, scale: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
-    y = x * scale + shift
+def _scaled_and_minus_size(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
+    y = (x - mean) * scale + shift
     return y, mx.maximum(-mx.abs(y), -32.0)
 
 

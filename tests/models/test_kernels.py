@@ -56,11 +56,16 @@ def test_what_is_not_finite_stays_so(backend):
 @pytest.mark.parametrize("size", [1, 1e-2, 1e-3])
 def test_norms(backend, size):
     """The pieces of GroupNorm, and LayerNorm, of values whose mean is not zero."""
-    x, (scale, shift) = size * (normal(2, 6, 5, 24) + 2), normal(2, 2, 1, 1, 24)
-    line = torch.from_numpy(x).double() * torch.from_numpy(scale) + torch.from_numpy(shift)
-    given = [mx.array(value) for value in (x, scale, shift)]
+    x, (mean, scale, shift) = size * (normal(2, 6, 5, 24) + 2), normal(3, 2, 1, 1, 24)
+    line = (torch.from_numpy(x).double() - torch.from_numpy(mean)) * torch.from_numpy(scale) + torch.from_numpy(shift)
+    given = [mx.array(value) for value in (x, mean, scale, shift)]
     assert relative_error(scaled(*given), line.numpy()) <= 1e-6
     assert relative_error(scaled_silu(*given), torch.nn.functional.silu(line).numpy()) <= 1e-6
+    far = x + np.float32(1000)
+    for kernel, activation in ((scaled, lambda y: y), (scaled_silu, torch.nn.functional.silu)):
+        want = activation((torch.from_numpy(far).double() - 1000) * torch.from_numpy(scale))
+        y = kernel(mx.array(far), mx.array(1000.0), mx.array(scale), mx.array(0.0))
+        assert relative_error(y, want.numpy()) <= 1e-6
     weight, bias = scale[0, 0, 0], shift[0, 0, 0]
     affine = (torch.from_numpy(value).double() for value in (weight, bias))
     want = torch.nn.functional.layer_norm(torch.from_numpy(x).double(), (24,), *affine, 1e-5)
