@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 
-from .diffusion.choice import find_sampler, read_name, read_schedule, run_options
+from .diffusion.choice import describe, find_sampler, read_name, read_schedule, run_options
 from .diffusion.controls import Control
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States
@@ -229,7 +229,7 @@ class Prompts:
 class RunDefaults:
     """Hold what a run takes where it is not specified: the choices of a checkpoint or of a LoRA for few steps."""
 
-    sampler: str
+    sampler: str | None  # None: none here computes what the checkpoint asks for
     num_steps: int
     cfg_weight: float
     spacing: str | None = None
@@ -246,7 +246,8 @@ class RunDefaults:
         All but the sampler is for that of these defaults: with another one ``options`` stay as they are.
         """
         chosen = options.sampler
-        if callable(chosen) or (chosen is not None and read_name(chosen)[0] != read_name(self.sampler)[0]):
+        standard = None if self.sampler is None else read_name(self.sampler)[0]
+        if callable(chosen) or (chosen is not None and read_name(chosen)[0] != standard):
             return options
         values: dict[str, Any] = {"sampler": self.sampler if chosen is None else chosen}
         values["eta"] = self.eta if options.eta is None else options.eta
@@ -280,7 +281,7 @@ def plan_run(
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)
     options = defaults.fill(options, num_steps)
-    sampler, curve = find_sampler(options.sampler, eta=options.eta, s_noise=options.s_noise)
+    sampler, curve = find_sampler(_sampler(options, schedule), eta=options.eta, s_noise=options.s_noise)
     curve = curve if options.schedule is None else read_schedule(options.schedule)
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
     steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, curve)
@@ -303,6 +304,14 @@ def plan_run(
         noise=options.noise,
         s_noise=1.0 if options.s_noise is None else options.s_noise,
     )
+
+
+def _sampler(options: Options, schedule: Schedule) -> str | SamplerFunction:
+    """Return the sampler of filled options. Raises ValueError where none here computes the checkpoint's scheduler."""
+    if options.sampler is None:
+        text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
+        raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
+    return options.sampler
 
 
 def _lay_steps(

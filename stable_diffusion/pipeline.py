@@ -139,7 +139,7 @@ class StableDiffusion(Networks):
     def __repr__(self) -> str:
         family = "XL" if self.is_xl else "1 or 2"
         bits = [f"{name} in {s.quantization[0]} bits" for name, s in self.sources.items() if s.quantization]
-        details = ", ".join([self.dtype_name, self.sampler, *bits, *["low memory"] * self.low_memory])
+        details = ", ".join([self.dtype_name, self.sampler or "no sampler", *bits, *["low memory"] * self.low_memory])
         return f"{type(self).__name__}({str(self.source)!r}, Stable Diffusion {family}, {details})"
 
     @property
@@ -154,8 +154,11 @@ class StableDiffusion(Networks):
         return in_effect[-1] if in_effect else self._defaults
 
     @property
-    def sampler(self) -> str:
-        """Return the name of the sampler that a run takes where none is specified; it may be set."""
+    def sampler(self) -> str | None:
+        """Return the name of the sampler that a run takes where none is specified; it may be set.
+
+        None is a checkpoint whose scheduler none here computes: its runs raise ValueError until one is chosen.
+        """
         return self.defaults.sampler
 
     @sampler.setter

@@ -3,12 +3,13 @@
 import json
 
 import diffusers
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoints import PROMPT, SCALED, both, encoded_mean, make
-from oracle import relative_error
+from checkpoints import PROMPT, SCALED, Recorder, both, compare, encoded_mean, make
+from oracle import nchw, normal, relative_error
 from stable_diffusion import SizeConditioning, StableDiffusion, StableDiffusionXL
 
 SCHEDULERS = {
@@ -40,6 +41,31 @@ def test_an_old_offset_is_read_as_diffusers_reads_it(tmp_path):
     (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(old))
     assert pipe.scheduler.config.steps_offset == 1
     both(pipe, StableDiffusion(tmp_path / "sd"), steps=3)
+
+
+# What files of 2022 have, and what they leave to their class.
+BARE = {
+    "PNDM": SCALED | {"skip_prk_steps": True},
+    "DDIM": SCALED,
+    "LMSDiscrete": SCALED,
+    "HeunDiscrete": {},
+    "EulerDiscrete": SCALED | {"num_train_timesteps": 500},
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_file_with_few_settings(tmp_path, name):
+    """The images are compared, as some of these take more evaluations than steps."""
+    pipe = make(tmp_path / "sd", "sd1", getattr(diffusers, f"{name}Scheduler")(**BARE[name]))
+    bare = json.dumps({"_class_name": f"{name}Scheduler"} | BARE[name])
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(bare)
+    noise = normal(1, 8, 12, 4, seed=1)
+    recorder, run = Recorder(pipe), {"num_inference_steps": 5, "guidance_scale": 5.0}
+    images = recorder(prompt=PROMPT, latents=nchw(noise), height=64, width=96, **run)
+    recorder.steps = recorder.steps[-1:]
+    sd = StableDiffusion(tmp_path / "sd")
+    *_, x = sd.generate_latents(PROMPT, num_steps=5, cfg_weight=5.0, latents=mx.array(noise), latent_size=(8, 12))
+    compare([x], recorder, images, sd.decode)
 
 
 @pytest.mark.parametrize("guidance, negative", [(5.0, "the blue"), (5.0, ""), (0.0, "")])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from ..models.config import listed
 from .samplers import SAMPLERS, Sampler, States
 from .schedule import SCHEDULES, Schedule, Steps
 from .schedule_config import ScheduleConfig
@@ -88,16 +89,22 @@ def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[S
     return row, schedule
 
 
-def sampler_for(config: ScheduleConfig) -> str:
-    """Return the sampler of a checkpoint's scheduler, or the nearest one, which the log names."""
+def sampler_for(config: ScheduleConfig) -> str | None:
+    """Return the sampler of a checkpoint's scheduler, or the nearest one with a warning in the log, or None."""
     exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
     scheduler = config.class_name.removesuffix("Scheduler")
     keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
-    name = (exact | _NEAREST)[keys[0]] if keys else "euler"
-    if not keys or keys[0] in _NEAREST or config.not_followed:
-        scheduler = ", ".join((config.class_name, *config.not_followed))
-        _log.info("the checkpoint asks for %s; the nearest sampler here is %s", scheduler, name)
+    if not keys or config.missing:
+        return None
+    name = (exact | _NEAREST)[keys[0]]
+    if keys[0] in _NEAREST or config.not_followed:
+        _log.warning("the checkpoint asks for %s; the nearest sampler here is %s", describe(config), name)
     return name
+
+
+def describe(config: ScheduleConfig) -> str:
+    """Name a checkpoint's scheduler, with the settings for which no sampler here has the same method."""
+    return listed((config.class_name, *config.missing, *config.not_followed), most=4)
 
 
 def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:

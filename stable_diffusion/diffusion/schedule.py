@@ -36,6 +36,7 @@ class SpacingRule:
     curves_span_training: bool = False  # lay curves over all training sigmas, not from the first to the last of the run
     rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by the curve's name
     final_sigma: str = "zero"  # or "first" (training sigma), or the key of the config that chooses between them
+    set_alpha_to_one: bool = True  # the default of this key
     fixed_stride: bool = False  # go down num_train_timesteps // count timesteps, wherever the next step starts
     distilled: bool = False  # take timesteps of those that the model was distilled for, unless a spacing is chosen
 
@@ -55,7 +56,7 @@ SPACING_RULES = {
     "dpm2": replace(_EULER_RULE, rounding={"karras": round}, final_sigma="zero"),
     "ddim": SpacingRule("leading", keeps_infinite_sigma=True, final_sigma="set_alpha_to_one", fixed_stride=True),
     "ddpm": SpacingRule("leading", keeps_infinite_sigma=True),
-    "pndm": SpacingRule("leading", final_sigma="set_alpha_to_one", fixed_stride=True),
+    "pndm": SpacingRule("leading", final_sigma="set_alpha_to_one", set_alpha_to_one=False, fixed_stride=True),
     "multistep": _MULTISTEP_RULE,
     "deis": replace(_MULTISTEP_RULE, final_sigma="first"),
     "lcm": _DISTILLED_RULE,
@@ -262,6 +263,7 @@ class Schedule:
             sigmas = [self.sigma(t, capped=not rule.keeps_infinite_sigma) for t in timesteps]
         # The value of the config's key, or "zero" or "first" itself.
         final = getattr(self.config, rule.final_sigma, rule.final_sigma)
+        final = rule.set_alpha_to_one if final is None else final
         end = self.sigmas[0] if final in ("first", "sigma_min", False) else 0.0
         count = len(timesteps)
         return Steps((*map(Sigma, sigmas, range(count), timesteps), end), count, stride)

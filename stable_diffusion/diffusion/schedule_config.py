@@ -1,53 +1,102 @@
 """The settings of a noise schedule and of the sampler that a checkpoint prefers, from its scheduler_config.json."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from ..models.config import Config, short
 
+_CURVE_FLAGS = {f"use_{curve}_sigmas": curve for curve in ("karras", "exponential", "beta")}
 SPACINGS = ("leading", "trailing", "linspace")  # Lin et al. 2024, table 2
 
-# Settings that change the noise levels or the timesteps, with the values that are computed here.
+# Settings of every model's noise and of where the steps lie, with the values that are computed here.
 _NOISE_SETTINGS: Mapping[str, tuple] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": SPACINGS,
     "final_sigmas_type": ("zero", "sigma_min"),
-    "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "use_flow_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "sigma_min": (),
-    "sigma_max": (),
 }
 
-# Settings of a checkpoint's preferred sampler, with the values that the sampler here has; then those of its class.
-_SAMPLER_SETTINGS: Mapping[str, tuple] = {
-    "thresholding": (False,),
-    "clip_sample": (False,),
-    "disable_corrector": ([],),
-    "solver_p": (),
-    "predict_x0": (True,),
-}
+# Settings that a class reads beside the fields below, with the values that are computed here. diffusers reads some of
+# another class's values as its only one. An absent setting is one of the values, or in _CLASS_DEFAULTS.
+_THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False,)}
+_CLIPPED = _THRESHOLDED | {"clip_sample": (False,)}
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
-    "DPMSolverMultistepScheduler": {
+    "DDIMScheduler": _CLIPPED,
+    "DDPMScheduler": _CLIPPED | {"variance_type": ("fixed_small",)},
+    "DEISMultistepScheduler": _THRESHOLDED
+    | {"solver_order": (2,), "solver_type": ("logrho", "midpoint", "heun", "bh1", "bh2")},
+    "DPMSolverMultistepScheduler": _THRESHOLDED
+    | {
         "solver_order": (2,),
-        "solver_type": ("midpoint",),
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+        "euler_at_final": (False,),
+        "use_lu_lambdas": (False,),
+        "lambda_min_clipped": (-math.inf,),
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     },
-    "UniPCMultistepScheduler": {
+    "EulerDiscreteScheduler": {"interpolation_type": ("linear",), "sigma_min": (), "sigma_max": ()},
+    "HeunDiscreteScheduler": {"clip_sample": (False,)},
+    "LCMScheduler": _CLIPPED,
+    "PNDMScheduler": {"skip_prk_steps": (True,)},
+    "TCDScheduler": _CLIPPED,
+    "UniPCMultistepScheduler": _THRESHOLDED
+    | {
         "solver_order": (2,),
         "solver_type": ("bh2", "midpoint", "heun", "logrho"),
         "lower_order_final": (True,),
+        "predict_x0": (True,),
+        "disable_corrector": ([],),
+        "solver_p": (),
+        "sigma_min": (),
+        "sigma_max": (),
     },
-    "DEISMultistepScheduler": {"solver_order": (2,)},
-    "PNDMScheduler": {"skip_prk_steps": (True,)},
-    "DDPMScheduler": {"variance_type": ("fixed_small",)},
 }
 
-# The pipelines in which diffusers reads any steps_offset as 1: old files lack it, and were trained with 1.
-_OFFSET_ONE = {f"StableDiffusion{mode}Pipeline" for mode in ("", "Img2Img", "Inpaint")}
+# Other values of these are another order, start or form of the same method, which without them is the nearest one.
+_NEAR: Mapping[str, tuple] = {
+    "solver_order": (1, 2, 3),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
+    "algorithm_type": ("dpmsolver", "sde-dpmsolver"),
+    "skip_prk_steps": (False,),
+    "lower_order_final": (False,),
+    "euler_at_final": (True,),
+    "predict_x0": (False,),
+}
+
+# What an absent setting is for a class, where it is not the first value above or the default of the field below.
+_STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "DDIMScheduler": {"clip_sample": True},
+    "DDPMScheduler": {"clip_sample": True},
+    **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), _STABLE_DIFFUSION),
+    **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _STABLE_DIFFUSION),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
+    "DPMSolverSinglestepScheduler": {"lower_order_final": False},
+    "PNDMScheduler": {"skip_prk_steps": False},
+}
+
+# Classes of the same method as another one.
+_SAME_CLASSES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
+
+# Settings that change nothing alone, or nothing in a run: of clipping and thresholds, of a generator's seed, of flow
+# matching, of classes that are not followed, and of the first versions of diffusers.
+_WITHOUT_EFFECT = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "noise_sampler_seed"}
+_WITHOUT_EFFECT |= {"flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+_WITHOUT_EFFECT |= {"predictor_order", "corrector_order", "tau_func"}
+_WITHOUT_EFFECT |= {"tensor_format", "timestep_values", "predict_epsilon", "dtype"}
+
+# In these pipelines diffusers replaces what old files lack or have wrong.
+_OLD_FILES = {"steps_offset": 1, "clip_sample": False}
+_PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionPipeline": _OLD_FILES,
+    "StableDiffusionImg2ImgPipeline": _OLD_FILES,
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +104,10 @@ class ScheduleConfig(Config):
     """Describe the noise that a model was trained on and its preferred sampler, from ``scheduler_config.json``.
 
     ``timestep_spacing`` is None where the file has none: the default then depends on the sampler. ``sigma_schedule``
-    gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. ``not_followed`` lists
-    settings of the preferred sampler, such as "solver_order=3", that the samplers here do not have.
+    gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. So is
+    ``set_alpha_to_one``. ``not_followed`` lists settings of the preferred sampler, such as "solver_order=3", without
+    which the sampler here is near it; ``missing`` lists those without which it draws other images, such as
+    "thresholding=True", and unknown ones.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -70,7 +121,7 @@ class ScheduleConfig(Config):
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = None
     rescale_betas_zero_snr: bool = False
     sigma_schedule: str = "default"
     final_sigmas_type: str = "zero"
@@ -79,6 +130,7 @@ class ScheduleConfig(Config):
     algorithm_type: str | None = None
     lower_order_final: bool = True
     not_followed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], pipeline: str = "") -> Self:
@@ -86,23 +138,35 @@ class ScheduleConfig(Config):
 
         ``pipeline`` is the class of diffusers that the checkpoint is for.
         """
-        fields = {**raw, "class_name": raw.get("_class_name", "DDIMScheduler")}
-        if pipeline in _OFFSET_ONE:
-            fields["steps_offset"] = 1
-        curves = [name for name in ("karras", "exponential", "beta") if raw.get(f"use_{name}_sigmas")]
+        name = str(raw.get("_class_name", cls.class_name)).removeprefix("Flax")
+        name = _SAME_CLASSES.get(name, name)
+        given = {key: value for key, value in raw.items() if value is not None}
+        raw = _CLASS_DEFAULTS.get(name, {}) | given | _PIPELINE_SETTINGS.get(pipeline, {})
+        curves = [curve for flag, curve in _CURVE_FLAGS.items() if raw.get(flag)]
         if len(curves) > 1:
             raise ValueError(f"scheduler config: only one of use_{'_sigmas, use_'.join(curves)}_sigmas can hold")
-        fields["sigma_schedule"] = curves[0] if curves else "default"
         for key, supported in _NOISE_SETTINGS.items():
             if raw.get(key) not in (None, *supported):
-                names = f" (supported: {', '.join(map(repr, supported))})" if supported else ""
+                names = f" (supported: {', '.join(map(repr, supported))})"
                 raise ValueError(f"scheduler config: {key}={short(raw[key])} is not supported{names}")
-        followed = _SAMPLER_SETTINGS | _CLASS_SETTINGS.get(fields["class_name"], {})
-        fields["not_followed"] = tuple(
-            f"{key}={short(raw[key])}" for key, supported in followed.items() if raw.get(key) not in (None, *supported)
-        )
-        config = super().from_dict(fields)
+        near, missing = cls._unsupported(name, raw)
+        chosen = {"class_name": name, "sigma_schedule": curves[0] if curves else "default"}
+        config = super().from_dict({**raw, **chosen, "not_followed": near, "missing": missing})
         betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
         if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
             raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")
         return config
+
+    @classmethod
+    def _unsupported(cls, name: str, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the settings that the samplers here lack: those with a near method, and those without and unknown."""
+        own, near, missing = _CLASS_SETTINGS.get(name, {}), [], []
+        others = [field.name for field in fields(cls)] + [key for keys in _CLASS_SETTINGS.values() for key in keys]
+        others += [*_NOISE_SETTINGS, *_WITHOUT_EFFECT, *_CURVE_FLAGS]
+        for key, value in raw.items():
+            if key in own:
+                if value not in own[key]:
+                    (near if value in _NEAR.get(key, ()) else missing).append(f"{key}={short(value)}")
+            elif not (key in others or key.startswith("_") or value in (False, [], {})):
+                missing.append(f"{key}={short(value)}")
+        return tuple(near), tuple(missing)

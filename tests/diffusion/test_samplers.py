@@ -189,19 +189,26 @@ def test_unknown_names(name):
 @pytest.mark.parametrize(
     "config, wanted, log",
     [
-        ({"_class_name": "PNDMScheduler"}, "pndm", ""),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "pndm", ""),
+        ({"_class_name": "FlaxPNDMScheduler"}, "pndm", "asks for PNDMScheduler, skip_prk_steps=False; the nearest"),
+        ({"_class_name": "DDIMParallelScheduler", "clip_sample": False}, "ddim", ""),
+        ({"_class_name": "DDPMParallelScheduler", "clip_sample": False}, "ddpm", ""),
         (DPM | {"algorithm_type": "dpmsolver++"}, "dpmpp_2m", ""),
         (DPM | {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", ""),
         (DPM | {"algorithm_type": "sde-dpmsolver"}, "dpmpp_2m_sde", "asks for DPMSolverMultistepScheduler, algorithm"),
         (DPM | {"solver_order": 3}, "dpmpp_2m", "asks for DPMSolverMultistepScheduler, solver_order=3; the nearest"),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", "nearest sampler here is dpmpp_2m"),
-        ({"_class_name": "SomethingNew"}, "euler", "asks for SomethingNew; the nearest sampler here is euler"),
+        ({"_class_name": "SomethingNew"}, None, ""),
+        (DPM | {"solver_order": 4}, None, ""),
+        (DPM | {"thresholding": True}, None, ""),
+        (DPM | {"unheard_of": 0.5}, None, ""),
+        (DPM | {"unheard_of": False, "clip_sample": True, "tensor_format": "pt"}, "dpmpp_2m", ""),
     ],
 )
 def test_the_sampler_of_a_checkpoint(config, wanted, log, caplog):
     with caplog.at_level("INFO", "stable_diffusion"):
         assert sampler_for(ScheduleConfig.from_dict(config)) == wanted
-    assert log in caplog.text and bool(log) == bool(caplog.text)
+    assert log in caplog.text and [record.levelname for record in caplog.records] == ["WARNING"] * bool(log)
 
 
 def test_options():

@@ -1,0 +1,80 @@
+"""Every scheduler class of diffusers: what an absent setting is, and which are followed or refused by name."""
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from stable_diffusion.diffusion import schedule_config
+from stable_diffusion.diffusion.choice import sampler_for
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.schedule import SPACING_RULES, Schedule, ScheduleConfig
+from stable_diffusion.weights.layout import check_noise
+
+DOCS = (Path(__file__).parents[2] / "docs/samplers.md").read_text(encoding="utf-8")
+DOCUMENTED = dict(re.findall(r"^\| `(\w+Scheduler)` \| ([^|]+?) +\|", DOCS, re.MULTILINE))
+CLASSES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
+FOLLOWED = [name for name in CLASSES if "`" in DOCUMENTED.get(name, "")]
+AS_PUBLISHED = {"clip_sample": False, "skip_prk_steps": True}  # by every model of Stable Diffusion
+
+
+def defaults(name: str) -> dict:
+    """The settings of a class in diffusers, but those that must be given."""
+    parameters = inspect.signature(getattr(diffusers.schedulers, name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def result(raw: dict) -> str:
+    """What becomes of a checkpoint with these settings, in the words of the documentation."""
+    try:
+        check_noise(raw, "checkpoint")
+        config = ScheduleConfig.from_dict(raw)
+    except ValueError:
+        return "refused at opening"
+    sampler = sampler_for(config)
+    return f"`{sampler}`" if sampler else "refused"
+
+
+def test_the_documentation_has_a_row_for_every_class(caplog):
+    assert sorted(DOCUMENTED) == CLASSES and len(CLASSES) == 51
+    for name in CLASSES:
+        caplog.clear()
+        found = result(defaults(name) | {"_class_name": name} | AS_PUBLISHED)
+        assert ("nearest: " if caplog.records else "") + found == DOCUMENTED[name], name
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_an_absent_setting_is_the_default_of_its_class(name):
+    bare, full = {"_class_name": name}, {"_class_name": name} | defaults(name)
+    configs = [ScheduleConfig.from_dict(raw) for raw in (bare, full)]
+    of_sampler = {"timestep_spacing": None, "set_alpha_to_one": None, "algorithm_type": None}
+    assert configs[0] == replace(configs[1], **of_sampler)
+    assert result(bare) == result(full)
+    rule = SAMPLERS[re.search(r"`(\w+)`", DOCUMENTED[name])[1]].spacing_rule
+    steps = [Schedule(config).steps(7, rule) for config in configs]
+    assert steps[0] == steps[1]
+    if "timestep_spacing" in full:
+        assert SPACING_RULES[rule].spacing == full["timestep_spacing"]
+    oracle = diffusers.DDIMScheduler(**{key: full[key] for key in ("beta_start", "beta_end", "beta_schedule")})
+    assert Schedule(configs[0]).alphas_cumprod == pytest.approx(oracle.alphas_cumprod.double().tolist(), rel=1e-6)
+
+
+def test_every_setting_of_the_tables_is_one_of_its_class():
+    for name, settings in schedule_config._CLASS_SETTINGS.items():
+        assert settings.keys() <= defaults(name).keys(), name
+    for name, settings in schedule_config._CLASS_DEFAULTS.items():
+        assert settings.items() <= defaults(name).items(), name
+
+
+@pytest.mark.parametrize("name", [name for name in FOLLOWED if DOCUMENTED[name].startswith("`")])
+def test_no_setting_of_a_followed_class_is_overlooked(name):
+    """Of each class the settings are read as fields, in its own table or named as being without effect."""
+    fields = schedule_config.ScheduleConfig.__dataclass_fields__
+    known = fields.keys() | schedule_config._CLASS_SETTINGS.get(name, {}).keys() | schedule_config._CURVE_FLAGS.keys()
+    known |= schedule_config._NOISE_SETTINGS.keys() | schedule_config._WITHOUT_EFFECT
+    same = schedule_config._SAME_CLASSES.get(name)
+    known |= schedule_config._CLASS_SETTINGS.get(same, {}).keys()
+    assert defaults(name).keys() <= known
