@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .diffusion.choice import describe, find_sampler, read_name, read_schedule, run_options
 from .diffusion.controls import Control
+from .diffusion.generators import NOISE_SOURCES
 from .diffusion.sample import Run
 from .diffusion.samplers import Noise, States
 from .diffusion.schedule import Schedule, Steps
@@ -105,6 +106,8 @@ class Options:
         controls: ControlNets and T2I-Adapters with their conditioning images.
         denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
         denoising_end: fraction of the noise at which to stop, for another model to continue.
+        noise_source: generator of a seed's noise: "mlx"; "torch", the one of torch on the CPU, drawn from as diffusers
+            does with one for each image; or "cuda", the one of torch on a GPU, as AUTOMATIC1111's web UI does.
         latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
         noise: a function ``noise(step, shape)`` that replaces the seed's noise of stochastic samplers.
 
@@ -127,6 +130,7 @@ class Options:
     controls: Sequence[Control] = ()
     denoising_start: float = 0.0
     denoising_end: float = 1.0
+    noise_source: str = "mlx"
     latents: mx.array | None = None
     noise: Noise | None = None
 
@@ -153,6 +157,9 @@ class Options:
             read_schedule(self.schedule)
         if self.spacing not in (None, *SPACINGS):
             raise ValueError(f"spacing {self.spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
+        if self.noise_source not in NOISE_SOURCES:
+            text = f"noise_source {self.noise_source!r} is unknown; choose one of {', '.join(NOISE_SOURCES)}"
+            raise SettingError(text, "noise_source")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
@@ -188,6 +195,7 @@ class OptionKeywords(TypedDict, total=False):
     controls: Sequence[Control]
     denoising_start: float
     denoising_end: float
+    noise_source: str
     latents: mx.array | None
     noise: Noise | None
 
@@ -259,6 +267,9 @@ class RunDefaults:
         return replace(options, **values)
 
 
+_NOISE_OPTIONS = ("latents", "noise", "noise_source")  # which a run takes as they are
+
+
 def plan_run(
     schedule: Schedule,
     options: Options,
@@ -300,9 +311,8 @@ def plan_run(
         sampler_options=run_options(sampler, schedule, steps, eta=options.eta),
         initial_scale=scale,
         seeds=seeds,
-        latents=options.latents,
-        noise=options.noise,
         s_noise=1.0 if options.s_noise is None else options.s_noise,
+        **{name: getattr(options, name) for name in _NOISE_OPTIONS},
     )
 
 

@@ -121,12 +121,13 @@ class Recorder:
 
 
 def encoded_mean(pipe) -> None:
-    """Make a diffusers pipeline take the mean of the autoencoder's posterior and no sample of it, as we do."""
+    """Make a diffusers pipeline draw a sample of the autoencoder's posterior, but take its mean, as we do."""
     encode = pipe.vae.encode
 
     def mean(x, **kwargs):
         output = encode(x, **kwargs)
-        output.latent_dist.sample = lambda generator=None: output.latent_dist.mode()
+        sample = output.latent_dist.sample
+        output.latent_dist.sample = lambda generator=None: 0 * sample(generator) + output.latent_dist.mode()
         return output
 
     pipe.vae.encode = mean

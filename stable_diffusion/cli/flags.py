@@ -29,6 +29,8 @@ FLAGS = {
         "--n_images N": "images of each prompt (4), and of each setting of lists (1)",
         "--seed N": "of the first image, the others count on from it (-1, random); or of each image, as a list: 1,2,3 "
         "or 1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
+        "--noise_source --rng": "where a seed's noise is from, for the same picture as another program: torch is "
+        "diffusers' and ComfyUI's, cuda AUTOMATIC1111's (mlx)",
         "--fixed_seed": "start every prompt from the same seed, not from the next one",
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",

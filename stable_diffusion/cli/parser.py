@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
 from ..diffusion.choice import read_name, read_schedule, table
+from ..diffusion.generators import NOISE_SOURCES
 from ..lora.delta import Scale
 from ..models.cpu import DEVICES
 from ..networks import check_mlx
@@ -279,6 +280,7 @@ _RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
 _GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
 _CHOICES = CHOICES | {
     "device": DEVICES,
+    "noise_source": NOISE_SOURCES,
     "prediction": PREDICTIONS,
     "unet_bits": BITS,
     "text_bits": BITS,

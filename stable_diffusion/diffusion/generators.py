@@ -147,3 +147,11 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarr
 
 
 GENERATORS = {"torch": TorchGenerator, "cuda": CudaGenerator}
+NOISE_SOURCES = ("mlx", *GENERATORS)
+
+
+def draw(generators: Sequence[TorchGenerator | CudaGenerator], shape: tuple[int, ...]) -> np.ndarray:
+    """Draw unit normal noise [n, *shape] with a generator for each image: of (h, w, C) values in the order C, h, w."""
+    height, width, channels = shape
+    images = [one.normal(channels * height * width).reshape(channels, height, width) for one in generators]
+    return np.stack(images).transpose(0, 2, 3, 1)

@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.core as mx
 from ..models import cpu
 from ..models.layers import resample
 from .denoiser import DenoiseStep, InpaintMask
+from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw
 from .samplers import Noise, Sampler
 from .schedule import Steps
 
@@ -29,6 +31,8 @@ class Run:
     or on the latents that it continues from. Image i has two random streams from ``seeds[i]``: one for its first noise
     and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
     ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
+
+    With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn.
     """
 
     steps: Steps
@@ -40,11 +44,18 @@ class Run:
     latents: mx.array | None
     noise: Noise | None
     s_noise: float
+    noise_source: str = "mlx"
+
+    @cached_property
+    def _generators(self) -> list[TorchGenerator | CudaGenerator]:
+        return [GENERATORS[self.noise_source](seed) for seed in self.seeds]
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
         if self.latents is not None:
             return self.latents.astype(mx.float32)
+        if self.noise_source != "mlx":
+            return mx.array(draw(self._generators, shape))
         keys = [mx.random.split(mx.random.key(seed))[0] for seed in self.seeds]
         return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
@@ -52,11 +63,18 @@ class Run:
         """Draw the noise of ``shape`` that a stochastic sampler adds at a step: unit normal, times ``s_noise``."""
         if self.noise is not None:
             noise = self.noise(step, shape)
+        elif self.noise_source != "mlx":
+            noise = mx.array(draw(self._generators, shape[1:]))
         else:
             counter = mx.array([0, step], dtype=mx.uint32)
             keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
             noise = mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
         return self.s_noise * noise
+
+    def pass_encoding(self, shape: tuple[int, ...]) -> None:
+        """Draw what diffusers draws with torch to encode an image; here its latents are the mean of their posterior."""
+        if self.noise_source == "torch":
+            draw(self._generators, shape)
 
 
 @dataclass(frozen=True)
@@ -96,13 +114,18 @@ def from_image(
     x0 = mx.broadcast_to(x0, (len(run.seeds), *x0.shape[1:]))
     if not len(run.steps):
         return InitialLatents(x0)
-    (h, w), noise = x0.shape[1:3], run.initial_noise(x0.shape[1:])
+    (h, w), shape = x0.shape[1:3], x0.shape[1:]
     if mask is None and mode == "masks":
         mask = mx.ones(image.shape[:2])
     # A mask is reduced by its maximum, so that not even a thin line is lost.
     small = None if mask is None else mask.reshape(h, len(mask) // h, w, -1).max(axis=(1, 3))[None, ..., None]
     # Where diffusers' pipelines begin with noise alone, so do these: the image would not be painted over.
     is_noise = strength == 1 and (mask is not None or mode in ("masks", "instructions"))
+    if image.ndim == 3 and mode != "instructions" and not (mode == "masks" and is_noise):
+        run.pass_encoding(shape)
+    noise = run.initial_noise(shape)
+    if mask is not None:  # also the image without what is masked is encoded
+        run.pass_encoding(shape)
     x = run.initial_scale * noise if is_noise else x0 + run.steps.sigmas[0] * noise
     if mode == "masks":
         covered = encode((image * (mask < 0.5)[..., None])[None])

@@ -129,7 +129,7 @@ CHANGES = {
     ("txt2image", "sd", ""): "--width 72; --height 72; --seed 4; --steps 3; --cfg 4; --token_merging 0.75; --eta 1; "
     "--sampler euler_a; --clip_skip 1; --emphasis none; --weight_blocks; --truncate; --hires 1.5; --quantize; "
     "--unet_bits 4; --text_bits 4; --embedding {}/word.safetensors=red; --lora {}/loras/paint.safetensors; "
-    "--vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
+    "--noise_source torch; --vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
     f"--prediction v_prediction; {NET}",
     ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
     ("txt2image", "sd", "--steps 4"): "--deep_cache 2; --schedule karras",

@@ -1,0 +1,114 @@
+"""Whole pictures against diffusers from the same seeds: no noise is injected, each image has a generator of torch."""
+
+import diffusers
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import NEGATIVE, PROMPT, SCALED, make
+from oracle import last, nchw, normal, relative_error
+from stable_diffusion import Options, StableDiffusion
+from stable_diffusion.diffusion.generators import NOISE_SOURCES, CudaGenerator
+from test_parity_images import EULER_A, mask, picture, reference
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch rounds otherwise"
+)
+SEEDS = [7, 2**32 + 8]
+PLAIN = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+SAMPLERS = {  # the scheduler, its config, and eta
+    "euler": (diffusers.EulerDiscreteScheduler, {}, None),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}, None),
+    "dpm2_a": (diffusers.KDPM2AncestralDiscreteScheduler, {}, None),
+    "ddim": (diffusers.DDIMScheduler, PLAIN, 0.7),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, None),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, SDE, None),
+    "lcm": (diffusers.LCMScheduler, {}, None),
+    "tcd": (diffusers.TCDScheduler, {}, 0.4),
+}
+
+
+def agree(pipe, sd, image=None, theirs=(), **ours) -> None:
+    """Draw two images of ``SEEDS`` with both: latents and pictures must agree. ``theirs`` is for diffusers alone."""
+    size = {"height": 64, "width": 96} if image is None else {"image": [image] * 2}
+    run = size | {"guidance_scale": 5.0, "num_inference_steps": 6} | dict(theirs)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    texts = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2}
+    latents = pipe(**texts, **run, generator=generators, output_type="latent").images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.permute(0, 2, 3, 1)
+    keywords = {"num_steps": 6, "cfg_weight": 5.0, "n_images": 2, "negative_text": NEGATIVE, "seed": SEEDS}
+    keywords |= {"noise_source": "torch"} | ours
+    if image is None:
+        x = last(sd.generate_latents(PROMPT, latent_size=(8, 12), **keywords))
+    else:
+        x = last(sd.generate_latents_from_image(image, PROMPT, **keywords))
+    assert relative_error(x, latents.permute(0, 2, 3, 1)) <= 1e-3
+    levels = np.round(np.array(sd.decode(mx.array(x))) * 255) - np.round((decoded / 2 + 0.5).clamp(0, 1).numpy() * 255)
+    assert np.abs(levels).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # of diffusers' KDPM2 schedulers
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_picture_of_diffusers_from_a_seed(tmp_path, sampler):
+    scheduler_class, config, eta = SAMPLERS[sampler]
+    pipe = make(tmp_path / "sd", "sd1", scheduler_class(**SCALED, **config))
+    sd = StableDiffusion(tmp_path / "sd")
+    assert sd.sampler == sampler
+    agree(pipe, sd, theirs={} if eta is None else {"eta": eta}, eta=eta)
+
+
+IMAGE_RUNS = {
+    "image": ("sd1", diffusers.StableDiffusionImg2ImgPipeline, {"strength": 0.5}),
+    "mask": ("sd1", diffusers.StableDiffusionInpaintPipeline, {"mask": mask(), "strength": 0.5}),
+    "mask over noise": ("sd1", diffusers.StableDiffusionInpaintPipeline, {"mask": mask(), "strength": 1.0}),
+    "model for masks": ("inpaint", diffusers.StableDiffusionInpaintPipeline, {"mask": mask(), "strength": 0.5}),
+    "that, over noise": ("inpaint", diffusers.StableDiffusionInpaintPipeline, {"mask": mask(), "strength": 1.0}),
+    "instructions": ("pix2pix", diffusers.StableDiffusionInstructPix2PixPipeline, {}),
+    "depth": ("depth", diffusers.StableDiffusionDepth2ImgPipeline, {"strength": 0.5, "depth": normal(1, 64, 96)}),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGE_RUNS)
+def test_an_image_that_is_changed_as_diffusers_changes_it(tmp_path, kind):
+    """Each encoding of an image draws from the generator too."""
+    family, pipeline, given = IMAGE_RUNS[kind]
+    pipe = reference(tmp_path / "sd", family, EULER_A, pipeline)
+    theirs = {name: given[name] for name in ("strength",) if name in given}
+    theirs |= {"mask_image": [given["mask"]] * 2, "height": 64, "width": 96} if "mask" in given else {}
+    theirs |= {"depth_map": torch.from_numpy(given["depth"]).repeat(2, 1, 1)} if "depth" in given else {}
+    ours = given | ({"depth": given["depth"][0]} if "depth" in given else {})
+    agree(pipe, StableDiffusion(tmp_path / "sd"), picture(), theirs, **ours)
+
+
+def test_latents_that_are_changed_draw_for_no_encoding(tmp_path):
+    pipe = reference(tmp_path / "sd", "sd1", EULER_A, diffusers.StableDiffusionImg2ImgPipeline)
+    x, theirs = normal(1, 8, 12, 4), {"strength": 0.5}
+    agree(
+        pipe,
+        StableDiffusion(tmp_path / "sd"),
+        mx.array(x),
+        {"image": nchw(x).repeat(2, 1, 1, 1), **theirs},
+        strength=0.5,
+    )
+
+
+def test_cuda_draws_nothing_for_an_encoding(sd):
+    """Nor does A1111's web UI from these generators; the first noise and that of each step follow each other."""
+    run = sd._plan(Options(noise_source="cuda"), 3, (5,))
+    run.pass_encoding((4, 6, 4))
+    draws = [run.initial_noise((4, 6, 4)), run.step_noise(0, (1, 4, 6, 4)), run.step_noise(7, (1, 4, 6, 4))]
+    generator = CudaGenerator(5)
+    for x in draws:
+        assert np.array_equal(np.array(x)[0].transpose(2, 0, 1).reshape(-1), generator.normal(96))
+
+
+@pytest.mark.parametrize("source", NOISE_SOURCES)
+def test_an_image_does_not_depend_on_its_batch_nor_on_runs_beside_it(sd, source):
+    given = {"num_steps": 3, "latent_size": (4, 6), "sampler": "euler_a", "noise_source": source}
+    runs = [sd.generate_latents(PROMPT, n_images=2, seed=7, **given), sd.generate_latents(PROMPT, seed=8, **given)]
+    together, alone = [[np.array(x) for x in pair] for pair in zip(*zip(*runs, strict=True), strict=True)]
+    assert relative_error(together[-1][1:], alone[-1]) <= 1e-4
+    assert relative_error(together[-1][:1], alone[-1]) > 0.1
