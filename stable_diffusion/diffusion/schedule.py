@@ -248,7 +248,9 @@ class Schedule:
             return [float(round(total - i * ratio) - 1) for i in range(count)]
         points = min(count + rule.unvisited_points, total)  # there are no more points than timesteps
         if spacing == "leading":
-            ascending = [float(i * (total // points) + self.config.steps_offset) for i in range(points)]
+            stride = total // points
+            offset = min(self.config.steps_offset, total - 1 - (points - 1) * stride)  # no timestep beyond the last
+            ascending = [float(i * stride + offset) for i in range(points)]
         else:
             ratio = (total - 1) / (points - 1) if points > 1 else 0.0
             ascending = [i * ratio for i in range(points - 1)] + [float(total - 1) if points > 1 else 0.0]

@@ -1,10 +1,16 @@
 """Timesteps and noise levels against diffusers, for every spacing and number of steps."""
 
+import math
+from itertools import islice
+
 import diffusers
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 
+from stable_diffusion.diffusion.choice import run_options
+from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SCHEDULES, SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.models.config import readable
 
@@ -59,6 +65,9 @@ def test_timesteps_and_sigmas_of_every_number_of_steps(family, spacing, offset):
         oracle.set_timesteps(count)
         want = oracle.timesteps.double().numpy()
         steps = ours.steps(count, family)
+        if want[0] > 999 and count + (family == "multistep") == 1000:  # of a timestep beyond the last; here none is
+            assert np.array_equal(steps.timesteps, want - 1), count
+            continue
         if count == 1000 and len(set(want)) < 1000:  # diffusers repeats timesteps here; a repeated sigma has no step
             assert family == "multistep" and spacing != "trailing"
             continue
@@ -118,6 +127,19 @@ def test_sgm_uniform_is_even_in_time_and_stops_one_short():
     assert steps.timesteps == pytest.approx([999, 749.25, 499.5, 249.75])
     logs = np.log(ours.sigmas)
     np.testing.assert_allclose(steps.sigmas[:-1], np.exp(np.interp(steps.timesteps, range(1000), logs)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 9])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_leading_steps_on_every_timestep(name, offset):
+    """An offset gives way where it has no room: all levels differ, and nothing is divided by 0."""
+    ours, sampler = schedule(**SCALED, steps_offset=offset, timestep_spacing="leading"), SAMPLERS[name]
+    for count in (499, 500, 999, 1000):
+        steps = ours.steps(count, sampler.spacing_rule, "leading")
+        assert max(steps.timesteps) <= 999 and len(set(steps.sigmas[:-1])) == count
+        options = run_options(sampler, ours, steps)
+        states = sampler.run(lambda x, sigma: 0.1 * x, mx.ones(1), steps.sigmas, lambda *_: mx.zeros(1), **options)
+        assert all(math.isfinite(x.item()) for x in islice(states, 3))
 
 
 @pytest.mark.parametrize("name, key", [("", "StableDiffusion"), ("_xl", "StableDiffusionXL")])

@@ -1,19 +1,26 @@
 """Every scheduler class of diffusers: what an absent setting is, and which are followed or refused by name."""
 
 import inspect
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import mlx.core as mx
 import pytest
 
+import stable_diffusion
+from stable_diffusion import StableDiffusion
 from stable_diffusion.diffusion import schedule_config
 from stable_diffusion.diffusion.choice import sampler_for
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, Schedule, ScheduleConfig
+from stable_diffusion.options import SettingError
 from stable_diffusion.weights.layout import check_noise
 
+TINY = Path(stable_diffusion.__file__).parent / "tiny"
 DOCS = (Path(__file__).parents[2] / "docs/samplers.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^\| `(\w+Scheduler)` \| ([^|]+?) +\|", DOCS, re.MULTILINE))
 CLASSES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
@@ -78,3 +85,22 @@ def test_no_setting_of_a_followed_class_is_overlooked(name):
     same = schedule_config._SAME_CLASSES.get(name)
     known |= schedule_config._CLASS_SETTINGS.get(same, {}).keys()
     assert defaults(name).keys() <= known
+
+
+@pytest.mark.parametrize("setting", [{"_class_name": "SASolverScheduler"}, {"thresholding": True}, {"novel": 0.5}])
+def test_a_run_with_a_scheduler_that_is_not_computed_needs_a_sampler(tmp_path, setting):
+    """The checkpoint opens and its noise is read; each way to choose a sampler is one."""
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "scheduler/scheduler_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | setting))
+    sd, usual = StableDiffusion(tmp_path), StableDiffusion(TINY)
+    assert sd.sampler is None and "no sampler" in repr(sd) and sd.schedule.sigmas == usual.schedule.sigmas
+    missing = " ".join(f"{key}={value}" for key, value in setting.items() if key != "_class_name")
+    asked = re.escape(f"{setting.get('_class_name', raw['_class_name'])}{missing and ', ' + missing}")
+    with pytest.raises(SettingError, match=f"what the checkpoint asks for, {asked}; choose another: sampler NAME$"):
+        sd.generate_latents("a fox", num_steps=2)
+    want = next(usual.generate_latents("a fox", num_steps=2, seed=1))
+    assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1, sampler="ddim")), want)
+    sd.sampler = "ddim"
+    assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1)), want)
