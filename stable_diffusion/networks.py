@@ -206,43 +206,63 @@ class Networks:
 
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def encode_prompt(self, text: str | Sequence[str], **reading: Unpack[ReadingKeywords]) -> Conditioning:
+    def encode_prompt(
+        self,
+        text: str | Sequence[str],
+        *,
+        prompt_2: str | Sequence[str] | None = None,
+        **reading: Unpack[ReadingKeywords],
+    ) -> Conditioning:
         """Encode prompts with every text encoder; ``generate_latents`` takes the result in place of the text.
 
+        ``prompt_2`` is what XL's second encoder reads, one text for all or one for each; None is the same ``text``.
         ``reading``, the result (a row for each prompt) and the errors are those of ``stable_diffusion.text.encode``.
         The text encoders may be deleted afterwards.
         """
-        encoded = self._encode(text, **reading)
+        encoded = self._encode(text, texts_2=prompt_2, **reading)
         mx.eval(encoded.arrays())  # so that they can be used in another thread
         return encoded
 
     def encode_prompts(
-        self, text: Prompt, negative_text: Prompt = "", **reading: Unpack[ReadingKeywords]
+        self,
+        text: Prompt,
+        negative_text: Prompt = "",
+        *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        **reading: Unpack[ReadingKeywords],
     ) -> tuple[Conditioning, Conditioning]:
         """Encode prompts and negative prompts for a run with guidance, to the same number of chunks.
 
         Checkpoints that were trained with it get zeros for an empty negative prompt. Raises ValueError as
         :meth:`encode_prompt` does, and for several negative prompts that are not one for each prompt.
         """
-        positive, negative = self._encode_pair(text, negative_text, **reading)
+        positive, negative = self._encode_pair((text, negative_text), (prompt_2, negative_prompt_2), **reading)
         mx.eval(positive.arrays(), negative.arrays())
         return positive, negative
 
-    def _encode_pair(self, text: Prompt, negative_text: Prompt, **reading: Any) -> tuple[Conditioning, Conditioning]:
+    def _encode_pair(
+        self, texts: tuple[Prompt, Prompt], texts_2: Sequence[Any], **reading: Any
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode a prompt and a negative prompt; ``texts_2`` are those of the second encoder, or None."""
         positive, negative = (
-            prompt if isinstance(prompt, Conditioning) else self._encode(prompt, **reading)
-            for prompt in (text, negative_text)
+            self._encode(text, texts_2=second, **reading) for text, second in zip(texts, texts_2, strict=True)
         )
-        if self._zero_empty_prompt and isinstance(negative_text, str) and not negative_text:
+        if self._zero_empty_prompt and texts[1] == "" and not texts_2[1]:
             negative = negative.map(mx.zeros_like)
         if len(negative) not in (1, len(positive)):
             raise ValueError(f"{len(negative)} negative prompts for {len(positive)} prompts; give one, or one for each")
         return tuple(same_length([positive, negative], lambda: self._encode("").context))
 
-    def _encode(self, text: str | Sequence[str], **reading: Any) -> Conditioning:
+    def _encode(self, text: Prompt, texts_2: Any = None, **reading: Any) -> Conditioning:
+        if isinstance(text, Conditioning):
+            if texts_2 is not None:
+                raise ValueError("prompt_2 goes with a text: give both to encode_prompt")
+            return text
         networks = self._use(*(encoder for _, encoder in self._encoders))
         tokenizers = [getattr(self, tokenizer) for tokenizer, _ in self._encoders]
-        encoded = encode(text, list(zip(tokenizers, networks, strict=True)), xl=self.is_xl, **reading)
+        encoders = list(zip(tokenizers, networks, strict=True))
+        encoded = encode(text, encoders, xl=self.is_xl, texts_2=texts_2, **reading)
         if self.low_memory:  # so that the text encoders can be freed
             mx.eval(encoded.arrays())
         return encoded
@@ -322,9 +342,9 @@ class Networks:
         self._use(beside=[estimator])
         return estimate_depth(estimator, image)
 
-    def count_chunks(self, text: str, **reading: Unpack[ReadingKeywords]) -> int:
+    def count_chunks(self, text: str, prompt_2: str | None = None, **reading: Unpack[ReadingKeywords]) -> int:
         """Return the number of chunks of 75 tokens that a prompt is encoded in; nothing is computed."""
-        return count_chunks(text, getattr(self, self._encoders[0][0]), **reading)
+        return count_chunks(text, getattr(self, self._encoders[0][0]), prompt_2, **reading)
 
     # --- LoRAs, embeddings, ControlNets ------------------------------------------------------------------------------
 

@@ -92,6 +92,8 @@ class Options:
         sigmas: the noise levels themselves, descending; the last is where the run ends.
         eta: fraction of fresh noise, at least 0, for the samplers that have one.
         s_noise: factor on that noise, at least 0.
+        prompt_2, negative_prompt_2: what XL's second text encoder reads, one text for all prompts or one for each; None
+            is the same as the first.
         clip_skip: number of the text encoder's last layers to leave out.
         guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
             2024); outside of them the UNet runs for the prompt alone.
@@ -121,6 +123,8 @@ class Options:
     sigmas: Sequence[float] | None = None
     eta: float | None = None
     s_noise: float | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
     clip_skip: int = 0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float | None = None
@@ -164,6 +168,10 @@ class Options:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
             raise SettingError(text, "guidance_interval")
+        for text in (self.prompt_2, self.negative_prompt_2):
+            texts = [text] if text is None or isinstance(text, str) else text
+            if not isinstance(texts, Sequence) or not all(one is None or isinstance(one, str) for one in texts):
+                raise ValueError(f"prompt_2 {text!r:.80} is no prompt; give a text, or a list of texts")
         if not isinstance(self.controls, Sequence) or not all(isinstance(one, Control) for one in self.controls):
             raise ValueError(f"controls {self.controls!r} must be a list of Control(network, image)")
         placed = [n for n in ("schedule", "spacing", "timesteps", "sigmas") if getattr(self, n) is not None]
@@ -186,6 +194,8 @@ class OptionKeywords(TypedDict, total=False):
     sigmas: Sequence[float] | None
     eta: float | None
     s_noise: float | None
+    prompt_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
     clip_skip: int
     guidance_interval: tuple[float, float]
     guidance_rescale: float | None

@@ -377,12 +377,11 @@ class StableDiffusion(Networks):
     ) -> tuple[Conditioning, Conditioning | None, Conditioning | None]:
         """Encode the prompts of a run and, where guidance needs them, the negative ones, with and without the image."""
         dim = self.unet_config.time_cond_proj_dim
+        texts, seconds = (prompts.text, prompts.negative_text), (options.prompt_2, options.negative_prompt_2)
         if prompts.cfg_weight > 1 and not dim:
-            positive, negative = self._encode_pair(prompts.text, prompts.negative_text, clip_skip=options.clip_skip)
-        elif isinstance(prompts.text, Conditioning):
-            positive, negative = prompts.text, None
+            positive, negative = self._encode_pair(texts, seconds, clip_skip=options.clip_skip)
         else:
-            positive, negative = self._encode(prompts.text, clip_skip=options.clip_skip), None
+            positive, negative = self._encode(texts[0], seconds[0], clip_skip=options.clip_skip), None
         if dim:  # the guidance scale is an input of the UNet (Luo et al. 2023)
             scale = mx.full(len(positive.rows), 1000.0 * (prompts.cfg_weight - 1))
             embedding = timestep_embedding(scale, dim, flip_sin_to_cos=False, freq_shift=1)

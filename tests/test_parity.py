@@ -78,6 +78,21 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
     both(pipe, sd, steps=4, guidance=guidance, negative_text=negative, micro=micro, theirs=given)
 
 
+@pytest.mark.parametrize(
+    "negative, seconds",
+    [
+        ("the blue", {"prompt_2": "a cat", "negative_prompt_2": "the red"}),
+        ("the blue", {"prompt_2": "a cat"}),
+        ("", {"prompt_2": "a cat"}),  # zeros
+        ("the blue", {"negative_prompt_2": "the red"}),
+    ],
+)
+def test_a_prompt_for_the_second_encoder(tmp_path, negative, seconds):
+    scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
+    pipe = make(tmp_path / "xl", "xl", scheduler, force_zeros_for_empty_prompt=True)
+    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=3, negative_text=negative, theirs=seconds, **seconds)
+
+
 def test_sizes_of_the_negative_prompt(tmp_path):
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
     pipe = make(tmp_path / "xl", "xl", scheduler)

@@ -63,12 +63,14 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     chunks: dict[tuple, int] = {}
     settings = []
     for request in requests:
-        prompts, reading = (request.text, request.negative_text), request.reading
+        reading = request.reading
+        prompts = tuple(zip((request.text, request.negative_text), request.texts_2, strict=True))
         key = (*prompts, *reading.values())
         if key not in chunks:
-            chunks[key] = max(model.count_chunks(text, **reading) for text in prompts)
+            chunks[key] = max(model.count_chunks(*texts, **reading) for texts in prompts)
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
-        settings.append((same, bool(request.negative_text), request.prompt_loras, chunks[key]))
+        present = bool(request.negative_text), *(None if text is None else bool(text) for text in request.texts_2)
+        settings.append((same.without_texts_2(), present, request.prompt_loras, chunks[key]))
     pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
     return [tuple(request for _, request in images) for _, images in pairs]
 
@@ -98,17 +100,21 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
     options = request.options
     unused = {
-        "the negative prompt": request.negative_text,
+        "the negative prompt": request.negative_text or request.texts_2[1],
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": options.guidance_interval != (0, 1),
     }
     for name in (name for name, is_given in unused.items() if is_given and guidance <= 1):
         _log.warning("%s has no effect at a guidance scale of %g; it needs more than 1", name, guidance)
-    pairs = [(image.text, image.negative_text) for image in requests]
-    texts, negatives = map(list, zip(*(pairs[:1] if len(set(pairs)) == 1 else pairs), strict=True))
+    rows = [(image.text, image.negative_text, *image.texts_2) for image in requests]
+    columns = map(list, zip(*(rows[:1] if len(set(rows)) == 1 else rows), strict=True))
+    texts, negatives, *seconds = (None if column[0] is None else column for column in columns)
     if guidance <= 1:
-        return model.encode_prompt(texts, **request.reading), ""
-    return model.encode_prompts(texts, negatives if any(negatives) else "", **request.reading)
+        return model.encode_prompt(texts, prompt_2=seconds[0], **request.reading), ""
+    if not any(negatives) and not any(seconds[1] or ()):
+        negatives, seconds[1] = "", None  # one text, of which some models make zeros
+    pair = {"prompt_2": seconds[0], "negative_prompt_2": seconds[1]}
+    return model.encode_prompts(texts, negatives, **pair, **request.reading)
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
@@ -171,7 +177,9 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
     """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
-    text, negative_text = _encode(refiner, batch.requests)
+    has_two = "text_encoder_2" in refiner.sources
+    requests = batch.requests if has_two else tuple(request.without_texts_2() for request in batch.requests)
+    text, negative_text = _encode(refiner, requests)
     batch = replace(batch, text=text, negative_text=negative_text)
     keywords = _keywords(batch, denoising_start=batch.request.refiner_start, latents=x)
     return refiner.generate_latents(latent_size=x.shape[1:3], **keywords)
@@ -187,5 +195,5 @@ def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
         "num_steps": request.steps,
         "cfg_weight": request.cfg,
         "seed": batch.seeds,
-        "options": replace(request.options, **options),
+        "options": replace(request.without_texts_2().options, **options),  # the texts are encoded
     }

@@ -167,7 +167,7 @@ class Engine:
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
         self._controlnets = [model.load_controlnet(path) for path, _ in self._request.controlnet]
-        for line in remarks(dict.fromkeys((r.tagged_text, r.negative_prompt) for r in requests), model.embeddings):
+        for line in remarks(dict.fromkeys(r.all_text for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}

@@ -218,7 +218,23 @@ class Request:
     @cached_property
     def prompt_loras(self) -> tuple[tuple[str, Scale], ...]:
         """Return (name, scale) of each LoRA that the prompt names: ``<lora:name:0.8>``."""
-        return read_loras(self.tagged_text)
+        return read_loras(self.all_text[0])
+
+    @property
+    def all_text(self) -> tuple[str, str]:
+        """Return the prompts of both text encoders with the tags of LoRAs, and the negative prompts."""
+        pairs = (self.tagged_text, self.options.prompt_2), (self.negative_prompt, self.options.negative_prompt_2)
+        return tuple("\n".join(filter(None, pair)) for pair in pairs)
+
+    @property
+    def texts_2(self) -> tuple[str | None, str | None]:
+        """Return the prompt and the negative prompt for XL's second text encoder; None is that of the first."""
+        pair = self.options.prompt_2, self.options.negative_prompt_2
+        return tuple(None if text is None else TAG.sub("", text) for text in pair)
+
+    def without_texts_2(self) -> "Request":
+        """Return the request for a model with one text encoder."""
+        return self.with_values(prompt_2=None, negative_prompt_2=None)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -241,6 +257,9 @@ KINDS: dict[str, Any] = {
     for name, kind in (get_type_hints(Request) | get_type_hints(Options)).items()
     if name in (*Request.__dataclass_fields__, *_OPTION_NAMES) and name not in _NOT_RECORDED
 }
+
+
+KINDS |= {"prompt_2": str | None, "negative_prompt_2": str | None}  # a request has one prompt
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -314,20 +333,17 @@ def _drawn(seed: int | None) -> int:
 
 def _prompts(
     request: Request, seeds: Sequence[int], read: Callable[[str], Callable[[str], Sequence[str]]]
-) -> Iterator[list[dict[str, str]]]:
+) -> Iterator[list[dict[str, str | None]]]:
     """Yield, for every prompt that alternatives and wildcards stand for, the fields that hold it for each seed."""
-    typed = request.prompt, request.negative_prompt
+    names = "resolved_prompt", "negative_prompt", "prompt_2", "negative_prompt_2"
+    typed = request.prompt, *map(request.value, names[1:])
     if request.resolved_prompt is not None or request.weight_blocks or request.emphasis == "none":
         yield [{}] * len(seeds)
         return
     wildcards = None if request.wildcards is None else read(request.wildcards)
     drawn = seeds if request.alternatives == "one" else None
-    prompts, negatives = (expand_prompt(text, drawn, wildcards) for text in typed)
-    groups = (
-        [zip(prompts, negatives, strict=True)]
-        if drawn
-        else ([pair] * len(seeds) for pair in product(prompts, negatives))
-    )
-    names = "resolved_prompt", "negative_prompt"
-    for pairs in groups:
-        yield [{} if pair == typed else dict(zip(names, pair, strict=True)) for pair in pairs]
+    absent = [None] * len(drawn or [0])
+    texts = [absent if text is None else expand_prompt(text, drawn, wildcards) for text in typed]
+    groups = [zip(*texts, strict=True)] if drawn else ([each] * len(seeds) for each in product(*texts))
+    for group in groups:
+        yield [{} if each == typed else dict(zip(names, each, strict=True)) for each in group]

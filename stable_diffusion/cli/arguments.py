@@ -115,7 +115,7 @@ def _check_needed(script: str, arguments: Mapping[str, Any], base: Request) -> N
 
 def _unused(arguments: Mapping[str, Any], lines: Sequence[tuple[Request, Sweep]]) -> Iterator[str]:
     """Yield remarks on flags that no prompt makes use of."""
-    prompts = [text for request, _ in lines for text in (request.prompt, request.negative_prompt)]
+    prompts = [text for request, _ in lines for text in (request.prompt, *request.all_text)]
     for name, (mark, example) in _NEEDED_IN_PROMPTS.items():
         if name in arguments and not any(mark in prompt for prompt in prompts):
             yield f"--{name} has no effect: no prompt has {example}"
@@ -175,7 +175,7 @@ def _repeated(
             raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
         recorded.pop(field_name, None)
     has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
-    for name, is_replaced in {"revision": "model" in arguments, "lora_dir": has_prompt}.items():
+    for name, is_replaced in {"revision": "model" in arguments, "lora_dir": has_prompt, "prompt_2": has_prompt}.items():
         if is_replaced:
             recorded.pop(name, None)
     parser.where = f"{record.path}: "

@@ -49,6 +49,8 @@ FLAGS = {
     },
     "prompt": {
         "--prompt -p TEXT": "the prompt, in place of the one without a flag",
+        "--prompt_2 TEXT": "the prompt for XL's second text encoder (the same)",
+        "--negative_prompt_2 TEXT": "the negative prompt for XL's second text encoder (the same)",
         "--clip_skip N": "layers to leave out at the encoder's end (0)",
         "--emphasis": "how weights act: on the encoded words, keeping their mean; on what is taken from them; or "
         "brackets are text (mean)",

@@ -289,6 +289,8 @@ _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMB
 _TYPES |= {
     "prompt": text,
     "negative_prompt": text,
+    "prompt_2": text,
+    "negative_prompt_2": text,
     "sampler": sampler,
     "schedule": partial(name, read_schedule),
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),

@@ -162,6 +162,7 @@ def encode(
     encoders: Encoders,
     *,
     xl: bool,
+    texts_2: str | Sequence[str] | None = None,
     clip_skip: int = 0,
     emphasis: str = "mean",
     truncate: bool = False,
@@ -174,6 +175,7 @@ def encode(
 
     Args:
         texts: a prompt or several, in the language of ``prompt.py``.
+        texts_2: prompts of the second text encoder, one for all or one for each of ``texts``; None is the same ones.
         xl: take the states below the last one, not normalised, as XL was trained on.
         clip_skip: how many of the encoders' last layers to leave out.
         emphasis: how weights act. "mean" multiplies the encoded tokens and restores their mean; "values" multiplies
@@ -182,16 +184,18 @@ def encode(
         truncate: keep the first chunk only; the log shows what is left out.
         weight_blocks: read each text as blocks with a weight behind a colon, encoded by themselves and averaged.
 
-    Raises ValueError for no texts, for options out of range, and for blocks whose weights sum to zero.
+    Raises ValueError for no texts, options out of range, blocks whose weights sum to zero, and second texts that do not
+    fit.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    read = [(n, part) for n, text in enumerate(texts) for part in parts(text, emphasis, weight_blocks)]
+    pairs = enumerate(zip(texts, _seconds(texts_2, len(texts), len(encoders)), strict=True))
+    read = [(n, part) for n, (text, second) in pairs for part in parts(text, emphasis, weight_blocks, text_2=second)]
     if not read:
         raise ValueError("there is no prompt; give one, which may be empty")
     if truncate or _log.isEnabledFor(logging.INFO):
-        _log_chunks(encoders[0][0], [part for _, part in read], truncate)  # a second tokenizer reads the same
-    encoded = cache(lambda pieces: _encode_pieces(pieces, encoders, xl, clip_skip, emphasis, truncate))
-    rows = same_length([encoded(part.pieces) for _, part in read], lambda: encoded((Piece(""),)).context)
+        _log_chunks(encoders[0][0], [part for _, part in read], truncate)
+    encoded = cache(lambda texts: _encode_pieces(texts, encoders, xl, clip_skip, emphasis, truncate))
+    rows = same_length([encoded(part.of_encoders) for _, part in read], lambda: encoded(((Piece(""),),) * 2).context)
     table = replace(concatenate(rows), rows=tuple(PromptRow(n, part.weight, part.spans) for n, part in read))
     if not weight_blocks:
         return table
@@ -200,10 +204,22 @@ def encode(
     return replace(means, rows=tuple(map(PromptRow, range(len(texts)))))
 
 
-def count_chunks(text: str, tokenizer: Tokenizer, **reading: Unpack[ReadingKeywords]) -> int:
+def _seconds(texts_2: str | Sequence[str] | None, texts: int, encoders: int) -> Sequence[str | None]:
+    """Return the second encoder's text for each of so many ``texts``."""
+    if texts_2 is not None and encoders != 2:
+        raise ValueError("prompt_2 and negative_prompt_2 need a model with two text encoders, such as SDXL; omit them")
+    if texts_2 is None or isinstance(texts_2, str):
+        return [texts_2] * texts
+    if len(texts_2) != texts:
+        raise ValueError(f"{len(texts_2)} prompts of the second encoder for {texts}; give one, or one for each")
+    return texts_2
+
+
+def count_chunks(text: str, tokenizer: Tokenizer, text_2: str | None = None, **reading: Unpack[ReadingKeywords]) -> int:
     """Return the number of chunks of 75 tokens that a prompt is encoded in; the keywords are those of ``encode``."""
-    read = parts(text, reading.get("emphasis", "mean"), reading.get("weight_blocks", False))
-    return 1 if reading.get("truncate") else max(len(_chunks(tokenizer, part.pieces)) for part in read)
+    read = parts(text, reading.get("emphasis", "mean"), reading.get("weight_blocks", False), text_2=text_2)
+    texts = {pieces for part in read for pieces in part.of_encoders}
+    return 1 if reading.get("truncate") else max(len(_chunks(tokenizer, pieces)) for pieces in texts)
 
 
 def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[tuple[int, float]]]:
@@ -222,8 +238,8 @@ def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[tuple[in
 
 def _log_chunks(tokenizer: Tokenizer, read: Sequence[Part], truncate: bool) -> None:
     """Log how prompts were read: their chunks, tokens with the weights that are not 1, and what is cut off."""
-    for part in read:
-        first, *others = chunks = _chunks(tokenizer, part.pieces)
+    for pieces in (pieces for part in read for pieces in dict.fromkeys(part.of_encoders)):
+        first, *others = chunks = _chunks(tokenizer, pieces)
         if truncate and others:
             text = tokenizer.decode(id_ for chunk in others for id_, _ in chunk)
             _log.warning("the prompt is too long; this part of it is ignored: %r", text)
@@ -234,13 +250,18 @@ def _log_chunks(tokenizer: Tokenizer, read: Sequence[Part], truncate: bool) -> N
 
 
 def _encode_pieces(
-    pieces: tuple[Piece, ...], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
+    texts: Sequence[tuple[Piece, ...]], encoders: Encoders, xl: bool, clip_skip: int, emphasis: str, truncate: bool
 ) -> Conditioning:
-    """Encode one prompt: context [1, 77 * chunks, C] and XL's pooled vector [1, P]."""
+    """Encode one prompt, in ``texts`` for each encoder: context [1, 77 * chunks, C] and XL's pooled vector [1, P].
+
+    The shorter text ends in empty chunks.
+    """
     states, weighted, pooled = [], [], None
-    for tokenizer, encoder in encoders:
+    read = [_chunks(tokenizer, pieces) for (tokenizer, _), pieces in zip(encoders, texts, strict=False)]
+    length = 1 if truncate else max(map(len, read))
+    for (tokenizer, encoder), chunks in zip(encoders, read, strict=True):
         start, end, pad = ((id_, 1.0) for id_ in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
-        chunks = _chunks(tokenizer, pieces)[: 1 if truncate else None]
+        chunks = [*chunks, *[[]] * (length - len(chunks))][:length]
         rows = [[start, *chunk, end] + [pad] * (tokenizer.max_length - 2 - len(chunk)) for chunk in chunks]
         output = encoder(mx.array([[id_ for id_, _ in row] for row in rows]))
         if not 0 <= clip_skip <= len(output.hidden_states) - 2:
@@ -255,7 +276,7 @@ def _encode_pieces(
         weights = mx.array([[weight for _, weight in row] for row in rows])
         weighted.append(_emphasise(state, weights, restore_mean=emphasis == "mean"))
     context, emphasised = (mx.concatenate(x, axis=-1).flatten(0, 1)[None] for x in (states, weighted))
-    if all(piece.weight == 1 for piece in pieces):
+    if all(piece.weight == 1 for pieces in texts for piece in pieces):
         return Conditioning(context, pooled)
     if emphasis == "values":
         return Conditioning(context, pooled, v_context=emphasised)

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from typing import Literal
 
 EMPHASES = ("mean", "values", "none")
@@ -67,6 +67,15 @@ class Span:
         start, end = (fraction * steps - 1e-9 for fraction in (self.start, self.end))  # 0.07 * 100 is above 7
         return start <= step < end and self.first <= step < self.last and step % self.period == self.phase
 
+    def overlap(self, other: "Span") -> "Span | None":
+        """Return the steps of both spans; None where their turns never meet."""
+        period = math.lcm(self.period, other.period)
+        turns = (i for i in range(period) if i % self.period == self.phase and i % other.period == other.phase)
+        if (phase := next(turns, None)) is None:
+            return None
+        fractions = max(self.start, other.start), min(self.end, other.end)
+        return Span(*fractions, max(self.first, other.first), min(self.last, other.last), phase, period)
+
     def after(self, steps: int) -> "Span":
         """Return the span as a second pass counts it: the first one made ``steps``, and fractions up to 1 are of it."""
         numbers = {"start": self.start - 1, "end": self.end - 1, "first": self.first - steps, "last": self.last - steps}
@@ -75,30 +84,60 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Hold one of the prompts that guide together, as it reads in some spans of a run."""
+    """Hold one of the prompts that guide together, as it reads in some spans of a run.
+
+    ``pieces_2`` is what XL's second text encoder reads; None stands for the same ``pieces``.
+    """
 
     pieces: tuple[Piece, ...]
     weight: float = 1.0
     spans: tuple[Span, ...] = (Span(),)
+    pieces_2: tuple[Piece, ...] | None = None
+
+    @property
+    def of_encoders(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Return the pieces for the first and the second encoder."""
+        return self.pieces, self.pieces if self.pieces_2 is None else self.pieces_2
+
+    def beside(self, second: "Part") -> Iterator["Part"]:
+        """Yield the part with the pieces of ``second`` for the second encoder, in the spans of both."""
+        overlaps = [mine.overlap(other) for mine in self.spans for other in second.spans]
+        if spans := tuple(span for span in overlaps if span is not None):
+            yield replace(self, spans=spans, pieces_2=second.pieces)
 
 
-def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> list[Part]:
+def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False, *, text_2: str | None = None) -> list[Part]:
     """Read a prompt: a part for each AND, and for each text that it changes through.
 
     Args:
+        text_2: the prompt of XL's second text encoder; None is the same. Its parts join those of ``text`` in order, or
+            one joins all; weights of parts are those of ``text``.
         emphasis: one of ``EMPHASES``; "none" reads all signs of the language as text.
         weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
             a blank, weighted by its share of the numbers' sum. Text behind the last number weighs 1.
 
     Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for prompts that change through
-    more than 500 texts, and for blocks whose weights sum to zero.
+    more than 500 texts, for blocks whose weights sum to zero, and for a second prompt with another number of parts.
     """
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
+    groups = _joined_parts(text, emphasis, weight_blocks)
+    if text_2 is None:
+        return [part for group in groups for part in group]
+    seconds = _joined_parts(text_2, emphasis, weight_blocks)
+    if len(seconds) not in (1, len(groups)):
+        counts = f"the second encoder's prompt has {len(seconds)} parts and the first one's {len(groups)}"
+        raise ValueError(f"{counts}; give it one, or as many")
+    pairs = zip(groups, seconds * len(groups) if len(seconds) == 1 else seconds, strict=True)
+    return [both for group, others in pairs for part, other in product(group, others) for both in part.beside(other)]
+
+
+def _joined_parts(text: str, emphasis: str, weight_blocks: bool) -> list[list[Part]]:
+    """Read a prompt: for each AND or block, the texts that it changes through."""
     if weight_blocks:
-        return _blocks(text)
+        return [[part] for part in _blocks(text)]
     if emphasis == "none" or not _MEANING.search(text):
-        return [Part((Piece(text),))]
+        return [[Part((Piece(text),))]]
     result, prompts = [], _split(_read(text), "AND")
     for items in prompts:
         ending = "".join(item for item in items[-2:] if isinstance(item, str))
@@ -108,7 +147,7 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False) -> lis
         for span in _spans(items):
             spans.setdefault(_joined(_pieces(items, span)), []).append(span)
         factor = float(weight[1]) if weight else 1.0
-        result += [Part(pieces, factor, tuple(of_pieces)) for pieces, of_pieces in spans.items()]
+        result.append([Part(pieces, factor, tuple(of_pieces)) for pieces, of_pieces in spans.items()])
     return result
 
 

@@ -103,6 +103,15 @@ def test_fields_that_exclude_each_other():
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how, count", [("all", 4), ("one", 1)])
+def test_prompts_of_the_second_encoder_have_alternatives(how, count):
+    options = Options(prompt_2="{red|blue} <lora:ink>", negative_prompt_2="{a|b}")
+    images = expand([(Request(prompt="cat", seed=1, n_images=1, options=options, alternatives=how), {})])
+    texts = {image.texts_2 for image in images}
+    assert len(images) == len(texts) == count and texts <= set(product(("red", "blue"), ("a", "b")))
+    assert {image.prompt_loras for image in images} == {(("ink", 1.0),)}
+
+
 def test_prompts_are_kept_as_they_were_typed():
     typed = r"[small] ((big)) {red|blue} :) <lora:paint:0.5> <lora:ink>"
     first, second = expand([(Request(prompt=typed, seed=1, n_images=1), {})])

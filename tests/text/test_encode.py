@@ -12,6 +12,7 @@ from oracle import last, normal, relative_error
 from stable_diffusion import Conditioning, StableDiffusion
 from stable_diffusion.models.layers import Attention, Context
 from stable_diffusion.text.encode import concatenate, count_chunks, encode, same_length
+from stable_diffusion.text.prompt import parts
 
 LONG = " ".join(["the red cat on the blue"] * 40)  # 240 tokens: four chunks
 SMALL = {"num_steps": 2, "latent_size": (4, 4), "seed": 1}
@@ -215,3 +216,60 @@ def test_options_out_of_range(sd):
     for clip_skip in (-1, 99):
         with pytest.raises(ValueError, match=f"clip_skip {clip_skip} is outside 0 ... "):
             sd.encode_prompt("a", clip_skip=clip_skip)
+
+
+# --- the second encoder ----------------------------------------------------------------------------------------------
+
+
+def test_the_second_encoder_reads_its_own_text(xl):
+    """The first half of the context is the first encoder's, the rest and the pooled vector the second's."""
+    ours = xl.encode_prompt("red", prompt_2="cat")
+    first, second = map(xl.encode_prompt, ("red", "cat"))
+    assert np.array_equal(ours.context[..., :32], first.context[..., :32])
+    assert np.array_equal(ours.context[..., 32:], second.context[..., 32:])
+    assert np.array_equal(ours.pooled, second.pooled)
+    assert np.array_equal(xl.encode_prompt("red", prompt_2="red").context, first.context)
+    long = xl.encode_prompt("red", prompt_2=LONG).context
+    assert long.shape[1] == xl.encode_prompt(LONG).context.shape[1]
+    assert np.array_equal(long[..., 32:], xl.encode_prompt(LONG).context[..., 32:])
+    assert xl.count_chunks("red", LONG) == xl.count_chunks(LONG) == long.shape[1] // 77
+
+
+@pytest.mark.parametrize(
+    "text, text_2, wanted",
+    [
+        ("[a:b:2]", "x", "ax ax bx bx bx bx"),
+        ("[a:b:2]", "[x:y:4]", "ax ax bx bx by by"),
+        ("[a|b]", "[x|y|z]", "ax by az bx ay bz"),
+        ("[a|b]", "[x|y]", "ax by ax by ax by"),
+        ("[a|b]", "[x:y:0.5]", "ax bx ax by ay by"),
+    ],
+)
+def test_both_texts_change_by_themselves(text, text_2, wanted):
+    for step, letters in enumerate(wanted.split()):
+        read = [part for part in parts(text, text_2=text_2) if any(span.holds(step, 6) for span in part.spans)]
+        assert ["".join(piece.text for pieces in part.of_encoders for piece in pieces) for part in read] == [letters]
+
+
+def test_parts_that_guide_together_have_a_second_text_each():
+    read = parts("a AND b :0.5", text_2="x AND y :7")
+    assert [(*(pieces[0].text.strip() for pieces in part.of_encoders), part.weight) for part in read] == [
+        ("a", "x", 1.0),
+        ("b", "y", 0.5),
+    ]
+    assert [part.of_encoders[1][0].text for part in parts("a AND b", text_2="x")] == ["x", "x"]
+    with pytest.raises(ValueError, match="has 3 parts and the first one's 2; give it one, or as many"):
+        parts("a AND b", text_2="x AND y AND z")
+
+
+def test_second_texts_that_are_refused(sd, xl):
+    with pytest.raises(ValueError, match="need a model with two text encoders"):
+        sd.encode_prompt("red", prompt_2="cat")
+    with pytest.raises(ValueError, match="need a model with two text encoders"):
+        next(iter(sd.generate_latents("red", cfg_weight=3.0, negative_prompt_2="cat", num_steps=1)))
+    with pytest.raises(ValueError, match="2 prompts of the second encoder for 1; give one, or one for each"):
+        xl.encode_prompt("red", prompt_2=["cat", "blue"])
+    with pytest.raises(ValueError, match="goes with a text"):
+        next(iter(xl.generate_latents(xl.encode_prompt("red"), prompt_2="cat", num_steps=1)))
+    with pytest.raises(ValueError, match="prompt_2 3 is no prompt"):
+        xl.generate_latents("red", prompt_2=3)
