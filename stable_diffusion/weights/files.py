@@ -121,6 +121,7 @@ def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Check
     rest = dict(settings)
     sampler, steps, guidance = (rest.pop(key) for key in ("sampler", "num_steps", "cfg_weight"))
     scheduler = checkpoint.scheduler | {"_class_name": catalog.SCHEDULERS[sampler]}
+    scheduler |= {"clip_sample": False} if sampler == "ddim" else {}  # which the class does by default
     scheduler |= {"timestep_spacing": rest["spacing"]} if "spacing" in rest else {}
     return replace(checkpoint, scheduler=scheduler, steps=steps, guidance=guidance, few_steps=rest)
 

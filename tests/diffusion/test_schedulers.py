@@ -18,6 +18,8 @@ from stable_diffusion.diffusion.choice import sampler_for
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, Schedule, ScheduleConfig
 from stable_diffusion.options import SettingError
+from stable_diffusion.weights.catalog import SCHEDULERS
+from stable_diffusion.weights.files import open_checkpoint, with_few_steps
 from stable_diffusion.weights.layout import check_noise
 
 TINY = Path(stable_diffusion.__file__).parent / "tiny"
@@ -85,6 +87,15 @@ def test_no_setting_of_a_followed_class_is_overlooked(name):
     same = schedule_config._SAME_CLASSES.get(name)
     known |= schedule_config._CLASS_SETTINGS.get(same, {}).keys()
     assert defaults(name).keys() <= known
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_the_sampler_of_a_model_for_few_steps_is_followed(sampler):
+    """Whatever scheduler the checkpoint had before, with few settings."""
+    checkpoint = replace(open_checkpoint(TINY), scheduler={"_class_name": "LMSDiscreteScheduler"}, pipeline="")
+    settings = {"sampler": sampler, "num_steps": 4, "cfg_weight": 0.0, "spacing": "trailing"}
+    config = ScheduleConfig.from_dict(with_few_steps(checkpoint, settings).scheduler)
+    assert sampler_for(config) == sampler and config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize("setting", [{"_class_name": "SASolverScheduler"}, {"thresholding": True}, {"novel": 0.5}])
