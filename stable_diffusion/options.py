@@ -14,7 +14,7 @@ from .diffusion.choice import describe, find_sampler, read_name, read_schedule, 
 from .diffusion.controls import Control
 from .diffusion.generators import NOISE_SOURCES
 from .diffusion.sample import Run
-from .diffusion.samplers import Noise, States
+from .diffusion.samplers import Noise, Sampler, States
 from .diffusion.schedule import Schedule, Steps
 from .diffusion.schedule_config import SPACINGS
 from .models.token_merging import HIGHEST
@@ -70,6 +70,7 @@ class SettingError(ValueError):
 NUMBERS = {
     "eta": Number(float, 0, 1),
     "s_noise": Number(float, 0),
+    "order": Number(int, 1, 4),
     "clip_skip": Number(int, 0),
     "guidance_rescale": Number(float, 0, 1),
     "deep_cache": Number(int, 1),
@@ -94,6 +95,8 @@ class Options:
         s_noise: factor on that noise, at least 0.
         prompt_2, negative_prompt_2: what XL's second text encoder reads, one text for all prompts or one for each; None
             is the same as the first.
+        order: order of the methods that have several, 1 ... 3 (LMS and UniPC: 4); None is the sampler's or, for the
+            checkpoint's own sampler, the checkpoint's.
         clip_skip: number of the text encoder's last layers to leave out.
         guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
             2024); outside of them the UNet runs for the prompt alone.
@@ -125,6 +128,7 @@ class Options:
     s_noise: float | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
+    order: int | None = None
     clip_skip: int = 0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float | None = None
@@ -154,7 +158,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sampler is not None:
-            find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise)
+            find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise, order=self.order)
         for name, number in NUMBERS.items():
             number.check(name, getattr(self, name))
         if self.schedule is not None:
@@ -196,6 +200,7 @@ class OptionKeywords(TypedDict, total=False):
     s_noise: float | None
     prompt_2: str | Sequence[str] | None
     negative_prompt_2: str | Sequence[str] | None
+    order: int | None
     clip_skip: int
     guidance_interval: tuple[float, float]
     guidance_rescale: float | None
@@ -302,7 +307,7 @@ def plan_run(
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)
     options = defaults.fill(options, num_steps)
-    sampler, curve = find_sampler(_sampler(options, schedule), eta=options.eta, s_noise=options.s_noise)
+    sampler, curve = _find_sampler(options, schedule)
     curve = curve if options.schedule is None else read_schedule(options.schedule)
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
     steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, curve)
@@ -318,7 +323,7 @@ def plan_run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
-        sampler_options=run_options(sampler, schedule, steps, eta=options.eta),
+        sampler_options=run_options(sampler, schedule, steps, eta=options.eta, order=options.order),
         initial_scale=scale,
         seeds=seeds,
         s_noise=1.0 if options.s_noise is None else options.s_noise,
@@ -326,12 +331,12 @@ def plan_run(
     )
 
 
-def _sampler(options: Options, schedule: Schedule) -> str | SamplerFunction:
-    """Return the sampler of filled options. Raises ValueError where none here computes the checkpoint's scheduler."""
+def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | None]:
+    """Find the sampler of filled options. Raises ValueError where none here computes the checkpoint's scheduler."""
     if options.sampler is None:
         text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
         raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
-    return options.sampler
+    return find_sampler(options.sampler, eta=options.eta, s_noise=options.s_noise, order=options.order)
 
 
 def _lay_steps(

@@ -42,6 +42,7 @@ FLAGS = {
         "--sampler NAME": "how to denoise, see --list_samplers",
         "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
         "--eta SHARE": "of fresh noise, 0 to 1, for the samplers that have one",
+        "--order N": "order of the method, 1 to 4, for the samplers that have several (the sampler's own)",
         "--resize": "how a given image comes to the size: cut to fill it, fitted into it, or stretched (crop)",
         "--strength SHARE": "how far to go from the image: above 0, where little changes, to 1, where nothing is left "
         "of it (0.9; 1 with --expand and for models made for masks or instructions)",

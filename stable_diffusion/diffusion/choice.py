@@ -6,14 +6,12 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..models.config import listed
+from .multistep import singlestep_orders
 from .samplers import SAMPLERS, Sampler, States
 from .schedule import SCHEDULES, Schedule, Steps
 from .schedule_config import ScheduleConfig
 
 _log = logging.getLogger("stable_diffusion")
-
-# The nearest samplers to scheduler classes that none here computes.
-_NEAREST = {"DPMSolverSinglestep": "dpmpp_2m", "DPMSolverMultistep:sde-dpmsolver": "dpmpp_2m_sde"}
 
 # Names in other programs (A1111's web UI, ComfyUI, InvokeAI, stable-diffusion.cpp), as `_key` writes them.
 _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
@@ -35,9 +33,8 @@ def read_name(name: str) -> tuple[str, str | None]:
     for candidate in (key, key.removeprefix("k"), key.removeprefix("sample")):
         if candidate in known:
             return known[candidate]
-    nearest = _NEAREST.get(name.removesuffix("Scheduler"))
     similar = {_key(text): text for sampler in SAMPLERS for text in (sampler, *(f"{sampler} {s}" for s in SCHEDULES))}
-    raise _unknown("sampler", name, SAMPLERS, nearest or _closest(key, similar))
+    raise _unknown("sampler", name, SAMPLERS, _closest(key, similar))
 
 
 def read_schedule(name: str) -> str:
@@ -77,7 +74,8 @@ def _key(name: str) -> str:
 def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:
     """Return the row of a sampler's name and the schedule in the name, or a row for a sampler function.
 
-    Raises ValueError for an unknown name, and for a ``chosen`` option, not None, that the sampler does not take.
+    Raises ValueError for an unknown name, for a ``chosen`` option, not None, that the sampler does not take, and for an
+    order above its highest.
     """
     if callable(sampler):
         name, schedule, row = getattr(sampler, "__name__", repr(sampler)), None, Sampler(sampler, stochastic=True)
@@ -86,20 +84,38 @@ def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[S
         row = SAMPLERS[name]
     if unknown := {option for option, value in chosen.items() if value is not None} - row.option_names:
         raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
+    if (chosen.get("order") or 1) > row.highest_order:
+        raise ValueError(f"sampler {name} has no order {chosen['order']}; choose 1 to {row.highest_order}")
     return row, schedule
 
 
 def sampler_for(config: ScheduleConfig) -> str | None:
     """Return the sampler of a checkpoint's scheduler, or the nearest one with a warning in the log, or None."""
-    exact = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
-    scheduler = config.class_name.removesuffix("Scheduler")
-    keys = [key for key in (f"{scheduler}:{config.algorithm_type}", scheduler) if key in exact | _NEAREST]
-    if not keys or config.missing:
-        return None
-    name = (exact | _NEAREST)[keys[0]]
-    if keys[0] in _NEAREST or config.not_followed:
+    name = None if config.missing else _scheduler_sampler(config)
+    if name is not None and config.not_followed:
         _log.warning("the checkpoint asks for %s; the nearest sampler here is %s", describe(config), name)
     return name
+
+
+def _scheduler_sampler(config: ScheduleConfig) -> str | None:
+    names = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
+    scheduler, algorithm = config.class_name.removesuffix("Scheduler"), config.algorithm_type or ""
+    return names.get(f"{scheduler}:{algorithm.partition('-')[0]}", names.get(scheduler))
+
+
+def _scheduler_options(config: ScheduleConfig) -> dict[str, Any]:
+    """Return the settings of a checkpoint's scheduler as options of its sampler, those that are not None."""
+    algorithm = config.algorithm_type or ""
+    variant = "bh1" if config.class_name.startswith("UniPC") else "heun"  # any other name means the default one
+    options = {
+        "order": config.solver_order,
+        "solver_type": variant if config.solver_type == variant else None,
+        "predict_x0": config.predict_x0 and algorithm not in ("dpmsolver", "sde-dpmsolver"),
+        "eta": 1.0 if algorithm.startswith("sde-") else None,
+        "euler_at_final": config.euler_at_final,
+        "bend_offset": float(algorithm == "sde-dpmsolver++"),
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def describe(config: ScheduleConfig) -> str:
@@ -108,18 +124,29 @@ def describe(config: ScheduleConfig) -> str:
 
 
 def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
-    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's."""
-    options = {name: value for name, value in chosen.items() if value is not None}
+    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's.
+
+    The settings of a checkpoint's scheduler hold for the sampler that computes it.
+    """
+    config, names = schedule.config, sampler.option_names
+    options = _scheduler_options(config) if SAMPLERS.get(_scheduler_sampler(config) or "") is sampler else {}
+    options = {name: value for name, value in options.items() if name in names}
+    options |= {name: value for name, value in chosen.items() if value is not None}
     if not len(steps):
         return options
+    skipped, is_short = steps.total - len(steps), steps.total < 15  # as in diffusers
     of_run = {
-        "velocity": lambda: schedule.config.prediction_type == "v_prediction",
+        "velocity": lambda: config.prediction_type == "v_prediction",
         "target_sigmas": lambda: schedule.target_sigmas(steps),
         "repeat_sigma": lambda: schedule.repeat_sigma(steps),
         "tcd_sigmas": lambda: schedule.tcd_sigmas(steps, options.get("eta", 0.3)),
-        "lower_order_final": lambda: schedule.config.lower_order_final and steps.total < 15,  # as in diffusers
+        "lower_order_final": lambda: config.lower_order_final and (is_short or sampler is SAMPLERS["unipc"]),
+        "orders": lambda: singlestep_orders(
+            options.get("order", 2), steps.total, steps.sigmas[-1] == 0, config.lower_order_final
+        )[skipped:],
+        "disable_corrector": lambda: [step - skipped for step in config.disable_corrector],
     }
-    return {name: of_run[name]() for name in sampler.option_names & of_run.keys()} | options
+    return {name: of_run[name]() for name in names & of_run.keys()} | options
 
 
 def table() -> str:

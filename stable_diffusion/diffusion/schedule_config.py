@@ -24,21 +24,21 @@ _NOISE_SETTINGS: Mapping[str, tuple] = {
 # another class's values as its only one. An absent setting is one of the values, or in _CLASS_DEFAULTS.
 _THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False,)}
 _CLIPPED = _THRESHOLDED | {"clip_sample": (False,)}
+_SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
+_DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
+    "solver_order": (1, 2, 3),
+    "solver_type": _SOLVER_TYPES,
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "deis"),
+    "lambda_min_clipped": (-math.inf,),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "DDIMScheduler": _CLIPPED,
     "DDPMScheduler": _CLIPPED | {"variance_type": ("fixed_small",)},
-    "DEISMultistepScheduler": _THRESHOLDED
-    | {"solver_order": (2,), "solver_type": ("logrho", "midpoint", "heun", "bh1", "bh2")},
-    "DPMSolverMultistepScheduler": _THRESHOLDED
-    | {
-        "solver_order": (2,),
-        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-        "euler_at_final": (False,),
-        "use_lu_lambdas": (False,),
-        "lambda_min_clipped": (-math.inf,),
-        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    },
+    "DEISMultistepScheduler": _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": _SOLVER_TYPES},
+    "DPMSolverMultistepScheduler": _DPM_SOLVER
+    | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver"), "use_lu_lambdas": (False,)},
+    "DPMSolverSinglestepScheduler": _DPM_SOLVER,
     "EulerDiscreteScheduler": {"interpolation_type": ("linear",), "sigma_min": (), "sigma_max": ()},
     "HeunDiscreteScheduler": {"clip_sample": (False,)},
     "LCMScheduler": _CLIPPED,
@@ -46,27 +46,16 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "TCDScheduler": _CLIPPED,
     "UniPCMultistepScheduler": _THRESHOLDED
     | {
-        "solver_order": (2,),
-        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
-        "lower_order_final": (True,),
-        "predict_x0": (True,),
-        "disable_corrector": ([],),
+        "solver_order": (1, 2, 3, 4),
+        "solver_type": _SOLVER_TYPES,
         "solver_p": (),
         "sigma_min": (),
         "sigma_max": (),
     },
 }
 
-# Other values of these are another order, start or form of the same method, which without them is the nearest one.
-_NEAR: Mapping[str, tuple] = {
-    "solver_order": (1, 2, 3),
-    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
-    "algorithm_type": ("dpmsolver", "sde-dpmsolver"),
-    "skip_prk_steps": (False,),
-    "lower_order_final": (False,),
-    "euler_at_final": (True,),
-    "predict_x0": (False,),
-}
+# Other values of these are another start of the same method, which without them is the nearest one.
+_NEAR: Mapping[str, tuple] = {"skip_prk_steps": (False,)}
 
 # What an absent setting is for a class, where it is not the first value above or the default of the field below.
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -105,8 +94,8 @@ class ScheduleConfig(Config):
 
     ``timestep_spacing`` is None where the file has none: the default then depends on the sampler. ``sigma_schedule``
     gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. So is
-    ``set_alpha_to_one``. ``not_followed`` lists settings of the preferred sampler, such as "solver_order=3", without
-    which the sampler here is near it; ``missing`` lists those without which it draws other images, such as
+    ``set_alpha_to_one``. ``not_followed`` lists settings of the preferred sampler, such as "skip_prk_steps=False",
+    without which the sampler here is near it; ``missing`` lists those without which it draws other images, such as
     "thresholding=True", and unknown ones.
     """
 
@@ -129,6 +118,11 @@ class ScheduleConfig(Config):
     timestep_scaling: float = 10.0
     algorithm_type: str | None = None
     lower_order_final: bool = True
+    euler_at_final: bool = False
+    solver_order: int | None = None
+    solver_type: str | None = None
+    predict_x0: bool = True
+    disable_corrector: tuple[int, ...] = ()
     not_followed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 

@@ -25,7 +25,7 @@ _MOST = {"layers_per_block": 8, "num_hidden_layers": 64, "vocab_size": 1 << 20, 
 _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "num_res_blocks"), 64)
 _MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), 32)
 _MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
-_MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices"}
+_MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector"}
 _LONGEST = {"trained_betas": 100_000}  # of lists, else 16
 
 _LARGEST = 10_000_000  # bytes of a text file; the largest of a checkpoint, tokenizer.json, has 4 million

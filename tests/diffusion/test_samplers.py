@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from oracle import last
 from stable_diffusion.diffusion.choice import find_sampler, read_name, read_schedule, run_options, sampler_for, table
+from stable_diffusion.diffusion.multistep import singlestep_orders
 from stable_diffusion.diffusion.samplers import SAMPLERS, lms
 from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig
 from stable_diffusion.options import Options, RunDefaults, plan_run
@@ -49,7 +51,10 @@ ORDERS = [(name, {}, 1) for name in ("euler", "ddim")] + [(name, ODE, 1) for nam
 ORDERS += [(name, {}, 2) for name in ("heun", "dpm2", "dpmpp_2m", "unipc", "deis")]
 ORDERS += [(name, ODE, 2) for name in ("dpm2_a", "dpmpp_2m_sde", "dpmpp_2s_a", "dpmpp_sde")]
 ORDERS += [("deis", {"order": 1}, 1), ("lms", {"order": 1}, 1), ("lms", {"order": 2}, 2)]
+ORDERS += [("dpmpp_2m", {"order": 1}, 1), ("dpmpp_2m", {"predict_x0": False, "solver_type": "heun"}, 2)]
+ORDERS += [("dpmpp_2s", {"order": 1}, 1), ("dpmpp_2s", {"solver_type": "heun"}, 2), ("dpmpp_2s", {}, 2)]
 ORDERS += [
+    ("dpmpp_2m", {"order": 3}, 2),  # as it is defined, like dpmpp_3m_sde
     ("unipc", {"order": 1}, 2),  # a corrected step of first order
     ("unipc", {"order": 3}, 2),  # for its last step is of first order, and is not corrected
     ("dpmpp_3m_sde", ODE, 2),  # so it is defined: the second difference of D has half of its weight
@@ -63,8 +68,22 @@ def test_order_of_convergence(name, given, order):
     assert measured == pytest.approx([order] * 2, abs=0.25)
 
 
+@pytest.mark.parametrize("predict_x0", [True, False])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_order_of_convergence_of_whole_groups(order, solver_type, predict_x0):
+    given = {"order": order, "solver_type": solver_type, "predict_x0": predict_x0}
+    errors = [error("dpmpp_2s", n, orders=singlestep_orders(order, n, False, False), **given) for n in (60, 120, 240)]
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([order] * 2, abs=0.25)
+
+
 STOCHASTIC = ["euler_a", "ddpm", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
-STOCHASTIC = [*((name, {}) for name in STOCHASTIC), ("ddim", {"eta": 1.0}), ("dpmpp_sde", {"eta": 0.5})]
+STOCHASTIC = [
+    *((name, {}) for name in STOCHASTIC),
+    ("ddim", {"eta": 1.0}),
+    ("dpmpp_2m_sde", {"predict_x0": False}),
+    ("dpmpp_sde", {"eta": 0.5}),
+]
 
 
 @pytest.mark.parametrize("name, given", STOCHASTIC)
@@ -142,6 +161,7 @@ NAMES = {
     "EulerDiscreteScheduler": ("euler", None),  # diffusers
     "KDPM2AncestralDiscreteScheduler": ("dpm2_a", None),
     "DPMSolverMultistepScheduler": ("dpmpp_2m", None),
+    "DPMSolverSinglestepScheduler": ("dpmpp_2s", None),
     "dpm++2s_a": ("dpmpp_2s_a", None),  # stable-diffusion.cpp
     "kdpm_2_k": ("dpm2", "karras"),  # InvokeAI
 }
@@ -150,7 +170,6 @@ SIMILAR = {
     "eulr": "euler",
     "ipndm": "pndm",
     "dpm++2mv2": "dpmpp_2m",
-    "DPMSolverSinglestepScheduler": "dpmpp_2m",
 }
 SCHEDULE_NAMES = {"Karras": "karras", "SGM Uniform": "sgm_uniform", "SGMUniform": "sgm_uniform", "normal": "default"}
 SCHEDULE_NAMES |= {"discrete": "default", "Align Your Steps": "align_your_steps", "ays": "align_your_steps"}
@@ -195,9 +214,9 @@ def test_unknown_names(name):
         ({"_class_name": "DDPMParallelScheduler", "clip_sample": False}, "ddpm", ""),
         (DPM | {"algorithm_type": "dpmsolver++"}, "dpmpp_2m", ""),
         (DPM | {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", ""),
-        (DPM | {"algorithm_type": "sde-dpmsolver"}, "dpmpp_2m_sde", "asks for DPMSolverMultistepScheduler, algorithm"),
-        (DPM | {"solver_order": 3}, "dpmpp_2m", "asks for DPMSolverMultistepScheduler, solver_order=3; the nearest"),
-        ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", "nearest sampler here is dpmpp_2m"),
+        (DPM | {"algorithm_type": "sde-dpmsolver"}, "dpmpp_2m_sde", ""),
+        (DPM | {"solver_order": 3}, "dpmpp_2m", ""),
+        ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2s", ""),
         ({"_class_name": "SomethingNew"}, None, ""),
         (DPM | {"solver_order": 4}, None, ""),
         (DPM | {"thresholding": True}, None, ""),
@@ -215,6 +234,9 @@ def test_options():
     for name, option in (("euler", "eta"), ("dpm2", "s_noise"), ("ddpm", "eta"), ("DPM++ 2M Karras", "eta")):
         with pytest.raises(ValueError, match=f"sampler {read_name(name)[0]} takes no {option}; leave it out"):
             find_sampler(name, **{option: 0.5})
+    for name, order, highest in (("dpmpp_2m", 4, 3), ("deis", 9, 3), ("lms", 5, 4)):
+        with pytest.raises(ValueError, match=f"sampler {name} has no order {order}; choose 1 to {highest}$"):
+            find_sampler(name, order=order)
     assert find_sampler("ddim", eta=0.0) == find_sampler("ddim") == (SAMPLERS["ddim"], None)
     assert find_sampler("euler", eta=None) == (SAMPLERS["euler"], None)
 
@@ -225,6 +247,17 @@ def test_the_end_of_a_long_run_is_of_full_order():
     assert run_options(SAMPLERS["deis"], schedule, long) == {"lower_order_final": False}
     assert run_options(SAMPLERS["deis"], schedule, short) == {"lower_order_final": True}
     assert run_options(SAMPLERS["pndm"], schedule, short.last(0)) == {}
+
+
+def test_the_settings_of_a_scheduler_hold_for_its_sampler():
+    config = DPM | {"solver_order": 3, "solver_type": "heun", "algorithm_type": "sde-dpmsolver++"}
+    schedule = Schedule(ScheduleConfig.from_dict(config))
+    steps = schedule.steps(20, "multistep")
+    options = run_options(SAMPLERS["dpmpp_2m_sde"], schedule, steps)
+    assert (options["order"], options["solver_type"], options["predict_x0"]) == (3, "heun", True)
+    assert run_options(SAMPLERS["dpmpp_2m_sde"], schedule, steps, order=1)["order"] == 1
+    assert run_options(SAMPLERS["dpmpp_2m"], schedule, steps) == {"lower_order_final": False}
+    assert run_options(SAMPLERS["dpmpp_2s"], schedule, steps.last(3)) == {"orders": [2, 1, 1]}
 
 
 def test_a_partial_of_a_sampler_is_one_without_the_bound_option():

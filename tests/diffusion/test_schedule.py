@@ -217,7 +217,7 @@ def test_what_is_not_computed_is_refused_in_one_line(raw, message):
 @pytest.mark.parametrize(
     "raw, not_followed",
     [
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "solver_type": "heun"}, 2),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "solver_type": "heun"}, 0),
         ({"_class_name": "EulerDiscreteScheduler", "solver_order": 3}, 0),
         ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, 1),
         ({"use_beta_sigmas": True, "use_karras_sigmas": False}, 0),

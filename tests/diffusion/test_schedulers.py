@@ -60,6 +60,7 @@ def test_an_absent_setting_is_the_default_of_its_class(name):
     bare, full = {"_class_name": name}, {"_class_name": name} | defaults(name)
     configs = [ScheduleConfig.from_dict(raw) for raw in (bare, full)]
     of_sampler = {"timestep_spacing": None, "set_alpha_to_one": None, "algorithm_type": None}
+    of_sampler |= {"solver_order": None, "solver_type": None}
     assert configs[0] == replace(configs[1], **of_sampler)
     assert result(bare) == result(full)
     rule = SAMPLERS[re.search(r"`(\w+)`", DOCUMENTED[name])[1]].spacing_rule

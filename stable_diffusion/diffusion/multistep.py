@@ -1,0 +1,293 @@
+"""Samplers with history: a polynomial through the last evaluations is integrated exactly over the step.
+
+DPM-Solver, UniPC and DEIS are exponential integrators: the variable is lambda = -log(sigma), and the part of the ODE
+that is linear in x is solved exactly. The polynomial goes through D (``predict_x0``: DPM-Solver++, Lu et al. 2022b) or
+through the noise ``(x - D) / sigma`` (DPM-Solver, Lu et al. 2022a), see :func:`_exponential_step`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import mlx.core as mx
+
+from .transitions import Denoise, Noise, Sigmas, States, noised, relabel, reverse_sde, toward
+
+Points = Sequence[tuple[float, mx.array]]  # (sigma, evaluation)
+
+
+def lms(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
+    """Run a linear multistep method (Adams-Bashforth with uneven steps, as in k-diffusion).
+
+    A polynomial in sigma through the last ``order`` slopes extrapolates the slope.
+    """
+    history: list[tuple[float, mx.array]] = []
+    for sigma, target in pairwise(sigmas):
+        history = [(sigma, (x - denoise(x, sigma)) / sigma), *history][:order]
+        moments = [(target - sigma) ** (k + 1) / (k + 1) for k in range(len(history))]
+        x = x + _blend(history, _weights([level - sigma for level, _ in history], moments))
+        yield x
+
+
+def pndm(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    velocity: bool = False,
+    target_sigmas: Sigmas | None = None,
+    repeat_sigma: float | None = None,
+) -> States:
+    """Run the pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the noise.
+
+    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both its ends. With ``velocity``
+    the model predicts v, which is extrapolated in place of the noise. ``target_sigmas`` as for :func:`ddim`.
+    """
+    target_sigmas = sigmas[1:] if target_sigmas is None else target_sigmas
+    history: list[tuple[float, mx.array]] = []
+
+    def prediction(x: mx.array, sigma: float) -> mx.array:
+        x0 = denoise(x, sigma)
+        e = (x - x0) / sigma
+        return (e - sigma * x0) / math.sqrt(1 + sigma**2) if velocity else e
+
+    def transfer(x: mx.array, e: mx.array, sigma: float, target: float) -> mx.array:
+        if velocity:
+            e = (math.sqrt(1 + sigma**2) * e + sigma * x) / (1 + sigma**2)
+        return x + (target - sigma) * e
+
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        history = [(sigma, prediction(x, sigma)), *history][:4]
+        e = _blend(history, _ADAMS_BASHFORTH[len(history) - 1])
+        ahead = relabel(transfer(x, e, sigma, target_sigmas[i]), target_sigmas[i], after)
+        if i == 0 and len(sigmas) > 2:
+            start = sigma if repeat_sigma is None else repeat_sigma
+            e = (e + prediction(ahead, after)) / 2
+            ahead = transfer(relabel(x, sigma, start), e, start, after)
+        x = ahead
+        yield x
+
+
+_ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    order: int = 2,
+    solver_type: str = "midpoint",
+    predict_x0: bool = True,
+    lower_order_final: bool = False,
+    euler_at_final: bool = False,
+    bend_offset: float = 0.0,
+) -> States:
+    """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4): an exponential integrator through the last ``order`` D's.
+
+    A step to 0 is of first order. With ``lower_order_final`` the order falls to 1 in the last steps, with
+    ``euler_at_final`` in the last one. For ``solver_type``, "midpoint" or "heun", and ``bend_offset`` see
+    :func:`_dpm_moments`; the coefficient of the third order has half of its exact weight, as in diffusers.
+    """
+    moments = partial(_dpm_moments, solver_type=solver_type, bend=0.5, bend_offset=bend_offset)
+    history: list[tuple[float, mx.array]] = []
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        history = [(sigma, _prediction(denoise, x, sigma, predict_x0)), *history][:order]
+        remaining = len(sigmas) - 1 - i
+        highest = remaining if lower_order_final or (euler_at_final and remaining == 1) else order
+        x, up = _exponential_step(x, history[:highest], target, moments, eta, predict_x0)
+        x = noised(x, up, noise, i)
+        yield x
+
+
+dpmpp_2m = partial(dpmpp_2m_sde, eta=0.0)  # on the ODE: Lu et al. 2022b, algorithm 2
+dpmpp_3m_sde = partial(  # k-diffusion
+    dpmpp_2m_sde,
+    order=3,
+    solver_type="heun",
+    predict_x0=True,
+    lower_order_final=False,
+    euler_at_final=False,
+    bend_offset=0.0,
+)
+
+
+def dpmpp_2s(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    eta: float = 0.0,
+    order: int = 2,
+    solver_type: str = "midpoint",
+    predict_x0: bool = True,
+    orders: Sequence[int] | None = None,
+    bend_offset: float = 0.0,
+) -> States:
+    """Run DPM-Solver++ in single steps (Lu et al. 2022b, algorithm 1), with one D for each of the ``sigmas``.
+
+    Steps come in groups of ``order``. The first of a group is of first order; each further one starts again where the
+    group starts, with all D's of the group. ``orders`` has the order of each step, see :func:`singlestep_orders`.
+    """
+    if orders is None:
+        orders = singlestep_orders(order, len(sigmas) - 1, sigmas[-1] == 0)
+    start, group = x, []
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        if orders[i] == 1 or not group:
+            start, group = x, []
+        group.append((sigma, _prediction(denoise, x, sigma, predict_x0)))
+        # The midpoint method of third order leaves out the second D (Lu et al. 2022a, algorithm 2).
+        is_midpoint = solver_type == "midpoint" and len(group) == 3
+        points = [group[0], group[2]] if is_midpoint else group
+        rule = partial(_dpm_moments, solver_type="heun" if is_midpoint else solver_type, bend_offset=bend_offset)
+        x, up = _exponential_step(start, points, target, rule, eta, predict_x0)
+        x = noised(x, up, noise, i)
+        yield x
+
+
+def singlestep_orders(order: int, count: int, is_to_zero: bool = True, lower_order_final: bool = True) -> list[int]:
+    """Return the orders of ``count`` steps in groups 1, 2, ..., ``order``, of which the last may be shorter.
+
+    Where the groups are whole, ``lower_order_final`` makes the last step of first order (Lu et al. 2022a, algorithm 3).
+    It always is in a run to sigma 0, ``is_to_zero``.
+    """
+    orders = [i % order + 1 for i in range(count)]
+    if is_to_zero or (lower_order_final and orders[-1] == order):
+        orders[-1] = 1
+    return orders
+
+
+def unipc(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    order: int = 2,
+    solver_type: str = "bh2",
+    predict_x0: bool = True,
+    lower_order_final: bool = True,
+    disable_corrector: Sequence[int] = (),
+) -> States:
+    """Run UniPC (Zhao et al. 2023, algorithms 1 and 2): a predictor that the next D corrects.
+
+    The corrector repeats the last step with the D at its end, except for the steps ``disable_corrector``. With
+    ``lower_order_final`` the order falls to 1 in the last steps. ``solver_type`` "bh1" is B(h) = h, "bh2" is
+    B(h) = e^h - 1.
+    """
+    moments = partial(_dpm_moments, solver_type=solver_type)
+    history: list[tuple[float, mx.array]] = []
+    start, used = x, 0
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        evaluation = _prediction(denoise, x, sigma, predict_x0)
+        if history and i - 1 not in disable_corrector:
+            corrected = [*history[:used], (sigma, evaluation)]
+            x, _ = _exponential_step(start, corrected, sigma, moments, 0.0, predict_x0)
+        history = [(sigma, evaluation), *history][:order]
+        used = min(len(history), len(sigmas) - 1 - i if lower_order_final else order)
+        start = x
+        x, _ = _exponential_step(x, history[:used], target, moments, 0.0, predict_x0)
+        yield x
+
+
+def deis(
+    denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 2, lower_order_final: bool = False
+) -> States:
+    """Run the diffusion exponential integrator sampler (Zhang & Chen 2023, rho-AB in log rho).
+
+    A polynomial in log sigma through the last ``order`` predictions extrapolates the noise. A step to 0 is of first
+    order; with ``lower_order_final`` the order falls to 1 in the last steps.
+    """
+    history: list[tuple[float, mx.array]] = []
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        history = [(sigma, (x - denoise(x, sigma)) / sigma), *history][:order]
+        remaining = len(sigmas) - 1 - i
+        used = history[: 1 if target == 0 else remaining if lower_order_final else order]
+        # The integrals of log(s / sigma)^k from sigma to the target, each from the one before by parts.
+        moments, u = [target - sigma], math.log(target / sigma) if target > 0 else 0.0
+        for k in range(1, len(used)):
+            moments.append(target * u**k - k * moments[-1])
+        x = x + _blend(used, _weights([math.log(level / sigma) for level, _ in used], moments))
+        yield x
+
+
+def _prediction(denoise: Denoise, x: mx.array, sigma: float, predict_x0: bool) -> mx.array:
+    """Return D, or the noise in x."""
+    x0 = denoise(x, sigma)
+    return x0 if predict_x0 else (x - x0) / sigma
+
+
+def _exponential_step(
+    x: mx.array,
+    points: Points,
+    target: float,
+    moments: Callable[[float, int], list[float]],
+    eta: float,
+    predict_x0: bool,
+) -> tuple[mx.array, float]:
+    """Integrate the polynomial through ``points`` from the first one's sigma to ``target``.
+
+    In r = (lambda - lambda_0) / h, with h the step in lambda, the weight of D is e^(length r) with a ``length`` of
+    (1 + eta) h, and that of the noise is e^(-h r). Of both, ``moments`` gives the means of the powers of r. Returns the
+    next ``x`` and the standard deviation of the noise that belongs to it. A step to 0 is of first order.
+    """
+    sigma, evaluation = points[0]
+    h = math.log(sigma / target) if target > 0 else math.inf
+    if 0 < h < math.inf and len(points) > 1:
+        nodes = [math.log(sigma / level) / h for level, _ in points]
+        weights = _weights(nodes, moments((1 + eta) * h if predict_x0 else -h, len(points)))
+        first = evaluation
+        for weight, (_, other) in zip(weights[1:], points[1:], strict=True):
+            evaluation = evaluation + weight * (other - first)
+    if predict_x0:
+        down, up = reverse_sde(sigma, target, eta)
+        return toward(x, evaluation, sigma, down), up
+    eta = eta if target > 0 else 0.0
+    up = eta * math.sqrt(max(sigma**2 - target**2, 0.0))
+    return x + ((1 + eta**2) * (target - sigma)) * evaluation, up
+
+
+def _dpm_moments(
+    length: float, count: int, solver_type: str, bend: float = 1.0, bend_offset: float = 0.0
+) -> list[float]:
+    """Return the means of r^k, k < ``count``, under the weight e^(length r): M_k = 1 / (1 - e^-l) - k / l M_(k-1).
+
+    With two points "midpoint" and "bh2" take 1/2 for M_1, its limit for small l, and "bh1" takes l / 2 / (1 - e^-l).
+    ``bend`` is a factor on M_2. diffusers writes one constant of the SDE's third order with the other sign;
+    ``bend_offset`` 1 does too.
+    """
+    total = -1 / math.expm1(-length)
+    means = [1.0]
+    for k in range(1, count):
+        means.append(total - k / length * means[-1])
+    if count == 2 and solver_type != "heun":
+        means[1] = total * length / 2 if solver_type == "bh1" else 0.5
+    elif count == 3:
+        means[2] = bend * (means[2] - 2 * bend_offset * total)
+    return means
+
+
+def _blend(history: Sequence[tuple[float, mx.array]], weights: Sequence[float]) -> mx.array:
+    """Return the weighted sum of the arrays in a history of (level, array)."""
+    return sum(weight * evaluation for weight, (_, evaluation) in zip(weights, history, strict=True))
+
+
+def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """Return weights w with sum_j w_j nodes_j^k = moments_k, exact for polynomials through the nodes.
+
+    They are the moments of the Lagrange polynomials, each multiplied out from its roots.
+    """
+    weights = []
+    for j, node in enumerate(nodes):
+        coefficients, scale = [1.0], 1.0
+        for other in (*nodes[:j], *nodes[j + 1 :]):
+            shifted, same = [0.0, *coefficients], [*coefficients, 0.0]
+            coefficients = [a - other * b for a, b in zip(shifted, same, strict=True)]
+            scale *= node - other
+        weights.append(sum(c * m for c, m in zip(coefficients, moments, strict=True)) / scale)
+    return weights

@@ -1,0 +1,41 @@
+"""Steps that samplers share: along the ODE with D held fixed, to a lower level and back with noise, to another scale.
+
+The types of a sampler's arguments are here too, see ``samplers``.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+
+Denoise = Callable[[mx.array, float], mx.array]
+Noise = Callable[[int, tuple[int, ...]], mx.array]
+States = Iterator[mx.array]
+Sigmas = Sequence[float]
+
+
+def toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
+    """Step from ``sigma`` to ``target`` along the ODE while D stays ``x0``; nothing cancels at large sigma."""
+    return x0 + (target / sigma) * (x - x0)
+
+
+def noised(x: mx.array, up: float, noise: Noise, draw: int) -> mx.array:
+    """Add noise of the standard deviation ``up``; at 0 none is drawn."""
+    return x + up * noise(draw, x.shape) if up > 0 else x
+
+
+def ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
+    """Split a step to ``target`` into an ODE step down to the first value and noise of the second, ``up <= target``."""
+    up = min(target, eta * math.sqrt(max(target**2 * (sigma**2 - target**2) / sigma**2, 0.0)))
+    return math.sqrt(target**2 - up**2), up
+
+
+def reverse_sde(sigma: float, target: float, eta: float) -> tuple[float, float]:
+    """Split an exact step of the reverse SDE likewise, whose noise decays as it is injected; eta 0 is the ODE."""
+    ratio = min(target / sigma, 1.0) ** eta  # a curve may end an ulp below the end of the run
+    return target * ratio, target * math.sqrt(1 - ratio**2)
+
+
+def relabel(x: mx.array, sigma: float, level: float) -> mx.array:
+    """Rescale a latent at ``sigma`` to ``level`` so that it stays the same in variance-preserving scale."""
+    return x if sigma == level else x * math.sqrt((1 + level**2) / (1 + sigma**2))
