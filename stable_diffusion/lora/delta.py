@@ -7,9 +7,12 @@ In matrices, with the kernels of convolutions as their further axes:
     LoKr     w1 ⊗ w2                          Kronecker product; w1 and w2 may be products themselves
     diff     ΔW itself, of norms and biases too
 
-All but diff are multiplied by alpha / rank (Yeh et al. 2024, arXiv:2309.14859, has the conventions). DoRA (Liu et al.
-2024, arXiv:2402.09353) then gives the rows of W + ΔW the lengths m: it changes W by m (W + ΔW) / |W + ΔW| - W in all.
-Other scales than 1 multiply this total, so every LoRA is linear in its scale, and absent at 0.
+All but diff are multiplied by alpha / rank (Yeh et al. 2024, arXiv:2309.14859, has the conventions), and by the scale s
+of the LoRA. DoRA (Liu et al. 2024, arXiv:2402.09353) gives the rows of W + ΔW the lengths m. Two rules for s, which are
+the same at 1, are those of the programs that write the files; at 0 any LoRA is absent:
+
+    lora_magnitude_vector    m (W + s ΔW) / |W + s ΔW| - W        PEFT and diffusers
+    dora_scale               s (m (W + ΔW) / |W + ΔW| - W)        ComfyUI and AUTOMATIC1111's web UI, for kohya's files
 """
 
 import math
@@ -46,6 +49,7 @@ class LoRADelta(nn.Module):
 
     They have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]. ``multiplier`` is
     alpha / rank, ``layer`` the name in the file with underscores, ``lora`` the attached LoRA whose ``scale`` counts.
+    The lengths "dora_scale" have one axis if they are PEFT's, else the axes of the weight.
     """
 
     def __init__(
@@ -57,24 +61,24 @@ class LoRADelta(nn.Module):
         for role, factor in factors.items():
             self[role] = factor
 
-    def delta(self, layer: nn.Module) -> dict[str, mx.array]:
-        """Return what to add to a layer's "weight" and "bias" at scale 1: lazy, float32, in the layout of the layer.
+    def delta(self, layer: nn.Module, scale: float = 1.0) -> dict[str, mx.array]:
+        """Return what to add to a layer's "weight" and "bias" at a scale: lazy, float32, in the layout of the layer.
 
         Raises ValueError where the factors do not fit each other or the layer.
         """
         changes = {}
         if self.keys() != {"diff_b"}:
-            change = to_layer(self._product(shape_of(layer)))
-            if "dora_scale" in self:
+            change, m = to_layer(self._product(shape_of(layer))), self.get("dora_scale")
+            if m is not None:
                 weight = weight_of(layer)
-                change = self._rescale(weight + change) - weight
-            changes["weight"] = change
+                change = self._rescale(weight + (scale * change if m.ndim == 1 else change)) - weight
+            changes["weight"] = change if m is not None and m.ndim == 1 else scale * change
         for role, multiplier in (("bias", self.multiplier), ("diff_b", 1.0)):  # beside "up", and by itself
             if role in self:
                 shape = layer.bias.shape if "bias" in layer else None
                 if self[role].shape != shape:
                     raise ValueError(f"{self.name} {role} {self[role].shape} instead of {shape}")
-                changes["bias"] = changes.get("bias", 0) + multiplier * self[role].astype(mx.float32)
+                changes["bias"] = changes.get("bias", 0) + scale * (multiplier * self[role].astype(mx.float32))
         return changes
 
     def _rescale(self, weight: mx.array) -> mx.array:

@@ -74,8 +74,9 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
             continue
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
             raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
-        if "lora_magnitude_vector" in name:  # PEFT's lengths are always those of rows, whatever their shape looks like
-            tensor = mx.flatten(tensor, stream=loading_stream(mx.default_device().type))
+        if role == "dora_scale":  # PEFT's lengths, always those of rows, get one axis, and others at least two
+            shape = (-1,) if "lora_magnitude_vector" in name else (len(tensor), *(tensor.shape[1:] or (1,)))
+            tensor = mx.reshape(tensor, shape, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not is_complete(factors)]:
         raise ValueError(f"{path} lacks factors of its changes of {listed(incomplete)}")

@@ -88,9 +88,9 @@ def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array
     """W + Σ scale ΔW for each parameter that is changed: summed in float32, in the type of the layer."""
     totals: dict[str, mx.array] = {}
     for delta, scale in scaled:
-        for key, change in delta.delta(layer).items():
+        for key, change in delta.delta(layer, scale).items():
             before = weight_of(layer) if key == "weight" else layer[key].astype(mx.float32)
-            totals[key] = totals.get(key, before) + scale * change
+            totals[key] = totals.get(key, before) + change
     dtype = layer.get("scales", layer["weight"]).dtype
     return {key: total.astype(dtype) for key, total in totals.items()}
 

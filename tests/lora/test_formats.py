@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
 import loras
 from loras import KINDS, make
@@ -48,12 +49,46 @@ def test_kinds(sd1, kind, write):
     check(sd1, write(tensors), wanted, -0.6)
 
 
-@pytest.mark.parametrize("kind, lengths_of", [("lora", "rows"), ("lora", "columns"), ("lokr", "rows")])
-def test_dora(sd1, kind, lengths_of, write):
+@pytest.mark.parametrize(
+    "kind, lengths_of, scale", [("lora", "rows", 1.7), ("lora", "columns", -0.5), ("lokr", "rows", 0.3)]
+)
+def test_dora_of_kohya_is_linear_in_its_scale(sd1, kind, lengths_of, scale, write):
+    """As in ComfyUI (``weight_decompose``) and AUTOMATIC1111's web UI (``finalize_updown``)."""
     tensors, deltas = make(sd1, kind=kind, dora=lengths_of)
-    with loras.changed(sd1, deltas, 0.4):
+    with loras.changed(sd1, deltas, scale):
         wanted = sd1.theirs()
-    check(sd1, write(tensors), wanted, 0.4)
+    check(sd1, write(tensors), wanted, scale)
+
+
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_dora_of_peft_keeps_its_lengths_at_any_scale(request, family, tmp_path):
+    """A text encoder's layers, linear ones and convolutions of the UNet, at scales that peft itself computes."""
+    model, saved, layers = request.getfixturevalue(family), {}, []
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for network, module in model.modules.items():
+            config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, use_dora=True)
+            module.add_adapter(config, "it")
+            for name, parameter in module.named_parameters():
+                if "lora_magnitude_vector" in name:
+                    parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+                elif "lora_" in name:
+                    parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            saved[f"{network}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="it")
+            saved[f"{network}_lora_adapter_metadata"] = module.peft_config["it"].to_dict()
+            layers += [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+        wanted = {}
+        for scale in (0.3, 1.0, 1.7, -0.5):
+            for layer in layers:
+                layer.set_scale("it", scale)
+            wanted[scale] = model.theirs()
+        for layer in layers:
+            layer.set_scale("it", 1.0)
+        type(model.pipe).save_lora_weights(tmp_path, **saved)
+    finally:
+        model.pipe.unload_lora_weights()
+    for scale, outputs in wanted.items():
+        check(model, tmp_path, outputs, scale)
 
 
 # As diffusers' training scripts do it: peft in the networks, saved by the pipeline with its settings.
