@@ -20,6 +20,16 @@ Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed 
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
 
+# Keys that transformers (4.20 ... 5) writes into the config of any model: of writing, tokens, outputs and generation.
+_OF_TRANSFORMERS = """
+torch_dtype dtype transformers_version return_dict use_cache use_bfloat16 tf_legacy_loss tie_word_embeddings prefix
+name_or_path tokenizer_class finetuning_task problem_type id2label label2id architectures logit_scale_init_value
+bos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id vision_config
+max_length min_length max_new_tokens num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+repetition_penalty length_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size num_return_sequences
+vision_config_dict output_hidden_states output_attentions attn_implementation task_specific_params
+"""
+
 # Bounds of whole numbers, far beyond any published model; nothing is looped over before they are checked.
 _MOST = {"layers_per_block": 8, "num_hidden_layers": 64, "vocab_size": 1 << 20, "num_train_timesteps": 100_000}
 _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "num_res_blocks"), 64)
@@ -141,7 +151,7 @@ class Config:
                     problems.append(f"{key}={short(wrong[0])} (supported: {names})")
             elif cls.ignored is None or key in known or key in cls.ignored or key.startswith("_"):
                 continue
-            elif value not in (None, False, [], ()):
+            elif value not in (None, False, [], (), {}):
                 problems.append(f"{key}={short(value)} (unknown)")
         if problems:
             raise ValueError(f"{cls.kind} config: this library cannot compute {listed(problems)}")
@@ -216,6 +226,7 @@ class CLIPTextConfig(Config):
         "hidden_act": ("quick_gelu", "gelu"),
         "architectures": (("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("CLIPModel",), None),
     }
+    ignored: ClassVar[Collection[str]] = _IGNORED.union(_OF_TRANSFORMERS.split())
 
     hidden_size: int = 512
     intermediate_size: int = 2048

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 
 import pytest
+import transformers
 
 from configs import UNETS
 from models.test_adapter import ADAPTERS
@@ -62,6 +63,15 @@ def test_keys_without_effect_are_let_through(config):
     assert config.from_dict(raw | changes) == config.from_dict(raw)
 
 
+def test_what_transformers_writes_into_any_config_is_let_through():
+    """The installed version, and keys of versions since 2022 that it no longer writes."""
+    old = {"torch_dtype": "float16", "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "max_length": 20}
+    old |= {"chunk_size_feed_forward": 0, "pruned_heads": {}, "is_decoder": False, "logit_scale_init_value": 2.6592}
+    written = transformers.CLIPTextConfig(**TEXT_ENCODERS["sd1"]).to_dict()
+    assert len(written) > 25
+    assert CLIPTextConfig.from_dict(written | old) == CLIPTextConfig.from_dict(TEXT_ENCODERS["sd1"])
+
+
 CHANGES = [
     ("controlnet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"] * 2}, "down_block_types='AttnDownBlock2D'"),
     ("controlnet", {"down_block_types": ["DownBlock2D"] * 2}, "2 entries for 3 blocks"),
@@ -78,6 +88,10 @@ CHANGES = [
     ),
     ("text_encoder", {"layer_norm_eps": math.nan}, "layer_norm_eps=nan must be a finite number"),
     ("text_encoder", {"architectures": 7}, "architectures=7"),
+    ("text_encoder", {"use_attention_mask": True}, "use_attention_mask=True (unknown)"),
+    ("text_encoder", {"text_config": {"hidden_act": "gelu"}}, "text_config={'hidden_act': 'gelu'} (unknown)"),
+    ("text_encoder", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} (unknown)"),
+    ("text_encoder", {"is_decoder": True, "add_cross_attention": True}, "is_decoder=True (unknown), add_cross_"),
     ("unet", {"layers_per_block": 10**30}, "must be a list of at most 16, each a whole number from 1 to 8"),
     ("unet", {"transformer_layers_per_block": [1, 10**9, 1]}, "each a whole number from 0 to 32"),
     ("unet", {"block_out_channels": [32] * 17}, "must be a list of at most 16"),
