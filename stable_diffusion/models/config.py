@@ -226,7 +226,7 @@ class CLIPTextConfig(Config):
         "hidden_act": ("quick_gelu", "gelu"),
         "architectures": (("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("CLIPModel",), None),
     }
-    ignored: ClassVar[Collection[str]] = _IGNORED.union(_OF_TRANSFORMERS.split())
+    ignored: ClassVar[Collection[str]] = _IGNORED.union(_OF_TRANSFORMERS.split(), ("quantization",))
 
     hidden_size: int = 512
     intermediate_size: int = 2048
