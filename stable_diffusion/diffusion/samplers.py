@@ -181,7 +181,7 @@ _dpmpp = partial(Sampler, spacing_rule="multistep", order=2, highest_order=3, re
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, scheduler="EulerDiscrete", reference=_KARRAS),
-    "euler_a": Sampler(euler_ancestral, stochastic=True, scheduler="EulerAncestralDiscrete", reference=_K),
+    "euler_a": Sampler(euler_ancestral, "euler_a", stochastic=True, scheduler="EulerAncestralDiscrete", reference=_K),
     "heun": _two(heun, scheduler="HeunDiscrete", reference=_KARRAS),
     "dpm2": _two(dpm2, "dpm2", scheduler="KDPM2Discrete", reference=_LU_A),
     "dpm2_a": _two(dpm2_ancestral, "dpm2", stochastic=True, scheduler="KDPM2AncestralDiscrete", reference=_K),

@@ -33,6 +33,7 @@ class SpacingRule:
     unvisited_points: int = 0  # points that are spaced too and then left out, at the end of the run
     keeps_infinite_sigma: bool = False  # and does not cap it
     starts_at_sigma: bool = False  # times noise, unless the spacing is "leading", see Schedule.initial_scale
+    reads_curve: bool = True  # of the checkpoint, as its class in diffusers does
     curves_span_training: bool = False  # lay curves over all training sigmas, not from the first to the last of the run
     rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by the curve's name
     final_sigma: str = "zero"  # or "first" (training sigma), or the key of the config that chooses between them
@@ -49,14 +50,16 @@ _MULTISTEP_RULE = SpacingRule(
     rounding={"karras": round, "exponential": math.floor, "beta": math.floor},
     final_sigma="final_sigmas_type",
 )
-_DISTILLED_RULE = SpacingRule("leading", keeps_infinite_sigma=True, distilled=True)
+_LEADING_RULE = SpacingRule("leading", reads_curve=False)
+_DISTILLED_RULE = replace(_LEADING_RULE, keeps_infinite_sigma=True, distilled=True)
 
 SPACING_RULES = {
     "euler": _EULER_RULE,
+    "euler_a": replace(_EULER_RULE, reads_curve=False, final_sigma="zero"),
     "dpm2": replace(_EULER_RULE, rounding={"karras": round}, final_sigma="zero"),
-    "ddim": SpacingRule("leading", keeps_infinite_sigma=True, final_sigma="set_alpha_to_one", fixed_stride=True),
-    "ddpm": SpacingRule("leading", keeps_infinite_sigma=True),
-    "pndm": SpacingRule("leading", final_sigma="set_alpha_to_one", set_alpha_to_one=False, fixed_stride=True),
+    "ddim": replace(_LEADING_RULE, keeps_infinite_sigma=True, final_sigma="set_alpha_to_one", fixed_stride=True),
+    "ddpm": replace(_LEADING_RULE, keeps_infinite_sigma=True),
+    "pndm": replace(_LEADING_RULE, final_sigma="set_alpha_to_one", set_alpha_to_one=False, fixed_stride=True),
     "multistep": _MULTISTEP_RULE,
     "deis": replace(_MULTISTEP_RULE, final_sigma="first"),
     "lcm": _DISTILLED_RULE,
@@ -164,7 +167,8 @@ class Schedule:
         total, rules = self.config.num_train_timesteps, SPACING_RULES[rule]
         if not 1 <= count <= total:
             raise ValueError(f"{count} steps: the model was trained on {total} timesteps; choose 1 to {total}")
-        schedule = self.config.sigma_schedule if schedule is None else schedule
+        if schedule is None:
+            schedule = self.config.sigma_schedule if rules.reads_curve else "default"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         timesteps = self._timesteps(count, rules, spacing)

@@ -29,6 +29,8 @@ CLASSES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Sc
 FOLLOWED = [name for name in CLASSES if "`" in DOCUMENTED.get(name, "")]
 AS_PUBLISHED = {"clip_sample": False, "skip_prk_steps": True}  # by every model of Stable Diffusion
 
+LEFT_OVER = {"use_karras_sigmas": True, "predictor_order": 2, "noise_sampler_seed": 3, "flow_shift": 3.0}
+
 
 def defaults(name: str) -> dict:
     """The settings of a class in diffusers, but those that must be given."""
@@ -70,6 +72,16 @@ def test_an_absent_setting_is_the_default_of_its_class(name):
         assert SPACING_RULES[rule].spacing == full["timestep_spacing"]
     oracle = diffusers.DDIMScheduler(**{key: full[key] for key in ("beta_start", "beta_end", "beta_schedule")})
     assert Schedule(configs[0]).alphas_cumprod == pytest.approx(oracle.alphas_cumprod.double().tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_setting_of_another_class_changes_nothing(name):
+    """As in diffusers, which keeps such settings when the scheduler of a pipeline is exchanged."""
+    rule = SAMPLERS[re.search(r"`(\w+)`", DOCUMENTED[name])[1]].spacing_rule
+    usual, left = (Schedule(ScheduleConfig.from_dict({"_class_name": name} | more)) for more in ({}, LEFT_OVER))
+    is_read = "use_karras_sigmas" in defaults(name)
+    assert (usual.steps(7, rule) == left.steps(7, rule)) == (not is_read)
+    assert result({"_class_name": name} | LEFT_OVER) == result({"_class_name": name})
 
 
 def test_every_setting_of_the_tables_is_one_of_its_class():
