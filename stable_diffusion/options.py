@@ -77,6 +77,7 @@ NUMBERS = {
     "token_merging": Number(float, 0, HIGHEST),
     "denoising_start": Number(float, 0, 1),
     "denoising_end": Number(float, 0, 1),
+    "eta_noise_seed_delta": Number(int, 0, 2**32),
 }
 
 
@@ -113,6 +114,8 @@ class Options:
         denoising_end: fraction of the noise at which to stop, for another model to continue.
         noise_source: generator of a seed's noise: "mlx"; "torch", the one of torch on the CPU, drawn from as diffusers
             does with one for each image; or "cuda", the one of torch on a GPU, as AUTOMATIC1111's web UI does.
+        eta_noise_seed_delta: what is added to the seed for the noise that stochastic samplers add; from a
+            ``noise_source`` other than "mlx" that noise continues the first one where it is 0 (ENSD of the web UI).
         latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
         noise: a function ``noise(step, shape)`` that replaces the seed's noise of stochastic samplers.
 
@@ -139,6 +142,7 @@ class Options:
     denoising_start: float = 0.0
     denoising_end: float = 1.0
     noise_source: str = "mlx"
+    eta_noise_seed_delta: int = 0
     latents: mx.array | None = None
     noise: Noise | None = None
 
@@ -211,6 +215,7 @@ class OptionKeywords(TypedDict, total=False):
     denoising_start: float
     denoising_end: float
     noise_source: str
+    eta_noise_seed_delta: int
     latents: mx.array | None
     noise: Noise | None
 
@@ -282,7 +287,7 @@ class RunDefaults:
         return replace(options, **values)
 
 
-_NOISE_OPTIONS = ("latents", "noise", "noise_source")  # which a run takes as they are
+_NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta")  # which a run takes as they are
 
 
 def plan_run(

@@ -106,6 +106,18 @@ def test_cuda_draws_nothing_for_an_encoding(sd):
 
 
 @pytest.mark.parametrize("source", NOISE_SOURCES)
+def test_the_seed_of_added_noise(sd, source):
+    """It is the seed and the delta, as in A1111's web UI, where a generator begins again. The first noise stays."""
+    shape, options = (4, 6, 4), Options(noise_source=source, eta_noise_seed_delta=31337)
+    runs = [sd._plan(options, 3, (5,)), sd._plan(Options(noise_source=source), 3, (31342,))]
+    first, other_first = (np.array(run.initial_noise(shape)) for run in runs)
+    added, other_added = (np.array(run.step_noise(0, (1, *shape))) for run in runs)
+    alone = sd._plan(Options(noise_source=source), 3, (5,))
+    assert np.array_equal(first, alone.initial_noise(shape)) and not np.array_equal(first, other_first)
+    assert np.array_equal(added, other_added if source == "mlx" else other_first)
+
+
+@pytest.mark.parametrize("source", NOISE_SOURCES)
 def test_an_image_does_not_depend_on_its_batch_nor_on_runs_beside_it(sd, source):
     given = {"num_steps": 3, "latent_size": (4, 6), "sampler": "euler_a", "noise_source": source}
     runs = [sd.generate_latents(PROMPT, n_images=2, seed=7, **given), sd.generate_latents(PROMPT, seed=8, **given)]

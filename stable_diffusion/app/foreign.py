@@ -36,6 +36,18 @@ _KEYS = {
 _LORAS = ("loras", "lora", "useloramodel", "lorapaths")
 _LORA_WEIGHTS = ("loraweights", "loraalpha", "lorascales")
 _WRAPPERS = ("sui_image_params", "image")  # of SwarmUI, of InvokeAI 2
+# What the texts of a program hold, by which the generator of its noise is known where they do not name it: the first
+# that is there. The last is in the texts of the web UI, whose noise is drawn on a GPU.
+_GENERATORS = {
+    "stable-diffusion-mlx": None,
+    "Version: Fooocus": "torch",
+    "Version: ComfyUI": "torch",
+    '"metadata_scheme"': "torch",  # of Fooocus
+    '"rand_device": "cpu"': "torch",  # of InvokeAI
+    '"sui_image_params"': "torch",  # of SwarmUI, which runs ComfyUI
+    '"class_type"': "torch",  # of ComfyUI, but for the noise that samplers add
+    "\nSteps: ": "cuda",
+}
 _GRAPH = "holds a graph of ComfyUI; only graphs with one KSampler and plain texts are read"
 
 
@@ -44,6 +56,15 @@ def read(texts: Mapping[str, str]) -> Arguments | None:
 
     Returns None where they name neither a prompt nor settings. Raises ValueError for a graph that is not read.
     """
+    found = _read(texts)
+    if found is None or "RNG" in found[1] or "noise_source" in found[0]:
+        return found
+    text = "\n".join(texts.values())
+    source = next((source for mark, source in _GENERATORS.items() if mark in text), None)
+    return (found[0] | ({"noise_source": source} if source else {}), found[1])
+
+
+def _read(texts: Mapping[str, str]) -> Arguments | None:
     objects = {key: values for key in (*_TEXTS, "prompt", "workflow") if (values := _object(texts.get(key)))}
     for key in (key for key in _TEXTS if key in texts):
         if key in objects:

@@ -74,6 +74,12 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     ),
     "Refiner switch at": ("refiner_start", float, number),
     "Eta": ("eta", float, number),
+    "RNG": (
+        "noise_source",
+        lambda text: {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}[text.lower()],
+        {"torch": "CPU", "cuda": "NV"}.__getitem__,
+    ),
+    "ENSD": ("eta_noise_seed_delta", int, number),
 }
 
 

@@ -95,7 +95,9 @@ def remarks(record: Record, script: str, unknown: list[str], has_model: bool) ->
         yield f"{path} was made with the model {model}; --model chooses one, none is chosen for you"
     if not details:
         unused = listed(f"{name} {value}" for name, value in other.items())
-        yield f"{path} is by another program, whose noise is another" + (f"; not used: {unused}" if unused else "")
+        source = record.arguments.get("noise_source")
+        noise = f"drawn as {source} draws it" if source else "another"
+        yield f"{path} is by another program, whose noise is {noise}" + (f"; not used: {unused}" if unused else "")
 
 
 def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[str]:

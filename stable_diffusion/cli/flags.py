@@ -31,6 +31,7 @@ FLAGS = {
         "or 1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
         "--noise_source --rng": "where a seed's noise is from, for the same picture as another program: torch is "
         "diffusers' and ComfyUI's, cuda AUTOMATIC1111's (mlx)",
+        "--eta_noise_seed_delta --ensd N": "added to the seed for the noise that samplers add, as A1111's ENSD (0)",
         "--fixed_seed": "start every prompt from the same seed, not from the next one",
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",

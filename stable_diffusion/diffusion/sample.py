@@ -32,7 +32,8 @@ class Run:
     and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
     ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
 
-    With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn.
+    With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn. The
+    noise that samplers add is that of ``seeds[i] + eta_noise_seed_delta``.
     """
 
     steps: Steps
@@ -45,10 +46,17 @@ class Run:
     noise: Noise | None
     s_noise: float
     noise_source: str = "mlx"
+    eta_noise_seed_delta: int = 0
 
     @cached_property
     def _generators(self) -> list[TorchGenerator | CudaGenerator]:
         return [GENERATORS[self.noise_source](seed) for seed in self.seeds]
+
+    @cached_property
+    def _step_generators(self) -> list[TorchGenerator | CudaGenerator]:
+        if not self.eta_noise_seed_delta:
+            return self._generators
+        return [GENERATORS[self.noise_source](seed + self.eta_noise_seed_delta) for seed in self.seeds]
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
@@ -64,10 +72,11 @@ class Run:
         if self.noise is not None:
             noise = self.noise(step, shape)
         elif self.noise_source != "mlx":
-            noise = mx.array(draw(self._generators, shape[1:]))
+            noise = mx.array(draw(self._step_generators, shape[1:]))
         else:
             counter = mx.array([0, step], dtype=mx.uint32)
-            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self.seeds]
+            seeds = [seed + self.eta_noise_seed_delta for seed in self.seeds]
+            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in seeds]
             noise = mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
         return self.s_noise * noise
 

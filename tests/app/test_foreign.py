@@ -96,6 +96,7 @@ NODES = {
 PROMPTS = {"prompt": "a cat <lora:offset-1.0:0.1>", "negative_prompt": "bad"}
 PLAIN = {"prompt": "a cat", "negative_prompt": ""}
 COMMON = {"steps": 30, "cfg": 4.0, "seed": 7}
+TORCH, CUDA = {"noise_source": "torch"}, {"noise_source": "cuda"}
 SIZE = {"width": 512, "height": 768}
 KARRAS = {"sampler": "dpmpp_2m_sde", "schedule": "karras"}
 ALL = PROMPTS | COMMON | SIZE | KARRAS
@@ -104,12 +105,12 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
 @pytest.mark.parametrize(
     "texts, expected, unused",
     [
-        ({"parameters": FOOOCUS}, ALL, {"Model": "xl", "VAE": "Default (model)", "adm_guidance": "(1.5, 0.8, 0.3)"}),
+        ({"parameters": FOOOCUS}, ALL | TORCH, {"VAE": "Default (model)", "adm_guidance": "(1.5, 0.8, 0.3)"}),
         ({"parameters": FOOOCUS_LOG}, ALL, {"Model": "xl", "Sharpness": "2"}),
-        ({"parameters": FOOOCUS_TEXT}, ALL | {"prompt": "a cat, film"}, {"Model": "xl", "Scheduler": "karras"}),
-        ({"invokeai_metadata": INVOKE}, ALL, {"Model": "xl", "rand_device": "cpu"}),
+        ({"parameters": FOOOCUS_TEXT}, ALL | TORCH | {"prompt": "a cat, film"}, {"Model": "xl", "Scheduler": "karras"}),
+        ({"invokeai_metadata": INVOKE}, ALL | TORCH, {"Model": "xl", "rand_device": "cpu"}),
         ({"sd-metadata": {"image": INVOKE_2}}, COMMON | PLAIN | {"sampler": "lms"}, {}),
-        ({"parameters": {"sui_image_params": SWARM}}, ALL, {"Model": "xl"}),
+        ({"parameters": {"sui_image_params": SWARM}}, ALL | TORCH, {"Model": "xl"}),
         (
             {"Comment": NOVEL, "Description": "a {cat}", "Source": "Stable Diffusion"},
             COMMON | {"prompt": "a {cat}", "negative_prompt": "bad", "sampler": "euler_a"},
@@ -118,8 +119,13 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
         (EASY, PROMPTS | COMMON | SIZE | {"sampler": "dpmpp_2m_sde"}, {}),
         ({"parameters": DRAW_THINGS}, ALL, {"Model": "xl.ckpt"}),
         ({"parameters": MFLUX}, COMMON | PROMPTS | {"negative_prompt": ""}, {"mflux_version": "0.4"}),
-        ({"prompt": NODES, "workflow": {"nodes": []}}, ALL, {"Model": "xl.safetensors"}),
-        ({"ImageDescription": "a cat\nSteps: 30, CFG scale: 4, Seed: 7"}, COMMON | PLAIN, {}),
+        ({"prompt": NODES, "workflow": {"nodes": []}}, ALL | TORCH, {"Model": "xl.safetensors"}),
+        ({"ImageDescription": "a cat\nSteps: 30, CFG scale: 4, Seed: 7"}, COMMON | PLAIN | CUDA, {}),
+        ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, RNG: CPU"}, COMMON | PLAIN | TORCH, {}),
+        ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, RNG: cuda"}, COMMON | PLAIN | CUDA, {}),
+        ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, RNG: x"}, COMMON | PLAIN, {"RNG": "x"}),
+        ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, Version: ComfyUI"}, COMMON | PLAIN | TORCH, {}),
+        ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, Version: stable-diffusion-mlx"}, COMMON | PLAIN, {}),
         ({"parameters": {"prompt": "a cat"}}, PLAIN, {}),
         ({"parameters": {"seed": 7, "steps": None}}, {"prompt": "", "negative_prompt": "", "seed": 7}, {}),
     ],

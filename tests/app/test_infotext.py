@@ -68,6 +68,8 @@ def test_a_text_of_another_program():
         ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", {"sampler": "dpmpp_2m", "schedule": "karras"}),
         ("Sampler: DPM++ 2M Karras, Schedule type: Beta", {"sampler": "dpmpp_2m", "schedule": "beta"}),
         ("Sampler: Euler a, Eta: 0.5", {"sampler": "euler_a", "eta": 0.5}),
+        ("RNG: CPU, ENSD: 31337", {"noise_source": "torch", "eta_noise_seed_delta": 31337}),
+        ("RNG: NV", {"noise_source": "cuda"}),
         ("Sampler: DDIM, Eta DDIM: 1", {"sampler": "ddim", "eta": 1.0}),
     ],
 )
@@ -86,7 +88,8 @@ def test_settings_as_fields(settings, fields):
         "Size: 512",
         "Sampler: DPM fast",
         "Schedule type: Simple",
-        "ENSD: 1",
+        "RNG: std_default",
+        "ENSD: many",
     ],
 )
 def test_settings_that_cannot_be_read_are_named(setting):
@@ -98,7 +101,7 @@ def test_settings_that_cannot_be_read_are_named(setting):
 def test_every_field_comes_back():
     values = {"steps": 3, "sampler": "euler_a", "schedule": "beta", "cfg": 7.25, "image_cfg": 1.5, "seed": 2**63 - 1}
     values |= {"strength": 0.3, "clip_skip": 2, "mask_blur": 1.5, "refiner_start": 0.75, "width": 64, "height": 72}
-    values |= {"eta": 0.5}
+    values |= {"eta": 0.5, "noise_source": "torch", "eta_noise_seed_delta": 31337}
     found, other = as_arguments(write("a", "b", values | {"size": (64, 72)}, {}))
     assert (found, other) == ({"prompt": "a", "negative_prompt": "b"} | values, {})
     hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels", "hires_strength": 0.3}

@@ -330,9 +330,10 @@ def test_a_picture_of_another_program(draw, sd1_folder, tmp_path):
     save(noise(), tmp_path / "other.png", {"parameters": FOREIGN})
     assert "was made with the model dreams; --model chooses one" in remarks("txt2image", "--from_image", "other.png")[0]
     (path,) = draw("txt2image", "--from_image", "other.png", "--model", sd1_folder)
-    remark = "other.png is by another program, whose noise is another; not used: Model hash 6ce0161689, ENSD 31337"
+    remark = "other.png is by another program, whose noise is drawn as cuda draws it; not used: Model hash 6ce0161689"
     assert said_by(draw) == [remark]
     said = ["--negative_prompt", "blue", "--steps", 2, "--sampler", "dpmpp_2m", "--schedule", "karras", "--cfg", 3]
+    said += ["--rng", "cuda", "--ensd", 31337]
     said += ["--seed", 5, "--width", 64, "--height", 72, "--clip_skip", 1, "--n_images", 1]
     (wanted,) = draw("txt2image", "the red cat", "--model", sd1_folder, *said)
     assert np.array_equal(pixels(path), pixels(wanted))

@@ -132,6 +132,7 @@ CHANGES = {
     "--noise_source torch; --vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
     f"--prediction v_prediction; {NET}",
     ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
+    ("txt2image", "sd", "--sampler euler_a"): "--eta_noise_seed_delta 1; --noise_source cuda",
     ("txt2image", "sd", "--steps 4"): "--deep_cache 2; --schedule karras",
     ("txt2image", "sd", "--steps 4 --sampler dpmpp_2m"): "--order 1",
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
