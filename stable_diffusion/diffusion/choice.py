@@ -16,7 +16,7 @@ _log = logging.getLogger("stable_diffusion")
 # Names in other programs (A1111's web UI, ComfyUI, InvokeAI, stable-diffusion.cpp), as `_key` writes them.
 _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
 _SCHEDULE_ALIASES = {"normal": "default", "uniform": "default", "discrete": "default", "ays": "align_your_steps"}
-_NEAREST_SCHEDULES = {"simple": "sgm_uniform", "ddimuniform": "default", "ddim": "default"}
+_SCHEDULE_ALIASES |= {"ddim": "ddim_uniform"}
 _CLOSE = 0.85  # of difflib's ratio, from which on a name is taken for misspelled
 
 
@@ -45,7 +45,7 @@ def read_schedule(name: str) -> str:
     key, known = _key(name), _schedule_names()
     if key in known:
         return known[key]
-    raise _unknown("schedule", name, SCHEDULES, _NEAREST_SCHEDULES.get(key) or _closest(key, known))
+    raise _unknown("schedule", name, SCHEDULES, _closest(key, known))
 
 
 def _sampler_names() -> dict[str, str]:

@@ -24,6 +24,24 @@ def beta(count: int, high: float, low: float) -> list[float]:
     return [low + _beta_quantile(1 - r, 0.6) * (high - low) for r in _ramp(count)]
 
 
+def kl_optimal(count: int, high: float, low: float) -> list[float]:
+    """Space levels evenly in the arctangent of sigma (Sabour et al. 2024, theorem 3.1): best for normal data."""
+    first, last = math.atan(high), math.atan(low)
+    return [math.tan(r * last + (1 - r) * first) for r in _ramp(count)]
+
+
+def linear_quadratic(count: int, high: float, low: float) -> list[float]:
+    """Go down a fortieth of ``high`` in even steps, half of all, then by a parabola to 0 (Genmo's Mochi 1).
+
+    The parabola continues the line, value and slope. The last level follows from it and not from ``low``.
+    """
+    linear, threshold = count // 2, 0.025
+    slope, rest = threshold / max(linear, 1), count - linear
+    bend = (1 - threshold - slope * rest) / rest**2
+    shares = [slope * i + bend * max(i - linear, 0) ** 2 for i in range(count)]
+    return [high * (1 - share) for share in shares]
+
+
 def log_linear(table: Sequence[float], count: int) -> list[float]:
     """Interpolate ``count`` levels along ``table``, linear in log sigma (Sabour et al. 2024, for any count)."""
     logs, levels = [math.log(sigma) for sigma in table], []
@@ -39,6 +57,8 @@ CURVES: dict[str, Callable[..., list[float]]] = {
     "exponential": exponential,
     "polyexponential": exponential,  # of power 1, which k-diffusion's users have
     "beta": beta,
+    "kl_optimal": kl_optimal,
+    "linear_quadratic": linear_quadratic,
 }
 
 # Align Your Steps (Sabour et al. 2024): optimised levels for ten steps; the last is where they end, which is replaced

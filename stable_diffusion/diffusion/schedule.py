@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from .curves import CURVES, TABLES, log_linear
 from .schedule_config import SPACINGS, ScheduleConfig
 
-SCHEDULES = ("default", *CURVES, "sgm_uniform", *TABLES)
+SCHEDULES = ("default", *CURVES, "simple", "ddim_uniform", "sgm_uniform", *TABLES)
 
 # With zero terminal SNR (Lin et al. 2024) the last sigma is infinite. In float32, 2^32 already is: x0 drowns in
 # rounding, and every formula below stays finite. Samplers other than DDIM cap it where diffusers does.
@@ -158,9 +158,9 @@ class Schedule:
             rule: how the sampler's family places its steps, a key of ``SPACING_RULES``.
             spacing: one of ``SPACINGS``, how the timesteps are spread. None takes the checkpoint's spacing, or the
                 rule's default where the checkpoint names none.
-            schedule: one of ``SCHEDULES``. "default" follows the timesteps, "sgm_uniform" is even in timesteps and
-                stops one short of the last, the others lay the sigmas along a curve (see ``curves``). None is the
-                checkpoint's.
+            schedule: one of ``SCHEDULES``. "default" follows the timesteps, "simple" and "ddim_uniform" those of
+                ComfyUI: even from the last one down, or from 1 up. "sgm_uniform" is even in timesteps and stops one
+                short of the last, the others lay the sigmas along a curve (see ``curves``). None is the checkpoint's.
 
         Raises ValueError for a number or name out of range.
         """
@@ -174,6 +174,11 @@ class Schedule:
         timesteps = self._timesteps(count, rules, spacing)
         if schedule == "default":
             return self._run(timesteps, rules, stride=total // count if rules.fixed_stride else 0)
+        if schedule == "simple":
+            return self._run([float(total - 1 - int(i * (total / count))) for i in range(count)], rules)
+        if schedule == "ddim_uniform":
+            first = min(1, total - 1 - (count - 1) * (total // count))
+            return self._run([float(first + i * (total // count)) for i in reversed(range(count))], rules)
         if schedule in CURVES:
             ends = (total - 1, 0) if rules.curves_span_training else (timesteps[0], timesteps[-1])
             sigmas = CURVES[schedule](count, *(self.sigma(t, capped=True) for t in ends))

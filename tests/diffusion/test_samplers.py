@@ -173,7 +173,8 @@ SIMILAR = {
 }
 SCHEDULE_NAMES = {"Karras": "karras", "SGM Uniform": "sgm_uniform", "SGMUniform": "sgm_uniform", "normal": "default"}
 SCHEDULE_NAMES |= {"discrete": "default", "Align Your Steps": "align_your_steps", "ays": "align_your_steps"}
-SIMILAR_SCHEDULES = {"karas": "karras", "simple": "sgm_uniform", "ddim_uniform": "default", "exponental": "exponential"}
+SCHEDULE_NAMES |= {"Simple": "simple", "DDIM": "ddim_uniform", "KL Optimal": "kl_optimal"}
+SIMILAR_SCHEDULES = {"karas": "karras", "exponental": "exponential"}
 
 
 def test_names_as_people_write_them():

@@ -142,6 +142,26 @@ def test_leading_steps_on_every_timestep(name, offset):
         assert all(math.isfinite(x.item()) for x in islice(states, 3))
 
 
+@pytest.mark.parametrize("count", [2, 3, 7, 20, 25, 50])
+def test_schedules_of_comfyui(count):
+    """Its formulas (``comfy/samplers.py``), for models of 1000 timesteps."""
+    ours, table = schedule(**SCALED), np.array(schedule(**SCALED).sigmas)
+    half, rest = count // 2, count - count // 2
+    diff = half - 0.025 * count
+    square = diff / (half * rest**2) if half else 0
+    line = 0.025 / half - 2 * diff / rest**2 if half else 0
+    parabola = [square * i**2 + line * i + square * half**2 for i in range(half, count)]
+    ramp = np.linspace(0, 1, count)
+    wanted = {
+        "simple": [table[-(1 + int(i * (1000 / count)))] for i in range(count)],
+        "ddim_uniform": table[1 :: 1000 // count][:count][::-1],
+        "kl_optimal": np.tan(ramp * np.arctan(table[0]) + (1 - ramp) * np.arctan(table[-1])),
+        "linear_quadratic": (1 - np.array([i * 0.025 / half for i in range(half)] + parabola)) * table[-1],
+    }
+    for name, levels in wanted.items():
+        np.testing.assert_allclose(ours.steps(count, spacing="linspace", schedule=name).sigmas, [*levels, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name, key", [("", "StableDiffusion"), ("_xl", "StableDiffusionXL")])
 def test_align_your_steps(name, key):
     tables = diffusers.schedulers.AysSchedules
