@@ -307,6 +307,16 @@ def test_every_step_of_unipc_and_deis(name, order):
             compare(name, **{"solver_order": order, "float64": True} | run)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+@pytest.mark.parametrize("predict_x0", [True, False])
+def test_every_step_of_other_forms_of_unipc(order, solver, predict_x0):
+    settings = {"solver_order": order, "solver_type": solver, "predict_x0": predict_x0, "float64": True} | TO_FIRST
+    for more in ({}, {"disable_corrector": [0, 2, 6]}, {"lower_order_final": False}):
+        compare("unipc", (1, 4, 16), **settings | more)
+    compare("unipc", [10], 5, disable_corrector=[0, 6], **settings)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, eta):
