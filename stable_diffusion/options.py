@@ -73,6 +73,7 @@ NUMBERS = {
     "order": Number(int, 1, 4),
     "clip_skip": Number(int, 0),
     "guidance_rescale": Number(float, 0, 1),
+    "freeu": Number(float, 0, 10),
     "deep_cache": Number(int, 1),
     "token_merging": Number(float, 0, HIGHEST),
     "denoising_start": Number(float, 0, 1),
@@ -104,6 +105,8 @@ class Options:
         guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
             for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. None is 0.7, the paper's value, for checkpoints
             with zero terminal SNR and v-prediction, and 0 for others.
+        freeu: (b1, b2, s1, s2), the factors of FreeU (Si et al. 2024) in the first and the second block of the UNet's
+            second half: of half of the channels of its map, and of the lowest frequencies of its skips.
         deep_cache: run the whole UNet in every n-th step only and its last layer in the others (Ma et al. 2023); 1 is
             exact.
         token_merging: fraction of positions, 0 ... 0.75, that the UNet's largest self-attentions merge with similar
@@ -135,6 +138,7 @@ class Options:
     clip_skip: int = 0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float | None = None
+    freeu: tuple[float, float, float, float] | None = None
     deep_cache: int = 1
     token_merging: float = 0.0
     size_conditioning: SizeConditioning | None = None
@@ -164,7 +168,9 @@ class Options:
         if self.sampler is not None:
             find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise, order=self.order)
         for name, number in NUMBERS.items():
-            number.check(name, getattr(self, name))
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                number.check(name, one)
         if self.schedule is not None:
             read_schedule(self.schedule)
         if self.spacing not in (None, *SPACINGS):
@@ -176,6 +182,8 @@ class Options:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
             raise SettingError(text, "guidance_interval")
+        if self.freeu is not None and (not isinstance(self.freeu, tuple) or len(self.freeu) != 4):
+            raise SettingError(f"freeu {self.freeu!r} is no tuple of four factors; give (b1, b2, s1, s2)", "freeu")
         for text in (self.prompt_2, self.negative_prompt_2):
             texts = [text] if text is None or isinstance(text, str) else text
             if not isinstance(texts, Sequence) or not all(one is None or isinstance(one, str) for one in texts):
@@ -208,6 +216,7 @@ class OptionKeywords(TypedDict, total=False):
     clip_skip: int
     guidance_interval: tuple[float, float]
     guidance_rescale: float | None
+    freeu: tuple[float, float, float, float] | None
     deep_cache: int
     token_merging: float
     size_conditioning: SizeConditioning | None

@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from .diffusion.choice import sampler_for
 from .diffusion.denoiser import Denoiser, DenoiseStep, consistency, inpainting
-from .diffusion.guidance import guidance_batches, guidance_rescale
+from .diffusion.guidance import GuidanceBatch, guidance_batches, guidance_rescale
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
 from .diffusion.schedule import Schedule
 from .diffusion.schedule_config import ScheduleConfig
@@ -26,6 +26,7 @@ from .lora.delta import Scale
 from .models import cpu
 from .models.config import readable
 from .models.layers import timestep_embedding
+from .models.unet import UNet2DConditionModel
 from .networks import Networks, check_mlx
 from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning
@@ -352,6 +353,21 @@ class StableDiffusion(Networks):
             rescale=guidance_rescale(options.guidance_rescale, self.schedule.config),
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
+        denoise = self._denoiser(unet, run, first, options, batches)
+        try:
+            yield from sample(denoise, run, first)
+        finally:
+            cpu.all_cores()
+
+    def _denoiser(
+        self,
+        unet: UNet2DConditionModel,
+        run: Run,
+        first: InitialLatents,
+        options: Options,
+        batches: Sequence[GuidanceBatch],
+    ) -> DenoiseStep:
+        """Make D(x, sigma) of a run, with its wrappers."""
         denoise: DenoiseStep = Denoiser(
             unet,
             self.schedule,
@@ -362,15 +378,11 @@ class StableDiffusion(Networks):
             rows_at_once=self.rows_at_once,
             deep_cache=options.deep_cache,
             tome_ratio=options.token_merging,
+            freeu_scales=options.freeu,
         )
         if run.sampler.consistency:
             denoise = consistency(denoise, self.schedule)
-        if first.mask is not None:
-            denoise = inpainting(denoise, first.mask)
-        try:
-            yield from sample(denoise, run, first)
-        finally:
-            cpu.all_cores()
+        return denoise if first.mask is None else inpainting(denoise, first.mask)
 
     def _condition(
         self, prompts: Prompts, options: Options, first: InitialLatents

@@ -93,6 +93,14 @@ def test_a_prompt_for_the_second_encoder(tmp_path, negative, seconds):
     both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=3, negative_text=negative, theirs=seconds, **seconds)
 
 
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_freeu(tmp_path, family):
+    scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
+    pipe = make(tmp_path / "sd", family, scheduler)
+    pipe.enable_freeu(b1=1.5, b2=1.6, s1=0.9, s2=0.2)
+    both(pipe, StableDiffusion(tmp_path / "sd"), steps=3, n_images=2, freeu=(1.5, 1.6, 0.9, 0.2))
+
+
 def test_sizes_of_the_negative_prompt(tmp_path):
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
     pipe = make(tmp_path / "xl", "xl", scheduler)

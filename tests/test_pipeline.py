@@ -161,6 +161,8 @@ BAD_RUNS = [
     ({"guidance_interval": (0.6, 0.5)}, r"guidance_interval .* 0 <= start <= end <= 1"),
     ({"guidance_interval": (0, float("nan"))}, r"guidance_interval .* 0 <= start <= end <= 1"),
     ({"guidance_interval": (0.5,)}, r"guidance_interval .* 0 <= start <= end <= 1"),
+    ({"freeu": (1.5, 1.6, 0.9)}, "is no tuple of four factors"),
+    ({"freeu": (1.5, 1.6, 0.9, -1)}, "freeu -1 is not a number from 0 to 10"),
     ({"guidance_rescale": 2}, "guidance_rescale 2 is not a number from 0 to 1"),
     ({"num_steps": 1001}, "1001 steps"),
     ({"latent_size": (0, 8)}, "latent_size"),

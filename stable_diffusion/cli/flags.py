@@ -38,6 +38,8 @@ FLAGS = {
         "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
         "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1 (0.7 for models with zero "
         "terminal SNR and v-prediction, 0 for others)",
+        "--freeu B1,B2,S1,S2": "factors of FreeU for the UNet's backbone and its skips, such as "
+        "1.5,1.6,0.9,0.2 with SD 1 (off)",
         "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",
         "--token_merging SHARE": "of positions, up to 0.75, that large self-attentions merge: faster, inexact (0)",
         "--sampler NAME": "how to denoise, see --list_samplers",

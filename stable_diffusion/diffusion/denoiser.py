@@ -42,6 +42,7 @@ class Denoiser:
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
             on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
+        freeu_scales: (b1, b2, s1, s2) of FreeU, see ``models/unet.py``.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Denoiser:
         rows_at_once: int | None = None,
         deep_cache: int = 1,
         tome_ratio: float = 0.0,
+        freeu_scales: Sequence[float] | None = None,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
-        self._rows_at_once, self._deep_cache, self._tome_ratio = rows_at_once, deep_cache, tome_ratio
+        self._rows_at_once, self._deep_cache = rows_at_once, deep_cache
+        self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
         for batch in batches:
             count = len(batch.images)
@@ -112,7 +115,7 @@ class Denoiser:
             residuals=residuals,
             features=features,
             cache=cache,
-            tome_ratio=self._tome_ratio,
+            **self._unet_options,
         )
 
 

@@ -216,6 +216,21 @@ class Encoder(nn.Module):
         return skips, x
 
 
+def freeu(x: mx.array, skip: mx.array, backbone: float, low: float) -> tuple[mx.array, mx.array]:
+    """Scale the map and the skip that come into a resnet of the second half (FreeU, Si et al. 2024).
+
+    ``backbone`` is the factor of the first half of the channels of ``x`` [B, H, W, C], ``low`` that of the frequencies
+    0 and -1 of ``skip`` along both axes, as in the authors' code with a threshold of 1.
+    """
+    factors = [backbone] * (x.shape[-1] // 2)
+    factors += [1.0] * (x.shape[-1] - len(factors))
+    rows, columns = (mx.array([i in (0, n - 1) for i in range(n)]) for n in skip.shape[1:3])
+    mask = mx.where((rows[:, None] & columns)[..., None], low, 1.0)
+    spectrum = mask * mx.fft.fft2(skip.astype(mx.float32), axes=(1, 2))
+    filtered = mx.fft.ifft2(spectrum, axes=(1, 2)).real
+    return x * mx.array(factors, dtype=x.dtype), filtered.astype(skip.dtype)
+
+
 class UNet2DConditionModel(Encoder):
     """Predict the noise (or the velocity, or the image) in noisy latents: -> [B, h, w, out_channels], as ``x``.
 
@@ -228,6 +243,8 @@ class UNet2DConditionModel(Encoder):
         cache: DeepCache's list. An empty one receives the map that comes into the last resnet. In another call it
             replaces all that comes before, which then is not computed.
         tome_ratio: the share of positions that the largest self-attentions merge, see ``token_merging``.
+        freeu_scales: (b1, b2, s1, s2), the factors of backbone and skips in the first and the second block of the
+            second half, see ``freeu``.
     """
 
     def __init__(self, config: UNetConfig):
@@ -255,6 +272,7 @@ class UNet2DConditionModel(Encoder):
         features: Sequence[mx.array] = (),
         cache: list[mx.array] | None = None,
         tome_ratio: float = 0.0,
+        freeu_scales: Sequence[float] | None = None,
     ) -> mx.array:
         context = context if isinstance(context, Context) else Context(context)
         skips, x = self.encode(self.conv_in(x), temb, context, features, tome_ratio)
@@ -271,7 +289,10 @@ class UNet2DConditionModel(Encoder):
                     if not cache:
                         cache.append(x)
                     x = cache[0]
-                x = mx.concatenate([x, skips.pop()], axis=-1)
+                skip = skips.pop()
+                if freeu_scales is not None and i < 2:
+                    x, skip = freeu(x, skip, *freeu_scales[i::2])
+                x = mx.concatenate([x, skip], axis=-1)
                 x = block.layer(j, x, temb, context, tome_ratio if last - i == self._outermost else 0.0)
             if "upsamplers" in block:
                 x = block.upsamplers[0](x, skips[-1].shape[1:3])

@@ -133,7 +133,7 @@ CHANGES = {
     f"--prediction v_prediction; {NET}",
     ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
     ("txt2image", "sd", "--sampler euler_a"): "--eta_noise_seed_delta 1; --noise_source cuda",
-    ("txt2image", "sd", "--steps 4"): "--deep_cache 2; --schedule karras",
+    ("txt2image", "sd", "--steps 4"): "--freeu 1.5,1.6,0.9,0.2; --deep_cache 2; --schedule karras",
     ("txt2image", "sd", "--steps 4 --sampler dpmpp_2m"): "--order 1",
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
