@@ -15,6 +15,7 @@ from typing import TextIO
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 LONGEST = 300  # characters of a message
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/]+/)+(?=[^\s/]+/[^\s/]+)")  # of a path, but for the last
 
 
 def printable(text: str) -> str:
@@ -25,9 +26,11 @@ def printable(text: str) -> str:
 def in_one_line(message: object, longest: int = LONGEST) -> str:
     """Return a message in one line, also where it quotes a path or a prompt with several.
 
-    Of a long one the middle is left out: what is wrong stands first, and what to do last.
+    Of a long one the folders of paths are left out, then its middle: what is wrong stands first, what to do last.
     """
     text = printable(" ".join(str(message).splitlines()))
+    if len(text) > longest:
+        text = _FOLDERS.sub(".../", text)
     return text if len(text) <= longest else f"{text[: longest - 125]} ... {text[-120:]}"
 
 

@@ -80,6 +80,8 @@ def test_printable():
     assert printable(EVIL) == f"{SHOWN}\\u000d\\u0085\\ud83d"
     assert json.loads(f'"{printable(EVIL)}"') == EVIL
     assert in_one_line(ValueError("a\nb\r\nc\u2028d\x1b")) == "a b c d\\u001b"
+    deep, ending = "/" + "folder/" * 30 + "unet/w.safetensors", "https://a/b/c/d " * 5
+    assert in_one_line(f"unet ({deep}): {ending}") == f"unet (.../unet/w.safetensors): {ending}"
 
 
 def test_no_message_is_longer_than_300_characters():
