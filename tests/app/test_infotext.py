@@ -87,7 +87,7 @@ def test_settings_as_fields(settings, fields):
         "Steps: many",
         "Size: 512",
         "Sampler: DPM fast",
-        "Schedule type: Simple",
+        "Schedule type: Zigzag",
         "RNG: std_default",
         "ENSD: many",
     ],
