@@ -92,9 +92,9 @@ _PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 class ScheduleConfig(Config):
     """Describe the noise that a model was trained on and its preferred sampler, from ``scheduler_config.json``.
 
-    ``timestep_spacing`` is None where the file has none: the default then depends on the sampler. ``sigma_schedule``
-    gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and ``use_beta_sigmas``. So is
-    ``set_alpha_to_one``. ``not_followed`` lists settings of the preferred sampler, such as "skip_prk_steps=False",
+    ``timestep_spacing`` and ``set_alpha_to_one`` are None where the file has none: the default then depends on the
+    sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and
+    ``use_beta_sigmas``. ``not_followed`` lists settings of the preferred sampler, such as "skip_prk_steps=False",
     without which the sampler here is near it; ``missing`` lists those without which it draws other images, such as
     "thresholding=True", and unknown ones.
     """
