@@ -79,6 +79,12 @@ NUMBERS = {
     "denoising_start": Number(float, 0, 1),
     "denoising_end": Number(float, 0, 1),
     "eta_noise_seed_delta": Number(int, 0, 2**32),
+    **{
+        f"{of}{size}": Number(int, 0, 65536)
+        for of in ("", "negative_")
+        for size in ("original_size", "crop", "target_size")
+    },
+    **{f"{of}aesthetic_score": Number(float, 0) for of in ("", "negative_")},
 }
 
 
@@ -168,7 +174,7 @@ class Options:
         if self.sampler is not None:
             find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise, order=self.order)
         for name, number in NUMBERS.items():
-            value = getattr(self, name)
+            value = getattr(self, name, getattr(self.size_conditioning, name, None))
             for one in value if isinstance(value, tuple) else (value,):
                 number.check(name, one)
         if self.schedule is not None:

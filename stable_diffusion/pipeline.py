@@ -69,9 +69,10 @@ class StableDiffusion(Networks):
 
     The parts are attributes that may be used, quantized or deleted: ``unet``, ``autoencoder``, ``sampler`` (a name) and
     ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
-    when they are first needed. ``is_xl`` holds for SDXL and its refiner. ``default_latent_size`` is the (height, width)
-    of latents that the model was trained on, of ``pixels_per_latent`` (8) pixels each. ``memory_limit`` is None or the
-    bytes that encoding and decoding may take, weights included: where it is short they work on smaller parts.
+    when first needed. ``is_xl`` holds for SDXL and its refiner, ``scores_aesthetics`` for that. ``default_latent_size``
+    is the (height, width) of latents that the model was trained on, of ``pixels_per_latent`` (8) pixels each.
+    ``memory_limit`` is None or the bytes that encoding and decoding may take, weights included: where it is short they
+    work on smaller parts.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
@@ -117,7 +118,7 @@ class StableDiffusion(Networks):
         sampler = sampler_for(self.schedule.config)
         self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance, **checkpoint.few_steps)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
-        self._scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
+        self.scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_configs()
 
     def _read_configs(self) -> None:
@@ -401,7 +402,7 @@ class StableDiffusion(Networks):
         if self.is_xl:
             pixels = tuple(self.pixels_per_latent * side for side in first.x.shape[1:3])
             sizes = options.size_conditioning or SizeConditioning()
-            ids = partial(sizes.time_ids, pixels, has_score=self._scores_aesthetics)
+            ids = partial(sizes.time_ids, pixels, has_score=self.scores_aesthetics)
             positive = positive.with_time_ids(ids(is_cond=True))
             negative = None if negative is None else negative.with_time_ids(ids(is_cond=False))
         if first.channels is None:

@@ -1,7 +1,7 @@
 """From requests to batches: the images that are generated together, their encoded prompts, sizes, inputs and passes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
 from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
-from .request import Request
+from .request import SIZES, Request
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -90,6 +90,8 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
         strength = request.strength if request.strength is not None else 1.0 if is_noise else 0.9
         if request.refiner is not None:
             _check_refiner(model, request, strength)
+    for remark in _unused_sizes(model, request):
+        _log.warning(remark)
     steered = controls(request, networks, inputs, size, canvas) if networks else ()
     return Batch(requests, size, *_encode(model, requests), model.defaults, canvas, strength, depth, steered)
 
@@ -103,6 +105,7 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
         "the negative prompt": request.negative_text or request.texts_2[1],
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": options.guidance_interval != (0, 1),
+        **{name: model.is_xl and name.startswith("negative") for name in SIZES if name in request.to_dict()},
     }
     for name in (name for name, is_given in unused.items() if is_given and guidance <= 1):
         _log.warning("%s has no effect at a guidance scale of %g; it needs more than 1", name, guidance)
@@ -115,6 +118,17 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
         negatives, seconds[1] = "", None  # one text, of which some models make zeros
     pair = {"prompt_2": seconds[0], "negative_prompt_2": seconds[1]}
     return model.encode_prompts(texts, negatives, **pair, **request.reading)
+
+
+def _unused_sizes(model: StableDiffusion, request: Request) -> Iterator[str]:
+    """Yield a line for each of XL's sizes and scores that the model, with its refiner, does not read."""
+    for name in (name for name in SIZES if name in request.to_dict()):
+        if not model.is_xl:
+            yield f"{name} has no effect: {request.model} is not SDXL"
+        elif "score" in name and not (model.scores_aesthetics or request.refiner):
+            yield f"{name} has no effect: it is for SDXL's refiner"
+        elif "target" in name and model.scores_aesthetics:
+            yield f"{name} has no effect: {request.model} reads aesthetic_score in its place"
 
 
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:

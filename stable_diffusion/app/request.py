@@ -13,6 +13,7 @@ from ..lora.delta import Scale
 from ..options import NUMBERS as OPTION_NUMBERS
 from ..options import Number, Options, SettingError, image_seeds
 from ..text.alternatives import expand as expand_prompt
+from ..text.encode import SizeConditioning
 from ..text.prompt import EMPHASES
 from .lora_tags import TAG, read_loras
 from .wildcards import read_wildcards
@@ -67,8 +68,9 @@ class Request:
     """Describe an image, or several that differ in prompt, seed and swept settings.
 
     ``prompt`` is the text that was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None
-    or -1 is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their fields
-    stand beside the others in flags, records and JSON. Files are paths; networks are paths or Hub ids.
+    or -1 is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their
+    fields, and those of their ``size_conditioning``, stand beside the others in flags, records and JSON. Files are
+    paths; networks are paths or Hub ids.
 
     Raises ValueError for a number out of range or an unknown choice.
     """
@@ -185,13 +187,19 @@ class Request:
         return (cls() if base is None else base).with_values(**settings), sorted(record.keys() - settings.keys())
 
     def with_values(self, **settings: Any) -> "Request":
-        """Return the request with other values of its fields and of its options."""
+        """Return the request with other values of its fields, its options and its sizes."""
+        if sizes := {name: settings.pop(name) for name in [*settings] if name in SIZES}:
+            settings["size_conditioning"] = replace(self._sizes, **sizes)
         options = {name: settings.pop(name) for name in [*settings] if name in _OPTION_NAMES}
         return replace(self, **settings, options=replace(self.options, **options) if options else self.options)
 
     def value(self, name: str) -> Any:
-        """Return the value of a field or an option by its name."""
-        return getattr(self.options if name in _OPTION_NAMES else self, name)
+        """Return the value of a field, an option or a size by its name."""
+        return getattr(self._sizes if name in SIZES else self.options if name in _OPTION_NAMES else self, name)
+
+    @property
+    def _sizes(self) -> SizeConditioning:
+        return self.options.size_conditioning or SizeConditioning()
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and options that differ from their defaults, as JSON takes them, and the prompt."""
@@ -250,12 +258,13 @@ def split_embedding(embedding: str) -> tuple[str, str | None]:
 
 
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))
+SIZES = tuple(field.name for field in fields(SizeConditioning))  # the names of XL's size conditioning
 _NOT_RECORDED = {"options", "variant", "size_conditioning", "controls", "latents", "noise"}
 # The types of the fields and options that are recorded: texts, numbers, truths, and tuples of them.
 KINDS: dict[str, Any] = {
     name: kind
-    for name, kind in (get_type_hints(Request) | get_type_hints(Options)).items()
-    if name in (*Request.__dataclass_fields__, *_OPTION_NAMES) and name not in _NOT_RECORDED
+    for name, kind in (get_type_hints(Request) | get_type_hints(Options) | get_type_hints(SizeConditioning)).items()
+    if name in (*Request.__dataclass_fields__, *_OPTION_NAMES, *SIZES) and name not in _NOT_RECORDED
 }
 
 

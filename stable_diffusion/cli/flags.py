@@ -13,6 +13,7 @@ from ..weights.parts import NETWORKS
 ABOUT = {
     "picture": "What to show and how to make it. What is not given, the model decides.",
     "prompt": "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, ...",
+    "sizes": "SDXL draws as if cut from a picture of such a size (Podell et al. 2023). No other model reads these.",
     "a part of the image": "Make only that anew, or more around it.",
     "ControlNet": "Steer by another image: its edges, its depth, a pose.",
     "second pass": "Work again on the result.",
@@ -67,6 +68,16 @@ FLAGS = {
         "--trust": "with --from_image: use all files and models that the picture names, also those that it does not "
         "prove to know by a hash and those that have to be downloaded",
         "--wildcards DIR": "read __name__ in prompts as the lines of DIR/name.txt",
+    },
+    "sizes": {
+        "--original_size WIDTHxHEIGHT": "size of that picture before it was resized (the image's)",
+        "--crop LEFT,TOP": "the upper left corner of the cut (0,0)",
+        "--target_size WIDTHxHEIGHT": "its size after it was resized (the image's)",
+        "--negative_original_size WIDTHxHEIGHT": "for the negative prompt (--original_size)",
+        "--negative_crop LEFT,TOP": "for the negative prompt (--crop)",
+        "--negative_target_size WIDTHxHEIGHT": "for the negative prompt (--target_size)",
+        "--aesthetic_score SCORE": "for SDXL's refiner: how beautiful, about 1 to 10 (6)",
+        "--negative_aesthetic_score SCORE": "for the negative prompt (2.5)",
     },
     "a part of the image": {
         "--mask FILE": "make anew what is white in this image, keep what is black, blend grey",

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
-from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS
+from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS, SIZES
 from ..diffusion.choice import read_name, read_schedule, table
 from ..diffusion.generators import NOISE_SOURCES
 from ..lora.delta import Scale
@@ -252,11 +252,17 @@ def gigabytes(value: str) -> float:
 
 
 def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
-    """Return numbers within limits between commas, as many as ``form`` has: "start,end in ...", for messages."""
+    """Return numbers within limits, as many as ``form`` has between commas or "x": "start,end in ...", for messages."""
     with suppress(argparse.ArgumentTypeError):
-        if value.count(",") == form.split()[0].count(","):
-            return tuple(number(limits, part) for part in value.split(","))
+        parts = re.split("[x,]", value)
+        if len(parts) == len(re.split("[x,]", form.split()[0])):
+            return tuple(number(limits, part) for part in parts)
     raise argparse.ArgumentTypeError(f"{value!r} is not {form}")
+
+
+def vertical_first(limits: Number, form: str, value: str) -> tuple[float, ...]:
+    """Return a size as (height, width), or a place as (top, left), from "width x height" or "left,top"."""
+    return numbers(limits, form, value)[::-1]
 
 
 def weighted(value: str) -> tuple[str, float]:
@@ -296,6 +302,12 @@ _TYPES |= {
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
     "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
+}
+_SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"
+_TYPES |= {
+    name: partial(vertical_first, NUMBERS[name], _PLACE if "crop" in name else _SIZE)
+    for name in SIZES
+    if "score" not in name
 }
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
 _TYPES |= {"lora": lora, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}

@@ -217,6 +217,7 @@ def picture(tmp_path) -> Path:
         (["--without", "lora", "--without=--quantize"], {"lora": None, "quantize": None}),
         (["--without", "negative-prompt", "--without", "vae"], {"negative_prompt": None}),
         (["--without", "cfg", "--cfg", "2"], {"cfg": 2.0}),
+        (["--original_size", "640x96", "--crop", "1,2"], {"original_size": (96, 640), "crop": (2, 1)}),
         (["--seed", "4,2"], {"seed": (4, 2), "n_images": None}),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from command_line import PROMPT, pixels
-from stable_diffusion import Options, StableDiffusion
+from stable_diffusion import Options, SizeConditioning, StableDiffusion
 from stable_diffusion.app import memory
 from stable_diffusion.app.batches import group
 from stable_diffusion.app.request import KINDS, Request, expand
@@ -60,11 +60,12 @@ def test_every_field_comes_back_from_plain_values():
     """A field or an option of a kind that is new must be readable from JSON."""
     lists = {"lora": (("a", 0.5),), "controlnet": (("n", 1.0),), "control_image": ("i",), "control_start": (0.1,)}
     options = Options(sampler="Euler a", eta=0.5, guidance_interval=(0.25, 1.0), guidance_rescale=0.7, deep_cache=2)
+    options = dataclasses.replace(options, size_conditioning=SizeConditioning((5, 6), negative_crop=(1, 2)))
     request = Request(prompt="a cat", seed=3, steps=4, expand=(8, 0, 16, 0), options=options, **lists)
     record = request.to_dict()
     assert Request.from_dict(json.loads(json.dumps(record))) == (request, [])
     own = "prompt seed steps expand sampler eta guidance_interval guidance_rescale deep_cache"
-    assert record.keys() == {*own.split(), *lists}
+    assert record.keys() == {*own.split(), *lists, "original_size", "negative_crop"}
     assert not {"controls", "latents", "noise", "variant", "options"} & KINDS.keys()
 
 
@@ -85,6 +86,8 @@ WRONG_KINDS = {"steps": True, "cfg": "7", "canny": "yes", "lora": [["a"]], "expa
         ({"seed": 10**400}, "is not a whole number from -1"),
         ({"cfg": 10**400}, "is of the wrong kind"),
         ({"sampler": "best"}, "'best' is unknown"),
+        ({"crop": [1, -2]}, "-2 is not a whole number from 0"),
+        ({"original_size": [64]}, "is of the wrong kind"),
         ({"resize": "zoom"}, "'zoom' is unknown; choose one of crop, pad, stretch"),
         ({"guidance_rescale": 2}, "2.* is not a number from 0 to 1"),
     ],

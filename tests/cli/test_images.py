@@ -138,10 +138,14 @@ CHANGES = {
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
     ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels",
-    ("txt2image", "xl", ""): "--text_encoder_2 {}/other; --prompt_2 blue",
-    ("txt2image", "xl", "--cfg 4"): "--negative_prompt_2 blue",
+    ("txt2image", "xl", ""): "--text_encoder_2 {}/other; --prompt_2 blue; --original_size 640x96; --crop 99,0; "
+    "--target_size 16x900",
+    ("txt2image", "xl", "--cfg 4"): "--negative_prompt_2 blue; --negative_original_size 640x96; --negative_crop 99,0; "
+    "--negative_target_size 16x900",
     ("txt2image", "xl", "--steps 5"): "--refiner {}/refiner",
     ("txt2image", "xl", "--steps 5 --refiner {}/refiner"): "--refiner_start 0.4",
+    ("txt2image", "xl", "--steps 5 --cfg 4 --refiner {}/refiner --refiner_start 0.1"): "--aesthetic_score 900; "
+    "--negative_aesthetic_score 900",
     ("image2image", "sd", ""): "--strength 1; --mask {}/mask.png; --expand 8,0,16,0",
     ("image2image", "sd", "--width 64 --height 96"): "--resize pad",
     ("image2image", "sd", MASK): "--invert_mask; --mask_blur 3; --mask_padding 4; --no_composite",

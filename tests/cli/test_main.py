@@ -136,6 +136,8 @@ REFUSED = [
     ("--lora_partial", "--lora_partial has no effect without --lora or --lora_dir"),
     ("--without lora", "--without has no effect without --from_image"),
     ("--quality 90", "--quality is for JPEG and WebP"),
+    ("--original_size 640", "--original_size", "'640' is not WIDTHxHEIGHT"),
+    ("--crop 640x", "--crop", "'640x' is not left,top"),
     ("--schedule karas", "did you mean karras?"),
     ("--seed -2", "'-2' is not a whole number from -1"),
 ]
@@ -304,6 +306,8 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
         ("--n_rows 2", "n_rows 2 has no effect: there is no grid"),
         ("--n_images 2 --n_rows 2 --no_grid", "n_rows 2 has no effect: there is no grid"),
         ("--cfg 1 --guidance_interval 0,0.5", "guidance_interval has no effect at a guidance scale of 1"),
+        ("--crop 1,2", "crop has no effect: tiny is not SDXL"),
+        ("--cfg 1 --aesthetic_score 5", "aesthetic_score has no effect: tiny is not SDXL"),
         ("--cfg 0 --guidance_rescale 0.7", "guidance_rescale has no effect at a guidance scale of 0"),
     ],
 )
@@ -311,6 +315,20 @@ def test_flags_without_effect_are_remarked(run, tmp_path, options, remark):
     given = ["--model", "tiny", *SMALL, "--output", tmp_path / "a.png", *options.replace("{}", str(tmp_path)).split()]
     done = run("txt2image", PROMPT, *given).succeeded()
     assert len(done.remarks) == 1 and remark in done.remarks[0]
+
+
+@pytest.mark.parametrize(
+    "options, remark",
+    [
+        ("--original_size 64x64 --crop 1,2 --target_size 64x64", None),
+        ("--negative_crop 1,2", "negative_crop has no effect at a guidance scale of 0"),
+        ("--aesthetic_score 5", "aesthetic_score has no effect: it is for SDXL's refiner"),
+    ],
+)
+def test_sizes_that_a_model_does_not_read_are_remarked(run, models, tmp_path, options, remark):
+    given = ["--model", models["xl"], *SMALL, "--output", tmp_path / "a.png", *options.split()]
+    done = run("txt2image", PROMPT, *given).succeeded()
+    assert len(done.remarks) == (remark is not None) and all(remark in line for line in done.remarks)
 
 
 def test_what_a_picture_records_counts_as_given(run, tmp_path):
