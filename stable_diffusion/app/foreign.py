@@ -22,6 +22,8 @@ _PROMPT, _NEGATIVE = "Prompt", "Negative prompt"
 _KEYS = {
     _PROMPT: ("prompt", "positiveprompt", "c"),
     _NEGATIVE: ("negativeprompt", "uc"),
+    "Prompt 2": ("prompt2", "positivestyleprompt"),
+    "Negative prompt 2": ("negativeprompt2", "negativestyleprompt"),
     "Steps": ("steps", "numinferencesteps", "numsteps"),
     "Sampler": ("sampler", "samplername"),
     "Schedule type": ("scheduler",),
@@ -47,6 +49,12 @@ _GENERATORS = {
     '"sui_image_params"': "torch",  # of SwarmUI, which runs ComfyUI
     '"class_type"': "torch",  # of ComfyUI, but for the noise that samplers add
     "\nSteps: ": "cuda",
+}
+# Of ComfyUI's node for SDXL: a size or a corner -> the keys of its vertical and its horizontal number.
+_SIZES = {
+    "original_size": ("height", "width"),
+    "crop": ("crop_h", "crop_w"),
+    "target_size": ("target_height", "target_width"),
 }
 _GRAPH = "holds a graph of ComfyUI; only graphs with one KSampler and plain texts are read"
 
@@ -76,7 +84,9 @@ def _read(texts: Mapping[str, str]) -> Arguments | None:
         if arguments.keys() - {"prompt", "negative_prompt"} or (arguments["prompt"] and (other or key in objects)):
             return found
     if "prompt" in objects or "workflow" in objects:
-        return _arguments(_read_graph(objects.get("prompt") or objects["workflow"]))
+        values, of_xl = _read_graph(objects.get("prompt") or objects["workflow"])
+        arguments, other = _arguments(values)
+        return arguments | of_xl, other
     arguments, other = _arguments(texts)  # of Easy Diffusion: each value is a text of its own
     return (arguments, other) if arguments.keys() & {"seed", "steps"} else None
 
@@ -147,8 +157,11 @@ def _loras(by_key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield path.stem if path.suffix in SUFFIXES else path.name, _text(weight)
 
 
-def _read_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a ComfyUI graph with one KSampler; ValueError for another graph."""
+def _read_graph(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a ComfyUI graph with one KSampler, and those for XL by the names of a request's fields.
+
+    Raises ValueError for another graph.
+    """
     nodes = {
         key: node for key, node in graph.items() if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
     }
@@ -161,15 +174,18 @@ def _read_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
         link = source.get(name)
         return nodes.get(str(link[0]), {}).get("inputs", {}) if isinstance(link, list) and link else {}
 
-    texts = {name: inputs(sampler, name).get("text") for name in ("positive", "negative")}
-    if not isinstance(texts["positive"], str):
+    encoders = {name: inputs(sampler, name) for name in ("positive", "negative")}
+    texts = {name: node.get("text", node.get("text_l")) for name, node in encoders.items()}
+    seconds = [node.get("text_g", "") for node in encoders.values()]
+    if not all(isinstance(text, str) for text in (texts["positive"], *seconds)):
         raise ValueError(_GRAPH)
+    of_xl = _of_xl("", encoders["positive"]) | _of_xl("negative_", encoders["negative"])
     source, loras = inputs(sampler, "model"), []
     while "lora_name" in source and len(loras) < len(nodes):
         loras.append([source["lora_name"], source.get("strength_model", 1)])
         source = inputs(source, "model")
     size = inputs(sampler, "latent_image")
-    return {
+    settings = {
         **{name: value for name, value in sampler.items() if not isinstance(value, list)},
         **{name: size[name] for name in ("width", "height") if name in size},
         "prompt": texts["positive"],
@@ -177,3 +193,15 @@ def _read_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
         "model": source.get("ckpt_name"),
         "loras": loras,
     }
+    return settings, of_xl
+
+
+def _of_xl(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a node of ComfyUI holds for SDXL alone: the second encoder's text, and sizes as (height, width)."""
+    found = {}
+    if "text_g" in node and node["text_g"] != node.get("text_l"):
+        found[f"{prefix}prompt_2"] = node["text_g"]
+    for name, keys in _SIZES.items():
+        if all(isinstance(node.get(key), int) for key in keys):
+            found[prefix + name] = tuple(node[key] for key in keys)
+    return found

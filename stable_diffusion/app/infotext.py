@@ -80,6 +80,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
         {"torch": "CPU", "cuda": "NV"}.__getitem__,
     ),
     "ENSD": ("eta_noise_seed_delta", int, number),
+    "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder, a name of our own
+    "Negative prompt 2": ("negative_prompt_2", str, str),
 }
 
 
@@ -100,7 +102,7 @@ def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n]|^["{\s]|\s$', text) else text
 
 
 def read(text: str) -> tuple[str, str, dict[str, str]]:

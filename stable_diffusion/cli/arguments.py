@@ -175,9 +175,10 @@ def _repeated(
             raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
         recorded.pop(field_name, None)
     has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
-    for name, is_replaced in {"revision": "model" in arguments, "lora_dir": has_prompt, "prompt_2": has_prompt}.items():
-        if is_replaced:
-            recorded.pop(name, None)
+    replaced = ["revision"] if "model" in arguments else []
+    replaced += ["lora_dir", "prompt_2"] if has_prompt else []
+    replaced += ["negative_prompt_2"] if "negative_prompt" in arguments else []
+    recorded = {name: value for name, value in recorded.items() if name not in replaced}
     parser.where = f"{record.path}: "
     request, unknown = Request.from_dict(recorded)
     parser.where = ""

@@ -40,6 +40,7 @@ INVOKE = {
 }
 INVOKE |= {"steps": 30, "scheduler": "dpmpp_2m_sde_k", "model": {"name": "xl", "base": "sdxl"}, "rand_device": "cpu"}
 INVOKE |= {"loras": [{"model": {"name": "offset-1.0"}, "weight": 0.1}]}
+INVOKE_XL = INVOKE | {"positive_style_prompt": "a cat, film", "negative_style_prompt": ""}
 INVOKE_2 = {"prompt": [{"prompt": "a cat", "weight": 1.0}], "steps": 30, "cfg_scale": 4, "seed": 7, "sampler": "k_lms"}
 SWARM = {
     "prompt": "a cat",
@@ -93,6 +94,13 @@ NODES = {
     "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "bad", "clip": ["4", 1]}},
     "9": {"class_type": "LoraLoader", "inputs": LOADER},
 }
+XL_SIZES = {"width": 4096, "height": 2048, "crop_w": 1, "crop_h": 2, "target_width": 512, "target_height": 768}
+XL_NODES = NODES | {
+    "6": {"class_type": "CLIPTextEncodeSDXL", "inputs": {"text_l": "a cat", "text_g": "film"} | XL_SIZES},
+    "7": {"class_type": "CLIPTextEncodeSDXL", "inputs": {"text_l": "bad", "text_g": "", "width": 9, "height": 8}},
+}
+XL = {"original_size": (2048, 4096), "crop": (2, 1), "target_size": (768, 512), "negative_original_size": (8, 9)}
+XL |= {"prompt_2": "film", "negative_prompt_2": ""}
 PROMPTS = {"prompt": "a cat <lora:offset-1.0:0.1>", "negative_prompt": "bad"}
 PLAIN = {"prompt": "a cat", "negative_prompt": ""}
 COMMON = {"steps": 30, "cfg": 4.0, "seed": 7}
@@ -109,6 +117,7 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
         ({"parameters": FOOOCUS_LOG}, ALL, {"Model": "xl", "Sharpness": "2"}),
         ({"parameters": FOOOCUS_TEXT}, ALL | TORCH | {"prompt": "a cat, film"}, {"Model": "xl", "Scheduler": "karras"}),
         ({"invokeai_metadata": INVOKE}, ALL | TORCH, {"Model": "xl", "rand_device": "cpu"}),
+        ({"invokeai_metadata": INVOKE_XL}, ALL | TORCH | {"prompt_2": "a cat, film"}, {"Model": "xl"}),
         ({"sd-metadata": {"image": INVOKE_2}}, COMMON | PLAIN | {"sampler": "lms"}, {}),
         ({"parameters": {"sui_image_params": SWARM}}, ALL | TORCH, {"Model": "xl"}),
         (
@@ -120,6 +129,7 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
         ({"parameters": DRAW_THINGS}, ALL, {"Model": "xl.ckpt"}),
         ({"parameters": MFLUX}, COMMON | PROMPTS | {"negative_prompt": ""}, {"mflux_version": "0.4"}),
         ({"prompt": NODES, "workflow": {"nodes": []}}, ALL | TORCH, {"Model": "xl.safetensors"}),
+        ({"prompt": XL_NODES}, ALL | TORCH | XL, {}),
         ({"ImageDescription": "a cat\nSteps: 30, CFG scale: 4, Seed: 7"}, COMMON | PLAIN | CUDA, {}),
         ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, RNG: CPU"}, COMMON | PLAIN | TORCH, {}),
         ({"parameters": "a cat\nSteps: 30, CFG scale: 4, Seed: 7, RNG: cuda"}, COMMON | PLAIN | CUDA, {}),
@@ -158,10 +168,14 @@ def test_what_names_neither_prompt_nor_settings(tmp_path, texts):
 
 
 TWO = NODES | {"8": NODES["3"]}
+LINKED_XL = {"class_type": "CLIPTextEncodeSDXL", "inputs": {"text_l": "a", "text_g": ["12", 0]}}
 LINKED = NODES | {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["12", 0]}}}
 
 
-@pytest.mark.parametrize("key, graph", [("prompt", TWO), ("prompt", LINKED), ("workflow", {"nodes": [1, 2]})])
+@pytest.mark.parametrize(
+    "key, graph",
+    [("prompt", TWO), ("prompt", LINKED), ("prompt", NODES | {"7": LINKED_XL}), ("workflow", {"nodes": [1, 2]})],
+)
 def test_graphs_that_are_not_read(tmp_path, key, graph):
     save(noise(), tmp_path / "a.png", {key: json.dumps(graph)})
     with pytest.raises(ValueError, match=r"a.png holds a graph of ComfyUI; only .*; write a prompt"):

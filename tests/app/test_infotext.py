@@ -44,6 +44,9 @@ def test_a_text_as_it_is_written():
     written = write("a cat", "a \0dog", fields, {"Model": "a, b", "VAE": None})
     assert written == f"a cat\nNegative prompt: a dog\n{settings}"
     assert write("a cat", "", FIELDS, {}).startswith("a cat\nSteps: 20, ")
+    for second in ("red", "", '"red"', " red ", "{red}", "a, b: c"):
+        written = write("a cat", "", FIELDS | {"prompt_2": second}, {})
+        assert as_arguments(written)[0]["prompt_2"] == as_others_read(written)[2]["Prompt 2"] == second
     assert write("", "", {}, {"A": "b: c", "D": "e\nf", "G": 'h "i"'}) == '\nA: "b: c", D: "e\\nf", G: h "i"'
 
 
@@ -70,6 +73,7 @@ def test_a_text_of_another_program():
         ("Sampler: Euler a, Eta: 0.5", {"sampler": "euler_a", "eta": 0.5}),
         ("RNG: CPU, ENSD: 31337", {"noise_source": "torch", "eta_noise_seed_delta": 31337}),
         ("RNG: NV", {"noise_source": "cuda"}),
+        ('Prompt 2: "a cat, film", Negative prompt 2: ', {"prompt_2": "a cat, film", "negative_prompt_2": ""}),
         ("Sampler: DDIM, Eta DDIM: 1", {"sampler": "ddim", "eta": 1.0}),
     ],
 )

@@ -227,6 +227,19 @@ def test_flags_and_prompts_take_the_place_of_what_is_recorded(picture, words, sa
     assert parsed("txt2image", "--from_image", picture, *words) == wanted
 
 
+def test_texts_of_the_second_encoder_go_with_the_first(tmp_path):
+    seconds = {"prompt_2": "film", "negative_prompt_2": "y", "crop": [1, 2]}
+    words = ["--from_image", with_record(tmp_path / "a.png", {"prompt": PROMPT, "negative_prompt": "x"} | seconds)]
+    crop = {"crop": (1, 2)}
+    for more, left in {
+        (): seconds | crop,
+        ("a dog",): {"negative_prompt_2": "y"} | crop,
+        ("--negative_prompt", "z"): {"prompt_2": "film"} | crop,
+    }.items():
+        said = parsed("txt2image", *words, *more)
+        assert {name: value for name, value in said.items() if name in seconds} == left
+
+
 @pytest.mark.parametrize("half, dtype", [(False, "float32"), (True, None)])
 def test_the_type_in_a_record_of_version_0_1(tmp_path, half, dtype):
     path = with_record(tmp_path / "old.png", {"prompt": PROMPT, "float16": half})
