@@ -16,7 +16,7 @@ import mlx.core as mx
 from PIL.Image import Image
 
 from .diffusion.choice import sampler_for
-from .diffusion.denoiser import Denoiser, DenoiseStep, consistency, inpainting
+from .diffusion.denoiser import Denoiser, DenoiseStep, for_sampler, inpainting
 from .diffusion.guidance import GuidanceBatch, guidance_batches, guidance_rescale
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
 from .diffusion.schedule import Schedule
@@ -381,8 +381,7 @@ class StableDiffusion(Networks):
             tome_ratio=options.token_merging,
             freeu_scales=options.freeu,
         )
-        if run.sampler.consistency:
-            denoise = consistency(denoise, self.schedule)
+        denoise = for_sampler(denoise, run.sampler, self.schedule)
         return denoise if first.mask is None else inpainting(denoise, first.mask)
 
     def _condition(

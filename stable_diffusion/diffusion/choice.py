@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..models.config import listed
+from .limits import Clip, clip_of
 from .multistep import singlestep_orders
 from .samplers import SAMPLERS, Sampler, States
 from .schedule import SCHEDULES, Schedule, Steps
@@ -123,13 +124,22 @@ def describe(config: ScheduleConfig) -> str:
     return listed((config.class_name, *config.missing, *config.not_followed), most=4)
 
 
+def clip_for(sampler: Sampler, config: ScheduleConfig) -> Clip | None:
+    """Return the limit of x0 in a checkpoint's scheduler, for the sampler that computes it."""
+    return clip_of(config) if _is_own(sampler, config) else None
+
+
+def _is_own(sampler: Sampler, config: ScheduleConfig) -> bool:
+    return SAMPLERS.get(_scheduler_sampler(config) or "") is sampler
+
+
 def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
     """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's.
 
     The settings of a checkpoint's scheduler hold for the sampler that computes it.
     """
     config, names = schedule.config, sampler.option_names
-    options = _scheduler_options(config) if SAMPLERS.get(_scheduler_sampler(config) or "") is sampler else {}
+    options = _scheduler_options(config) if _is_own(sampler, config) else {}
     options = {name: value for name, value in options.items() if name in names}
     options |= {name: value for name, value in chosen.items() if value is not None}
     if not len(steps):
@@ -144,6 +154,7 @@ def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: An
         "orders": lambda: singlestep_orders(
             options.get("order", 2), steps.total, steps.sigmas[-1] == 0, config.lower_order_final
         )[skipped:],
+        "clip": lambda: clip_for(sampler, config),
         "disable_corrector": lambda: [step - skipped for step in config.disable_corrector],
     }
     return {name: of_run[name]() for name in names & of_run.keys()} | options

@@ -10,8 +10,11 @@ import mlx.core as mx
 from ..models import cpu
 from ..models.layers import Context
 from ..models.unet import UNet2DConditionModel
+from .choice import clip_for
 from .controls import Control, control_outputs
 from .guidance import GuidanceBatch
+from .limits import clipped
+from .samplers import Sampler
 from .schedule import Schedule, Sigma, Steps
 
 DenoiseStep = Callable[[mx.array, float, int], mx.array]  # D, and the sampler's step in which it is evaluated
@@ -160,6 +163,14 @@ def inpainting(denoise: DenoiseStep, mask: InpaintMask) -> DenoiseStep:
         return mask.blend(denoise(x if first else mask.blend(x, sigma), sigma, step), 0.0)
 
     return blended
+
+
+def for_sampler(denoise: DenoiseStep, sampler: Sampler, schedule: Schedule) -> DenoiseStep:
+    """Wrap D as a sampler needs it: limited as in the checkpoint's scheduler, and as a consistency model."""
+    clip = clip_for(sampler, schedule.config)
+    if clip is not None and "clip" not in sampler.option_names:  # DDIM limits x0 itself
+        denoise = clipped(denoise, clip)
+    return consistency(denoise, schedule) if sampler.consistency else denoise
 
 
 def consistency(denoise: DenoiseStep, schedule: Schedule) -> DenoiseStep:

@@ -75,16 +75,21 @@ def ddim(
     *,
     eta: float = 0.0,
     target_sigmas: Sigmas | None = None,
+    clip: Callable[[mx.array], mx.array] | None = None,
 ) -> States:
     """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
 
     The standard deviation of that noise, eq. 16, is ``eta`` times the one of ancestral sampling. ``target_sigmas`` are
-    the levels that the steps lead to, where the next steps start at other ones.
+    the levels that the steps lead to, where the next steps start at other ones. ``clip`` limits x0 alone: the noise in
+    ``x`` is taken from the estimate before.
     """
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         target = after if target_sigmas is None else target_sigmas[i]
         down, up = ancestral(sigma, target, eta)
-        x = noised(toward(x, denoise(x, sigma), sigma, down), up, noise, i)
+        x0 = denoise(x, sigma)
+        x = noised(toward(x, x0, sigma, down), up, noise, i)
+        if clip is not None:
+            x = x + (clip(x0) - x0)
         x = relabel(x, target, after)
         yield x
 
@@ -140,7 +145,7 @@ def tcd(
 
 # Samplers that are others with some of their options bound, which then cannot be chosen.
 dpm2 = partial(dpm2_ancestral, eta=0.0)
-ddpm = partial(ddim, eta=1.0)  # Ho et al. 2020, algorithm 2, with the posterior's variance
+ddpm = partial(ddim, eta=1.0, clip=None)  # Ho et al. 2020, algorithm 2, with the posterior's variance
 lcm = partial(tcd, eta=1.0, tcd_sigmas=None)  # every leap goes to x0: Luo et al. 2023, algorithm 3
 
 

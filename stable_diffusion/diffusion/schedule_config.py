@@ -22,8 +22,8 @@ _NOISE_SETTINGS: Mapping[str, tuple] = {
 
 # Settings that a class reads beside the fields below, with the values that are computed here. diffusers reads some of
 # another class's values as its only one. An absent setting is one of the values, or in _CLASS_DEFAULTS.
-_THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False,)}
-_CLIPPED = _THRESHOLDED | {"clip_sample": (False,)}
+_THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False, True)}
+_CLIPPED = _THRESHOLDED | {"clip_sample": (False, True)}
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 _DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
     "solver_order": (1, 2, 3),
@@ -40,10 +40,9 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver"), "use_lu_lambdas": (False,)},
     "DPMSolverSinglestepScheduler": _DPM_SOLVER,
     "EulerDiscreteScheduler": {"interpolation_type": ("linear",), "sigma_min": (), "sigma_max": ()},
-    "HeunDiscreteScheduler": {"clip_sample": (False,)},
+    "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
     "PNDMScheduler": {"skip_prk_steps": (True,)},
-    "TCDScheduler": _CLIPPED,
     "UniPCMultistepScheduler": _THRESHOLDED
     | {
         "solver_order": (1, 2, 3, 4),
@@ -72,10 +71,9 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # Classes of the same method as another one.
 _SAME_CLASSES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
 
-# Settings that change nothing alone, or nothing in a run: of clipping and thresholds, of a generator's seed, of flow
-# matching, of classes that are not followed, and of the first versions of diffusers.
-_WITHOUT_EFFECT = {"clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "noise_sampler_seed"}
-_WITHOUT_EFFECT |= {"flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+# Settings that change nothing in a run: of a generator's seed, of flow matching, of classes that are not followed, and
+# of the first versions of diffusers.
+_WITHOUT_EFFECT = {"noise_sampler_seed", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
 _WITHOUT_EFFECT |= {"predictor_order", "corrector_order", "tau_func"}
 _WITHOUT_EFFECT |= {"tensor_format", "timestep_values", "predict_epsilon", "dtype"}
 
@@ -123,6 +121,11 @@ class ScheduleConfig(Config):
     solver_type: str | None = None
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     not_followed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -145,10 +148,15 @@ class ScheduleConfig(Config):
                 raise ValueError(f"scheduler config: {key}={short(raw[key])} is not supported{names}")
         near, missing = cls._unsupported(name, raw)
         chosen = {"class_name": name, "sigma_schedule": curves[0] if curves else "default"}
+        chosen |= dict.fromkeys({"clip_sample", "thresholding"} - _CLASS_SETTINGS.get(name, {}).keys(), False)
         config = super().from_dict({**raw, **chosen, "not_followed": near, "missing": missing})
         betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
         if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
             raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")
+        ratio, highest = config.dynamic_thresholding_ratio, config.sample_max_value
+        if config.thresholding and (not 0 <= ratio <= 1 or highest <= 0):
+            text = f"dynamic_thresholding_ratio={ratio} is no share, or sample_max_value={highest} no range"
+            raise ValueError(f"scheduler config: {text}; take them from their source")
         return config
 
     @classmethod

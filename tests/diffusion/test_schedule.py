@@ -223,6 +223,7 @@ REFUSED = [
     ({"num_train_timesteps": [1000]}, "num_train_timesteps=.*must be a whole number"),
     ({"beta_start": 5}, "a beta of 5 is no share of noise"),
     ({"beta_schedule": "x" * 9**6}, "beta_schedule='x{56}... is not supported"),
+    ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5 is no share"),
     ({"trained_betas": []}, "a value is not what it should be"),
 ]
 

@@ -27,7 +27,7 @@ DOCS = (Path(__file__).parents[2] / "docs/samplers.md").read_text(encoding="utf-
 DOCUMENTED = dict(re.findall(r"^\| `(\w+Scheduler)` \| ([^|]+?) +\|", DOCS, re.MULTILINE))
 CLASSES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
 FOLLOWED = [name for name in CLASSES if "`" in DOCUMENTED.get(name, "")]
-AS_PUBLISHED = {"clip_sample": False, "skip_prk_steps": True}  # by every model of Stable Diffusion
+AS_PUBLISHED = {"skip_prk_steps": True}  # by every model of Stable Diffusion
 
 LEFT_OVER = {"use_karras_sigmas": True, "predictor_order": 2, "noise_sampler_seed": 3, "flow_shift": 3.0}
 
@@ -111,7 +111,10 @@ def test_the_sampler_of_a_model_for_few_steps_is_followed(sampler):
     assert sampler_for(config) == sampler and config.timestep_spacing == "trailing"
 
 
-@pytest.mark.parametrize("setting", [{"_class_name": "SASolverScheduler"}, {"thresholding": True}, {"novel": 0.5}])
+ORDER_4 = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}
+
+
+@pytest.mark.parametrize("setting", [{"_class_name": "SASolverScheduler"}, ORDER_4, {"novel": 0.5}])
 def test_a_run_with_a_scheduler_that_is_not_computed_needs_a_sampler(tmp_path, setting):
     """The checkpoint opens and its noise is read; each way to choose a sampler is one."""
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)

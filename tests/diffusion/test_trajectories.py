@@ -18,7 +18,7 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.diffusion.choice import run_options
-from stable_diffusion.diffusion.denoiser import Denoiser, consistency
+from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
@@ -87,8 +87,7 @@ def ours(name: str, config: dict, count: int, start: int = 0, custom: dict | Non
     x = scale * mx.array(START) if not start else mx.array(IMAGE) + steps.sigmas[0] * mx.array(START)
     batches = guidance_batches(len(steps), SHAPE[0], Conditioning(mx.zeros((1, 1, 1))), None, 1.0)
     denoise = Denoiser(UNet(), schedule, steps, mx.float32, batches)
-    if sampler.consistency:
-        denoise = consistency(denoise, schedule)
+    denoise = for_sampler(denoise, sampler, schedule)
     options = run_options(sampler, schedule, steps, **chosen)
     states = [x, *sampler.run(denoise, x, steps.sigmas, lambda i, shape: mx.array(NOISE[i]), **options)]
     return [np.array(x) / math.sqrt(s**2 + 1) for x, s in zip(states, steps.sigmas, strict=True)]
@@ -315,6 +314,35 @@ def test_every_step_of_other_forms_of_unipc(order, solver, predict_x0):
     for more in ({}, {"disable_corrector": [0, 2, 6]}, {"lower_order_final": False}):
         compare("unipc", (1, 4, 16), **settings | more)
     compare("unipc", [10], 5, disable_corrector=[0, 6], **settings)
+
+
+# Limits of x0, which change every early step here. In diffusers TCD has the settings and does not read them, and
+# DPM-Solver in single steps on the noise does not run with a threshold.
+CLIPPED, THRESHOLDED = {"clip_sample": True, "clip_sample_range": 0.8}, {"thresholding": True}
+HIGHER = THRESHOLDED | {"dynamic_thresholding_ratio": 0.7, "sample_max_value": 3.0, "clip_sample": True}
+ON_NOISE = THRESHOLDED | TO_FIRST | {"solver_order": 2}
+LIMITS = [
+    *((name, limit) for name in ("ddim", "ddpm", "lcm", "tcd") for limit in (CLIPPED, THRESHOLDED, HIGHER)),
+    *((name, limit) for name in ("dpmpp_2m", "dpmpp_2s", "unipc", "deis") for limit in (THRESHOLDED, HIGHER)),
+    ("heun", CLIPPED),
+    ("dpmpp_2m", ON_NOISE | {"algorithm_type": "dpmsolver"}),
+    ("dpmpp_2m_sde", ON_NOISE | {"algorithm_type": "sde-dpmsolver"}),
+    ("dpmpp_2m_sde", HIGHER),
+    ("unipc", ON_NOISE | {"predict_x0": False}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name, limit", LIMITS)
+def test_every_step_with_limits_of_x0(name, limit, prediction):
+    known = inspect.signature(CLASSES[name].__init__).parameters
+    settings = {"prediction_type": prediction, "float64": True} | {k: v for k, v in limit.items() if k in known}
+    for spacing in SPACINGS:
+        compare(name, timestep_spacing=spacing, **settings)
+    compare(name, [10], 5, **settings)
+    if name in ("ddim", "tcd"):
+        compare(name, at_step={"eta": 0.5}, chosen={"eta": 0.5}, **settings)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
