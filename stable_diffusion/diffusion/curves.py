@@ -55,6 +55,7 @@ def log_linear(table: Sequence[float], count: int) -> list[float]:
 CURVES: dict[str, Callable[..., list[float]]] = {
     "karras": karras,
     "exponential": exponential,
+    "lu": exponential,  # even in lambda = -log(sigma), as Lu et al. 2022a advise
     "polyexponential": exponential,  # of power 1, which k-diffusion's users have
     "beta": beta,
     "kl_optimal": kl_optimal,

@@ -98,7 +98,7 @@ class Denoiser:
 
     def _predict(self, x: mx.array, sigma: float, step: int, part: _Part) -> mx.array:
         """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
-        rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.timestep(sigma)
+        rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.c_noise(sigma)
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
         temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
         residuals, features, cache = None, (), None

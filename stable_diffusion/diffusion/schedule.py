@@ -35,6 +35,7 @@ class SpacingRule:
     starts_at_sigma: bool = False  # times noise, unless the spacing is "leading", see Schedule.initial_scale
     reads_curve: bool = True  # of the checkpoint, as its class in diffusers does
     curves_span_training: bool = False  # lay curves over all training sigmas, not from the first to the last of the run
+    reads_interpolation: bool = False  # of the checkpoint: "log_linear" is even in log sigma, whatever the timesteps
     rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by the curve's name
     final_sigma: str = "zero"  # or "first" (training sigma), or the key of the config that chooses between them
     set_alpha_to_one: bool = True  # the default of this key
@@ -42,12 +43,18 @@ class SpacingRule:
     distilled: bool = False  # take timesteps of those that the model was distilled for, unless a spacing is chosen
 
 
-_EULER_RULE = SpacingRule("linspace", integer_linspace=False, starts_at_sigma=True, final_sigma="final_sigmas_type")
+_EULER_RULE = SpacingRule(
+    "linspace",
+    integer_linspace=False,
+    starts_at_sigma=True,
+    reads_interpolation=True,
+    final_sigma="final_sigmas_type",
+)
 _MULTISTEP_RULE = SpacingRule(
     "linspace",
     unvisited_points=1,
     curves_span_training=True,
-    rounding={"karras": round, "exponential": math.floor, "beta": math.floor},
+    rounding={"karras": round, "lu": round, "exponential": math.floor, "beta": math.floor},
     final_sigma="final_sigmas_type",
 )
 _LEADING_RULE = SpacingRule("leading", reads_curve=False)
@@ -55,8 +62,8 @@ _DISTILLED_RULE = replace(_LEADING_RULE, keeps_infinite_sigma=True, distilled=Tr
 
 SPACING_RULES = {
     "euler": _EULER_RULE,
-    "euler_a": replace(_EULER_RULE, reads_curve=False, final_sigma="zero"),
-    "dpm2": replace(_EULER_RULE, rounding={"karras": round}, final_sigma="zero"),
+    "euler_a": replace(_EULER_RULE, reads_curve=False, reads_interpolation=False, final_sigma="zero"),
+    "dpm2": replace(_EULER_RULE, reads_interpolation=False, rounding={"karras": round}, final_sigma="zero"),
     "ddim": replace(_LEADING_RULE, keeps_infinite_sigma=True, final_sigma="set_alpha_to_one", fixed_stride=True),
     "ddpm": replace(_LEADING_RULE, keeps_infinite_sigma=True),
     "pndm": replace(_LEADING_RULE, final_sigma="set_alpha_to_one", set_alpha_to_one=False, fixed_stride=True),
@@ -127,6 +134,8 @@ class Schedule:
         self.sigmas = tuple(array("f", map(math.sqrt, odds)))
         self._finite = tuple(_CAPPED if sigma == _INFINITE else sigma for sigma in self.sigmas)
         self._logs = tuple(array("f", map(math.log, self._finite)))
+        clipped = -math.inf if config.lambda_min_clipped is None else config.lambda_min_clipped
+        self._last = config.num_train_timesteps - sum(-log < clipped for log in self._logs)  # that runs may start at
 
     def sigma(self, t: float, capped: bool = False) -> float:
         """Return the noise level at ``t``, linear in sigma between two timesteps; an infinite one may be ``capped``."""
@@ -150,6 +159,10 @@ class Schedule:
         below, above = self._logs[high - 1 : high + 1]
         return high - 1 + (log - below) / (above - below)
 
+    def c_noise(self, sigma: float) -> float:
+        """Return what the network gets for a noise level: its timestep or, if that is continuous, log(sigma) / 4."""
+        return 0.25 * math.log(sigma) if self.config.timestep_type == "continuous" else self.timestep(sigma)
+
     def steps(self, count: int, rule: str = "euler", spacing: str | None = None, schedule: str | None = None) -> Steps:
         """Lay a run of ``count`` steps, from the noisiest down.
 
@@ -165,13 +178,18 @@ class Schedule:
         Raises ValueError for a number or name out of range.
         """
         total, rules = self.config.num_train_timesteps, SPACING_RULES[rule]
-        if not 1 <= count <= total:
-            raise ValueError(f"{count} steps: the model was trained on {total} timesteps; choose 1 to {total}")
+        if not 1 <= count <= self._last:
+            text = f"{count} steps: the model was trained on {total} timesteps"
+            raise ValueError(f"{text}; choose 1 to {self._last}")
         if schedule is None:
             schedule = self.config.sigma_schedule if rules.reads_curve else "default"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         timesteps = self._timesteps(count, rules, spacing)
+        is_log_linear = rules.reads_interpolation and self.config.interpolation_type == "log_linear"
+        if schedule == "default" and is_log_linear:
+            sigmas = log_linear((self._finite[-1], self._finite[0]), count + 1)[:-1]
+            return self._run(timesteps, replace(rules, final_sigma="first"), sigmas)
         if schedule == "default":
             return self._run(timesteps, rules, stride=total // count if rules.fixed_stride else 0)
         if schedule == "simple":
@@ -179,13 +197,9 @@ class Schedule:
         if schedule == "ddim_uniform":
             first = min(1, total - 1 - (count - 1) * (total // count))
             return self._run([float(first + i * (total // count)) for i in reversed(range(count))], rules)
-        if schedule in CURVES:
-            ends = (total - 1, 0) if rules.curves_span_training else (timesteps[0], timesteps[-1])
-            sigmas = CURVES[schedule](count, *(self.sigma(t, capped=True) for t in ends))
-        else:
-            sigmas = log_linear(TABLES.get(schedule, self._finite[::-1]), count + 1)[:-1]
-        rounding = rules.rounding.get(schedule, float)
-        return self._run([float(rounding(self.timestep(sigma))) for sigma in sigmas], rules, sigmas)
+        spans_training = rules.curves_span_training or is_log_linear
+        ends = (total - 1, 0) if spans_training else (timesteps[0], timesteps[-1])
+        return self._run_along(schedule, count, rules, ends)
 
     def at_timesteps(self, timesteps: Sequence[float], rule: str = "euler") -> Steps:
         """Lay a run through descending ``timesteps``; it ends where the ``rule`` says."""
@@ -243,6 +257,7 @@ class Schedule:
     def _timesteps(self, count: int, rule: SpacingRule, spacing: str | None) -> list[float]:
         """Return ``count`` descending timesteps, equal to diffusers' integers: float64, half rounded to even."""
         total, original = self.config.num_train_timesteps, self.config.original_inference_steps
+        last = self._last
         if rule.distilled and spacing is None:  # evenly spread over those of the distillation (Luo et al. 2023)
             if count > original:
                 raise ValueError(f"{count} steps: the model was distilled for {original}; choose 1 to {original}")
@@ -252,30 +267,52 @@ class Schedule:
             raise ValueError(f"timestep spacing {spacing!r} is unknown; choose leading, trailing or linspace")
         if spacing == "trailing":
             # Counted down from the end; one less, since training counts from 0. The ratio is rounded as NumPy's arange
-            # rounds it, which settles where a half goes.
-            ratio = total - (total - total / count)
-            return [float(round(total - i * ratio) - 1) for i in range(count)]
-        points = min(count + rule.unvisited_points, total)  # there are no more points than timesteps
+            # rounds it, which settles where a half goes. What ``lambda_min_clipped`` leaves no room for is not made.
+            ratio = last - (last - total / count)
+            return [float(round(last - i * ratio) - 1) for i in range(count) if last - i * ratio > 1e-9]
+        points = min(count + rule.unvisited_points, last)  # there are no more points than timesteps
         if spacing == "leading":
-            stride = total // points
+            stride = last // points
             offset = min(self.config.steps_offset, total - 1 - (points - 1) * stride)  # no timestep beyond the last
             ascending = [float(i * stride + offset) for i in range(points)]
         else:
-            ratio = (total - 1) / (points - 1) if points > 1 else 0.0
-            ascending = [i * ratio for i in range(points - 1)] + [float(total - 1) if points > 1 else 0.0]
+            ratio = (last - 1) / (points - 1) if points > 1 else 0.0
+            ascending = [i * ratio for i in range(points - 1)] + [float(last - 1) if points > 1 else 0.0]
             ascending = [float(round(t)) for t in ascending] if rule.integer_linspace else list(array("f", ascending))
         return ascending[points - count :][::-1]
 
+    def _run_along(self, schedule: str, count: int, rule: SpacingRule, ends: tuple[float, float]) -> Steps:
+        """Lay a run along a curve between the timesteps ``ends``, or the config's levels, or along a table."""
+        lowest = None
+        if schedule in CURVES:
+            chosen = self.config.sigma_max, self.config.sigma_min
+            ends = [self.sigma(t, capped=True) if c is None else c for t, c in zip(ends, chosen, strict=True)]
+            sigmas = CURVES[schedule](count, *ends)
+            lowest = self.config.sigma_min if rule.curves_span_training else None
+        else:
+            sigmas = log_linear(TABLES.get(schedule, self._finite[::-1]), count + 1)[:-1]
+        rounding = rule.rounding.get(schedule, float)
+        return self._run([float(rounding(self.timestep(sigma))) for sigma in sigmas], rule, sigmas, lowest=lowest)
+
     def _run(
-        self, timesteps: Sequence[float], rule: SpacingRule, sigmas: Sequence[float] | None = None, stride: int = 0
+        self,
+        timesteps: Sequence[float],
+        rule: SpacingRule,
+        sigmas: Sequence[float] | None = None,
+        stride: int = 0,
+        lowest: float | None = None,
     ) -> Steps:
-        """Lay a run through ``timesteps``, whose levels are ``sigmas`` or those of the training."""
+        """Lay a run through ``timesteps``, whose levels are ``sigmas`` or those of the training.
+
+        Where it does not end at 0, it does at ``lowest`` or the first training sigma.
+        """
         if sigmas is None:
             sigmas = [self.sigma(t, capped=not rule.keeps_infinite_sigma) for t in timesteps]
         # The value of the config's key, or "zero" or "first" itself.
         final = getattr(self.config, rule.final_sigma, rule.final_sigma)
         final = rule.set_alpha_to_one if final is None else final
-        end = self.sigmas[0] if final in ("first", "sigma_min", False) else 0.0
+        lowest = self.sigmas[0] if lowest is None else lowest
+        end = lowest if final in ("first", "sigma_min", False) else 0.0
         count = len(timesteps)
         return Steps((*map(Sigma, sigmas, range(count), timesteps), end), count, stride)
 

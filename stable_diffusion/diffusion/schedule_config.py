@@ -16,7 +16,7 @@ _NOISE_SETTINGS: Mapping[str, tuple] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": SPACINGS,
     "final_sigmas_type": ("zero", "sigma_min"),
-    "timestep_type": ("discrete",),
+    "timestep_type": ("discrete", "continuous"),
     "use_flow_sigmas": (False,),
 }
 
@@ -29,17 +29,15 @@ _DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
     "solver_order": (1, 2, 3),
     "solver_type": _SOLVER_TYPES,
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "deis"),
-    "lambda_min_clipped": (-math.inf,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "DDIMScheduler": _CLIPPED,
     "DDPMScheduler": _CLIPPED | {"variance_type": ("fixed_small",)},
     "DEISMultistepScheduler": _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": _SOLVER_TYPES},
-    "DPMSolverMultistepScheduler": _DPM_SOLVER
-    | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver"), "use_lu_lambdas": (False,)},
+    "DPMSolverMultistepScheduler": _DPM_SOLVER | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver")},
     "DPMSolverSinglestepScheduler": _DPM_SOLVER,
-    "EulerDiscreteScheduler": {"interpolation_type": ("linear",), "sigma_min": (), "sigma_max": ()},
+    "EulerDiscreteScheduler": {"interpolation_type": ("linear", "log_linear")},
     "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
     "PNDMScheduler": {"skip_prk_steps": (True,)},
@@ -48,9 +46,18 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
         "solver_order": (1, 2, 3, 4),
         "solver_type": _SOLVER_TYPES,
         "solver_p": (),
-        "sigma_min": (),
-        "sigma_max": (),
     },
+}
+
+# Settings of where the steps lie, and the classes that read them.
+_DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+_PLACEMENT: Mapping[str, tuple[str, ...]] = {
+    "interpolation_type": ("EulerDiscreteScheduler",),
+    "lambda_min_clipped": _DPM,
+    "sigma_max": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "sigma_min": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "timestep_type": ("EulerDiscreteScheduler",),
+    "use_lu_lambdas": _DPM[:1],
 }
 
 # Other values of these are another start of the same method, which without them is the nearest one.
@@ -91,10 +98,12 @@ class ScheduleConfig(Config):
     """Describe the noise that a model was trained on and its preferred sampler, from ``scheduler_config.json``.
 
     ``timestep_spacing`` and ``set_alpha_to_one`` are None where the file has none: the default then depends on the
-    sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas`` and
-    ``use_beta_sigmas``. ``not_followed`` lists settings of the preferred sampler, such as "skip_prk_steps=False",
-    without which the sampler here is near it; ``missing`` lists those without which it draws other images, such as
-    "thresholding=True", and unknown ones.
+    sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
+    ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default those
+    of the training; ``lambda_min_clipped`` bounds -log(sigma) from below. With ``timestep_type`` "continuous" the
+    network gets log(sigma) / 4. ``not_followed`` lists settings of the preferred sampler, such as
+    "skip_prk_steps=False", without which the sampler here is near it; ``missing`` lists those without which it draws
+    other images, such as "thresholding=True", and unknown ones.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -111,6 +120,11 @@ class ScheduleConfig(Config):
     set_alpha_to_one: bool | None = None
     rescale_betas_zero_snr: bool = False
     sigma_schedule: str = "default"
+    sigma_max: float | None = None
+    sigma_min: float | None = None
+    lambda_min_clipped: float | None = None
+    interpolation_type: str = "linear"
+    timestep_type: str = "discrete"
     final_sigmas_type: str = "zero"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
@@ -137,7 +151,7 @@ class ScheduleConfig(Config):
         """
         name = str(raw.get("_class_name", cls.class_name)).removeprefix("Flax")
         name = _SAME_CLASSES.get(name, name)
-        given = {key: value for key, value in raw.items() if value is not None}
+        given = {key: value for key, value in raw.items() if value not in (None, -math.inf)}
         raw = _CLASS_DEFAULTS.get(name, {}) | given | _PIPELINE_SETTINGS.get(pipeline, {})
         curves = [curve for flag, curve in _CURVE_FLAGS.items() if raw.get(flag)]
         if len(curves) > 1:
@@ -146,10 +160,17 @@ class ScheduleConfig(Config):
             if raw.get(key) not in (None, *supported):
                 names = f" (supported: {', '.join(map(repr, supported))})"
                 raise ValueError(f"scheduler config: {key}={short(raw[key])} is not supported{names}")
+        raw = {key: value for key, value in raw.items() if name in _PLACEMENT.get(key, (name,))}
+        if raw.get("prediction_type") != "v_prediction":  # as in diffusers
+            raw.pop("timestep_type", None)
         near, missing = cls._unsupported(name, raw)
-        chosen = {"class_name": name, "sigma_schedule": curves[0] if curves else "default"}
+        curves += ["lu"] if raw.get("use_lu_lambdas") and curves != ["karras"] else []
+        chosen = {"class_name": name, "sigma_schedule": curves[-1] if curves else "default"}
         chosen |= dict.fromkeys({"clip_sample", "thresholding"} - _CLASS_SETTINGS.get(name, {}).keys(), False)
         config = super().from_dict({**raw, **chosen, "not_followed": near, "missing": missing})
+        low, high = config.sigma_min, config.sigma_max
+        if low is not None and not 0 < low < (math.inf if high is None else high):
+            raise ValueError(f"scheduler config: sigma_min={low} must lie between 0 and sigma_max={high}")
         betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
         if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
             raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")
@@ -164,11 +185,13 @@ class ScheduleConfig(Config):
         """Return the settings that the samplers here lack: those with a near method, and those without and unknown."""
         own, near, missing = _CLASS_SETTINGS.get(name, {}), [], []
         others = [field.name for field in fields(cls)] + [key for keys in _CLASS_SETTINGS.values() for key in keys]
-        others += [*_NOISE_SETTINGS, *_WITHOUT_EFFECT, *_CURVE_FLAGS]
+        others += [*_NOISE_SETTINGS, *_WITHOUT_EFFECT, *_CURVE_FLAGS, *_PLACEMENT]
         for key, value in raw.items():
             if key in own:
                 if value not in own[key]:
                     (near if value in _NEAR.get(key, ()) else missing).append(f"{key}={short(value)}")
             elif not (key in others or key.startswith("_") or value in (False, [], {})):
                 missing.append(f"{key}={short(value)}")
+        if raw.get("timestep_type") == "continuous" and raw.get("interpolation_type") == "log_linear":
+            missing.append("interpolation_type='log_linear'")  # of which diffusers makes a step more than asked for
         return tuple(near), tuple(missing)

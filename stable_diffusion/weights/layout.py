@@ -45,7 +45,7 @@ def check_noise(scheduler: Mapping, where: str) -> None:
     name = scheduler["_class_name"]
     if not isinstance(name, str):
         raise ValueError(f"{where}: the class of its scheduler, {short(name)}, is no text; take it from its source")
-    if name.startswith("EDM") or scheduler.get("sigma_data") is not None or scheduler.get("sigma_min") == 0.002:
+    if name.startswith("EDM") or scheduler.get("sigma_data") is not None:
         kind, needed = "an EDM model, as Playground 2.5 and CosXL", "EDM's scaling of what the UNet reads and writes"
     elif "flow" in f"{name} {scheduler.get('prediction_type')}".lower() or scheduler.get("use_flow_sigmas"):
         kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"

@@ -121,6 +121,22 @@ def test_curves(family, curve):
         assert steps == schedule(**SCALED).steps(count, family, None, curve)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("curve", ["scaled_linear", "squaredcos_cap_v2"])
+def test_timesteps_of_a_clipped_lambda(curve, spacing):
+    """With "trailing" spacing the steps that the clipped noise would take are not made."""
+    options = {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": spacing, "lambda_min_clipped": -2.0}
+    options |= SCALED | {"beta_schedule": curve}
+    oracle, ours = diffusers.DPMSolverMultistepScheduler(**options), schedule(**options)
+    for count in range(1, 60):
+        oracle.set_timesteps(count)
+        steps = ours.steps(count, "multistep")
+        assert np.array_equal(steps.timesteps, oracle.timesteps.numpy()) and steps.total == len(steps) <= count
+    assert len(steps) < count or spacing != "trailing"
+    with pytest.raises(ValueError, match=r"choose 1 to (8|9)\d\d$"):
+        ours.steps(1000, "multistep")
+
+
 def test_sgm_uniform_is_even_in_time_and_stops_one_short():
     ours = schedule(**SCALED)
     steps = ours.steps(4, schedule="sgm_uniform")
@@ -222,6 +238,11 @@ REFUSED = [
     ),
     ({"num_train_timesteps": [1000]}, "num_train_timesteps=.*must be a whole number"),
     ({"beta_start": 5}, "a beta of 5 is no share of noise"),
+    ({"_class_name": "EulerDiscreteScheduler", "sigma_min": 0}, "sigma_min=0 must lie between 0 and sigma_max=None"),
+    (
+        {"_class_name": "UniPCMultistepScheduler", "sigma_min": 2.5, "sigma_max": 2},
+        "sigma_min=2.5 must lie between 0 and sigma_max=2",
+    ),
     ({"beta_schedule": "x" * 9**6}, "beta_schedule='x{56}... is not supported"),
     ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5 is no share"),
     ({"trained_betas": []}, "a value is not what it should be"),

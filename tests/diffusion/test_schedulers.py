@@ -87,6 +87,8 @@ def test_a_setting_of_another_class_changes_nothing(name):
 def test_every_setting_of_the_tables_is_one_of_its_class():
     for name, settings in schedule_config._CLASS_SETTINGS.items():
         assert settings.keys() <= defaults(name).keys(), name
+    for key, names in schedule_config._PLACEMENT.items():
+        assert set(names) == {name for name in FOLLOWED if key in defaults(name)}, key
     for name, settings in schedule_config._CLASS_DEFAULTS.items():
         assert settings.items() <= defaults(name).items(), name
 
@@ -97,6 +99,7 @@ def test_no_setting_of_a_followed_class_is_overlooked(name):
     fields = schedule_config.ScheduleConfig.__dataclass_fields__
     known = fields.keys() | schedule_config._CLASS_SETTINGS.get(name, {}).keys() | schedule_config._CURVE_FLAGS.keys()
     known |= schedule_config._NOISE_SETTINGS.keys() | schedule_config._WITHOUT_EFFECT
+    known |= schedule_config._PLACEMENT.keys()
     same = schedule_config._SAME_CLASSES.get(name)
     known |= schedule_config._CLASS_SETTINGS.get(same, {}).keys()
     assert defaults(name).keys() <= known

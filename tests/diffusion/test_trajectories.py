@@ -345,6 +345,40 @@ def test_every_step_with_limits_of_x0(name, limit, prediction):
         compare(name, at_step={"eta": 0.5}, chosen={"eta": 0.5}, **settings)
 
 
+# Settings of where the steps lie, and of the range in which they do.
+CONTINUOUS = V | {"timestep_type": "continuous"}
+RANGE = {"sigma_min": 0.05, "sigma_max": 20.0}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "float64": True} | V
+PLACEMENTS = {
+    "lu": ({"use_lu_lambdas": True}, "dpmpp_2m dpmpp_2m_sde"),
+    "lu to the first sigma": ({"use_lu_lambdas": True, **TO_FIRST}, "dpmpp_2m"),
+    "lu, not karras": ({"use_lu_lambdas": True, "use_karras_sigmas": True}, "dpmpp_2m"),
+    "lu before exponential": ({"use_lu_lambdas": True, "use_exponential_sigmas": True}, "dpmpp_2m"),
+    "log_linear": ({"interpolation_type": "log_linear"}, "euler"),
+    "log_linear, leading": ({"interpolation_type": "log_linear", "timestep_spacing": "leading", **TO_FIRST}, "euler"),
+    "log_linear, karras": ({"interpolation_type": "log_linear", "use_karras_sigmas": True}, "euler"),
+    "continuous": (CONTINUOUS, "euler"),
+    "continuous, karras": (CONTINUOUS | {"use_karras_sigmas": True} | RANGE, "euler"),
+    "continuous, but not v": (CONTINUOUS | {"prediction_type": "epsilon"}, "euler"),
+    **{f"range, {c}": ({f"use_{c}_sigmas": True} | RANGE, "euler unipc") for c in ("karras", "exponential", "beta")},
+    "range, no curve": (RANGE, "euler unipc"),
+    "range to its end": ({"use_karras_sigmas": True, "float64": True} | RANGE | TO_FIRST, "euler unipc"),
+    "cosine": (COSINE, "dpmpp_2m dpmpp_2m_sde dpmpp_2s"),
+    "cosine, leading": (COSINE | {"timestep_spacing": "leading"}, "dpmpp_2m"),
+    "cosine, trailing": (COSINE | {"timestep_spacing": "trailing"}, "dpmpp_2m"),
+    "clipped": ({"lambda_min_clipped": -2.0, "float64": True}, "dpmpp_2m dpmpp_2s"),
+    "not clipped": ({"lambda_min_clipped": -math.inf}, "dpmpp_2m"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(kind, name) for kind, (_, names) in PLACEMENTS.items() for name in names.split()]
+)
+def test_every_step_where_the_settings_place_it(kind, name):
+    counts = COUNTS[1:] if "to its end" in kind else COUNTS  # a single step of UniPC stands still, as for DEIS above
+    compare(name, counts, **PLACEMENTS[kind][0])
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, eta):
