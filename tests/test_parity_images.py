@@ -10,7 +10,7 @@ from PIL import Image
 from checkpoints import SCALED, Recorder, both, compare, encoded_mean, make
 from configs import UNETS
 from oracle import nchw, nhwc, normal, perturb, relative_error, twin
-from stable_diffusion import Control, SizeConditioning, StableDiffusion, StableDiffusionXL
+from stable_diffusion import Control, StableDiffusion, StableDiffusionXL
 from stable_diffusion.weights.load import build
 
 PROMPT, NEGATIVE = "the red cat on the blue", "the blue"
@@ -137,27 +137,6 @@ def test_controlnet(tmp_path, family, choices):
     given["control_guidance_end"] = values([choice.get("end", 1.0) for choice in choices])
     controls = [Control(n, shown(image), **c) for n, image, c in zip(ours, images, choices, strict=True)]
     both(pipe, StableDiffusion(tmp_path / "sd"), controls=controls, theirs=given)
-
-
-def test_guidance_and_freeu_with_a_controlnet(tmp_path):
-    """Beside a ControlNet: FreeU, SDXL's second prompt, and sizes of the negative prompt."""
-    theirs, ours = control_nets("xl", 1)
-    pipe = reference(tmp_path / "xl", "xl", EULER, diffusers.StableDiffusionXLControlNetPipeline, controlnet=theirs[0])
-    pipe.enable_freeu(b1=1.3, b2=1.4, s1=0.9, s2=0.2)
-    seconds = {"prompt_2": "a cat", "negative_prompt_2": "the red"}
-    negative = {"negative_original_size": (64, 32), "negative_target_size": (70, 80)}
-    given = {"image": picture(20), "controlnet_conditioning_scale": 0.5}
-    options = {"freeu": (1.3, 1.4, 0.9, 0.2), "size_conditioning": SizeConditioning(**negative)}
-    controls = [Control(ours[0], shown(picture(20)), scale=0.5)]
-    sd = StableDiffusionXL(tmp_path / "xl")
-    both(pipe, sd, steps=3, controls=controls, **options, **seconds, theirs=given | seconds | negative)
-
-
-def test_freeu_with_a_mask(tmp_path):
-    pipe = reference(tmp_path / "sd", "sd1", DDIM, diffusers.StableDiffusionInpaintPipeline)
-    pipe.enable_freeu(b1=1.5, b2=1.6, s1=0.9, s2=0.2)
-    sd = StableDiffusion(tmp_path / "sd")
-    both(pipe, sd, image=picture(), mask=mask(), strength=0.6, freeu=(1.5, 1.6, 0.9, 0.2))
 
 
 def test_controlnet_in_a_run_from_an_image(tmp_path):
