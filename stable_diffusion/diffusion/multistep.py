@@ -1,8 +1,7 @@
-"""Samplers with history: a polynomial through the last evaluations is integrated exactly over the step.
+"""Samplers with history: a polynomial through the last evaluations is integrated over the step, see ``polynomials``.
 
-DPM-Solver, UniPC and DEIS are exponential integrators: the variable is lambda = -log(sigma), and the part of the ODE
-that is linear in x is solved exactly. The polynomial goes through D (``predict_x0``: DPM-Solver++, Lu et al. 2022b) or
-through the noise ``(x - D) / sigma`` (DPM-Solver, Lu et al. 2022a), see :func:`_exponential_step`.
+DPM-Solver, UniPC, DEIS, RES and SA-Solver are exponential integrators. Their polynomial goes through D (``predict_x0``:
+DPM-Solver++, Lu et al. 2022b) or through the noise ``(x - D) / sigma`` (DPM-Solver, Lu et al. 2022a).
 """
 
 import math
@@ -12,9 +11,8 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .transitions import Denoise, Noise, Sigmas, States, noised, relabel, reverse_sde, toward
-
-Points = Sequence[tuple[float, mx.array]]  # (sigma, evaluation)
+from .polynomials import blend, dpm_moments, exponential_step, lagrange_weights
+from .transitions import Denoise, Noise, Sigmas, States, ancestral, noised, relabel, toward
 
 
 def lms(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
@@ -26,7 +24,7 @@ def lms(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: i
     for sigma, target in pairwise(sigmas):
         history = [(sigma, (x - denoise(x, sigma)) / sigma), *history][:order]
         moments = [(target - sigma) ** (k + 1) / (k + 1) for k in range(len(history))]
-        x = x + _blend(history, _weights([level - sigma for level, _ in history], moments))
+        x = x + blend(history, lagrange_weights([level - sigma for level, _ in history], moments))
         yield x
 
 
@@ -60,7 +58,7 @@ def pndm(
 
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         history = [(sigma, prediction(x, sigma)), *history][:4]
-        e = _blend(history, _ADAMS_BASHFORTH[len(history) - 1])
+        e = blend(history, _ADAMS_BASHFORTH[len(history) - 1])
         ahead = relabel(transfer(x, e, sigma, target_sigmas[i]), target_sigmas[i], after)
         if i == 0 and len(sigmas) > 2:
             start = sigma if repeat_sigma is None else repeat_sigma
@@ -91,15 +89,15 @@ def dpmpp_2m_sde(
 
     A step to 0 is of first order. With ``lower_order_final`` the order falls to 1 in the last steps, with
     ``euler_at_final`` in the last one. For ``solver_type``, "midpoint" or "heun", and ``bend_offset`` see
-    :func:`_dpm_moments`; the coefficient of the third order has half of its exact weight, as in diffusers.
+    ``dpm_moments``; the coefficient of the third order has half of its exact weight, as in diffusers.
     """
-    moments = partial(_dpm_moments, solver_type=solver_type, bend=0.5, bend_offset=bend_offset)
+    moments = partial(dpm_moments, solver_type=solver_type, bend=0.5, bend_offset=bend_offset)
     history: list[tuple[float, mx.array]] = []
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         history = [(sigma, _prediction(denoise, x, sigma, predict_x0)), *history][:order]
         remaining = len(sigmas) - 1 - i
         highest = remaining if lower_order_final or (euler_at_final and remaining == 1) else order
-        x, up = _exponential_step(x, history[:highest], target, moments, eta, predict_x0)
+        x, up = exponential_step(x, history[:highest], target, moments, eta, predict_x0)
         x = noised(x, up, noise, i)
         yield x
 
@@ -144,8 +142,8 @@ def dpmpp_2s(
         # The midpoint method of third order leaves out the second D (Lu et al. 2022a, algorithm 2).
         is_midpoint = solver_type == "midpoint" and len(group) == 3
         points = [group[0], group[2]] if is_midpoint else group
-        rule = partial(_dpm_moments, solver_type="heun" if is_midpoint else solver_type, bend_offset=bend_offset)
-        x, up = _exponential_step(start, points, target, rule, eta, predict_x0)
+        rule = partial(dpm_moments, solver_type="heun" if is_midpoint else solver_type, bend_offset=bend_offset)
+        x, up = exponential_step(start, points, target, rule, eta, predict_x0)
         x = noised(x, up, noise, i)
         yield x
 
@@ -180,18 +178,18 @@ def unipc(
     ``lower_order_final`` the order falls to 1 in the last steps. ``solver_type`` "bh1" is B(h) = h, "bh2" is
     B(h) = e^h - 1.
     """
-    moments = partial(_dpm_moments, solver_type=solver_type)
+    moments = partial(dpm_moments, solver_type=solver_type)
     history: list[tuple[float, mx.array]] = []
     start, used = x, 0
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         evaluation = _prediction(denoise, x, sigma, predict_x0)
         if history and i - 1 not in disable_corrector:
             corrected = [*history[:used], (sigma, evaluation)]
-            x, _ = _exponential_step(start, corrected, sigma, moments, 0.0, predict_x0)
+            x, _ = exponential_step(start, corrected, sigma, moments, 0.0, predict_x0)
         history = [(sigma, evaluation), *history][:order]
         used = min(len(history), len(sigmas) - 1 - i if lower_order_final else order)
         start = x
-        x, _ = _exponential_step(x, history[:used], target, moments, 0.0, predict_x0)
+        x, _ = exponential_step(x, history[:used], target, moments, 0.0, predict_x0)
         yield x
 
 
@@ -212,7 +210,59 @@ def deis(
         moments, u = [target - sigma], math.log(target / sigma) if target > 0 else 0.0
         for k in range(1, len(used)):
             moments.append(target * u**k - k * moments[-1])
-        x = x + _blend(used, _weights([math.log(level / sigma) for level, _ in used], moments))
+        x = x + blend(used, lagrange_weights([math.log(level / sigma) for level, _ in used], moments))
+        yield x
+
+
+def res_multistep_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
+    """Run the refined exponential solver, its multistep method of second order (Zhang et al. 2023): the last two D's.
+
+    Above ``eta`` 0 it goes to a lower sigma, and noise leads back. The distance of the older D is then the length in
+    log sigma of the step down from it, as in ComfyUI.
+    """
+    moments = partial(dpm_moments, solver_type="heun")
+    older: list[tuple[float, mx.array]] = []  # D, and the factor of the step down from it
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        down, up = ancestral(sigma, target, eta)
+        x0 = denoise(x, sigma)
+        points = [(sigma, x0), *((sigma * factor, other) for factor, other in older)]
+        x, _ = exponential_step(x, points, down, moments, 0.0, True)
+        x = noised(x, up, noise, i)
+        older = [(sigma / down, x0)] if down > 0 else []
+        yield x
+
+
+def er_sde(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    order: int = 3,
+    noise_scaler: Callable[[float], float] = lambda sigma: sigma * (math.exp(sigma**0.3) + 10),
+) -> States:
+    """Run ER-SDE-Solver (Cui et al. 2023) on the extended reverse-time SDE of a ``noise_scaler``, phi in the paper.
+
+    The default is their SDE 5; phi(sigma) = sigma is the ODE. A Taylor polynomial of D, its derivatives from the last
+    ``order`` D's, is integrated with the weight phi' / phi^2 by parts. The integrals of 1 / phi that are left are sums
+    over 200 points, as in ComfyUI. A step to 0 is of first order.
+    """
+    history: list[tuple[float, mx.array]] = []
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        history = [(sigma, x0), *history][: order if target > 0 else 1]
+        start, end = noise_scaler(sigma), noise_scaler(target)
+        x = toward(x, x0, start, end)
+        if len(history) > 1:
+            nodes, h = [level - sigma for level, _ in history], target - sigma
+            offsets = [h - h * k / 200 for k in range(200)]
+            inverses = [-h / 200 * end / noise_scaler(sigma + offset) for offset in offsets]
+            first = h + sum(inverses)
+            second = h**2 + 2 * sum(map(math.prod, zip(offsets, inverses, strict=True)))
+            # The first derivative is the slope to the last D alone, not that of the parabola through all three.
+            moments = [0.0, first, second + nodes[1] * first][: len(history)]
+            x = x + blend(history, lagrange_weights(nodes, moments))
+        x = noised(x, math.sqrt(max(target**2 - (sigma * end / start) ** 2, 0.0)), noise, i)
         yield x
 
 
@@ -220,74 +270,3 @@ def _prediction(denoise: Denoise, x: mx.array, sigma: float, predict_x0: bool) -
     """Return D, or the noise in x."""
     x0 = denoise(x, sigma)
     return x0 if predict_x0 else (x - x0) / sigma
-
-
-def _exponential_step(
-    x: mx.array,
-    points: Points,
-    target: float,
-    moments: Callable[[float, int], list[float]],
-    eta: float,
-    predict_x0: bool,
-) -> tuple[mx.array, float]:
-    """Integrate the polynomial through ``points`` from the first one's sigma to ``target``.
-
-    In r = (lambda - lambda_0) / h, with h the step in lambda, the weight of D is e^(length r) with a ``length`` of
-    (1 + eta) h, and that of the noise is e^(-h r). Of both, ``moments`` gives the means of the powers of r. Returns the
-    next ``x`` and the standard deviation of the noise that belongs to it. A step to 0 is of first order.
-    """
-    sigma, evaluation = points[0]
-    h = math.log(sigma / target) if target > 0 else math.inf
-    if 0 < h < math.inf and len(points) > 1:
-        nodes = [math.log(sigma / level) / h for level, _ in points]
-        weights = _weights(nodes, moments((1 + eta) * h if predict_x0 else -h, len(points)))
-        first = evaluation
-        for weight, (_, other) in zip(weights[1:], points[1:], strict=True):
-            evaluation = evaluation + weight * (other - first)
-    if predict_x0:
-        down, up = reverse_sde(sigma, target, eta)
-        return toward(x, evaluation, sigma, down), up
-    eta = eta if target > 0 else 0.0
-    up = eta * math.sqrt(max(sigma**2 - target**2, 0.0))
-    return x + ((1 + eta**2) * (target - sigma)) * evaluation, up
-
-
-def _dpm_moments(
-    length: float, count: int, solver_type: str, bend: float = 1.0, bend_offset: float = 0.0
-) -> list[float]:
-    """Return the means of r^k, k < ``count``, under the weight e^(length r): M_k = 1 / (1 - e^-l) - k / l M_(k-1).
-
-    With two points "midpoint" and "bh2" take 1/2 for M_1, its limit for small l, and "bh1" takes l / 2 / (1 - e^-l).
-    ``bend`` is a factor on M_2. diffusers writes one constant of the SDE's third order with the other sign;
-    ``bend_offset`` 1 does too.
-    """
-    total = -1 / math.expm1(-length)
-    means = [1.0]
-    for k in range(1, count):
-        means.append(total - k / length * means[-1])
-    if count == 2 and solver_type != "heun":
-        means[1] = total * length / 2 if solver_type == "bh1" else 0.5
-    elif count == 3:
-        means[2] = bend * (means[2] - 2 * bend_offset * total)
-    return means
-
-
-def _blend(history: Sequence[tuple[float, mx.array]], weights: Sequence[float]) -> mx.array:
-    """Return the weighted sum of the arrays in a history of (level, array)."""
-    return sum(weight * evaluation for weight, (_, evaluation) in zip(weights, history, strict=True))
-
-
-def _weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """Return weights w with sum_j w_j nodes_j^k = moments_k, exact for polynomials through the nodes.
-
-    They are the moments of the Lagrange polynomials, each multiplied out from its roots.
-    """
-    weights = []
-    for j, node in enumerate(nodes):
-        coefficients, scale = [1.0], 1.0
-        for other in (*nodes[:j], *nodes[j + 1 :]):
-            shifted, same = [0.0, *coefficients], [*coefficients, 0.0]
-            coefficients = [a - other * b for a, b in zip(shifted, same, strict=True)]
-            scale *= node - other
-        weights.append(sum(c * m for c, m in zip(coefficients, moments, strict=True)) / scale)
-    return weights

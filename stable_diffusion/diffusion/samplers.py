@@ -21,7 +21,18 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde, lms, pndm, unipc
+from .multistep import (
+    deis,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_3m_sde,
+    er_sde,
+    lms,
+    pndm,
+    res_multistep_ancestral,
+    unipc,
+)
 from .transitions import Denoise, Noise, Sigmas, States, ancestral, noised, relabel, toward
 
 
@@ -146,6 +157,7 @@ def tcd(
 # Samplers that are others with some of their options bound, which then cannot be chosen.
 dpm2 = partial(dpm2_ancestral, eta=0.0)
 ddpm = partial(ddim, eta=1.0, clip=None)  # Ho et al. 2020, algorithm 2, with the posterior's variance
+res_multistep = partial(res_multistep_ancestral, eta=0.0)
 lcm = partial(tcd, eta=1.0, tcd_sigmas=None)  # every leap goes to x0: Luo et al. 2023, algorithm 3
 
 
@@ -182,6 +194,7 @@ _LU_A, _LU_B = "Lu et al. 2022, arXiv:2206.00927", "Lu et al. 2022, arXiv:2211.0
 _HO, _SONG = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
 _ZHANG, _ZHAO = "Zhang & Chen 2023, arXiv:2204.13902", "Zhao et al. 2023, arXiv:2302.04867"
 _LUO, _ZHENG = "Luo et al. 2023, arXiv:2310.04378", "Zheng et al. 2024, arXiv:2402.19159"
+_RES = "Zhang et al. 2023, arXiv:2308.02157"
 _dpmpp = partial(Sampler, spacing_rule="multistep", order=2, highest_order=3, reference=_LU_B)
 
 SAMPLERS: dict[str, Sampler] = {
@@ -202,6 +215,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", order=2, stochastic=True, reference=_K),
     "unipc": Sampler(unipc, "multistep", order=2, scheduler="UniPCMultistep", reference=_ZHAO),
     "deis": Sampler(deis, "deis", order=2, highest_order=3, scheduler="DEISMultistep", reference=_ZHANG),
+    "res_multistep": Sampler(res_multistep, order=2, reference=_RES),
+    "res_multistep_a": Sampler(res_multistep_ancestral, order=2, stochastic=True, reference=_RES),
+    "er_sde": Sampler(er_sde, order=2, highest_order=3, stochastic=True, reference="Cui et al. 2023, arXiv:2309.06169"),
     "lcm": Sampler(lcm, "lcm", stochastic=True, scheduler="LCM", reference=_LUO, consistency=True),
     "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference=_ZHENG),
 }

@@ -59,13 +59,41 @@ ORDERS += [
     ("unipc", {"order": 3}, 2),  # for its last step is of first order, and is not corrected
     ("dpmpp_3m_sde", ODE, 2),  # so it is defined: the second difference of D has half of its weight
     ("pndm", {}, 2),  # its weights take all steps for equally long
+    ("res_multistep", {}, 2),
+    ("res_multistep_a", ODE, 2),
+    *(("er_sde", {"order": order, "noise_scaler": float}, min(order, 2)) for order in (1, 2, 3)),
 ]
+# Of er_sde the sums over 200 points are of first order, which shows in many steps.
+STEPS = {"er_sde": (10, 20, 40)}
 
 
 @pytest.mark.parametrize("name, given, order", ORDERS)
 def test_order_of_convergence(name, given, order):
-    measured = [math.log2(error(name, n, **given) / error(name, 2 * n, **given)) for n in (80, 160)]
-    assert measured == pytest.approx([order] * 2, abs=0.25)
+    errors = [error(name, n, **given) for n in STEPS.get(name, (80, 160, 320))]
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([order] * 2, abs=0.25)
+
+
+def variance_error(name: str, count: int, **given) -> float:
+    """Distance of the variance to that of the data's at the last sigma, relative.
+
+    As D is linear, each state is a sum of the first noise and those of the steps; x holds their coefficients.
+    """
+    sigmas, units = log_sigmas(count, 0.5), mx.eye(2 * count + 1, dtype=mx.float64)
+    start = math.sqrt(DATA**2 + TOP**2) * units[0]
+    x = last(SAMPLERS[name].run(denoise, start, sigmas, lambda draw, shape: units[draw + 1], **given))
+    exact = DATA**2 + sigmas[-1] ** 2
+    return abs((x**2).sum().item() - exact) / exact
+
+
+WEAK_ORDERS = [(name, {}, 1) for name in ("euler_a", "ddpm")] + [("dpmpp_2m_sde", {"order": 1}, 1)]
+WEAK_ORDERS += [(name, {}, 2) for name in ("dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "res_multistep_a")]
+WEAK_ORDERS += [("er_sde", {"order": order}, min(order, 2)) for order in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name, given, order", WEAK_ORDERS)
+def test_order_of_convergence_of_the_variance(name, given, order):
+    errors = [variance_error(name, n, **given) for n in STEPS.get(name, (40, 80, 160))]
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([order] * 2, abs=0.25)
 
 
 @pytest.mark.parametrize("predict_x0", [True, False])
@@ -78,6 +106,7 @@ def test_order_of_convergence_of_whole_groups(order, solver_type, predict_x0):
 
 
 STOCHASTIC = ["euler_a", "ddpm", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
+STOCHASTIC += ["res_multistep_a", "er_sde"]
 STOCHASTIC = [
     *((name, {}) for name in STOCHASTIC),
     ("ddim", {"eta": 1.0}),
@@ -163,6 +192,9 @@ NAMES = {
     "DPMSolverMultistepScheduler": ("dpmpp_2m", None),
     "DPMSolverSinglestepScheduler": ("dpmpp_2s", None),
     "dpm++2s_a": ("dpmpp_2s_a", None),  # stable-diffusion.cpp
+    "res_multistep_ancestral": ("res_multistep_a", None),
+    "Res Multistep": ("res_multistep", None),
+    "ER SDE Karras": ("er_sde", "karras"),
     "kdpm_2_k": ("dpm2", "karras"),  # InvokeAI
 }
 SIMILAR = {

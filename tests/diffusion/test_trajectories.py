@@ -385,7 +385,7 @@ def test_eta(name, eta):
     compare(name, at_step={"eta": eta}, chosen={"eta": eta}, timestep_spacing="leading")
 
 
-# k-diffusion's samplers that diffusers does not have, in its own variables: t = -log(sigma), in float64.
+# Samplers of k-diffusion and ComfyUI that diffusers does not have, in their own variables: t = -log(sigma), in float64.
 
 
 def k_dpmpp_2s_ancestral(denoise, x, sigmas, noise, eta):
@@ -425,13 +425,65 @@ def k_dpmpp_3m_sde(denoise, x, sigmas, noise, eta):
         old, older, h_1, h_2 = x0, old, h, h_1
 
 
-REFERENCES = {"dpmpp_2s_a": k_dpmpp_2s_ancestral, "dpmpp_3m_sde": k_dpmpp_3m_sde}  # of samplers that take eta
+def c_res_multistep_a(denoise, x, sigmas, noise, eta):
+    """ComfyUI's res_multistep, with phi functions of the step h in t."""
+    old, t_old_down = None, None
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        up = min(target, eta * math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2))
+        down = math.sqrt(target**2 - up**2)
+        if down == 0:
+            yield x0
+            return
+        t, t_down = -math.log(sigma), -math.log(down)
+        if old is None:
+            x = x + (x - x0) / sigma * (down - sigma)
+        else:
+            h = t_down - t
+            c_2 = (-math.log(sigmas[i - 1]) - t_old_down) / h
+            phi_1 = math.expm1(-h) / -h
+            phi_2 = (phi_1 - 1) / -h
+            x = math.exp(-h) * x + h * ((phi_1 - phi_2 / c_2) * x0 + phi_2 / c_2 * old)
+        yield (x := x + noise[i] * up)
+        old, t_old_down = x0, t_down
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def c_er_sde(denoise, x, sigmas, noise, order=3):
+    """ComfyUI's er_sde, whose ``max_stage`` is the order."""
+    phi = lambda s: s * (np.exp(s**0.3) + 10.0)  # noqa: E731
+    old, old_slope = None, None
+    for i, (s, t) in enumerate(pairwise(map(float, sigmas))):
+        x0 = denoise(x, sigmas[i])
+        if t == 0:
+            yield x0
+            return
+        r = phi(t) / phi(s)
+        x = r * x + (1 - r) * x0
+        if i > 0 and order > 1:
+            width = (s - t) / 200
+            points = t + np.arange(200) * width
+            slope = (x0 - old) / (s - sigmas[i - 1])
+            x = x + (t - s + phi(t) * np.sum(width / phi(points))) * slope
+            if i > 1 and order > 2:
+                bend = 2 * (slope - old_slope) / (s - sigmas[i - 2])
+                x = x + ((t - s) ** 2 / 2 + phi(t) * np.sum(width * (points - s) / phi(points))) * bend
+            old_slope = slope
+        yield (x := x + noise[i] * math.sqrt(t**2 - (s * r) ** 2))
+        old = x0
+
+
+ETAS, ORDERS = [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0}], [{}, {"order": 1}, {"order": 2}]
+REFERENCES = {
+    "dpmpp_2s_a": (k_dpmpp_2s_ancestral, ETAS),
+    "dpmpp_3m_sde": (k_dpmpp_3m_sde, ETAS),
+    "res_multistep_a": (c_res_multistep_a, ETAS),
+    "er_sde": (c_er_sde, ORDERS),
+}
+
+
 @pytest.mark.parametrize("curve", ["default", "karras"])
-@pytest.mark.parametrize("name", REFERENCES)
-def test_k_diffusion(name, curve, eta):
+@pytest.mark.parametrize("name, given", [(name, given) for name, (_, all) in REFERENCES.items() for given in all])
+def test_every_step_of_samplers_of_other_programs(name, given, curve):
     schedule = Schedule(ScheduleConfig(**SCALED))
     for count in COUNTS:
         sigmas = schedule.steps(count, SAMPLERS[name].spacing_rule, schedule=curve).sigmas
@@ -442,7 +494,7 @@ def test_k_diffusion(name, curve, eta):
             return x - sigma * model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
 
         draw = lambda i, shape: mx.array(NOISE[i])  # noqa: E731
-        have = list(SAMPLERS[name].run(denoise, mx.array(x), sigmas, draw, eta=eta))
-        want = list(REFERENCES[name](denoise, x.astype(np.float64), sigmas, NOISE, eta))
+        have = list(SAMPLERS[name].run(denoise, mx.array(x), sigmas, draw, **given))
+        want = list(REFERENCES[name][0](denoise, x.astype(np.float64), sigmas, NOISE, **given))
         assert len(have) == len(want) == count
         assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND
