@@ -73,6 +73,7 @@ NUMBERS = {
     "order": Number(int, 1, 4),
     "clip_skip": Number(int, 0),
     "guidance_rescale": Number(float, 0, 1),
+    "pag_scale": Number(float, 0),
     "freeu": Number(float, 0, 10),
     "deep_cache": Number(int, 1),
     "token_merging": Number(float, 0, HIGHEST),
@@ -111,6 +112,10 @@ class Options:
         guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
             for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. None is 0.7, the paper's value, for checkpoints
             with zero terminal SNR and v-prediction, and 0 for others.
+        pag_scale: scale of perturbed-attention guidance (Ahn et al. 2024), with classifier-free guidance or alone; 0 is
+            none.
+        pag_layers: parts of the UNet whose self-attentions it perturbs: "mid", "down", "up", or names of modules such
+            as "down_blocks.1" and "up.0.attentions.2".
         freeu: (b1, b2, s1, s2), the factors of FreeU (Si et al. 2024) in the first and the second block of the UNet's
             second half: of half of the channels of its map, and of the lowest frequencies of its skips.
         deep_cache: run the whole UNet in every n-th step only and its last layer in the others (Ma et al. 2023); 1 is
@@ -144,6 +149,8 @@ class Options:
     clip_skip: int = 0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float | None = None
+    pag_scale: float = 0.0
+    pag_layers: tuple[str, ...] = ("mid",)
     freeu: tuple[float, float, float, float] | None = None
     deep_cache: int = 1
     token_merging: float = 0.0
@@ -188,6 +195,9 @@ class Options:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
             raise SettingError(text, "guidance_interval")
+        layers = self.pag_layers
+        if not isinstance(layers, tuple) or not layers or not all(isinstance(one, str) and one for one in layers):
+            raise SettingError(f"pag_layers {layers!r:.80} are no tuple of names; give ('mid',)", "pag_layers")
         if self.freeu is not None and (not isinstance(self.freeu, tuple) or len(self.freeu) != 4):
             raise SettingError(f"freeu {self.freeu!r} is no tuple of four factors; give (b1, b2, s1, s2)", "freeu")
         for text in (self.prompt_2, self.negative_prompt_2):
@@ -222,6 +232,8 @@ class OptionKeywords(TypedDict, total=False):
     clip_skip: int
     guidance_interval: tuple[float, float]
     guidance_rescale: float | None
+    pag_scale: float
+    pag_layers: tuple[str, ...]
     freeu: tuple[float, float, float, float] | None
     deep_cache: int
     token_merging: float

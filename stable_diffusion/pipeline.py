@@ -352,6 +352,7 @@ class StableDiffusion(Networks):
             image_guidance=prompts.image_cfg_weight,
             interval=options.guidance_interval,
             rescale=guidance_rescale(options.guidance_rescale, self.schedule.config),
+            pag_scale=options.pag_scale,
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
         denoise = self._denoiser(unet, run, first, options, batches)
@@ -369,18 +370,10 @@ class StableDiffusion(Networks):
         batches: Sequence[GuidanceBatch],
     ) -> DenoiseStep:
         """Make D(x, sigma) of a run, with its wrappers."""
-        denoise: DenoiseStep = Denoiser(
-            unet,
-            self.schedule,
-            run.steps,
-            self.dtype,
-            batches,
-            controls=options.controls,
-            rows_at_once=self.rows_at_once,
-            deep_cache=options.deep_cache,
-            tome_ratio=options.token_merging,
-            freeu_scales=options.freeu,
-        )
+        settings: dict[str, Any] = {"controls": options.controls, "rows_at_once": self.rows_at_once}
+        settings |= {"deep_cache": options.deep_cache, "tome_ratio": options.token_merging}
+        settings |= {"freeu_scales": options.freeu, "pag_layers": options.pag_layers if options.pag_scale else ()}
+        denoise: DenoiseStep = Denoiser(unet, self.schedule, run.steps, self.dtype, batches, **settings)
         denoise = for_sampler(denoise, run.sampler, self.schedule)
         return denoise if first.mask is None else inpainting(denoise, first.mask)
 

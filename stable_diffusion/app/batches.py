@@ -104,7 +104,7 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     unused = {
         "the negative prompt": request.negative_text or request.texts_2[1],
         "guidance_rescale": options.guidance_rescale,
-        "guidance_interval": options.guidance_interval != (0, 1),
+        "guidance_interval": options.guidance_interval != (0, 1) and not options.pag_scale,
         **{name: model.is_xl and name.startswith("negative") for name in SIZES if name in request.to_dict()},
     }
     for name in (name for name, is_given in unused.items() if is_given and guidance <= 1):
@@ -149,7 +149,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         len(batch.requests),
         (height, width),
         chunks=batch.text.context.shape[1] // 77,
-        rows=1 if guidance <= 1 else 3 if model.mode == "instructions" else 2,
+        rows=(1 if guidance <= 1 else 3 if model.mode == "instructions" else 2) + (request.options.pag_scale > 0),
         controls=[size_in_bytes(control.network) for control in batch.controls],
         larger=larger,
         encodes=batch.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),

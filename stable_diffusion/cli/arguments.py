@@ -28,6 +28,7 @@ _NEEDED = {
     "no_composite": "mask expand",
     "resize": "image control_image",
     "lora_partial": "lora lora_dir",
+    "pag_layers": "pag_scale",
     "preview_every": "preview",
     "preview_vae": "preview stepwise",
     **dict.fromkeys(("without", "trust"), "from_image"),

@@ -39,6 +39,8 @@ FLAGS = {
         "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
         "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1 (0.7 for models with zero "
         "terminal SNR and v-prediction, 0 for others)",
+        "--pag_scale SCALE": "of perturbed-attention guidance, such as 3, with --cfg or alone; a half more time (0)",
+        "--pag_layers NAME,...": "parts of the UNet that it perturbs: mid, down, up_blocks.0 ... (mid)",
         "--freeu B1,B2,S1,S2": "factors of FreeU for the UNet's backbone and its skips, such as "
         "1.5,1.6,0.9,0.2 with SD 1 (off)",
         "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",

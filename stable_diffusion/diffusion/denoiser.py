@@ -1,7 +1,7 @@
 """D(x, sigma), the estimate of the clean latents that the samplers integrate (Karras et al. 2022), and its wrappers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..models import cpu
 from ..models.layers import Context
-from ..models.unet import UNet2DConditionModel
+from ..models.unet import UNet2DConditionModel, self_attentions
 from .choice import clip_for
 from .controls import Control, control_outputs
 from .guidance import GuidanceBatch
@@ -46,6 +46,8 @@ class Denoiser:
             on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
         freeu_scales: (b1, b2, s1, s2) of FreeU, see ``models/unet.py``.
+        pag_layers: parts of the UNet in which the self-attentions of perturbed rows attend to their own positions
+            alone, see ``self_attentions`` there.
     """
 
     def __init__(
@@ -61,18 +63,19 @@ class Denoiser:
         deep_cache: int = 1,
         tome_ratio: float = 0.0,
         freeu_scales: Sequence[float] | None = None,
+        pag_layers: Sequence[str] = (),
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
         self._rows_at_once, self._deep_cache = rows_at_once, deep_cache
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
+        perturbed = self_attentions(unet, pag_layers)
         for batch in batches:
             count = len(batch.images)
             size = rows_at_once or count // cpu.parts(count)
             parts = batch.split(size) if size < count else [batch]
-            contexts = [Context(part.conditioning.context, part.conditioning.v_context) for part in parts]
-            self._batches.append((batch, list(map(_Part, parts, contexts))))
+            self._batches.append((batch, [_Part(part, _context(part, perturbed)) for part in parts]))
         self._current = self._batches[0]
 
     def __call__(self, x: mx.array, sigma: float, step: int = 0) -> mx.array:
@@ -82,7 +85,7 @@ class Denoiser:
         """
         if step not in self._current[0].steps:
             for part in self._current[1]:  # frees the keys and values of rows that may not come again
-                part.context = Context(part.context.encoded, part.context.v_encoded)
+                part.context = _context(part.rows, part.context.perturbed_layers)
             self._current = next(entry for entry in self._batches if step in entry[0].steps)
         batch, parts = self._current
         x_in = (x / math.sqrt(sigma**2 + 1)).astype(self._dtype)  # the scale of training
@@ -120,6 +123,11 @@ class Denoiser:
             cache=cache,
             **self._unet_options,
         )
+
+
+def _context(rows: GuidanceBatch, perturbed_layers: Collection[int]) -> Context:
+    conditioning = rows.conditioning
+    return Context(conditioning.context, conditioning.v_context, rows.is_perturbed, perturbed_layers)
 
 
 def to_x0(output: mx.array, x: mx.array, sigma: float, prediction: str) -> mx.array:

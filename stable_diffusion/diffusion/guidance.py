@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the rows of the UNet's batch at each step, and the weights that combine their outputs."""
+"""Guidance, classifier-free and by perturbed attention: rows of the UNet's batch, and the weights of their outputs."""
 
 import math
 from collections.abc import Sequence
@@ -26,13 +26,15 @@ class GuidanceBatch:
     """Hold the conditional and unconditional rows of the UNet's batch in some ``steps`` of a run.
 
     Row b belongs to image ``images[b]``; ``is_cond[b]`` is 1 for a row of the prompt and 0 for one of the negative
-    prompt. ``weights`` [n, B] combine the outputs of B rows into those of n images; None where the rows are the images.
+    prompt, ``is_perturbed[b]`` is 1 for a row of the prompt with perturbed self-attention. ``weights`` [n, B] combine
+    the outputs of B rows into those of n images; None where the rows are the images.
     """
 
     steps: tuple[int, ...]
     conditioning: Conditioning
     images: mx.array
     is_cond: mx.array
+    is_perturbed: mx.array
     weights: mx.array | None = None
     rescale: float = 0.0
 
@@ -42,7 +44,8 @@ class GuidanceBatch:
         for first in range(0, len(self.images), rows_at_once):
             rows = slice(first, first + rows_at_once)
             conditioning = self.conditioning.map(lambda array, rows=rows: array[rows])
-            parts.append(GuidanceBatch(self.steps, conditioning, self.images[rows], self.is_cond[rows]))
+            of_rows = self.images[rows], self.is_cond[rows], self.is_perturbed[rows]
+            parts.append(GuidanceBatch(self.steps, conditioning, *of_rows))
         return parts
 
     def combine(self, outputs: mx.array) -> mx.array:
@@ -56,7 +59,7 @@ class GuidanceBatch:
         guided = _weighted_sums(self.weights, outputs)
         if self.rescale == 0:
             return guided
-        cond_weights = self.weights * self.is_cond
+        cond_weights = self.weights * self.is_cond * (1 - self.is_perturbed)
         cond = _weighted_sums(cond_weights / cond_weights.sum(axis=1, keepdims=True), outputs)
         factor = mx.std(cond, axis=(1, 2, 3), keepdims=True) / mx.std(guided, axis=(1, 2, 3), keepdims=True)
         return (self.rescale * factor + (1 - self.rescale)) * guided
@@ -75,6 +78,7 @@ class _Row:
     image: int
     weight: float
     is_cond: bool = False
+    is_perturbed: bool = False
 
 
 def guidance_batches(
@@ -88,6 +92,7 @@ def guidance_batches(
     image_guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
+    pag_scale: float = 0.0,
     steps_before: int = 0,
 ) -> list[GuidanceBatch]:
     """Make the batches of a run of ``steps`` steps: one for all steps that have the same rows and weights.
@@ -100,24 +105,25 @@ def guidance_batches(
         uncond_image: conditioning without prompt and image, for ``image_guidance`` (Brooks et al. 2023, eq. 3):
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
         interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
-        rescale: see :meth:`GuidanceBatch.combine`; 0 is off.
+        rescale: see :meth:`GuidanceBatch.combine`; 0 is off, and so it is without a ``negative`` conditioning.
+        pag_scale: of perturbed-attention guidance (Ahn et al. 2024), which adds ``pag_scale * (positive - perturbed)``;
+            the latter are the rows of the prompt once more, with perturbed self-attention. 0 is off.
         steps_before: steps that another model has made of the same run; prompts that change count them too.
     """
     tables = [table for table in (positive, negative, uncond_image) if table is not None]
     conditioning = concatenate(tables)
     prompts = [range(*ends) for ends in pairwise(accumulate(map(len, tables), initial=0))]  # of each table
     # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
-    guided = range(*(math.ceil(end * steps - 1e-9) for end in interval)) if negative is not None else range(0)
-    scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance), []
+    bounds = [math.ceil(end * steps - 1e-9) for end in interval]
+    guided = range(0) if negative is None and not pag_scale else range(*bounds)
+    scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance, pag_scale), []
+    rescale = 0.0 if negative is None else rescale
     for (active, is_guided), of_batch in _alike(conditioning, steps, steps_before, guided).items():
         rows: list[_Row] = []
         for image in range(n_images):
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
             parts = [[(i, row.weight) for i, row in active if row.prompt == prompt] for prompt in of_image]
-            if is_guided:
-                rows += _guided_rows(image, *parts, scales=scales, rescales=rescale > 0)
-            else:
-                rows += [_Row(index, image, weight, is_cond=True) for index, weight in _mean(parts[0])]
+            rows += _rows(image, *parts, scales=scales, rescales=rescale > 0) if is_guided else _rows(image, parts[0])
         batches.append(_batch(of_batch, conditioning, rows, n_images, rescale if is_guided else 0.0))
     return batches
 
@@ -134,14 +140,22 @@ def _alike(
     return groups
 
 
-def _guided_rows(
-    image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float], rescales: bool
+def _rows(
+    image: int,
+    cond: Weighted,
+    *unconds: Weighted,
+    scales: tuple[float, float, float] = (1.0, 1.0, 0.0),
+    rescales: bool = False,
 ) -> list[_Row]:
-    """Weigh the rows of an image for classifier-free guidance, those of the prompt first."""
-    guidance, image_guidance = scales
-    if rescales:
+    """Weigh the rows of an image, those of the prompt first. ``scales`` are of text, image and perturbed attention."""
+    guidance, image_guidance, pag_scale = scales
+    if not unconds:
+        guidance, cond = 1.0, _mean(cond)
+    elif rescales:
         _mean(cond)  # raises ValueError where there is none, whose deviation the result is brought to
-    rows = [_Row(index, image, guidance * weight, is_cond=True) for index, weight in cond]
+    rows = [_Row(index, image, (guidance + pag_scale) * weight, is_cond=True) for index, weight in cond]
+    if pag_scale:
+        rows += [_Row(index, image, -pag_scale * weight, is_cond=True, is_perturbed=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
     for factor, uncond in zip(factors, unconds, strict=False):  # the second is for images alone
         rows += [_Row(index, image, factor * weight) for index, weight in _mean(uncond)]
@@ -171,6 +185,7 @@ def _batch(
         conditioning=conditioning,
         images=images,
         is_cond=mx.array([int(row.is_cond) for row in rows]),
+        is_perturbed=mx.array([int(row.is_perturbed) for row in rows]),
         weights=None if are_images else of_image * mx.array([row.weight for row in rows]),
         rescale=rescale,
     )

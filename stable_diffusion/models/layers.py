@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -251,11 +251,15 @@ def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list
 class Context:
     """Cache the keys and values that each layer makes of an encoded prompt [B, M, D], the same in all steps of a run.
 
-    Layers in training mode project it at every call. Values come from ``v_encoded`` where it is given.
+    Layers in training mode project it at every call. Values come from ``v_encoded`` where it is given. In the
+    self-attentions with ``perturbed_layers`` as their numbers, the rows in which ``is_perturbed`` [B] is 1 attend to
+    their own positions alone.
     """
 
     encoded: mx.array
     v_encoded: mx.array | None = None
+    is_perturbed: mx.array | None = None
+    perturbed_layers: Collection[int] = ()
     _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
@@ -301,10 +305,17 @@ class Attention(nn.Module):
         self._upcast = upcast
         self._largest_scores = largest_scores
 
-    def __call__(self, x: mx.array, b: int, context: Context | None = None) -> mx.array:
-        """Attend from ``x`` [B * N, C], the positions of ``b`` maps one after the other, to itself or ``context``."""
+    def __call__(
+        self, x: mx.array, b: int, context: Context | None = None, is_perturbed: mx.array | None = None
+    ) -> mx.array:
+        """Attend from ``x`` [B * N, C], the positions of ``b`` maps one after the other, to itself or ``context``.
+
+        Where ``is_perturbed`` [B] is 1 each position of the map attends to itself alone (Ahn et al. 2024).
+        """
         k, v = self.keys_and_values(x, x, b) if context is None else context.keys_and_values(self)
         out = attention(self._split(self.to_q(x), b), k, v, self._largest_scores)
+        if is_perturbed is not None:
+            out = mx.where(is_perturbed[:, None, None, None], v, out)
         return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
 
     def keys_and_values(self, k: mx.array, v: mx.array, b: int) -> tuple[mx.array, mx.array]:

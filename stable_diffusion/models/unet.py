@@ -4,7 +4,9 @@ Module names are those of diffusers' ``UNet2DConditionModel``. In every block, p
 attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
+import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise, zip_longest
 
 import mlx.core as mx
@@ -64,7 +66,9 @@ class BasicTransformerBlock(nn.Module):
     def __call__(self, x: mx.array, size: tuple[int, int, int], context: Context, tome_ratio: float = 0.0) -> mx.array:
         """``x`` [B * H * W, C], the positions of maps of ``size`` (B, H, W) -> the same."""
         y = self.norm1(x)
-        x = x + (attend_merged(self.attn1, y, size, tome_ratio) if tome_ratio else self.attn1(y, size[0]))
+        is_perturbed = context.is_perturbed if self.attn1.number in context.perturbed_layers else None
+        attend = partial(self.attn1, is_perturbed=is_perturbed)
+        x = x + (attend_merged(attend, y, size, tome_ratio) if tome_ratio else attend(y, size[0]))
         x = x + self.attn2(self.norm2(x), size[0], context)
         project, _, out = self.ff.net
         y, gate = mx.split(project.proj(self.norm3(x)), 2, axis=-1)
@@ -297,3 +301,27 @@ class UNet2DConditionModel(Encoder):
             if "upsamplers" in block:
                 x = block.upsamplers[0](x, skips[-1].shape[1:3])
         return self.conv_out(self.conv_norm_out.activated(x))
+
+
+def self_attentions(unet: UNet2DConditionModel, names: Sequence[str]) -> set[int]:
+    """Return the numbers of the self-attentions in parts of a UNet: "mid", "down_blocks.1", "up.block_0.attentions_2".
+
+    Parts have the names of modules, where "block" and "blocks" may be left out and numbers may follow any sign. Raises
+    ValueError for a part without self-attention.
+    """
+    layers = {_words(path): layer.number for path, layer in unet.named_modules() if path.endswith(".attn1")}
+    found: set[int] = set()
+    for name in names:
+        words = _words(name)
+        inside = {number for path, number in layers.items() if words and path[: len(words)] == words}
+        if not inside:
+            blocks = sorted({".".join(path[: 1 + path[1].isdigit()]) for path in layers})
+            raise ValueError(
+                f"the UNet has no self-attention in {name!r}; choose from {', '.join(blocks)}, or parts of them"
+            )
+        found |= inside
+    return found
+
+
+def _words(path: str) -> tuple[str, ...]:
+    return tuple(word for word in re.findall(r"[a-z]+|\d+", path) if word not in ("block", "blocks"))

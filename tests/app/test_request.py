@@ -59,12 +59,14 @@ def test_the_keywords_of_options_are_its_fields():
 def test_every_field_comes_back_from_plain_values():
     """A field or an option of a kind that is new must be readable from JSON."""
     lists = {"lora": (("a", 0.5),), "controlnet": (("n", 1.0),), "control_image": ("i",), "control_start": (0.1,)}
-    options = Options(sampler="Euler a", eta=0.5, guidance_interval=(0.25, 1.0), guidance_rescale=0.7, deep_cache=2)
+    options = Options(
+        sampler="Euler a", eta=0.5, guidance_interval=(0.25, 1.0), guidance_rescale=0.7, pag_layers=("mid", "up.1")
+    )
     options = dataclasses.replace(options, size_conditioning=SizeConditioning((5, 6), negative_crop=(1, 2)))
     request = Request(prompt="a cat", seed=3, steps=4, expand=(8, 0, 16, 0), options=options, **lists)
     record = request.to_dict()
     assert Request.from_dict(json.loads(json.dumps(record))) == (request, [])
-    own = "prompt seed steps expand sampler eta guidance_interval guidance_rescale deep_cache"
+    own = "prompt seed steps expand sampler eta guidance_interval guidance_rescale pag_layers"
     assert record.keys() == {*own.split(), *lists, "original_size", "negative_crop"}
     assert not {"controls", "latents", "noise", "variant", "options"} & KINDS.keys()
 

@@ -134,6 +134,7 @@ REFUSED = [
     ("--refiner_start 0.5", "--refiner_start has no effect without --refiner"),
     ("--resize pad", "--resize has no effect without --control_image"),
     ("--lora_partial", "--lora_partial has no effect without --lora or --lora_dir"),
+    ("--pag_layers mid", "--pag_layers has no effect without --pag_scale"),
     ("--without lora", "--without has no effect without --from_image"),
     ("--quality 90", "--quality is for JPEG and WebP"),
     ("--original_size 640", "--original_size", "'640' is not WIDTHxHEIGHT"),
@@ -309,6 +310,7 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
         ("--crop 1,2", "crop has no effect: tiny is not SDXL"),
         ("--cfg 1 --aesthetic_score 5", "aesthetic_score has no effect: tiny is not SDXL"),
         ("--cfg 0 --guidance_rescale 0.7", "guidance_rescale has no effect at a guidance scale of 0"),
+        ("--cfg 1 --guidance_interval 0,0.5 --pag_scale 2 --guidance_rescale 0.7", "guidance_rescale has no effect"),
     ],
 )
 def test_flags_without_effect_are_remarked(run, tmp_path, options, remark):
