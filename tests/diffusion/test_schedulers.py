@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import diffusers
 import mlx.core as mx
+import numpy as np
 import pytest
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 import stable_diffusion
+from diffusion.test_trajectories import BOUND, SCALED, ForNumPy2, ours, theirs
+from oracle import relative_error
 from stable_diffusion import StableDiffusion
 from stable_diffusion.diffusion import schedule_config
-from stable_diffusion.diffusion.choice import sampler_for
+from stable_diffusion.diffusion.choice import describe, sampler_for
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, Schedule, ScheduleConfig
 from stable_diffusion.options import SettingError
@@ -134,3 +139,77 @@ def test_a_run_with_a_scheduler_that_is_not_computed_needs_a_sampler(tmp_path, s
     assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1, sampler="ddim")), want)
     sd.sampler = "ddim"
     assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1)), want)
+
+
+# --- products of settings ---------------------------------------------------------------------------------------------
+
+LISTED = {scheduler.name for scheduler in KarrasDiffusionSchedulers}  # by the pipelines of Stable Diffusion
+COMPATIBLE = [n for n in CLASSES if LISTED & {n, *getattr(getattr(diffusers.schedulers, n), "_compatibles", ())}]
+COUNTS = (1, 2, 3, 7, 16, 25)
+VALUES = {
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "steps_offset": (0, 1),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "rescale_betas_zero_snr": (False, False, True),
+    "set_alpha_to_one": (True, False),
+    "solver_order": (1, 2, 3),
+    "algorithm_type": ("dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
+    "final_sigmas_type": ("zero", "sigma_min", "sigma_min"),
+    "lower_order_final": (True, False),
+    "euler_at_final": (False, True),
+    "predict_x0": (True, True, False),
+    "thresholding": (False, True),
+    "variance_type": ("fixed_small", "fixed_large"),
+    "interpolation_type": ("linear", "linear", "log_linear"),
+    "skip_prk_steps": (True, False),
+}
+SOLVERS = {"UniPCMultistepScheduler": ("bh1", "bh2"), "DEISMultistepScheduler": ("logrho",)}
+CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+def drawn(name: str, rng: random.Random) -> tuple[dict, int]:
+    """A combination of the settings that a class knows, and a number of steps."""
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    settings = {key: rng.choice(values) for key, values in VALUES.items() if key in known}
+    if "solver_type" in known:
+        settings["solver_type"] = rng.choice(SOLVERS.get(name, ("midpoint", "heun")))
+    if name == "DEISMultistepScheduler":
+        settings["algorithm_type"] = "deis"
+    if not name.startswith("DDPM"):
+        settings.pop("variance_type", None)
+    if settings.get("rescale_betas_zero_snr"):  # which models that predict v have, and no method on the noise resolves
+        settings |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        settings |= {"algorithm_type": "dpmsolver++"} if "algorithm_type" in known else {}
+        settings |= {"predict_x0": True} if "predict_x0" in known else {}
+    curve, count = rng.choice([None, None, *(curve for curve in CURVES if curve in known)]), rng.choice(COUNTS)
+    settings |= {curve: True} if curve else {}
+    return SCALED | settings, max(count, 2) if curve else count  # a single step along a curve may stand still there
+
+
+def oracle(name: str, sampler: str, settings: dict, count: int) -> list[np.ndarray] | None:
+    """The steps of diffusers' scheduler, or None where it fails itself."""
+    cls = getattr(diffusers, name)
+    cls = type(name, (ForNumPy2, cls), {}) if sampler.startswith("dpm2") else cls
+    try:
+        steps = theirs(sampler, cls(**settings), count, float64=True)
+    except (ValueError, RuntimeError, NameError):
+        return None
+    return steps if all(np.isfinite(x).all() for x in steps) else None
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is deprecated, and of divisions by zero, in diffusers
+@pytest.mark.parametrize("name", sorted({*COMPATIBLE, *FOLLOWED}))
+def test_products_of_settings_are_followed_or_refused_by_name(name):
+    rng, followed = random.Random(name), 0
+    for settings, count in (drawn(name, rng) for _ in range(16)):
+        raw = {"_class_name": name} | settings
+        config = ScheduleConfig.from_dict(raw)
+        sampler = sampler_for(config)
+        if sampler is None:
+            assert name.replace("Parallel", "") in describe(config)
+        elif not config.not_followed and (want := oracle(name, sampler, settings, count)):
+            have = ours(sampler, raw, count)
+            errors = [relative_error(a, b) for a, b in zip(have, want, strict=True)]
+            assert max(errors) <= BOUND, (settings, count)
+            followed += 1
+    assert (followed >= 3) == (name in FOLLOWED)
