@@ -189,6 +189,18 @@ def test_the_defaults_of_a_model(draw, xl_folder):
     assert "tiny unet/diffusion_pytorch_model.safetensors" in read_record(path).details["files"]
 
 
+def test_the_texts_and_sizes_of_xl(draw, xl_folder):
+    sizes = ["--original_size", "96x640", "--crop", "0,99", "--negative_target_size", "8x16", "--aesthetic_score", 5]
+    texts = ["--prompt_2", 'the "blue", cat', "--negative_prompt_2", "", "--cfg", 4]
+    (path,) = draw("txt2image", PROMPT, "--model", xl_folder, *QUICK, "--n_images", 1, *texts, *sizes)
+    assert said_by(draw) == ["aesthetic_score has no effect: it is for SDXL's refiner"]
+    said = read_record(path).arguments
+    assert (said["original_size"], said["crop"], said["negative_target_size"]) == ([640, 96], [99, 0], [16, 8])
+    assert_same(path, again(draw, "txt2image", path))
+    settings = as_others_read(read_text(path)["parameters"])[2]
+    assert (settings["Prompt 2"], settings["Negative prompt 2"]) == ('the "blue", cat', "")
+
+
 # --- flags in place of what a picture says ---------------------------------------------------------------------------
 
 
