@@ -1,4 +1,4 @@
-"""Guidance, FreeU, second prompts and sizes, each beside a ControlNet, a LoRA or a mask, against diffusers."""
+"""Kinds of guidance, FreeU, second prompts and sizes, each beside a ControlNet, a LoRA or a mask, against diffusers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from checkpoints import SCALED, both, encoded_mean, make
 from stable_diffusion import Control, SizeConditioning, StableDiffusion
 from test_parity_images import EULER, control_nets, mask, picture, shown
 
-ANY_FAMILY = {"guidance_rescale": 0.7, "freeu": (1.3, 1.4, 0.9, 0.2)}
+ANY_FAMILY = {"guidance_rescale": 0.7, "freeu": (1.3, 1.4, 0.9, 0.2), "pag_scale": 2.0}
 TEXTS = {"prompt_2": "a cat", "negative_prompt_2": "the red"}
 SIZES = {"original_size": (100, 200), "target_size": (50, 60)}
 SIZES |= {"negative_original_size": (64, 32), "negative_target_size": (70, 80)}
@@ -49,7 +49,7 @@ def rescaled(pipe, scale: float) -> Iterator[None]:
     predicted, step = [], pipe.scheduler.step
 
     def rescaled_step(guided, *args, **kwargs):
-        return step(rescale_noise_cfg(guided, predicted[-1].chunk(2)[1], scale), *args, **kwargs)
+        return step(rescale_noise_cfg(guided, predicted[-1][1:2], scale), *args, **kwargs)
 
     hook = pipe.unet.register_forward_hook(lambda module, args, output: predicted.append(output[0]))
     with mock.patch.object(pipe.scheduler, "step", rescaled_step):
@@ -82,6 +82,8 @@ def keywords(family: str, beside: str, feature: str) -> tuple[dict, dict, dict]:
         theirs |= {"image": picture(20), "controlnet_conditioning_scale": 0.5}
     if beside.startswith("mask"):
         ours |= {"image": picture(), "mask": mask(), "strength": 0.75}
+    if "pag_scale" in FEATURES[feature]:
+        theirs["pag_scale"] = FEATURES[feature]["pag_scale"]
     ours |= {name: value for name, value in FEATURES[feature].items() if family == "xl" or name in ANY_FAMILY}
     if "prompt_2" in ours:  # with an image diffusers takes the prompt's crop for the negative one too
         crops = {"crop": (3, 4), "negative_crop": (3, 4) if "image" in ours else (5, 6)}
@@ -94,7 +96,8 @@ def keywords(family: str, beside: str, feature: str) -> tuple[dict, dict, dict]:
 def test_a_feature_beside_another(opened, tmp_path, family, beside, feature):
     parts, folder = opened(FAMILIES[family] if beside == "mask of the UNet" else family)
     ours, theirs, more = keywords(family, beside, feature)
-    kind = ("XL" if family == "xl" else "") + {"controlnet": "ControlNet", "lora": ""}.get(beside, "Inpaint")
+    kind = ("XL" if family == "xl" else "") + ("ControlNet" if beside == "controlnet" else "")
+    kind += ("PAG" if "pag_scale" in ours else "") + ("Inpaint" if "image" in ours else "")
     parts = {name: part for name, part in parts.items() if family == "xl" or name != "image_encoder"}
     pipe, lora = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, **more), tmp_path / "lora.safetensors"
     pipe.set_progress_bar_config(disable=True)

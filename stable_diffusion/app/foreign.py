@@ -104,6 +104,9 @@ def _object(text: str | None) -> dict[str, Any]:
 
 def _arguments(values: Mapping[str, Any]) -> Arguments:
     """Translate the keys of an object, and read its values."""
+    match values.get("v2"):
+        case {"separateOpenClipG": True, "openClipGText": str(text)}:  # of Draw Things
+            values = {**values, "prompt_2": text}
     names = {re.sub(r"\W|_", "", key.lower()): key for key in values}
     by_key = {key: values[name] for key, name in names.items()}
     texts = {key: text for key, value in by_key.items() if (text := _text(value))}

@@ -74,6 +74,7 @@ DRAW_THINGS |= {
     "lora": [{"model": "offset-1.0.ckpt", "weight": 0.1}],
     "v2": {"a": 1},
 }
+OF_G = {"separateOpenClipG": True, "openClipGText": "film"}
 MFLUX = {"mflux_version": "0.4", "model": "dev", "seed": 7, "steps": 30, "guidance": 4.0, "prompt": "a cat"}
 MFLUX |= {"lora_paths": ["/x/offset-1.0.safetensors"], "lora_scales": [0.1]}
 SAMPLER = {
@@ -127,6 +128,8 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
         ),
         (EASY, PROMPTS | COMMON | SIZE | {"sampler": "dpmpp_2m_sde"}, {}),
         ({"parameters": DRAW_THINGS}, ALL, {"Model": "xl.ckpt"}),
+        ({"parameters": DRAW_THINGS | {"v2": OF_G}}, ALL | {"prompt_2": "film"}, {}),
+        ({"parameters": DRAW_THINGS | {"v2": OF_G | {"separateOpenClipG": False}}}, ALL, {}),
         ({"parameters": MFLUX}, COMMON | PROMPTS | {"negative_prompt": ""}, {"mflux_version": "0.4"}),
         ({"prompt": NODES, "workflow": {"nodes": []}}, ALL | TORCH, {"Model": "xl.safetensors"}),
         ({"prompt": XL_NODES}, ALL | TORCH | XL, {}),
