@@ -70,7 +70,7 @@ class Denoiser:
         self._rows_at_once, self._deep_cache = rows_at_once, deep_cache
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
-        perturbed = self_attentions(unet, pag_layers)
+        perturbed = self_attentions(unet, pag_layers) if pag_layers else set()
         for batch in batches:
             count = len(batch.images)
             size = rows_at_once or count // cpu.parts(count)
