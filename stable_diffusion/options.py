@@ -79,13 +79,15 @@ NUMBERS = {
     "token_merging": Number(float, 0, HIGHEST),
     "denoising_start": Number(float, 0, 1),
     "denoising_end": Number(float, 0, 1),
-    "eta_noise_seed_delta": Number(int, 0, 2**32),
+    "eta_noise_seed_delta": Number(int, -(2**32), 2**32),
     **{
         f"{of}{size}": Number(int, 0, 65536)
         for of in ("", "negative_")
         for size in ("original_size", "crop", "target_size")
     },
     **{f"{of}aesthetic_score": Number(float, 0) for of in ("", "negative_")},
+    "variation_seed": Number(int, 0, 2**63 - 1),
+    "variation_strength": Number(float, 0, 1),
 }
 
 
@@ -127,9 +129,13 @@ class Options:
         denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
         denoising_end: fraction of the noise at which to stop, for another model to continue.
         noise_source: generator of a seed's noise: "mlx"; "torch", the one of torch on the CPU, drawn from as diffusers
-            does with one for each image; or "cuda", the one of torch on a GPU, as AUTOMATIC1111's web UI does.
-        eta_noise_seed_delta: what is added to the seed for the noise that stochastic samplers add; from a
+            does with one for each image; or "cuda", the one of torch on a GPU, as AUTOMATIC1111's web UI does. The
+            noise of dpmpp_sde and dpmpp_3m_sde is a Brownian motion with both, that of dpmpp_2m_sde with "cuda".
+        eta_noise_seed_delta: what is added to the seed, modulo 2^64, for the noise that stochastic samplers add; from a
             ``noise_source`` other than "mlx" that noise continues the first one where it is 0 (ENSD of the web UI).
+        variation_seed: of the first image, the following count on from it; or a list with one for each. None is random.
+        variation_strength: how far to turn the initial noise from the seed's, 0, to that of the variation seed, 1
+            (variation seed of the web UI). Above 0 a ``seed`` that is no list is that of all images.
         latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
         noise: a function ``noise(step, shape)`` that replaces the seed's noise of stochastic samplers.
 
@@ -160,6 +166,8 @@ class Options:
     denoising_end: float = 1.0
     noise_source: str = "mlx"
     eta_noise_seed_delta: int = 0
+    variation_seed: int | Sequence[int] | None = None
+    variation_strength: float = 0.0
     latents: mx.array | None = None
     noise: Noise | None = None
 
@@ -182,7 +190,7 @@ class Options:
             find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise, order=self.order)
         for name, number in NUMBERS.items():
             value = getattr(self, name, getattr(self.size_conditioning, name, None))
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if isinstance(value, tuple | list) else (value,):
                 number.check(name, one)
         if self.schedule is not None:
             read_schedule(self.schedule)
@@ -243,6 +251,8 @@ class OptionKeywords(TypedDict, total=False):
     denoising_end: float
     noise_source: str
     eta_noise_seed_delta: int
+    variation_seed: int | Sequence[int] | None
+    variation_strength: float
     latents: mx.array | None
     noise: Noise | None
 
@@ -314,7 +324,7 @@ class RunDefaults:
         return replace(options, **values)
 
 
-_NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta")  # which a run takes as they are
+_NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta", "variation_strength")  # taken as is
 
 
 def plan_run(
@@ -359,6 +369,7 @@ def plan_run(
         initial_scale=scale,
         seeds=seeds,
         s_noise=1.0 if options.s_noise is None else options.s_noise,
+        variation_seeds=image_seeds(options.variation_seed, len(seeds)) if options.variation_strength else (),
         **{name: getattr(options, name) for name in _NOISE_OPTIONS},
     )
 
@@ -391,10 +402,11 @@ def _lay_steps(
     return steps
 
 
-def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, ...]:
+def image_seeds(seed: int | Sequence[int] | None, n_images: int, counts: bool = True) -> tuple[int, ...]:
     """Return one seed for each image: ``seed``, ``seed + 1``, ..., the given list, or random ones for None.
 
-    Raises ValueError for a seed that is no whole number of at least 0, and for a list of another length.
+    Without ``counts`` all are the first, unless there is a list. Raises ValueError for a seed that is no whole number
+    of at least 0, and for a list of another length.
     """
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         seeds = tuple(seed)
@@ -402,7 +414,7 @@ def image_seeds(seed: int | Sequence[int] | None, n_images: int) -> tuple[int, .
             raise ValueError(f"{len(seeds)} seeds for {n_images} images; give one for the first, or one for each")
     else:
         first = secrets.randbits(32) if seed is None else seed
-        seeds = tuple(range(first, first + n_images)) if isinstance(first, int) else (first,)
+        seeds = tuple(first + i * counts for i in range(n_images)) if isinstance(first, int) else (first,)
     for value in seeds:
         Number(int, 0).check("seed", value)
     return seeds

@@ -185,8 +185,8 @@ class StableDiffusion(Networks):
         What overflows in half precision is computed again in float32, and the log says so. Raises FloatingPointError
         for values that are not finite in float32 either, and ValueError for bad arguments.
         """
-        count = Prompts(text, "", 1.0).count(keywords.get("n_images", 1))
-        keywords["seed"] = image_seeds(keywords.get("seed"), count)  # the same ones when it is computed again
+        if keywords.get("seed") is None:
+            keywords["seed"] = image_seeds(None, 1)[0]  # the same when it is computed again
         method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
         x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
         return [picture for x in x_t for picture in to_images(self.decode_checked(x[None]))]
@@ -233,7 +233,7 @@ class StableDiffusion(Networks):
         if self.mode != "text":
             raise ValueError(f"this checkpoint works from an image and {self.mode}: use generate_latents_from_image")
         prompts = Prompts(text, negative_text, self.defaults.cfg_weight if cfg_weight is None else cfg_weight)
-        run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)))
+        run = self._plan(options, num_steps, seed, prompts.count(n_images))
         size = self.default_latent_size if latent_size is None else latent_size
         if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
             raise ValueError(f"latent_size {size!r} must be (height, width), each at least 1")
@@ -279,7 +279,7 @@ class StableDiffusion(Networks):
             strength = 1.0 if self.mode in ("masks", "instructions") else 0.8
         cfg_weight = self.defaults.cfg_weight if cfg_weight is None else cfg_weight
         prompts = Prompts(text, negative_text, cfg_weight, 1.5 if image_cfg_weight is None else image_cfg_weight)
-        run = self._plan(options, num_steps, image_seeds(seed, prompts.count(n_images)), strength)
+        run = self._plan(options, num_steps, seed, prompts.count(n_images), strength)
         if pixels.ndim == 4 and len(pixels) not in (1, len(run.seeds)):
             raise ValueError(f"{len(pixels)} latents to work on for {len(run.seeds)} images; give one, or one for each")
         self._check_shapes(options, run, size)
@@ -298,11 +298,12 @@ class StableDiffusion(Networks):
         """
         if keywords.get("denoising_start"):
             keywords["latents"] = mx.zeros(0)  # not used here
-        return self._plan(Options.of(options, keywords), num_steps, (0,), strength).length
+        return self._plan(Options.of(options, keywords), num_steps, 0, 1, strength).length
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
-    def _plan(self, options: Options, num_steps: int | None, seeds: tuple[int, ...], strength: float = 1.0) -> Run:
+    def _plan(self, options: Options, num_steps: int | None, seed: Any, count: int = 1, strength: float = 1.0) -> Run:
+        seeds = image_seeds(seed, count, counts=not options.variation_strength)
         settings = {"num_steps": num_steps, "seeds": seeds, "strength": strength, "is_xl": self.is_xl}
         return plan_run(self.schedule, options, self.defaults, **settings)
 

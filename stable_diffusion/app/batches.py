@@ -25,7 +25,7 @@ _log = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold images that are generated together: requests of one image each, which differ in prompt and seed alone.
+    """Hold images that are generated together: requests of one image each, which differ in prompt and seeds alone.
 
     ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts, one for all images or
     one for each. ``defaults`` are the model's with the LoRAs of these prompts. Images that start from another one have
@@ -57,7 +57,7 @@ class Batch:
 def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
     """Group requests for one image each, in order, into those that can be generated together.
 
-    They differ in prompt and seed alone, and their prompts have the same number of chunks: a prompt that is padded to
+    They differ in prompt and seeds alone, and their prompts have the same number of chunks: a prompt that is padded to
     another's length gives another image.
     """
     chunks: dict[tuple, int] = {}
@@ -69,8 +69,9 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
         if key not in chunks:
             chunks[key] = max(model.count_chunks(*texts, **reading) for texts in prompts)
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
+        same = same.without_texts_2().with_values(variation_seed=None)
         present = bool(request.negative_text), *(None if text is None else bool(text) for text in request.texts_2)
-        settings.append((same.without_texts_2(), present, request.prompt_loras, chunks[key]))
+        settings.append((same, present, request.prompt_loras, chunks[key]))
     pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
     return [tuple(request for _, request in images) for _, images in pairs]
 
@@ -202,6 +203,8 @@ def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents
 def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
     """Return the keywords of the methods that generate, with ``options`` in place of the request's."""
     request = batch.request
+    if request.options.variation_strength:
+        options["variation_seed"] = [one.options.variation_seed for one in batch.requests]
     return {
         "text": batch.text,
         "negative_text": batch.negative_text,

@@ -29,6 +29,8 @@ _KEYS = {
     "Schedule type": ("scheduler",),
     "CFG scale": ("guidancescale", "cfgscale", "cfg", "guidance", "scale"),
     "Seed": ("seed", "noiseseed"),
+    "Variation seed": ("variationseed",),  # of SwarmUI
+    "Variation seed strength": ("variationseedstrength",),
     "Size": ("resolution", "size"),
     "Denoising strength": ("denoisingstrength", "strength", "promptstrength", "denoise"),
     "Eta": ("eta",),

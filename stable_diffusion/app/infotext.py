@@ -82,6 +82,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "ENSD": ("eta_noise_seed_delta", int, number),
     "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder, a name of our own
     "Negative prompt 2": ("negative_prompt_2", str, str),
+    "Variation seed": ("variation_seed", int, number),
+    "Variation seed strength": ("variation_strength", float, number),
 }
 
 

@@ -76,7 +76,7 @@ def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
     if len({variant.prompt for variant in variants}) > 1:
         axes["prompt"] = [(request.variant.prompt, request.text) for request in requests]
     if "seed" not in axes and any(len(variant.seeds) > 1 for variant in variants):
-        is_same = len({variant.seeds for variant in variants}) == 1
+        is_same = len({variant.seeds for variant in variants}) == 1 and len(set(variants[0].seeds)) > 1
         images = [(request.variant.image, request.seed) for request in requests]
         axes["image"] = [(i, f"seed {seed}" if is_same else f"image {i + 1}") for i, seed in images]
     for name, entries in axes.items():

@@ -268,7 +268,8 @@ KINDS: dict[str, Any] = {
 }
 
 
-KINDS |= {"prompt_2": str | None, "negative_prompt_2": str | None}  # a request has one prompt
+# A request has one prompt, and one seed to begin with.
+KINDS |= {"prompt_2": str | None, "negative_prompt_2": str | None, "variation_seed": int | None}
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -302,7 +303,8 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
     Alternatives and wildcards stand for a prompt each; with ``alternatives`` "one", each image draws its own by its
     seed. Each combination of swept values is a setting: the first of them changes slowest, then come the prompts, then
     the seeds. Seeds count on from prompt to prompt, and start again where a line names one. With ``fixed_seed``, and
-    where settings are swept, all prompts have the same seeds. Several seeds are those of every prompt.
+    where settings are swept, all prompts have the same seeds. Several seeds are those of every prompt. Where there is a
+    ``variation_strength``, variation seeds count on in place of the seeds.
 
     Raises ValueError for more than 9999 images, and where ``n_images`` is not the number of the seeds.
     """
@@ -318,7 +320,10 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
             next_seed = _drawn(request.seed if own_seeds is None else None)
-        seeds = own_seeds or tuple(range(next_seed, next_seed + count))
+        is_varied = any(sweep.get("variation_strength", [request.options.variation_strength]))
+        if is_varied and request.options.variation_seed is None:
+            request = request.with_values(variation_seed=_drawn(None))
+        seeds, before = own_seeds or image_seeds(next_seed, count, counts=not is_varied), 0
         for prompts in _prompts(request, seeds, read):
             if len(images) + count * len(settings) > MOST_IMAGES:
                 text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
@@ -327,12 +332,21 @@ def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
                 for i, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True)):
                     single = {"seed": seed, "n_images": 1, "fixed_seed": False}
                     variant = Variant(number, i, seeds, tuple(sweep))
-                    images.append((place, request.with_values(variant=variant, **prompt, **single, **setting)))
+                    image = request.with_values(variant=variant, **prompt, **single, **setting)
+                    images.append((place, _varied(image, before + i)))
             number += 1
-            if not (request.fixed_seed or swept):
+            if is_varied and not (request.fixed_seed or swept):
+                before += count
+            elif not (request.fixed_seed or swept):
                 next_seed = seeds[-1] + 1
-                seeds = own_seeds or tuple(range(next_seed, next_seed + count))
+                seeds = own_seeds or image_seeds(next_seed, count)
     return [image for _, image in sorted(images, key=lambda pair: pair[0])]
+
+
+def _varied(image: Request, number: int) -> Request:
+    """Return the request of an image with its variation seed, if it has a strength of that."""
+    options = image.options
+    return image.with_values(variation_seed=options.variation_seed + number) if options.variation_strength else image
 
 
 def _drawn(seed: int | None) -> int:

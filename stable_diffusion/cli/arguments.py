@@ -25,6 +25,7 @@ _NEEDED = {
     **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end"), "controlnet"),
     **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
     "refiner_start": "refiner",
+    "variation_seed": "variation_strength",
     "no_composite": "mask expand",
     "resize": "image control_image",
     "lora_partial": "lora lora_dir",

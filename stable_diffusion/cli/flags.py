@@ -33,6 +33,9 @@ FLAGS = {
         "--noise_source --rng": "where a seed's noise is from, for the same picture as another program: torch is "
         "diffusers' and ComfyUI's, cuda AUTOMATIC1111's (mlx)",
         "--eta_noise_seed_delta --ensd N": "added to the seed for the noise that samplers add, as A1111's ENSD (0)",
+        "--variation_strength SHARE": "how far to turn the noise of the seed towards that of another one, 0 to 1, to "
+        "vary a picture; all images have the same --seed then, and their variation seeds count on (0); or a list",
+        "--variation_seed N": "of the first image, the others count on from it (random); or a list",
         "--fixed_seed": "start every prompt from the same seed, not from the next one",
         "--steps N": "sampler steps",
         "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",
@@ -160,4 +163,4 @@ FOREIGN = {  # what a script does not have
     "image2image": {"hires", "hires_strength", "hires_steps", "hires_upscaler"},
     "txt2image": {"image", "strength", "image_cfg"} | {flag.split()[0][2:] for flag in FLAGS["a part of the image"]},
 }
-SWEPT = {"seed", "steps", "cfg", "sampler", "strength"}  # what takes lists
+SWEPT = {"seed", "variation_seed", "variation_strength", "steps", "cfg", "sampler", "strength"}  # what takes lists

@@ -16,6 +16,8 @@ _NAMES = {  # ours, or what to do: theirs
     ),
     "--batch_size": "bsize bs",
     "--seed": "S rng_seed manual_seed global_seed seeds",
+    "--variation_seed": "subseed",
+    "--variation_strength": "subseed_strength variation_seed_strength variation_amount",
     "--fixed_seed": "fixed_code share_seed",
     "--steps": "n_steps num_steps ddim_steps num_inference_steps inference_steps sample_steps sampling_steps",
     "--cfg": "scale guidance guidance_scale cfg_scale cfg_weight unconditional_guidance_scale",

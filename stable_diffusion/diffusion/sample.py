@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..models import cpu
 from ..models.layers import resample
+from .brownian import BrownianMotion, draw_increments
 from .denoiser import DenoiseStep, InpaintMask
 from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw
 from .samplers import Noise, Sampler
@@ -21,6 +22,8 @@ Pairs = Iterator[list[mx.array] | tuple[mx.array, mx.array]]
 
 # Modes of checkpoints, by the input channels of the UNet beyond those of the latents.
 MODES = {0: "text", 1: "depth", 4: "instructions", 5: "masks"}
+
+_PARALLEL = 0.9995  # mean cosine, from which on the web UI interpolates linearly
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ class Run:
     ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
 
     With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn. The
-    noise that samplers add is that of ``seeds[i] + eta_noise_seed_delta``.
+    noise that samplers add is that of ``seeds[i] + eta_noise_seed_delta``; or that of a Brownian motion of ``seeds[i]``
+    over the levels of the run, where the program of the source has one for the sampler (``Sampler.brownian``). Where
+    there are ``variation_seeds``, one for each image, the first noise is turned towards theirs by
+    ``variation_strength``.
     """
 
     steps: Steps
@@ -47,43 +53,81 @@ class Run:
     s_noise: float
     noise_source: str = "mlx"
     eta_noise_seed_delta: int = 0
+    variation_seeds: tuple[int, ...] = ()
+    variation_strength: float = 0.0
 
     @cached_property
     def _generators(self) -> list[TorchGenerator | CudaGenerator]:
         return [GENERATORS[self.noise_source](seed) for seed in self.seeds]
 
+    @property
+    def _step_seeds(self) -> list[int]:
+        return [(seed + self.eta_noise_seed_delta) % 2**64 for seed in self.seeds]
+
     @cached_property
     def _step_generators(self) -> list[TorchGenerator | CudaGenerator]:
         if not self.eta_noise_seed_delta:
             return self._generators
-        return [GENERATORS[self.noise_source](seed + self.eta_noise_seed_delta) for seed in self.seeds]
+        return [GENERATORS[self.noise_source](seed) for seed in self._step_seeds]
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
         if self.latents is not None:
             return self.latents.astype(mx.float32)
         if self.noise_source != "mlx":
-            return mx.array(draw(self._generators, shape))
-        keys = [mx.random.split(mx.random.key(seed))[0] for seed in self.seeds]
-        return mx.stack([mx.random.normal(shape, key=key) for key in keys])
+            others = [GENERATORS[self.noise_source](seed) for seed in self.variation_seeds]
+            noises = [mx.array(draw(generators, shape)) for generators in (self._generators, others) if generators]
+        else:
+            noises = []
+            for seeds in filter(None, (self.seeds, self.variation_seeds)):
+                keys = [mx.random.split(mx.random.key(seed))[0] for seed in seeds]
+                noises.append(mx.stack([mx.random.normal(shape, key=key) for key in keys]))
+        return noises[0] if len(noises) == 1 else slerp(*noises, self.variation_strength)
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
         """Draw the noise of ``shape`` that a stochastic sampler adds at a step: unit normal, times ``s_noise``."""
         if self.noise is not None:
             noise = self.noise(step, shape)
+        elif self.noise_source in self.sampler.brownian:
+            noise = self._brownian_noise(step, shape[1:])
         elif self.noise_source != "mlx":
             noise = mx.array(draw(self._step_generators, shape[1:]))
         else:
             counter = mx.array([0, step], dtype=mx.uint32)
-            seeds = [seed + self.eta_noise_seed_delta for seed in self.seeds]
-            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in seeds]
+            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self._step_seeds]
             noise = mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
         return self.s_noise * noise
+
+    @cached_property
+    def _motions(self) -> list[BrownianMotion]:
+        return [BrownianMotion(GENERATORS[self.noise_source], seed, self.steps.span) for seed in self.seeds]
+
+    def _brownian_noise(self, number: int, shape: tuple[int, ...]) -> mx.array:
+        """Return the increments of a Brownian motion over a part of a step, per root of its length.
+
+        A step has a part for each evaluation of D; between them lie geometric means of its levels.
+        """
+        step, part = divmod(number, self.sampler.evaluations)
+        sigma, target = self.steps.sigmas[step : step + 2]
+        ratio = (target / sigma) ** (1 / self.sampler.evaluations)
+        return mx.array(draw_increments(self._motions, sigma * ratio**part, sigma * ratio ** (part + 1), shape))
 
     def pass_encoding(self, shape: tuple[int, ...]) -> None:
         """Draw what diffusers draws with torch to encode an image; here its latents are the mean of their posterior."""
         if self.noise_source == "torch":
             draw(self._generators, shape)
+
+
+def slerp(a: mx.array, b: mx.array, share: float) -> mx.array:
+    """Turn noise ``a`` [n, h, w, C] towards ``b`` by a ``share`` of the angle between them (Shoemake 1985).
+
+    As in A1111's web UI each column of each channel has an angle. Images with angles near 0 are interpolated linearly.
+    """
+    cosine = (a * b).sum(axis=1, keepdims=True) / (mx.linalg.norm(a, axis=1) * mx.linalg.norm(b, axis=1))[:, None]
+    angle = mx.arccos(mx.clip(cosine, -1, 1))
+    weights = [mx.sin(part * angle) / mx.sin(angle) for part in (1 - share, share)]  # exactly 0 and 1 at the ends
+    is_parallel = cosine.mean(axis=(1, 2, 3), keepdims=True) > _PARALLEL
+    return mx.where(is_parallel, (1 - share) * a + share * b, weights[0] * a + weights[1] * b)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ class Sampler:
     scheduler: str = ""  # class of diffusers that computes the same; after ":" the start of its algorithm_type
     reference: str = ""  # the paper or program that defines it
     consistency: bool = False  # wrap D for consistency models, see denoiser.consistency
+    brownian: tuple[str, ...] = ()  # noise sources that draw its noise from a Brownian motion over sigma
 
     @property
     def option_names(self) -> set[str]:
@@ -208,11 +209,13 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, "ddpm", stochastic=True, scheduler="DDPM", reference=_HO),
     "pndm": Sampler(pndm, "pndm", order=2, scheduler="PNDM", reference="Liu et al. 2022, arXiv:2202.09778"),
     "dpmpp_2m": _dpmpp(dpmpp_2m, scheduler="DPMSolverMultistep"),
-    "dpmpp_2m_sde": _dpmpp(dpmpp_2m_sde, stochastic=True, scheduler="DPMSolverMultistep:sde"),
+    "dpmpp_2m_sde": _dpmpp(dpmpp_2m_sde, stochastic=True, scheduler="DPMSolverMultistep:sde", brownian=("cuda",)),
     "dpmpp_2s": _dpmpp(dpmpp_2s, scheduler="DPMSolverSinglestep"),
     "dpmpp_2s_a": _two(dpmpp_2s_ancestral, stochastic=True, reference=_K),
-    "dpmpp_sde": _two(dpmpp_sde, stochastic=True, scheduler="DPMSolverSDE", reference=_K),
-    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "multistep", order=2, stochastic=True, reference=_K),
+    "dpmpp_sde": _two(dpmpp_sde, stochastic=True, scheduler="DPMSolverSDE", reference=_K, brownian=("torch", "cuda")),
+    "dpmpp_3m_sde": Sampler(
+        dpmpp_3m_sde, "multistep", order=2, stochastic=True, reference=_K, brownian=("torch", "cuda")
+    ),
     "unipc": Sampler(unipc, "multistep", order=2, scheduler="UniPCMultistep", reference=_ZHAO),
     "deis": Sampler(deis, "deis", order=2, highest_order=3, scheduler="DEISMultistep", reference=_ZHANG),
     "res_multistep": Sampler(res_multistep, order=2, reference=_RES),

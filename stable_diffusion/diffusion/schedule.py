@@ -94,13 +94,15 @@ class Sigma(float):
 class Steps:
     """Hold the noise levels of one run: a :class:`Sigma` for each step, and last the plain float where the run ends.
 
-    ``total`` is the number of steps before :meth:`last` cut some off. ``stride`` is the number of timesteps that each
-    step goes down, or 0 where a step leads to the start of the next (see :meth:`Schedule.target_sigmas`).
+    ``total`` is the number of steps before :meth:`last` cut some off, and ``highest`` their first level, None where
+    none are. ``stride`` is the number of timesteps that each step goes down, or 0 where a step leads to the start of
+    the next (see :meth:`Schedule.target_sigmas`).
     """
 
     sigmas: tuple[float, ...]
     total: int
     stride: int = 0
+    highest: float | None = None
 
     def __len__(self) -> int:
         return len(self.sigmas) - 1
@@ -110,11 +112,17 @@ class Steps:
         """Return the timestep of each step, descending."""
         return tuple(sigma.timestep for sigma in self.sigmas[:-1])
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """Return the lowest level above 0 and the highest one, of the whole run."""
+        highest = self.sigmas[0] if self.highest is None else self.highest
+        return min(sigma for sigma in (*self.sigmas, highest) if sigma > 0), highest
+
     def last(self, count: int) -> "Steps":
         """Return the run of the last ``count`` steps: image to image starts in the middle."""
         first = len(self) - count
         levels = [Sigma(sigma, sigma.step - first, sigma.timestep) for sigma in self.sigmas[first:-1]]
-        return replace(self, sigmas=(*levels, self.sigmas[-1]))
+        return replace(self, sigmas=(*levels, self.sigmas[-1]), highest=self.span[1])
 
 
 class Schedule:

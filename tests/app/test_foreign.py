@@ -106,6 +106,8 @@ PROMPTS = {"prompt": "a cat <lora:offset-1.0:0.1>", "negative_prompt": "bad"}
 PLAIN = {"prompt": "a cat", "negative_prompt": ""}
 COMMON = {"steps": 30, "cfg": 4.0, "seed": 7}
 TORCH, CUDA = {"noise_source": "torch"}, {"noise_source": "cuda"}
+VARIED = {"variationseed": 8, "variationseedstrength": 0.2}  # of SwarmUI
+VARIATION = {"variation_seed": 8, "variation_strength": 0.2}
 SIZE = {"width": 512, "height": 768}
 KARRAS = {"sampler": "dpmpp_2m_sde", "schedule": "karras"}
 ALL = PROMPTS | COMMON | SIZE | KARRAS
@@ -121,6 +123,7 @@ ALL = PROMPTS | COMMON | SIZE | KARRAS
         ({"invokeai_metadata": INVOKE_XL}, ALL | TORCH | {"prompt_2": "a cat, film"}, {"Model": "xl"}),
         ({"sd-metadata": {"image": INVOKE_2}}, COMMON | PLAIN | {"sampler": "lms"}, {}),
         ({"parameters": {"sui_image_params": SWARM}}, ALL | TORCH, {"Model": "xl"}),
+        ({"parameters": {"sui_image_params": SWARM | VARIED}}, ALL | TORCH | VARIATION, {"Model": "xl"}),
         (
             {"Comment": NOVEL, "Description": "a {cat}", "Source": "Stable Diffusion"},
             COMMON | {"prompt": "a {cat}", "negative_prompt": "bad", "sampler": "euler_a"},

@@ -74,6 +74,7 @@ def test_a_text_of_another_program():
         ("RNG: CPU, ENSD: 31337", {"noise_source": "torch", "eta_noise_seed_delta": 31337}),
         ("RNG: NV", {"noise_source": "cuda"}),
         ('Prompt 2: "a cat, film", Negative prompt 2: ', {"prompt_2": "a cat, film", "negative_prompt_2": ""}),
+        ("Variation seed: 7, Variation seed strength: 0.2", {"variation_seed": 7, "variation_strength": 0.2}),
         ("Sampler: DDIM, Eta DDIM: 1", {"sampler": "ddim", "eta": 1.0}),
     ],
 )
@@ -106,6 +107,7 @@ def test_every_field_comes_back():
     values = {"steps": 3, "sampler": "euler_a", "schedule": "beta", "cfg": 7.25, "image_cfg": 1.5, "seed": 2**63 - 1}
     values |= {"strength": 0.3, "clip_skip": 2, "mask_blur": 1.5, "refiner_start": 0.75, "width": 64, "height": 72}
     values |= {"eta": 0.5, "noise_source": "torch", "eta_noise_seed_delta": 31337}
+    values |= {"variation_seed": 9, "variation_strength": 0.25}
     found, other = as_arguments(write("a", "b", values | {"size": (64, 72)}, {}))
     assert (found, other) == ({"prompt": "a", "negative_prompt": "b"} | values, {})
     hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels", "hires_strength": 0.3}

@@ -56,6 +56,13 @@ def test_seeds_as_a_list_and_as_several_images():
     assert (plot.columns, plot.rows) == (("steps 1", "steps 2"), ("seed 5", "seed 6"))
 
 
+def test_variations_of_a_seed():
+    request = Request(seed=5, n_images=2).with_values(variation_seed=8)
+    (plot,) = compared({"variation_strength": (0.0, 0.25)}, request)
+    assert (plot.columns, plot.rows) == (("variation_strength 0", "variation_strength 0.25"), ("image 1", "image 2"))
+    assert plot.cells == {(row, column): 2 * column + row for row in range(2) for column in range(2)}
+
+
 def test_prompts_are_a_list_too():
     sweep, request = {"cfg": (1.0, 2.0)}, Request(prompt="{red|blue}", seed=5)
     (plot,) = compared(sweep, request)

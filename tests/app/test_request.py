@@ -287,6 +287,36 @@ def test_seeds_of_lines_that_are_compared(prompts, flags, seeds):
     }
 
 
+VARIATIONS = {  # strength, seed and variation seed of each image
+    "cat --seed 7 --n_images 3": [(0.5, 7, 20), (0.5, 7, 21), (0.5, 7, 22)],
+    "{red|blue} cat --seed 7 --n_images 2": [(0.5, 7, 20), (0.5, 7, 21), (0.5, 7, 22), (0.5, 7, 23)],
+    "{red|blue} cat --seed 7 --n_images 2 --fixed_seed": [(0.5, 7, 20), (0.5, 7, 21)] * 2,
+    "cat --seed 7,9": [(0.5, 7, 20), (0.5, 9, 21)],
+    "cat --seed 7 --variation_seed 30,4": [(0.5, 7, 30), (0.5, 7, 4)],
+    "cat --seed 7 --n_images 2 --variation_seed 30,40": [(0.5, 7, n) for n in (30, 31, 40, 41)],
+    "cat --seed 7 --n_images 2 --variation_strength 0,1": [(0, 7, 20), (0, 7, 20), (1, 7, 20), (1, 7, 21)],
+    "cat --seed 7 --n_images 2 --variation_strength 0": [(0, 7, 20), (0, 8, 20)],
+}
+
+
+@pytest.mark.parametrize("command", VARIATIONS)
+def test_variations_of_a_seed(command):
+    prompt, _, flags = command.partition(" --")
+    images = expanded(prompt, "--variation_strength", 0.5, "--variation_seed", 20, *f"--{flags}".split())
+    names = "variation_strength", "seed", "variation_seed"
+    assert [tuple(map(image.value, names)) for image in images] == VARIATIONS[command]
+    for image in images:  # each is made again alone
+        (again,) = expand([(Request.from_dict(image.to_dict())[0], {})])
+        assert [again.value(name) for name in names] == [image.value(name) for name in names]
+
+
+def test_a_variation_seed_is_drawn():
+    images = expanded("cat", "--seed", 7, "--n_images", 2, "--variation_strength", 0.1)
+    first, second = (image.value("variation_seed") for image in images)
+    assert second == first + 1
+    assert first != expanded("cat", "--seed", 7, "--variation_strength", 0.1)[0].value("variation_seed")
+
+
 def test_lines_that_are_refused(run, no_model, prompts):
     run("txt2image", "--prompt_file", prompts("a", "b --steps 3,x")).refused("line 2", "--steps", "'x'")
     run("txt2image", "--prompt_file", prompts("a --seed 1,2 --n_images 3")).refused("n_images 3", "2 seeds")
@@ -304,6 +334,7 @@ def test_lines_that_are_refused(run, no_model, prompts):
         ("a --seed 1,,2", ["--seed", "'' is not a whole number"]),
         ("a --seed 20-1", ["--seed", "'20-1' goes down", "1-20"]),
         ("a --seed 1-99999999999", ["--seed", "'1-99999999999' is more than 9999 values", "fewer"]),
+        ("a --variation_seed 3", ["--variation_seed has no effect without --variation_strength"]),
         ("a --steps 1-20", ["--steps", "'1-20' is not a whole number"]),
         ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "did you mean euler?"]),
     ],
@@ -328,6 +359,7 @@ def test_images_of_one_setting_are_grouped(sd1_folder):
     assert groups("a", "--seed", "9,1,4", "--steps", 5) == [[("a", 9, 5), ("a", 1, 5), ("a", 4, 5)]]
     together = [[(word, 1, steps) for word in ("red", "cat", "blue")] for steps in (5, 6)]
     assert groups("{red|cat|blue}", "--steps", "5,6", "--seed", 1) == together
+    assert [len(images) for images in groups("a", "--seed", 1, "--n_images", 3, "--variation_strength", 0.5)] == [3]
     long = " ".join(["cat"] * 80)
     assert [len(images) for images in groups(f"{{a|{long}|b}}", "--n_images", 1)] == [1, 1, 1]
 
@@ -351,6 +383,21 @@ def test_images_of_lists_are_those_of_single_runs(run, sd1_folder, tmp_path):
     singles = [image for chosen in choices for image in images(*chosen, "--n_images", 1)]
     assert len(singles) == 8 and all(np.array_equal(*pair) for pair in zip(together, singles, strict=True))
     assert not np.array_equal(together[0], together[1])
+
+
+def test_variations_are_those_of_single_runs(run, sd1_folder, tmp_path):
+    """In one batch, and with a second pass."""
+    words = [PROMPT, "--model", sd1_folder, "--steps", 2, "--seed", 3, "--variation_strength", 0.5, "--hires", 1.5]
+    words += ["--width", 64, "--height", 64, "--output", tmp_path / "a.png", "--overwrite", "--no_grid"]
+
+    def images(count: int, variation_seed: int) -> list[np.ndarray]:
+        run("txt2image", *words, "--n_images", count, "--variation_seed", variation_seed).succeeded()
+        return [pixels(path) for path in sorted(tmp_path.glob("a*.png"))]
+
+    (alone,) = images(1, 9)
+    (tmp_path / "a.png").unlink()
+    together = images(3, 8)
+    assert np.abs(together[1] - alone).max() <= 1 and np.abs(together[0] - alone).max() > 1
 
 
 @pytest.fixture

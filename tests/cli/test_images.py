@@ -133,6 +133,7 @@ CHANGES = {
     f"--prediction v_prediction; {NET}",
     ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
     ("txt2image", "sd", "--sampler euler_a"): "--eta_noise_seed_delta 1; --noise_source cuda",
+    ("txt2image", "sd", "--variation_seed 5 --variation_strength 0.5"): "--variation_seed 4; --variation_strength 0.8",
     ("txt2image", "sd", "--steps 4"): "--pag_scale 99; --freeu 1.5,1.6,0.9,0.2; --deep_cache 2; --schedule karras",
     ("txt2image", "sd", "--steps 4 --pag_scale 30"): "--pag_layers up",
     ("txt2image", "sd", "--steps 4 --sampler dpmpp_2m"): "--order 1",
