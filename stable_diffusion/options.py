@@ -106,8 +106,8 @@ class Options:
         s_noise: factor on that noise, at least 0.
         prompt_2, negative_prompt_2: what XL's second text encoder reads, one text for all prompts or one for each; None
             is the same as the first.
-        order: order of the methods that have several, 1 ... 3 (LMS and UniPC: 4); None is the sampler's or, for the
-            checkpoint's own sampler, the checkpoint's.
+        order: order of the methods that have several, 1 ... 3 (LMS, UniPC, iPNDM, SA-Solver: 4); None is the sampler's
+            or, for the checkpoint's own sampler, the checkpoint's.
         clip_skip: number of the text encoder's last layers to leave out.
         guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
             2024); outside of them the UNet runs for the prompt alone.

@@ -106,12 +106,14 @@ def _scheduler_sampler(config: ScheduleConfig) -> str | None:
 
 def _scheduler_options(config: ScheduleConfig) -> dict[str, Any]:
     """Return the settings of a checkpoint's scheduler as options of its sampler, those that are not None."""
-    algorithm = config.algorithm_type or ""
-    variant = "bh1" if config.class_name.startswith("UniPC") else "heun"  # any other name means the default one
+    algorithm, is_unipc = config.algorithm_type or "", config.class_name.startswith("UniPC")
+    variant = "bh1" if is_unipc else "heun"  # any other name means the default one
+    is_on_noise = algorithm in ("dpmsolver", "sde-dpmsolver", "noise_prediction")
     options = {
-        "order": config.solver_order,
+        "order": config.predictor_order if config.class_name.startswith("SASolver") else config.solver_order,
+        "corrector_order": config.corrector_order,
         "solver_type": variant if config.solver_type == variant else None,
-        "predict_x0": config.predict_x0 and algorithm not in ("dpmsolver", "sde-dpmsolver"),
+        "predict_x0": config.predict_x0 if is_unipc else not is_on_noise,
         "eta": 1.0 if algorithm.startswith("sde-") else None,
         "euler_at_final": config.euler_at_final,
         "bend_offset": float(algorithm == "sde-dpmsolver++"),
@@ -145,16 +147,18 @@ def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: An
     if not len(steps):
         return options
     skipped, is_short = steps.total - len(steps), steps.total < 15  # as in diffusers
+    lowered = (SAMPLERS["unipc"], SAMPLERS["sa_solver"])  # in runs of any length
     of_run = {
         "velocity": lambda: config.prediction_type == "v_prediction",
         "target_sigmas": lambda: schedule.target_sigmas(steps),
         "repeat_sigma": lambda: schedule.repeat_sigma(steps),
         "tcd_sigmas": lambda: schedule.tcd_sigmas(steps, options.get("eta", 0.3)),
-        "lower_order_final": lambda: config.lower_order_final and (is_short or sampler is SAMPLERS["unipc"]),
+        "lower_order_final": lambda: config.lower_order_final and (is_short or sampler in lowered),
         "orders": lambda: singlestep_orders(
             options.get("order", 2), steps.total, steps.sigmas[-1] == 0, config.lower_order_final
         )[skipped:],
         "clip": lambda: clip_for(sampler, config),
+        "taus": lambda: [options.get("eta", 1.0) * (200 <= t <= 800) for t in steps.timesteps],  # as in diffusers
         "disable_corrector": lambda: [step - skipped for step in config.disable_corrector],
     }
     return {name: of_run[name]() for name in names & of_run.keys()} | options

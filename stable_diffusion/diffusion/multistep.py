@@ -71,6 +71,19 @@ def pndm(
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
+def ipndm(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
+    """Run iPNDM (Zhang & Chen 2023): Adams-Bashforth for steps of equal length on the noise, from one point on.
+
+    A step to 0 is of first order, as in ComfyUI.
+    """
+    history: list[tuple[float, mx.array]] = []
+    for sigma, target in pairwise(sigmas):
+        x0 = denoise(x, sigma)
+        history = [(sigma, (x - x0) / sigma), *history][:order]
+        x = x + (target - sigma) * blend(history, _ADAMS_BASHFORTH[len(history) - 1]) if target > 0 else x0
+        yield x
+
+
 def dpmpp_2m_sde(
     denoise: Denoise,
     x: mx.array,
@@ -190,6 +203,45 @@ def unipc(
         used = min(len(history), len(sigmas) - 1 - i if lower_order_final else order)
         start = x
         x, _ = exponential_step(x, history[:used], target, moments, 0.0, predict_x0)
+        yield x
+
+
+def sa_solver(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    order: int = 2,
+    corrector_order: int = 2,
+    predict_x0: bool = True,
+    lower_order_final: bool = True,
+    taus: Sequence[float] | None = None,
+) -> States:
+    """Run SA-Solver (Xue et al. 2023, algorithm 1): a predictor on the SDE, which the next D and its noise correct.
+
+    The predictor goes through ``order`` points, the corrector through ``corrector_order``, one of them at its end. The
+    orders fall in the last steps with ``lower_order_final``. ``taus`` are the shares of fresh noise in the steps, by
+    default ``eta`` in all: 0 is the ODE, 1 the reverse SDE.
+    """
+    moments = partial(dpm_moments, solver_type="bh1" if predict_x0 else "heun")
+    history: list[tuple[float, mx.array]] = []
+    start, kept, share, fresh = x, history, 0.0, x
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        evaluation = _prediction(denoise, x, sigma, predict_x0)
+        if history:
+            points = [*kept, (sigma, evaluation)] if kept else [(history[0][0], evaluation)]
+            x, up = exponential_step(start, points, sigma, moments, share, predict_x0)
+            x = x + up * fresh
+        history = [(sigma, evaluation), *history][: max(order, corrector_order - 1)]
+        highest = len(sigmas) - 1 - i if lower_order_final else len(history)
+        kept = history[: min(corrector_order - 1, highest)]
+        share = eta if taus is None else taus[i]
+        share = share**2 if predict_x0 else share
+        start, fresh = x, noise(i, x.shape)  # drawn in steps without noise too, as in diffusers
+        x, up = exponential_step(start, history[: min(order, highest)], target, moments, share, predict_x0)
+        x = x + up * fresh
         yield x
 
 

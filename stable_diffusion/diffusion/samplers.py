@@ -28,9 +28,11 @@ from .multistep import (
     dpmpp_2s,
     dpmpp_3m_sde,
     er_sde,
+    ipndm,
     lms,
     pndm,
     res_multistep_ancestral,
+    sa_solver,
     unipc,
 )
 from .transitions import Denoise, Noise, Sigmas, States, ancestral, noised, relabel, toward
@@ -195,7 +197,7 @@ _LU_A, _LU_B = "Lu et al. 2022, arXiv:2206.00927", "Lu et al. 2022, arXiv:2211.0
 _HO, _SONG = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
 _ZHANG, _ZHAO = "Zhang & Chen 2023, arXiv:2204.13902", "Zhao et al. 2023, arXiv:2302.04867"
 _LUO, _ZHENG = "Luo et al. 2023, arXiv:2310.04378", "Zheng et al. 2024, arXiv:2402.19159"
-_RES = "Zhang et al. 2023, arXiv:2308.02157"
+_RES, _XUE = "Zhang et al. 2023, arXiv:2308.02157", "Xue et al. 2023, arXiv:2309.05019"
 _dpmpp = partial(Sampler, spacing_rule="multistep", order=2, highest_order=3, reference=_LU_B)
 
 SAMPLERS: dict[str, Sampler] = {
@@ -218,9 +220,11 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "unipc": Sampler(unipc, "multistep", order=2, scheduler="UniPCMultistep", reference=_ZHAO),
     "deis": Sampler(deis, "deis", order=2, highest_order=3, scheduler="DEISMultistep", reference=_ZHANG),
+    "ipndm": Sampler(ipndm, order=2, reference=_ZHANG),
     "res_multistep": Sampler(res_multistep, order=2, reference=_RES),
     "res_multistep_a": Sampler(res_multistep_ancestral, order=2, stochastic=True, reference=_RES),
     "er_sde": Sampler(er_sde, order=2, highest_order=3, stochastic=True, reference="Cui et al. 2023, arXiv:2309.06169"),
+    "sa_solver": Sampler(sa_solver, "deis", order=2, stochastic=True, scheduler="SASolver", reference=_XUE),
     "lcm": Sampler(lcm, "lcm", stochastic=True, scheduler="LCM", reference=_LUO, consistency=True),
     "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference=_ZHENG),
 }

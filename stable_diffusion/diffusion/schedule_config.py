@@ -41,6 +41,14 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
     "PNDMScheduler": {"skip_prk_steps": (True,)},
+    "SASolverScheduler": _THRESHOLDED
+    | {
+        "predictor_order": (1, 2, 3, 4),
+        "corrector_order": (1, 2, 3, 4),
+        "tau_func": (),
+        "algorithm_type": ("data_prediction", "noise_prediction"),
+        "variance_type": _DPM_SOLVER["variance_type"],
+    },
     "UniPCMultistepScheduler": _THRESHOLDED
     | {
         "solver_order": (1, 2, 3, 4),
@@ -53,7 +61,7 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
 _DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 _PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "interpolation_type": ("EulerDiscreteScheduler",),
-    "lambda_min_clipped": _DPM,
+    "lambda_min_clipped": (*_DPM, "SASolverScheduler"),
     "sigma_max": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
     "sigma_min": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
     "timestep_type": ("EulerDiscreteScheduler",),
@@ -81,7 +89,6 @@ _SAME_CLASSES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelSchedule
 # Settings that change nothing in a run: of a generator's seed, of flow matching, of classes that are not followed, and
 # of the first versions of diffusers.
 _WITHOUT_EFFECT = {"noise_sampler_seed", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
-_WITHOUT_EFFECT |= {"predictor_order", "corrector_order", "tau_func"}
 _WITHOUT_EFFECT |= {"tensor_format", "timestep_values", "predict_epsilon", "dtype"}
 
 # In these pipelines diffusers replaces what old files lack or have wrong.
@@ -133,6 +140,8 @@ class ScheduleConfig(Config):
     euler_at_final: bool = False
     solver_order: int | None = None
     solver_type: str | None = None
+    predictor_order: int | None = None
+    corrector_order: int | None = None
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
     clip_sample: bool = False

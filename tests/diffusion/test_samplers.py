@@ -50,21 +50,28 @@ ODE = {"eta": 0.0}
 ORDERS = [(name, {}, 1) for name in ("euler", "ddim")] + [(name, ODE, 1) for name in ("euler_a", "tcd")]
 ORDERS += [(name, {}, 2) for name in ("heun", "dpm2", "dpmpp_2m", "unipc", "deis")]
 ORDERS += [(name, ODE, 2) for name in ("dpm2_a", "dpmpp_2m_sde", "dpmpp_2s_a", "dpmpp_sde")]
-ORDERS += [("deis", {"order": 1}, 1), ("lms", {"order": 1}, 1), ("lms", {"order": 2}, 2)]
+ORDERS += [("deis", {"order": 1}, 1), ("deis", {"order": 3}, 3), ("lms", {"order": 1}, 1), ("lms", {"order": 2}, 2)]
 ORDERS += [("dpmpp_2m", {"order": 1}, 1), ("dpmpp_2m", {"predict_x0": False, "solver_type": "heun"}, 2)]
 ORDERS += [("dpmpp_2s", {"order": 1}, 1), ("dpmpp_2s", {"solver_type": "heun"}, 2), ("dpmpp_2s", {}, 2)]
 ORDERS += [
     ("dpmpp_2m", {"order": 3}, 2),  # as it is defined, like dpmpp_3m_sde
     ("unipc", {"order": 1}, 2),  # a corrected step of first order
     ("unipc", {"order": 3}, 2),  # for its last step is of first order, and is not corrected
+    ("unipc", {"order": 2, "lower_order_final": False, "predict_x0": False}, 3),
+    ("unipc", {"order": 3, "lower_order_final": False}, 4),
+    ("unipc", {"order": 4, "lower_order_final": False, "predict_x0": False}, 3),  # that of its first steps
     ("dpmpp_3m_sde", ODE, 2),  # so it is defined: the second difference of D has half of its weight
     ("pndm", {}, 2),  # its weights take all steps for equally long
+    ("ipndm", {}, 2),  # likewise
     ("res_multistep", {}, 2),
     ("res_multistep_a", ODE, 2),
     *(("er_sde", {"order": order, "noise_scaler": float}, min(order, 2)) for order in (1, 2, 3)),
+    *(("sa_solver", ODE | {"order": p, "corrector_order": c}, min(c, 2)) for p, c in ((1, 1), (2, 1), (1, 2), (2, 2))),
+    ("sa_solver", ODE | {"order": 3, "corrector_order": 4}, 2),  # for its last step is of first order
+    ("sa_solver", ODE | {"order": 3, "corrector_order": 4, "lower_order_final": False}, 4),
 ]
-# Of er_sde the sums over 200 points are of first order, which shows in many steps.
-STEPS = {"er_sde": (10, 20, 40)}
+# In many steps lower orders show: of the sums over 200 points in er_sde, and of the first steps of deis.
+STEPS = {"er_sde": (10, 20, 40), "deis": (20, 40, 80)}
 
 
 @pytest.mark.parametrize("name, given, order", ORDERS)
@@ -88,6 +95,7 @@ def variance_error(name: str, count: int, **given) -> float:
 WEAK_ORDERS = [(name, {}, 1) for name in ("euler_a", "ddpm")] + [("dpmpp_2m_sde", {"order": 1}, 1)]
 WEAK_ORDERS += [(name, {}, 2) for name in ("dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "res_multistep_a")]
 WEAK_ORDERS += [("er_sde", {"order": order}, min(order, 2)) for order in (1, 2, 3)]
+WEAK_ORDERS += [("sa_solver", {}, 2), ("sa_solver", {"order": 3, "corrector_order": 4}, 2)]
 
 
 @pytest.mark.parametrize("name, given, order", WEAK_ORDERS)
@@ -106,7 +114,7 @@ def test_order_of_convergence_of_whole_groups(order, solver_type, predict_x0):
 
 
 STOCHASTIC = ["euler_a", "ddpm", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"]
-STOCHASTIC += ["res_multistep_a", "er_sde"]
+STOCHASTIC += ["res_multistep_a", "er_sde", "sa_solver"]
 STOCHASTIC = [
     *((name, {}) for name in STOCHASTIC),
     ("ddim", {"eta": 1.0}),
@@ -148,7 +156,7 @@ def test_one_yield_a_step_and_the_last_is_the_estimate(name):
 def test_a_step_that_stands_still(name):
     """Some checkpoints end where their last step starts."""
     states = list(SAMPLERS[name].run(denoise, mx.array([TOP]), [2.0, 1.0, 0.5, 0.5], zeros))
-    if name not in ("lcm", "tcd", "unipc"):  # they leap, and UniPC corrects the step before
+    if name not in ("lcm", "tcd", "unipc", "sa_solver"):  # they leap, or correct the step before
         assert states[2].item() == pytest.approx(states[1].item(), rel=1e-6)
     assert all(math.isfinite(x.item()) for x in states)
 
@@ -195,12 +203,13 @@ NAMES = {
     "res_multistep_ancestral": ("res_multistep_a", None),
     "Res Multistep": ("res_multistep", None),
     "ER SDE Karras": ("er_sde", "karras"),
+    "SASolverScheduler": ("sa_solver", None),
     "kdpm_2_k": ("dpm2", "karras"),  # InvokeAI
 }
 SIMILAR = {
     "DPM++ 2M Karas": "dpmpp_2m karras",
     "eulr": "euler",
-    "ipndm": "pndm",
+    "ipdm": "ipndm",
     "dpm++2mv2": "dpmpp_2m",
 }
 SCHEDULE_NAMES = {"Karras": "karras", "SGM Uniform": "sgm_uniform", "SGMUniform": "sgm_uniform", "normal": "default"}
@@ -250,6 +259,7 @@ def test_unknown_names(name):
         (DPM | {"algorithm_type": "sde-dpmsolver"}, "dpmpp_2m_sde", ""),
         (DPM | {"solver_order": 3}, "dpmpp_2m", ""),
         ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2s", ""),
+        ({"_class_name": "SASolverScheduler", "predictor_order": 3}, "sa_solver", ""),
         ({"_class_name": "SomethingNew"}, None, ""),
         (DPM | {"solver_order": 4}, None, ""),
         (DPM | {"thresholding": True}, "dpmpp_2m", ""),
@@ -292,6 +302,10 @@ def test_the_settings_of_a_scheduler_hold_for_its_sampler():
     assert run_options(SAMPLERS["dpmpp_2m_sde"], schedule, steps, order=1)["order"] == 1
     assert run_options(SAMPLERS["dpmpp_2m"], schedule, steps) == {"lower_order_final": False}
     assert run_options(SAMPLERS["dpmpp_2s"], schedule, steps.last(3)) == {"orders": [2, 1, 1]}
+    for name, other in (("UniPCMultistep", {"algorithm_type": "dpmsolver"}), ("SASolver", {"predict_x0": False})):
+        schedule = Schedule(ScheduleConfig.from_dict({"_class_name": f"{name}Scheduler"} | other))
+        sampler = find_sampler(name)[0]
+        assert run_options(sampler, schedule, schedule.steps(20, sampler.spacing_rule))["predict_x0"]
 
 
 def test_a_partial_of_a_sampler_is_one_without_the_bound_option():

@@ -182,8 +182,9 @@ EXPLODING = ("euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_sde")
 
 # In float32 these lose digits in their coefficients, which are differences of nearly equal numbers: dpm2_a takes
 # sqrt(s^2 - up^2) where up is nearly s (7e-5 of the result of two steps), deis t (log t - log c - 1) at both ends of a
-# step (2e-5). So diffusers computes them in float64 here; ours are float32 latents with float64 coefficients always.
-IN_FLOAT64 = ("dpm2_a", "deis")
+# step (2e-5), sa_solver powers of log s. So diffusers computes them in float64 here; ours are float32 latents with
+# float64 coefficients always.
+IN_FLOAT64 = ("dpm2_a", "deis", "sa_solver")
 
 
 def compare(name, counts=COUNTS, start=0, custom=None, float64=False, at_step=None, chosen=None, **config) -> None:
@@ -218,9 +219,9 @@ CURVE_CASES = [
 @pytest.mark.parametrize("curve", ["karras", "exponential", "beta"])
 @pytest.mark.parametrize("name, spacing", CURVE_CASES)
 def test_every_step_along_a_curve(name, spacing, curve):
-    # In a single step along a curve, DEIS stands still in diffusers: its end is the curve's last level, which is the
-    # first one too. Here it goes to the first training sigma, as without a curve.
-    counts = COUNTS[1:] if name == "deis" else COUNTS
+    # In a single step along a curve, DEIS and SA-Solver stand still in diffusers: the end is the curve's last level,
+    # which is the first one too. Here they go to the first training sigma, as without a curve.
+    counts = COUNTS[1:] if name in ("deis", "sa_solver") else COUNTS
     compare(name, counts, timestep_spacing=spacing, **{f"use_{curve}_sigmas": True})
 
 
@@ -323,7 +324,11 @@ HIGHER = THRESHOLDED | {"dynamic_thresholding_ratio": 0.7, "sample_max_value": 3
 ON_NOISE = THRESHOLDED | TO_FIRST | {"solver_order": 2}
 LIMITS = [
     *((name, limit) for name in ("ddim", "ddpm", "lcm", "tcd") for limit in (CLIPPED, THRESHOLDED, HIGHER)),
-    *((name, limit) for name in ("dpmpp_2m", "dpmpp_2s", "unipc", "deis") for limit in (THRESHOLDED, HIGHER)),
+    *(
+        (name, limit)
+        for name in ("dpmpp_2m", "dpmpp_2s", "unipc", "deis", "sa_solver")
+        for limit in (THRESHOLDED, HIGHER)
+    ),
     ("heun", CLIPPED),
     ("dpmpp_2m", ON_NOISE | {"algorithm_type": "dpmsolver"}),
     ("dpmpp_2m_sde", ON_NOISE | {"algorithm_type": "sde-dpmsolver"}),
@@ -363,7 +368,7 @@ PLACEMENTS = {
     **{f"range, {c}": ({f"use_{c}_sigmas": True} | RANGE, "euler unipc") for c in ("karras", "exponential", "beta")},
     "range, no curve": (RANGE, "euler unipc"),
     "range to its end": ({"use_karras_sigmas": True, "float64": True} | RANGE | TO_FIRST, "euler unipc"),
-    "cosine": (COSINE, "dpmpp_2m dpmpp_2m_sde dpmpp_2s"),
+    "cosine": (COSINE, "dpmpp_2m dpmpp_2m_sde dpmpp_2s sa_solver"),
     "cosine, leading": (COSINE | {"timestep_spacing": "leading"}, "dpmpp_2m"),
     "cosine, trailing": (COSINE | {"timestep_spacing": "trailing"}, "dpmpp_2m"),
     "clipped": ({"lambda_min_clipped": -2.0, "float64": True}, "dpmpp_2m dpmpp_2s"),
@@ -377,6 +382,24 @@ PLACEMENTS = {
 def test_every_step_where_the_settings_place_it(kind, name):
     counts = COUNTS[1:] if "to its end" in kind else COUNTS  # a single step of UniPC stands still, as for DEIS above
     compare(name, counts, **PLACEMENTS[kind][0])
+
+
+@pytest.mark.parametrize("algorithm", ["data_prediction", "noise_prediction"])
+@pytest.mark.parametrize("predictor, corrector", [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (3, 4), (4, 3), (4, 4)])
+def test_every_step_of_sa_solver(predictor, corrector, algorithm):
+    settings = {"predictor_order": predictor, "corrector_order": corrector, "algorithm_type": algorithm}
+    # Sixteen steps on the noise, of high order and along Karras' curve, lose digits of float32 (1.07e-5).
+    for run in RUNS + (CURVED if algorithm == "data_prediction" else CURVED[1:]):
+        if "final_sigmas_type" not in run:
+            compare("sa_solver", **settings | run)
+    compare("sa_solver", (3, 4, 16), lower_order_final=False, **settings)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+@pytest.mark.parametrize("algorithm", ["data_prediction", "noise_prediction"])
+def test_share_of_fresh_noise_of_sa_solver(eta, algorithm):
+    tau = lambda t: eta if 200 <= t <= 800 else 0.0  # noqa: E731
+    compare("sa_solver", chosen={"eta": eta}, tau_func=tau, algorithm_type=algorithm, corrector_order=3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -472,12 +495,25 @@ def c_er_sde(denoise, x, sigmas, noise, order=3):
         old = x0
 
 
+ADAMS_BASHFORTH = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+
+
+def c_ipndm(denoise, x, sigmas, noise, order=4):
+    slopes = []
+    for sigma, target in pairwise(sigmas):
+        x0 = denoise(x, sigma)
+        slopes = [(x - x0) / sigma, *slopes][:order]
+        weights = ADAMS_BASHFORTH[len(slopes) - 1]
+        yield (x := x + (target - sigma) * sum(w * d for w, d in zip(weights, slopes, strict=True)) if target else x0)
+
+
 ETAS, ORDERS = [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0}], [{}, {"order": 1}, {"order": 2}]
 REFERENCES = {
     "dpmpp_2s_a": (k_dpmpp_2s_ancestral, ETAS),
     "dpmpp_3m_sde": (k_dpmpp_3m_sde, ETAS),
     "res_multistep_a": (c_res_multistep_a, ETAS),
     "er_sde": (c_er_sde, ORDERS),
+    "ipndm": (c_ipndm, [*ORDERS, {"order": 3}]),
 }
 
 
