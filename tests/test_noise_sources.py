@@ -37,7 +37,6 @@ SAMPLERS = {  # the scheduler, its config, and eta
     "dpmpp_sde": (diffusers.DPMSolverSDEScheduler, {"noise_sampler_seed": SEEDS}, None),
     "dpmpp_sde on another curve": (diffusers.DPMSolverSDEScheduler, KARRAS | {"noise_sampler_seed": SEEDS}, None),
     "sa_solver": (diffusers.SASolverScheduler, {}, None),
-    "sa_solver": (diffusers.SASolverScheduler, {}, None),
     "lcm": (diffusers.LCMScheduler, {}, None),
     "tcd": (diffusers.TCDScheduler, {}, 0.4),
 }
