@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import mlx.core as mx
 from PIL.Image import Image
 
-from .diffusion.choice import sampler_for
+from .diffusion.choice import guidance_scale, sampler_for
 from .diffusion.denoiser import Denoiser, DenoiseStep, for_sampler, inpainting
 from .diffusion.guidance import GuidanceBatch, guidance_batches, guidance_rescale
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
@@ -232,7 +232,7 @@ class StableDiffusion(Networks):
         options = Options.of(options, keywords)
         if self.mode != "text":
             raise ValueError(f"this checkpoint works from an image and {self.mode}: use generate_latents_from_image")
-        prompts = Prompts(text, negative_text, self.defaults.cfg_weight if cfg_weight is None else cfg_weight)
+        prompts = Prompts(text, negative_text, self._guidance(options, cfg_weight))
         run = self._plan(options, num_steps, seed, prompts.count(n_images))
         size = self.default_latent_size if latent_size is None else latent_size
         if not isinstance(size, Sequence) or len(size) != 2 or not all(Number(int, 1).accepts(side) for side in size):
@@ -277,7 +277,7 @@ class StableDiffusion(Networks):
         pixels, repaint, size = self._read_image(image, mask)
         if strength is None:
             strength = 1.0 if self.mode in ("masks", "instructions") else 0.8
-        cfg_weight = self.defaults.cfg_weight if cfg_weight is None else cfg_weight
+        cfg_weight = self._guidance(options, cfg_weight)
         prompts = Prompts(text, negative_text, cfg_weight, 1.5 if image_cfg_weight is None else image_cfg_weight)
         run = self._plan(options, num_steps, seed, prompts.count(n_images), strength)
         if pixels.ndim == 4 and len(pixels) not in (1, len(run.seeds)):
@@ -301,6 +301,9 @@ class StableDiffusion(Networks):
         return self._plan(Options.of(options, keywords), num_steps, 0, 1, strength).length
 
     # --- a run -------------------------------------------------------------------------------------------------------
+
+    def _guidance(self, options: Options, cfg_weight: float | None) -> float:
+        return guidance_scale(options.sampler or self.sampler, cfg_weight, self.defaults.cfg_weight)
 
     def _plan(self, options: Options, num_steps: int | None, seed: Any, count: int = 1, strength: float = 1.0) -> Run:
         seeds = image_seeds(seed, count, counts=not options.variation_strength)
@@ -340,7 +343,7 @@ class StableDiffusion(Networks):
         arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
         if self.low_memory:  # so that the autoencoder can be freed
             mx.eval(arrays)
-        positive, negative, uncond_image = tables = self._condition(prompts, options, first)
+        positive, negative, uncond_image = tables = self._condition(prompts, options, first, run.sampler.cfg_pp)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]
         (unet,) = self._use("unet", beside=[control.network for control in options.controls])
         batches = guidance_batches(
@@ -354,6 +357,7 @@ class StableDiffusion(Networks):
             interval=options.guidance_interval,
             rescale=guidance_rescale(options.guidance_rescale, self.schedule.config),
             pag_scale=options.pag_scale,
+            keeps_uncond=run.sampler.cfg_pp,
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
         denoise = self._denoiser(unet, run, first, options, batches)
@@ -379,12 +383,12 @@ class StableDiffusion(Networks):
         return denoise if first.mask is None else inpainting(denoise, first.mask)
 
     def _condition(
-        self, prompts: Prompts, options: Options, first: InitialLatents
+        self, prompts: Prompts, options: Options, first: InitialLatents, keeps_uncond: bool
     ) -> tuple[Conditioning, Conditioning | None, Conditioning | None]:
         """Encode the prompts of a run and, where guidance needs them, the negative ones, with and without the image."""
         dim = self.unet_config.time_cond_proj_dim
         texts, seconds = (prompts.text, prompts.negative_text), (options.prompt_2, options.negative_prompt_2)
-        if prompts.cfg_weight > 1 and not dim:
+        if (prompts.cfg_weight > 1 or keeps_uncond) and not dim:
             positive, negative = self._encode_pair(texts, seconds, clip_skip=options.clip_skip)
         else:
             positive, negative = self._encode(texts[0], seconds[0], clip_skip=options.clip_skip), None

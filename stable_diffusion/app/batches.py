@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..diffusion.choice import guidance_scale, is_cfg_pp
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas
@@ -100,20 +101,20 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
     """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
     request = requests[0]
-    guidance = model.defaults.cfg_weight if request.cfg is None else request.cfg
     options = request.options
+    guidance, is_guided = _guidance(model.defaults, request)
     unused = {
         "the negative prompt": request.negative_text or request.texts_2[1],
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": options.guidance_interval != (0, 1) and not options.pag_scale,
         **{name: model.is_xl and name.startswith("negative") for name in SIZES if name in request.to_dict()},
     }
-    for name in (name for name, is_given in unused.items() if is_given and guidance <= 1):
+    for name in (name for name, is_given in unused.items() if is_given and not is_guided):
         _log.warning("%s has no effect at a guidance scale of %g; it needs more than 1", name, guidance)
     rows = [(image.text, image.negative_text, *image.texts_2) for image in requests]
     columns = map(list, zip(*(rows[:1] if len(set(rows)) == 1 else rows), strict=True))
     texts, negatives, *seconds = (None if column[0] is None else column for column in columns)
-    if guidance <= 1:
+    if not is_guided:
         return model.encode_prompt(texts, prompt_2=seconds[0], **request.reading), ""
     if not any(negatives) and not any(seconds[1] or ()):
         negatives, seconds[1] = "", None  # one text, of which some models make zeros
@@ -132,6 +133,13 @@ def _unused_sizes(model: StableDiffusion, request: Request) -> Iterator[str]:
             yield f"{name} has no effect: {request.model} reads aesthetic_score in its place"
 
 
+def _guidance(defaults: RunDefaults, request: Request) -> tuple[float, bool]:
+    """Return the guidance scale of the images, and whether they have unconditional rows."""
+    sampler = request.options.sampler or defaults.sampler
+    scale = guidance_scale(sampler, request.cfg, defaults.cfg_weight)
+    return scale, scale > 1 or is_cfg_pp(sampler)
+
+
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
     count = partial(model.number_of_steps, request.steps, options=request.options)
     if count(strength) < count(denoising_start=request.refiner_start):
@@ -144,13 +152,13 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     """Describe what a batch needs memory for."""
     request = batch.request
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
-    guidance = batch.defaults.cfg_weight if request.cfg is None else request.cfg
+    _, is_guided = _guidance(batch.defaults, request)
     larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
     return RunShape(
         len(batch.requests),
         (height, width),
         chunks=batch.text.context.shape[1] // 77,
-        rows=(1 if guidance <= 1 else 3 if model.mode == "instructions" else 2) + (request.options.pag_scale > 0),
+        rows=(1 if not is_guided else 3 if model.mode == "instructions" else 2) + (request.options.pag_scale > 0),
         controls=[size_in_bytes(control.network) for control in batch.controls],
         larger=larger,
         encodes=batch.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),

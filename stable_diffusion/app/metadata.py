@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
-from ..diffusion.choice import read_name
+from ..diffusion.choice import guidance_scale, read_name
 from ..images.files import read_text
 from ..lora.files import locate
 from ..lora.folders import find_in
@@ -152,7 +152,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
     bits = {name: s.quantization or read_quantization(s.component.config) for name, s in components.items()}
     made = {
         "size": batch.size,
-        "cfg": defaults.cfg_weight if request.cfg is None else request.cfg,
+        "cfg": guidance_scale(sampler, request.cfg, defaults.cfg_weight),
         "sampler": name,
         "schedule": request.options.schedule or schedule or model.schedule.config.sigma_schedule,
         "bits": {name: quantization[0] for name, quantization in bits.items() if quantization},

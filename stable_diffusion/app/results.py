@@ -29,6 +29,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from ..diffusion.choice import guidance_scale
 from ..images.files import SUFFIXES, check_output, save
 from ..images.image import grid
 from ..pipeline import StableDiffusion
@@ -99,7 +100,8 @@ class ResultWriter:
         """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
         request, image, settings = result.request, result.image, self._settings
         chosen = result.batch.defaults
-        defaults = {"steps": chosen.num_steps, "cfg": chosen.cfg_weight, "sampler": chosen.sampler}
+        cfg = guidance_scale(request.options.sampler or chosen.sampler, None, chosen.cfg_weight)
+        defaults = {"steps": chosen.num_steps, "cfg": cfg, "sampler": chosen.sampler}
         fields = defaults | self._fields[len(self._details)] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
         text = None

@@ -90,6 +90,20 @@ def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[S
     return row, schedule
 
 
+def is_cfg_pp(sampler: str | Callable[..., States] | None) -> bool:
+    """Return whether a sampler is one of CFG++, which needs the negative prompt at every guidance scale."""
+    return sampler is not None and find_sampler(sampler)[0].cfg_pp
+
+
+def guidance_scale(sampler: str | Callable[..., States] | None, cfg_weight: float | None, of_model: float) -> float:
+    """Return a run's guidance scale, by default the model's; with CFG++ 0.6 (Chung et al. 2024), 1 if it has none."""
+    if cfg_weight is not None:
+        return cfg_weight
+    if not is_cfg_pp(sampler):
+        return of_model
+    return 0.6 if of_model > 1 else 1.0
+
+
 def sampler_for(config: ScheduleConfig) -> str | None:
     """Return the sampler of a checkpoint's scheduler, or the nearest one with a warning in the log, or None."""
     name = None if config.missing else _scheduler_sampler(config)

@@ -81,6 +81,7 @@ class Denoiser:
     def __call__(self, x: mx.array, sigma: float, step: int = 0) -> mx.array:
         """Estimate x0 from ``x = x0 + sigma * noise``, both [n, h, w, 4] float32, for a step of the sampler.
 
+        Where the batches have weights for it, the result is [2, n, h, w, 4]: with guidance, and unconditional.
         The step decides which rows guide, so they are the same at all levels that a sampler evaluates in one step.
         """
         if step not in self._current[0].steps:

@@ -27,7 +27,8 @@ class GuidanceBatch:
 
     Row b belongs to image ``images[b]``; ``is_cond[b]`` is 1 for a row of the prompt and 0 for one of the negative
     prompt, ``is_perturbed[b]`` is 1 for a row of the prompt with perturbed self-attention. ``weights`` [n, B] combine
-    the outputs of B rows into those of n images; None where the rows are the images.
+    the outputs of B rows into those of n images; None where the rows are the images. ``uncond_weights`` [n, B] combine
+    them into the unconditional ones, for the samplers that take both.
     """
 
     steps: tuple[int, ...]
@@ -37,6 +38,7 @@ class GuidanceBatch:
     is_perturbed: mx.array
     weights: mx.array | None = None
     rescale: float = 0.0
+    uncond_weights: mx.array | None = None
 
     def split(self, rows_at_once: int) -> list["GuidanceBatch"]:
         """Return batches of at most ``rows_at_once`` rows, which have no weights."""
@@ -50,6 +52,16 @@ class GuidanceBatch:
 
     def combine(self, outputs: mx.array) -> mx.array:
         """Combine the outputs of all rows [B, h, w, C] into those of the images [n, h, w, C].
+
+        With ``uncond_weights`` the result is [2, n, h, w, C]: those with guidance, and the unconditional ones.
+        """
+        guided = self._guided(outputs)
+        if self.uncond_weights is None:
+            return guided
+        return mx.stack([guided, _weighted_sums(self.uncond_weights, outputs)])
+
+    def _guided(self, outputs: mx.array) -> mx.array:
+        """Combine the outputs with ``weights``, and rescale them.
 
         ``rescale`` is phi of Lin et al. 2024, eq. 15 and 16: the guided prediction, brought back to the standard
         deviation of the conditional one, has this share of the result.
@@ -72,11 +84,12 @@ def _weighted_sums(weights: mx.array, outputs: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class _Row:
-    """Hold one row of a batch: the ``index`` of its conditioning, its image and its weight."""
+    """Hold one row of a batch: the ``index`` of its conditioning, its image and its weights."""
 
     index: int
     image: int
     weight: float
+    uncond_weight: float = 0.0
     is_cond: bool = False
     is_perturbed: bool = False
 
@@ -93,6 +106,7 @@ def guidance_batches(
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
     pag_scale: float = 0.0,
+    keeps_uncond: bool = False,
     steps_before: int = 0,
 ) -> list[GuidanceBatch]:
     """Make the batches of a run of ``steps`` steps: one for all steps that have the same rows and weights.
@@ -106,32 +120,33 @@ def guidance_batches(
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
         interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
         rescale: see :meth:`GuidanceBatch.combine`; 0 is off, and so it is without a ``negative`` conditioning.
-        pag_scale: of perturbed-attention guidance (Ahn et al. 2024), which adds ``pag_scale * (positive - perturbed)``;
-            the latter are the rows of the prompt once more, with perturbed self-attention. 0 is off.
+        pag_scale: perturbed-attention guidance (Ahn et al. 2024) adds ``pag_scale * (positive - perturbed)``; 0 is off.
+        keeps_uncond: combine the outputs also into the unconditional ones, those of the ``negative`` conditioning.
         steps_before: steps that another model has made of the same run; prompts that change count them too.
     """
     tables = [table for table in (positive, negative, uncond_image) if table is not None]
     conditioning = concatenate(tables)
     prompts = [range(*ends) for ends in pairwise(accumulate(map(len, tables), initial=0))]  # of each table
-    # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
-    bounds = [math.ceil(end * steps - 1e-9) for end in interval]
-    guided = range(0) if negative is None and not pag_scale else range(*bounds)
+    interval = (0.0, 0.0) if negative is None and not pag_scale else interval
     scales, batches = (guidance, 1.0 if uncond_image is None else image_guidance, pag_scale), []
-    rescale = 0.0 if negative is None else rescale
-    for (active, is_guided), of_batch in _alike(conditioning, steps, steps_before, guided).items():
+    rescale, keeps_uncond = (0.0, False) if negative is None else (rescale, keeps_uncond)
+    for (active, is_guided), of_batch in _alike(conditioning, steps, steps_before, interval).items():
         rows: list[_Row] = []
         for image in range(n_images):
             of_image = [numbers[image * len(numbers) // n_images] for numbers in prompts]
             parts = [[(i, row.weight) for i, row in active if row.prompt == prompt] for prompt in of_image]
-            rows += _rows(image, *parts, scales=scales, rescales=rescale > 0) if is_guided else _rows(image, parts[0])
-        batches.append(_batch(of_batch, conditioning, rows, n_images, rescale if is_guided else 0.0))
+            read = parts if is_guided else parts[: 1 + keeps_uncond]
+            rows += _rows(image, *read, scales=scales if is_guided else None, rescales=rescale > 0)
+        batches.append(_batch(of_batch, conditioning, rows, n_images, rescale * is_guided, keeps_uncond))
     return batches
 
 
 def _alike(
-    conditioning: Conditioning, steps: int, steps_before: int, guided: range
+    conditioning: Conditioning, steps: int, steps_before: int, interval: tuple[float, float]
 ) -> dict[tuple[_Active, bool], list[int]]:
     """Group the steps that read the same rows and are guided alike."""
+    # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
+    guided = range(*(math.ceil(end * steps - 1e-9) for end in interval))
     groups: dict[tuple[_Active, bool], list[int]] = {}
     for step in range(steps):
         place = steps_before + step, steps_before + steps
@@ -144,12 +159,15 @@ def _rows(
     image: int,
     cond: Weighted,
     *unconds: Weighted,
-    scales: tuple[float, float, float] = (1.0, 1.0, 0.0),
-    rescales: bool = False,
+    scales: tuple[float, float, float] | None,
+    rescales: bool,
 ) -> list[_Row]:
-    """Weigh the rows of an image, those of the prompt first. ``scales`` are of text, image and perturbed attention."""
-    guidance, image_guidance, pag_scale = scales
-    if not unconds:
+    """Weigh the rows of an image, those of the prompt first.
+
+    ``scales`` are those of text, image and perturbed attention; None is no guidance.
+    """
+    guidance, image_guidance, pag_scale = scales or (1.0, 1.0, 0.0)
+    if scales is None or not unconds:
         guidance, cond = 1.0, _mean(cond)
     elif rescales:
         _mean(cond)  # raises ValueError where there is none, whose deviation the result is brought to
@@ -157,8 +175,8 @@ def _rows(
     if pag_scale:
         rows += [_Row(index, image, -pag_scale * weight, is_cond=True, is_perturbed=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
-    for factor, uncond in zip(factors, unconds, strict=False):  # the second is for images alone
-        rows += [_Row(index, image, factor * weight) for index, weight in _mean(uncond)]
+    for i, (factor, uncond) in enumerate(zip(factors, unconds, strict=False)):  # the second is for images alone
+        rows += [_Row(index, image, factor * weight, 0.0 if i else weight) for index, weight in _mean(uncond)]
     return rows
 
 
@@ -173,7 +191,12 @@ def _mean(rows: Weighted) -> Weighted:
 
 
 def _batch(
-    steps: Sequence[int], conditioning: Conditioning, rows: Sequence[_Row], n_images: int, rescale: float
+    steps: Sequence[int],
+    conditioning: Conditioning,
+    rows: Sequence[_Row],
+    n_images: int,
+    rescale: float,
+    keeps_uncond: bool,
 ) -> GuidanceBatch:
     indices, images = [row.index for row in rows], mx.array([row.image for row in rows])
     if indices != list(range(len(conditioning.rows))):
@@ -188,4 +211,5 @@ def _batch(
         is_perturbed=mx.array([int(row.is_perturbed) for row in rows]),
         weights=None if are_images else of_image * mx.array([row.weight for row in rows]),
         rescale=rescale,
+        uncond_weights=of_image * mx.array([row.uncond_weight for row in rows]) if keeps_uncond else None,
     )

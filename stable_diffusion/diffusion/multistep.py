@@ -12,7 +12,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from .polynomials import blend, dpm_moments, exponential_step, lagrange_weights
-from .transitions import Denoise, Noise, Sigmas, States, ancestral, noised, relabel, toward
+from .transitions import Denoise, Noise, Sigmas, States, ancestral, guided_and_uncond, noised, relabel, toward
 
 
 def lms(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
@@ -112,6 +112,20 @@ def dpmpp_2m_sde(
         highest = remaining if lower_order_final or (euler_at_final and remaining == 1) else order
         x, up = exponential_step(x, history[:highest], target, moments, eta, predict_x0)
         x = noised(x, up, noise, i)
+        yield x
+
+
+def dpmpp_2m_cfg_pp(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
+    """Run DPM-Solver++(2M) with CFG++ (Chung et al. 2024): from an ``x`` that guidance has moved as far as D.
+
+    The line goes through D with guidance and the unconditional D of the step before, as in ComfyUI.
+    """
+    moments = partial(dpm_moments, solver_type="midpoint")
+    before: list[tuple[float, mx.array]] = []
+    for sigma, target in pairwise(sigmas):
+        x0, uncond = guided_and_uncond(denoise(x, sigma), x)
+        x, _ = exponential_step(x + x0 - uncond, [(sigma, x0), *before], target, moments, 0.0, True)
+        before = [(sigma, uncond)]
         yield x
 
 

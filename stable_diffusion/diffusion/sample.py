@@ -16,6 +16,7 @@ from .denoiser import DenoiseStep, InpaintMask
 from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw
 from .samplers import Noise, Sampler
 from .schedule import Steps
+from .transitions import guided_and_uncond
 
 # The arrays that come before the first step, then (latents, estimate of x0) after each step.
 Pairs = Iterator[list[mx.array] | tuple[mx.array, mx.array]]
@@ -259,8 +260,9 @@ def sample(denoise: DenoiseStep, run: Run, first: InitialLatents) -> Pairs:
 
     def remembered(x: mx.array, sigma: float) -> mx.array:
         nonlocal predicted
-        predicted = denoise(x, sigma, step)
-        return predicted
+        x0 = denoise(x, sigma, step)
+        predicted, _ = guided_and_uncond(x0, x)
+        return x0
 
     states = run.sampler.run(remembered, first.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
     # There are fewer sigmas than states where another model continues.

@@ -24,6 +24,7 @@ import mlx.core as mx
 from .multistep import (
     deis,
     dpmpp_2m,
+    dpmpp_2m_cfg_pp,
     dpmpp_2m_sde,
     dpmpp_2s,
     dpmpp_3m_sde,
@@ -35,7 +36,7 @@ from .multistep import (
     sa_solver,
     unipc,
 )
-from .transitions import Denoise, Noise, Sigmas, States, ancestral, noised, relabel, toward
+from .transitions import Denoise, Noise, Sigmas, States, ancestral, guided_and_uncond, noised, relabel, toward
 
 
 def euler(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
@@ -48,6 +49,18 @@ def euler(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States
 def euler_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run Euler's method to a lower sigma and add noise up to the next one (k-diffusion): DDIM with ``eta`` 1."""
     yield from ddim(denoise, x, sigmas, noise, eta=eta)
+
+
+def euler_ancestral_cfg_pp(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
+    """Run CFG++ (Chung et al. 2024, algorithm 2): the step from D with guidance adds the unconditional noise.
+
+    That is Euler's step for an ``x`` that guidance has moved as far as D.
+    """
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        down, up = ancestral(sigma, target, eta)
+        x0, uncond = guided_and_uncond(denoise(x, sigma), x)
+        x = noised(toward(x + x0 - uncond, x0, sigma, down), up, noise, i)
+        yield x
 
 
 def heun(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
@@ -157,6 +170,7 @@ def tcd(
 
 
 # Samplers that are others with some of their options bound, which then cannot be chosen.
+euler_cfg_pp = partial(euler_ancestral_cfg_pp, eta=0.0)
 dpm2 = partial(dpm2_ancestral, eta=0.0)
 ddpm = partial(ddim, eta=1.0, clip=None)  # Ho et al. 2020, algorithm 2, with the posterior's variance
 res_multistep = partial(res_multistep_ancestral, eta=0.0)
@@ -177,6 +191,7 @@ class Sampler:
     reference: str = ""  # the paper or program that defines it
     consistency: bool = False  # wrap D for consistency models, see denoiser.consistency
     brownian: tuple[str, ...] = ()  # noise sources that draw its noise from a Brownian motion over sigma
+    cfg_pp: bool = False  # D is [2, *x.shape]: with guidance, which may be of any scale, and unconditional
 
     @property
     def option_names(self) -> set[str]:
@@ -197,6 +212,7 @@ _LU_A, _LU_B = "Lu et al. 2022, arXiv:2206.00927", "Lu et al. 2022, arXiv:2211.0
 _HO, _SONG = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
 _ZHANG, _ZHAO = "Zhang & Chen 2023, arXiv:2204.13902", "Zhao et al. 2023, arXiv:2302.04867"
 _LUO, _ZHENG = "Luo et al. 2023, arXiv:2310.04378", "Zheng et al. 2024, arXiv:2402.19159"
+_CHUNG = "Chung et al. 2024, arXiv:2406.08070"
 _RES, _XUE = "Zhang et al. 2023, arXiv:2308.02157", "Xue et al. 2023, arXiv:2309.05019"
 _dpmpp = partial(Sampler, spacing_rule="multistep", order=2, highest_order=3, reference=_LU_B)
 
@@ -227,4 +243,7 @@ SAMPLERS: dict[str, Sampler] = {
     "sa_solver": Sampler(sa_solver, "deis", order=2, stochastic=True, scheduler="SASolver", reference=_XUE),
     "lcm": Sampler(lcm, "lcm", stochastic=True, scheduler="LCM", reference=_LUO, consistency=True),
     "tcd": Sampler(tcd, "tcd", stochastic=True, scheduler="TCD", reference=_ZHENG),
+    "euler_cfg_pp": Sampler(euler_cfg_pp, reference=_CHUNG, cfg_pp=True),
+    "euler_a_cfg_pp": Sampler(euler_ancestral_cfg_pp, "euler_a", stochastic=True, reference=_CHUNG, cfg_pp=True),
+    "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, "multistep", order=2, reference=_CHUNG, cfg_pp=True),
 }

@@ -19,6 +19,11 @@ def toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
     return x0 + (target / sigma) * (x - x0)
 
 
+def guided_and_uncond(x0: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return D with guidance and the unconditional one, each like ``x``; where D has no guidance both are the same."""
+    return (x0, x0) if x0.ndim == x.ndim else (x0[0], x0[1])
+
+
 def noised(x: mx.array, up: float, noise: Noise, draw: int) -> mx.array:
     """Add noise of the standard deviation ``up``; at 0 none is drawn."""
     return x + up * noise(draw, x.shape) if up > 0 else x

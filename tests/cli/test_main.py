@@ -298,6 +298,18 @@ def test_a_negative_prompt_without_guidance_is_remarked(run, models, tmp_path, m
     assert run("txt2image", PROMPT, *options).succeeded().remarks == []
 
 
+def test_cfg_pp_reads_the_negative_prompt_at_every_scale(run, tmp_path):
+    """Without remarks; the default scale is in the record."""
+    images = []
+    for negative in ("blue", "a red heart"):
+        given = ["--model", "tiny", "--steps", 4, "--sampler", "euler_cfg_pp", "--n_images", 1, "--seed", 1]
+        path = tmp_path / f"{len(images)}.png"
+        done = run("txt2image", PROMPT, *given, "--output", path, "--negative_prompt", negative).succeeded()
+        images.append(Image.open(path))
+        assert done.remarks == [] and "CFG scale: 0.6" in images[-1].info["parameters"]
+    assert np.abs(np.subtract(*(np.asarray(image, dtype=int) for image in images))).max() > 50
+
+
 @pytest.mark.parametrize(
     "options, remark",
     [

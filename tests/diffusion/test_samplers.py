@@ -64,6 +64,7 @@ ORDERS += [
     ("pndm", {}, 2),  # its weights take all steps for equally long
     ("ipndm", {}, 2),  # likewise
     ("res_multistep", {}, 2),
+    ("dpmpp_2m_cfg_pp", {}, 2),  # where there is no guidance
     ("res_multistep_a", ODE, 2),
     *(("er_sde", {"order": order, "noise_scaler": float}, min(order, 2)) for order in (1, 2, 3)),
     *(("sa_solver", ODE | {"order": p, "corrector_order": c}, min(c, 2)) for p, c in ((1, 1), (2, 1), (1, 2), (2, 2))),
@@ -204,6 +205,8 @@ NAMES = {
     "Res Multistep": ("res_multistep", None),
     "ER SDE Karras": ("er_sde", "karras"),
     "SASolverScheduler": ("sa_solver", None),
+    "euler_ancestral_cfg_pp": ("euler_a_cfg_pp", None),
+    "DPM++ 2M CFG++ Karras": ("dpmpp_2m_cfg_pp", "karras"),
     "kdpm_2_k": ("dpm2", "karras"),  # InvokeAI
 }
 SIMILAR = {

@@ -507,6 +507,43 @@ def c_ipndm(denoise, x, sigmas, noise, order=4):
         yield (x := x + (target - sigma) * sum(w * d for w, d in zip(weights, slopes, strict=True)) if target else x0)
 
 
+def c_euler_a_cfg_pp(denoise, x, sigmas, noise, eta):
+    """ComfyUI's euler_ancestral_cfg_pp for models without flow matching."""
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0, uncond = denoise(x, sigma)
+        up = min(target, eta * math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2))
+        slope = (x - uncond) / sigma
+        yield (x := x0 + math.sqrt(target**2 - up**2) * slope + noise[i] * up)
+
+
+def p_euler_cfg_pp(denoise, x, sigmas, noise):
+    """CFG++ as in the paper: DDIM in variance-preserving scale, with alpha the product of its alphas."""
+    for sigma, target in pairwise(sigmas):
+        x0, uncond = denoise(x, sigma)
+        alpha, next_alpha = 1 / (1 + sigma**2), 1 / (1 + target**2)
+        z, guided, free = math.sqrt(alpha) * x, (x - x0) / sigma, (x - uncond) / sigma
+        clean = (z - math.sqrt(1 - alpha) * guided) / math.sqrt(alpha)
+        z = math.sqrt(next_alpha) * clean + math.sqrt(1 - next_alpha) * free
+        yield (x := z / math.sqrt(next_alpha))
+
+
+def c_dpmpp_2m_cfg_pp(denoise, x, sigmas, noise):
+    """ComfyUI's dpmpp_2m_cfg_pp."""
+    old = None
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        x0, uncond = denoise(x, sigma)
+        if target == 0:
+            yield x0
+            return
+        h = math.log(sigma / target)
+        mix = -math.exp(-h) * uncond
+        if old is not None:
+            r = math.log(sigmas[i - 1] / sigma) / h
+            mix = mix - math.expm1(-h) / (2 * r) * (x0 - old)
+        yield (x := x0 + mix + math.exp(-h) * x)
+        old = uncond
+
+
 ETAS, ORDERS = [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0}], [{}, {"order": 1}, {"order": 2}]
 REFERENCES = {
     "dpmpp_2s_a": (k_dpmpp_2s_ancestral, ETAS),
@@ -514,6 +551,9 @@ REFERENCES = {
     "res_multistep_a": (c_res_multistep_a, ETAS),
     "er_sde": (c_er_sde, ORDERS),
     "ipndm": (c_ipndm, [*ORDERS, {"order": 3}]),
+    "euler_cfg_pp": (p_euler_cfg_pp, [{}]),
+    "euler_a_cfg_pp": (c_euler_a_cfg_pp, ETAS),
+    "dpmpp_2m_cfg_pp": (c_dpmpp_2m_cfg_pp, [{}]),
 }
 
 
@@ -526,8 +566,9 @@ def test_every_step_of_samplers_of_other_programs(name, given, curve):
         x = sigmas[0] * START
 
         def denoise(x, sigma):
-            z = x / math.sqrt(sigma**2 + 1)
-            return x - sigma * model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
+            z, xp = x / math.sqrt(sigma**2 + 1), mx if isinstance(x, mx.array) else np
+            x0 = x - sigma * model(xp, z, schedule.timestep(sigma))
+            return xp.stack([x0, 0.9 * x0 + 0.1 * x]) if SAMPLERS[name].cfg_pp else x0
 
         draw = lambda i, shape: mx.array(NOISE[i])  # noqa: E731
         have = list(SAMPLERS[name].run(denoise, mx.array(x), sigmas, draw, **given))
