@@ -67,9 +67,10 @@ class SettingError(ValueError):
         self.names = names
 
 
+_SIZES_OF = ("", "negative_")
 NUMBERS = {
     "eta": Number(float, 0, 1),
-    "s_noise": Number(float, 0),
+    **dict.fromkeys(("s_noise", "s_churn", "s_tmin", "s_tmax"), Number(float, 0)),
     "order": Number(int, 1, 4),
     "clip_skip": Number(int, 0),
     "guidance_rescale": Number(float, 0, 1),
@@ -80,12 +81,8 @@ NUMBERS = {
     "denoising_start": Number(float, 0, 1),
     "denoising_end": Number(float, 0, 1),
     "eta_noise_seed_delta": Number(int, -(2**32), 2**32),
-    **{
-        f"{of}{size}": Number(int, 0, 65536)
-        for of in ("", "negative_")
-        for size in ("original_size", "crop", "target_size")
-    },
-    **{f"{of}aesthetic_score": Number(float, 0) for of in ("", "negative_")},
+    **{of + size: Number(int, 0, 65536) for of in _SIZES_OF for size in ("original_size", "crop", "target_size")},
+    **{f"{of}aesthetic_score": Number(float, 0) for of in _SIZES_OF},
     "variation_seed": Number(int, 0, 2**63 - 1),
     "variation_strength": Number(float, 0, 1),
 }
@@ -103,9 +100,10 @@ class Options:
         timesteps: the timesteps themselves, descending, in place of their number and spacing.
         sigmas: the noise levels themselves, descending; the last is where the run ends.
         eta: fraction of fresh noise, at least 0, for the samplers that have one.
-        s_noise: factor on that noise, at least 0.
-        prompt_2, negative_prompt_2: what XL's second text encoder reads, one text for all prompts or one for each; None
-            is the same as the first.
+        s_noise: factor on the noise that samplers add, at least 0.
+        s_churn: share of noise, times the steps, that Euler and Heun add before a step (Karras et al. 2022, alg. 2).
+        s_tmin, s_tmax: the sigmas between which they do; None is no limit.
+        prompt_2, negative_prompt_2: for XL's second text encoder, one for all prompts or for each; None is the first.
         order: order of the methods that have several, 1 ... 3 (LMS, UniPC, iPNDM, SA-Solver: 4); None is the sampler's
             or, for the checkpoint's own sampler, the checkpoint's.
         clip_skip: number of the text encoder's last layers to leave out.
@@ -114,16 +112,13 @@ class Options:
         guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
             for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. None is 0.7, the paper's value, for checkpoints
             with zero terminal SNR and v-prediction, and 0 for others.
-        pag_scale: scale of perturbed-attention guidance (Ahn et al. 2024), with classifier-free guidance or alone; 0 is
-            none.
+        pag_scale: scale of perturbed-attention guidance (Ahn et al. 2024), also beside the other; 0 is none.
         pag_layers: parts of the UNet whose self-attentions it perturbs: "mid", "down", "up", or names of modules such
             as "down_blocks.1" and "up.0.attentions.2".
         freeu: (b1, b2, s1, s2), the factors of FreeU (Si et al. 2024) in the first and the second block of the UNet's
             second half: of half of the channels of its map, and of the lowest frequencies of its skips.
-        deep_cache: run the whole UNet in every n-th step only and its last layer in the others (Ma et al. 2023); 1 is
-            exact.
-        token_merging: fraction of positions, 0 ... 0.75, that the UNet's largest self-attentions merge with similar
-            ones (Bolya & Hoffman 2023); 0 is exact.
+        deep_cache: run all of the UNet in every n-th step and else its last layer (Ma et al. 2023); 1 is exact.
+        token_merging: fraction of positions, 0 ... 0.75, that large self-attentions merge (Bolya & Hoffman 2023).
         size_conditioning: the sizes that SDXL is conditioned on (Podell et al. 2023).
         controls: ControlNets and T2I-Adapters with their conditioning images.
         denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
@@ -149,6 +144,9 @@ class Options:
     sigmas: Sequence[float] | None = None
     eta: float | None = None
     s_noise: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
     order: int | None = None
@@ -185,9 +183,13 @@ class Options:
             raise TypeError(f"there is no option {name!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
         return replace(_DEFAULT if options is None else options, **keywords)
 
+    def of_sampler(self) -> dict[str, Any]:
+        """Return the options that are keyword arguments of samplers."""
+        return {name: getattr(self, name) for name in ("eta", "order", "s_churn", "s_tmin", "s_tmax")}
+
     def __post_init__(self) -> None:
         if self.sampler is not None:
-            find_sampler(self.sampler, eta=self.eta, s_noise=self.s_noise, order=self.order)
+            find_sampler(self.sampler, s_noise=self.s_noise, **self.of_sampler())
         for name, number in NUMBERS.items():
             value = getattr(self, name, getattr(self.size_conditioning, name, None))
             for one in value if isinstance(value, tuple | list) else (value,):
@@ -234,6 +236,9 @@ class OptionKeywords(TypedDict, total=False):
     sigmas: Sequence[float] | None
     eta: float | None
     s_noise: float | None
+    s_churn: float | None
+    s_tmin: float | None
+    s_tmax: float | None
     prompt_2: str | Sequence[str] | None
     negative_prompt_2: str | Sequence[str] | None
     order: int | None
@@ -365,7 +370,7 @@ def plan_run(
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
-        sampler_options=run_options(sampler, schedule, steps, eta=options.eta, order=options.order),
+        sampler_options=run_options(sampler, schedule, steps, **options.of_sampler()),
         initial_scale=scale,
         seeds=seeds,
         s_noise=1.0 if options.s_noise is None else options.s_noise,
@@ -379,16 +384,11 @@ def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | 
     if options.sampler is None:
         text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
         raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
-    return find_sampler(options.sampler, eta=options.eta, s_noise=options.s_noise, order=options.order)
+    return find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
 
 
 def _lay_steps(
-    schedule: Schedule,
-    options: Options,
-    num_steps: int | None,
-    default_steps: int,
-    rule: str,
-    curve: str | None,
+    schedule: Schedule, options: Options, num_steps: int | None, default_steps: int, rule: str, curve: str | None
 ) -> Steps:
     """Lay the whole run, where the options say or in ``num_steps`` along a curve."""
     if options.timesteps is not None:

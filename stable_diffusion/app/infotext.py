@@ -9,6 +9,7 @@ the text has no other marks, a prompt with a line that begins with "Negative pro
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -47,6 +48,10 @@ def _schedule(text: str) -> str | None:
     return None if text.lower() == "automatic" else read_schedule(text)
 
 
+def _limit(text: str) -> float | None:
+    return None if float(text) in (0, math.inf) else float(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -74,6 +79,10 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     ),
     "Refiner switch at": ("refiner_start", float, number),
     "Eta": ("eta", float, number),
+    "Sigma churn": ("s_churn", float, number),
+    "Sigma tmin": ("s_tmin", float, number),
+    "Sigma tmax": ("s_tmax", _limit, number),
+    "Sigma noise": ("s_noise", float, number),
     "RNG": (
         "noise_source",
         lambda text: {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}[text.lower()],
@@ -146,8 +155,10 @@ def to_arguments(prompt: str, negative: str, settings: Mapping[str, str]) -> tup
         arguments["sampler"], schedule = arguments["sampler"]
         arguments |= {"schedule": schedule} if schedule and "schedule" not in arguments else {}
     options = SAMPLERS[arguments["sampler"]].option_names if "sampler" in arguments else ()
-    if "eta" in arguments and "eta" not in options:
-        other["Eta"] = number(arguments.pop("eta"))
+    for name in ("Eta", "Sigma churn", "Sigma tmin", "Sigma tmax", "Sigma noise"):
+        field = _FIELDS[name][0]
+        if field in arguments and field not in options:
+            other[name] = number(arguments.pop(field))
     if "hires" in arguments and "strength" in arguments:
         arguments["hires_strength"] = arguments.pop("strength")
     return arguments, other

@@ -51,6 +51,10 @@ FLAGS = {
         "--sampler NAME": "how to denoise, see --list_samplers",
         "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
         "--eta SHARE": "of fresh noise, 0 to 1, for the samplers that have one",
+        "--s_churn N": "noise that euler and heun add before each step: N / steps of what there is, up to 0.41 (0)",
+        "--s_tmin SIGMA": "the lowest noise level at which they do (0)",
+        "--s_tmax SIGMA": "the highest (no limit)",
+        "--s_noise FACTOR": "on all noise that samplers add (1)",
         "--order N": "order of the method, 1 to 4, for the samplers that have several (the sampler's own)",
         "--resize": "how a given image comes to the size: cut to fill it, fitted into it, or stretched (crop)",
         "--strength SHARE": "how far to go from the image: above 0, where little changes, to 1, where nothing is left "

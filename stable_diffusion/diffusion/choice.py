@@ -1,6 +1,5 @@
 """Choose the sampler of a run: by its name, by a checkpoint's scheduler, or a function; and its options in the run."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -11,8 +10,6 @@ from .multistep import singlestep_orders
 from .samplers import SAMPLERS, Sampler, States
 from .schedule import SCHEDULES, Schedule, Steps
 from .schedule_config import ScheduleConfig
-
-_log = logging.getLogger("stable_diffusion")
 
 # Names in other programs (A1111's web UI, ComfyUI, InvokeAI, stable-diffusion.cpp), as `_key` writes them.
 _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
@@ -105,11 +102,8 @@ def guidance_scale(sampler: str | Callable[..., States] | None, cfg_weight: floa
 
 
 def sampler_for(config: ScheduleConfig) -> str | None:
-    """Return the sampler of a checkpoint's scheduler, or the nearest one with a warning in the log, or None."""
-    name = None if config.missing else _scheduler_sampler(config)
-    if name is not None and config.not_followed:
-        _log.warning("the checkpoint asks for %s; the nearest sampler here is %s", describe(config), name)
-    return name
+    """Return the sampler that computes a checkpoint's scheduler, or None."""
+    return None if config.missing else _scheduler_sampler(config)
 
 
 def _scheduler_sampler(config: ScheduleConfig) -> str | None:
@@ -136,8 +130,8 @@ def _scheduler_options(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def describe(config: ScheduleConfig) -> str:
-    """Name a checkpoint's scheduler, with the settings for which no sampler here has the same method."""
-    return listed((config.class_name, *config.missing, *config.not_followed), most=4)
+    """Name a checkpoint's scheduler, with the settings that no sampler here computes."""
+    return listed((config.class_name, *config.missing), most=4)
 
 
 def clip_for(sampler: Sampler, config: ScheduleConfig) -> Clip | None:
@@ -154,8 +148,8 @@ def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: An
 
     The settings of a checkpoint's scheduler hold for the sampler that computes it.
     """
-    config, names = schedule.config, sampler.option_names
-    options = _scheduler_options(config) if _is_own(sampler, config) else {}
+    config, names, is_own = schedule.config, sampler.option_names, _is_own(sampler, schedule.config)
+    options = _scheduler_options(config) if is_own else {}
     options = {name: value for name, value in options.items() if name in names}
     options |= {name: value for name, value in chosen.items() if value is not None}
     if not len(steps):
@@ -173,6 +167,8 @@ def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: An
         )[skipped:],
         "clip": lambda: clip_for(sampler, config),
         "taus": lambda: [options.get("eta", 1.0) * (200 <= t <= 800) for t in steps.timesteps],  # as in diffusers
+        "noise_sigmas": lambda: schedule.beta_sigmas(steps) if is_own and "large" in config.variance_type else None,
+        "half_sigmas": lambda: schedule.half_sigmas(steps) if is_own and not config.skip_prk_steps else (),
         "disable_corrector": lambda: [step - skipped for step in config.disable_corrector],
     }
     return {name: of_run[name]() for name in names & of_run.keys()} | options

@@ -37,11 +37,14 @@ def pndm(
     velocity: bool = False,
     target_sigmas: Sigmas | None = None,
     repeat_sigma: float | None = None,
+    half_sigmas: Sequence[tuple[float, float]] = (),
 ) -> States:
     """Run the pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the noise.
 
-    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both its ends. With ``velocity``
-    the model predicts v, which is extrapolated in place of the noise. ``target_sigmas`` as for :func:`ddim`.
+    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both its ends. Where there are
+    ``half_sigmas``, see ``Schedule.half_sigmas``, these steps are of Runge and Kutta's method in its place (algorithm
+    1). With ``velocity`` the model predicts v, which is extrapolated in place of the noise. ``target_sigmas`` as for
+    :func:`ddim`.
     """
     target_sigmas = sigmas[1:] if target_sigmas is None else target_sigmas
     history: list[tuple[float, mx.array]] = []
@@ -58,14 +61,32 @@ def pndm(
 
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         history = [(sigma, prediction(x, sigma)), *history][:4]
-        e = blend(history, _ADAMS_BASHFORTH[len(history) - 1])
-        ahead = relabel(transfer(x, e, sigma, target_sigmas[i]), target_sigmas[i], after)
-        if i == 0 and len(sigmas) > 2:
+        if i < len(half_sigmas):
+            ahead = _runge_kutta(prediction, transfer, x, history[0][1], (sigma, *half_sigmas[i], after))
+        else:
+            e = blend(history, _ADAMS_BASHFORTH[len(history) - 1])
+            ahead = relabel(transfer(x, e, sigma, target_sigmas[i]), target_sigmas[i], after)
+        if len(history) == 1 and not half_sigmas and len(sigmas) > 2:
             start = sigma if repeat_sigma is None else repeat_sigma
             e = (e + prediction(ahead, after)) / 2
             ahead = transfer(relabel(x, sigma, start), e, start, after)
         x = ahead
         yield x
+
+
+def _runge_kutta(
+    prediction: Callable[[mx.array, float], mx.array],
+    transfer: Callable[[mx.array, mx.array, float, float], mx.array],
+    x: mx.array,
+    first: mx.array,
+    levels: tuple[float, float, float, float],
+) -> mx.array:
+    """Make a step of fourth order from a ``first`` prediction and three more; ``levels`` are start, 2 halves, end."""
+    sigma, left, half, target = levels
+    second = prediction(relabel(transfer(x, first, sigma, left), left, half), half)
+    third = prediction(transfer(x, second, sigma, half), half)
+    last = prediction(transfer(x, third, sigma, target), target)
+    return transfer(x, (first + 2 * second + 2 * third + last) / 6, sigma, target)
 
 
 _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

@@ -36,12 +36,37 @@ from .multistep import (
     sa_solver,
     unipc,
 )
-from .transitions import Denoise, Noise, Sigmas, States, ancestral, guided_and_uncond, noised, relabel, toward
+from .transitions import (
+    Denoise,
+    Noise,
+    Sigmas,
+    States,
+    ancestral,
+    churned,
+    guided_and_uncond,
+    noised,
+    relabel,
+    toward,
+)
 
 
-def euler(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
-    """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn)."""
-    for sigma, target in pairwise(sigmas):
+def euler(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+) -> States:
+    """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 2 without its second slope).
+
+    With ``s_churn``, 0 ... 0.41 times the number of steps, noise is added before each step from a sigma between
+    ``s_tmin`` and ``s_tmax``, see :func:`transitions.churned`.
+    """
+    for i, target in enumerate(sigmas[1:]):
+        x, sigma = churned(x, sigmas, noise, i, s_churn, s_tmin, s_tmax)
         x = toward(x, denoise(x, sigma), sigma, target)
         yield x
 
@@ -63,9 +88,22 @@ def euler_ancestral_cfg_pp(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise:
         yield x
 
 
-def heun(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
-    """Run Heun's method (Karras et al. 2022, algorithm 1): mean slope of both ends; the step to 0 is Euler's."""
-    for sigma, target in pairwise(sigmas):
+def heun(
+    denoise: Denoise,
+    x: mx.array,
+    sigmas: Sigmas,
+    noise: Noise,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+) -> States:
+    """Run Heun's method (Karras et al. 2022, algorithm 2): mean slope of both ends; the step to 0 is Euler's.
+
+    ``s_churn``, ``s_tmin`` and ``s_tmax`` as for :func:`euler`.
+    """
+    for i, target in enumerate(sigmas[1:]):
+        x, sigma = churned(x, sigmas, noise, i, s_churn, s_tmin, s_tmax)
         x0 = denoise(x, sigma)
         ahead = toward(x, x0, sigma, target)
         if target > 0:
@@ -102,17 +140,19 @@ def ddim(
     eta: float = 0.0,
     target_sigmas: Sigmas | None = None,
     clip: Callable[[mx.array], mx.array] | None = None,
+    noise_sigmas: Sigmas | None = None,
 ) -> States:
     """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
 
-    The standard deviation of that noise, eq. 16, is ``eta`` times the one of ancestral sampling. ``target_sigmas`` are
-    the levels that the steps lead to, where the next steps start at other ones. ``clip`` limits x0 alone: the noise in
-    ``x`` is taken from the estimate before.
+    The standard deviation of that noise, eq. 16, is ``eta`` times the one of ancestral sampling, or ``noise_sigmas``.
+    ``target_sigmas`` are the levels that the steps lead to, where the next steps start at other ones. ``clip`` limits
+    x0 alone: the noise in ``x`` is taken from the estimate before.
     """
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         target = after if target_sigmas is None else target_sigmas[i]
         down, up = ancestral(sigma, target, eta)
         x0 = denoise(x, sigma)
+        up = up if noise_sigmas is None else noise_sigmas[i]
         x = noised(toward(x, x0, sigma, down), up, noise, i)
         if clip is not None:
             x = x + (clip(x0) - x0)
@@ -202,7 +242,7 @@ class Sampler:
         parameters = inspect.signature(self.run).parameters.values()
         names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
         names -= getattr(self.run, "keywords", {}).keys()
-        return names | {"s_noise"} if self.stochastic or "eta" in names else names
+        return names | {"s_noise"} if self.stochastic or names & {"eta", "s_churn"} else names
 
 
 _two = partial(Sampler, order=2, evaluations=2)

@@ -256,6 +256,25 @@ class Schedule:
             return steps.sigmas[0]
         return self.sigma(steps.timesteps[1] + steps.stride)
 
+    def half_sigmas(self, steps: Steps) -> list[tuple[float, float]]:
+        """Return, for each of PNDM's three first steps, the levels that its first half leads to and that follows.
+
+        In diffusers the half is half a ``stride`` down, and what follows is half a stride above the end of the step. A
+        run of less than four steps has none.
+        """
+        if len(steps) < 4:
+            return []
+        if not steps.stride:
+            return [(math.sqrt(a * b),) * 2 for a, b in pairwise(steps.sigmas[:4])]
+        half = steps.stride // 2
+        return [(self.sigma(t - half), self.sigma(below + half)) for t, below in pairwise(steps.timesteps[:4])]
+
+    def beta_sigmas(self, steps: Steps) -> list[float]:
+        """Return the noise of DDPM's steps with the variance beta (Ho et al. 2020, 3.2); the step from 0 has none."""
+        shares = [(a**2 - b**2) / (1 + a**2) for a, b in pairwise(steps.sigmas)]  # the betas
+        targets = zip(shares, steps.sigmas[1:], steps.timesteps, strict=True)
+        return [math.sqrt(beta * (1 + target**2)) if t > 0 else 0.0 for beta, target, t in targets]
+
     def tcd_sigmas(self, steps: Steps, gamma: float) -> list[float]:
         """Return the levels that TCD leaps to: (1 - gamma) of the timestep of each target, rounded down."""
         timesteps = (*steps.timesteps[1:], 0.0)

@@ -33,14 +33,13 @@ _DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
 }
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "DDIMScheduler": _CLIPPED,
-    "DDPMScheduler": _CLIPPED | {"variance_type": ("fixed_small",)},
+    "DDPMScheduler": _CLIPPED | {"variance_type": _DPM_SOLVER["variance_type"]},
     "DEISMultistepScheduler": _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": _SOLVER_TYPES},
     "DPMSolverMultistepScheduler": _DPM_SOLVER | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver")},
     "DPMSolverSinglestepScheduler": _DPM_SOLVER,
     "EulerDiscreteScheduler": {"interpolation_type": ("linear", "log_linear")},
     "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
-    "PNDMScheduler": {"skip_prk_steps": (True,)},
     "SASolverScheduler": _THRESHOLDED
     | {
         "predictor_order": (1, 2, 3, 4),
@@ -67,9 +66,6 @@ _PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "timestep_type": ("EulerDiscreteScheduler",),
     "use_lu_lambdas": _DPM[:1],
 }
-
-# Other values of these are another start of the same method, which without them is the nearest one.
-_NEAR: Mapping[str, tuple] = {"skip_prk_steps": (False,)}
 
 # What an absent setting is for a class, where it is not the first value above or the default of the field below.
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -108,9 +104,8 @@ class ScheduleConfig(Config):
     sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
     ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default those
     of the training; ``lambda_min_clipped`` bounds -log(sigma) from below. With ``timestep_type`` "continuous" the
-    network gets log(sigma) / 4. ``not_followed`` lists settings of the preferred sampler, such as
-    "skip_prk_steps=False", without which the sampler here is near it; ``missing`` lists those without which it draws
-    other images, such as "thresholding=True", and unknown ones.
+    network gets log(sigma) / 4. ``missing`` lists settings of the preferred sampler that none here computes, such as
+    "solver_order=4", and unknown ones.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -149,7 +144,8 @@ class ScheduleConfig(Config):
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    not_followed: tuple[str, ...] = ()
+    variance_type: str = "fixed_small"
+    skip_prk_steps: bool = True
     missing: tuple[str, ...] = ()
 
     @classmethod
@@ -172,11 +168,10 @@ class ScheduleConfig(Config):
         raw = {key: value for key, value in raw.items() if name in _PLACEMENT.get(key, (name,))}
         if raw.get("prediction_type") != "v_prediction":  # as in diffusers
             raw.pop("timestep_type", None)
-        near, missing = cls._unsupported(name, raw)
         curves += ["lu"] if raw.get("use_lu_lambdas") and curves != ["karras"] else []
         chosen = {"class_name": name, "sigma_schedule": curves[-1] if curves else "default"}
         chosen |= dict.fromkeys({"clip_sample", "thresholding"} - _CLASS_SETTINGS.get(name, {}).keys(), False)
-        config = super().from_dict({**raw, **chosen, "not_followed": near, "missing": missing})
+        config = super().from_dict({**raw, **chosen, "missing": cls._unsupported(name, raw)})
         low, high = config.sigma_min, config.sigma_max
         if low is not None and not 0 < low < (math.inf if high is None else high):
             raise ValueError(f"scheduler config: sigma_min={low} must lie between 0 and sigma_max={high}")
@@ -190,17 +185,17 @@ class ScheduleConfig(Config):
         return config
 
     @classmethod
-    def _unsupported(cls, name: str, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the settings that the samplers here lack: those with a near method, and those without and unknown."""
-        own, near, missing = _CLASS_SETTINGS.get(name, {}), [], []
+    def _unsupported(cls, name: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the settings that the samplers here lack, and unknown ones."""
+        own, missing = _CLASS_SETTINGS.get(name, {}), []
         others = [field.name for field in fields(cls)] + [key for keys in _CLASS_SETTINGS.values() for key in keys]
         others += [*_NOISE_SETTINGS, *_WITHOUT_EFFECT, *_CURVE_FLAGS, *_PLACEMENT]
         for key, value in raw.items():
             if key in own:
                 if value not in own[key]:
-                    (near if value in _NEAR.get(key, ()) else missing).append(f"{key}={short(value)}")
+                    missing.append(f"{key}={short(value)}")
             elif not (key in others or key.startswith("_") or value in (False, [], {})):
                 missing.append(f"{key}={short(value)}")
         if raw.get("timestep_type") == "continuous" and raw.get("interpolation_type") == "log_linear":
             missing.append("interpolation_type='log_linear'")  # of which diffusers makes a step more than asked for
-        return tuple(near), tuple(missing)
+        return tuple(missing)

@@ -29,6 +29,22 @@ def noised(x: mx.array, up: float, noise: Noise, draw: int) -> mx.array:
     return x + up * noise(draw, x.shape) if up > 0 else x
 
 
+def churned(
+    x: mx.array, sigmas: Sigmas, noise: Noise, step: int, s_churn: float, s_tmin: float, s_tmax: float
+) -> tuple[mx.array, float]:
+    """Add noise before a step, up to the level that is returned too (Karras et al. 2022, algorithm 2, lines 4 to 6).
+
+    It lies above sigma by the share ``s_churn / steps`` of it, at most sqrt(2) - 1. Where sigma does not lie between
+    ``s_tmin`` and ``s_tmax``, there is no noise.
+    """
+    sigma = sigmas[step]
+    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    if gamma == 0 or not s_tmin <= sigma <= s_tmax:
+        return x, sigma
+    level = (1 + gamma) * sigma
+    return noised(x, math.sqrt(level**2 - sigma**2), noise, step), level
+
+
 def ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
     """Split a step to ``target`` into an ODE step down to the first value and noise of the second, ``up <= target``."""
     up = min(target, eta * math.sqrt(max(target**2 * (sigma**2 - target**2) / sigma**2, 0.0)))

@@ -75,6 +75,10 @@ def test_a_text_of_another_program():
         ("RNG: NV", {"noise_source": "cuda"}),
         ('Prompt 2: "a cat, film", Negative prompt 2: ', {"prompt_2": "a cat, film", "negative_prompt_2": ""}),
         ("Variation seed: 7, Variation seed strength: 0.2", {"variation_seed": 7, "variation_strength": 0.2}),
+        ("Sampler: Euler a, Sigma noise: 1.003", {"sampler": "euler_a", "s_noise": 1.003}),
+        ("Sampler: Heun, Sigma churn: 4, Sigma tmin: 0.5", {"sampler": "heun", "s_churn": 4.0, "s_tmin": 0.5}),
+        ("Sampler: Euler, Sigma tmax: 9, Sigma tmin: 0", {"sampler": "euler", "s_tmax": 9.0, "s_tmin": 0.0}),
+        ("Sampler: Euler, Sigma tmax: inf", {"sampler": "euler"}),
         ("Sampler: DDIM, Eta DDIM: 1", {"sampler": "ddim", "eta": 1.0}),
     ],
 )
@@ -89,6 +93,7 @@ def test_settings_as_fields(settings, fields):
     [
         'Hashes: {"model": "1", "lora:x": "2"}',
         "Eta: 1",
+        "Sigma churn: 4",
         "Steps: many",
         "Size: 512",
         "Sampler: DPM fast",
@@ -108,8 +113,11 @@ def test_every_field_comes_back():
     values |= {"strength": 0.3, "clip_skip": 2, "mask_blur": 1.5, "refiner_start": 0.75, "width": 64, "height": 72}
     values |= {"eta": 0.5, "noise_source": "torch", "eta_noise_seed_delta": 31337}
     values |= {"variation_seed": 9, "variation_strength": 0.25}
+    values |= {"s_noise": 1.1}
     found, other = as_arguments(write("a", "b", values | {"size": (64, 72)}, {}))
     assert (found, other) == ({"prompt": "a", "negative_prompt": "b"} | values, {})
+    churn = {"sampler": "euler", "s_churn": 4.0, "s_tmin": 0.5, "s_tmax": 9.25, "steps": 3, "seed": 1}
+    assert as_arguments(write("a", "b", churn, {})) == ({"prompt": "a", "negative_prompt": "b"} | churn, {})
     hires = {"hires": 1.5, "hires_steps": 3, "hires_upscaler": "pixels", "hires_strength": 0.3}
     assert as_arguments(write("a", "b", hires, {}))[0] == {"prompt": "a", "negative_prompt": "b"} | hires
 

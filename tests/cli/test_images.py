@@ -137,6 +137,8 @@ CHANGES = {
     ("txt2image", "sd", "--steps 4"): "--pag_scale 99; --freeu 1.5,1.6,0.9,0.2; --deep_cache 2; --schedule karras",
     ("txt2image", "sd", "--steps 4 --pag_scale 30"): "--pag_layers up",
     ("txt2image", "sd", "--steps 4 --sampler dpmpp_2m"): "--order 1",
+    ("txt2image", "sd", "--sampler euler"): "--s_churn 1",
+    ("txt2image", "sd", "--sampler euler --s_churn 1"): "--s_tmin 99; --s_tmax 0.1; --s_noise 2",
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
     ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels",

@@ -84,7 +84,7 @@ def test_defaults_of_models_for_few_steps(sd, defaults, num_steps, given, expect
         ({"sigmas": [1.0, 0.0], "num_steps": 2}, "num_steps 2 does not fit the 1 steps"),
         ({"timesteps": [1, 900]}, "must descend"),
         ({"schedule": "curly"}, "schedule 'curly' is unknown"),
-        ({"sampler": "euler", "s_noise": 0.5}, "euler takes no s_noise"),
+        ({"sampler": "lms", "s_noise": 0.5}, "lms takes no s_noise"),
         ({"sampler": "lcm", "num_steps": 51}, "distilled for 50"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_function_is_a_sampler_and_gets_the_options_of_the_run(sd):
 
 @pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if "s_noise" in row.option_names])
 def test_s_noise_is_a_factor_on_the_noise(sd, sampler):
-    given = {"eta": 0.7} if "eta" in SAMPLERS[sampler].option_names else {}
+    given = {name: 0.7 for name in ("eta", "s_churn") if name in SAMPLERS[sampler].option_names}
     half, of_half, quarter = (
         states(sd, num_steps=3, sampler=sampler, noise=lambda i, s, c=c: c * mx.ones(s), s_noise=f, **given)
         for c, f in ((1.0, 0.5), (0.5, 1.0), (0.5, 0.5))

@@ -257,18 +257,20 @@ def test_what_is_not_computed_is_refused_in_one_line(raw, message):
 
 
 @pytest.mark.parametrize(
-    "raw, not_followed",
+    "raw, missing",
     [
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "solver_type": "heun"}, 0),
-        ({"_class_name": "EulerDiscreteScheduler", "solver_order": 3}, 0),
-        ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, 1),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4, "solver_type": "heun"}, 1),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, 1),
+        ({"_class_name": "EulerDiscreteScheduler", "solver_order": 3, "skip_prk_steps": False}, 0),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, 0),
         ({"use_beta_sigmas": True, "use_karras_sigmas": False}, 0),
     ],
 )
-def test_settings_that_are_not_followed(raw, not_followed):
+def test_settings_that_are_not_computed(raw, missing):
     config = ScheduleConfig.from_dict(raw)
     settings = [f"{key}={value!r}" for key, value in raw.items() if key != "_class_name"]
-    assert config.not_followed == tuple(settings[:not_followed])
+    assert config.missing == tuple(settings[:missing])
     assert config.sigma_schedule == ("beta" if "use_beta_sigmas" in raw else "default")
 
 

@@ -18,7 +18,7 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.diffusion.choice import run_options
-from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler
+from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler, to_x0
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
@@ -140,6 +140,11 @@ def begin(name: str, scheduler, start: int) -> torch.Tensor:
     """Let the scheduler begin at its step ``start``; returns the timesteps from there."""
     if name == "lms":  # see test_from_the_middle
         scheduler.sigmas, timesteps, start = scheduler.sigmas[start:], scheduler.timesteps[start:], 0
+    elif name == "pndm" and start and not scheduler.config.skip_prk_steps:
+        left = scheduler._timesteps[::-1][start:]
+        half = 1000 // len(scheduler._timesteps) // 2
+        scheduler.prk_timesteps = [t for a, b in pairwise(left[:4]) for t in (a, b + half, b + half, b)]
+        timesteps = torch.tensor([*scheduler.prk_timesteps, *left[3:]]).long()
     elif name == "pndm" and start:
         left = scheduler.timesteps[1 + start :]
         timesteps = torch.cat([left[:2], left[1:]])
@@ -171,8 +176,12 @@ def theirs(name, scheduler, count, start=0, custom=None, float64=False, **at_ste
         for i, t in enumerate(timesteps):
             z = scheduler.scale_model_input(x, t)
             x = scheduler.step(torch.from_numpy(model(np, z.numpy(), float(t))), t, x, **at_step).prev_sample
-            half = not getattr(scheduler, "state_in_first_order", True) and i < len(timesteps) - 1
-            if not half and not (name == "pndm" and i == 0 and len(timesteps) > 1):
+            inner = not getattr(scheduler, "state_in_first_order", True) and i < len(timesteps) - 1
+            if name == "pndm" and scheduler.config.skip_prk_steps:
+                inner = i == 0 and len(timesteps) > 1
+            elif name == "pndm":
+                inner = i < 12 and i % 4 < 3
+            if not inner:
                 keep(x, getattr(scheduler, "step_index", 0))
     return states
 
@@ -402,6 +411,30 @@ def test_share_of_fresh_noise_of_sa_solver(eta, algorithm):
     compare("sa_solver", chosen={"eta": eta}, tau_func=tau, algorithm_type=algorithm, corrector_order=3)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("variance", ["fixed_small_log", "fixed_large", "fixed_large_log"])
+def test_every_step_with_another_variance(variance, prediction):
+    """diffusers takes the root of a logarithm for "fixed_large_log", which is NaN; it means "fixed_large"."""
+    if variance == "fixed_large_log":
+        settings = {"_class_name": "DDPMScheduler", "prediction_type": prediction}
+        runs = [ours("ddpm", settings | {"variance_type": kind}, 7) for kind in ("fixed_large", variance)]
+        assert all(map(np.array_equal, *runs))
+        return
+    for spacing in SPACINGS:
+        compare("ddpm", timestep_spacing=spacing, variance_type=variance, prediction_type=prediction)
+    compare("ddpm", [10], 5, variance_type=variance, prediction_type=prediction, steps_offset=1)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_step_from_a_start_of_runge_kutta(spacing, prediction):
+    """From four steps on, as in diffusers, also where half of the distance is no whole number (of 8, 25 and 30)."""
+    settings = {"skip_prk_steps": False, "timestep_spacing": spacing, "prediction_type": prediction}
+    compare("pndm", (4, 5, 7, 8, 25, 30), **settings)
+    compare("pndm", (4, 25), set_alpha_to_one=True, steps_offset=1, **settings)
+    compare("pndm", [12], 5, **settings)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, eta):
@@ -575,3 +608,71 @@ def test_every_step_of_samplers_of_other_programs(name, given, curve):
         want = list(REFERENCES[name][0](denoise, x.astype(np.float64), sigmas, NOISE, **given))
         assert len(have) == len(want) == count
         assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND
+
+
+# Churn: Karras et al. 2022, algorithm 2, as k-diffusion has it.
+
+
+def k_churn(name, denoise, x, sigmas, noise, s_churn, s_tmin=0.0, s_tmax=math.inf):
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        level = sigma * (gamma + 1) if gamma else sigma  # which knows its timestep
+        x = x + noise[i] * (level**2 - sigma**2) ** 0.5
+        d = (x - denoise(x, level)) / level
+        ahead = x + d * (target - level)
+        if name == "heun" and target > 0:
+            ahead = x + (d + (ahead - denoise(ahead, target)) / target) / 2 * (target - level)
+        yield (x := ahead)
+
+
+CHURNS = ({"s_churn": 0.0}, {"s_churn": 2.0}, {"s_churn": 99.0}, {"s_churn": 8.0, "s_tmin": 0.3, "s_tmax": 8.0})
+
+
+@pytest.mark.parametrize("churn", CHURNS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("curve", ["default", "karras"])
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_churn(name, curve, prediction, churn):
+    schedule = Schedule(ScheduleConfig(**SCALED, prediction_type=prediction))
+
+    def denoise(x, sigma):
+        z = x / math.sqrt(sigma**2 + 1)
+        output = model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
+        return to_x0(output, x, sigma, prediction)
+
+    for count in COUNTS:
+        for spacing in SPACINGS[: None if curve == "default" else 1]:
+            sigmas = schedule.steps(count, spacing=spacing, schedule=curve).sigmas
+            x, draws = sigmas[0] * START, []
+            draw = lambda i, shape: draws.append(i) or mx.array(NOISE[i])  # noqa: B023, E731
+            have = list(SAMPLERS[name].run(denoise, mx.array(x, dtype=mx.float64), sigmas, draw, **churn))
+            want = list(k_churn(name, denoise, x.astype(np.float64), sigmas, NOISE, **churn))
+            assert len(have) == len(want) == count
+            assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= BOUND
+            low, high = churn.get("s_tmin", 0.0), churn.get("s_tmax", math.inf)
+            assert draws == [i for i in range(count) if churn["s_churn"] and low <= sigmas[i] <= high]
+
+
+@pytest.mark.parametrize("churn", CHURNS[1:])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_churn_in_diffusers(spacing, churn):
+    """Its pipelines run the network before the noise is added; here it is given the output for the noisier latents."""
+    for count in COUNTS:
+        scheduler = make("euler", timestep_spacing=spacing)
+        schedule = Schedule(ScheduleConfig.from_dict(dict(scheduler.config)))
+        have = ours("euler", dict(scheduler.config), count, **churn)
+        scheduler.set_timesteps(count)
+        x = torch.from_numpy(START) * scheduler.init_noise_sigma
+        for i, t in enumerate(scheduler.timesteps):
+            sigma, after = map(float, scheduler.sigmas[i : i + 2])
+            is_churned = churn.get("s_tmin", 0.0) <= sigma <= churn.get("s_tmax", math.inf)
+            level = sigma * (1 + min(churn["s_churn"] / count, 2**0.5 - 1) * is_churned)
+            noisier = x.numpy() + math.sqrt(level**2 - sigma**2) * NOISE[i]
+            timestep = schedule.timestep(level) if is_churned else float(t)
+            output = torch.from_numpy(model(np, noisier / math.sqrt(level**2 + 1), timestep))
+            scheduler.scale_model_input(x, t)
+            drawn = mock.Mock(return_value=torch.from_numpy(NOISE[i]))
+            with mock.patch("diffusers.schedulers.scheduling_euler_discrete.randn_tensor", drawn):
+                x = scheduler.step(output, t, x, **churn).prev_sample
+            assert drawn.called == is_churned
+            assert relative_error(have[i + 1], x.numpy() / math.sqrt(after**2 + 1)) <= BOUND
