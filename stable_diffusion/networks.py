@@ -20,7 +20,8 @@ from .lora.layers import AttachedLoRA, attach, check_fit, fuse
 from .models import cpu, tiling
 from .models.config import CLIPTextConfig
 from .models.controlnet import ControlNetModel, T2IAdapter
-from .options import Prompt, RunDefaults
+from .options import Prompt
+from .planning import RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
 from .text.tokenizer import Tokenizer
 from .weights.catalog import describe_settings, few_step_settings

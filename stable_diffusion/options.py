@@ -1,7 +1,6 @@
-"""Options of a run: every setting of ``generate_latents`` that has a default, checked once, and the run they decide."""
+"""Options of a run: every setting of ``generate_latents`` that has a default, checked once."""
 
 import math
-import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,12 +9,10 @@ from typing import Any, ClassVar, TypedDict
 
 import mlx.core as mx
 
-from .diffusion.choice import describe, find_sampler, read_name, read_schedule, run_options
+from .diffusion.choice import find_sampler, read_schedule
 from .diffusion.controls import Control
 from .diffusion.generators import NOISE_SOURCES
-from .diffusion.sample import Run
-from .diffusion.samplers import Noise, Sampler, States
-from .diffusion.schedule import Schedule, Steps
+from .diffusion.samplers import Noise, States
 from .diffusion.schedule_config import SPACINGS
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
@@ -293,128 +290,3 @@ class Prompts:
         """Return the number of images for ``n_images`` of each prompt; ValueError below 1."""
         Number(int, 1).check("n_images", n_images)
         return n_images * (1 if isinstance(self.text, str) else len(self.text))
-
-
-@dataclass(frozen=True)
-class RunDefaults:
-    """Hold what a run takes where it is not specified: the choices of a checkpoint or of a LoRA for few steps."""
-
-    sampler: str | None  # None: none here computes what the checkpoint asks for
-    num_steps: int
-    cfg_weight: float
-    spacing: str | None = None
-    eta: float | None = None
-    timesteps: tuple[float, ...] | None = None
-
-    def with_sampler(self, name: str) -> "RunDefaults":
-        """Return the defaults with another sampler, to which eta and timesteps do not belong."""
-        return self if name == self.sampler else replace(self, sampler=name, eta=None, timesteps=None)
-
-    def fill(self, options: Options, num_steps: int | None) -> Options:
-        """Fill in sampler, eta and the place of the steps where ``options`` leave them open.
-
-        All but the sampler is for that of these defaults: with another one ``options`` stay as they are.
-        """
-        chosen = options.sampler
-        standard = None if self.sampler is None else read_name(self.sampler)[0]
-        if callable(chosen) or (chosen is not None and read_name(chosen)[0] != standard):
-            return options
-        values: dict[str, Any] = {"sampler": self.sampler if chosen is None else chosen}
-        values["eta"] = self.eta if options.eta is None else options.eta
-        if options.spacing is options.timesteps is options.sigmas is None:
-            if self.timesteps is None or options.schedule is not None or num_steps not in (None, self.num_steps):
-                values["spacing"] = self.spacing
-            else:
-                values["timesteps"] = self.timesteps
-        return replace(options, **values)
-
-
-_NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta", "variation_strength")  # taken as is
-
-
-def plan_run(
-    schedule: Schedule,
-    options: Options,
-    defaults: RunDefaults,
-    *,
-    num_steps: int | None,
-    seeds: tuple[int, ...],
-    strength: float = 1.0,
-    is_xl: bool = False,
-) -> Run:
-    """Decide the steps, the sampler and the random numbers of a run before anything is computed.
-
-    Args:
-        num_steps: None is the default.
-        strength: fraction of the steps to take, rounded down as in diffusers, but to at least one above 0.
-        is_xl: take SDXL's variant of a curve that has one.
-
-    Raises ValueError for a number of steps that the model cannot take, or an option that the sampler does not have.
-    """
-    Number(int, 1).check("num_steps", num_steps)
-    Number(float, 0, 1).check("strength", strength)
-    options = defaults.fill(options, num_steps)
-    sampler, curve = _find_sampler(options, schedule)
-    curve = curve if options.schedule is None else read_schedule(options.schedule)
-    curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
-    steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, curve)
-    after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
-    count = max(math.floor(len(steps) * strength + 1e-9), int(strength > 0))  # 50 * 0.58 = 28.999999999999996
-    if options.denoising_start > 0:
-        count = min(count, schedule.remaining(steps, options.denoising_start))
-    steps = steps.last(count) if count < len(steps) else steps
-    scale = schedule.initial_scale(steps, sampler.spacing_rule, options.spacing) if len(steps) else 1.0
-    if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
-        scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
-    return Run(
-        steps=steps,
-        length=max(len(steps) - after_end, 0),
-        sampler=sampler,
-        sampler_options=run_options(sampler, schedule, steps, **options.of_sampler()),
-        initial_scale=scale,
-        seeds=seeds,
-        s_noise=1.0 if options.s_noise is None else options.s_noise,
-        variation_seeds=image_seeds(options.variation_seed, len(seeds)) if options.variation_strength else (),
-        **{name: getattr(options, name) for name in _NOISE_OPTIONS},
-    )
-
-
-def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | None]:
-    """Find the sampler of filled options. Raises ValueError where none here computes the checkpoint's scheduler."""
-    if options.sampler is None:
-        text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
-        raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
-    return find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
-
-
-def _lay_steps(
-    schedule: Schedule, options: Options, num_steps: int | None, default_steps: int, rule: str, curve: str | None
-) -> Steps:
-    """Lay the whole run, where the options say or in ``num_steps`` along a curve."""
-    if options.timesteps is not None:
-        steps = schedule.at_timesteps(options.timesteps, rule)
-    elif options.sigmas is not None:
-        steps = schedule.at_sigmas(options.sigmas)
-    else:
-        return schedule.steps(default_steps if num_steps is None else num_steps, rule, options.spacing, curve)
-    if num_steps not in (None, len(steps)):
-        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
-    return steps
-
-
-def image_seeds(seed: int | Sequence[int] | None, n_images: int, counts: bool = True) -> tuple[int, ...]:
-    """Return one seed for each image: ``seed``, ``seed + 1``, ..., the given list, or random ones for None.
-
-    Without ``counts`` all are the first, unless there is a list. Raises ValueError for a seed that is no whole number
-    of at least 0, and for a list of another length.
-    """
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
-        seeds = tuple(seed)
-        if len(seeds) != n_images:
-            raise ValueError(f"{len(seeds)} seeds for {n_images} images; give one for the first, or one for each")
-    else:
-        first = secrets.randbits(32) if seed is None else seed
-        seeds = tuple(first + i * counts for i in range(n_images)) if isinstance(first, int) else (first,)
-    for value in seeds:
-        Number(int, 0).check("seed", value)
-    return seeds

@@ -28,7 +28,8 @@ from .models.config import readable
 from .models.layers import timestep_embedding
 from .models.unet import UNet2DConditionModel
 from .networks import Networks, check_mlx
-from .options import Number, OptionKeywords, Options, Prompt, Prompts, RunDefaults, image_seeds, plan_run
+from .options import Number, OptionKeywords, Options, Prompt, Prompts
+from .planning import RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning
 from .weights.files import Checkpoint, open_checkpoint
 

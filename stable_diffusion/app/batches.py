@@ -13,8 +13,9 @@ from ..diffusion.choice import guidance_scale, is_cfg_pp
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas
-from ..options import RunDefaults, SettingError
+from ..options import SettingError
 from ..pipeline import StableDiffusion
+from ..planning import RunDefaults
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
 from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, upscale

@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora.delta import Scale
 from ..options import NUMBERS as OPTION_NUMBERS
-from ..options import Number, Options, SettingError, image_seeds
+from ..options import Number, Options, SettingError
+from ..planning import image_seeds
 from ..text.alternatives import expand as expand_prompt
 from ..text.encode import SizeConditioning
 from ..text.prompt import EMPHASES

@@ -17,7 +17,7 @@ from oracle import last
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app.convert import convert
 from stable_diffusion.app.request import Request
-from stable_diffusion.options import RunDefaults
+from stable_diffusion.planning import RunDefaults
 from stable_diffusion.weights.files import open_checkpoint
 
 

@@ -9,7 +9,8 @@ from checkpoints import SCALED, both, make
 from oracle import picture, relative_error
 from stable_diffusion import SAMPLERS, StableDiffusion
 from stable_diffusion.diffusion.samplers import dpmpp_2m, euler
-from stable_diffusion.options import Options, RunDefaults, plan_run
+from stable_diffusion.options import Options
+from stable_diffusion.planning import RunDefaults, plan_run
 
 PROMPT = "the red cat"
 SMALL = {"latent_size": (4, 6), "seed": 1, "cfg_weight": 3.0}

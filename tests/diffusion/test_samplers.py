@@ -14,7 +14,8 @@ from stable_diffusion.diffusion.choice import find_sampler, read_name, read_sche
 from stable_diffusion.diffusion.multistep import singlestep_orders
 from stable_diffusion.diffusion.samplers import SAMPLERS, lms
 from stable_diffusion.diffusion.schedule import SCHEDULES, Schedule, ScheduleConfig
-from stable_diffusion.options import Options, RunDefaults, plan_run
+from stable_diffusion.options import Options
+from stable_diffusion.planning import RunDefaults, plan_run
 
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DPM = {"_class_name": "DPMSolverMultistepScheduler"}
