@@ -133,6 +133,8 @@ class StableDiffusion(Networks):
         if channels not in MODES:
             raise ValueError(f"a UNet with {channels} channels beside the latents is not supported")
         self.mode = MODES[channels]
+        if self.schedule.is_edm and self.mode == "instructions":
+            raise ValueError("CosXL Edit, a model of EDM for instructions, is not supported; take CosXL itself")
         read = max(self.unet_config.cross_attention_dim)
         written = sum(getattr(self, name).text_model.final_layer_norm.weight.shape[0] for _, name in self._encoders)
         if read != written:
@@ -226,7 +228,7 @@ class StableDiffusion(Networks):
 
         Yields:
             Latents [n, h, w, 4], float32, not yet computed, in the variance-preserving scale of training. The last are
-            the image's, and ``decode`` shows any of them.
+            the image's, and ``decode`` shows any of them. For EDM too they are (x0 + sigma noise) / sqrt(sigma^2 + 1).
 
         Raises ValueError for a number out of range, an unknown name, or latents of the wrong shape.
         """

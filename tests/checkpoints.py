@@ -108,7 +108,7 @@ class Recorder:
 
     def _keep(self, pipe, index, timestep, kwargs):
         scheduler, latents = pipe.scheduler, kwargs["latents"]
-        scaled = hasattr(scheduler, "is_scale_input_called")
+        scaled = hasattr(scheduler, "is_scale_input_called") or type(scheduler).__name__.startswith("EDM")
         factor = (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5 if scaled else 1.0
         self.steps.append((latents / factor).numpy().transpose(0, 2, 3, 1))
         return {}

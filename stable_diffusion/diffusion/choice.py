@@ -15,6 +15,7 @@ from .schedule_config import ScheduleConfig
 _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
 _SCHEDULE_ALIASES = {"normal": "default", "uniform": "default", "discrete": "default", "ays": "align_your_steps"}
 _SCHEDULE_ALIASES |= {"ddim": "ddim_uniform"}
+_SAME_METHODS = {"EDMEuler": "EulerDiscrete", "EDMDPMSolverMultistep": "DPMSolverMultistep"}  # in sigma space
 _CLOSE = 0.85  # of difflib's ratio, from which on a name is taken for misspelled
 
 
@@ -109,6 +110,7 @@ def sampler_for(config: ScheduleConfig) -> str | None:
 def _scheduler_sampler(config: ScheduleConfig) -> str | None:
     names = {row.scheduler: name for name, row in SAMPLERS.items() if row.scheduler}
     scheduler, algorithm = config.class_name.removesuffix("Scheduler"), config.algorithm_type or ""
+    scheduler = _SAME_METHODS.get(scheduler, scheduler)
     return names.get(f"{scheduler}:{algorithm.partition('-')[0]}", names.get(scheduler))
 
 

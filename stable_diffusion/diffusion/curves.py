@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 
 
-def karras(count: int, high: float, low: float) -> list[float]:
-    """Space levels evenly in the seventh root of sigma (Karras et al. 2022, eq. 5): dense at the low end."""
-    first, last = high ** (1 / 7), low ** (1 / 7)
-    return [(first + r * (last - first)) ** 7.0 for r in _ramp(count)]
+def karras(count: int, high: float, low: float, rho: float = 7.0) -> list[float]:
+    """Space levels evenly in the root ``rho`` of sigma (Karras et al. 2022, eq. 5): dense at the low end."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return [(first + r * (last - first)) ** rho for r in _ramp(count)]
 
 
 def exponential(count: int, high: float, low: float) -> list[float]:

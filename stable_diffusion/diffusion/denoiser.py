@@ -14,6 +14,7 @@ from .choice import clip_for
 from .controls import Control, control_outputs
 from .guidance import GuidanceBatch
 from .limits import clipped
+from .preconditioning import Preconditioning
 from .samplers import Sampler
 from .schedule import Schedule, Sigma, Steps
 
@@ -66,6 +67,7 @@ class Denoiser:
         pag_layers: Sequence[str] = (),
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
+        self._preconditioning = Preconditioning.of(schedule.config)
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
         self._rows_at_once, self._deep_cache = rows_at_once, deep_cache
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
@@ -89,7 +91,7 @@ class Denoiser:
                 part.context = _context(part.rows, part.context.perturbed_layers)
             self._current = next(entry for entry in self._batches if step in entry[0].steps)
         batch, parts = self._current
-        x_in = (x / math.sqrt(sigma**2 + 1)).astype(self._dtype)  # the scale of training
+        x_in = self._preconditioning.scale_input(x, sigma).astype(self._dtype)
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
             if self._rows_at_once is not None and outputs:
@@ -98,7 +100,7 @@ class Denoiser:
             with nullcontext() if self._rows_at_once else cpu.stream_of(i, len(parts)):
                 outputs.append(self._predict(x_in[part.rows.images], sigma, step, part))
         prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
-        return to_x0(prediction, x, sigma, self._schedule.config.prediction_type)
+        return self._preconditioning.to_x0(prediction, x, sigma)
 
     def _predict(self, x: mx.array, sigma: float, step: int, part: _Part) -> mx.array:
         """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
@@ -129,19 +131,6 @@ class Denoiser:
 def _context(rows: GuidanceBatch, perturbed_layers: Collection[int]) -> Context:
     conditioning = rows.conditioning
     return Context(conditioning.context, conditioning.v_context, rows.is_perturbed, perturbed_layers)
-
-
-def to_x0(output: mx.array, x: mx.array, sigma: float, prediction: str) -> mx.array:
-    """Convert a network's output to the clean latents.
-
-    ``epsilon`` is the noise (Ho et al. 2020), ``v_prediction`` is ``(noise - sigma * x0) / sqrt(sigma^2 + 1)``
-    (Salimans & Ho 2022), ``sample`` is x0 itself.
-    """
-    if prediction == "epsilon":
-        return x - sigma * output
-    if prediction == "v_prediction":
-        return x / (sigma**2 + 1) - (sigma / math.sqrt(sigma**2 + 1)) * output
-    return output
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A noisy latent is ``x = x0 + sigma * noise`` (Karras et al. 2022). A model trained on ``sqrt(a) * x0 + sqrt(1 - a) *
 noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with ``a`` the cumulative product of
-``1 - beta``.
+``1 - beta``. A model of EDM (Karras et al. 2022) knows sigma itself. Its table here is even in log sigma.
 """
 
 import math
@@ -135,11 +135,15 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
-        self.alphas_cumprod = tuple(_alphas_cumprod(config))
-        complements = array("f", (1 - a for a in self.alphas_cumprod))
-        pairs = zip(self.alphas_cumprod, complements, strict=True)
-        odds = array("f", (b / a if a > 0 else _INFINITE**2 for a, b in pairs))
-        self.sigmas = tuple(array("f", map(math.sqrt, odds)))
+        self.is_edm = config.sigma_data is not None
+        if self.is_edm:
+            self.sigmas = tuple(log_linear((config.sigma_min, config.sigma_max), config.num_train_timesteps))
+        else:
+            self.alphas_cumprod = tuple(_alphas_cumprod(config))
+            complements = array("f", (1 - a for a in self.alphas_cumprod))
+            pairs = zip(self.alphas_cumprod, complements, strict=True)
+            odds = array("f", (b / a if a > 0 else _INFINITE**2 for a, b in pairs))
+            self.sigmas = tuple(array("f", map(math.sqrt, odds)))
         self._finite = tuple(_CAPPED if sigma == _INFINITE else sigma for sigma in self.sigmas)
         self._logs = tuple(array("f", map(math.log, self._finite)))
         clipped = -math.inf if config.lambda_min_clipped is None else config.lambda_min_clipped
@@ -190,7 +194,7 @@ class Schedule:
             text = f"{count} steps: the model was trained on {total} timesteps"
             raise ValueError(f"{text}; choose 1 to {self._last}")
         if schedule is None:
-            schedule = self.config.sigma_schedule if rules.reads_curve else "default"
+            schedule = self.config.sigma_schedule if rules.reads_curve or self.is_edm else "default"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         timesteps = self._timesteps(count, rules, spacing)
@@ -232,11 +236,11 @@ class Schedule:
         """Return the standard deviation of the latent that a run starts from.
 
         The noisiest latent of the training process has variance ``sigma^2 + 1`` here. Euler's family drops the 1 where
-        its first step is the last training timestep.
+        its first step is the last training timestep, but not for a model of EDM.
         """
         sigma, rules = steps.sigmas[0], SPACING_RULES[rule]
         at_sigma = rules.starts_at_sigma and (spacing or self.config.timestep_spacing) != "leading"
-        return float(sigma) if at_sigma else math.sqrt(sigma**2 + 1)
+        return float(sigma) if at_sigma and not self.is_edm else math.sqrt(sigma**2 + 1)
 
     def target_sigmas(self, steps: Steps) -> list[float]:
         """Return the level that each step leads to: ``stride`` timesteps down.
@@ -314,7 +318,8 @@ class Schedule:
         if schedule in CURVES:
             chosen = self.config.sigma_max, self.config.sigma_min
             ends = [self.sigma(t, capped=True) if c is None else c for t, c in zip(ends, chosen, strict=True)]
-            sigmas = CURVES[schedule](count, *ends)
+            shape = {"rho": self.config.rho} if schedule == "karras" else {}
+            sigmas = CURVES[schedule](count, *ends, **shape)
             lowest = self.config.sigma_min if rule.curves_span_training else None
         else:
             sigmas = log_linear(TABLES.get(schedule, self._finite[::-1]), count + 1)[:-1]

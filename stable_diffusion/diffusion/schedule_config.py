@@ -31,12 +31,21 @@ _DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "deis"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
+_EDM: Mapping[str, tuple] = {"sigma_schedule": ("karras", "exponential")}
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "DDIMScheduler": _CLIPPED,
     "DDPMScheduler": _CLIPPED | {"variance_type": _DPM_SOLVER["variance_type"]},
     "DEISMultistepScheduler": _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": _SOLVER_TYPES},
     "DPMSolverMultistepScheduler": _DPM_SOLVER | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver")},
     "DPMSolverSinglestepScheduler": _DPM_SOLVER,
+    "EDMDPMSolverMultistepScheduler": _THRESHOLDED
+    | _EDM
+    | {
+        "solver_order": (1, 2, 3),
+        "solver_type": _SOLVER_TYPES,
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    },
+    "EDMEulerScheduler": _EDM,
     "EulerDiscreteScheduler": {"interpolation_type": ("linear", "log_linear")},
     "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
@@ -58,13 +67,17 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
 
 # Settings of where the steps lie, and the classes that read them.
 _DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+_OF_EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 _PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "interpolation_type": ("EulerDiscreteScheduler",),
     "lambda_min_clipped": (*_DPM, "SASolverScheduler"),
-    "sigma_max": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
-    "sigma_min": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
+    "sigma_max": ("EulerDiscreteScheduler", "UniPCMultistepScheduler", *_OF_EDM),
+    "sigma_min": ("EulerDiscreteScheduler", "UniPCMultistepScheduler", *_OF_EDM),
     "timestep_type": ("EulerDiscreteScheduler",),
     "use_lu_lambdas": _DPM[:1],
+    "rho": _OF_EDM,
+    "sigma_data": _OF_EDM,
+    "sigma_schedule": _OF_EDM,
 }
 
 # What an absent setting is for a class, where it is not the first value above or the default of the field below.
@@ -76,6 +89,7 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _STABLE_DIFFUSION),
     **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
     "DPMSolverSinglestepScheduler": {"lower_order_final": False},
+    **{n: {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras"} for n in _OF_EDM},
     "PNDMScheduler": {"skip_prk_steps": False},
 }
 
@@ -104,8 +118,10 @@ class ScheduleConfig(Config):
     sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
     ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default those
     of the training; ``lambda_min_clipped`` bounds -log(sigma) from below. With ``timestep_type`` "continuous" the
-    network gets log(sigma) / 4. ``missing`` lists settings of the preferred sampler that none here computes, such as
-    "solver_order=4", and unknown ones.
+    network gets log(sigma) / 4. ``sigma_data`` is the standard deviation of the data of a model of EDM (Karras et al.
+    2022), whose curve ``sigma_schedule`` is, of the exponent ``rho`` if it is "karras"; None is a model of Ho et al.
+    2020. ``missing`` lists settings of the preferred sampler that none here computes, such as "solver_order=4", and
+    unknown ones.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -124,6 +140,8 @@ class ScheduleConfig(Config):
     sigma_schedule: str = "default"
     sigma_max: float | None = None
     sigma_min: float | None = None
+    sigma_data: float | None = None
+    rho: float = 7.0
     lambda_min_clipped: float | None = None
     interpolation_type: str = "linear"
     timestep_type: str = "discrete"
@@ -170,11 +188,15 @@ class ScheduleConfig(Config):
             raw.pop("timestep_type", None)
         curves += ["lu"] if raw.get("use_lu_lambdas") and curves != ["karras"] else []
         chosen = {"class_name": name, "sigma_schedule": curves[-1] if curves else "default"}
+        if name in _OF_EDM:
+            chosen |= {"sigma_schedule": raw["sigma_schedule"], "timestep_type": "continuous"}
         chosen |= dict.fromkeys({"clip_sample", "thresholding"} - _CLASS_SETTINGS.get(name, {}).keys(), False)
         config = super().from_dict({**raw, **chosen, "missing": cls._unsupported(name, raw)})
         low, high = config.sigma_min, config.sigma_max
-        if low is not None and not 0 < low < (math.inf if high is None else high):
+        if not 0 < (1e-12 if low is None else low) < (math.inf if high is None else high):
             raise ValueError(f"scheduler config: sigma_min={low} must lie between 0 and sigma_max={high}")
+        if min(config.rho, 1.0 if config.sigma_data is None else config.sigma_data) <= 0:
+            raise ValueError(f"scheduler config: sigma_data={config.sigma_data} and rho={config.rho} must be above 0")
         betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
         if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
             raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")

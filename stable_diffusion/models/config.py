@@ -355,7 +355,10 @@ class UNetConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """Hold the config of an ``AutoencoderKL`` (Rombach et al. 2022). ``scaling_factor`` multiplies latents."""
+    """Hold the config of an ``AutoencoderKL`` (Rombach et al. 2022). ``scaling_factor`` multiplies latents.
+
+    Before, ``latents_mean`` is subtracted and they are divided by ``latents_std``, each one number for each channel.
+    """
 
     kind: ClassVar[str] = "vae"
     supported: ClassVar[Supported] = {
@@ -373,10 +376,19 @@ class AutoencoderConfig(Config):
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for values in (self.latents_mean, self.latents_std):
+            if values is not None and (len(values) != self.latent_channels or 0 in (self.latents_std or (0,))):
+                text = f"latents_mean={self.latents_mean} and latents_std={self.latents_std}"
+                raise ValueError(f"vae config: {text} must be {self.latent_channels} numbers each, and none of them 0")
 
     @property
     def scale(self) -> int:

@@ -110,16 +110,25 @@ class AutoencoderKL(nn.Module):
         if "quant_conv" in self:
             moments = self.quant_conv(moments)
         mean, logvar = mx.split(moments, 2, axis=-1)
-        scale = self.config.scaling_factor
+        center, scale = self._normalization(mean.dtype)
         # The variance is bounded as in training: e^-30 ... e^20.
-        return mean * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(mx.array(scale, dtype=mean.dtype))
+        return (mean - center) * scale, mx.clip(logvar, -30, 20) + 2 * mx.log(scale)
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
         """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
-        z = z / self.config.scaling_factor
+        center, scale = self._normalization(z.dtype)
+        z = z / scale + center
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
         return (decoder or self.decoder)(z)
+
+    def _normalization(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return the mean of the network's latents and the factor on them, numbers or one for each channel."""
+        config = self.config
+        center, scale = mx.array(0.0), mx.array(config.scaling_factor)
+        if config.latents_mean is not None and config.latents_std is not None:  # both, as in diffusers
+            center, scale = mx.array(config.latents_mean), scale / mx.array(config.latents_std)
+        return center.astype(dtype), scale.astype(dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Encode pixels and decode the mean of their latents."""

@@ -103,7 +103,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     components, missing = Listing(path, files_in(path), name, float16).find_part(kind)
     if missing:
         raise ValueError(f"{name} is not complete: {path} has no {listed(missing)}")
-    return with_run(components[kind], (), {}) if kind == "unet" else components[kind]
+    return with_run(components[kind], {}, {}) if kind == "unet" else components[kind]
 
 
 def _as_its_unet_is_run(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -120,7 +120,8 @@ def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Check
     """Return a checkpoint that by default is run with the ``settings`` of a model for few steps."""
     rest = dict(settings)
     sampler, steps, guidance = (rest.pop(key) for key in ("sampler", "num_steps", "cfg_weight"))
-    scheduler = checkpoint.scheduler | {"_class_name": catalog.SCHEDULERS[sampler]}
+    is_edm = checkpoint.scheduler["_class_name"].startswith("EDM")  # of which the class stands for the noise
+    scheduler = checkpoint.scheduler | ({} if is_edm else {"_class_name": catalog.SCHEDULERS[sampler]})
     scheduler |= {"clip_sample": False} if sampler == "ddim" else {}  # which the class does by default
     scheduler |= {"timestep_spacing": rest["spacing"]} if "spacing" in rest else {}
     return replace(checkpoint, scheduler=scheduler, steps=steps, guidance=guidance, few_steps=rest)

@@ -45,8 +45,8 @@ def check_noise(scheduler: Mapping, where: str) -> None:
     name = scheduler["_class_name"]
     if not isinstance(name, str):
         raise ValueError(f"{where}: the class of its scheduler, {short(name)}, is no text; take it from its source")
-    if name.startswith("EDM") or scheduler.get("sigma_data") is not None:
-        kind, needed = "an EDM model, as Playground 2.5 and CosXL", "EDM's scaling of what the UNet reads and writes"
+    if scheduler.get("sigma_data") is not None and not name.startswith("EDM"):
+        kind, needed = f"a model of EDM's noise with a {short(name)}", "an EDMEulerScheduler"
     elif "flow" in f"{name} {scheduler.get('prediction_type')}".lower() or scheduler.get("use_flow_sigmas"):
         kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"
     else:

@@ -18,8 +18,9 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.diffusion.choice import run_options
-from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler, to_x0
+from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler
 from stable_diffusion.diffusion.guidance import guidance_batches
+from stable_diffusion.diffusion.preconditioning import Preconditioning
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.text.encode import Conditioning
@@ -54,6 +55,7 @@ OF_CLASS = {
 def make(name: str, **config) -> diffusers.SchedulerMixin:
     known = inspect.signature(CLASSES[name].__init__).parameters
     placed = {key for key in ("timestep_spacing", "steps_offset") if key not in known}  # one class has only one spacing
+    placed |= SCALED.keys() - known  # EDM has no betas
     return CLASSES[name](**{k: v for k, v in (SCALED | OF_CLASS.get(name, {}) | config).items() if k not in placed})
 
 
@@ -162,7 +164,8 @@ def theirs(name, scheduler, count, start=0, custom=None, float64=False, **at_ste
     noise, states = torch.from_numpy(START).to(dtype), []
 
     def keep(x: torch.Tensor, index: int) -> None:
-        level = float(scheduler.sigmas[index]) if name in EXPLODING else 0.0
+        is_exploding = name in EXPLODING or type(scheduler).__name__.startswith("EDM")
+        level = float(scheduler.sigmas[index]) if is_exploding else 0.0
         states.append((x / math.sqrt(level**2 + 1)).numpy())
 
     with patched(scheduler, float64):
@@ -201,7 +204,7 @@ def compare(name, counts=COUNTS, start=0, custom=None, float64=False, at_step=No
     for count in counts:
         scheduler = make(name, **config)
         want = theirs(name, scheduler, count, start, custom, float64, **at_step or {})
-        named = {"_class_name": f"{SAMPLERS[name].scheduler.partition(':')[0]}Scheduler"}
+        named = {"_class_name": type(scheduler).__name__}
         have = ours(name, named | dict(scheduler.config), count, start, custom, **chosen or {})
         assert len(have) == len(want) == count - start + 1
         errors[count] = max(relative_error(a, b) for a, b in zip(have, want, strict=True))
@@ -435,6 +438,39 @@ def test_every_step_from_a_start_of_runge_kutta(spacing, prediction):
     compare("pndm", [12], 5, **settings)
 
 
+EDM = dict.fromkeys(("dpmpp_2m", "dpmpp_2m_sde"), diffusers.EDMDPMSolverMultistepScheduler)
+EDM |= {"euler": diffusers.EDMEulerScheduler}
+EDM_SETTINGS = {
+    "Playground 2.5": {},
+    "CosXL": V | {"sigma_schedule": "exponential", "sigma_max": 120.0, "sigma_data": 1.0},
+    "rho": V | {"sigma_min": 0.01, "sigma_max": 40.0, "rho": 5.0},
+    "exponential": {"sigma_schedule": "exponential", "sigma_data": 0.8},
+}
+EDM_SOLVERS = [("euler", {}), ("dpmpp_2m", THRESHOLDED), ("dpmpp_2m", {"euler_at_final": True})]
+EDM_SOLVERS += [
+    (name, {"solver_order": order, "solver_type": solver})
+    for name in ("dpmpp_2m", "dpmpp_2m_sde")
+    for order in (1, 2, 3)
+    for solver in ("midpoint", "heun")
+    if (name, order) != ("dpmpp_2m_sde", 3)  # for which diffusers has no formula
+]
+
+
+@pytest.mark.parametrize("settings", EDM_SETTINGS.values(), ids=EDM_SETTINGS)
+@pytest.mark.parametrize("name, solver", EDM_SOLVERS)
+def test_every_step_of_edm(name, solver, settings):
+    """A single step along the exponential curve begins at its low end in diffusers.
+
+    The last step to the lowest sigma stands still, which diffusers' formulas of higher order make NaN.
+    """
+    settings = settings | solver | {"float64": True}
+    with mock.patch.dict(CLASSES, EDM):
+        compare(name, (2, 3, 7, 16, 25), **settings)
+        compare(name, [10], 4, **settings)
+        if not solver:
+            compare(name, (2, 7), **settings | TO_FIRST)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(name, eta):
@@ -638,7 +674,7 @@ def test_churn(name, curve, prediction, churn):
     def denoise(x, sigma):
         z = x / math.sqrt(sigma**2 + 1)
         output = model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
-        return to_x0(output, x, sigma, prediction)
+        return Preconditioning(1.0, prediction).to_x0(output, x, sigma)
 
     for count in COUNTS:
         for spacing in SPACINGS[: None if curve == "default" else 1]:

@@ -17,6 +17,8 @@ CONFIGS = {
     "sd": SD,
     "xl": SD | {"scaling_factor": 0.13025, "force_upcast": True},
     "no-quant-conv": SD | {"use_quant_conv": False, "use_post_quant_conv": False},
+    "normalized": SD
+    | {"latents_mean": [-1.6, 1.1, 3.3, -2.6], "latents_std": [8.4, 5.9, 4.9, 5.2], "scaling_factor": 0.5},
     "no-attention": SD | {"mid_block_add_attention": False, "layers_per_block": 1},
 }
 
@@ -28,15 +30,17 @@ def vaes(config: dict) -> tuple[AutoencoderKL, Oracle]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_equals_diffusers(config):
     ours, oracle = vaes(config)
-    factor = oracle.config.scaling_factor
+    factor, center = oracle.config.scaling_factor, 0.0
+    if "latents_std" in config:  # which diffusers' pipelines compute with
+        factor, center = factor / np.float32(config["latents_std"]), np.float32(config["latents_mean"])
     for i, (scale, size) in enumerate(zip(SCALES, [(16, 40), (35, 52), (8, 9)], strict=True)):
         x = normal(i + 1, *size, 3, seed=i, scale=scale)
         posterior = oracle.encode(nchw(x)).latent_dist
         mean, logvar = ours.encode(mx.array(x))
-        assert relative_error(mean, nhwc(posterior.mean) * factor) <= 1e-4
+        assert relative_error(mean, (nhwc(posterior.mean) - center) * factor) <= 1e-4
         assert relative_error(mx.exp(logvar / 2), nhwc(posterior.std) * factor) <= 1e-4
         z = normal(i + 1, 3, 5, 4, seed=i, scale=scale)
-        assert relative_error(ours.decode(mx.array(z)), nhwc(oracle.decode(nchw(z) / factor).sample)) <= 1e-4
+        assert relative_error(ours.decode(mx.array(z)), nhwc(oracle.decode(nchw(z / factor + center)).sample)) <= 1e-4
 
 
 @pytest.mark.parametrize("as_convolution", [False, True])

@@ -153,7 +153,10 @@ def test_unsupported_pipeline_is_refused_by_name(tmp_path, pipeline):
 @pytest.mark.parametrize(
     "scheduler, message",
     [
-        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0}, "is an EDM model"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_data": 0.5},
+            "of EDM's noise with a 'Euler",
+        ),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "is a model of flow"),
         (
             {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},

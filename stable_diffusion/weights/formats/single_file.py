@@ -28,14 +28,13 @@ _log = logging.getLogger("stable_diffusion")
 _NOT_WEIGHTS = re.compile(
     r"(model\.)?(alphas_cumprod|betas|sqrt_alphas_cumprod|alphas_cumprod_prev|log_one_minus_alphas_cumprod)$"
     r"|sqrt_(one_minus|recip|recipm1)_alphas_cumprod$|posterior_(variance|log_variance_clipped|mean_coef[12])$"
-    r"|(lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr|denoiser\.(log_)?sigmas)$"
+    r"|(lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr|edm_(mean|std|vpred\.sigma_(min|max))|denoiser\.(log_)?sigmas)$"
     r"|(model_ema|depth_model|embedding_manager|(optimizer|lr_scheduler|swa_model)\w*)\."
     rf"|(.*\.)?{NOT_OF_TEXT_ENCODER}|(.*\.)?text_projection(\.weight)?$"  # of CLIP, wherever they stand
 )
 
 # Files of other kinds, by what a name in them looks like.
 _OTHER_KINDS = (
-    (r"edm_mean$|edm_std$|edm_vpred\.", "an EDM model (Playground 2.5, CosXL), which is not supported"),
     (r"noise_augmentor\.|embedder\.model\.visual", "a Stable unCLIP, which is not supported"),
     (r"low_scale_model\.", "an upscaler, which is not supported"),
     (r"(.*\.)?joint_blocks\.", "Stable Diffusion 3, which is not supported"),
@@ -66,6 +65,12 @@ _NOISE = {
     "set_alpha_to_one": False,
     "timestep_spacing": "leading",
 }
+# Models of EDM, as their authors publish them.
+_PLAYGROUND = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}
+_PLAYGROUND |= {"sigma_min": 0.002, "sigma_max": 80.0}
+_COSXL = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}
+_COSXL |= {"sigma_schedule": "exponential", "prediction_type": "v_prediction"}
+_PLAYGROUND_SCALING = 0.5  # scaling_factor of its VAE
 _LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
 _FIRST_BIAS = re.compile(r"up_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.0\.norm1\.bias")
 _VELOCITY = ("v", "v_prediction", "v-prediction", "vpred", "v_pred")  # in metadata
@@ -94,7 +99,9 @@ def read_checkpoint(
     scheduler = _NOISE | (family.scheduler if unet.get("time_cond_proj_dim") is None else _LCM)
     can_measure = family is FAMILIES["sd2"] and pipeline == "StableDiffusionPipeline"
     measured = prefixes.get("unet") if can_measure else None
-    scheduler["prediction_type"] = prediction or _prediction(tensors, metadata, where, measured)
+    scheduler = _edm_scheduler(tensors) or scheduler
+    stated = prediction or scheduler.get("prediction_type")
+    scheduler["prediction_type"] = stated or _prediction(tensors, metadata, where, measured)
     if "unet" in prefixes:
         unet["sample_size"] = _sample_size(family, scheduler["prediction_type"], metadata)
     steps, guidance = catalog.defaults_for(pipeline, scheduler)
@@ -174,6 +181,9 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"{where}: its {kind} cannot be read: {error}") from error
+    if kind == "vae" and "edm_mean" in tensors and "edm_std" in tensors:
+        config |= {f"latents_{name}": tensors[f"edm_{name}"].flatten().tolist() for name in ("mean", "std")}
+        config["scaling_factor"] = _PLAYGROUND_SCALING
     if kind == "text_encoder":
         config["architectures"] = ["CLIPTextModel"]  # nothing reads its projection
     if "positional_embedding" in network:
@@ -199,9 +209,19 @@ def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
     return f"StableDiffusion{'XL' if family is FAMILIES['xl'] else ''}{_MODES[channels]}Pipeline"
 
 
-def with_run(unet: Component, names: Collection[str], metadata: Mapping[str, str]) -> Component:
+def _edm_scheduler(tensors: Tensors) -> dict[str, Any]:
+    """Return the scheduler of a model of EDM, known by tensors beside its networks; nothing for another model."""
+    if "edm_mean" in tensors and "edm_std" in tensors:
+        return dict(_PLAYGROUND)
+    if "edm_vpred.sigma_max" not in tensors:
+        return {}
+    levels = {key.partition(".")[2]: tensors[key].item() for key in tensors if key.startswith("edm_vpred.")}
+    return _COSXL | levels
+
+
+def with_run(unet: Component, names: Tensors, metadata: Mapping[str, str]) -> Component:
     """Add to a UNet what its file says of the schedule, and how it is run if it is one for few steps."""
-    (path,), scheduler, few_steps = unet.files[:1], {}, {}
+    (path,), scheduler, few_steps = unet.files[:1], _edm_scheduler(names), {}
     if stated := _stated_prediction(names, metadata):
         scheduler["prediction_type"] = stated
     elif re.search(r"lightning.*x0", path.stem):  # its variant for one step

@@ -1,5 +1,6 @@
 """Single files in the original layout: read back bit for bit, and what is missing, left over or of another kind."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from configs import REAL_UNETS, REAL_VAE
 from oracle import perturb, relative_error
 from original_layout import diffusers_names, write_open_clip, write_original
 from stable_diffusion import StableDiffusion
+from stable_diffusion.diffusion.schedule_config import ScheduleConfig
 from stable_diffusion.models.config import CLIPTextConfig as TextConfig
 from stable_diffusion.weights import catalog
 from stable_diffusion.weights.files import Component, open_checkpoint, open_part, read_tensors
@@ -423,6 +425,35 @@ def test_unknown_part(made):
     assert "'lora' is not a part of a checkpoint; the parts are unet, vae" in message
 
 
+MEAN, STD = [-1.6, 1.1, 3.3, -2.6], [8.4, 5.9, 4.9, 5.2]
+OF_EDM = {
+    "Playground 2.5": {"edm_mean": np.float32(MEAN).reshape(1, 4, 1, 1), "edm_std": np.float32(STD)},
+    "CosXL": {f"edm_vpred.sigma_{end}": np.array(s, np.float32) for end, s in (("max", 100), ("min", 0.004))},
+}
+
+
+@pytest.mark.parametrize("name", OF_EDM)
+def test_models_of_edm(single, name):
+    """Known by tensors beside their networks, also where only the UNet or the VAE is taken of them."""
+    path, is_playground = single("xl", OF_EDM[name]), name != "CosXL"
+    ours, unet, vae = opened(path), open_part(path, "unet"), open_part(path, "vae")
+    theirs = diffusers.EDMDPMSolverMultistepScheduler()
+    if not is_playground:
+        cosxl = {"sigma_max": 100.0, "sigma_min": 0.004, "sigma_data": 1.0, "sigma_schedule": "exponential"}
+        theirs = diffusers.EDMEulerScheduler(**cosxl, prediction_type="v_prediction")
+    full = ScheduleConfig.from_dict(dict(theirs.config) | {"_class_name": type(theirs).__name__})
+    for scheduler in (ours.scheduler, unet.scheduler):
+        config = ScheduleConfig.from_dict(scheduler)
+        of_sampler = {key: getattr(full, key) for key in ("algorithm_type", "solver_order", "solver_type")}
+        assert replace(config, **of_sampler, sigma_min=pytest.approx(full.sigma_min)) == full
+    assert ours.index["scheduler"][1] == ours.scheduler["_class_name"] == type(theirs).__name__
+    for component in (ours.components["vae"], vae):
+        config = load_component(component).config
+        assert config.latents_mean == (pytest.approx(MEAN) if is_playground else None)
+        assert config.latents_std == (pytest.approx(STD) if is_playground else None)
+    assert ours.components["vae"].config["scaling_factor"] == (0.5 if is_playground else 0.13025)
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -441,7 +472,6 @@ def test_unknown_part(made):
         (["model.diffusion_model.head.modulation"], "is Wan"),
         ([f"{UNET}time_embed.0.weight.absmax"], "is quantized by bitsandbytes"),
         (["transformer.h.0.attn.weight"], "is no model of Stable Diffusion: it holds transformer.h.0.attn.weight"),
-        ([f"{UNET}input_blocks.0.0.weight", "edm_mean"], "is an EDM model"),
         ([f"{UNET}input_blocks.0.0.weight", "noise_augmentor.x"], "is a Stable unCLIP"),
         ([f"{UNET}input_blocks.0.0.weight", "low_scale_model.x"], "is an upscaler"),
     ],
