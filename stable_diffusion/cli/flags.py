@@ -13,7 +13,7 @@ from ..weights.parts import NETWORKS
 ABOUT = {
     "picture": "What to show and how to make it. What is not given, the model decides.",
     "prompt": "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, ...",
-    "sizes": "SDXL draws as if cut from a picture of such a size (Podell et al. 2023). No other model reads these.",
+    "sizes": "SDXL draws as if cut from a picture of such a size; others read none of it.",
     "a part of the image": "Make only that anew, or more around it.",
     "ControlNet": "Steer by another image: its edges, its depth, a pose.",
     "second pass": "Work again on the result.",

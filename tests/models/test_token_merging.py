@@ -54,10 +54,10 @@ def test_only_the_largest_self_attentions_of_the_unet_see_less(sd, monkeypatch):
     attention = type(sd.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1)
     call = attention.__call__
 
-    def watched(self, x, b, context=None):
+    def watched(self, x, b, context=None, **perturbed):
         if context is None:
             lengths.add(len(x) // b)
-        return call(self, x, b, context)
+        return call(self, x, b, context, **perturbed)
 
     monkeypatch.setattr(attention, "__call__", watched)
     x, context = mx.array(normal(1, 8, 12, 4, seed=0)), mx.array(normal(1, 77, 32, seed=1))
