@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cli import check, convert, inspect, main
+from .cli import check, convert, inspect, main, train
 from .cli.parser import Parser
 from .cli.streams import open_closed
 
@@ -14,6 +14,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "image2image": ("change an image towards a prompt", main.image2image),
     "convert": ("write a model as a folder that loads at once", convert.main),
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
+    "train": ("train a LoRA from a few pictures", train.main),
     "check": ("compare what this machine computes with references", check.main),
 }
 

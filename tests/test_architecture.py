@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "weights": {"models"},
     "lora": {"models", "weights"},
     "": LIBRARY,  # pipeline, options, networks
-    "app": LIBRARY | {""},
-    "cli": LIBRARY | {"", "app"},
+    "training": LIBRARY | {""},
+    "app": LIBRARY | {"", "training"},
+    "cli": LIBRARY | {"", "training", "app"},
 }
-HOMES = {"huggingface_hub": {"weights"}, "regex": {"text"}, "tqdm": {"app"}, "argparse": {"cli"}}
+HOMES = {"huggingface_hub": {"weights"}, "regex": {"text"}, "tqdm": {"app"}, "argparse": {"cli"}, "tomllib": {"cli"}}
 HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", ""}}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 

@@ -11,6 +11,7 @@ from itertools import pairwise, zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import checkpoint
 
 from .config import EncoderConfig, UNetConfig
 from .layers import (
@@ -76,7 +77,12 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """Run transformer blocks over the positions of a map; its 1×1 convolutions (SD 1) are Linears here."""
+    """Run transformer blocks over the positions of a map; its 1×1 convolutions (SD 1) are Linears here.
+
+    With ``recomputes`` a gradient keeps the inputs of the blocks only and computes each once more (Chen et al. 2016).
+    """
+
+    recomputes = False
 
     def __init__(self, config: EncoderConfig, dim: int, heads: int, context_dim: int, layers: int):
         super().__init__()
@@ -92,7 +98,11 @@ class Transformer2DModel(nn.Module):
         *size, c = x.shape
         y = self.proj_in(self.norm(x).reshape(-1, c))
         for block in self.transformer_blocks:
-            y = block(y, tuple(size), context, tome_ratio)
+            if self.recomputes:  # arrays that have gradients are passed, all others may be kept
+                run = checkpoint(block, lambda y, encoded, block=block: block(y, tuple(size), Context(encoded)))
+                y = run(y, context.encoded)
+            else:
+                y = block(y, tuple(size), context, tome_ratio)
         return x + self.proj_out(y).reshape(x.shape)
 
 

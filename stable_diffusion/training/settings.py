@@ -1,0 +1,101 @@
+"""The settings of a training, with their limits."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from ..options import Number
+
+LOSSES, OPTIMIZERS, SCHEDULES, CHECKPOINTING = (
+    ("mse", "huber"),
+    ("adamw", "adafactor", "lion"),
+    ("constant", "cosine"),
+    ("auto", "on", "off"),
+)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Describe how a LoRA is trained.
+
+    Attributes:
+        steps: updates of the factors.
+        batch_size: pictures of each gradient.
+        accumulate: gradients of each update, which is their mean.
+        learning_rate: at its highest, after ``warmup``, a share of the steps in which it grows from 0.
+        lr_schedule: "constant", or "cosine", which falls to 0 at the end.
+        optimizer: "adamw" (Loshchilov & Hutter 2019), "adafactor" (Shazeer & Stern 2018) or "lion" (Chen et al. 2023).
+        weight_decay: of the factors.
+        clip_norm: length to which a longer gradient is cut; 0 is never.
+        rank, alpha, targets, conv_rank, dora: of the LoRA, see :func:`stable_diffusion.lora.create.new_lora`.
+        text_encoder_rank: rank of the same layers in the text encoders; 0 leaves them as they are.
+        loss: "mse", or "huber", the pseudo-Huber loss with a constant of 0.1 (Charbonnier et al. 1997).
+        min_snr: bound of the loss's weight in signal to noise ratio (Hang et al. 2023); 0 is none.
+        noise_offset: share of a constant in the noise of each channel (Guttenberg 2023).
+        caption_dropout: share of pictures that are shown with the empty prompt.
+        prior_weight: weight of the pictures that keep what the model knows (Ruiz et al. 2023).
+        ema: decay of a moving average of the factors, which then is what is saved; 0 is none.
+        checkpointing: compute the transformer blocks twice and keep less of them: "on", "off", or "auto", by memory.
+        seed: of the factors, of the order of the pictures and of all noise.
+
+    Raises ValueError for a number out of range or an unknown name.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    lr_schedule: str = "constant"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = "attention"
+    conv_rank: int = 0
+    dora: bool = False
+    text_encoder_rank: int = 0
+    loss: str = "mse"
+    min_snr: float = 5.0
+    noise_offset: float = 0.0
+    caption_dropout: float = 0.05
+    prior_weight: float = 1.0
+    ema: float = 0.0
+    checkpointing: str = "auto"
+    seed: int = 0
+
+    NUMBERS: ClassVar[dict[str, Number]] = {
+        **dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), Number(int, 1)),
+        **dict.fromkeys(("conv_rank", "text_encoder_rank", "seed"), Number(int, 0)),
+        **dict.fromkeys(("warmup", "caption_dropout", "ema"), Number(float, 0, 1)),
+        **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "min_snr", "prior_weight"), Number(float, 0)),
+        **dict.fromkeys(("noise_offset", "alpha"), Number(float, 0)),
+    }
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss": LOSSES,
+        "optimizer": OPTIMIZERS,
+        "lr_schedule": SCHEDULES,
+        "checkpointing": CHECKPOINTING,
+    }
+
+    def __post_init__(self) -> None:
+        for name, number in self.NUMBERS.items():
+            if getattr(self, name) is not None:
+                number.check(name, getattr(self, name))
+        for name, known in self.CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        warm = self.warmup * self.steps
+        if step < warm:
+            return self.learning_rate * (step + 1) / (math.floor(warm) + 1)
+        if self.lr_schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1))) / 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all settings by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,185 @@
+"""Train a LoRA: the loop over steps, and what a step does."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..lora.create import new_lora
+from ..lora.layers import attach, wrapped_layers
+from ..models.layers import Group
+from ..models.unet import Transformer2DModel
+from ..pipeline import StableDiffusion
+from ..text.encode import encode
+from .loss import TrainingBatch, add_noise, denoising_loss, seed_of
+from .settings import TrainingSettings
+
+_OPTIMIZERS = {
+    "adamw": lambda settings: optimizers.AdamW(
+        settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True
+    ),
+    "adafactor": lambda settings: optimizers.Adafactor(
+        settings.learning_rate, weight_decay=settings.weight_decay, relative_step=False, scale_parameter=False
+    ),
+    "lion": lambda settings: optimizers.Lion(settings.learning_rate, weight_decay=settings.weight_decay),
+}
+_FLOAT16_SCALE = 1024.0  # of the loss, so that gradients do not vanish below 6e-8
+MAX_SKIPPED = 5
+
+
+class Batches(Protocol):
+    """Provide the pictures of each gradient."""
+
+    def batches(self, number: int) -> list[TrainingBatch]:
+        """Return what the gradient of a number, from 0, is computed of; the losses are added."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Describe a step: its number from 1, its loss, learning rate and seconds; ``skipped`` where it was not finite."""
+
+    number: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    skipped: bool = False
+
+
+class LoRATrainer(Iterator[TrainingStep]):
+    """Train a LoRA for a model; each step is one item of the iteration.
+
+    Args:
+        sd: the model, which the LoRA stays attached to.
+        data: the pictures, see :class:`stable_diffusion.training.dataset.Dataset`.
+        settings: of the training.
+
+    Attributes:
+        step: number of steps made.
+        lora: the attached LoRA with the factors as they are now.
+
+    Raises ValueError for a model that is trained in another way, and FloatingPointError after five steps one after the
+    other whose loss is not finite.
+    """
+
+    def __init__(self, sd: StableDiffusion, data: Batches, settings: TrainingSettings | None = None):
+        self.sd, self.data, self.settings = sd, data, settings or TrainingSettings()
+        if sd.mode != "text" or sd.unet_config.time_cond_proj_dim or sd.schedule.is_edm:
+            kinds = "models of EDM, for few steps, and those that work from an image"
+            raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
+        networks = self.networks()
+        ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}
+        names = ("alpha", "targets", "conv_rank", "dora", "seed")
+        fresh = new_lora(networks, ranks, **{name: getattr(self.settings, name) for name in names})
+        self.lora = attach(networks, fresh)
+        self.model = Group(**networks)
+        for _, layer in wrapped_layers(self.model):
+            for delta in layer.loras:
+                if delta.lora is not self.lora:
+                    delta.freeze()
+        self.recompute(self.settings.checkpointing == "on")
+        self.optimizer = _OPTIMIZERS[self.settings.optimizer](self.settings)
+        self.optimizer.init(self.model.trainable_parameters())
+        self.average = self.factors() if self.settings.ema else {}
+        self.step = self._skipped = 0
+        self.scale = _FLOAT16_SCALE if sd.dtype == mx.float16 else 1.0
+
+    def recompute(self, recomputes: bool) -> None:
+        """Choose whether gradients keep only the inputs of the UNet's transformer blocks: a third longer."""
+        for module in self.sd.unet.modules():
+            if isinstance(module, Transformer2DModel):
+                module.recomputes = recomputes
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks that are trained, by the names of their parts."""
+        names = {part.component.name: name for name, part in self.sd.sources.items() if name != "autoencoder"}
+        wanted = names if self.settings.text_encoder_rank else ["unet"]
+        return {part: getattr(self.sd, names[part]) for part in wanted}
+
+    def factors(self) -> dict[str, mx.array]:
+        """Return the factors as they are now, by their path."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def __next__(self) -> TrainingStep:
+        """Make a step: gradients of ``accumulate`` batches, clipped, and an update; see :class:`TrainingStep`."""
+        if self.step >= self.settings.steps:
+            raise StopIteration
+        start, rate = time.perf_counter(), self.settings.rate(self.step)
+        loss, gradients = self._gradients()
+        norm = mx.sqrt(sum(mx.square(gradient).sum() for _, gradient in tree_flatten(gradients)))
+        is_finite = math.isfinite(loss) and math.isfinite(norm.item())
+        if is_finite:
+            if self.settings.clip_norm and norm.item() > self.settings.clip_norm:
+                gradients = tree_map(lambda gradient: gradient * (self.settings.clip_norm / norm), gradients)
+            self.optimizer.learning_rate = rate
+            self.optimizer.update(self.model, gradients)
+            self._update_average()
+            mx.eval(self.factors(), self.optimizer.state, self.average)
+        self._skipped = 0 if is_finite else self._skipped + 1
+        self.step += 1
+        if self._skipped == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the loss of steps {self.step - MAX_SKIPPED + 1} to {self.step} is not finite; choose a smaller "
+                "learning_rate, or bfloat16"
+            )
+        return TrainingStep(self.step, loss, rate, time.perf_counter() - start, not is_finite)
+
+    def _gradients(self) -> tuple[float, dict[str, Any]]:
+        """Return the loss of the step and its gradients, summed over its batches."""
+        count, total, gradients = self.settings.accumulate, 0.0, None
+        for number in range(self.step * count, (self.step + 1) * count):
+            for part, batch in enumerate(self.data.batches(number)):
+                seeds = [seed_of(self.settings.seed, number, part, row) for row in range(len(batch.captions))]
+                weight = batch.weight / count
+                value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch)
+                mx.eval(value, *[gradient for _, gradient in reversed(tree_flatten(changes))])
+                changes = tree_map(lambda change, factor=weight / self.scale: factor * change, changes)
+                gradients = changes if gradients is None else tree_map(mx.add, gradients, changes)
+                total += weight * value.item() / self.scale
+                mx.eval(gradients)
+        return total, gradients
+
+    def loss(self, batch: TrainingBatch, seeds: list[int]) -> mx.array:
+        """Return the loss of a batch whose noise comes from ``seeds``, one for each picture; times ``scale``."""
+        schedule, conditioning = self.sd.schedule, batch.conditioning
+        if conditioning is None:
+            encoders = [(getattr(self.sd, token), getattr(self.sd, name)) for token, name in self.sd._encoders]
+            conditioning = encode(batch.captions, encoders, xl=self.sd.is_xl, emphasis="none", truncate=True)
+        if batch.time_ids is not None:
+            conditioning = replace(conditioning, time_ids=batch.time_ids)
+        sample = add_noise(batch, seeds, self.settings, schedule.config.num_train_timesteps)
+        loss = denoising_loss(self.sd.unet, schedule, sample, conditioning, self.settings, self.sd.dtype)
+        return self.scale * loss
+
+    def _update_average(self) -> None:
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        for name, factor in self.factors().items() if self.average else ():
+            self.average[name] = decay * self.average[name] + (1 - decay) * factor
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, mx.array]:
+        """Return all that a run needs to go on, as arrays by name."""
+        groups: Mapping[str, Any] = {"factors": self.factors(), "average": self.average}
+        arrays = {f"{group}/{name}": array for group, values in groups.items() for name, array in values.items()}
+        return arrays | {f"optimizer/{name}": array for name, array in tree_flatten(self.optimizer.state)}
+
+    def load_state(self, arrays: Mapping[str, mx.array], step: int) -> None:
+        """Go on from the ``state`` of another run after ``step`` steps. Raises ValueError where it does not fit."""
+        shapes, found = ({name: a.shape for name, a in state.items()} for state in (self.state(), arrays))
+        if shapes != found:
+            raise ValueError("it was written by a run with another model, or another rank, targets, ema or optimizer")
+        groups: dict[str, list[tuple[str, mx.array]]] = {"factors": [], "average": [], "optimizer": []}
+        for name, array in arrays.items():
+            group, _, name = name.partition("/")
+            groups[group].append((name, array))
+        self.model.update(tree_unflatten(groups["factors"]))
+        self.optimizer.state = tree_unflatten(groups["optimizer"])
+        self.average, self.step = dict(groups["average"]), step
