@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "cli": LIBRARY | {"", "training", "app"},
 }
 HOMES = {"huggingface_hub": {"weights"}, "regex": {"text"}, "tqdm": {"app"}, "argparse": {"cli"}, "tomllib": {"cli"}}
-HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", ""}}
+HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", ""}, "matplotlib": {"app"}}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
 

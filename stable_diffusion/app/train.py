@@ -1,10 +1,10 @@
-"""Train a LoRA from a folder of pictures: what a run is asked for, its checks, its loop and what it writes."""
+"""Train a LoRA from a folder of pictures: what a run is asked for, its checks, its loop and its files."""
 
-import csv
-import glob
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,42 @@ import mlx.core as mx
 from PIL import Image
 from tqdm import tqdm
 
-from ..images.files import open_image, save
-from ..images.image import grid
+from ..images.files import read_text, save
 from ..models.config import listed
 from ..options import SettingError
 from ..pipeline import StableDiffusion
+from ..text.encode import Conditioning
 from ..training.dataset import Dataset, resolution_of
 from ..training.loss import seed_of
 from ..training.pictures import Picture, read_pictures
 from ..training.save import averaged, load_state, metadata, save_lora, save_state
 from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
+from ..weights.save import check_space
 from .engine import open_model
 from .request import Request
+from .training_output import Event, LossTable, RunFiles, add_row, to_toml
 
-STATE = ".state.safetensors"
+_log = logging.getLogger("stable_diffusion")
+
 _MEASURED, _DRAWS = 4, 4  # pictures, and levels of noise for each, of a measurement
 _PREVIEWS = 4  # pictures of a row
 _TRIED = 3  # steps of a dry run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
     """Describe a run. ``settings`` are those of the trainer; the other fields are flags of the same name."""
 
     pictures: Path
-    output: Path
-    model: Request  # names the model and its precision
     settings: TrainingSettings
+    output: Path = Path("lora.safetensors")
+    overwrite: bool = False
+    config: str | None = None  # the file that it was read from
+    model: str = "sd15"
+    revision: str | None = None
+    quantize: bool = False
+    dtype: str | None = None
     low_memory: bool = False
     trigger: str | None = None
     caption: str | None = None
@@ -52,136 +60,279 @@ class TrainingRequest:
     preview_every: int = 250
     save_every: int = 250
     keep: int = 3
-    measure_every: int = 50
+    measure_every: int = 100
     resume: str | None = None
     format: str = "kohya"
 
 
 class TrainingRun:
-    """Prepare a run and make it. All that can be wrong shows when it is made, as ValueError or OSError, one line.
+    """Prepare a run and make it: ``prepare``, ``steps``, ``finish``, each to be iterated over.
 
+    All that can be wrong shows when it is made, as ValueError or OSError, one line; nothing is computed or written.
     ``remarks`` are lines about pictures that are left out or changed.
     """
 
     def __init__(self, request: TrainingRequest):
-        self.request, settings = request, request.settings
-        _check_output(request.output)
-        self.sd = open_model(request.model, request.low_memory)
-        side = resolution_of(self.sd) if request.resolution is None else request.resolution
+        self.request, self.files = request, RunFiles(request.output)
+        self._check_output()
+        if not request.pictures.is_dir():  # before a model is downloaded
+            raise ValueError(f"there is no folder {request.pictures} with pictures; check the path")
+        dtype = request.dtype or ("bfloat16" if mx.default_device() == mx.gpu else None)
+        model = Request(model=request.model, revision=request.revision, quantize=request.quantize, dtype=dtype)
+        self.sd = open_model(model, request.low_memory)
+        self.sd.low_memory = False  # networks that are trained stay; the others are freed by ``_free``
+        self._side = resolution_of(self.sd) if request.resolution is None else request.resolution
         texts = {"caption": request.caption, "trigger": request.trigger}
-        pictures, self.remarks = read_pictures(request.pictures, side, **texts)
-        self.remarks += _too_long(self.sd, pictures)
-        prior = self._prior(side)
-        self.data = Dataset(self.sd, pictures, settings, prior=prior, resolution=side, flip=request.flip)
-        self.trainer = LoRATrainer(self.sd, self.data, settings)
+        self._pictures, self.remarks = read_pictures(request.pictures, self._side, **texts)
+        self.remarks += _too_long(self.sd, self._pictures)
+        if not LossTable.can_draw():
+            self.remarks.append(f'losses are in {self.files.table} without a curve; pip install ".[train]" draws one')
+        self._check_prior()
+        self.data = self._dataset()
+        self.trainer = LoRATrainer(self.sd, self.data, request.settings)
+        self._table: LossTable | None = None
+        self._preview_prompt: tuple[Conditioning, Conditioning] | None = None
         if request.resume is not None:
             load_state(self.trainer, self._state_file())
+        lora = sum(factor.nbytes for factor in self.trainer.factors().values())
+        state = sum(array.nbytes for array in self.trainer.state().values())
+        check_space(request.output, lora + state * (request.keep + 1 if request.save_every else 1))
 
-    def _prior(self, side: int) -> list[Picture]:
-        """Return the pictures that keep what the model knows; a number of them is drawn where they are not there."""
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_output(self) -> None:
+        """Raise ValueError or OSError unless a LoRA can be written and no file of another run is replaced."""
+        request, path = self.request, self.request.output
+        if request.cache is not None and request.cache.exists() and not request.cache.is_dir():
+            raise SettingError(f"the cache {request.cache} is a file; give a folder", "cache")
+        if path.is_dir():
+            raise SettingError(f"the output {path} is a folder; give the path of a file in it", "output")
+        if path.suffix != ".safetensors":
+            raise SettingError(f"the output {path} is no .safetensors file; name it so", "output")
+        if not path.parent.is_dir():
+            raise SettingError(f"the output folder {path.parent} does not exist; create it first", "output")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
+        config = None if request.config is None else Path(request.config).expanduser().resolve()
+        existing = [file for file in self.files.existing() if file.resolve() != config]
+        if existing and not request.overwrite and request.resume is None:
+            remedy = "choose another output; overwrite replaces it, resume latest goes on with its run"
+            raise SettingError(f"{existing[0]} exists; {remedy}", "output", "overwrite", "resume")
+
+    def _check_prior(self) -> None:
+        """Read the prior pictures, unless they are drawn later."""
         request = self.request
+        self._prior: list[Picture] = []
         if request.prior is None:
-            return []
+            return
         if not request.prior_prompt:
             raise SettingError("prior needs prior_prompt, what its pictures show", "prior", "prior_prompt")
-        folder = Path(request.prior).expanduser()
-        if request.prior.isdigit():
-            folder = request.output.with_suffix(".prior")
-            folder.mkdir(exist_ok=True)
-            for seed in range(int(request.prior)):
-                if not (path := folder / f"{seed:04d}.png").exists():
-                    (image,) = self.sd.generate(request.prior_prompt, seed=seed)
-                    save(image, path)
-        pictures, lines = read_pictures(folder, side, caption=request.prior_prompt)
-        self.remarks += lines
-        return pictures
-
-    def describe(self) -> list[str]:
-        """Return lines about what is trained: pictures of each size, updates, epochs, factors."""
-        data, settings = self.data, self.request.settings
-        sizes = listed([f"{n} of {w}x{h}" for (w, h), n in data.sets[0].sizes.items()], most=6)
-        epochs = settings.steps * settings.accumulate / data.epoch_length()
-        factors = sum(factor.size for factor in self.trainer.factors().values())
-        return [
-            f"{len(data.sets[0].pictures)} pictures ({sizes}), {settings.steps} steps, {epochs:.3g} times each picture",
-            f"{len(self.trainer.factors())} factors with {factors / 1e6:.2f} million numbers",
-        ]
-
-    def prepare(self) -> Iterator[tuple[int, int]]:
-        """Encode pictures and captions; yields (number encoded, number of all)."""
-        return self.data.prepare(self.request.cache)
-
-    def run(self, on_step: Callable[[TrainingStep], bool | None] = lambda step: None) -> Path:
-        """Train, and return the file that is written. Where ``on_step`` returns True, stop after the step."""
-        request, stopped = self.request, False
-        with LossTable(request.output.with_suffix(".csv"), self.trainer.step) as losses:
-            for step in self.trainer:
-                every = request.measure_every
-                losses.write(step, self.measure() if every and step.number % every == 0 else None)
-                stopped = bool(on_step(step))
-                if stopped or (request.save_every and step.number % request.save_every == 0):
-                    self.save_state()
-                if request.preview and (step.number % request.preview_every == 0 or step.number == 1):
-                    self.preview()
-                if stopped:
-                    break
-        texts = metadata(self.trainer, self.data, request.trigger, request.output.stem)
-        save_lora(self.trainer, request.output, texts, request.format)
-        return request.output
-
-    # --- what a run writes -------------------------------------------------------------------------------------------
-
-    def states(self) -> list[Path]:
-        """Return the checkpoints of this output, the oldest first."""
-        output = self.request.output
-        return sorted(output.parent.glob(f"{glob.escape(output.stem)}-[0-9]*{STATE}"))
-
-    def save_state(self) -> None:
-        """Write a checkpoint, and delete the oldest beyond those to keep."""
-        output = self.request.output
-        save_state(self.trainer, output.with_name(f"{output.stem}-{self.trainer.step:06d}{STATE}"))
-        for old in self.states()[: -self.request.keep]:
-            old.unlink()
+        if not request.prior.isdigit():
+            folder = Path(request.prior).expanduser()
+            self._prior, lines = read_pictures(folder, self._side, caption=request.prior_prompt)
+            self.remarks += lines
 
     def _state_file(self) -> Path:
         if self.request.resume != "latest":
-            return Path(self.request.resume).expanduser()
-        if not (states := self.states()):
+            path = Path(self.request.resume).expanduser()
+            if not path.is_file():
+                raise SettingError(f"there is no checkpoint {path} to resume; check the path, or give latest", "resume")
+            return path
+        if not (states := self.files.states()):
             raise SettingError(f"there is no checkpoint beside {self.request.output}; leave resume out", "resume")
         return states[-1]
+
+    # --- what is trained ---------------------------------------------------------------------------------------------
+
+    def _dataset(self) -> Dataset:
+        request = self.request
+        options = {"prior": self._prior, "resolution": self._side, "flip": request.flip}
+        return Dataset(self.sd, self._pictures, request.settings, **options)
+
+    def plan(self) -> dict[str, Any]:
+        """Return figures of the run: pictures, their sizes, steps, epochs, trained numbers."""
+        data, settings = self.data, self.request.settings
+        return {
+            "pictures": len(self._pictures),
+            "sizes": {f"{width}x{height}": count for (width, height), count in data.sets[0].sizes.items()},
+            "prior": len(self._prior) if not (self.request.prior or "").isdigit() else int(self.request.prior),
+            "steps": settings.steps,
+            "first_step": self.trainer.step + 1,
+            "epochs": round(settings.steps * settings.accumulate / data.epoch_length(), 3),
+            "factors": len(self.trainer.factors()),
+            "parameters": sum(factor.size for factor in self.trainer.factors().values()),
+        }
+
+    @staticmethod
+    def describe(plan: dict[str, Any]) -> str:
+        """Return the figures of ``plan`` and ``time_steps`` in lines."""
+        sizes = listed([f"{count} of {size}" for size, count in plan["sizes"].items()], most=6)
+        prior = f", {plan['prior']} prior pictures" if plan["prior"] else ""
+        lines = [
+            f"{plan['pictures']} pictures ({sizes}){prior}, {plan['steps']} steps, {plan['epochs']:.3g} epochs",
+            f"{plan['factors']} factors with {plan['parameters'] / 1e6:.2f} million parameters",
+        ]
+        if plan["first_step"] > 1:
+            lines.append(f"goes on with step {plan['first_step']}")
+        if "seconds" in plan:
+            total = tqdm.format_interval(plan["seconds"] * (plan["steps"] - plan["first_step"] + 1))
+            lines.append(f"{plan['seconds']:.2f} s/step, {total} in all, {plan['peak_gb']:.2f} GB")
+        return "\n".join(lines)
+
+    def time_steps(self) -> dict[str, Any]:
+        """Return seconds and memory of a step, from three that are undone. Nothing is written or drawn."""
+        trainer, settings = self.trainer, self.request.settings
+        before, first = trainer.state(), trainer.step
+        if self.request.prior and not self._prior:  # they are not drawn yet: others take as long
+            self._prior = self._pictures
+            self.data = trainer.data = self._dataset()
+        count = min(_TRIED, settings.steps - first)
+        for number in range(first * settings.accumulate, (first + count) * settings.accumulate):
+            self.data.batches(number)  # encoded before the time is taken
+        self._free()
+        mx.reset_peak_memory()
+        seconds = [next(trainer).seconds for _ in range(count)]
+        trainer.load_state(before, first)
+        return {"seconds": round(min(seconds, default=0.0), 4), "peak_gb": round(mx.get_peak_memory() / 1e9, 3)}
+
+    def _free(self) -> None:
+        """Free the networks that are not trained, until their next use."""
+        trained = self.trainer.networks()
+        self.sd.release(keep=[name for name, part in self.sd.sources.items() if part.component.name in trained])
+
+    # --- before the first step ---------------------------------------------------------------------------------------
+
+    def prepare(self) -> Iterator[tuple[str, int, int]]:
+        """Draw prior pictures, encode the preview's prompt, pictures and captions; yields (what, number done, of)."""
+        if (self.request.prior or "").isdigit():
+            yield from self._draw_prior(count := int(self.request.prior))
+            pictures, _ = read_pictures(self.files.prior, self._side, caption=self.request.prior_prompt)
+            self._prior = [picture for picture in pictures if int(picture.path.stem) < count]
+            self.data = self.trainer.data = self._dataset()
+        if self.request.preview and not self.request.settings.text_encoder_rank:
+            self._preview_prompt = self.sd.encode_prompts(self.request.preview, "")
+        for done, total in self.data.prepare(self.request.cache):
+            yield "encoding", done, total
+        self._free()
+
+    def _draw_prior(self, count: int) -> Iterator[tuple[str, int, int]]:
+        """Draw pictures with the base model beside the output; those that an earlier run has drawn are used again."""
+        request, folder = self.request, self.files.prior
+        folder.mkdir(exist_ok=True)
+        prompts = None
+        self.trainer.lora.scale = 0.0
+        for seed in range(count):
+            path = folder / f"{seed:04d}.png"
+            text = {"parameters": f"{request.prior_prompt}\nSeed: {seed}, Model: {request.model}"}
+            if not path.is_file() or read_text(path) != text:
+                prompts = prompts or self.sd.encode_prompts(request.prior_prompt, "")
+                (image,) = self.sd.generate(prompts[0], negative_text=prompts[1], seed=seed)
+                save(image, path, text)
+            yield "prior pictures", seed + 1, count
+        self.trainer.lora.scale = 1.0
+
+    def write_settings(self) -> None:
+        """Write all settings beside the output, as a .toml file that --config reads; not over that file itself."""
+        request, path = self.request, self.files.settings
+        if request.config is not None and Path(request.config).expanduser().resolve() == path.resolve():
+            return
+        left_out = {"settings", "config", "overwrite", "resume"}
+        values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in left_out}
+        values |= request.settings.as_dict() | {"resolution": self._side, "dtype": self.sd.dtype_name}
+        values["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
+        if request.prior is not None and not request.prior.isdigit():
+            values["prior"] = Path(request.prior).expanduser()
+        values = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+        path.write_text(to_toml(values), encoding="utf-8")
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether all steps are made."""
+        return self.trainer.step >= self.request.settings.steps
+
+    def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Train, and yield what is done; where ``stopped`` returns True, end after the step."""
+        request, trainer = self.request, self.trainer
+        if request.overwrite and request.resume is None:
+            for state in self.files.states():
+                state.unlink()
+        with LossTable(self.files.table, trainer.step) as self._table:
+            if trainer.step == 0:
+                if request.measure_every:
+                    self._table.write(None, self.measure())
+                yield from self._preview(stopped)
+            for step in () if stopped() else trainer:
+                measured = self.measure() if self._is_due(request.measure_every) else None
+                self._table.write(step, measured)
+                yield _event(step, measured)
+                if self._is_due(request.save_every):
+                    yield from self._save_state()
+                if stopped():
+                    break
+                if self._is_due(request.preview_every):
+                    yield from self._preview(stopped)
+
+    def finish(self) -> Iterator[Event]:
+        """Write the LoRA, a checkpoint where the run is not done, and the curve; yields what is written."""
+        request = self.request
+        if not self.is_done and not self.files.state(self.trainer.step).exists():
+            yield from self._save_state()
+        texts = metadata(self.trainer, self.data, request.trigger, request.output.stem)
+        save_lora(self.trainer, request.output, texts, request.format)
+        if self._table is not None and self._table.can_draw():
+            self._table.draw(self.files.curve)
+        yield {"kind": "lora", "path": str(request.output), "step": self.trainer.step}
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and (self.trainer.step % every == 0 or self.is_done)
+
+    def _save_state(self) -> Iterator[Event]:
+        """Write a checkpoint, and delete the oldest beyond those to keep."""
+        path = self.files.state(self.trainer.step)
+        save_state(self.trainer, path)
+        for old in self.files.states()[: -self.request.keep]:
+            old.unlink()
+        yield {"kind": "checkpoint", "path": str(path), "step": self.trainer.step}
 
     def measure(self) -> float:
         """Return the mean loss of some pictures at noise and timesteps that are always the same."""
         pictures, losses = self.data.sets[0], []
-        for number in range(min(len(pictures.pictures), _MEASURED)):
-            batch = self.data.batch(pictures, [(number, False)] * _DRAWS)
-            loss = self.trainer.loss(batch, [seed_of("measured", number, draw) for draw in range(_DRAWS)])
-            losses.append(loss.item() / self.trainer.scale)
+        with averaged(self.trainer):
+            for number in range(min(len(pictures.pictures), _MEASURED)):
+                batch = self.data.batch(pictures, [(number, False)])
+                for draw in range(_DRAWS):
+                    loss = self.trainer.loss(batch, [seed_of("measured", number, draw)])
+                    losses.append(loss.item() / self.trainer.scale)
         return sum(losses) / len(losses)
 
-    def preview(self) -> None:
-        """Add a row of pictures of fixed seeds to the sheet of previews."""
-        path = self.request.output.with_suffix(".png")
-        with averaged(self.trainer):
-            row = grid(self.sd.generate(self.request.preview, n_images=_PREVIEWS, seed=0), 1)
-        if self.trainer.step > 1 and path.is_file():
-            above = open_image(path)
-            sheet = Image.new("RGB", (row.width, above.height + row.height + 8), (255, 255, 255))
-            sheet.paste(above, (0, 0))
-            sheet.paste(row, (0, above.height + 8))
-            row = sheet
-        save(row, path)
-
-    def time_steps(self) -> str:
-        """Make a few steps, and return a line about the time and the memory that all of them take."""
-        mx.reset_peak_memory()
-        steps = [step for step, _ in zip(self.trainer, range(_TRIED), strict=False)]
-        seconds, left = min(step.seconds for step in steps), self.request.settings.steps
-        total = tqdm.format_interval(seconds * left)
-        return f"{seconds:.2f} s/step, {total} for {left} steps, {mx.get_peak_memory() / 1e9:.2f} GB"
+    def _preview(self, stopped: Callable[[], bool]) -> Iterator[Event]:
+        """Draw pictures of fixed seeds as a new row of the sheet of previews; none where it is stopped on the way."""
+        if not self.request.preview:
+            return
+        images: list[Image.Image] = []
+        text, negative = self._preview_prompt or (self.request.preview, "")
+        try:
+            with averaged(self.trainer):
+                for seed in range(_PREVIEWS):
+                    images += [] if stopped() else self.sd.generate(text, negative_text=negative, seed=seed)
+        except FloatingPointError as error:
+            _log.warning("the preview after step %d is left out: %s", self.trainer.step, error)
+        self._free()
+        if len(images) == _PREVIEWS:
+            add_row(self.files.sheet, self.trainer.step, images)
+            yield {"kind": "preview", "path": str(self.files.sheet), "step": self.trainer.step}
 
 
-def _too_long(sd: StableDiffusion, pictures: list) -> list[str]:
+def _event(step: TrainingStep, measured: float | None) -> Event:
+    loss = step.loss if math.isfinite(step.loss) else None  # which JSON has
+    figures = {"loss": loss, "learning_rate": step.learning_rate, "seconds": step.seconds, "skipped": step.skipped}
+    peak = round(mx.get_peak_memory() / 1e9, 3)
+    return {"kind": "step", "step": step.number} | figures | {"measured": measured, "peak_gb": peak}
+
+
+def _too_long(sd: StableDiffusion, pictures: Sequence[Picture]) -> list[str]:
     """Return a line about each caption of which the text encoder reads a part only."""
     lines = []
     for picture in pictures:
@@ -189,82 +340,3 @@ def _too_long(sd: StableDiffusion, pictures: list) -> list[str]:
         if chunks > 1:
             lines.append(f"{picture.path}: its caption has more than 75 tokens, and the rest is not read; shorten it")
     return lines
-
-
-def _check_output(path: Path) -> None:
-    """Raise ValueError unless a LoRA can be written to ``path``."""
-    if path.suffix != ".safetensors":
-        raise SettingError(f"the output {path} is no .safetensors file; name it so", "output")
-    if not path.parent.is_dir():
-        raise SettingError(f"the folder of the output {path} does not exist; create it first", "output")
-    if path.is_dir():
-        raise SettingError(f"the output {path} is a folder; give the path of a file in it", "output")
-
-
-class LossTable:
-    """Write a table of the steps as a .csv file, which goes on where a run does."""
-
-    COLUMNS = ("step", "loss", "learning_rate", "seconds", "measured")
-
-    def __init__(self, path: Path, step: int):
-        rows = []
-        if step and path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self._file = path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerows([self.COLUMNS, *rows])
-
-    def __enter__(self) -> "LossTable":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, step: TrainingStep, measured: float | None) -> None:
-        """Add a step."""
-        values = (step.loss, step.learning_rate, step.seconds, measured)
-        self._writer.writerow([step.number, *("" if value is None else f"{value:.6g}" for value in values)])
-        self._file.flush()
-
-
-class TrainingProgress:
-    """Show a run in a terminal: a bar for what is encoded, and one for the steps."""
-
-    def __init__(self, run: TrainingRun, as_json: bool, say: Callable[[str], None]):
-        self._run, self._say, self._json = run, say, as_json
-        self._bar = None
-
-    def __enter__(self) -> "TrainingProgress":
-        bar = tqdm(disable=None, desc="encoding", leave=False)
-        for done, total in self._run.prepare():
-            bar.total = total
-            bar.update(done - bar.n)
-        bar.close()
-        total, step = self._run.request.settings.steps, self._run.trainer.step
-        self._bar = tqdm(total=total, initial=step, disable=None, desc="training", dynamic_ncols=True)
-        self._mean: float | None = None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def __call__(self, step: TrainingStep) -> None:
-        """Show a step."""
-        if step.skipped:
-            tqdm.write(f"step {step.number} is skipped: its loss is not finite")
-        else:
-            self._mean = step.loss if self._mean is None else self._mean + 0.05 * (step.loss - self._mean)
-        peak = mx.get_peak_memory() / 1e9
-        if self._mean is not None:
-            self._bar.set_postfix_str(f"loss {self._mean:.4f}, {step.seconds:.2f} s, {peak:.2f} GB", refresh=False)
-        self._bar.update()
-        if self._json:
-            self._say(json.dumps(vars(step) | {"peak_gb": round(peak, 3)}))
-
-
-def write_settings(request: TrainingRequest, values: Mapping[str, Any]) -> None:
-    """Write all flags of a run beside its output, as a .toml file that --config reads."""
-    values = request.settings.as_dict() | dict(values)
-    lines = [f"{name} = {json.dumps(value)}" for name, value in sorted(values.items()) if value is not None]
-    request.output.with_suffix(".toml").write_text("\n".join(lines) + "\n", encoding="utf-8")

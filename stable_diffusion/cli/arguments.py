@@ -143,7 +143,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
         raise ValueError(f"the prompt file {path} cannot be read ({error.strerror}); give a text file") from error
     line_parser = Parser(prog=parser.prog, add_help=False)
     left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "trust", "wildcards", "fixed_seed"}
-    line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"] | FLAGS["sizes"], left_out)
+    line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"] | FLAGS["sizes"], left_out=left_out)
     requests = []
     for number, line in enumerate(lines, start=1):
         line = COMMENT.sub("", line)

@@ -64,8 +64,21 @@ class Parser(argparse.ArgumentParser):
             version = f"stable-diffusion-mlx {__version__}"
             self.add_argument("--version", action="version", version=version, help="print the version and leave")
 
-    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str]) -> None:
-        """Add a group of flags (usage -> help), except those with the names ``left_out``."""
+    def add_flags(
+        self,
+        title: str,
+        about: str,
+        flags: Mapping[str, str],
+        *,
+        left_out: Collection[str] = (),
+        types: Mapping[str, Callable[[str], Any]] | None = None,
+        choices: Mapping[str, Sequence] | None = None,
+    ) -> None:
+        """Add a group of flags (usage -> help), except those with the names ``left_out``.
+
+        ``types`` and ``choices`` are by name; None are those of the scripts.
+        """
+        types, choices = _TYPES if types is None else types, _CHOICES if choices is None else choices
         group = None
         for usage, help_text in flags.items():
             words = usage.removesuffix(" ...").split()
@@ -73,10 +86,10 @@ class Parser(argparse.ArgumentParser):
             name = names[0].removeprefix("--")
             if name in left_out:
                 continue
-            options = {"type": _TYPES.get(name), "choices": _CHOICES.get(name)}
+            options = {"type": types.get(name), "choices": choices.get(name)}
             if len(words) > len(names):
                 options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
-            elif name not in _CHOICES:
+            elif name not in choices:
                 options = {"action": "store_true"}
             if name in _CONSTANTS:
                 dest, const = _CONSTANTS[name]

@@ -1,22 +1,33 @@
-"""Train a LoRA: ``python -m stable_diffusion train photos/ --model sd15 --trigger ohwx --output me.safetensors``."""
+"""Train a LoRA: ``python -m stable_diffusion train photos/ --model sd15 --trigger ohwx --output me.safetensors``.
 
+Paths go to stdout as they are written (with ``--json`` an object for each step and file), progress and remarks to
+stderr. The exit codes are those of the scripts, see ``cli/main.py``; after Ctrl-C and SIGTERM the LoRA and a checkpoint
+are written, and ``--resume latest`` goes on from there.
+"""
+
+import argparse
 import json
 import logging
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..app.request import CHOICES, COUNT, Request
-from ..app.train import TrainingProgress, TrainingRequest, TrainingRun, write_settings
+from ..app.progress import TqdmHandler
+from ..app.request import CHOICES, COUNT
+from ..app.train import TrainingRequest, TrainingRun
+from ..app.training_output import Event, TrainingProgress
+from ..lora.create import TARGETS
 from ..models import cpu
 from ..options import Number
 from ..training.save import FORMATS
 from ..training.settings import TrainingSettings
 from .parser import Parser, number, text
-from .signals import signals
+from .signals import Stop, signals
 from .streams import LineFormatter, remark, say
 
 _log = logging.getLogger("stable_diffusion")
@@ -24,79 +35,110 @@ _log = logging.getLogger("stable_diffusion")
 # A flag is a key of the file --config, and the name of a field. A flag without a value is a switch.
 FLAGS = {
     "pictures": {
-        "--trigger WORD": "a word for the new thing, put before each caption that lacks it",
-        "--caption TEXT": "of pictures without one",
+        "--trigger WORD": "word for the new thing, put before each caption that lacks it",
+        "--caption TEXT": "caption of pictures without one",
         "--resolution PIXELS": "side of a square with the area of the pictures (the model's)",
-        "--flip": "show each picture mirrored half of the time",
-        "--cache DIR": "keep what is encoded there, so that the next run on these pictures starts at once",
+        "--flip": "mirror each picture half of the time",
+        "--cache DIR": "keep encoded pictures and captions there, so that the next run starts at once",
         "--prior DIR|N": "pictures of the same kind of thing, which the model is not to forget: a folder, or a number "
-        "to draw first",
-        "--prior_prompt TEXT": "what those show, such as: a photo of a dog",
-        "--prior_weight": "of their loss (1)",
-        "--caption_dropout": "share of pictures shown without their caption (0.05)",
+        "to generate first",
+        "--prior_prompt TEXT": "prompt and caption of these, such as: a photo of a dog",
+        "--prior_weight N": "weight of their loss (1)",
+        "--caption_dropout FRACTION": "fraction of pictures trained with the empty caption (0.05)",
     },
     "model": {
-        "--model MODEL": "what to train for: a name, a Hub id, a folder or a file (sdxl)",
+        "--model MODEL": "base model to train for: a name, a Hub id, a folder or a file (sd15)",
         "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
-        "--quantize -q": "the model to 8 bits and its text encoders to 4; the LoRA is not",
-        "--dtype": "in which the model computes (bfloat16 on a GPU, float32 on a CPU)",
-        "--low_memory": "keep only the networks in memory that are being used",
-        "--device": "where to compute (a GPU where there is one)",
+        "--quantize -q": "quantize the UNet to 8 bits and the text encoders to 4; the LoRA is float32 (QLoRA)",
+        "--dtype": "type in which the model computes (bfloat16 on a GPU, float32 on a CPU)",
+        "--low_memory": "free each network between its uses",
+        "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
     },
     "LoRA": {
-        "--rank": "width of what is trained: 4 for a style, 16 for a face, 64 for much (16)",
-        "--alpha": "its scale times the rank (the rank)",
-        "--targets TARGETS": "attention, attention+ff, all, or a regular expression for paths of layers (attention)",
-        "--conv_rank": "the same for the 3x3 convolutions (0)",
-        "--text_encoder_rank": "the same for the text encoders (0)",
-        "--dora": "train the lengths of the weights too (DoRA)",
-        "--embedding WORD[:N]": "train N vectors (4) for a new word, and no LoRA: a textual inversion",
+        "--rank N": "rank of the update of each layer: 4 for a style, 16 for a face, 64 for much (16)",
+        "--alpha N": "the update is multiplied by alpha / rank (the rank)",
+        "--targets NAME|REGEX": f"layers to train: {', '.join(TARGETS)}, or a regular expression for their paths "
+        "(attention)",
+        "--conv_rank N": "rank for the 3x3 convolutions; 0 trains none (0)",
+        "--text_encoder_rank N": "rank for the text encoders; 0 trains none (0)",
+        "--dora": "train the magnitudes of the weights too (DoRA)",
     },
     "training": {
-        "--steps": "updates (1000)",
-        "--batch_size": "pictures at once (1)",
-        "--accumulate": "batches for each update (1)",
-        "--learning_rate": "length of an update (0.0001)",
-        "--lr_schedule": "of the learning rate after the warm-up (constant)",
-        "--warmup": "share of the steps in which it grows to all of it (0.05)",
-        "--optimizer": "that makes the updates (adamw)",
-        "--weight_decay": "share that each update takes away (0.01)",
-        "--clip_norm": "length of the longest gradient; 0 is any (1)",
-        "--loss": "mse, or huber, which is less led by single pixels (mse)",
-        "--min_snr": "bound of the weight of steps with little noise; 0 is none (5)",
-        "--noise_offset": "for very dark and very bright pictures, such as 0.05 (0)",
-        "--ema": "decay of a moving average, which then is what is saved, such as 0.99 (0)",
-        "--checkpointing": "compute transformers twice to need less memory (auto)",
-        "--seed": "of all that is random (0)",
+        "--steps N": "number of updates (1000)",
+        "--batch_size N": "pictures in a batch (1)",
+        "--accumulate N": "batches for each update (1)",
+        "--learning_rate RATE": "highest learning rate (0.0001)",
+        "--lr_schedule": "learning rate after the warm-up (constant)",
+        "--warmup FRACTION": "fraction of the steps in which the learning rate grows from 0 (0.05)",
+        "--optimizer": "optimizer (adamw)",
+        "--weight_decay DECAY": "weight decay of the optimizer (0.01)",
+        "--clip_norm NORM": "clip the gradients to this norm; 0 is off (1)",
+        "--loss": "squared error, or pseudo-Huber, which outliers move less (mse)",
+        "--min_snr GAMMA": "bound of the loss weights by signal to noise ratio (Min-SNR); 0 is off (5)",
+        "--noise_offset OFFSET": "noise shared by all pixels, for very dark and very bright pictures, such as 0.05 (0)",
+        "--ema DECAY": "save a moving average of the LoRA with this decay, such as 0.99; 0 is off (0)",
+        "--checkpointing": "recompute transformer blocks in the backward pass, for less memory (auto)",
+        "--seed N": "seed of everything random (0)",
     },
     "output": {
-        "--output FILE": "the LoRA to write, NAME.safetensors (lora.safetensors)",
-        "--format": "of its names: kohya for all programs, diffusers for that library (kohya)",
-        "--save_every N": "steps between checkpoints; 0 is none (250)",
-        "--keep N": "checkpoints to keep (3)",
-        "--resume FILE": "go on from a checkpoint, or from the latest one of this output",
-        "--preview TEXT": "a prompt to draw now and then, a row of NAME.png each time",
+        "--output FILE": "the LoRA to write, NAME.safetensors; other files of the run begin with NAME "
+        "(lora.safetensors)",
+        "--overwrite": "replace the files of another run with this name",
+        "--format": "names in the file: kohya for all programs, diffusers for PEFT (kohya)",
+        "--save_every N": "steps between checkpoints; 0 is off (250)",
+        "--keep N": "number of checkpoints to keep (3)",
+        "--resume FILE": "go on from a checkpoint; latest is the last one of this output",
+        "--preview TEXT": "a prompt to draw with fixed seeds before the first step and then regularly, in NAME.png",
         "--preview_every N": "steps between previews (250)",
-        "--measure_every N": "steps between measurements of the loss at the same noise; 0 is none (50)",
-        "--json": "print an object in JSON for each step",
-        "--dry_run": "say what would be trained, and how long it takes, and stop",
+        "--measure_every N": "steps between measurements of the loss with fixed pictures and noise; 0 is off (100)",
+        "--json": "print an object in JSON for each step and file",
+        "--dry_run": "report pictures, steps, time and memory after three steps, write nothing and exit",
         "--config FILE": "a .toml file with flags as keys; flags given beside it win",
     },
 }
 ABOUT = {
     "pictures": "A folder: a.jpg with a.txt, metadata.jsonl, train.jsonl, or folders 10_name.",
     "model": "What the LoRA is for.",
-    "LoRA": "What is trained of it.",
+    "LoRA": "What is trained.",
     "training": "How it is trained.",
-    "output": "What is written and said.",
+    "output": "Files and reports.",
 }
+_EPILOG = """\
+examples:
+  %(prog)s photos/ --model sd15 --trigger ohwx
+  %(prog)s photos/ --trigger ohwx --preview "ohwx"
+  %(prog)s --config lora.toml --output b.safetensors
+
+exit codes:
+  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
+"""
+_NEEDED = {"preview_every": "preview", "prior_prompt": "prior", "prior_weight": "prior"}  # a flag without effect alone
+_COMMANDS = {"dry_run", "json", "device"}  # not fields of a request
+
+
+def pattern(value: str) -> str:
+    """Return a name of ``TARGETS``, or a regular expression."""
+    try:
+        re.compile(text(value))
+    except re.error as error:
+        known = f"choose {', '.join(TARGETS)}, or mend it"
+        raise argparse.ArgumentTypeError(f"{value!r} is no regular expression ({error}); {known}") from None
+    return value
+
+
+def prior(value: str) -> str:
+    """Return a folder, or a number of pictures."""
+    return str(number(COUNT, value)) if value.lstrip("-").isdigit() else text(value)
+
+
 _NUMBERS: dict[str, Number] = TrainingSettings.NUMBERS | {
     **dict.fromkeys(("preview_every", "keep"), COUNT),
     **dict.fromkeys(("save_every", "measure_every"), Number(int, 0)),
     "resolution": Number(int, 64, 4096, multiple=8),
 }
-_CHOICES = TrainingSettings.CHOICES | {"dtype": CHOICES["dtype"], "device": ("cpu", "gpu"), "format": FORMATS}
-_COMMANDS = {"dry_run", "config", "json", "device"}
+_CHOICES = TrainingSettings.CHOICES | {"dtype": CHOICES["dtype"], "device": cpu.DEVICES, "format": FORMATS}
+_TYPES = dict.fromkeys(("trigger", "caption", "prior_prompt", "model", "output", "preview", "resume", "cache"), text)
+_TYPES |= {name: partial(number, limits) for name, limits in _NUMBERS.items()} | {"targets": pattern, "prior": prior}
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -104,93 +146,86 @@ def make_parser(prog: str | None = None) -> Parser:
     parser = Parser(
         prog=prog or "python -m stable_diffusion train",
         usage="%(prog)s pictures [flags]",
-        description="Train a LoRA, a small file that teaches a model a new thing or style, from a few pictures.",
+        description="Train a LoRA: a small file that teaches a model a new thing or style.",
+        epilog=_EPILOG,
     )
-    parser.add_argument("pictures", nargs="?", help="a folder of pictures, best with captions")
+    parser.add_argument("pictures", nargs="?", type=text, help="a folder of pictures, best with captions")
     for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title, ABOUT[title])
-        for usage, help_text in flags.items():
-            words = usage.split()
-            names, name = [word for word in words if word[0] == "-"], words[0].removeprefix("--")
-            options: dict[str, Any] = {"type": text, "metavar": words[-1]}
-            if name in _NUMBERS:
-                options = {"type": partial(number, _NUMBERS[name]), "metavar": "N"}
-            elif name in _CHOICES:
-                options = {"choices": _CHOICES[name]}
-            elif len(words) == len(names):
-                options = {"action": "store_true"}
-            group.add_argument(*names, help=help_text, **options)
+        parser.add_flags(title, ABOUT[title], flags, types=_TYPES, choices=_CHOICES)
     return parser
 
 
 def read_config(parser: Parser, path: str) -> dict[str, Any]:
     """Read the flags in a TOML file, each checked as on the command line. Raises ValueError, one line."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as TOML ({' '.join(str(error).split())}); see --help") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"the config {path} cannot be read as TOML ({reason}); see --help for its keys") from None
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "version", "config")}
     words = []
     for key, value in values.items():
-        if isinstance(value, bool):
-            words += [f"--{key}"] if value else []
-        elif isinstance(value, str | int | float):
-            words.append(f"--{key}={value}")
-        else:
-            raise ValueError(f"{path}: {key} is a {type(value).__name__}; give a number, a text, or true")
-    pictures = [word.partition("=")[2] for word in words if word.startswith("--pictures=")]
+        name = key.replace("-", "_")
+        if name not in actions:
+            similar = get_close_matches(name, actions, 1, 0.75)
+            remedy = f"did you mean {similar[0]}?" if similar else "its keys are the flags in --help"
+            raise ValueError(f"{path}: there is no key {key}; {remedy}")
+        is_switch = actions[name].nargs == 0
+        kinds = "true or false" if is_switch else "a number" if name in _NUMBERS else "a text"
+        accepted = bool if is_switch else (int, float) if name in _NUMBERS else (str, int) if name == "prior" else str
+        if not isinstance(value, accepted) or (isinstance(value, bool) and not is_switch):
+            raise ValueError(f"{path}: {key} is {json.dumps(value, default=str):.60}, which is not {kinds}")
+        if name == "pictures":
+            words.insert(0, value)
+        elif not is_switch or value:
+            words.append(f"--{name}" if is_switch else f"--{name}={value}")
     parser.where = f"{path}: "
-    read = vars(parser.parse_args([*pictures, *(word for word in words if not word.startswith("--pictures="))]))
+    read = vars(parser.parse_args(words))
     parser.where = ""
     return {key: value for key, value in read.items() if value is not None}
 
 
-def request_of(values: dict[str, Any]) -> TrainingRequest:
-    """Make a request of flags by name. Raises ValueError where something is missing or out of range."""
+def request_of(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingRequest:
+    """Make a request of flags by name; ``given`` are those of the command line.
+
+    Raises ValueError where something is missing, without effect or out of range.
+    """
     if "pictures" not in values:
-        raise ValueError("there is no folder of pictures; give one")
+        raise ValueError("give a folder of pictures")
+    for name in _NEEDED.keys() & given.keys():
+        if _NEEDED[name] not in values:
+            raise ValueError(f"--{name} has no effect without --{_NEEDED[name]}")
     names = {field.name for field in fields(TrainingSettings)}
     settings = TrainingSettings(**{name: value for name, value in values.items() if name in names})
-    of_model = {name: values[name] for name in ("model", "revision", "quantize", "dtype") if name in values}
-    rest = values.keys() - names - of_model.keys() - _COMMANDS - {"pictures", "output", "cache"}
-    paths = {name: Path(values[name]).expanduser() for name in ("cache",) if name in values}
-    return TrainingRequest(
-        Path(values["pictures"]).expanduser(),
-        Path(values.get("output", "lora.safetensors")).expanduser(),
-        Request(**of_model),
-        settings,
-        **paths,
-        **{name: values[name] for name in rest},
-    )
+    rest = {name: value for name, value in values.items() if name not in names | _COMMANDS}
+    paths = {name: Path(rest[name]).expanduser() for name in ("pictures", "output", "cache") if name in rest}
+    return TrainingRequest(**rest | paths, settings=settings)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code."""
     parser = make_parser(prog)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
-    _log.handlers, code = [handler], 2
     cpu.tune()
+    handler, code = TqdmHandler(), 2
+    handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
+    _log.handlers = [handler]
     with signals(_log.warning) as stop:
         try:
-            config = read_config(parser, given["config"]) if "config" in given else {}
-            values = config | given
+            values = (read_config(parser, given["config"]) if "config" in given else {}) | given
             cpu.choose_device(values.get("device"))
-            run = TrainingRun(request_of(values))
-            for line in run.remarks:
-                remark(line)
-            for line in run.describe():
-                remark(line)
-            code, stop.is_expected = 1, True
+            run = TrainingRun(request_of(values, given))
+            for line in run.remarks:  # a refusal is one line
+                _log.warning("%s", line)
+            code = 1
             if "dry_run" in values:
-                say(run.time_steps())
+                plan = run.plan() | run.time_steps()
+                parser.say(json.dumps({"kind": "plan"} | plan) if "json" in values else run.describe(plan))
                 return 0
-            write_settings(
-                run.request, {key: value for key, value in values.items() if key not in ("config", "resume")}
-            )
-            with TrainingProgress(run, "json" in values, say) as progress:
-                path = run.run(lambda step: progress(step) or stop.code is not None)
-            say(json.dumps({"path": str(path)}) if "json" in values else str(path))
+            for line in run.describe(run.plan()).splitlines():
+                remark(line)
+            run.write_settings()
+            _train(parser, run, stop, "json" in values)
         except (ArithmeticError, ValueError, OSError) as error:
             parser.fail(code, error)
         except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
@@ -198,4 +233,36 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             parser.fail(1, f"the training failed ({str(error) or 'out of memory'}); {remedy}")
         except KeyboardInterrupt:
             parser.fail(stop.code or 130, "interrupted; nothing was trained")
-    return stop.code or 0
+    return 0
+
+
+def _train(parser: Parser, run: TrainingRun, stop: Stop, as_json: bool) -> None:
+    """Make a run, and print what it does. What there is of it is saved where it is stopped or diverges."""
+    with TrainingProgress(run) as progress:
+        progress.prepare()
+        stop.is_expected = True
+        try:
+            for event in run.steps(lambda: stop.code is not None):
+                progress(event)
+                _print(event, as_json)
+        except FloatingPointError as error:
+            for event in run.finish():
+                _print(event, as_json)
+            raise FloatingPointError(f"{error}; what was trained before is in {run.request.output}") from None
+        for event in run.finish():
+            _print(event, as_json)
+    if stop.code is not None:
+        remedy = "all is written" if run.is_done else "the same command with --resume latest goes on"
+        done = f"interrupted after step {run.trainer.step} of {run.request.settings.steps}"
+        parser.fail(stop.code, f"{done}; {remedy}")
+
+
+def _print(event: Event, as_json: bool) -> None:
+    """Print what was written, and in JSON each step. Nothing of a run is given up because nobody reads it."""
+    try:
+        if as_json:
+            say(json.dumps(event))
+        elif event["kind"] == "lora":
+            say(event["path"])
+    except OSError as error:
+        _log.warning("stdout cannot be written to (%s); the files are written all the same", error.strerror)

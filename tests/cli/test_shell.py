@@ -12,7 +12,7 @@ import pytest
 
 from command_line import ROOT, names, pixels
 from stable_diffusion import StableDiffusion, __main__, __version__
-from stable_diffusion.cli import arguments, check, convert, inspect
+from stable_diffusion.cli import arguments, check, convert, inspect, train
 from stable_diffusion.cli.parser import script_parser
 from stable_diffusion.networks import _OLDEST_MLX
 
@@ -21,6 +21,7 @@ PARSERS = {
     "image2image": script_parser("image2image", "image2image.py"),
     "convert": convert.make_parser(),
     "inspect": inspect.make_parser(),
+    "train": train.make_parser(),
     "check": check.make_parser(),
 }
 

@@ -1,0 +1,229 @@
+"""What a training writes and shows beside the LoRA: table, curve, sheet of previews, settings, progress."""
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from ..images.files import open_image, read_text, save, unfinished
+from ..training.trainer import TrainingStep
+
+if TYPE_CHECKING:
+    from .train import TrainingRun
+
+_log = logging.getLogger("stable_diffusion")
+
+Event = dict[str, Any]  # of a run, as it is printed in JSON; "kind" is step, checkpoint, preview or lora
+
+STATE = ".state.safetensors"
+_GAP, _FONT = 8, 12  # pixels
+_MOST_ROWS = 40
+_STEPS = "steps"  # keyword of the text in a sheet that names its rows
+_SMOOTHING = 0.05  # share of a new loss in the mean that is shown
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Name the files of a run after its output NAME.safetensors.
+
+    NAME.toml holds the settings, NAME.csv the losses, NAME-loss.png their curve, NAME.png the previews, NAME-prior the
+    generated prior pictures, NAME-000500.state.safetensors a checkpoint.
+    """
+
+    lora: Path
+
+    @property
+    def settings(self) -> Path:
+        """Return the path of the resolved settings."""
+        return self.lora.with_suffix(".toml")
+
+    @property
+    def table(self) -> Path:
+        """Return the path of the losses."""
+        return self.lora.with_suffix(".csv")
+
+    @property
+    def curve(self) -> Path:
+        """Return the path of the curve of the losses."""
+        return self.lora.with_name(f"{self.lora.stem}-loss.png")
+
+    @property
+    def sheet(self) -> Path:
+        """Return the path of the previews."""
+        return self.lora.with_suffix(".png")
+
+    @property
+    def prior(self) -> Path:
+        """Return the folder of generated prior pictures."""
+        return self.lora.with_name(f"{self.lora.stem}-prior")
+
+    def state(self, step: int) -> Path:
+        """Return the path of a checkpoint."""
+        return self.lora.with_name(f"{self.lora.stem}-{step:06d}{STATE}")
+
+    def states(self) -> list[Path]:
+        """Return the checkpoints that are there, the oldest first."""
+        pattern = re.compile(rf"{re.escape(self.lora.stem)}-(\d+){re.escape(STATE)}")
+        found = ((pattern.fullmatch(path.name), path) for path in self.lora.parent.iterdir())
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+    def existing(self) -> list[Path]:
+        """Return the files of another run with this name."""
+        return [path for path in (self.lora, self.settings, self.table, self.sheet) if path.exists()] + self.states()
+
+
+class LossTable:
+    """Write a table of the steps as a .csv file. After ``step`` steps a file of the same run goes on."""
+
+    COLUMNS = ("step", "loss", "learning_rate", "seconds", "measured")
+
+    def __init__(self, path: Path, step: int):
+        self.rows: list[list[str]] = []
+        if step and path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()]
+            self.rows = [row for row in rows if int(row[0]) <= step]
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+        self._writer.writerows([self.COLUMNS, *self.rows])
+
+    def __enter__(self) -> "LossTable":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, step: TrainingStep | None, measured: float | None) -> None:
+        """Add a step; None is the measurement before the first one."""
+        values = (None, None, None) if step is None else (step.loss, step.learning_rate, step.seconds)
+        texts = ("" if value is None else f"{value:.6g}" for value in (*values, measured))
+        row = ["0" if step is None else str(step.number), *texts]
+        self.rows.append(row)
+        self._writer.writerow(row)
+        self._file.flush()
+
+    @staticmethod
+    def can_draw() -> bool:
+        """Return whether matplotlib is installed."""
+        return find_spec("matplotlib") is not None
+
+    def draw(self, path: Path) -> None:
+        """Draw the losses over the steps: each, their moving average, and those that were measured."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="tight")
+        axes = figure.subplots()
+        losses = [(int(row[0]), float(row[1])) for row in self.rows if row[1] not in ("", "nan", "inf")]
+        measured = [(int(row[0]), float(row[4])) for row in self.rows if row[4]]
+        means: list[tuple[int, float]] = []
+        for number, loss in losses:
+            means.append((number, loss if not means else means[-1][1] + _SMOOTHING * (loss - means[-1][1])))
+        for points, label, style in (
+            (losses, "loss of a step", {"alpha": 0.25}),
+            (means, "moving average", {}),
+            (measured, "same pictures and noise", {"marker": "o"}),
+        ):
+            axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
+        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        axes.legend()
+        with unfinished(path) as temporary:
+            figure.savefig(temporary, format="png")
+            temporary.replace(path)
+
+
+def add_row(path: Path, step: int, pictures: Sequence[Image.Image]) -> None:
+    """Add the pictures drawn after a step to the sheet at ``path``, below those of earlier steps.
+
+    Rows of the same or a later step are replaced, as they are of a run that was interrupted. Of more than 40 rows the
+    second ones are left out.
+    """
+    font = ImageFont.load_default(_FONT)
+    width, height = sum(p.width + _GAP for p in pictures) - _GAP, pictures[0].height + 2 * _GAP + _FONT
+    row = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(row).text((0, 0), f"step {step}", fill="black", font=font)
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (i * (picture.width + _GAP), _FONT + _GAP))
+    rows = {} if step == 0 else {number: image for number, image in _rows(path, row.size).items() if number < step}
+    rows[step] = row
+    if len(rows) > _MOST_ROWS:
+        del rows[sorted(rows)[1]]
+    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    for i, number in enumerate(sorted(rows)):
+        sheet.paste(rows[number], (0, i * height))
+    save(sheet, path, {_STEPS: " ".join(map(str, sorted(rows)))})
+
+
+def _rows(path: Path, size: tuple[int, int]) -> dict[int, Image.Image]:
+    """Return the rows of a sheet by step; none where it is not there, or of another size."""
+    if not path.is_file():
+        return {}
+    steps, sheet = read_text(path).get(_STEPS, ""), open_image(path)
+    numbers = [int(step) for step in steps.split() if step.isdigit()]
+    if sheet.size != (size[0], size[1] * len(numbers)):
+        return {}
+    return {n: sheet.crop((0, i * size[1], size[0], (i + 1) * size[1])) for i, n in enumerate(numbers)}
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """Return numbers, texts and switches as TOML; those that are None are left out."""
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        for name, value in values.items()
+        if value is not None
+    ]
+    return "\n".join([*lines, ""])
+
+
+class TrainingProgress:
+    """Show a run in a terminal: a bar for what is made ready, and one for the steps."""
+
+    def __init__(self, run: "TrainingRun"):
+        self._run = run
+        self._bar: tqdm | None = None
+        self._label = ""
+        self._mean: float | None = None
+        self._measured = ""
+
+    def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def prepare(self) -> None:
+        """Make the run ready."""
+        for label, done, total in self._run.prepare():
+            if label != self._label:
+                self.__exit__()
+                self._bar, self._label = tqdm(total=total, desc=label, disable=None, leave=False), label
+            self._bar.update(done - self._bar.n)
+        self.__exit__()
+        total, step = self._run.request.settings.steps, self._run.trainer.step
+        self._bar = tqdm(total=total, initial=step, desc="training", disable=None, dynamic_ncols=True)
+        mx.reset_peak_memory()
+
+    def __call__(self, event: Event) -> None:
+        """Show a step."""
+        if event["kind"] != "step":
+            return
+        if event["skipped"]:
+            _log.warning("step %d is skipped: its loss is not finite", event["step"])
+        else:
+            last = event["loss"] if self._mean is None else self._mean
+            self._mean = last + _SMOOTHING * (event["loss"] - last)
+        if event["measured"] is not None:
+            self._measured = f" (measured {event['measured']:.4f})"
+        if self._mean is not None:
+            figures = f"loss {self._mean:.4f}{self._measured}, {event['seconds']:.2f} s, {event['peak_gb']:.2f} GB"
+            self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update()
