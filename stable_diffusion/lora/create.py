@@ -1,6 +1,7 @@
 """Make the factors of a new LoRA, which changes nothing until it is trained."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,14 +12,16 @@ import mlx.nn as nn
 from .delta import LoRADelta, shape_of, weight_of
 from .files import LoRAWeights
 
-# Layers by the end of their path. Those of text encoders have the same roles under other names.
-_ATTENTION = r"(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj)"
-_FEED_FORWARD = r"(ff\.net\.0\.proj|ff\.net\.2|mlp\.fc1|mlp\.fc2)"
+# Matrices by their path. Those of text encoders have the same roles under other names.
+_ATTENTION = r"to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj"
+_FEED_FORWARD = r"ff\.net\.0\.proj|ff\.net\.2|mlp\.fc1|mlp\.fc2"
 TARGETS = {
-    "attention": rf"\.{_ATTENTION}$",
+    "attention": rf"\.({_ATTENTION})$",
     "attention+ff": rf"\.({_ATTENTION}|{_FEED_FORWARD})$",
-    "all": "",
+    "all": r"\.(attentions|self_attn|mlp)\.",
 }
+_KERNELS = r"\.(conv1|conv2|conv)$"  # of resnets, downsamplers and upsamplers
+_RESNET_MATRICES = r"\.(time_emb_proj|conv_shortcut)$"
 
 
 def new_lora(
@@ -33,48 +36,75 @@ def new_lora(
 ) -> LoRAWeights:
     """Make a LoRA (Hu et al. 2022) for some layers of a model: "down" is random (He et al. 2015), "up" is 0, float32.
 
+    "attention" are the four projections of each attention, "attention+ff" also both matrices of each feed-forward.
+    "all" are the layers of kohya's scripts: every matrix in the UNet's transformers, with the projections around them,
+    and in the layers of text encoders; with ``conv_rank`` also the matrices of the resnets.
+
     Args:
         networks: by name: "unet", "text_encoder", "text_encoder_2".
-        ranks: of the matrices of each network; 0 leaves it out.
-        alpha: by which ΔW is multiplied, over the rank; None is the rank itself.
-        targets: a key of ``TARGETS``, or a regular expression that is searched in the paths of layers.
-        conv_rank: of the 3×3 convolutions in the resnets and at the ends of blocks; 0 leaves them out.
+        ranks: of the matrices of each network; 0 omits the network.
+        alpha: ΔW is multiplied by alpha over the rank of its layer; None is the rank itself.
+        targets: a key of ``TARGETS``, or a regular expression that is searched in the paths of all matrices.
+        conv_rank: of the 3×3 convolutions in the UNet's resnets, downsamplers and upsamplers; 0 omits them.
         dora: add the lengths of the rows of each weight as parameters (Liu et al. 2024).
-        seed: of the random factors; each depends on its layer's name only.
+        seed: of "down", which depends on this and on the layer's name only.
 
-    Raises ValueError for a pattern without a layer, and for a rank above the width of a layer.
+    Raises ValueError for a pattern without a layer, a rank above the width of a layer, and an alpha of 0 or less.
     """
-    pattern = re.compile(TARGETS.get(targets, targets))
-    deltas = []
-    for network, rank, path, layer in _layers(networks, ranks, pattern, conv_rank):
-        out, width, *kernel = shape_of(layer)
-        if rank > min(out, width):
-            raise ValueError(f"rank {rank} is above the width {min(out, width)} of {path}; choose a smaller one")
-        name = hashlib.blake2b(f"{seed} {network} {path}".encode(), digest_size=8).digest()
-        bound = (width * (kernel[0] * kernel[1] if kernel else 1)) ** -0.5
-        down = mx.random.uniform(-bound, bound, (rank, width, *kernel), key=mx.random.key(int.from_bytes(name)))
-        factors = {"down": down, "up": mx.zeros((out, rank, *(1 for _ in kernel)))}
-        if dora:
-            weight = weight_of(layer).reshape(out, -1)
-            factors["dora_scale"] = mx.sqrt(mx.square(weight).sum(axis=1))
-        multiplier = 1.0 if alpha is None else alpha / rank
-        deltas.append(LoRADelta(network, path.replace(".", "_"), factors, multiplier))
-    if not deltas:
-        known = ", ".join(TARGETS)
-        raise ValueError(f"no layer of the model is found by targets {targets!r}; choose {known}, or another pattern")
-    mx.eval([list(delta.values()) for delta in deltas])
-    return LoRAWeights(Path("new"), tuple(deltas))
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha {alpha} is not above 0, so that the LoRA would change nothing; give its rank, or half")
+    layers = list(_layers(networks, ranks, targets, conv_rank))
+    for network in networks:
+        if ranks.get(network, 0) and not any(
+            name == network and layer.weight.ndim == 2 for name, _, _, layer in layers
+        ):
+            known = ", ".join(TARGETS)
+            raise ValueError(
+                f"targets {targets!r:.60} match no layer of the {network}; choose {known} or another pattern"
+            )
+    for network, rank, path, layer in sorted(layers, key=lambda row: min(shape_of(row[3])[:2])):
+        width = min(shape_of(layer)[:2])
+        if rank > width:
+            raise ValueError(f"rank {rank} is above the width {width} of {network}.{path}; choose at most {width}")
+    deltas = tuple(_delta(*row, alpha=alpha, dora=dora, seed=seed) for row in layers)
+    return LoRAWeights(Path("new"), deltas)
 
 
 def _layers(
-    networks: Mapping[str, nn.Module], ranks: Mapping[str, int], pattern: re.Pattern, conv_rank: int
+    networks: Mapping[str, nn.Module], ranks: Mapping[str, int], targets: str, conv_rank: int
 ) -> Iterator[tuple[str, int, str, nn.Module]]:
-    """Iterate over (network, rank, path, layer) of the layers that a pattern finds and that have a rank."""
+    """Iterate over (network, rank, path, layer) of the layers that are trained. Raises ValueError for a bad pattern."""
+    pattern = TARGETS.get(targets, targets)
+    if targets == "all" and conv_rank:
+        pattern = f"{pattern}|{_RESNET_MATRICES}"
+    try:
+        matrices, kernels = re.compile(pattern), re.compile(_KERNELS)
+    except re.error as error:
+        known = ", ".join(TARGETS)
+        raise ValueError(
+            f"targets {targets!r:.60} are no regular expression ({error}); choose {known}, or mend it"
+        ) from None
     for network, module in networks.items():
-        for path, layer in module.named_modules():
+        rank = ranks.get(network, 0)
+        for path, layer in module.named_modules() if rank else ():
             path = path.removesuffix(".base")
-            is_matrix = isinstance(layer, nn.Linear | nn.QuantizedLinear)
-            is_kernel = isinstance(layer, nn.Conv2d) and re.search(r"\.(conv1|conv2|conv)$", path)
-            rank = ranks.get(network, 0) if is_matrix else conv_rank if is_kernel and ranks.get(network, 0) else 0
-            if rank and (is_kernel or pattern.search(path)):
+            if isinstance(layer, nn.Linear | nn.QuantizedLinear) and matrices.search(path):
                 yield network, rank, path, layer
+            elif conv_rank and isinstance(layer, nn.Conv2d) and kernels.search(path):
+                yield network, conv_rank, path, layer
+
+
+def _delta(
+    network: str, rank: int, path: str, layer: nn.Module, *, alpha: float | None, dora: bool, seed: int
+) -> LoRADelta:
+    """Make the factors of a layer: Kaiming uniform with a = √5, as kohya's scripts and PEFT begin, and zeros."""
+    out, width, *kernel = shape_of(layer)
+    name = hashlib.blake2b(f"{seed} {network} {path}".encode(), digest_size=8).digest()
+    bound = (width * math.prod(kernel)) ** -0.5
+    down = mx.random.uniform(-bound, bound, (rank, width, *kernel), key=mx.random.key(int.from_bytes(name)))
+    factors = {"down": down, "up": mx.zeros((out, rank, *(1 for _ in kernel)))}
+    if dora:
+        weight = weight_of(layer)
+        factors["dora_scale"] = mx.sqrt(mx.square(weight).sum(axis=tuple(range(1, weight.ndim))))
+    mx.eval(factors)  # here, so that one weight at a time is in float32
+    return LoRADelta(network, path.replace(".", "_"), factors, 1.0 if alpha is None else alpha / rank)

@@ -74,9 +74,9 @@ class Dataset:
         flip: bool = False,
     ):
         self.sd, self.settings, self.flip = sd, settings, flip
-        side = resolution_of(sd) if resolution is None else resolution
-        unit = 64 if side >= 256 else 2 * sd.pixels_per_latent
-        sizes = bucket_sizes(side, unit)
+        self.resolution = resolution_of(sd) if resolution is None else resolution
+        unit = 64 if self.resolution >= 256 else 2 * sd.pixels_per_latent
+        sizes = bucket_sizes(self.resolution, unit)
         self.sets = [PictureSet(pictures, [crop_for(p.size, sizes) for p in pictures])]
         if prior:
             self.sets.append(PictureSet(prior, [crop_for(p.size, sizes) for p in prior], settings.prior_weight))

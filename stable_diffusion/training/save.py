@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,53 +9,46 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..lora.metadata import describe
 from ..lora.save import write_lora
 from ..models.config import parse_json
 from ..weights.files import read_file
-from .dataset import Dataset, resolution_of
+from .dataset import Dataset
 from .trainer import LoRATrainer
 
 FORMATS = ("kohya", "diffusers")
-_FAMILIES = {  # width of the encoded prompt: names in kohya's scripts and in the model specification of Stability AI
-    768: ("sd_v1", "stable-diffusion-v1"),
-    1024: ("sd_v2", "stable-diffusion-v2"),
-    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
-_PREDICTIONS = {"v_prediction": "v"}
 
 
 def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, title: str = "") -> dict[str, str]:
-    """Return the texts in the header of a LoRA file: those of kohya's scripts, and of the model specification 1.0.0."""
-    settings, sd = trainer.settings, trainer.sd
-    side = resolution_of(sd)
-    version, architecture = _FAMILIES.get(max(sd.unet_config.cross_attention_dim), ("unknown", "unknown"))
-    words = Counter(
-        word.strip() for p in data.sets[0].pictures for word in (p.caption or "").split(",") if word.strip()
+    """Return the texts in the header of a LoRA file, see :func:`stable_diffusion.lora.metadata.describe`."""
+    settings, sd, pictures = trainer.settings, trainer.sd, data.sets[0].pictures
+    texts = describe(
+        trainer.lora,
+        max(sd.unet_config.cross_attention_dim),
+        sd.schedule.config.prediction_type,
+        resolution=data.resolution,
+        title=title,
+        trigger=trigger,
+        captions=[(p.path.parent.name, p.caption or "") for p in pictures],
     )
-    rank = settings.rank
-    texts = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank if settings.alpha is None else settings.alpha,
-        "ss_base_model_version": version,
-        "ss_resolution": f"({side}, {side})",
-        "ss_num_train_images": len(data.sets[0].pictures),
-        "ss_steps": trainer.step,
-        "ss_learning_rate": settings.learning_rate,
-        "ss_optimizer": settings.optimizer,
-        "ss_seed": settings.seed,
-        "ss_min_snr_gamma": settings.min_snr or None,
-        "ss_noise_offset": settings.noise_offset or None,
-        "ss_tag_frequency": json.dumps({"pictures": dict(words.most_common())}, ensure_ascii=False),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": _PREDICTIONS.get(sd.schedule.config.prediction_type, "epsilon"),
-        "modelspec.trigger_phrase": trigger,
+    source = Path(sd.source)
+    training = {
+        "sd_model_name": source.name if source.exists() else sd.source,
+        "num_train_images": sum(p.repeats for p in pictures),
+        "num_reg_images": sum(p.repeats for s in data.sets[1:] for p in s.pictures),
+        "steps": trainer.step,
+        "batch_size_per_device": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler": settings.lr_schedule,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "loss_type": settings.loss,
+        "min_snr_gamma": settings.min_snr or None,
+        "noise_offset": settings.noise_offset or None,
+        "caption_dropout_rate": settings.caption_dropout,
     }
-    return {name: str(value) for name, value in texts.items() if value not in (None, "")}
+    return texts | {f"ss_{name}": str(value) for name, value in training.items()}
 
 
 def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str], naming: str = "kohya") -> None:

@@ -108,6 +108,22 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``path`` at the end of the block, or vanishes with an exception.
+
+    It is beside ``path``. What a killed run left there is overwritten.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def check_new(path: Path) -> Path:
     """Make ``path`` absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
     path = Path(os.path.expanduser(path)).resolve()

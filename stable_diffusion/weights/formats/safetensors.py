@@ -160,9 +160,10 @@ def load_copy(rows: Mapping[str, tuple[str, Sequence[int], int]], pieces: Iterab
         return mx.load(copy.name, stream=loading_stream(mx.cpu))
 
 
-def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the beginning of a file whose tensors follow in this order: {name: (type, shape, bytes)}."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # the layout is the one of torch's programs
+    texts = {"format": "pt"} | dict(metadata or {})  # the layout is the one of torch's programs
+    header: dict[str, Any] = {"__metadata__": texts}
     position = 0
     for name, (dtype, shape, size) in rows.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
@@ -172,14 +173,19 @@ def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def write_safetensors(path: Path, names: Iterable[str], tensors: dict[str, mx.array]) -> None:
+def write_safetensors(
+    path: Path,
+    names: Iterable[str],
+    tensors: dict[str, mx.array],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``names`` out of ``tensors`` and take them out of the dictionary, so that one at a time is in memory.
 
-    Raises ValueError for a tensor with values that are not finite.
+    Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """
     rows = {name: (_TYPES[tensors[name].dtype], tensors[name].shape, tensors[name].nbytes) for name in names}
     with path.open("wb") as file:
-        file.write(header_of(rows))
+        file.write(header_of(rows, metadata))
         freed = 0
         for name in names:
             value = mx.contiguous(tensors.pop(name))
