@@ -114,7 +114,7 @@ class TrainingRun:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
         config = None if request.config is None else Path(request.config).expanduser().resolve()
-        existing = [file for file in self.files.existing() if file.resolve() != config]
+        existing = [file for file in self.files.existing(request.preview is not None) if file.resolve() != config]
         if existing and not request.overwrite and request.resume is None:
             remedy = "choose another output; overwrite replaces it, resume latest goes on with its run"
             raise SettingError(f"{existing[0]} exists; {remedy}", "output", "overwrite", "resume")

@@ -76,9 +76,10 @@ class RunFiles:
         found = ((pattern.fullmatch(path.name), path) for path in self.lora.parent.iterdir())
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
-    def existing(self) -> list[Path]:
-        """Return the files of another run with this name."""
-        return [path for path in (self.lora, self.settings, self.table, self.sheet) if path.exists()] + self.states()
+    def existing(self, previews: bool) -> list[Path]:
+        """Return the files of another run that one with this name would replace."""
+        paths = [self.lora, self.settings, self.table, *[self.sheet] * previews, *[self.curve] * LossTable.can_draw()]
+        return [path for path in paths if path.exists()] + self.states()
 
 
 class LossTable:

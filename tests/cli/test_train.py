@@ -185,8 +185,16 @@ def test_no_space(train, tmp_path, no_steps, monkeypatch):
 def test_no_file_of_another_run_is_lost(train, tmp_path, no_steps, name):
     path = tmp_path / "out" / name
     path.write_text("mine")
-    train().refused(f"{path} exists; choose another --output")
+    train("--preview", "a").refused(f"{path} exists; choose another --output")
     assert path.read_text() == "mine"
+
+
+def test_the_config_of_a_run_is_not_replaced_by_its_settings(train, photos, tmp_path):
+    config = tmp_path / "out" / "me.toml"
+    config.write_text(f"# by hand\npictures = {json.dumps(str(photos))}\nmodel = 'tiny'\ntrigger = 'ohwx'\n")
+    (tmp_path / "out" / "me.png").write_text("no preview")
+    train("--config", config, *SHORT, pictures=None).succeeded()
+    assert config.read_text().startswith("# by hand") and (tmp_path / "out" / "me.png").read_text() == "no preview"
 
 
 # --- the files of a run ----------------------------------------------------------------------------------------------
@@ -287,6 +295,27 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bytes(train, tmp_path, m
     assert (tmp_path / "out" / "me.png").read_bytes() == sheet
     lines = (tmp_path / "out" / "me.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3"]
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(train, tmp_path, no_steps, monkeypatch):
+    monkeypatch.setattr(app.Dataset, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    done = train(*SHORT)
+    assert done.code == 130 and done.out == [] and "nothing was trained" in done.remarks[-1]
+    assert out(tmp_path) == ["me.toml"]
+
+
+def test_networks_in_training_are_neither_freed_nor_read_again(train, tmp_path, monkeypatch):
+    runs, init = [], app.TrainingRun.__init__
+    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, request: init(self, request) or runs.append(self))
+    preview = ["--preview", "ohwx", "--preview_every", 1, "--steps", 1, "--measure_every", 0]
+    for words in (["--low_memory"], ["--text_encoder_rank", 2, "--overwrite"]):
+        done = train(*preview, *words).succeeded()
+        assert "by hand" not in done.err
+        sd, trainer = runs[-1].sd, runs[-1].trainer
+        kept = {name for name in sd.sources if name in vars(sd)}
+        assert kept == ({"unet"} if "--low_memory" in words else {"unet", "text_encoder"})
+        assert all(getattr(sd, name) in trainer.networks().values() for name in kept)
+        assert sd.unet is trainer.model["unet"]
 
 
 def test_five_skipped_steps_end_the_run_with_what_there_is(train, tmp_path, monkeypatch):
