@@ -1,11 +1,7 @@
 """Sizes of one area for pictures of all shapes, so that little of them is cut off (NovelAI 2022)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-_LARGEST_ASPECT = 4.0  # of the longest sizes
-_UNIT = 64  # pixels between two sides; 8 where a model is smaller than 256 pixels
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Crop:
 
 
 def bucket_sizes(
-    resolution: int, unit: int = _UNIT, smallest: int | None = None, largest: int | None = None
+    resolution: int, unit: int = 64, smallest: int | None = None, largest: int | None = None
 ) -> list[tuple[int, int]]:
     """Return the sizes (width, height) in multiples of ``unit`` with at most the area of a square, sorted.
 
@@ -38,7 +34,7 @@ def bucket_sizes(
     a half and twice the side of the square, as kohya's scripts have them for 512 pixels.
     """
     smallest = max(resolution // 2 // unit, 1) * unit if smallest is None else smallest
-    largest = 2 * resolution if largest is None else largest
+    largest = 2 * resolution // unit * unit if largest is None else largest
     side = resolution // unit * unit
     sizes = {(side, side)}
     for width in range(smallest, largest + 1, unit):
@@ -51,7 +47,7 @@ def bucket_sizes(
 def crop_for(picture: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Crop:
     """Choose the size of the nearest aspect ratio for a picture (width, height), and how it is resized and cut."""
     aspect = picture[0] / picture[1]
-    size = min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
+    size = min(sizes, key=lambda size: (abs(size[0] / size[1] - aspect), size != picture))
     scale = max(side / length for side, length in zip(size, picture, strict=True))
-    resized = tuple(max(side, math.floor(scale * length + 0.5)) for side, length in zip(size, picture, strict=True))
+    resized = tuple(max(side, int(scale * length + 0.5)) for side, length in zip(size, picture, strict=True))
     return Crop(size, resized)

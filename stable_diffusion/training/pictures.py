@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import os
 import re
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..images.files import open_image
 from ..models.config import parse_json, read_text
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm"}
+_READ = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+_REFUSED = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ico", ".exr", ".pdf", ".eps", ".mp4", ".mov")
 _CAPTIONS = (".txt", ".caption")  # beside a picture, as kohya's scripts and mflux read them
 _LISTS = ("metadata.jsonl", "train.jsonl")  # of diffusers, of mlx-examples
-_REPEATS = re.compile(r"(\d{1,4})_(.*)")
+_EXAMPLE = json.dumps({"file_name": "a.jpg", "text": "a photo of a cat"})
+_REPEATS = re.compile(r"(\d{1,3})_(.+)")
 _LARGEST_SCALE = 2.0  # by which a picture may be enlarged
+_THREADS = 4  # that decode, as Pillow lets others run meanwhile
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,15 @@ class Picture:
 def read_pictures(
     folder: Path, resolution: int, *, caption: str | None = None, trigger: str | None = None
 ) -> tuple[list[Picture], list[str]]:
-    """Read the pictures in a folder for a training, and a line about each file that is left out or changed.
+    """Read the pictures in a folder for a training, and one line about each file that is left out.
 
     A caption is in the text file of the picture's name, or in metadata.jsonl (``file_name`` and ``text``) or
     train.jsonl (``image`` and ``prompt``). A folder ``10_name`` is shown 10 times in an epoch, and its name is the
-    caption of pictures without one.
+    caption of pictures without one. Of pictures with the same pixels the first is taken.
 
     Args:
-        folder: searched with all its sub-folders, but for hidden ones.
-        resolution: side of a square of the area in pixels at which is trained.
+        folder: searched with all its sub-folders, except hidden ones and links.
+        resolution: side of a square of the area in pixels at which is trained; a quarter of that area is enough.
         caption: of pictures without one.
         trigger: word that is put before each caption that lacks it.
 
@@ -49,92 +54,115 @@ def read_pictures(
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder} with pictures; check the path")
     pictures, lines = [], []
-    seen: dict[str, Path] = {}
-    for entry in _entries(folder, lines):
-        picture = _checked(entry, resolution, seen, lines)
-        if picture is None:
-            continue
-        text = picture.caption if picture.caption is not None else caption
-        if text is None and trigger is None:
-            lines.append(f"{picture.path} has no caption and is left out; write {picture.path.stem}.txt beside it")
-            continue
-        words = " ".join((text or "").split())
-        if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", words, re.IGNORECASE):
-            words = f"{trigger}, {words}" if words else trigger
-        pictures.append(replace(picture, caption=words))
+    default = caption if caption is not None or trigger is None else ""
+    entries, seen = list(_entries(folder, Picture(folder, default), set(), lines)), {}
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        with warnings.catch_warnings():  # that of ``open_image`` in several threads holds only within another one
+            warnings.simplefilter("ignore")
+            for future in [pool.submit(_open, entry, resolution) for entry in entries]:
+                try:
+                    picture = future.result()
+                    if (first := seen.setdefault(picture.digest, picture.path)) != picture.path:
+                        raise ValueError(f"{picture.path} is the same picture as {first.name}")
+                    pictures.append(replace(picture, caption=_with_trigger(picture.caption, trigger)))
+                except ValueError as error:
+                    lines.append(f"{error}; it is left out")
+    finally:
+        pool.shutdown(cancel_futures=True)
     if not pictures:
-        first = f": {lines[0]}" if lines else "; it needs PNG, JPEG or WebP files"
-        raise ValueError(f"no picture in {folder} can be used{first}")
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        reason = f": {lines[-1]}{more}" if lines else "; it needs PNG, JPEG or WebP files"
+        raise ValueError(f"no picture in {folder} can be used{reason}")
     return pictures, lines
 
 
-def _entries(folder: Path, lines: list[str]) -> Iterator[Picture]:
-    """Iterate over the pictures of a folder, not opened yet, each with its own caption."""
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    if listing := next((file for file in files if file.name in _LISTS), None):
-        yield from _listed(listing, files, lines)
-    else:
-        match = _REPEATS.fullmatch(folder.name)
-        repeats, name = (max(int(match[1]), 1), match[2]) if match else (1, None)
-        for file in files:
-            if file.suffix.lower() in _SUFFIXES and file.is_file():
-                caption = name
-                for text in (file.with_suffix(suffix) for suffix in _CAPTIONS):
-                    if text.is_file():
-                        try:
-                            caption = read_text(text)
-                        except ValueError as error:
-                            lines.append(f"{error}; the caption of {file.name} is left out")
-                yield Picture(file, caption, repeats)
-    for child in files:
-        if child.is_dir() and not child.is_symlink():
-            yield from _entries(child, lines)
+def _open(entry: Picture, resolution: int) -> Picture:
+    """Decode a picture for its size and its hash. Raises ValueError where it is damaged, too small or has no caption.
+
+    It is decoded again when it is encoded: thousands of them do not fit into memory.
+    """
+    image = open_image(entry.path)
+    width, height = image.size
+    if width * height * _LARGEST_SCALE**2 < resolution**2:
+        raise ValueError(f"{entry.path} has {width}x{height} pixels, too few for {resolution}x{resolution}")
+    if entry.caption is None:
+        raise ValueError(f"{entry.path} has no caption; write {entry.path.stem}.txt beside it")
+    digest = hashlib.sha256(f"{width} {height} ".encode())
+    digest.update(image.tobytes())
+    return replace(entry, size=(width, height), digest=digest.hexdigest())
 
 
-def _listed(listing: Path, files: list[Path], lines: list[str]) -> Iterator[Picture]:
-    """Iterate over the pictures that a list names; others in its folder are said to be left out."""
-    folder, named = listing.parent.resolve(), set()
-    for number, line in enumerate(read_text(listing).split("\n"), start=1):
-        if not line.strip():
+def _with_trigger(caption: str, trigger: str | None) -> str:
+    """Return a caption in one line, with the trigger first where it has it nowhere as a whole word."""
+    words = " ".join(caption.split())
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", words, re.IGNORECASE):
+        return words
+    return f"{trigger}, {words}" if words else trigger
+
+
+def _entries(folder: Path, default: Picture, named: set[str], lines: list[str]) -> Iterator[Picture]:
+    """Iterate over the pictures of a folder, not opened yet, with their captions and repeats.
+
+    ``default`` has the caption of those without one, and the repeats; ``named`` collects what lists name.
+    """
+    if match := _REPEATS.fullmatch(folder.name):
+        default = replace(default, repeats=int(match[1]), caption=match[2])
+    try:
+        files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    except OSError as error:
+        lines.append(f"{folder} cannot be read ({error.strerror}); it is left out")
+        return
+    if default.repeats == 0:
+        lines.append(f"{folder} is left out, as its name asks for 0 repeats")
+        return
+    images = [file for file in files if file.suffix.lower() in _READ + _REFUSED and not file.is_dir()]
+    texts = {file.stem: file for suffix in _CAPTIONS[::-1] for file in files if file.suffix.lower() == suffix}
+    names = {name for image in images for name in (image.stem, image.name)}  # also a.jpg.txt
+    lines += [f"{text} is the caption of no picture" for stem, text in texts.items() if stem not in names]
+    lists = [file for file in files if file.name in _LISTS]
+    pairs: list[tuple[Path, Path | str | None]] = [pair for file in lists for pair in _listed(file, named, lines)]
+    rest = [image for image in images if os.path.abspath(image) not in named]
+    if pairs:
+        lines += [f"{image} is left out: {lists[0].name} does not name it" for image in rest]
+    for image, text in pairs or [(image, texts.get(image.stem, texts.get(image.name))) for image in rest]:
+        try:
+            caption = read_text(text) if isinstance(text, Path) else text
+            yield replace(default, path=image, caption=default.caption if caption is None else caption)
+        except (OSError, ValueError) as error:
+            lines.append(f"{error}; {image.name} is left out")
+    for child in (file for file in files if file.is_dir()):
+        if child.is_symlink():
+            lines.append(f"{child} is a link to a folder and is left out; move the pictures here")
+        else:
+            yield from _entries(child, default, named, lines)
+
+
+def _listed(listing: Path, named: set[str], lines: list[str]) -> Iterator[tuple[Path, str | None]]:
+    """Iterate over the pictures that a list names, with their captions."""
+    folder = os.path.abspath(listing.parent)
+    try:
+        rows = read_text(listing).split("\n")
+    except (OSError, ValueError) as error:
+        lines.append(f"{error}; what it lists is read without it")
+        return
+    for number, row in enumerate(rows, start=1):
+        if not row.strip():
             continue
         where = f"line {number} of {listing}"
         try:
-            entry: dict[str, Any] = parse_json(line, where)
+            entry = parse_json(row, where)
+            name = next((entry[key] for key in ("file_name", "image", "file") if key in entry), None)
+            caption = next((entry[key] for key in ("text", "prompt", "caption") if key in entry), None)
+            if not isinstance(name, str) or not isinstance(caption, str | None):
+                raise ValueError(f"{where} has no name or no text; write it like {_EXAMPLE}")
+            path = os.path.abspath(os.path.join(folder, name))
+            if not Path(path).is_relative_to(folder):
+                raise ValueError(f"{where} names {name:.80}, which is outside of the folder; move it into the folder")
+            if path in named:
+                raise ValueError(f"{where} names {name:.80} again, which is left out")
         except ValueError as error:
             lines.append(str(error))
-            continue
-        name = next((entry[key] for key in ("file_name", "image", "file") if key in entry), None)
-        caption = next((entry[key] for key in ("text", "prompt", "caption") if key in entry), None)
-        if not isinstance(name, str) or not isinstance(caption, str | None):
-            lines.append(f"{where} names no picture; it needs file_name and text, such as {json.dumps(_EXAMPLE)}")
-        elif not (path := folder / name).resolve().is_relative_to(folder):
-            lines.append(f"{where} names {name:.80}, which is outside of the folder; move it into the folder")
         else:
-            named.add(path.resolve())
-            yield Picture(listing.parent / name, caption)
-    for file in files:
-        if file.suffix.lower() in _SUFFIXES and file.resolve() not in named:
-            lines.append(f"{file} is left out: {listing.name} does not name it")
-
-
-_EXAMPLE = {"file_name": "a.jpg", "text": "a photo of a cat"}
-
-
-def _checked(entry: Picture, resolution: int, seen: dict[str, Path], lines: list[str]) -> Picture | None:
-    """Open a picture. Returns None, with a line, for one that is damaged, too small or shown already."""
-    try:
-        image = open_image(entry.path)
-    except ValueError as error:
-        lines.append(f"{error}; it is left out")
-        return None
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    width, height = image.size
-    if width * height * _LARGEST_SCALE**2 < resolution**2:
-        needed = f"{resolution}x{resolution} pixels are trained on"
-        lines.append(f"{entry.path} is left out: it has {width}x{height} pixels, and {needed}; find a larger one")
-    elif digest in seen:
-        lines.append(f"{entry.path} is left out: it is the same picture as {seen[digest]}; remove one of them")
-    else:
-        seen[digest] = entry.path
-        return replace(entry, size=(width, height), digest=digest)
-    return None
+            named.add(path)
+            yield listing.parent / name, caption

@@ -1,0 +1,47 @@
+"""Sizes of pictures equal those of kohya's scripts (``make_bucket_resolutions`` and ``select_bucket``)."""
+
+import pytest
+
+from stable_diffusion.training.buckets import bucket_sizes, crop_for
+
+XL = """512x1856 512x1920 512x1984 512x2048 576x1664 576x1728 576x1792 640x1536 640x1600 704x1408 704x1472 768x1280
+768x1344 832x1216 896x1152 960x1088 1024x1024"""
+# Resolution, smallest and largest side, and the sizes as high as wide, or higher; the others are these turned.
+KOHYA = [
+    (512, 256, 1024, "256x832 256x896 256x960 256x1024 320x704 320x768 384x640 448x576 512x512"),
+    (768, 256, 1024, "256x1024 320x1024 384x1024 448x1024 512x1024 576x960 576x1024 640x896 704x832 768x768"),
+    (1024, 512, 2048, XL),
+]
+CHOICES = {  # of 512 pixels: a picture, its size and what it is resized to
+    (4032, 3024): ((576, 448), (597, 448)),
+    (3024, 4032): ((448, 576), (448, 597)),
+    (1920, 1080): ((640, 384), (683, 384)),
+    (600, 600): ((512, 512), (512, 512)),
+    (512, 513): ((512, 512), (512, 513)),
+    (5000, 700): ((1024, 256), (1829, 256)),
+    (301, 1000): ((256, 832), (256, 850)),
+    (960, 256): ((960, 256), (960, 256)),
+}
+
+
+@pytest.mark.parametrize(("resolution", "smallest", "largest", "table"), KOHYA)
+def test_sizes_equal_kohyas(resolution, smallest, largest, table):
+    sizes = [tuple(map(int, size.split("x"))) for size in table.split()]
+    expected = sorted({*sizes, *(size[::-1] for size in sizes)})
+    assert bucket_sizes(resolution, 64, smallest, largest) == expected
+    if resolution != 768:
+        assert bucket_sizes(resolution) == expected  # a half and twice the square's side
+
+
+@pytest.mark.parametrize(("resolution", "unit"), [(64, 8), (72, 16), (520, 64), (1000, 64), (64, 64)])
+def test_sizes_are_multiples_within_the_area(resolution, unit):
+    sizes = bucket_sizes(resolution, unit)
+    assert all(width % unit == height % unit == 0 < width * height <= resolution**2 for width, height in sizes)
+
+
+@pytest.mark.parametrize("picture", CHOICES)
+def test_the_nearest_aspect_is_chosen_then_scaled_and_cut(picture):
+    crop = crop_for(picture, bucket_sizes(512))
+    assert (crop.size, crop.resized) == CHOICES[picture]
+    for start, side, length in zip((crop.left, crop.top), crop.size, crop.resized, strict=True):
+        assert start >= 0 and length - side - start in (start, start + 1)
