@@ -267,8 +267,8 @@ LONG += ["{" + "[a|" * 30_000 + "]" * 30_000 + "}", "${a=" * 40_000, " " * 200_0
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:9])
 def test_long_text_takes_linear_time(text):
-    start = time.monotonic()
+    start = time.process_time()
     for seeds in (None, [0]):
         with suppress(ValueError):
             expand(text, seeds, lambda name: [name])
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10

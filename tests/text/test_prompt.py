@@ -148,7 +148,7 @@ LONG += ["[a:" + "1" * 100_000 + "x]", "__a" * 50_000, "_" * 200_000]
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:9])
 def test_long_text_takes_linear_time(text):
-    start = time.monotonic()
+    start = time.process_time()
     parts(text)
     parts(text, weight_blocks=True)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
