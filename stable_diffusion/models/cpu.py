@@ -138,6 +138,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return weighted / total
 
 
+def softmax(x: mx.array) -> mx.array:
+    """Compute the softmax of the last axis."""
+    weights = _exp(_scaled_difference(x, x.max(axis=-1, keepdims=True), mx.array(1.0)))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
 def silu(x: mx.array) -> mx.array:
     """Compute x * sigmoid(x), element by element."""
     return _silu(x, _exp(_minus_size(x)))

@@ -4,6 +4,7 @@ import math
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,7 @@ _FUSED = (64, 72, 80, 96, 128)
 # Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
 # seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
+_SCORES = 2**26  # bytes of attention in a gradient, which has them three times
 
 
 class Group(nn.Module):
@@ -32,6 +34,7 @@ class Group(nn.Module):
 
 silu = cpu.for_float32(cpu.silu, nn.silu)  # x * sigmoid(x) (Elfwing et al. 2018)
 gelu = cpu.for_float32(cpu.gelu, nn.gelu)  # x * (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016)
+softmax = cpu.for_float32(cpu.softmax, partial(mx.softmax, axis=-1, precise=True))  # of the last axis
 layer_norm = cpu.for_float32(cpu.layer_norm, lambda *inputs: mx.fast.layer_norm(*inputs))  # Ba et al. 2016
 
 
@@ -63,7 +66,30 @@ def _fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)[..., :dim]
 
 
-_attend = cpu.for_float32(cpu.attention, _fused_attention)
+_attend = mx.custom_function(cpu.for_float32(cpu.attention, _fused_attention))
+
+
+@mx.compile
+def _scores_gradient(p: mx.array, dp: mx.array, mean: mx.array) -> mx.array:
+    return (p * (dp - mean)).astype(p.dtype)
+
+
+@_attend.vjp
+def _attention_gradients(inputs: Sequence[mx.array], change: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+    """Compute the scores once more, of as many heads at a time as have ``_SCORES`` bytes (Dao et al. 2022, alg. 4)."""
+    shapes = [x.shape for x in inputs]
+    heads = [x.reshape(-1, *x.shape[2:]) for x in (*inputs, change, out)]
+    step = max(_SCORES // (4 * shapes[0][2] * shapes[1][2]), 1)
+    parts: list[tuple[mx.array, ...]] = []
+    for q, k, v, change, o in zip(*(mx.split(x, list(range(step, len(x), step))) for x in heads), strict=True):
+        q = mx.depends(q, list(parts[-1])) if parts else q
+        scale = q.shape[-1] ** -0.5
+        p = softmax((scale * q) @ k.swapaxes(-1, -2))
+        mean = (change.astype(mx.float32) * o).sum(axis=-1, keepdims=True)
+        ds = _scores_gradient(p, change @ v.swapaxes(-1, -2), mean)
+        part = [scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q), p.swapaxes(-1, -2) @ change]
+        parts.append(mx.depends(part, part))  # all three at once, so that the scores are freed
+    return tuple(mx.concatenate(xs).reshape(shape) for xs, shape in zip(zip(*parts, strict=True), shapes, strict=True))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, axis: int = 0) -> mx.array:

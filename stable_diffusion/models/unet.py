@@ -6,6 +6,7 @@ attention has no ``attentions``, the last block has no ``upsamplers``.
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, zip_longest
 
@@ -98,12 +99,15 @@ class Transformer2DModel(nn.Module):
         *size, c = x.shape
         y = self.proj_in(self.norm(x).reshape(-1, c))
         for block in self.transformer_blocks:
-            if self.recomputes:  # arrays that have gradients are passed, all others may be kept
-                run = checkpoint(block, lambda y, encoded, block=block: block(y, tuple(size), Context(encoded)))
-                y = run(y, context.encoded)
+            if self.recomputes:  # what has gradients is passed as an array; the cache would hold some of one pass
+                y = checkpoint(block, partial(self._run, block, tuple(size), context, tome_ratio))(y, context.encoded)
             else:
                 y = block(y, tuple(size), context, tome_ratio)
         return x + self.proj_out(y).reshape(x.shape)
+
+    @staticmethod
+    def _run(block: BasicTransformerBlock, size: tuple, context: Context, ratio: float, y: mx.array, encoded: mx.array):
+        return block(y, size, replace(context, encoded=encoded, _cache={}), ratio)
 
 
 class UNetBlock(nn.Module):
