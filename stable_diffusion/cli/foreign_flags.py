@@ -1,7 +1,8 @@
 """Flags of other programs and what is given here in place of them.
 
 Those are CompVis' scripts and their optimized forks, diffusers' arguments, AUTOMATIC1111's API, InvokeAI,
-stable-diffusion.cpp, candle, mflux and the like. Names are written with underscores, without hyphens before them.
+stable-diffusion.cpp, candle, mflux and the like, and programs that train.
+Names are written with underscores, without hyphens before them.
 """
 
 _NAMES = {  # ours, or what to do: theirs
@@ -102,4 +103,45 @@ _NAMES = {  # ours, or what to do: theirs
     "leave it out, images always say how they were made": "metadata save_metadata",
     "write it as the suffix of --output: .png, .jpg or .webp": "format image_format output_format",
 }
-COUNTERPARTS = {name: text for text, names in _NAMES.items() for name in names.split()}
+_TRAINING_NAMES = {  # those of kohya's scripts, diffusers' examples, mlx-examples and mflux
+    "--rank": "network_dim lora_rank dim r",
+    "--alpha": "network_alpha lora_alpha",
+    "--conv_rank": "conv_dim",
+    "--targets": "target_modules lora_blocks lora_layers",
+    "--text_encoder_rank N": "train_text_encoder text_encoder_lr",
+    "--dora": "use_dora",
+    "--steps": "max_train_steps train_steps iterations n_steps num_steps iters",
+    "--steps, which counts updates": "num_train_epochs max_train_epochs epochs",
+    "--batch_size": "train_batch_size",
+    "--accumulate": "gradient_accumulation_steps grad_accumulate",
+    "--learning_rate": "lr unet_lr",
+    "--lr_schedule": "lr_scheduler",
+    "--warmup FRACTION": "lr_warmup_steps warmup_steps",
+    "--optimizer": "optimizer_type use_8bit_adam",
+    "--weight_decay": "adam_weight_decay",
+    "--clip_norm": "max_grad_norm",
+    "--loss": "loss_type",
+    "--min_snr": "min_snr_gamma snr_gamma",
+    "--ema DECAY": "use_ema ema_decay",
+    "--checkpointing on": "gradient_checkpointing",
+    "--flip": "random_flip flip_aug",
+    "--caption_dropout": "caption_dropout_rate proportion_empty_prompts",
+    "--trigger": "instance_prompt trigger_word token_string",
+    "--cache DIR": "cache_latents cache_latents_to_disk cache_text_encoder_outputs",
+    "--prior": "class_data_dir reg_data_dir num_class_images with_prior_preservation",
+    "--prior_prompt": "class_prompt",
+    "--prior_weight": "prior_loss_weight",
+    "--preview": "validation_prompt sample_prompts progress_prompt",
+    "--preview_every": "validation_steps sample_every_n_steps progress_every",
+    "--save_every": "checkpointing_steps save_every_n_steps checkpoint_every",
+    "--keep": "checkpoints_total_limit save_last_n_steps",
+    "--resume latest, or --resume FILE": "resume_from_checkpoint",
+    "--output NAME.safetensors": "output_dir output_name",
+    "--config": "config_file dataset_config train_config",
+    "--model": "pretrained_model_name_or_path base_model model_path",
+    "--dtype": "mixed_precision precision",
+    "give the folder of pictures as the first word": "train_data_dir instance_data_dir dataset_name dataset data_dir",
+}
+COUNTERPARTS, TRAINING_COUNTERPARTS = (
+    {name: text for text, names in table.items() for name in names.split()} for table in (_NAMES, _TRAINING_NAMES)
+)

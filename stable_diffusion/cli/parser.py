@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     where = ""
+    counterparts: Mapping[str, str] = COUNTERPARTS  # names of flags in other programs -> flags here
 
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -136,7 +137,7 @@ class Parser(argparse.ArgumentParser):
             return None
         name, known = match[1].lstrip("-").replace("-", "_"), self._option_string_actions
         flag = f"--{name}" if match[1].startswith("--") else match[1]
-        counterpart = COUNTERPARTS.get(name, "")
+        counterpart = self.counterparts.get(name, "")
         is_short = flag[:2] in known and not flag.startswith("--")  # also with its value, as in -pTEXT
         if is_short or flag in known or (not counterpart and any(option.startswith(flag) for option in known)):
             return None

@@ -26,6 +26,7 @@ from ..models import cpu
 from ..options import Number
 from ..training.save import FORMATS
 from ..training.settings import TrainingSettings
+from .foreign_flags import TRAINING_COUNTERPARTS
 from .parser import Parser, number, text
 from .signals import Stop, signals
 from .streams import LineFormatter, remark, say
@@ -149,6 +150,7 @@ def make_parser(prog: str | None = None) -> Parser:
         description="Train a LoRA: a small file that teaches a model a new thing or style.",
         epilog=_EPILOG,
     )
+    parser.counterparts = TRAINING_COUNTERPARTS
     parser.add_argument("pictures", nargs="?", type=text, help="a folder of pictures, best with captions")
     for title, flags in FLAGS.items():
         parser.add_flags(title, ABOUT[title], flags, types=_TYPES, choices=_CHOICES)

@@ -71,8 +71,9 @@ class LoRATrainer(Iterator[TrainingStep]):
 
     def __init__(self, sd: StableDiffusion, data: Batches, settings: TrainingSettings | None = None):
         self.sd, self.data, self.settings = sd, data, settings or TrainingSettings()
-        if sd.mode != "text" or sd.unet_config.time_cond_proj_dim or sd.schedule.is_edm:
-            kinds = "models of EDM, for few steps, and those that work from an image"
+        few_steps = sd.unet_config.time_cond_proj_dim is not None
+        if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
+            kinds = "refiners, models of EDM, for few steps, and those that work from an image"
             raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
         networks = self.networks()
         ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}

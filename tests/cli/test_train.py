@@ -7,13 +7,16 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
+from checkpoints import SCALED, make
 from command_line import Finished, names
 from stable_diffusion.app import train as app
+from stable_diffusion.cli.foreign_flags import TRAINING_COUNTERPARTS
 from stable_diffusion.cli.train import FLAGS, main, make_parser, read_config
 from stable_diffusion.images.files import read_text
 from stable_diffusion.training.trainer import LoRATrainer
@@ -116,6 +119,15 @@ def test_a_config_that_cannot_be_followed_is_one_line(train, tmp_path, text, sai
     assert out(tmp_path) == []
 
 
+def test_flags_of_other_programs_are_answered_with_ours(train):
+    train("--network_dim", 8).refused("--network_dim is --rank here")
+    train("--max-train-steps", 8, "--output_dir", "x").refused("is --steps here; --output_dir is --output NAME.safe")
+    train("--train_data_dir=x").refused("give the folder of pictures as the first word")
+    known = {action.dest for action in make_parser()._actions}
+    named = {flag for text in TRAINING_COUNTERPARTS.values() for flag in re.findall(r"--(\w+)", text)}
+    assert named <= known and not TRAINING_COUNTERPARTS.keys() & known
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +137,7 @@ def test_a_config_that_cannot_be_followed_is_one_line(train, tmp_path, text, sai
         (["--rank", 0], "'0' is not a whole number of at least 1"),
         (["--rank", 5000], "rank 5000 is above the width"),
         (["--targets", "("], "is no regular expression"),
-        (["--targets", "nothing"], "no layer of the model is found by targets 'nothing'"),
+        (["--targets", "nothing"], "targets 'nothing'"),
         (["--prior", 2], "--prior needs --prior_prompt"),
         (["--prior", 0, "--prior_prompt", "a"], "'0' is not a whole number from 1"),
         (["--prior", "nowhere", "--prior_prompt", "a"], "nowhere"),
@@ -172,6 +184,21 @@ def test_no_pictures(train, tmp_path, no_steps):
     train(pictures=tmp_path / "out").refused("no picture in")
     (tmp_path / "out" / "a.png").write_bytes(b"no picture")
     train(pictures=tmp_path / "out").refused("a.png")
+
+
+@pytest.mark.parametrize("family", ["inpaint", "lcm", "refiner", "edm"])
+def test_models_that_are_trained_in_another_way(train, tmp_path, no_steps, capsys, family):
+    scheduler = diffusers.EDMEulerScheduler() if family == "edm" else diffusers.DDIMScheduler(**SCALED)
+    make(tmp_path / "model", "xl" if family == "edm" else family, scheduler)
+    capsys.readouterr()
+    train("--model", tmp_path / "model", "--config", write_config(tmp_path)).refused("cannot be trained")
+    assert out(tmp_path) == []
+
+
+def write_config(folder: Path) -> Path:
+    """A config, with which the tests do not give the bundled model."""
+    (folder / "run.toml").write_text("trigger = 'ohwx'\n")
+    return folder / "run.toml"
 
 
 def test_no_space(train, tmp_path, no_steps, monkeypatch):
