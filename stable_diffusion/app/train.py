@@ -25,6 +25,7 @@ from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
 from ..weights.save import check_space
 from .engine import open_model
+from .memory import set_limits
 from .request import Request
 from .training_output import Event, LossTable, RunFiles, add_row, to_toml
 
@@ -79,6 +80,7 @@ class TrainingRun:
             raise ValueError(f"there is no folder {request.pictures} with pictures; check the path")
         dtype = request.dtype or ("bfloat16" if mx.default_device() == mx.gpu else None)
         model = Request(model=request.model, revision=request.revision, quantize=request.quantize, dtype=dtype)
+        set_limits(None, request.low_memory)
         self.sd = open_model(model, request.low_memory)
         self.sd.low_memory = False  # networks that are trained stay; the others are freed by ``_free``
         self._side = resolution_of(self.sd) if request.resolution is None else request.resolution

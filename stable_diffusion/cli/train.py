@@ -52,7 +52,7 @@ FLAGS = {
         "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
         "--quantize -q": "quantize the UNet to 8 bits and the text encoders to 4; the LoRA is float32 (QLoRA)",
         "--dtype": "type in which the model computes (bfloat16 on a GPU, float32 on a CPU)",
-        "--low_memory": "free each network between its uses",
+        "--low_memory": "compute with little working memory: slower",
         "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
     },
     "LoRA": {

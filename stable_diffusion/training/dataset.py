@@ -162,10 +162,12 @@ class Dataset:
         work += [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
         if cache is not None:
             self._open_cache(cache, work)
+        kept = [name for name in self.sd.sources if name == "unet" or (trains_text and name != "autoencoder")]
         for done, encoding in enumerate(work, start=1):
+            if done == len(texts) + 1:  # all captions are encoded
+                self.sd.release(keep=[*kept, "autoencoder"])
             self._once(encoding)
             yield done, len(work)
-        kept = [name for name in self.sd.sources if name == "unet" or (trains_text and name != "autoencoder")]
         self.sd.release(keep=kept)
 
     def _latents(self, picture: Picture, crop: Crop, flip: bool) -> _Encoding:
