@@ -194,7 +194,7 @@ class TrainingRun:
         self._free()
         mx.reset_peak_memory()
         seconds = [next(trainer).seconds for _ in range(count)]
-        trainer.load_state(before, first)
+        trainer.load_state(before)
         return {"seconds": round(min(seconds, default=0.0), 4), "peak_gb": round(mx.get_peak_memory() / 1e9, 3)}
 
     def _free(self) -> None:

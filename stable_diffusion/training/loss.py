@@ -37,6 +37,13 @@ class TrainingBatch:
     conditioning: Conditioning | None = None
     weight: float = 1.0
 
+    def rows(self, chosen: slice) -> "TrainingBatch":
+        """Return a batch of some of the pictures."""
+        time_ids = None if self.time_ids is None else self.time_ids[chosen]
+        conditioning = None if self.conditioning is None else self.conditioning.select(chosen)
+        arrays = self.mean[chosen], self.deviation[chosen]
+        return TrainingBatch(*arrays, self.captions[chosen], time_ids, conditioning, self.weight)
+
 
 @dataclass(frozen=True)
 class NoisedBatch:

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from ..lora.metadata import describe
 from ..lora.save import write_lora
@@ -17,6 +18,7 @@ from .dataset import Dataset
 from .trainer import LoRATrainer
 
 FORMATS = ("kohya", "diffusers")
+_MAY_CHANGE = ("steps", "checkpointing")  # between the runs before and after a checkpoint
 
 
 def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, title: str = "") -> dict[str, str]:
@@ -51,7 +53,7 @@ def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, ti
     return texts | {f"ss_{name}": str(value) for name, value in training.items()}
 
 
-def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str], naming: str = "kohya") -> None:
+def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str] | None = None, naming: str = "kohya") -> None:
     """Write the factors, or their moving average, as a LoRA file in float16 that appears complete or not at all."""
     peft = "peft" if naming == "diffusers" else naming
     with averaged(trainer):
@@ -61,12 +63,12 @@ def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str], naming
 @contextmanager
 def averaged(trainer: LoRATrainer) -> Iterator[None]:
     """Give the model the moving average of the factors, where there is one, for a while."""
-    factors = trainer.factors()
-    trainer.model.update(tree_unflatten(list(trainer.average.items())))
+    factors = trainer.model.trainable_parameters()
+    trainer.model.update(trainer.average)
     try:
         yield
     finally:
-        trainer.model.update(tree_unflatten(list(factors.items())))
+        trainer.model.update(factors)
 
 
 def save_state(trainer: LoRATrainer, path: Path) -> None:
@@ -83,20 +85,21 @@ def load_state(trainer: LoRATrainer, path: Path) -> None:
         raise ValueError(f"{path} is no checkpoint of a training; give one, such as NAME-000500.state.safetensors")
     found, expected = parse_json(texts["training"], path), _identity(trainer)
     for name, value in expected.items():
-        if name not in ("step", "steps") and found.get(name) != value:
+        if name not in _MAY_CHANGE and found.get(name) != value:
             change = f"with {name} {found.get(name)!r}, and this run has {value!r}"
             raise ValueError(f"{path} was written by a run {change}; resume with the settings of that run")
     try:
         mx.eval(arrays)
-        trainer.load_state(arrays, found["step"])
+        trainer.load_state(arrays)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _identity(trainer: LoRATrainer) -> dict:
-    """Return what a run that goes on must have in common with the one before, and the step."""
-    digest = hashlib.sha256()
-    for layer in (trainer.sd.unet.conv_in, trainer.sd.unet.conv_out, trainer.sd.unet.time_embedding):
-        for name, array in tree_flatten(layer.parameters()):
-            digest.update(name.encode() + bytes(memoryview(array.astype(mx.float32).reshape(-1).view(mx.uint8))))
-    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16], "step": trainer.step}
+def _identity(trainer: LoRATrainer) -> dict[str, Any]:
+    """Return what a run that goes on must have in common with the one before: its settings, and sums of its weights."""
+    digest, trained = hashlib.sha256(), trainer.factors().keys()
+    for name, array in tree_flatten(trainer.model.parameters()):
+        if name not in trained:
+            total = array.reshape(-1).view(mx.uint16).astype(mx.uint32).sum()
+            digest.update(f"{name} {array.dtype} {total.item()} ".encode())
+    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16]}

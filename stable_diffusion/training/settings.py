@@ -24,7 +24,8 @@ class TrainingSettings:
         accumulate: gradients of each update, which is their mean.
         learning_rate: at its highest, after ``warmup``, a share of the steps in which it grows from 0.
         lr_schedule: "constant", or "cosine", which falls to 0 at the end.
-        optimizer: "adamw" (Loshchilov & Hutter 2019), "adafactor" (Shazeer & Stern 2018) or "lion" (Chen et al. 2023).
+        optimizer: "adamw" (Loshchilov & Hutter 2019), "adafactor" (Shazeer & Stern 2018), or "lion" (Chen et al. 2023),
+            which needs a third to a tenth of their learning rate.
         weight_decay: of the factors.
         clip_norm: length to which a longer gradient is cut; 0 is never.
         rank, alpha, targets, conv_rank, dora: of the LoRA, see :func:`stable_diffusion.lora.create.new_lora`.
@@ -34,7 +35,8 @@ class TrainingSettings:
         noise_offset: share of a constant in the noise of each channel (Guttenberg 2023).
         caption_dropout: share of pictures that are shown with the empty prompt.
         prior_weight: weight of the pictures that keep what the model knows (Ruiz et al. 2023).
-        ema: decay of a moving average of the factors, which then is what is saved; 0 is none.
+        ema: decay of a moving average of the factors, which then is what is saved; 0 is none. In step n, from 0, it is
+            at most (1 + n) / (10 + n).
         checkpointing: compute the transformer blocks twice and keep less of them: "on", "off", or "auto", by memory.
         seed: of the factors, of the order of the pictures and of all noise.
 
@@ -69,8 +71,9 @@ class TrainingSettings:
         **dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), Number(int, 1)),
         **dict.fromkeys(("conv_rank", "text_encoder_rank", "seed"), Number(int, 0)),
         **dict.fromkeys(("warmup", "caption_dropout", "ema"), Number(float, 0, 1)),
-        **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "min_snr", "prior_weight"), Number(float, 0)),
-        **dict.fromkeys(("noise_offset", "alpha"), Number(float, 0)),
+        **dict.fromkeys(("weight_decay", "clip_norm", "min_snr", "noise_offset", "prior_weight"), Number(float, 0)),
+        "learning_rate": Number(float, 0, 1, excludes_lowest=True),
+        "alpha": Number(float, 0, 1e6, excludes_lowest=True),
     }
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "loss": LOSSES,

@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from ..lora.create import new_lora
 from ..lora.layers import attach, wrapped_layers
@@ -18,6 +18,7 @@ from ..models.layers import Group
 from ..models.unet import Transformer2DModel
 from ..pipeline import StableDiffusion
 from ..text.encode import encode
+from .dataset import Dataset
 from .loss import TrainingBatch, add_noise, denoising_loss, seed_of
 from .settings import TrainingSettings
 
@@ -30,16 +31,8 @@ _OPTIMIZERS = {
     ),
     "lion": lambda settings: optimizers.Lion(settings.learning_rate, weight_decay=settings.weight_decay),
 }
-_FLOAT16_SCALE = 1024.0  # of the loss, so that gradients do not vanish below 6e-8
+_FLOAT16_SCALE = 1024.0  # of the loss, so that gradients do not vanish below 6e-8; less where they overflow
 MAX_SKIPPED = 5
-
-
-class Batches(Protocol):
-    """Provide the pictures of each gradient."""
-
-    def batches(self, number: int) -> list[TrainingBatch]:
-        """Return what the gradient of a number, from 0, is computed of; the losses are added."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,23 +47,32 @@ class TrainingStep:
 
 
 class LoRATrainer(Iterator[TrainingStep]):
-    """Train a LoRA for a model; each step is one item of the iteration.
+    """Train a LoRA for a model; each item of the iteration is a step, which is computed when it is asked for.
 
     Args:
-        sd: the model, which the LoRA stays attached to.
-        data: the pictures, see :class:`stable_diffusion.training.dataset.Dataset`.
-        settings: of the training.
+        sd: the model, which the LoRA stays attached to. Other attached LoRAs are frozen.
+        data: the pictures.
+        settings: of the training, those that ``data`` has.
+        group: the processes that share the work. Each computes the gradients of some of a step's pictures; their noise
+            and the sum do not depend on the number of processes.
 
     Attributes:
         step: number of steps made.
-        lora: the attached LoRA with the factors as they are now.
+        lora: the attached LoRA with the factors as they are now; its ``detach`` gives the model back as it was.
+        average: the moving average of the factors, a tree as that of ``model``; empty without ``ema``.
 
     Raises ValueError for a model that is trained in another way, and FloatingPointError after five steps one after the
     other whose loss is not finite.
     """
 
-    def __init__(self, sd: StableDiffusion, data: Batches, settings: TrainingSettings | None = None):
-        self.sd, self.data, self.settings = sd, data, settings or TrainingSettings()
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        data: Dataset,
+        settings: TrainingSettings | None = None,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.sd, self.data, self.settings, self.group = sd, data, settings or TrainingSettings(), group
         few_steps = sd.unet_config.time_cond_proj_dim is not None
         if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
             kinds = "refiners, models of EDM, for few steps, and those that work from an image"
@@ -88,7 +90,7 @@ class LoRATrainer(Iterator[TrainingStep]):
         self.recompute(self.settings.checkpointing == "on")
         self.optimizer = _OPTIMIZERS[self.settings.optimizer](self.settings)
         self.optimizer.init(self.model.trainable_parameters())
-        self.average = self.factors() if self.settings.ema else {}
+        self.average = self.model.trainable_parameters() if self.settings.ema else {}
         self.step = self._skipped = 0
         self.scale = _FLOAT16_SCALE if sd.dtype == mx.float16 else 1.0
 
@@ -113,15 +115,20 @@ class LoRATrainer(Iterator[TrainingStep]):
         if self.step >= self.settings.steps:
             raise StopIteration
         start, rate = time.perf_counter(), self.settings.rate(self.step)
-        loss, gradients = self._gradients()
-        norm = mx.sqrt(sum(mx.square(gradient).sum() for _, gradient in tree_flatten(gradients)))
-        is_finite = math.isfinite(loss) and math.isfinite(norm.item())
+        loss, gradients, norm = self._gradients()
+        while self.scale > 1 and math.isfinite(loss) and not math.isfinite(norm):  # float16 overflows
+            self.scale /= 4
+            loss, gradients, norm = self._gradients()
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
         if is_finite:
-            if self.settings.clip_norm and norm.item() > self.settings.clip_norm:
+            if 0 < self.settings.clip_norm < norm:
                 gradients = tree_map(lambda gradient: gradient * (self.settings.clip_norm / norm), gradients)
             self.optimizer.learning_rate = rate
             self.optimizer.update(self.model, gradients)
-            self._update_average()
+            if self.average:
+                decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+                now = self.model.trainable_parameters()
+                self.average = tree_map(lambda old, new: decay * old + (1 - decay) * new, self.average, now)
             mx.eval(self.factors(), self.optimizer.state, self.average)
         self._skipped = 0 if is_finite else self._skipped + 1
         self.step += 1
@@ -132,20 +139,28 @@ class LoRATrainer(Iterator[TrainingStep]):
             )
         return TrainingStep(self.step, loss, rate, time.perf_counter() - start, not is_finite)
 
-    def _gradients(self) -> tuple[float, dict[str, Any]]:
-        """Return the loss of the step and its gradients, summed over its batches."""
-        count, total, gradients = self.settings.accumulate, 0.0, None
+    def _gradients(self) -> tuple[float, dict[str, Any], float]:
+        """Return the loss of the step and its gradients, summed over batches and processes, and their norm."""
+        count, row = self.settings.accumulate, 0  # row: pictures of the step before a batch
+        rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
+        total, gradients = mx.array(0.0), tree_map(mx.zeros_like, self.model.trainable_parameters())
         for number in range(self.step * count, (self.step + 1) * count):
             for part, batch in enumerate(self.data.batches(number)):
-                seeds = [seed_of(self.settings.seed, number, part, row) for row in range(len(batch.captions))]
-                weight = batch.weight / count
-                value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch)
+                rows, chosen = range(len(batch.captions)), slice((rank - row) % size, None, size)
+                row += len(rows)
+                seeds = [seed_of(self.settings.seed, number, part, i) for i in rows[chosen]]
+                if not seeds:
+                    continue
+                value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch.rows(chosen))
                 mx.eval(value, *[gradient for _, gradient in reversed(tree_flatten(changes))])
-                changes = tree_map(lambda change, factor=weight / self.scale: factor * change, changes)
-                gradients = changes if gradients is None else tree_map(mx.add, gradients, changes)
-                total += weight * value.item() / self.scale
-                mx.eval(gradients)
-        return total, gradients
+                weight = batch.weight * size * len(seeds) / (len(rows) * count * self.scale)
+                gradients = tree_map(lambda old, new, weight=weight: old + weight * new, gradients, changes)
+                total = total + weight * value
+                mx.eval(gradients, total)
+        if size > 1:
+            total, gradients = nn.average_gradients((total, gradients), self.group)
+        norm = mx.sqrt(tree_reduce(lambda result, gradient: result + mx.square(gradient).sum(), gradients, 0.0))
+        return total.item(), gradients, norm.item()
 
     def loss(self, batch: TrainingBatch, seeds: list[int]) -> mx.array:
         """Return the loss of a batch whose noise comes from ``seeds``, one for each picture; times ``scale``."""
@@ -159,28 +174,21 @@ class LoRATrainer(Iterator[TrainingStep]):
         loss = denoising_loss(self.sd.unet, schedule, sample, conditioning, self.settings, self.sd.dtype)
         return self.scale * loss
 
-    def _update_average(self) -> None:
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        for name, factor in self.factors().items() if self.average else ():
-            self.average[name] = decay * self.average[name] + (1 - decay) * factor
-
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, mx.array]:
         """Return all that a run needs to go on, as arrays by name."""
-        groups: Mapping[str, Any] = {"factors": self.factors(), "average": self.average}
-        arrays = {f"{group}/{name}": array for group, values in groups.items() for name, array in values.items()}
-        return arrays | {f"optimizer/{name}": array for name, array in tree_flatten(self.optimizer.state)}
+        run = {"step": mx.array(self.step), "skipped": mx.array(self._skipped), "scale": mx.array(self.scale)}
+        factors = self.model.trainable_parameters()
+        tree = {"run": run, "factors": factors, "average": self.average, "optimizer": self.optimizer.state}
+        return dict(tree_flatten(tree))
 
-    def load_state(self, arrays: Mapping[str, mx.array], step: int) -> None:
-        """Go on from the ``state`` of another run after ``step`` steps. Raises ValueError where it does not fit."""
-        shapes, found = ({name: a.shape for name, a in state.items()} for state in (self.state(), arrays))
-        if shapes != found:
+    def load_state(self, arrays: Mapping[str, mx.array]) -> None:
+        """Go on from the ``state`` of another run. Raises ValueError where it does not fit."""
+        kinds, found = ({name: (a.shape, a.dtype) for name, a in state.items()} for state in (self.state(), arrays))
+        if kinds != found:
             raise ValueError("it was written by a run with another model, or another rank, targets, ema or optimizer")
-        groups: dict[str, list[tuple[str, mx.array]]] = {"factors": [], "average": [], "optimizer": []}
-        for name, array in arrays.items():
-            group, _, name = name.partition("/")
-            groups[group].append((name, array))
-        self.model.update(tree_unflatten(groups["factors"]))
-        self.optimizer.state = tree_unflatten(groups["optimizer"])
-        self.average, self.step = dict(groups["average"]), step
+        tree = tree_unflatten(list(arrays.items()))
+        self.model.update(tree["factors"])
+        self.optimizer.state, self.average = tree["optimizer"], tree.get("average", {})
+        self.step, self._skipped, self.scale = (tree["run"][name].item() for name in ("step", "skipped", "scale"))
