@@ -65,6 +65,16 @@ class TrainingRequest:
     resume: str | None = None
     format: str = "kohya"
 
+    def __post_init__(self) -> None:
+        for name in ("trigger", "format", "prior") if self.settings.embedding else ():
+            if getattr(self, name) != getattr(TrainingRequest, name):
+                raise SettingError(f"{name} has no effect on an embedding; leave {name} out", name)
+
+    @property
+    def word(self) -> str | None:
+        """Return the word that stands in each caption: the trigger, or the new word of an embedding."""
+        return self.settings.new_word[0] or self.trigger
+
 
 class TrainingRun:
     """Prepare a run and make it: ``prepare``, ``steps``, ``finish``, each to be iterated over.
@@ -84,14 +94,14 @@ class TrainingRun:
         self.sd = open_model(model, request.low_memory)
         self.sd.low_memory = False  # networks that are trained stay; the others are freed by ``_free``
         self._side = resolution_of(self.sd) if request.resolution is None else request.resolution
-        texts = {"caption": request.caption, "trigger": request.trigger}
+        texts = {"caption": request.caption, "trigger": request.word}
         self._pictures, self.remarks = read_pictures(request.pictures, self._side, **texts)
-        self.remarks += _too_long(self.sd, self._pictures)
         if not LossTable.can_draw():
             self.remarks.append(f'losses are in {self.files.table} without a curve; pip install ".[train]" draws one')
         self._check_prior()
         self.data = self._dataset()
         self.trainer = LoRATrainer(self.sd, self.data, request.settings)
+        self.remarks += _too_long(self.sd, self._pictures)
         self._table: LossTable | None = None
         self._preview_prompt: tuple[Conditioning, Conditioning] | None = None
         if request.resume is not None:
@@ -161,6 +171,7 @@ class TrainingRun:
             "steps": settings.steps,
             "first_step": self.trainer.step + 1,
             "epochs": round(settings.steps * settings.accumulate / data.epoch_length(), 3),
+            "embedding": settings.embedding,
             "factors": len(self.trainer.factors()),
             "parameters": sum(factor.size for factor in self.trainer.factors().values()),
         }
@@ -172,7 +183,9 @@ class TrainingRun:
         prior = f", {plan['prior']} prior pictures" if plan["prior"] else ""
         lines = [
             f"{plan['pictures']} pictures ({sizes}){prior}, {plan['steps']} steps, {plan['epochs']:.3g} epochs",
-            f"{plan['factors']} factors with {plan['parameters'] / 1e6:.2f} million parameters",
+            f"{plan['factors']} factors with {plan['parameters'] / 1e6:.2f} million parameters"
+            if plan["embedding"] is None
+            else f"vectors for {plan['embedding']}: {plan['parameters']} parameters",
         ]
         if plan["first_step"] > 1:
             lines.append(f"goes on with step {plan['first_step']}")
@@ -211,7 +224,7 @@ class TrainingRun:
             pictures, _ = read_pictures(self.files.prior, self._side, caption=self.request.prior_prompt)
             self._prior = [picture for picture in pictures if int(picture.path.stem) < count]
             self.data = self.trainer.data = self._dataset()
-        if self.request.preview and not self.request.settings.text_encoder_rank:
+        if self.request.preview and not self.request.settings.trains_text:
             self._preview_prompt = self.sd.encode_prompts(self.request.preview, "")
         for done, total in self.data.prepare(self.request.cache):
             yield "encoding", done, total
@@ -281,7 +294,7 @@ class TrainingRun:
         request = self.request
         if not self.is_done and not self.files.state(self.trainer.step).exists():
             yield from self._save_state()
-        texts = metadata(self.trainer, self.data, request.trigger, request.output.stem)
+        texts = metadata(self.trainer, self.data, request.word, request.output.stem)
         save_lora(self.trainer, request.output, texts, request.format)
         if self._table is not None and self._table.can_draw():
             self._table.draw(self.files.curve)

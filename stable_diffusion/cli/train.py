@@ -63,6 +63,8 @@ FLAGS = {
         "--conv_rank N": "rank for the 3x3 convolutions; 0 trains none (0)",
         "--text_encoder_rank N": "rank for the text encoders; 0 trains none (0)",
         "--dora": "train the magnitudes of the weights too (DoRA)",
+        "--embedding WORD[:N]": "train N vectors (4) for a new word and no LoRA (textual inversion)",
+        "--initial_word WORD": "known word that its vectors start from, such as toy (the mean of all words)",
     },
     "training": {
         "--steps N": "number of updates (1000)",
@@ -139,6 +141,7 @@ _NUMBERS: dict[str, Number] = TrainingSettings.NUMBERS | {
 }
 _CHOICES = TrainingSettings.CHOICES | {"dtype": CHOICES["dtype"], "device": cpu.DEVICES, "format": FORMATS}
 _TYPES = dict.fromkeys(("trigger", "caption", "prior_prompt", "model", "output", "preview", "resume", "cache"), text)
+_TYPES |= dict.fromkeys(("embedding", "initial_word"), text)
 _TYPES |= {name: partial(number, limits) for name, limits in _NUMBERS.items()} | {"targets": pattern, "prior": prior}
 
 

@@ -23,7 +23,7 @@ _FAMILIES = {  # width of the encoded prompt, predicts v: names in kohya's scrip
 
 
 def describe(
-    lora: AttachedLoRA,
+    lora: AttachedLoRA | None,
     context_width: int,
     prediction: str,
     *,
@@ -35,7 +35,8 @@ def describe(
     """Return the texts in the header of a LoRA's file.
 
     Args:
-        lora: two factors for each layer, as :func:`stable_diffusion.lora.create.new_lora` makes them.
+        lora: two factors for each layer, as :func:`stable_diffusion.lora.create.new_lora` makes them; None for a
+            textual inversion.
         context_width: of the encoded prompt, by which families of models differ.
         prediction: "epsilon" or "v_prediction", of the model.
         resolution: side in pixels of a square with the area of the pictures.
@@ -45,14 +46,14 @@ def describe(
     """
     is_v = prediction == "v_prediction"
     version, architecture = _FAMILIES.get((context_width, is_v), ("unknown", "unknown"))
-    texts = _network_texts(lora) | {
+    texts = ({} if lora is None else _network_texts(lora)) | {
         "ss_output_name": title,
         "ss_base_model_version": version,
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_tag_frequency": json.dumps(_tag_counts(captions)),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{architecture}/{'textual-inversion' if lora is None else 'lora'}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution}x{resolution}",

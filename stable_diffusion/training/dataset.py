@@ -140,7 +140,7 @@ class Dataset:
         if self.sd.is_xl:  # (height, width) of the picture, (top, left) of the crop, (height, width) of the result
             ids = [[*p.size[::-1], c.top, c.left, *c.size[::-1]] for p, c, _ in chosen]
             time_ids = mx.array(ids, dtype=mx.float32)
-        if not self.settings.text_encoder_rank:
+        if not self.settings.trains_text:
             encoded = concatenate([Conditioning(**self._once(self._caption(text))) for text in captions])
             conditioning = encoded.map(lambda array: array.astype(self.sd.dtype))
         return TrainingBatch(mean, deviation, tuple(captions), time_ids, conditioning, pictures.weight)
@@ -154,7 +154,7 @@ class Dataset:
         it. Then the networks that only encode are freed. Raises OSError where the cache cannot be made, or its disk
         has no room for it.
         """
-        trains_text = bool(self.settings.text_encoder_rank)
+        trains_text = self.settings.trains_text
         shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
         texts = [] if trains_text else dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
         flips = (False, True) if self.flip else (False,)
@@ -235,7 +235,7 @@ class Dataset:
         except OSError as error:
             raise OSError(f"the cache {folder} cannot be made ({error.strerror}); choose another folder") from None
         self._models["picture"] = self._hash("autoencoder")
-        if not self.settings.text_encoder_rank:
+        if not self.settings.trains_text:
             self._models["caption"] = self._hash(*(name for _, name in self.sd._encoders))
         self._cache = folder
         missing = (encoding for encoding in work if not self._path(encoding).is_file())

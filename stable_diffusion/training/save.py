@@ -16,13 +16,14 @@ from ..models.config import parse_json
 from ..weights.files import read_file
 from .dataset import Dataset
 from .trainer import LoRATrainer
+from .words import save_embedding
 
 FORMATS = ("kohya", "diffusers")
 _MAY_CHANGE = ("steps", "checkpointing")  # between the runs before and after a checkpoint
 
 
 def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, title: str = "") -> dict[str, str]:
-    """Return the texts in the header of a LoRA file, see :func:`stable_diffusion.lora.metadata.describe`."""
+    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
     settings, sd, pictures = trainer.settings, trainer.sd, data.sets[0].pictures
     texts = describe(
         trainer.lora,
@@ -54,7 +55,13 @@ def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, ti
 
 
 def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str] | None = None, naming: str = "kohya") -> None:
-    """Write the factors, or their moving average, as a LoRA file in float16 that appears complete or not at all."""
+    """Write the factors, or their moving average, as a LoRA file in float16 that appears complete or not at all.
+
+    The vectors of a new word become an embedding file, see :func:`stable_diffusion.training.words.save_embedding`.
+    """
+    if trainer.lora is None:
+        save_embedding(trainer.average or trainer.factors(), trainer.settings.new_word[0], path, texts)
+        return
     peft = "peft" if naming == "diffusers" else naming
     with averaged(trainer):
         write_lora(path, trainer.networks(), trainer.lora, naming=peft, dtype=mx.float16, metadata=texts)

@@ -1,6 +1,7 @@
 """The settings of a training, with their limits."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,6 +13,9 @@ LOSSES, OPTIMIZERS, SCHEDULES, CHECKPOINTING = (
     ("constant", "cosine"),
     ("auto", "on", "off"),
 )
+
+_WORD = re.compile(r"[^\s:,|()\[\]{}\\]+(:[0-9]+)?")
+_VECTORS, _LONGEST_WORD = 4, 75  # vectors of a word; a prompt has 75 places
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class TrainingSettings:
         clip_norm: length to which a longer gradient is cut; 0 is never.
         rank, alpha, targets, conv_rank, dora: of the LoRA, see :func:`stable_diffusion.lora.create.new_lora`.
         text_encoder_rank: rank of the same layers in the text encoders; 0 leaves them as they are.
+        embedding: a new word, "ohwx" or "ohwx:8": train this number of vectors for it (4), and no LoRA: a textual
+            inversion (Gal et al. 2023).
+        initial_word: a word or words whose vectors the new ones start from; None is the mean of the vocabulary.
         loss: "mse", or "huber", the pseudo-Huber loss with a constant of 0.1 (Charbonnier et al. 1997).
         min_snr: bound of the loss's weight in signal to noise ratio (Hang et al. 2023); 0 is none.
         noise_offset: share of a constant in the noise of each channel (Guttenberg 2023).
@@ -58,6 +65,8 @@ class TrainingSettings:
     conv_rank: int = 0
     dora: bool = False
     text_encoder_rank: int = 0
+    embedding: str | None = None
+    initial_word: str | None = None
     loss: str = "mse"
     min_snr: float = 5.0
     noise_offset: float = 0.0
@@ -89,6 +98,32 @@ class TrainingSettings:
         for name, known in self.CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        if self.embedding is not None:
+            self._check_embedding()
+        elif self.initial_word is not None:
+            raise ValueError("initial_word is of an embedding; give the new word as embedding, or leave it out")
+
+    def _check_embedding(self) -> None:
+        _, count = self.new_word
+        if not _WORD.fullmatch(self.embedding) or not 1 <= count <= _LONGEST_WORD:
+            raise ValueError(
+                f"embedding {self.embedding!r:.80} is no new word with at most {_LONGEST_WORD} vectors; write WORD or "
+                "WORD:N, without blanks and the signs of prompts"
+            )
+        for name in ("rank", "alpha", "targets", "conv_rank", "dora", "text_encoder_rank"):
+            if getattr(self, name) != getattr(TrainingSettings, name):
+                raise ValueError(f"{name} is of a LoRA, and an embedding trains none; leave one of them out")
+
+    @property
+    def new_word(self) -> tuple[str, int]:
+        """Return the word of ``embedding`` and the number of its vectors."""
+        word, _, count = (self.embedding or "").partition(":")
+        return word, int(count) if count.isdecimal() else _VECTORS
+
+    @property
+    def trains_text(self) -> bool:
+        """Return whether captions are encoded in each step, as something in the text encoders is trained."""
+        return bool(self.text_encoder_rank or self.embedding)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0."""

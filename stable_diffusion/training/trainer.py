@@ -13,7 +13,7 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from ..lora.create import new_lora
-from ..lora.layers import attach, wrapped_layers
+from ..lora.layers import AttachedLoRA, attach, wrapped_layers
 from ..models.layers import Group
 from ..models.unet import Transformer2DModel
 from ..pipeline import StableDiffusion
@@ -21,6 +21,7 @@ from ..text.encode import encode
 from .dataset import Dataset
 from .loss import TrainingBatch, add_noise, denoising_loss, seed_of
 from .settings import TrainingSettings
+from .words import NewWord
 
 _OPTIMIZERS = {
     "adamw": lambda settings: optimizers.AdamW(
@@ -47,10 +48,12 @@ class TrainingStep:
 
 
 class LoRATrainer(Iterator[TrainingStep]):
-    """Train a LoRA for a model; each item of the iteration is a step, which is computed when it is asked for.
+    """Train a LoRA, or the vectors of a new word, for a model; each item of the iteration is a step.
+
+    A step is computed when it is asked for.
 
     Args:
-        sd: the model, which the LoRA stays attached to. Other attached LoRAs are frozen.
+        sd: the model, which the LoRA stays attached to, or the word in. Other attached LoRAs are frozen.
         data: the pictures.
         settings: of the training, those that ``data`` has.
         group: the processes that share the work. Each computes the gradients of some of a step's pictures; their noise
@@ -58,7 +61,9 @@ class LoRATrainer(Iterator[TrainingStep]):
 
     Attributes:
         step: number of steps made.
-        lora: the attached LoRA with the factors as they are now; its ``detach`` gives the model back as it was.
+        model: the module whose trainable parameters, called factors here, are all that is trained.
+        lora: the attached LoRA with the factors as they are now; its ``detach`` gives the model back as it was. None
+            where a word is trained.
         average: the moving average of the factors, a tree as that of ``model``; empty without ``ema``.
 
     Raises ValueError for a model that is trained in another way, and FloatingPointError after five steps one after the
@@ -77,22 +82,30 @@ class LoRATrainer(Iterator[TrainingStep]):
         if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
             kinds = "refiners, models of EDM, for few steps, and those that work from an image"
             raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
-        networks = self.networks()
-        ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}
-        names = ("alpha", "targets", "conv_rank", "dora", "seed")
-        fresh = new_lora(networks, ranks, **{name: getattr(self.settings, name) for name in names})
-        self.lora = attach(networks, fresh)
-        self.model = Group(**networks)
-        for _, layer in wrapped_layers(self.model):
-            for delta in layer.loras:
-                if delta.lora is not self.lora:
-                    delta.freeze()
+        self.lora: AttachedLoRA | None = None
+        if self.settings.embedding is None:
+            self.model = self._with_lora()
+        else:
+            self.model = NewWord(sd, *self.settings.new_word, self.settings.initial_word)
         self.recompute(self.settings.checkpointing == "on")
         self.optimizer = _OPTIMIZERS[self.settings.optimizer](self.settings)
         self.optimizer.init(self.model.trainable_parameters())
         self.average = self.model.trainable_parameters() if self.settings.ema else {}
         self.step = self._skipped = 0
         self.scale = _FLOAT16_SCALE if sd.dtype == mx.float16 else 1.0
+
+    def _with_lora(self) -> nn.Module:
+        """Attach a new LoRA, and return the networks of which its factors are the only trainable parameters."""
+        networks, names = self.networks(), ("alpha", "targets", "conv_rank", "dora", "seed")
+        ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}
+        fresh = new_lora(networks, ranks, **{name: getattr(self.settings, name) for name in names})
+        self.lora = attach(networks, fresh)
+        model = Group(**networks)
+        for _, layer in wrapped_layers(model):
+            for delta in layer.loras:
+                if delta.lora is not self.lora:
+                    delta.freeze()
+        return model
 
     def recompute(self, recomputes: bool) -> None:
         """Choose whether gradients keep only the inputs of the UNet's transformer blocks: a third longer."""
@@ -101,9 +114,9 @@ class LoRATrainer(Iterator[TrainingStep]):
                 module.recomputes = recomputes
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return the networks that are trained, by the names of their parts."""
+        """Return the networks that are used in a step, by the names of their parts."""
         names = {part.component.name: name for name, part in self.sd.sources.items() if name != "autoencoder"}
-        wanted = names if self.settings.text_encoder_rank else ["unet"]
+        wanted = names if self.settings.trains_text else ["unet"]
         return {part: getattr(self.sd, names[part]) for part in wanted}
 
     def factors(self) -> dict[str, mx.array]:

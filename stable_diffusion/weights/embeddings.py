@@ -18,7 +18,7 @@ def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.a
 
     Reads .safetensors, .pt and .bin as they are written by AUTOMATIC1111's web UI ("emb_params"; "string_to_param" and
     "name"), by diffusers (the word is the name of the tensor) and by trainers for XL ("clip_l", "clip_g"). The words
-    are the one in the file, if there is one, and the file's name, under which it was published.
+    are the one in the file or in its header, if there is one, and the file's name, under which it was published.
 
     Raises ValueError for anything else, one line with the path.
     """
@@ -29,6 +29,7 @@ def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.a
     tensors, texts = read_file(path)
     key = next(iter(tensors), "")
     named = texts.get("name") if key == "*" else key if len(tensors) == 1 and key != "emb_params" else None
+    named = named or texts.get("modelspec.trigger_phrase")
     words = dict.fromkeys(word for word in (named, path.stem) if word and word != "*")
     return tuple(words), vectors_of(tensors, str(path))
 

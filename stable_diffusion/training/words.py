@@ -1,0 +1,73 @@
+"""Train the vectors of a new word in place of a LoRA: textual inversion (Gal et al. 2023)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..images.files import unfinished
+from ..models.clip import CLIPEmbeddings
+from ..pipeline import StableDiffusion
+from ..text.tokenizer import Tokenizer
+from ..weights.formats.safetensors import loading_stream, write_safetensors
+
+
+class NewWord(nn.Module):
+    """Hold the vectors [N, C] of a new word for each text encoder, float32; all else of the model is frozen.
+
+    All that changes them (an optimizer, a checkpoint, an average) calls ``update``, which puts them into the encoders.
+
+    Args:
+        sd: the model whose prompts get the word.
+        word: for prompts.
+        count: N, the number of tokens that the word takes in a prompt.
+        initial_word: words whose vectors are repeated as the first ones; None is the mean of the vocabulary's.
+    """
+
+    def __init__(self, sd: StableDiffusion, word: str, count: int, initial_word: str | None = None):
+        super().__init__()
+        self._sd = sd
+        for name in sd.sources.keys() - {"autoencoder"}:
+            getattr(sd, name).freeze()
+        for tokenizer, name in sd._encoders:
+            embeddings = getattr(sd, name).text_model.embeddings
+            self[name] = _first_vectors(getattr(sd, tokenizer), embeddings, count, initial_word)
+        mx.eval(self.parameters())
+        self._places = {name: len(sd.sources[name].words) for _, name in sd._encoders}
+        sd._add_words((word,), list(self.parameters().values()), word)
+
+    def update(self, parameters: Mapping[str, Any], strict: bool = True) -> "NewWord":
+        """Replace the vectors, here and in the text encoders."""
+        super().update(parameters, strict)
+        for name, place in self._places.items():
+            words, embeddings = self._sd.sources[name].words, getattr(self._sd, name).text_model.embeddings
+            words[place] = self[name]
+            with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
+                embeddings._added = mx.concatenate(words)
+        return self
+
+
+def _first_vectors(tokenizer: Tokenizer, embeddings: CLIPEmbeddings, count: int, initial_word: str | None) -> mx.array:
+    table = embeddings.token_embedding
+    if initial_word is None:
+        vectors = table(mx.arange(embeddings._vocabulary)).astype(mx.float32).mean(axis=0, keepdims=True)
+    elif not (ids := tokenizer.encode(initial_word)):
+        raise ValueError(f"initial_word {initial_word!r} has no token; give a word that prompts know")
+    else:
+        vectors = table(mx.array(ids[:count])).astype(mx.float32)
+    return mx.concatenate([vectors] * count)[:count]
+
+
+def save_embedding(vectors: Mapping[str, mx.array], word: str, path: Path, texts: Mapping[str, str] | None) -> None:
+    """Write the vectors of a word, by text encoder, as a file that appears complete or not at all.
+
+    One tensor with the name of the word, as diffusers writes it and the web UIs read it; of XL's two encoders
+    "clip_l" and "clip_g". ``texts`` is the metadata.
+    """
+    names = (word,) if len(vectors) == 1 else ("clip_l", "clip_g")
+    tensors = dict(zip(names, vectors.values(), strict=True))
+    with unfinished(path) as written:
+        write_safetensors(written, list(tensors), tensors, texts)
+        written.replace(path)
