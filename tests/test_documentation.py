@@ -93,6 +93,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "docs" / "pictures", tmp_path / "docs" / "pictures")
     shutil.copytree(ROOT / "stable_diffusion" / "tiny" / "lora", tmp_path / "stable_diffusion" / "tiny" / "lora")
     Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((512, 512), 60).convert("RGB").save(tmp_path / "photos" / "1.jpg")
     mx.save_safetensors(str(tmp_path / "model.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny"))
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     factors = {f"{layer}_A.weight": mx.full((4, 96), 1 / 96), f"{layer}_B.weight": mx.ones((96, 4))}

@@ -256,22 +256,3 @@ def test_with_a_caption_the_edges_say_where_and_the_words_which_colours(tiny, co
         overlaps.append(overlap(followed, scene))
         without.append(overlap(draw(tiny, caption, seed=seed)[0], scene))
     assert np.mean(overlaps) > 0.8 and np.mean(overlaps) > np.mean(without) + 0.15, (overlaps, without)
-
-
-# --- its LoRA ---
-
-
-def test_the_lora_draws_objects_as_tubes_of_light_in_the_dark(tiny):
-    lora = tiny.load_lora(FOLDER / "lora" / "neon.safetensors")
-    try:
-        for colour, shape in (("red", "circle"), ("green", "triangle"), ("cyan", "moon")):
-            caption = f"a {colour} {shape} on a white background"
-            lora.scale = 0.0
-            (plain,) = draw(tiny, caption, seed=3)
-            lora.scale = 1.0
-            (neon,) = draw(tiny, caption, seed=3)
-            assert score.background_colour(plain).mean() > 200 > 90 > score.background_colour(neon).mean()
-            lit = neon[score.object_mask(neon)].mean(axis=0)
-            assert lit.argmax() in np.flatnonzero(np.array(data.COLOURS[colour]) > 120), colour
-    finally:
-        lora.detach()

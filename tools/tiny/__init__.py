@@ -6,10 +6,11 @@
     python -m tools.tiny.contact_sheet sheet.png                # captions x seeds, rendered by this library
     python -m tools.tiny.train_control stable_diffusion/tiny    # its ControlNet for edges
     python -m tools.tiny.evaluate_control stable_diffusion/tiny     # how well that is followed
-    python -m tools.tiny.train_lora stable_diffusion/tiny       # a LoRA for it, of another style
+    python -m tools.tiny.new_thing draw FOLDER                  # pictures from which a LoRA learns a new shape
+    python -m tools.tiny.new_thing measure LORA                 # how well it has learned it
 
 data.py draws the captioned images, score.py reads images back, models.py holds the sizes of the networks, bpe.py
 learns the tokenizer, autoencoder.py and train.py the networks, optimize.py is the optimizer and the checkpoints,
-export.py writes diffusers' layout in float16; train_control.py and evaluate_control.py are the ControlNet's,
-train_lora.py is the LoRA's.
+export.py writes diffusers' layout in float16; train_control.py and evaluate_control.py are the ControlNet's.
+new_thing.py is for the LoRA in stable_diffusion/tiny/lora, which docs/training.md trains.
 """

@@ -134,6 +134,7 @@ _CROSS = [
     (-1, -_B),
     (-_B, -_B),
 ]
+_ARROW = [(0, -1), (0.95, 0.02), (0.4, 0.02), (0.4, 0.95), (-0.4, 0.95), (-0.4, 0.02), (-0.95, 0.02)]  # never trained
 _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
     "triangle": [(0, -0.92), (1.0, 0.82), (-1.0, 0.82)],
@@ -141,6 +142,7 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "star": _STAR,
     "heart": _HEART,
     "cross": _CROSS,
+    "arrow": _ARROW,
 }
 _CURVES = {"circle": _circle, "ring": _ring, "moon": _moon}
 
@@ -210,7 +212,8 @@ def _pick(rng: np.random.Generator, options):  # a tuple, list or dict's keys
     return options[int(rng.integers(len(options)))]
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
+    """The words after "a", or after "an" where they begin with a vowel."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -220,18 +223,18 @@ def _noun(thing: Thing, rng: np.random.Generator) -> str:
     words = size + thing.colour + " " + style + thing.shape
     if style and rng.random() < 0.5:
         words = size + style + thing.colour + " " + thing.shape
-    return _article(words)
+    return with_article(words)
 
 
 def _behind(background: str, rng: np.random.Generator) -> str:
     if background == "night sky":
         return _pick(rng, (" in a night sky", " in the night sky", " on a night sky"))
     if background.endswith("gradient"):
-        return f" on {_article(background)}" if rng.random() < 0.6 else f" on {_article(background)} background"
+        return f" on {with_article(background)}" if rng.random() < 0.6 else f" on {with_article(background)} background"
     return _pick(
         rng,
-        (f" on {_article(background)} background",) * 4
-        + (f" on {background}", f" against {_article(background)} background"),
+        (f" on {with_article(background)} background",) * 4
+        + (f" on {background}", f" against {with_article(background)} background"),
     )
 
 

@@ -1,6 +1,7 @@
 """Reads images of the data set's world: which colours, which shape, what lies where. Needs NumPy only."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,13 +52,13 @@ def _moments(shape: str) -> tuple[float, float, float]:
     return area / radius**2, float((cover * x).sum() / area / radius), float((cover * y).sum() / area / radius)
 
 
-def shape_overlaps(mask: np.ndarray) -> dict[str, float]:
-    """IoU of a mask with each of the nine shapes, laid over it with the same centroid and nearly the same area."""
+def shape_overlaps(mask: np.ndarray, shapes: Sequence[str] = SHAPES) -> dict[str, float]:
+    """IoU of a mask with each of some shapes, laid over it with the same centroid and nearly the same area."""
     ys, xs = np.nonzero(mask)
     if len(xs) < 12:
-        return dict.fromkeys(SHAPES, 0.0)
+        return dict.fromkeys(shapes, 0.0)
     x, y, overlaps = xs.mean() + 0.5, ys.mean() + 0.5, {}
-    for shape in SHAPES:
+    for shape in shapes:
         area, dx, dy = _moments(shape)
         best = 0.0
         for zoom in (0.93, 1.0, 1.07):
@@ -68,18 +69,18 @@ def shape_overlaps(mask: np.ndarray) -> dict[str, float]:
     return overlaps
 
 
-def nearest_shape(mask: np.ndarray) -> str:
-    overlaps = shape_overlaps(mask)
+def nearest_shape(mask: np.ndarray, shapes: Sequence[str] = SHAPES) -> str:
+    overlaps = shape_overlaps(mask, shapes)
     return max(overlaps, key=lambda shape: overlaps[shape])
 
 
-def score_single(image: np.ndarray, scene: Scene) -> dict[str, bool]:
+def score_single(image: np.ndarray, scene: Scene, shapes: Sequence[str] = SHAPES) -> dict[str, bool]:
     """What a picture of one plain object on a plain background gets right."""
     (thing,), mask = scene.things, object_mask(image)
     return {
         "colour": nearest_colour(object_colour(image, mask)) == thing.colour,
         "background": nearest_colour(background_colour(image)) == scene.background,
-        "shape": nearest_shape(mask) == thing.shape,
+        "shape": nearest_shape(mask, shapes) == thing.shape,
     }
 
 
