@@ -11,6 +11,7 @@ import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from checkpoints import SCALED, make
@@ -343,6 +344,25 @@ def test_networks_in_training_are_neither_freed_nor_read_again(train, tmp_path, 
         assert kept == ({"unet"} if "--low_memory" in words else {"unet", "text_encoder"})
         assert all(getattr(sd, name) in trainer.networks().values() for name in kept)
         assert sd.unet is trainer.model["unet"]
+
+
+def test_previews_and_measurements_are_of_what_is_saved(train, tmp_path, monkeypatch):
+    """With a moving average that is its factors."""
+    seen, generate, loss = [], app.StableDiffusion.generate, LoRATrainer.loss
+    runs, init = [], app.TrainingRun.__init__
+    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, request: init(self, request) or runs.append(self))
+
+    def watch(kind: str) -> None:
+        trainer = runs[-1].trainer
+        factors = trainer.factors()
+        same = all(mx.array_equal(factors[name], value).item() for name, value in tree_flatten(trainer.average))
+        seen.append((kind, trainer.step, same))
+
+    monkeypatch.setattr(app.StableDiffusion, "generate", lambda *a, **k: watch("preview") or generate(*a, **k))
+    monkeypatch.setattr(LoRATrainer, "loss", lambda *a, **k: watch("loss") or loss(*a, **k))
+    train("--steps", 2, "--ema", 0.9, "--preview", "a", "--preview_every", 2, "--measure_every", 2).succeeded()
+    assert {same for kind, step, same in seen if step == 2} == {True}
+    assert {kind for kind, step, _ in seen if step == 2} == {"loss", "preview"}
 
 
 def test_five_skipped_steps_end_the_run_with_what_there_is(train, tmp_path, monkeypatch):
