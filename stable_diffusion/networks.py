@@ -113,6 +113,7 @@ class Networks:
         self.sources: dict[str, NetworkSource] = {}  # by attribute
         self._lock = threading.RLock()
         self._encoders: list[tuple[str, str]] = []  # the attributes of tokenizer and text encoder
+        self.pinned: set[str] = set()  # what ``release`` leaves in memory, such as networks in training
         self.embeddings: dict[str, tuple[str, ...]] = {}  # a file -> its words in prompts
         self._attached: list[AttachedLoRA] = []
         self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of LoRAs for few steps; None: fused
@@ -164,7 +165,7 @@ class Networks:
         """
         with self._lock:
             for name, source in self.sources.items():
-                if name in keep or name not in vars(self):
+                if name in self.pinned or name in keep or name not in vars(self):
                     continue
                 if source.is_edited(vars(self)[name]):
                     _log.warning("the %s was changed by hand and stays in memory; del frees it and its changes", name)

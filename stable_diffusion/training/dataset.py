@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -151,24 +151,23 @@ class Dataset:
         """Encode all pictures and captions, and yield (number encoded, number of all) after each.
 
         What was encoded before is read from the folder ``cache``, in which the rest is written. Several runs may share
-        it. Then the networks that only encode are freed. Raises OSError where the cache cannot be made, or its disk
+        it. Then the networks that are not trained are freed. Raises OSError where the cache cannot be made, or its disk
         has no room for it.
         """
-        trains_text = self.settings.trains_text
         shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
-        texts = [] if trains_text else dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
+        texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
+        texts = () if self.settings.trains_text else texts
         flips = (False, True) if self.flip else (False,)
         work = [self._caption(text) for text in texts]
         work += [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
         if cache is not None:
             self._open_cache(cache, work)
-        kept = [name for name in self.sd.sources if name == "unet" or (trains_text and name != "autoencoder")]
         for done, encoding in enumerate(work, start=1):
             if done == len(texts) + 1:  # all captions are encoded
-                self.sd.release(keep=[*kept, "autoencoder"])
+                self.sd.release(keep=["autoencoder"])
             self._once(encoding)
             yield done, len(work)
-        self.sd.release(keep=kept)
+        self.sd.release()
 
     def _latents(self, picture: Picture, crop: Crop, flip: bool) -> _Encoding:
         """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, which is mirrored before it is cut."""
@@ -194,8 +193,12 @@ class Dataset:
         tokenizers = [getattr(self.sd, name) for name, _ in self.sd._encoders]
         key = tuple((tokenizer.pad_id, *tokenizer.encode(text)) for tokenizer in tokenizers)
         size = 2 * 77 * max(self.sd.unet_config.cross_attention_dim)
-        encode = partial(self.sd.encode_prompt, text, emphasis="none", truncate=True)
-        return _Encoding("caption", key, size, lambda: encode().arrays())
+
+        def encode() -> dict[str, mx.array]:
+            encoded = self.sd.encode_prompt(text, emphasis="none")
+            return encoded.arrays() | {"context": encoded.context[:, :77]}
+
+        return _Encoding("caption", key, size, encode)
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 

@@ -82,6 +82,7 @@ class LoRATrainer(Iterator[TrainingStep]):
         if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
             kinds = "refiners, models of EDM, for few steps, and those that work from an image"
             raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
+        sd.pinned |= {"unet", *(name for _, name in sd._encoders if self.settings.trains_text)}
         self.lora: AttachedLoRA | None = None
         if self.settings.embedding is None:
             self.model = self._with_lora()
@@ -180,7 +181,8 @@ class LoRATrainer(Iterator[TrainingStep]):
         schedule, conditioning = self.sd.schedule, batch.conditioning
         if conditioning is None:
             encoders = [(getattr(self.sd, token), getattr(self.sd, name)) for token, name in self.sd._encoders]
-            conditioning = encode(batch.captions, encoders, xl=self.sd.is_xl, emphasis="none", truncate=True)
+            encoded = encode(batch.captions, encoders, xl=self.sd.is_xl, emphasis="none")
+            conditioning = replace(encoded, context=encoded.context[:, :77])
         if batch.time_ids is not None:
             conditioning = replace(conditioning, time_ids=batch.time_ids)
         sample = add_noise(batch, seeds, self.settings, schedule.config.num_train_timesteps)

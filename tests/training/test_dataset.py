@@ -159,6 +159,7 @@ def test_losses_are_the_same_with_and_without_a_cache(folder, photos, tmp_path):
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         sd = StableDiffusion(folder)
         data = dataset(sd, photos, flip=True, batch_size=2, caption_dropout=0.3, rank=2)
+        trainer = LoRATrainer(sd, data, data.settings)
         progress = prepared(data, cache)
         assert progress == [(n + 1, 12) for n in range(12)]
         assert not {"autoencoder", "text_encoder"} & vars(sd).keys()
@@ -169,6 +170,22 @@ def test_losses_are_the_same_with_and_without_a_cache(folder, photos, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[1] == losses[2]
     assert len(set(losses[0])) == 4
+
+
+@pytest.mark.parametrize("trains_text", [False, True])
+def test_low_memory_holds_what_encodes_and_what_is_trained(folder, photos, caplog, trains_text):
+    sd = StableDiffusion(folder, low_memory=True)
+    data = dataset(sd, photos, rank=2, text_encoder_rank=2 * trains_text)
+    trainer, held, trained = LoRATrainer(sd, data, data.settings), [], {"unet", *["text_encoder"] * trains_text}
+    modules = {name: getattr(sd, name) for name in trained}
+    for _ in data.prepare():
+        held.append(sd.sources.keys() & vars(sd).keys())
+    captions = 0 if trains_text else len(CAPTIONS)
+    assert held == [trained | {"text_encoder"}] * captions + [trained | {"autoencoder"}] * (len(held) - captions)
+    assert sd.sources.keys() & vars(sd).keys() == trained
+    next(trainer)
+    assert all(getattr(sd, name) is module for name, module in modules.items())
+    assert not caplog.records  # neither of networks that stay nor of long captions, of which is said before
 
 
 def cached(sd: StableDiffusion, photos: list[Picture], cache: Path) -> int:
