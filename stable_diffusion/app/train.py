@@ -23,9 +23,10 @@ from ..training.pictures import Picture, read_pictures
 from ..training.save import averaged, load_state, metadata, save_lora, save_state
 from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
+from ..weights.load import size_in_bytes
 from ..weights.save import check_space
 from .engine import open_model
-from .memory import set_limits
+from .memory import available, set_limits, training_bytes
 from .request import Request
 from .training_output import Event, LossTable, RunFiles, add_row, to_toml
 
@@ -102,6 +103,10 @@ class TrainingRun:
         self.data = self._dataset()
         self.trainer = LoRATrainer(self.sd, self.data, request.settings)
         self.remarks += _too_long(self.sd, self._pictures)
+        self.recomputes = request.settings.checkpointing == "on"
+        if request.settings.checkpointing == "auto":
+            self.recomputes = self.step_memory(recomputes=False) > available()
+        self.trainer.recompute(self.recomputes)
         self._table: LossTable | None = None
         self._preview_prompt: tuple[Conditioning, Conditioning] | None = None
         if request.resume is not None:
@@ -161,6 +166,15 @@ class TrainingRun:
         options = {"prior": self._prior, "resolution": self._side, "flip": request.flip}
         return Dataset(self.sd, self._pictures, request.settings, **options)
 
+    def step_memory(self, recomputes: bool) -> int:
+        """Return the bytes that a step of the largest pictures is predicted to take, weights among them."""
+        unet, rows = self.sd.unet, self.request.settings.batch_size
+        sides = [[side // self.sd.pixels_per_latent for side in size] for s in self.data.sets for size in s.sizes]
+        step = max(training_bytes(unet, rows, (height, width), recomputes) for width, height in sides)
+        factors = sum(factor.nbytes for factor in self.trainer.factors().values())
+        # A factor is among the weights; it has a gradient and the optimizer's two moments.
+        return step + 3 * factors + sum(map(size_in_bytes, (self.trainer.networks() | {"unet": unet}).values()))
+
     def plan(self) -> dict[str, Any]:
         """Return figures of the run: pictures, their sizes, steps, epochs, trained numbers."""
         data, settings = self.data, self.request.settings
@@ -174,6 +188,8 @@ class TrainingRun:
             "embedding": settings.embedding,
             "factors": len(self.trainer.factors()),
             "parameters": sum(factor.size for factor in self.trainer.factors().values()),
+            "checkpointing": self.recomputes,
+            "planned_gb": round(self.step_memory(self.recomputes) / 1e9, 3),
         }
 
     @staticmethod
@@ -187,6 +203,8 @@ class TrainingRun:
             if plan["embedding"] is None
             else f"vectors for {plan['embedding']}: {plan['parameters']} parameters",
         ]
+        checkpointing = "with" if plan["checkpointing"] else "without"
+        lines.append(f"about {plan['planned_gb']:.2f} GB for a step, {checkpointing} checkpointing (predicted)")
         if plan["first_step"] > 1:
             lines.append(f"goes on with step {plan['first_step']}")
         if "seconds" in plan:

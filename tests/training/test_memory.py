@@ -1,5 +1,7 @@
 """Gradients that are computed with little memory are those that are computed with much."""
 
+from pathlib import Path
+
 import diffusers
 import mlx.core as mx
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 
+from benchmarks import training
+from benchmarks.shapes import UNETS
 from checkpoints import SCALED, make
 from oracle import normal, relative_error
 from stable_diffusion import StableDiffusion
+from stable_diffusion.app.memory import training_bytes
 from stable_diffusion.models import layers
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
@@ -84,3 +89,40 @@ def test_a_model_that_is_trained_still_draws_with_every_option(folder):
     checkpointed = picture()
     trainer.recompute(False)
     assert np.array_equal(checkpointed, picture())
+
+
+SMALL = {
+    "sd15": UNETS["sd15"] | {"block_out_channels": [64, 128, 256, 256]},
+    "sdxl-base": UNETS["sdxl-base"] | {"block_out_channels": [64, 128, 256], "attention_head_dim": [2, 4, 8]},
+}
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_the_memory_of_a_step_is_predicted(shape, monkeypatch):
+    """Within a half more or less; and what checkpointing saves is most of it."""
+    monkeypatch.setitem(UNETS, shape, SMALL[shape])
+    measured = {}
+    for checkpointing in ("off", "on"):
+        step = training.ours(shape, 128, 1, 4, checkpointing)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        step()
+        measured[checkpointing] = mx.get_peak_memory() - before
+        predicted = training_bytes(step.__self__.sd.unet, 1, (16, 16), checkpointing == "on")
+        assert 1 / 1.5 <= measured[checkpointing] / predicted <= 1.5, checkpointing
+    assert measured["on"] <= 0.6 * measured["off"]
+
+
+def test_the_benchmark_measures_diffusers_too(monkeypatch):
+    monkeypatch.setitem(UNETS, "sd15", SMALL["sd15"])
+    for checkpointing in ("off", "on"):
+        training.theirs("sd15", 64, 1, 4, checkpointing)()
+
+
+def test_xl_can_be_trained_in_12_gb():
+    lines = list(training.metal(16))
+    assert "\n".join(lines) in (Path(__file__).parents[2] / "docs/figures/memory.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in lines]
+    assert len(rows) == 6
+    assert rows[-1][:2] == ["| SDXL, 1024 x 1024", "`-q`"] and float(rows[-1][3].split()[0]) <= 12
