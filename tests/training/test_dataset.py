@@ -87,7 +87,8 @@ def test_batches_depend_on_their_number_alone(tiny, monkeypatch):
         counts = Counter(n for (_, rows, _), _ in epoch for n, _ in rows)
         assert counts == {n: p.repeats for n, p in enumerate(pictures)}
         assert [batch[1][0] for batch in epoch] == [0.5] * length
-    assert epochs[0] != epochs[1] != epochs[2]
+    first, second, third = ([[n for n, _ in rows] for (_, rows, _), _ in epoch] for epoch in epochs)
+    assert first != second != third
     rows = [
         (flip, drop)
         for batch in whole

@@ -55,9 +55,9 @@ FORMS = {  # files beside a.png and b.JPG, options, and the captions
     ),
     "--caption": ({"a.txt": "one"}, {"caption": "two"}, ("one", "two")),
     "--trigger": (
-        {"a.txt": "an OHWX, red", "b.txt": "ohwxen (red:1.5)"},
+        {"a.txt": "an OHWX, red", "b.txt": "ohwxen myohwx (red:1.5)"},
         {"trigger": "ohwx"},
-        ("an OHWX, red", "ohwx, ohwxen (red:1.5)"),
+        ("an OHWX, red", "ohwx, ohwxen myohwx (red:1.5)"),
     ),
     "--trigger alone": ({"b.txt": ""}, {"trigger": "c++"}, ("c++", "c++")),
     "--trigger of signs": ({"a.txt": "c++ code", "b.txt": "c code"}, {"trigger": "c++"}, ("c++ code", "c++, c code")),
@@ -153,7 +153,8 @@ def messy(folder: Path) -> set[str]:
     chunks = ((len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) for chunk in chunks)
     write(folder, "bomb.png", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     draw(folder / "small.png", 10, (9, 6))
-    draw(folder / "again.bmp", 0)
+    draw(folder / "twin.bmp", 0)
+    write(folder, "twin.txt", "the good one again")
     os.mkfifo(folder / "pipe.png")
     (folder / "dangling.png").symlink_to(folder / "nothing")
     (folder / "linked").symlink_to(folder)
@@ -167,7 +168,7 @@ def messy(folder: Path) -> set[str]:
     write(folder, "broken/own.txt", "its own")
     write(folder, "broken/train.jsonl", b"\xff\xfe\xff")
     bad = {"latin.txt", "uncaptioned.png", "orphan.txt", "long.txt", "empty.png", "truncated.JPG", "text.jpeg"}
-    bad |= {"photo.HEIC", "drawing.svg", "clip.mp4", "bomb.png", "small.png", "again.bmp", "pipe.png", "dangling.png"}
+    bad |= {"photo.HEIC", "drawing.svg", "clip.mp4", "bomb.png", "small.png", "twin.bmp", "pipe.png", "dangling.png"}
     bad |= {"linked", "0_off", "unlisted.png", "missing.png", "outside.png", "train.jsonl"}
     return bad | {f"line {number} of " for number in (4, 5, 6, 8)}
 
