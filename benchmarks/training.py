@@ -53,7 +53,14 @@ def ours(shape: str, size: int, rows: int, rank: int, checkpointing: str = "off"
     batch = TrainingBatch(latents, latents, ("",) * rows, pooled and pooled[1], conditioning)
     part = SimpleNamespace(component=SimpleNamespace(name="unet"))
     model = {"unet": unet, "unet_config": unet.config, "schedule": Schedule(ScheduleConfig()), "is_xl": bool(pooled)}
-    model |= {"mode": "text", "scores_aesthetics": False, "sources": {"unet": part}, "dtype": mx.float32}
+    model |= {
+        "mode": "text",
+        "scores_aesthetics": False,
+        "pinned": set(),
+        "_encoders": [],
+        "sources": {"unet": part},
+        "dtype": mx.float32,
+    }
     settings = TrainingSettings(rank=rank, checkpointing=checkpointing)
     trainer = LoRATrainer(SimpleNamespace(**model), SimpleNamespace(batches=lambda number: [batch]), settings)
     return trainer.__next__
