@@ -41,7 +41,8 @@ def write_lora(
     Raises ValueError for a kind of change that PEFT's names cannot express, and for a factor with values that are not
     finite or too large for ``dtype``.
     """
-    is_xl = "text_encoder_2" in networks or networks["unet"].config.addition_embed_type == "text_time"
+    unet = networks.get("unet")
+    is_xl = "text_encoder_2" in networks or (unet is not None and unet.config.addition_embed_type == "text_time")
     table = "kohya-xl" if naming == "kohya" and is_xl else naming
     tensors: dict[str, mx.array] = {}
     ranks: dict[str, dict[str, int]] = {}

@@ -227,7 +227,7 @@ def test_the_average_is_saved_and_no_other_lora(sd1_folder, tmp_path):
     other = attach({"unet": sd.unet}, new_lora({"unet": sd.unet}, {"unet": 2}, targets="all"))
     trainer = LoRATrainer(sd, None, TrainingSettings(rank=4, ema=0.9))
     now = trainer.factors()
-    trainer.average = {name: factor + 0.25 for name, factor in now.items()}
+    trainer.average = tree_unflatten([(name, factor + 0.25) for name, factor in now.items()])
     save_lora(trainer, tmp_path / "a.safetensors", {})
     saved = mx.load(str(tmp_path / "a.safetensors"))
     assert len(saved) == 3 * len(trainer.lora.deltas) == 264
