@@ -41,9 +41,7 @@ def write_lora(
     Raises ValueError for a kind of change that PEFT's names cannot express, and for a factor with values that are not
     finite or too large for ``dtype``.
     """
-    unet = networks.get("unet")
-    is_xl = "text_encoder_2" in networks or (unet is not None and unet.config.addition_embed_type == "text_time")
-    table = "kohya-xl" if naming == "kohya" and is_xl else naming
+    table = "kohya-xl" if naming == "kohya" and _is_xl(networks) else naming
     tensors: dict[str, mx.array] = {}
     ranks: dict[str, dict[str, int]] = {}
     for network, module in networks.items():
@@ -73,6 +71,11 @@ def _check_finite(stored: mx.array, factor: mx.array, layer: str) -> None:
             f"the LoRA has values up to {largest:.3g} in {layer}, which {kind} does not hold; its training diverged: "
             "choose a smaller learning rate"
         )
+
+
+def _is_xl(networks: Mapping[str, nn.Module]) -> bool:
+    unet = networks.get("unet")
+    return "text_encoder_2" in networks or (unet is not None and unet.config.addition_embed_type == "text_time")
 
 
 def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.array]:
