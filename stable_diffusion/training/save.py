@@ -14,6 +14,7 @@ from ..lora.metadata import describe
 from ..lora.save import write_lora
 from ..models.config import parse_json
 from ..weights.files import read_file
+from ..weights.save import new_file
 from .dataset import Dataset
 from .trainer import LoRATrainer
 from .words import save_embedding
@@ -80,9 +81,8 @@ def averaged(trainer: LoRATrainer) -> Iterator[None]:
 
 def save_state(trainer: LoRATrainer, path: Path) -> None:
     """Write a checkpoint, all of a run's state in one file that appears complete or not at all."""
-    partial = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(partial), trainer.state(), {"training": json.dumps(_identity(trainer))})
-    partial.replace(path)
+    with new_file(path) as partial:
+        mx.save_safetensors(str(partial), trainer.state(), {"training": json.dumps(_identity(trainer))})
 
 
 def load_state(trainer: LoRATrainer, path: Path) -> None:
