@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stable_diffusion"
-LIBRARY = {"models", "images", "text", "diffusion", "weights", "lora"}
+LIBRARY = {"files", "models", "images", "text", "diffusion", "weights", "lora"}
 MAY_IMPORT = {
+    "files": set(),
     "models": set(),
-    "images": set(),
-    "text": {"models"},
+    "images": {"files"},
+    "text": {"files", "models"},
     "diffusion": {"models", "text"},
-    "weights": {"models"},
-    "lora": {"models", "weights"},
+    "weights": {"files", "models"},
+    "lora": {"files", "models", "weights"},
     "": LIBRARY,  # pipeline, options, networks
     "training": LIBRARY | {""},
     "app": LIBRARY | {"", "training"},

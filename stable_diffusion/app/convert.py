@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..files.whole import check_new, check_space, new_folder
 from ..lora.files import read_lora
 from ..lora.layers import check_fit, fuse
 from ..weights import catalog, layout
@@ -20,7 +21,7 @@ from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors
 from ..weights.load import load_component
 from ..weights.parts import PARTS
 from ..weights.quantize import quantize, read_quantization, remaining_quantization
-from ..weights.save import check_new, check_space, new_folder, stored_tensors, write_json, write_weights
+from ..weights.save import stored_tensors, write_json, write_weights
 from .engine import chosen_networks
 from .request import Request
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
-from ..models.config import parse_json
+from ..files.text import parse_json
 from ..weights.layout import SUFFIXES
 from . import infotext
 

@@ -14,12 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..diffusion.sample import MODES
+from ..files.text import parse_json
 from ..images.files import SUFFIXES as IMAGES
 from ..images.files import read_text
 from ..lora.delta import LoRADelta, rank_of
 from ..lora.files import LoRAWeights, read_lora
 from ..lora.names import read_key
-from ..models.config import parse_json, readable
+from ..models.config import readable
 from ..weights import layout
 from ..weights.embeddings import read_embedding
 from ..weights.files import Checkpoint, Component, open_checkpoint, open_part, read_tensors

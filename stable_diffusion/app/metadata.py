@@ -18,10 +18,11 @@ import mlx.core as mx
 
 from .. import __version__
 from ..diffusion.choice import guidance_scale, read_name
+from ..files.text import parse_json
 from ..images.files import read_text
 from ..lora.files import locate
 from ..lora.folders import find_in
-from ..models.config import listed, parse_json
+from ..models.config import listed
 from ..pipeline import StableDiffusion
 from ..weights.files import open_part
 from ..weights.layout import SUFFIXES, VOCABULARY

@@ -16,7 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 from PIL.Image import Image, Resampling
 
-from ..images.files import check_output, save, unfinished
+from ..files.whole import new_file
+from ..images.files import check_output, save
 from ..images.image import fit, grid, to_images
 from ..models import tiling
 from ..models.taesd import AutoencoderTiny
@@ -189,9 +190,8 @@ def write_animation(frames: Sequence[Image], path: Path) -> None:
     first, *rest = frames
     each = min(max(_PLAYED // len(frames), _SHORTEST), _LONGEST)
     options = _ANIMATIONS[path.suffix.lower()] | {"duration": [each] * len(rest) + [_LAST], "loop": 0}
-    with unfinished(path) as temporary:
-        first.save(temporary, format=path.suffix[1:], save_all=True, append_images=rest, **options)
-        os.replace(temporary, path)
+    with new_file(path) as partial:
+        first.save(partial, format=path.suffix[1:], save_all=True, append_images=rest, **options)
 
 
 def _check_preview(path: str) -> Path:

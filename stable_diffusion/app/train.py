@@ -12,6 +12,7 @@ import mlx.core as mx
 from PIL import Image
 from tqdm import tqdm
 
+from ..files.whole import check_space
 from ..images.files import read_text, save
 from ..models.config import listed
 from ..options import SettingError
@@ -24,7 +25,6 @@ from ..training.save import averaged, load_state, metadata, save_lora, save_stat
 from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
 from ..weights.load import size_in_bytes
-from ..weights.save import check_space
 from .engine import open_model
 from .memory import available, set_limits, training_bytes
 from .request import Request

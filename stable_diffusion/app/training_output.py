@@ -14,7 +14,8 @@ import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..images.files import open_image, read_text, save, unfinished
+from ..files.whole import new_file
+from ..images.files import open_image, read_text, save
 from ..training.trainer import TrainingStep
 
 if TYPE_CHECKING:
@@ -136,9 +137,8 @@ class LossTable:
             axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
         axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.legend()
-        with unfinished(path) as temporary:
-            figure.savefig(temporary, format="png")
-            temporary.replace(path)
+        with new_file(path) as partial:
+            figure.savefig(partial, format="png")
 
 
 def add_row(path: Path, step: int, pictures: Sequence[Image.Image]) -> None:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from ..models.config import read_text
+from ..files.text import read_text
 
 
 def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]]:

@@ -14,8 +14,9 @@ from ..app.preview import PreviewSettings
 from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
 from ..app.sources import find_sources
+from ..files.text import read_text
 from ..images.files import SUFFIXES
-from ..models.config import listed, read_text
+from ..models.config import listed
 from ..text.alternatives import COMMENT
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from socket import socket, socketpair
 
-from ..images.files import UNFINISHED
+from ..files.whole import UNFINISHED
 
 _PATIENCE = 25  # seconds after SIGTERM, when supervisors lose theirs
 

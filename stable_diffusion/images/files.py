@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import secrets
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
+from ..files.whole import new_file
+
 _log = logging.getLogger("stable_diffusion")
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
-UNFINISHED: set[Path] = set()  # files being written; a process that exits early removes them
 _JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 _WEBP = {"format": "WEBP", "quality": 95}
 _OPTIONS = {".png": {"format": "PNG"}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP}  # of Pillow's ``save``
@@ -189,30 +189,12 @@ def save(
     if options["format"] == "JPEG" and image.mode != "L":
         image = to_rgb(image)
     try:
-        with unfinished(path) as temporary:
-            with open(temporary, "xb") as file:
-                image.save(file, **options)
-                file.flush()
-                os.fsync(file.fileno())  # or the name could survive a power cut without its content
-            (os.replace if overwrite else _rename_new)(temporary, path)
+        with new_file(path, overwrite=overwrite) as partial, partial.open("wb") as file:
+            image.save(file, **options)
     except FileExistsError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise OSError(f"the image {path} could not be written ({error}); try another folder or format") from error
-
-
-@contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """Give a hidden path beside ``path`` to write to before it is renamed; what is left there is removed."""
-    # Not tempfile: its files are readable by their owner only, and would stay so.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    UNFINISHED.add(temporary)
-    try:
-        yield temporary
-    finally:
-        with suppress(OSError):  # the folder may be gone; an error says so
-            temporary.unlink(missing_ok=True)
-        UNFINISHED.discard(temporary)
 
 
 def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> dict[str, Any]:
@@ -231,19 +213,6 @@ def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | Non
     for keyword, value in text.items():
         chunks.add_text(keyword, value)  # tEXt for Latin-1, else iTXt
     return options | {"pnginfo": chunks}
-
-
-def _rename_new(temporary: Path, path: Path) -> None:
-    """Rename a complete file; FileExistsError if the name is taken."""
-    try:
-        os.link(temporary, path)
-    except OSError:  # taken, or a file system without hard links: there an empty file takes the name first
-        path.touch(exist_ok=False)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            path.unlink()
-            raise
 
 
 # --- texts -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.config import listed, parse_json, read_json
+from ..files.text import parse_json, read_json
+from ..models.config import listed
 from ..weights import hub, layout
 from ..weights.embeddings import vectors_of
 from ..weights.files import read_file

@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..files.whole import new_file
 from ..weights.formats.safetensors import write_safetensors
-from ..weights.save import is_convolution, new_file
+from ..weights.save import is_convolution
 from .delta import LoRADelta, rank_of
 from .layers import AttachedLoRA, wrapped_layers
 from .names import ROLES, write_keys

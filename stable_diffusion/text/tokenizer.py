@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from ..models.config import read_json, read_text
+from ..files.text import read_json, read_text
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"

@@ -11,7 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..images.files import open_image, unfinished
+from ..files.whole import check_space, new_file
+from ..images.files import open_image
 from ..images.image import to_array
 from ..lora.delta import scale_of
 from ..lora.layers import wrapped_layers
@@ -19,7 +20,6 @@ from ..models import tiling
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning, concatenate
 from ..weights.formats.safetensors import read_safetensors, write_safetensors
-from ..weights.save import check_space
 from .buckets import Crop, bucket_sizes, crop_for
 from .loss import TrainingBatch, seed_of
 from .pictures import Picture
@@ -219,9 +219,8 @@ class Dataset:
         if path is None:
             self._encoded[place] = arrays
             return arrays
-        with unfinished(path) as written:  # several runs may write the same file
-            write_safetensors(written, list(arrays), dict(arrays))
-            written.replace(path)
+        with new_file(path) as partial:
+            write_safetensors(partial, list(arrays), dict(arrays))
         return arrays
 
     def _path(self, encoding: _Encoding) -> Path | None:

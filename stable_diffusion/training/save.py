@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..files.text import parse_json
+from ..files.whole import new_file
 from ..lora.metadata import describe
 from ..lora.save import write_lora
-from ..models.config import parse_json
 from ..weights.files import read_file
-from ..weights.save import new_file
 from .dataset import Dataset
 from .trainer import LoRATrainer
 from .words import save_embedding
@@ -81,8 +81,8 @@ def averaged(trainer: LoRATrainer) -> Iterator[None]:
 
 def save_state(trainer: LoRATrainer, path: Path) -> None:
     """Write a checkpoint, all of a run's state in one file that appears complete or not at all."""
-    with new_file(path) as partial:
-        mx.save_safetensors(str(partial), trainer.state(), {"training": json.dumps(_identity(trainer))})
+    with new_file(path) as partial, partial.open("wb") as file:
+        mx.save_safetensors(file, trainer.state(), {"training": json.dumps(_identity(trainer))})
 
 
 def load_state(trainer: LoRATrainer, path: Path) -> None:

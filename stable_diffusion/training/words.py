@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..images.files import unfinished
+from ..files.whole import new_file
 from ..models.clip import CLIPEmbeddings
 from ..pipeline import StableDiffusion
 from ..text.tokenizer import Tokenizer
@@ -68,6 +68,5 @@ def save_embedding(vectors: Mapping[str, mx.array], word: str, path: Path, texts
     """
     names = (word,) if len(vectors) == 1 else ("clip_l", "clip_g")
     tensors = dict(zip(names, vectors.values(), strict=True))
-    with unfinished(path) as written:
-        write_safetensors(written, list(tensors), tensors, texts)
-        written.replace(path)
+    with new_file(path) as partial:
+        write_safetensors(partial, list(tensors), tensors, texts)

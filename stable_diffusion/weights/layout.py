@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from ..models.config import read_json, short
+from ..files.text import read_json
+from ..models.config import short
 from .formats.kinds import kind_of
 from .formats.safetensors import damaged
 from .parts import NETWORKS, PARTS

@@ -21,7 +21,7 @@ from stable_diffusion.app import preview
 from stable_diffusion.app.engine import Step
 from stable_diffusion.app.preview import PreviewSettings, PreviewWriter, preview_decoder
 from stable_diffusion.diffusion.denoiser import Denoiser
-from stable_diffusion.images import files
+from stable_diffusion.files.whole import UNFINISHED
 from tools.tiny import data
 
 
@@ -280,7 +280,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(sd, tmp_path, monkey
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match=r"the animation .*film.gif could not be made \(the disk is full\)"):
         animated(tmp_path / "film.gif", sd)
-    assert names(tmp_path) == [] and not files.UNFINISHED
+    assert names(tmp_path) == [] and not UNFINISHED
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 from stable_diffusion.app.request import expand
 from stable_diffusion.app.wildcards import read_wildcards
 from stable_diffusion.cli import arguments
+from stable_diffusion.files.text import read_json, read_text
 from stable_diffusion.lora.files import _settings
-from stable_diffusion.models.config import read_json, read_text
 from stable_diffusion.text.tokenizer import Tokenizer
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16"]

@@ -182,7 +182,7 @@ def test_fault(case: Case, sd1_folder, inputs, tmp_path):
     if case.code >= 0:
         told = len(case.left.split()) if case.tells is None else case.tells
         assert len(stdout.splitlines()) == told, stdout
-        assert not [*tmp_path.glob("*/*.tmp")]
+        assert not [*tmp_path.glob("*/*.partial")]
 
 
 QUICK = ["--width", "64", "--height", "64", "--steps", "1", "--cfg", "1", "--no_grid", "--seed", "1"]

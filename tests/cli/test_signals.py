@@ -13,7 +13,8 @@ import pytest
 from command_line import PROMPT, ROOT, names, pixels
 from stable_diffusion.app import memory
 from stable_diffusion.cli.signals import signals
-from stable_diffusion.images.files import UNFINISHED, read_text
+from stable_diffusion.files.whole import UNFINISHED
+from stable_diffusion.images.files import read_text
 from stable_diffusion.models.unet import UNet2DConditionModel
 from stable_diffusion.pipeline import StableDiffusion
 
@@ -56,7 +57,7 @@ LONG = """
 import os, signal, sys, threading
 from pathlib import Path
 import mlx.core as mx
-from stable_diffusion.images.files import UNFINISHED
+from stable_diffusion.files.whole import UNFINISHED
 from stable_diffusion.cli import signals
 
 signals._PATIENCE = 1

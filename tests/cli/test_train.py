@@ -19,9 +19,9 @@ from command_line import Finished, names
 from stable_diffusion.app import train as app
 from stable_diffusion.cli.foreign_flags import TRAINING_COUNTERPARTS
 from stable_diffusion.cli.train import FLAGS, main, make_parser, read_config
+from stable_diffusion.files import whole
 from stable_diffusion.images.files import read_text
 from stable_diffusion.training.trainer import LoRATrainer
-from stable_diffusion.weights import save
 
 SHORT = ["--steps", "3", "--measure_every", "0", "--rank", "2"]
 
@@ -204,7 +204,7 @@ def write_config(folder: Path) -> Path:
 
 def test_no_space(train, tmp_path, no_steps, monkeypatch):
     usage = type("Usage", (), {"free": 10**5})
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: usage)
     train(*SHORT).refused("make room, or choose another place")
     assert out(tmp_path) == []
 

@@ -248,7 +248,7 @@ def test_a_damaged_file_of_the_cache_is_said_and_made_anew(sd, photos, tmp_path,
 def test_a_disk_without_room_is_said_before_anything_is_encoded(sd, photos, tmp_path, monkeypatch):
     no_room = lambda path: SimpleNamespace(free=100)  # noqa: E731
     prepared(dataset(sd, photos), tmp_path / "full")
-    monkeypatch.setattr("stable_diffusion.weights.save.shutil.disk_usage", no_room)
+    monkeypatch.setattr("stable_diffusion.files.whole.shutil.disk_usage", no_room)
     prepared(dataset(sd, photos), tmp_path / "full")  # which needs none
     monkeypatch.setattr(sd, "_autoencode", None)
     monkeypatch.setattr(sd, "encode_prompt", lambda *args: None)

@@ -92,10 +92,10 @@ import mlx.core as mx
 
 save = mx.save_safetensors
 
-def killed(path, *rest):
-    save(path, *rest)
-    if "000004" in path:
-        os.truncate(path, os.path.getsize(path) // 2)
+def killed(file, *rest):
+    save(file, *rest)
+    if "000004" in file.name:
+        file.truncate(file.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
 mx.save_safetensors = killed

@@ -1,9 +1,6 @@
 """What is written: the files, tensor by tensor, and the folder, all or nothing."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +15,10 @@ from safetensors.numpy import load_file
 from configs import UNETS
 from models.test_taesd import SMALL as TAESD
 from oracle import perturb, tensors
-from stable_diffusion.weights import save
 from stable_diffusion.weights.files import Component
 from stable_diffusion.weights.load import build, fill, load_component
 from stable_diffusion.weights.quantize import quantize, remaining_quantization
-from stable_diffusion.weights.save import check_space, new_folder, stored_tensors, write_weights
+from stable_diffusion.weights.save import stored_tensors, write_weights
 
 ONE_FILE = 10**12
 TEXT = {"architectures": ["CLIPTextModelWithProjection"], "hidden_size": 64, "intermediate_size": 128}
@@ -143,51 +139,3 @@ def test_other_bits_than_stored_are_refused_and_the_same_change_nothing(tmp_path
         remaining_quantization(component, 8)
     assert remaining_quantization(component, 4) is None
     assert remaining_quantization(replace(component, config=TEXT), 4) == (4, 64)
-
-
-# --- the folder; tests/cli/test_convert.py has what is left of one that fails or is killed ---------------------------
-
-
-def test_a_folder_appears_when_it_is_complete(tmp_path, monkeypatch):
-    """Also in place of an empty one."""
-    dest, synced = tmp_path / "new", []
-    monkeypatch.setattr(os, "fsync", synced.append)
-    dest.mkdir()
-    with new_folder(dest) as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "file").write_text("x")
-        assert os.listdir(dest) == synced == []
-    assert (dest / "sub" / "file").read_text() == "x" and len(synced) == 4  # the file and the folders around it
-    assert os.listdir(tmp_path) == ["new"]
-
-
-def test_a_place_that_is_taken_is_left_alone(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
-    (tmp_path / "file").write_text("x")
-    for path, reason in {"full": "not empty", "file": "is a file", "no/where": "there is no folder"}.items():
-        with pytest.raises(ValueError, match=reason), new_folder(tmp_path / path):
-            raise AssertionError("it was let in")
-    with pytest.raises(ValueError, match="not empty"), new_folder(tmp_path / "new") as folder:
-        (folder / "file").write_text("x")
-        (tmp_path / "full").rename(tmp_path / "new")  # meanwhile
-    assert sorted(os.listdir(tmp_path)) == ["file", "new"] and os.listdir(tmp_path / "new") == ["mine"]
-
-
-def test_two_runs_at_once(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from stable_diffusion.weights.save import new_folder\n"
-        "with new_folder(Path(sys.argv[1])): pass"
-    )
-    with new_folder(tmp_path / "new") as folder:
-        (folder / "file").write_text("x")
-        other = subprocess.run([sys.executable, "-c", code, tmp_path / "new"], capture_output=True, text=True)
-        assert "is being written by another run" in other.stderr
-    assert os.listdir(tmp_path / "new") == ["file"]
-
-
-def test_the_disk_is_asked_before(tmp_path, monkeypatch):
-    check_space(tmp_path / "new", 1)
-    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: type("", (), {"free": 2_000_000_000})())
-    with pytest.raises(OSError, match=r"needs 5.10 GB and its disk has 2.00 GB left: make room"):
-        check_space(tmp_path / "new", 5_100_000_000)

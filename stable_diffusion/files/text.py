@@ -1,0 +1,69 @@
+"""Read text files and JSON objects, of strangers too: within limits, and with errors of one line."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+_LARGEST = 10_000_000  # bytes of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
+_DEEPEST = 20  # lists and objects in one another
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of at most 10 MB in UTF-8 or, by its byte order mark, UTF-16; ValueError for another.
+
+    Each end of a line, \\r\\n and \\r too, comes back as \\n. No other character ends a line.
+    """
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise ValueError(f"{path} has more than the {_LARGEST / 1e6:.0f} MB of such a file; take it from its source")
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" in text:  # as in UTF-16 without a mark
+            raise UnicodeError("it has NUL characters")
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{path} is not readable as UTF-8 text ({reason}); save it in UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object; ValueError, one line with the path, for another."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, source: object) -> dict[str, Any]:
+    """Parse a JSON object. ValueError, one line that begins with ``source``, for anything else.
+
+    Texts of more than 10 MB or 20 levels are refused: they would take all memory, or all of Python's stack.
+    """
+    try:
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST / 1e6:.0f} MB")
+        value = json.loads(text, parse_int=_integer)
+        if _depth(value) > _DEEPEST:
+            raise RecursionError
+    except (ValueError, RecursionError) as error:
+        problem = f"more than {_DEEPEST} levels" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{source} is not readable as JSON ({problem}); take it from its source") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; take it from its source")
+    return value
+
+
+def _integer(digits: str) -> int:
+    """Return an integer; Python refuses thousands of digits in words of its own."""
+    if len(digits) > 1000:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects stand in one another, counted up to the first level too many."""
+    depth, level = 0, [value]
+    while depth <= _DEEPEST and (level := [entry for entry in level if isinstance(entry, list | dict)]):
+        level = [inner for entry in level for inner in (entry.values() if isinstance(entry, dict) else entry)]
+        depth += 1
+    return depth

@@ -1,0 +1,130 @@
+"""Write files and folders that appear under their name when they are complete, or not at all."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+UNFINISHED: set[Path] = set()  # files being written; a process that exits early removes them
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``path`` at the end of the block, or vanishes with an exception.
+
+    It is hidden beside ``path``, and on the disk before it gets its name, so a power cut leaves no half of it. Of
+    several processes that write the same file the last one wins. What a killed one left is written over. Without
+    ``overwrite`` a name that is taken raises FileExistsError, also if another process takes it meanwhile.
+    """
+    partial, handle = _claim(path)
+    UNFINISHED.add(partial)
+    try:
+        yield partial
+        _sync(partial)
+        (os.replace if overwrite else _rename_new)(partial, path)
+    finally:
+        if _is_at(partial, handle):
+            with suppress(OSError):
+                partial.unlink()
+        UNFINISHED.discard(partial)
+        os.close(handle)
+
+
+def _claim(path: Path) -> tuple[Path, int]:
+    """Make a hidden file beside ``path``, or take a killed process's; returns it and the handle that locks it."""
+    # Not tempfile: its files are readable by their owner only, and would stay so.
+    for number in count():
+        partial = path.with_name(f".{path.name[:50]}.{number}.partial")
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
+        if _lock(handle) and _is_at(partial, handle):  # the process that held the lock may have renamed it
+            return partial, handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file or folder until this process ends, however it ends; returns whether no other one holds it."""
+    with suppress(OSError):  # a network's file system without locks: two runs at once are not noticed there
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    with suppress(OSError):  # it is gone, or its folder is
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    """Rename a complete file; FileExistsError if the name is taken."""
+    try:
+        os.link(partial, path)
+    except OSError:  # taken, or a file system without hard links: there an empty file takes the name first
+        path.touch(exist_ok=False)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
+
+    It stands beside ``path`` until all of it is on the disk. What a killed run left of the same folder is removed.
+    Raises ValueError as :func:`check_new`, and while another run is writing ``path``.
+    """
+    path = check_new(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        if not _lock(handle):
+            raise ValueError(f"{path} is being written by another run: wait, or choose another name")
+        try:
+            for child in partial.iterdir():
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            yield partial
+            for written in (*partial.rglob("*"), partial):
+                _sync(written)
+            partial.rename(check_new(path))
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_new(path: Path) -> Path:
+    """Make ``path`` absolute. Raises ValueError unless it is free, or an empty folder, in a folder that exists."""
+    path = Path(os.path.expanduser(path)).resolve()
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty: choose another name, or remove it")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose another name for the folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to make {path.name} in: make it, or choose another place")
+    return path
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raise OSError when the disk of ``path`` has no room for ``size`` bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        sizes = f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left"
+        raise OSError(f"{sizes}: make room, or choose another place")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
