@@ -19,6 +19,7 @@ from stable_diffusion.models import cpu  # first: it loads OpenBLAS before anyth
 import mlx.core as mx
 
 from command_line import SCRIPTS, Finished
+from forked import Forks
 from hub_server import Hub
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app import engine
@@ -123,9 +124,16 @@ def run(capsys) -> Callable[..., Finished]:
     return call
 
 
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
+def hub(forked) -> Iterator[Hub]:
+    with Hub(forked) as server:
         yield server
 
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,6 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import mlx.core as mx
+
+from forked import Forks
 
 ROOT = Path(__file__).parents[1]
 SD_PARTS = {
@@ -101,7 +101,8 @@ def to_json(value: object) -> bytes:
 class Hub:
     """The server, as a context manager. Its attributes make it misbehave; `requests` is what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, forked: Forks) -> None:
+        self.forked = forked
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # by repository and revision, which also is a commit
         # {repository: (status, X-Error-Code) of all answers}; "GatedRepo" leaves the list of files public, as the Hub.
         self.locked: dict[str, tuple[int, str | None]] = {}
@@ -113,14 +114,13 @@ class Hub:
         self.repos.setdefault(repo, {})[revision] = files
 
     def run(self, program: str, *args: str, home: Path, env: dict | None = None) -> tuple[str, str]:
-        """Run Python code in a new process that knows this server and keeps its cache in `home`: (stdout, stderr)."""
+        """Run Python code in a process that knows this server and keeps its cache in `home`: (stdout, stderr)."""
         settings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(home), "HF_HOME": str(home / "hf")}
         settings |= {"HF_ENDPOINT": self.url, "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         settings |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1") | (env or {})
-        command = [sys.executable, "-c", program, *args]
-        done = subprocess.run(command, env=settings, cwd=home, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
+        code, out, err, _ = self.forked(program, *args, env=settings, cwd=home)
+        assert code == 0, err
+        return out, err
 
     def fetched(self) -> list[str]:
         """The names of the files whose contents were asked for, sorted."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from app.test_convert import same
 from cli.test_faults import PREPARE
 from command_line import ROOT
+from forked import Ended
 from stable_diffusion import StableDiffusion
 from stable_diffusion.cli.convert import file_size, main
 from stable_diffusion.weights import save
@@ -19,18 +21,19 @@ from stable_diffusion.weights.files import open_checkpoint
 # --- all or nothing ----------------------------------------------------------------------------------------------
 
 
-def run(fault: str, dest: Path) -> subprocess.CompletedProcess:
+@pytest.fixture
+def run(forked) -> Callable[[str, Path], Ended]:
     """Convert the bundled model in a process of its own, which meets a fault."""
-    code = f"{PREPARE}{fault}\nfrom stable_diffusion.cli.convert import main\nsys.exit(main(['tiny', str(out), '-q']))"
-    return subprocess.run([sys.executable, "-c", code, dest], cwd=ROOT, capture_output=True, text=True)
+    convert = "from stable_diffusion.cli.convert import main\nsys.exit(main(['tiny', str(out), '-q']))"
+    return lambda fault, dest: forked(f"{PREPARE}{fault}\n{convert}", dest)
 
 
 # Of the bundled model 12 files are written: config.json and weights of 3 networks, 4 of the tokenizer, 2 more.
 @pytest.mark.parametrize("moment", ["mx, 'isfinite', 1", "mx, 'isfinite', 250", "os, 'fsync', 11", "Path, 'rename', 1"])
-def test_killed_and_started_again(tmp_path, moment):
+def test_killed_and_started_again(run, tmp_path, moment):
     dest = tmp_path / "new"
     killed = run(f"import mlx.core as mx\nat({moment}, send(KILL))", dest)
-    assert killed.returncode == -9, killed.stderr
+    assert killed.code == -9, killed.err
     assert os.listdir(tmp_path) == [".new.partial"]
     if "isfinite" in moment:  # later all of it is there
         with pytest.raises(ValueError, match=r"has no model_index\.json"):
@@ -40,16 +43,16 @@ def test_killed_and_started_again(tmp_path, moment):
     assert same(StableDiffusion(dest, True), StableDiffusion("tiny", True, unet_bits=8, text_bits=4))
 
 
-def test_killed_after_the_end(tmp_path):
+def test_killed_after_the_end(run, tmp_path):
     """Synced last is the folder that the new one is in: after the 12 files, the 5 folders in it, and itself."""
-    assert run("at(os, 'fsync', 19, send(KILL))", tmp_path / "new").returncode == -9
+    assert run("at(os, 'fsync', 19, send(KILL))", tmp_path / "new").code == -9
     assert os.listdir(tmp_path) == ["new"] and open_checkpoint(tmp_path / "new")
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+def test_a_disk_that_fills_up_leaves_nothing(run, tmp_path):
     result = run("resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))", tmp_path / "new")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("python -m stable_diffusion convert: error: ") and "File too large" in result.stderr
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("python -m stable_diffusion convert: error: ") and "File too large" in result.err
     assert os.listdir(tmp_path) == []
 
 

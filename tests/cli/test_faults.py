@@ -4,11 +4,9 @@ Each row is a process of its own; a code below zero is the signal that killed it
 whole, and but for kills no temporary file is left.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,13 +143,6 @@ def damaged(folder: Path, damage: str, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def start(fault: str, out: Path, arguments: Sequence[str], current: Path) -> subprocess.Popen:
-    """Start txt2image, with a fault in its process."""
-    command = [sys.executable, "-c", PREPARE + fault + RUN, str(out), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=current, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
-
-
 def check_whole(folder: Path) -> list[str]:
     """The pictures in a folder, each of which can be read to its end."""
     found = sorted(path.name for path in folder.glob("*.png")) if folder.is_dir() else []
@@ -162,7 +153,7 @@ def check_whole(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_fault(case: Case, sd1_folder, inputs, tmp_path):
+def test_fault(case: Case, sd1_folder, inputs, tmp_path, forked):
     out, current = tmp_path / "out", tmp_path / "current"
     out.mkdir()
     current.mkdir()
@@ -171,9 +162,8 @@ def test_fault(case: Case, sd1_folder, inputs, tmp_path):
     size = ["--width", "64", "--height", "64", "--steps", "3", "--cfg", "1"]
     amount = ["--n_images", "2", "--batch_size", "1", "--seed", "1", "--output", f"{out}/a.png"]
     arguments = [PROMPT, "--model", str(model), *size, *amount, *options]
-    process = start(case.fault, out, arguments, current)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == case.code, stderr
+    code, stdout, stderr, _ = forked(PREPARE + case.fault + RUN, out, *arguments, cwd=current)
+    assert code == case.code, stderr
     assert not [words for words in case.says.split("|") if words not in stderr], stderr
     assert "Traceback" not in stderr
     if case.code in (1, 2):
@@ -193,7 +183,8 @@ def test_two_runs_write_to_one_folder_at_once(options, sd1_folder, tmp_path):
     """With --overwrite each name has a whole image of either run; without, the images of both are there."""
     given = [PROMPT, "--model", str(sd1_folder), *QUICK, "--n_images", "3", "--output", f"{tmp_path}/a.png", *options]
     told = []
-    for process in [start("", tmp_path, given, tmp_path) for _ in range(2)]:
+    command, pipes = [sys.executable, "txt2image.py", *given], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for process in [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(2)]:
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
         told += [line.split(" seed ")[0] for line in stdout.splitlines()]

@@ -1,6 +1,6 @@
 """Files that are made to harm: refused in one line, with nothing run, written or asked for, in little memory and time.
 
-Each case is a process, as its user starts it. Names that hold what a terminal obeys are in ``test_streams``.
+Each case is a process. Names that hold what a terminal obeys are in ``test_streams``.
 """
 
 import json
@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,12 @@ import mlx.core as mx
 import pytest
 from PIL import Image
 
-from command_line import ROOT
+from forked import Ended
 from stable_diffusion.images.files import save
 from stable_diffusion.weights.catalog import ALIASES
 
 # The command, in a process that says so where it starts another one or asks a network, and that notes its peak of
-# memory as Linux measures it: ru_maxrss begins with the peak of the process that started it.
+# memory: on Linux ru_maxrss begins with the peak of the process that started it.
 WATCHED = """
 import os, sys
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
@@ -35,44 +34,39 @@ try:
     sys.exit(run())
 finally:
     if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as status, open(os.environ["PEAK"], "w") as peak:
-            peak.write(status.read().split("VmHWM:")[1].split()[0])
+        with open("/proc/self/status") as status:
+            memory = 1024 * int(status.read().split("VmHWM:")[1].split()[0])
+    else:
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open(os.environ["PEAK"], "w") as peak:
+        peak.write(str(memory))
 """
 MEMORY, SECONDS = 500_000_000, 10  # above a run that does nothing; of the processor, as others may use it too
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-    memory: int
-    seconds: float
+@pytest.fixture
+def end(forked) -> Callable[[list[str], Path], tuple[Ended, int]]:
+    """Run a command in ``folder/here``, which is its home too, with a PATH that begins with ``folder/bin``.
+
+    Returns what it ended as and its peak of memory in bytes.
+    """
+
+    def call(words: list[str], folder: Path) -> tuple[Ended, int]:
+        environment = os.environ | {name: str(folder / "here") for name in ("HOME", "TMPDIR", "HF_HOME")}
+        environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PEAK": str(folder / "peak")}
+        ended = forked(WATCHED, *words, cwd=folder / "here", env=environment)
+        return ended, int((folder / "peak").read_text())
+
+    return call
 
 
-def end(words: list[str], folder: Path) -> Ended:
-    """Run a command in ``folder/here``, which is its home too, with a PATH that begins with ``folder/bin``."""
-    homes = {name: str(folder / "here") for name in ("HOME", "TMPDIR", "HF_HOME")}
-    environment = os.environ | homes | {"PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    environment |= {"SD_DEVICE": "cpu", "PEAK": str(folder / "peak")}
-    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
-        command = [sys.executable, "-c", WATCHED, *words]
-        process = subprocess.Popen(command, cwd=folder / "here", env=environment, stdout=out, stderr=err)
-        alarm = threading.Timer(120, process.kill)
-        alarm.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        alarm.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        texts = [file.seek(0) or file.read() for file in (out, err)]
-    peak = 1024 * int((folder / "peak").read_text()) if sys.platform == "linux" else usage.ru_maxrss
-    return Ended(process.returncode, *texts, peak, usage.ru_utime + usage.ru_stime)
-
-
-@pytest.fixture(scope="module")
-def baseline(tmp_path_factory) -> int:
+@pytest.fixture
+def baseline(end, tmp_path_factory) -> int:
     """Bytes of a run that finds nothing."""
     folder = tmp_path_factory.mktemp("nothing")
     (folder / "here").mkdir()
-    return end(["inspect", "./none"], folder).memory
+    return end(["inspect", "./none"], folder)[1]
 
 
 # --- what files are made of ------------------------------------------------------------------------------------------
@@ -223,7 +217,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("case", PICTURES + RECORDS + CHECKPOINTS + FILES, ids=lambda case: case.what)
-def test_a_hostile_file_is_refused(case, tmp_path, baseline):
+def test_a_hostile_file_is_refused(case, end, tmp_path, baseline):
     here, tools = tmp_path / "here", tmp_path / "bin"
     here.mkdir()
     tools.mkdir()
@@ -232,13 +226,13 @@ def test_a_hostile_file_is_refused(case, tmp_path, baseline):
     Image.new("RGB", (64, 64)).save(here / "whole.png")
     case.make(here)
     before = sorted((path, path.stat().st_mtime_ns) for path in here.rglob("*"))
-    ended = end(case.command.split(), tmp_path)
+    ended, memory = end(case.command.split(), tmp_path)
     assert (ended.code, ended.out) == (2, ""), ended.err
     assert ended.err.count("\n") == 1 and ": error: " in ended.err, ended.err
     assert not [words for words in case.says.split("|") if words not in ended.err], ended.err
     assert len(ended.err) < 400 and "Error" not in ended.err, ended.err
     assert sorted((path, path.stat().st_mtime_ns) for path in here.rglob("*")) == before
-    assert ended.memory < baseline + MEMORY and ended.seconds < SECONDS
+    assert memory < baseline + MEMORY and ended.seconds < SECONDS
 
 
 def test_marks_are_seen():
