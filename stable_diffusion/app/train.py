@@ -3,18 +3,18 @@
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..files.whole import check_space
-from ..images.files import read_text, save
-from ..models.config import listed
+from ..images.files import open_image, read_text, save
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
@@ -25,6 +25,7 @@ from ..training.save import averaged, load_state, metadata, save_lora, save_stat
 from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
 from ..weights.load import size_in_bytes
+from . import processes
 from .engine import open_model
 from .memory import available, set_limits, training_bytes
 from .request import Request
@@ -82,11 +83,20 @@ class TrainingRun:
 
     All that can be wrong shows when it is made, as ValueError or OSError, one line; nothing is computed or written.
     ``remarks`` are lines about pictures that are left out or changed.
+
+    Of several processes (``group``) each makes the same calls, ``agree`` first, and has a batch of its own in each
+    step. The first one alone writes files, previews and measurements, and yields what it does.
     """
 
-    def __init__(self, request: TrainingRequest):
-        self.request, self.files = request, RunFiles(request.output)
-        self._check_output()
+    def __init__(self, request: TrainingRequest, group: processes.Group | None = None):
+        self.request, self.files, self.group = request, RunFiles(request.output), group
+        self.is_first, count = processes.is_first(group), 1 if group is None else group.size()
+        self.settings = replace(request.settings, batch_size=request.settings.batch_size * count)
+        if self.is_first:
+            self._check_output()
+        else:
+            self._temporary = tempfile.TemporaryDirectory()
+            self.files = RunFiles(Path(self._temporary.name, request.output.name))
         if not request.pictures.is_dir():  # before a model is downloaded
             raise ValueError(f"there is no folder {request.pictures} with pictures; check the path")
         dtype = request.dtype or ("bfloat16" if mx.default_device() == mx.gpu else None)
@@ -101,7 +111,7 @@ class TrainingRun:
             self.remarks.append(f'losses are in {self.files.table} without a curve; pip install ".[train]" draws one')
         self._check_prior()
         self.data = self._dataset()
-        self.trainer = LoRATrainer(self.sd, self.data, request.settings)
+        self.trainer = LoRATrainer(self.sd, self.data, self.settings, group)
         self.remarks += _too_long(self.sd, self._pictures)
         self.recomputes = request.settings.checkpointing == "on"
         if request.settings.checkpointing == "auto":
@@ -109,11 +119,29 @@ class TrainingRun:
         self.trainer.recompute(self.recomputes)
         self._table: LossTable | None = None
         self._preview_prompt: tuple[Conditioning, Conditioning] | None = None
+        if not self.is_first:
+            return
         if request.resume is not None:
             load_state(self.trainer, self._state_file())
         lora = sum(factor.nbytes for factor in self.trainer.factors().values())
         state = sum(array.nbytes for array in self.trainer.state().values())
         check_space(request.output, lora + state * (request.keep + 1 if request.save_every else 1))
+
+    def agree(self) -> None:
+        """Give all processes the checkpoint of the first. Raises ValueError where they do not do the same."""
+        if self.group is None:
+            return
+        shown = [
+            (p.digest, p.caption, p.repeats, c)
+            for s in self.data.sets
+            for p, c in zip(s.pictures, s.crops, strict=True)
+        ]
+        if len(set(processes.texts(str(seed_of(*shown, self.settings, self.sd.dtype)), self.group))) > 1:
+            raise ValueError(
+                "pictures, captions or settings of the processes differ; give each the same folder and flags"
+            )
+        if self.request.resume is not None:
+            self.trainer.load_state(processes.of_first(self.trainer.state(), self.group))
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +192,7 @@ class TrainingRun:
     def _dataset(self) -> Dataset:
         request = self.request
         options = {"prior": self._prior, "resolution": self._side, "flip": request.flip}
-        return Dataset(self.sd, self._pictures, request.settings, **options)
+        return Dataset(self.sd, self._pictures, self.settings, **options)
 
     def step_memory(self, recomputes: bool) -> int:
         """Return the bytes that a step of the largest pictures is predicted to take, weights among them."""
@@ -177,8 +205,10 @@ class TrainingRun:
 
     def plan(self) -> dict[str, Any]:
         """Return figures of the run: pictures, their sizes, steps, epochs, trained numbers."""
-        data, settings = self.data, self.request.settings
+        data, settings = self.data, self.settings
         return {
+            "processes": 1 if self.group is None else self.group.size(),
+            "batch_size": self.request.settings.batch_size,
             "pictures": len(self._pictures),
             "sizes": {f"{width}x{height}": count for (width, height), count in data.sets[0].sizes.items()},
             "prior": len(self._prior) if not (self.request.prior or "").isdigit() else int(self.request.prior),
@@ -191,26 +221,6 @@ class TrainingRun:
             "checkpointing": self.recomputes,
             "planned_gb": round(self.step_memory(self.recomputes) / 1e9, 3),
         }
-
-    @staticmethod
-    def describe(plan: dict[str, Any]) -> str:
-        """Return the figures of ``plan`` and ``time_steps`` in lines."""
-        sizes = listed([f"{count} of {size}" for size, count in plan["sizes"].items()], most=6)
-        prior = f", {plan['prior']} prior pictures" if plan["prior"] else ""
-        lines = [
-            f"{plan['pictures']} pictures ({sizes}){prior}, {plan['steps']} steps, {plan['epochs']:.3g} epochs",
-            f"{plan['factors']} factors with {plan['parameters'] / 1e6:.2f} million parameters"
-            if plan["embedding"] is None
-            else f"vectors for {plan['embedding']}: {plan['parameters']} parameters",
-        ]
-        checkpointing = "with" if plan["checkpointing"] else "without"
-        lines.append(f"about {plan['planned_gb']:.2f} GB for a step, {checkpointing} checkpointing (predicted)")
-        if plan["first_step"] > 1:
-            lines.append(f"goes on with step {plan['first_step']}")
-        if "seconds" in plan:
-            total = tqdm.format_interval(plan["seconds"] * (plan["steps"] - plan["first_step"] + 1))
-            lines.append(f"{plan['seconds']:.2f} s/step, {total} in all, {plan['peak_gb']:.2f} GB")
-        return "\n".join(lines)
 
     def time_steps(self) -> dict[str, Any]:
         """Return seconds and memory of a step, from three that are undone. Nothing is written or drawn."""
@@ -249,7 +259,10 @@ class TrainingRun:
         self._free()
 
     def _draw_prior(self, count: int) -> Iterator[tuple[str, int, int]]:
-        """Draw pictures with the base model beside the output; those that an earlier run has drawn are used again."""
+        """Draw pictures with the base model beside the output; those that an earlier run has drawn are used again.
+
+        Other processes than the first get them from it, in a temporary folder.
+        """
         request, folder = self.request, self.files.prior
         folder.mkdir(exist_ok=True)
         prompts = None
@@ -257,12 +270,22 @@ class TrainingRun:
         for seed in range(count):
             path = folder / f"{seed:04d}.png"
             text = {"parameters": f"{request.prior_prompt}\nSeed: {seed}, Model: {request.model}"}
-            if not path.is_file() or read_text(path) != text:
+            if self.is_first and (not path.is_file() or read_text(path) != text):
                 prompts = prompts or self.sd.encode_prompts(request.prior_prompt, "")
                 (image,) = self.sd.generate(prompts[0], negative_text=prompts[1], seed=seed)
                 save(image, path, text)
+            if self.group is not None:
+                self._send(path)
             yield "prior pictures", seed + 1, count
         self.trainer.lora.scale = 1.0
+
+    def _send(self, path: Path) -> None:
+        """Give a picture of the model's size to the other processes."""
+        height, width = (side * self.sd.pixels_per_latent for side in self.sd.default_latent_size)
+        image = open_image(path) if self.is_first else Image.new("RGB", (width, height))
+        pixels = processes.of_first({"": mx.array(np.asarray(image))}, self.group)[""]
+        if not self.is_first:
+            save(Image.fromarray(np.asarray(pixels)), path)
 
     def write_settings(self) -> None:
         """Write all settings beside the output, as a .toml file that --config reads; not over that file itself."""
@@ -286,29 +309,32 @@ class TrainingRun:
         return self.trainer.step >= self.request.settings.steps
 
     def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Train, and yield what is done; where ``stopped`` returns True, end after the step."""
+        """Train, and yield what is done; where ``stopped`` returns True in a process, all end after the step."""
         request, trainer = self.request, self.trainer
-        if request.overwrite and request.resume is None:
+        if self.is_first and request.overwrite and request.resume is None:
             for state in self.files.states():
                 state.unlink()
         with LossTable(self.files.table, trainer.step) as self._table:
-            if trainer.step == 0:
+            if self.is_first and trainer.step == 0:
                 if request.measure_every:
                     self._table.write(None, self.measure())
                 yield from self._preview(stopped)
-            for step in () if stopped() else trainer:
-                measured = self.measure() if self._is_due(request.measure_every) else None
-                self._table.write(step, measured)
-                yield _event(step, measured)
-                if self._is_due(request.save_every):
-                    yield from self._save_state()
-                if stopped():
+            for step in () if processes.any_of(stopped(), self.group) else trainer:
+                if self.is_first:
+                    measured = self.measure() if self._is_due(request.measure_every) else None
+                    self._table.write(step, measured)
+                    yield _event(step, measured)
+                    if self._is_due(request.save_every):
+                        yield from self._save_state()
+                if processes.any_of(stopped(), self.group):
                     break
-                if self._is_due(request.preview_every):
+                if self.is_first and self._is_due(request.preview_every):
                     yield from self._preview(stopped)
 
     def finish(self) -> Iterator[Event]:
         """Write the LoRA, a checkpoint where the run is not done, and the curve; yields what is written."""
+        if not self.is_first:
+            return
         request = self.request
         if not self.is_done and not self.files.state(self.trainer.step).exists():
             yield from self._save_state()

@@ -189,6 +189,8 @@ class TrainingProgress:
 
     def __init__(self, run: "TrainingRun"):
         self._run = run
+        # A launcher reads what processes print, and hands it on to a terminal.
+        self._off = None if run.group is None else not run.is_first
         self._bar: tqdm | None = None
         self._label = ""
         self._mean: float | None = None
@@ -206,11 +208,11 @@ class TrainingProgress:
         for label, done, total in self._run.prepare():
             if label != self._label:
                 self.__exit__()
-                self._bar, self._label = tqdm(total=total, desc=label, disable=None, leave=False), label
+                self._bar, self._label = tqdm(total=total, desc=label, disable=self._off, leave=False), label
             self._bar.update(done - self._bar.n)
         self.__exit__()
         total, step = self._run.request.settings.steps, self._run.trainer.step
-        self._bar = tqdm(total=total, initial=step, desc="training", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=step, desc="training", disable=self._off, dynamic_ncols=True)
         mx.reset_peak_memory()
 
     def __call__(self, event: Event) -> None:

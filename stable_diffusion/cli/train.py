@@ -9,18 +9,23 @@ import argparse
 import json
 import logging
 import re
+import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from ..app import processes
 from ..app.progress import TqdmHandler
 from ..app.request import CHOICES, COUNT
 from ..app.train import TrainingRequest, TrainingRun
 from ..app.training_output import Event, TrainingProgress
+from ..app.training_plan import describe
 from ..lora.create import TARGETS
 from ..models import cpu
 from ..options import Number
@@ -208,65 +213,93 @@ def request_of(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingR
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code."""
+    """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code.
+
+    Of several processes that ``mlx.launch`` has started all have the same exit code, and the first one speaks.
+    """
     parser = make_parser(prog)
-    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    group, fail, given = _start(parser, argv)
     cpu.tune()
-    handler, code = TqdmHandler(), 2
+    handler, code = TqdmHandler() if processes.is_first(group) else logging.NullHandler(), 2
     handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
     _log.handlers = [handler]
     with signals(_log.warning) as stop:
         try:
-            values = (read_config(parser, given["config"]) if "config" in given else {}) | given
-            cpu.choose_device(values.get("device"))
-            run = TrainingRun(request_of(values, given))
+            with processes.together(group):
+                values = (read_config(parser, given["config"]) if "config" in given else {}) | given
+                cpu.choose_device(values.get("device"))
+                run = TrainingRun(request_of(values, given), group)
+            run.agree()
             for line in run.remarks:  # a refusal is one line
                 _log.warning("%s", line)
             code = 1
             if "dry_run" in values:
                 plan = run.plan() | run.time_steps()
-                parser.say(json.dumps({"kind": "plan"} | plan) if "json" in values else run.describe(plan))
+                if run.is_first:
+                    parser.say(json.dumps({"kind": "plan"} | plan) if "json" in values else describe(plan))
                 return 0
-            for line in run.describe(run.plan()).splitlines():
-                remark(line)
-            run.write_settings()
-            _train(parser, run, stop, "json" in values)
+            if run.is_first:
+                for line in describe(run.plan()).splitlines():
+                    remark(line)
+                run.write_settings()
+            _train(fail, run, stop, "json" in values)
         except (ArithmeticError, ValueError, OSError) as error:
-            parser.fail(code, error)
+            fail(code, error)
         except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
             remedy = "where memory is short, try --checkpointing on, a smaller --resolution or -q"
-            parser.fail(1, f"the training failed ({str(error) or 'out of memory'}); {remedy}")
+            where = "" if group is None else f" in process {group.rank()} of {group.size()}"
+            parser.fail(1, f"the training failed{where} ({str(error) or 'out of memory'}); {remedy}")
         except KeyboardInterrupt:
-            parser.fail(stop.code or 130, "interrupted; nothing was trained")
+            fail(stop.code or 130, "interrupted; nothing was trained")
     return 0
 
 
-def _train(parser: Parser, run: TrainingRun, stop: Stop, as_json: bool) -> None:
-    """Make a run, and print what it does. What there is of it is saved where it is stopped or diverges."""
+def _start(
+    parser: Parser, argv: Sequence[str] | None
+) -> tuple[processes.Group | None, Callable[[int, str | Exception], NoReturn], dict[str, Any]]:
+    """Join the other processes, and return them, the function that ends this one with a message, and its flags."""
+    try:
+        group = processes.join()
+    except RuntimeError as error:
+        parser.fail(1, f"the processes cannot be connected ({error}); check the hostfile of mlx.launch")
+    is_first = processes.is_first(group)
+    with nullcontext() if is_first else redirect_stderr(StringIO()):
+        given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return group, parser.fail if is_first else lambda code, _: sys.exit(code), given
+
+
+def _train(fail: Callable[[int, str], NoReturn], run: TrainingRun, stop: Stop, as_json: bool) -> None:
+    """Make a run, and print what it does. What there is of it is saved where it is stopped, diverges or is alone."""
     with TrainingProgress(run) as progress:
         progress.prepare()
-        stop.is_expected = True
+        stop.is_expected, failure, lost = True, None, False
         try:
             for event in run.steps(lambda: stop.code is not None):
                 progress(event)
-                _print(event, as_json)
+                _print(run, event, as_json)
         except FloatingPointError as error:
-            for event in run.finish():
-                _print(event, as_json)
-            raise FloatingPointError(f"{error}; what was trained before is in {run.request.output}") from None
+            failure = f"{error}; what was trained before is in {run.request.output}"
+        except RuntimeError as error:
+            if run.group is None or not run.is_first:
+                raise
+            failure, lost = f"another process is lost ({error}); start all again with --resume latest", True
         for event in run.finish():
-            _print(event, as_json)
-    if stop.code is not None:
+            _print(run, event, as_json)
+    if not lost:
+        processes.any_of(False, run.group)  # all wait for the files: a launcher ends them when one has failed
+    if failure is not None:
+        raise FloatingPointError(failure)
+    if stop.code is not None or not run.is_done:
         remedy = "all is written" if run.is_done else "the same command with --resume latest goes on"
         done = f"interrupted after step {run.trainer.step} of {run.request.settings.steps}"
-        parser.fail(stop.code, f"{done}; {remedy}")
+        fail(stop.code or 130, f"{done}; {remedy}")
 
 
-def _print(event: Event, as_json: bool) -> None:
+def _print(run: TrainingRun, event: Event, as_json: bool) -> None:
     """Print what was written, and in JSON each step. Nothing of a run is given up because nobody reads it."""
     try:
         if as_json:
-            say(json.dumps(event))
+            say(json.dumps(event if run.group is None else {"rank": run.group.rank()} | event))
         elif event["kind"] == "lora":
             say(event["path"])
     except OSError as error:

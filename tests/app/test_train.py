@@ -123,6 +123,7 @@ def test_the_bar(monkeypatch, caplog):
         prepare=lambda: iter(preparing),
         request=SimpleNamespace(settings=SimpleNamespace(steps=5)),
         trainer=SimpleNamespace(step=2),
+        group=None,
     )
     event = {
         "kind": "step",

@@ -334,7 +334,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(train, tmp_path, no_steps
 
 def test_networks_in_training_are_neither_freed_nor_read_again(train, tmp_path, monkeypatch):
     runs, init = [], app.TrainingRun.__init__
-    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, request: init(self, request) or runs.append(self))
+    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, *a: init(self, *a) or runs.append(self))
     preview = ["--preview", "ohwx", "--preview_every", 1, "--steps", 1, "--measure_every", 0]
     for words in (["--low_memory"], ["--text_encoder_rank", 2, "--overwrite"]):
         done = train(*preview, *words).succeeded()
@@ -350,7 +350,7 @@ def test_previews_and_measurements_are_of_what_is_saved(train, tmp_path, monkeyp
     """With a moving average that is its factors."""
     seen, generate, loss = [], app.StableDiffusion.generate, LoRATrainer.loss
     runs, init = [], app.TrainingRun.__init__
-    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, request: init(self, request) or runs.append(self))
+    monkeypatch.setattr(app.TrainingRun, "__init__", lambda self, *a: init(self, *a) or runs.append(self))
 
     def watch(kind: str) -> None:
         trainer = runs[-1].trainer

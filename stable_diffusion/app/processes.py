@@ -1,0 +1,62 @@
+"""Several processes on one job, on one machine or several Macs: MLX's launcher ``mlx.launch`` starts them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+_LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}  # in the environment of each process: ring and jaccl, MPI
+_LONGEST = 300  # bytes of a text
+
+Group = mx.distributed.Group
+
+
+def join() -> Group | None:
+    """Return the processes that a launcher has started, all connected; None where this one is alone."""
+    if not _LAUNCHED & os.environ.keys():
+        return None
+    group = mx.distributed.init()
+    return group if group.size() > 1 else None
+
+
+def is_first(group: Group | None) -> bool:
+    """Return whether this process writes files and prints."""
+    return group is None or group.rank() == 0
+
+
+def any_of(flag: bool, group: Group | None) -> bool:
+    """Return whether ``flag`` is True in a process. It waits for all of them."""
+    return flag if group is None else mx.distributed.all_sum(mx.array(int(flag)), group=group).item() > 0
+
+
+def texts(text: str, group: Group) -> list[str]:
+    """Return the text of each process, cut to 300 bytes."""
+    row = mx.array(list(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0")), dtype=mx.uint8)
+    rows = mx.distributed.all_gather(row[None], group=group).tolist()
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def of_first(arrays: Mapping[str, mx.array], group: Group) -> dict[str, mx.array]:
+    """Return the arrays of the first process; those of the others have the same names, shapes and types."""
+    weight = int(group.rank() == 0)
+    shared = {name: mx.distributed.all_sum(array * weight, group=group) for name, array in sorted(arrays.items())}
+    mx.eval(shared)
+    return {name: array.astype(arrays[name].dtype) for name, array in shared.items()}
+
+
+@contextmanager
+def together(group: Group | None) -> Iterator[None]:
+    """Run a block in all processes. What is wrong with it in one of them raises ValueError in all."""
+    error = None
+    try:
+        yield
+    except (ArithmeticError, ValueError, OSError) as raised:
+        if group is None:
+            raise
+        error = raised
+    if group is None:
+        return
+    for rank, text in enumerate(texts("" if error is None else str(error) or type(error).__name__, group)):
+        if text:
+            raise error if rank == group.rank() else ValueError(f"process {rank}: {text}")
