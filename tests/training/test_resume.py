@@ -25,7 +25,7 @@ from stable_diffusion.training import (
 )
 from stable_diffusion.training.loss import TrainingBatch
 
-SETTINGS = TrainingSettings(steps=5, batch_size=2, rank=2, learning_rate=1e-2, warmup=0.4)
+SETTINGS = TrainingSettings(steps=4, batch_size=2, rank=2, learning_rate=1e-2, warmup=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,15 @@ def test_a_resumed_run_is_an_uninterrupted_one(case, photos, tmp_path):
     values = dict(CASES[case])
     model = {name: values.pop(name) for name in ("prior", "unet_bits", "dtype") if name in values}
     settings = replace(SETTINGS, **values)
-    whole, first, second = (trainer_of(photos, settings, **model) for _ in range(3))
+    whole, second = (trainer_of(photos, settings, **model) for _ in range(2))
     if case == "float16":
-        whole.scale = first.scale = 64.0  # after gradients that overflowed
-    losses = steps(whole, 5)
-    assert steps(first, 2) == losses[:2]
-    save_state(first, tmp_path / "first.safetensors")
+        whole.scale = 64.0  # after gradients that overflowed
+    losses = steps(whole, 2)
+    save_state(whole, tmp_path / "first.safetensors")
+    losses += steps(whole, 4)
     load_state(second, tmp_path / "first.safetensors")
-    assert steps(second, 5) == losses[2:]  # over the end of an epoch
-    assert len(set(losses)) == 5 and np.isfinite(losses).all()
+    assert steps(second, 4) == losses[2:]  # over the end of an epoch
+    assert len(set(losses)) == 4 and np.isfinite(losses).all()
     for trainer, name in ((whole, "a"), (second, "b")):
         save_lora(trainer, tmp_path / f"{name}.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
