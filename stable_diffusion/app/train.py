@@ -30,6 +30,7 @@ from .engine import open_model
 from .memory import available, set_limits, training_bytes
 from .request import Request
 from .training_output import Event, LossTable, RunFiles, add_row, to_toml
+from .training_plan import predicted_seconds, step_operations
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -194,11 +195,15 @@ class TrainingRun:
         options = {"prior": self._prior, "resolution": self._side, "flip": request.flip}
         return Dataset(self.sd, self._pictures, self.settings, **options)
 
+    def _latent_sizes(self) -> list[tuple[int, int]]:
+        """Return the sizes (height, width) of latents that are trained with."""
+        scale = self.sd.pixels_per_latent
+        return [(height // scale, width // scale) for s in self.data.sets for width, height in s.sizes]
+
     def step_memory(self, recomputes: bool) -> int:
         """Return the bytes that a step of the largest pictures is predicted to take, weights among them."""
         unet, rows = self.sd.unet, self.request.settings.batch_size
-        sides = [[side // self.sd.pixels_per_latent for side in size] for s in self.data.sets for size in s.sizes]
-        step = max(training_bytes(unet, rows, (height, width), recomputes) for width, height in sides)
+        step = max(training_bytes(unet, rows, size, recomputes) for size in self._latent_sizes())
         factors = sum(factor.nbytes for factor in self.trainer.factors().values())
         # A factor is among the weights; it has a gradient and the optimizer's two moments.
         return step + 3 * factors + sum(map(size_in_bytes, (self.trainer.networks() | {"unet": unet}).values()))
@@ -206,7 +211,11 @@ class TrainingRun:
     def plan(self) -> dict[str, Any]:
         """Return figures of the run: pictures, their sizes, steps, epochs, trained numbers."""
         data, settings = self.data, self.settings
+        gradients = self.request.settings.batch_size * settings.accumulate * len(data.sets)
+        operations = max(step_operations(self.sd.unet, gradients, size) for size in self._latent_sizes())
         return {
+            "tflop": float(f"{operations / 1e12:.3g}"),
+            "predicted_seconds": predicted_seconds(operations),
             "processes": 1 if self.group is None else self.group.size(),
             "batch_size": self.request.settings.batch_size,
             "pictures": len(self._pictures),

@@ -5,13 +5,18 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.shapes import SHAPES
 from stable_diffusion.app.training_output import LossTable, RunFiles, TrainingProgress, add_row, to_toml
+from stable_diffusion.app.training_plan import predicted_seconds, step_operations
 from stable_diffusion.images.files import read_text
 from stable_diffusion.training.trainer import TrainingStep
+from stable_diffusion.weights.load import build
+from stable_diffusion.weights.quantize import quantize
 
 
 def test_settings_are_read_back_as_they_were():
@@ -149,3 +154,17 @@ def test_the_bar(monkeypatch, caplog):
     ):
         assert words in text
     assert "step 4 is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("shape, side, tflop", [("sd15", 64, 2.4), ("sdxl", 128, 20.3)])
+def test_the_time_of_a_step_on_metal_is_predicted_from_its_operations(monkeypatch, shape, side, tflop):
+    unet = build("unet", SHAPES[shape]["unet"])
+    operations = step_operations(unet, 1, (side, side))
+    assert operations == pytest.approx(1e12 * tflop, rel=0.05)
+    assert predicted_seconds(operations) is None
+    quantize(unet, 8, 64)
+    assert step_operations(unet, 1, (side, side)) == operations
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M2 Max"})
+    least, most = predicted_seconds(operations)
+    assert least == pytest.approx(tflop / 13.6 / 0.6, rel=0.05) and most == pytest.approx(tflop / 13.6 / 0.35, rel=0.05)
