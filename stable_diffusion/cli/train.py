@@ -75,7 +75,7 @@ FLAGS = {
         "--steps N": "number of updates (1000)",
         "--batch_size N": "pictures in a batch (1)",
         "--accumulate N": "batches for each update (1)",
-        "--learning_rate RATE": "highest learning rate (0.0001)",
+        "--learning_rate RATE": "highest learning rate (0.0001, of a new word 0.002)",
         "--lr_schedule": "learning rate after the warm-up (constant)",
         "--warmup FRACTION": "fraction of the steps in which the learning rate grows from 0 (0.05)",
         "--optimizer": "optimizer (adamw)",

@@ -18,25 +18,39 @@ from tools.tiny import data, new_thing, score
 LORA = Path(stable_diffusion.__file__).parent / "tiny" / "lora" / "arrow.safetensors"
 
 
-def test_the_loss_of_new_pictures_is_halved_in_40_steps(tmp_path):
-    new_thing.write_pictures(tmp_path, new_thing.new_pictures())
-    sd = StableDiffusion("tiny")
-    settings = TrainingSettings(steps=40, batch_size=4, rank=3, learning_rate=3e-3, caption_dropout=0)
-    pictures, _ = read_pictures(tmp_path, 64)
+def measured_losses(folder: Path, steps: int, every: int, **bits: int) -> list[float]:
+    """Train with the pictures of a folder; return the loss at noise that is always the same, each ``every`` steps."""
+    sd = StableDiffusion("tiny", **bits)
+    settings = TrainingSettings(steps=steps, batch_size=4, rank=3, learning_rate=3e-3, caption_dropout=0)
+    pictures, _ = read_pictures(folder, 64)
     data = Dataset(sd, pictures, settings)
     trainer = LoRATrainer(sd, data, settings)
+    batches = [data.batch(data.sets[0], [(number, False)] * 4) for number in range(4)]
 
     def measured() -> float:
-        """Mean loss of four pictures, each at four levels of noise that are always the same."""
-        batches = [data.batch(data.sets[0], [(number, False)] * 4) for number in range(4)]
+        """Mean loss of four pictures, each at four levels of noise."""
         losses = [
             trainer.loss(batch, [seed_of("fixed", n, draw) for draw in range(4)]) for n, batch in enumerate(batches)
         ]
         return float(np.mean([loss.item() for loss in losses]))
 
-    before = measured()
-    assert len(pictures) == 12 and sum(not step.skipped for step in trainer) == 40
-    assert measured() < 0.5 * before
+    found = [measured()]
+    for step in trainer:
+        assert not step.skipped
+        if step.number % every == 0:
+            found.append(measured())
+    assert len(pictures) == 12 and trainer.step == steps
+    return found
+
+
+def test_the_loss_of_new_pictures_is_halved_in_40_steps_and_falls_as_fast_with_quantized_weights(tmp_path):
+    """Quantized as by -q, 8 bits for the UNet and 4 for the text encoder: within 5 % (measured: 1 %)."""
+    new_thing.write_pictures(tmp_path, new_thing.new_pictures())
+    exact = measured_losses(tmp_path, steps=40, every=20)
+    quantized = measured_losses(tmp_path, steps=20, every=20, unet_bits=8, text_bits=4)
+    assert exact[-1] < 0.5 * exact[0]
+    for one, other in zip(quantized, exact, strict=False):
+        assert one != other and abs(one - other) < 0.05 * other
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,7 @@ def tiny() -> StableDiffusion:
 
 
 def test_the_bundled_lora_draws_the_new_thing_for_its_word(tiny):
+    """At least 90 % of 20 pictures each have shape, colours and place (measured over 40: 92.5, 100, 100)."""
     count = 20
     attached = tiny.load_lora(str(LORA))
     try:
@@ -66,6 +81,7 @@ def test_the_bundled_lora_draws_the_new_thing_for_its_word(tiny):
 
 
 def test_the_bundled_lora_leaves_other_prompts_alone(tiny):
+    """They draw what they name, and differ by at most 12 of 255 levels on average (measured over 40: 3.1)."""
     known = data.held_out_examples(6, seed=4)
     attached = tiny.load_lora(str(LORA))
     try:

@@ -20,6 +20,7 @@ from stable_diffusion.training.pictures import read_pictures
 from stable_diffusion.training.save import averaged, load_state, save_lora, save_state
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
+from stable_diffusion.training.words import save_embedding
 from stable_diffusion.weights.embeddings import read_embedding
 
 TOLERANCE = 1e-4
@@ -47,9 +48,12 @@ class Data:
         return [self.batch]
 
 
-def trainer_for(folder, **settings) -> LoRATrainer:
+def trainer_for(folder, older=(), **settings) -> LoRATrainer:
+    """Return a trainer of ``WORD`` for a model into which the files ``older`` of other words are loaded first."""
     settings = {"embedding": f"{WORD}:{COUNT}", "warmup": 0.0, "learning_rate": 1e-3} | settings
     sd = StableDiffusion(folder, **({"text_bits": 8} if settings.pop("quantized", False) else {}))
+    for file in older:
+        sd.load_embedding(file)
     return LoRATrainer(sd, Data(sd.is_xl), TrainingSettings(**settings))
 
 
@@ -187,6 +191,29 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(folder, tmp_path):
     assert np.array_equal(*encoded)
 
 
+def test_words_from_files_keep_their_vectors(folder, tmp_path):
+    """Of the words of one encoder only the new one changes, where others were loaded before it and after it."""
+    widths = {name: factor.shape[1] for name, factor in trainer_for(folder).factors().items()}
+    files, prompts = [], ("the before cat", "the after cat", "the ohwx cat")
+    for i, name in enumerate(("before", "after")):
+        vectors = {encoder: mx.array(normal(2, width, seed=i)) for encoder, width in widths.items()}
+        save_embedding(vectors, name, tmp_path / f"{name}.safetensors", None)
+        files.append(tmp_path / f"{name}.safetensors")
+    trainer = trainer_for(folder, older=files[:1], steps=2, learning_rate=0.1)
+    trainer.sd.load_embedding(files[1])
+    start = [np.array(trainer.sd.encode_prompt(prompt).context) for prompt in prompts]
+    list(trainer)
+    for _ in range(2):  # the second time with text encoders that are read again
+        now = [np.array(trainer.sd.encode_prompt(prompt).context) for prompt in prompts]
+        assert [np.array_equal(*pair) for pair in zip(start, now, strict=True)] == [True, True, False]
+        for _, name in trainer.sd._encoders:
+            delattr(trainer.sd, name)
+    save_lora(trainer, tmp_path / "new.safetensors", {"modelspec.trigger_phrase": WORD})
+    fresh = StableDiffusion(folder)
+    fresh.load_embedding(tmp_path / "new.safetensors")
+    assert np.array_equal(now[2], fresh.encode_prompt(prompts[2]).context)
+
+
 def test_the_vectors_outlive_the_release_of_their_text_encoder(folder):
     trainer = trainer_for(folder, steps=1, learning_rate=0.1)
     next(trainer)
@@ -216,6 +243,12 @@ def test_the_vectors_outlive_the_release_of_their_text_encoder(folder):
 def test_settings_that_fit_no_word(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainingSettings(**settings)
+
+
+def test_the_learning_rate_of_a_word_is_higher():
+    rates = [TrainingSettings(**one).learning_rate for one in ({}, {"embedding": "ohwx"})]
+    assert rates == [1e-4, 2e-3]
+    assert TrainingSettings(embedding="ohwx", learning_rate=1e-4).learning_rate == 1e-4
 
 
 def test_the_number_of_vectors():

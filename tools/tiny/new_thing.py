@@ -4,7 +4,8 @@ python -m tools.tiny.new_thing draw FOLDER writes FOLDER/new, 12 captioned pictu
 background comes twice, and FOLDER/known, captioned pictures of what the model knows, for --prior.
 
 python -m tools.tiny.new_thing measure LORA asks for 40 arrows in other colours and places, and says how many of them
-are right; and for 40 known shapes, drawn with and without the LoRA.
+are right; and for 40 known shapes, drawn with and without the LoRA. With --embedding the file holds the vectors of the
+trigger, as train --embedding ohwx writes them.
 """
 
 import argparse
@@ -93,14 +94,18 @@ def score_new(image: np.ndarray, scene: data.Scene) -> dict[str, bool]:
     return found
 
 
-def measure(sd, lora: str | Path, count: int = 40) -> tuple[dict[str, float], list[np.ndarray]]:
+def measure(
+    sd, file: str | Path, count: int = 40, embedding: bool = False
+) -> tuple[dict[str, float], list[np.ndarray]]:
     """Shares in percent by name, and the pictures of the new shape; image i has the seed i.
 
-    "changed" is the mean difference that the LoRA makes to pictures of prompts without the trigger, in levels of 255.
+    ``file`` is a LoRA, or with ``embedding`` the vectors of the trigger, which stay in ``sd``. "changed" is the mean
+    difference that the file makes to pictures of prompts without the trigger, in levels of 255.
     """
     known = data.held_out_examples(count, seed=3)
     before = [np.array(sd.generate(caption, seed=seed)[0]) for seed, (caption, _, _) in enumerate(known)]
-    attached, right, images = sd.load_lora(str(lora)), defaultdict(list), []
+    right, images = defaultdict(list), []
+    attached = sd.load_embedding(file, TRIGGER) if embedding else sd.load_lora(str(file))
     for seed, (caption, scene) in enumerate(prompts(count)):
         images.append(np.array(sd.generate(caption, seed=seed)[0]))
         for name, is_right in score_new(images[-1], scene).items():
@@ -110,14 +115,16 @@ def measure(sd, lora: str | Path, count: int = 40) -> tuple[dict[str, float], li
         right["known right without it"].append(all(score.score_single(old, scene, SHAPES).values()))
         right["known right with it"].append(all(score.score_single(image, scene, SHAPES).values()))
         right["changed"].append(np.abs(image.astype(int) - old).mean() / 100)
-    attached.detach()
+    if not embedding:
+        attached.detach()
     return {name: 100 * float(np.mean(values)) for name, values in right.items()}, images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("draw", "measure"))
-    parser.add_argument("path", type=Path, help="the folder to write, or the LoRA to measure")
+    parser.add_argument("path", type=Path, help="the folder to write, or the file to measure")
+    parser.add_argument("--embedding", action="store_true", help="the file is an embedding, and no LoRA")
     parser.add_argument("--count", type=int, default=40, help="pictures of the new shape, and of known ones")
     parser.add_argument("--sheet", type=Path, help="PNG for the pictures of the new shape")
     args = parser.parse_args()
@@ -127,7 +134,7 @@ def main() -> None:
     from stable_diffusion.models import cpu
 
     cpu.tune()
-    figures, images = measure(StableDiffusion("tiny"), args.path, args.count)
+    figures, images = measure(StableDiffusion("tiny"), args.path, args.count, args.embedding)
     for name, value in figures.items():
         print(f"{name:24} {value:6.2f} {'levels' if name == 'changed' else '%'}")
     if args.sheet is not None:
