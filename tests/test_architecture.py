@@ -50,6 +50,10 @@ def test_files_and_functions_are_short(file):
             assert node.end_lineno - node.lineno < 45, node.name
 
 
+def test_the_training_stays_small():
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.glob("training/*.py")) <= 900
+
+
 def test_what_is_rarely_needed_is_not_imported():
     """What the import costs is printed by benchmarks.start."""
     program = [sys.executable, "-c", "import sys, stable_diffusion; print(*sys.modules)"]

@@ -15,13 +15,13 @@ from PIL import Image
 
 from ..files.whole import check_space
 from ..images.files import open_image, read_text, save
+from ..images.folders import Picture, read_pictures
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning
 from ..training.dataset import Dataset, resolution_of
 from ..training.loss import seed_of
-from ..training.pictures import Picture, read_pictures
-from ..training.save import averaged, load_state, metadata, save_lora, save_state
+from ..training.save import averaged, load_state, save_lora, save_state
 from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
 from ..weights.load import size_in_bytes
@@ -29,7 +29,7 @@ from . import processes
 from .engine import open_model
 from .memory import available, set_limits, training_bytes
 from .request import Request
-from .training_output import Event, LossTable, RunFiles, add_row, to_toml
+from .training_output import Event, LossTable, RunFiles, add_row, header_texts, to_toml
 from .training_plan import predicted_seconds, step_operations
 
 _log = logging.getLogger("stable_diffusion")
@@ -347,7 +347,7 @@ class TrainingRun:
         request = self.request
         if not self.is_done and not self.files.state(self.trainer.step).exists():
             yield from self._save_state()
-        texts = metadata(self.trainer, self.data, request.word, request.output.stem)
+        texts = header_texts(self.trainer, request.word, request.output.stem)
         save_lora(self.trainer, request.output, texts, request.format)
         if self._table is not None and self._table.can_draw():
             self._table.draw(self.files.curve)

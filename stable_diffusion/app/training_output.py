@@ -1,35 +1,28 @@
-"""What a training writes and shows beside the LoRA: table, curve, sheet of previews, settings, progress."""
+"""Write what a training leaves beside the LoRA, and in its header: table, curve, sheet of previews, settings, texts."""
 
 import csv
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import mlx.core as mx
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from ..files.whole import new_file
 from ..images.files import open_image, read_text, save
-from ..training.trainer import TrainingStep
-
-if TYPE_CHECKING:
-    from .train import TrainingRun
-
-_log = logging.getLogger("stable_diffusion")
+from ..lora.metadata import describe
+from ..training.trainer import LoRATrainer, TrainingStep
 
 Event = dict[str, Any]  # of a run, as it is printed in JSON; "kind" is step, checkpoint, preview or lora
 
 STATE = ".state.safetensors"
 _GAP, _FONT = 8, 12  # pixels
 _MOST_ROWS = 40
+SMOOTHING = 0.05  # share of a new loss in the mean that is shown
 _STEPS = "steps"  # keyword of the text in a sheet that names its rows
-_SMOOTHING = 0.05  # share of a new loss in the mean that is shown
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ class LossTable:
         measured = [(int(row[0]), float(row[4])) for row in self.rows if row[4]]
         means: list[tuple[int, float]] = []
         for number, loss in losses:
-            means.append((number, loss if not means else means[-1][1] + _SMOOTHING * (loss - means[-1][1])))
+            means.append((number, loss if not means else means[-1][1] + SMOOTHING * (loss - means[-1][1])))
         for points, label, style in (
             (losses, "loss of a step", {"alpha": 0.25}),
             (means, "moving average", {}),
@@ -184,49 +177,34 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-class TrainingProgress:
-    """Show a run in a terminal: a bar for what is made ready, and one for the steps."""
-
-    def __init__(self, run: "TrainingRun"):
-        self._run = run
-        # A launcher reads what processes print, and hands it on to a terminal.
-        self._off = None if run.group is None else not run.is_first
-        self._bar: tqdm | None = None
-        self._label = ""
-        self._mean: float | None = None
-        self._measured = ""
-
-    def __enter__(self) -> "TrainingProgress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def prepare(self) -> None:
-        """Make the run ready."""
-        for label, done, total in self._run.prepare():
-            if label != self._label:
-                self.__exit__()
-                self._bar, self._label = tqdm(total=total, desc=label, disable=self._off, leave=False), label
-            self._bar.update(done - self._bar.n)
-        self.__exit__()
-        total, step = self._run.request.settings.steps, self._run.trainer.step
-        self._bar = tqdm(total=total, initial=step, desc="training", disable=self._off, dynamic_ncols=True)
-        mx.reset_peak_memory()
-
-    def __call__(self, event: Event) -> None:
-        """Show a step."""
-        if event["kind"] != "step":
-            return
-        if event["skipped"]:
-            _log.warning("step %d is skipped: its loss is not finite", event["step"])
-        else:
-            last = event["loss"] if self._mean is None else self._mean
-            self._mean = last + _SMOOTHING * (event["loss"] - last)
-        if event["measured"] is not None:
-            self._measured = f" (measured {event['measured']:.4f})"
-        if self._mean is not None:
-            figures = f"loss {self._mean:.4f}{self._measured}, {event['seconds']:.2f} s, {event['peak_gb']:.2f} GB"
-            self._bar.set_postfix_str(figures, refresh=False)
-        self._bar.update()
+def header_texts(trainer: LoRATrainer, trigger: str | None = None, title: str = "") -> dict[str, str]:
+    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
+    settings, sd, data = trainer.settings, trainer.sd, trainer.data
+    pictures = data.sets[0].pictures
+    texts = describe(
+        trainer.lora,
+        max(sd.unet_config.cross_attention_dim),
+        sd.schedule.config.prediction_type,
+        resolution=data.resolution,
+        title=title,
+        trigger=trigger,
+        captions=[(p.path.parent.name, p.caption or "") for p in pictures],
+    )
+    source = Path(sd.source)
+    training = {
+        "sd_model_name": source.name if source.exists() else sd.source,
+        "num_train_images": sum(p.repeats for p in pictures),
+        "num_reg_images": sum(p.repeats for s in data.sets[1:] for p in s.pictures),
+        "steps": trainer.step,
+        "batch_size_per_device": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler": settings.lr_schedule,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "loss_type": settings.loss,
+        "min_snr_gamma": settings.min_snr or None,
+        "noise_offset": settings.noise_offset or None,
+        "caption_dropout_rate": settings.caption_dropout,
+    }
+    return texts | {f"ss_{name}": str(value) for name, value in training.items()}

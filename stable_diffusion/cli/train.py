@@ -24,8 +24,9 @@ from ..app import processes
 from ..app.progress import TqdmHandler
 from ..app.request import CHOICES, COUNT
 from ..app.train import TrainingRequest, TrainingRun
-from ..app.training_output import Event, TrainingProgress
+from ..app.training_output import Event
 from ..app.training_plan import describe
+from ..app.training_progress import TrainingProgress
 from ..lora.create import TARGETS
 from ..models import cpu
 from ..options import Number

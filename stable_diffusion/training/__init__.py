@@ -17,8 +17,8 @@ A training is an iteration over steps; each is computed when it is asked for:
     trainer.lora.detach()                                 # without it
 """
 
+from ..images.folders import read_pictures
 from .dataset import Dataset
-from .pictures import read_pictures
 from .save import load_state, save_lora, save_state
 from .settings import TrainingSettings
 from .trainer import LoRATrainer, TrainingStep

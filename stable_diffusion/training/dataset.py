@@ -1,43 +1,27 @@
 """Pictures as the networks see them: latents and encoded captions, computed once, in a fixed order of batches."""
 
-import hashlib
-import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from ..files.whole import check_space, new_file
+from ..images.buckets import Crop, bucket_sizes, crop_for
 from ..images.files import open_image
+from ..images.folders import Picture
 from ..images.image import to_array
 from ..lora.delta import scale_of
 from ..lora.layers import wrapped_layers
 from ..models import tiling
 from ..pipeline import StableDiffusion
 from ..text.encode import Conditioning, concatenate
-from ..weights.formats.safetensors import read_safetensors, write_safetensors
-from .buckets import Crop, bucket_sizes, crop_for
+from ..weights.cache import ArrayCache, CacheEntry, hash_arrays
 from .loss import TrainingBatch, seed_of
-from .pictures import Picture
 from .settings import TrainingSettings
 
-_log = logging.getLogger("stable_diffusion")
-
 Row = tuple[int, bool]  # number of a picture, and whether it is mirrored
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """Describe something that is encoded once: its kind, what tells it from others of it, its bytes about, and how."""
-
-    kind: str
-    key: tuple
-    size: int
-    encode: Callable[[], dict[str, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -103,9 +87,8 @@ class Dataset:
         if prior:
             self.sets.append(PictureSet(prior, [crop_for(p.size, sizes) for p in prior], settings.prior_weight))
         self._epochs: dict[int, tuple[int, list[tuple[int, ...]]]] = {}  # the current one of each set, with its number
-        self._encoded: dict[tuple, dict[str, mx.array]] = {}  # where there is no cache
-        self._cache: Path | None = None
-        self._models: dict[str, str] = {}  # a hash of what encodes each kind of thing in the cache
+        self._cache = ArrayCache()
+        self._encoders = ["", ""]  # in a folder: hashes of what encodes pictures and captions
 
     def epoch_length(self) -> int:
         """Return the number of gradients after which each picture has been shown."""
@@ -132,7 +115,7 @@ class Dataset:
         captions = [picture.caption or "" for picture, _, _ in chosen]
         for row in (row for row, drop in enumerate(dropped) if drop):
             captions[row] = ""
-        latents = [self._once(self._latents(*one)) for one in chosen]
+        latents = [self._cache.get(self._latents(*one)) for one in chosen]
         mean, deviation = (
             mx.stack([arrays[name] for arrays in latents]).astype(mx.float32) for name in ("mean", "deviation")
         )
@@ -141,7 +124,7 @@ class Dataset:
             ids = [[*p.size[::-1], c.top, c.left, *c.size[::-1]] for p, c, _ in chosen]
             time_ids = mx.array(ids, dtype=mx.float32)
         if not self.settings.trains_text:
-            encoded = concatenate([Conditioning(**self._once(self._caption(text))) for text in captions])
+            encoded = concatenate([Conditioning(**self._cache.get(self._caption(text))) for text in captions])
             conditioning = encoded.map(lambda array: array.astype(self.sd.dtype))
         return TrainingBatch(mean, deviation, tuple(captions), time_ids, conditioning, pictures.weight)
 
@@ -158,18 +141,21 @@ class Dataset:
         texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
         texts = () if self.settings.trains_text else texts
         flips = (False, True) if self.flip else (False,)
+        if cache is not None:
+            self._cache = ArrayCache(cache)
+            text_encoders = [] if self.settings.trains_text else [name for _, name in self.sd._encoders]
+            self._encoders = [self._hash("autoencoder"), self._hash(*text_encoders)]
         work = [self._caption(text) for text in texts]
         work += [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
-        if cache is not None:
-            self._open_cache(cache, work)
+        self._cache.check_room(work)
         for done, encoding in enumerate(work, start=1):
             if done == len(texts) + 1:  # all captions are encoded
                 self.sd.release(keep=["autoencoder"])
-            self._once(encoding)
+            self._cache.get(encoding)
             yield done, len(work)
         self.sd.release()
 
-    def _latents(self, picture: Picture, crop: Crop, flip: bool) -> _Encoding:
+    def _latents(self, picture: Picture, crop: Crop, flip: bool) -> CacheEntry:
         """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, which is mirrored before it is cut."""
         (width, height), left, top = crop.size, crop.left, crop.top
 
@@ -186,76 +172,29 @@ class Dataset:
             return {"mean": mean[0], "deviation": mx.exp(logvar[0].astype(mx.float32) / 2)}
 
         size = 16 * width * height // self.sd.pixels_per_latent**2
-        return _Encoding("picture", (picture.digest, crop, flip), size, encode)
+        return CacheEntry((self._encoders[0], picture.digest, crop, flip), size, encode)
 
-    def _caption(self, text: str) -> _Encoding:
+    def _caption(self, text: str) -> CacheEntry:
         """Return the encoded prompt of a caption: read as text, without the signs of prompts, and of one chunk."""
         tokenizers = [getattr(self.sd, name) for name, _ in self.sd._encoders]
-        key = tuple((tokenizer.pad_id, *tokenizer.encode(text)) for tokenizer in tokenizers)
+        ids = tuple((tokenizer.pad_id, *tokenizer.encode(text)) for tokenizer in tokenizers)
         size = 2 * 77 * max(self.sd.unet_config.cross_attention_dim)
 
         def encode() -> dict[str, mx.array]:
             encoded = self.sd.encode_prompt(text, emphasis="none")
             return encoded.arrays() | {"context": encoded.context[:, :77]}
 
-        return _Encoding("caption", key, size, encode)
-
-    # --- the cache ---------------------------------------------------------------------------------------------------
-
-    def _once(self, encoding: _Encoding) -> dict[str, mx.array]:
-        """Return what was encoded before, from memory or from the cache, or encode it in float16 and keep it there."""
-        path, place = self._path(encoding), (encoding.kind, encoding.key)
-        if place in self._encoded:
-            return self._encoded[place]
-        if path is not None and path.is_file():
-            try:
-                arrays, _ = read_safetensors(path)
-                mx.eval(arrays)
-                return arrays
-            except ValueError as error:
-                _log.warning("%s; it is made anew", error)
-        arrays = {name: array.astype(mx.float16) for name, array in encoding.encode().items()}
-        mx.eval(arrays)
-        if path is None:
-            self._encoded[place] = arrays
-            return arrays
-        with new_file(path) as partial:
-            write_safetensors(partial, list(arrays), dict(arrays))
-        return arrays
-
-    def _path(self, encoding: _Encoding) -> Path | None:
-        """Return the file of the cache, whose name is a hash of what is encoded and of what encodes it."""
-        if self._cache is None:
-            return None
-        parts = encoding.kind, self._models[encoding.kind], encoding.key
-        return self._cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
-
-    def _open_cache(self, folder: Path, work: Sequence[_Encoding]) -> None:
-        """Make the folder of the cache, and check that its disk has room for what is not in it yet."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"the cache {folder} cannot be made ({error.strerror}); choose another folder") from None
-        self._models["picture"] = self._hash("autoencoder")
-        if not self.settings.trains_text:
-            self._models["caption"] = self._hash(*(name for _, name in self.sd._encoders))
-        self._cache = folder
-        missing = (encoding for encoding in work if not self._path(encoding).is_file())
-        check_space(folder / "cache", sum(encoding.size for encoding in missing))
+        return CacheEntry((self._encoders[1], ids), size, encode)
 
     def _hash(self, *names: str) -> str:
-        """Return a hash of all that decides what networks compute: configs, weights, LoRAs and words."""
-        digest = hashlib.sha256()
+        """Return a hash of all that decides what networks compute: configs, weights, LoRAs with scales, and words."""
+        hashes = []
         for name, network in zip(names, self.sd._use(*names), strict=True):
             deltas = [delta for _, layer in wrapped_layers(network) for delta in layer.loras]
             scales = [(delta.multiplier, scale_of(delta.lora.scale, delta.network)) for delta in deltas]
             source = self.sd.sources[name]
-            digest.update(f"{source.component.config} {scales}".encode())
-            words = [(str(number), vectors) for number, vectors in enumerate(source.words)]
-            for path, array in sorted(tree_flatten(network.parameters())) + words:
-                digest.update(f"{path} {array.shape} {array.dtype}".encode())
-                digest.update(memoryview(array.reshape(-1).view(mx.uint8)))
-        return digest.hexdigest()
+            hashes.append(hash_arrays([network.parameters(), source.words], source.component.config, scales))
+        return " ".join(hashes)
 
 
 def resolution_of(sd: StableDiffusion) -> int:

@@ -12,56 +12,23 @@ from mlx.utils import tree_flatten
 
 from ..files.text import parse_json
 from ..files.whole import new_file
-from ..lora.metadata import describe
 from ..lora.save import write_lora
+from ..weights.embeddings import write_embedding
 from ..weights.files import read_file
-from .dataset import Dataset
 from .trainer import LoRATrainer
-from .words import save_embedding
 
 FORMATS = ("kohya", "diffusers")
 _MAY_CHANGE = ("steps", "checkpointing")  # between the runs before and after a checkpoint
 
 
-def metadata(trainer: LoRATrainer, data: Dataset, trigger: str | None = None, title: str = "") -> dict[str, str]:
-    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
-    settings, sd, pictures = trainer.settings, trainer.sd, data.sets[0].pictures
-    texts = describe(
-        trainer.lora,
-        max(sd.unet_config.cross_attention_dim),
-        sd.schedule.config.prediction_type,
-        resolution=data.resolution,
-        title=title,
-        trigger=trigger,
-        captions=[(p.path.parent.name, p.caption or "") for p in pictures],
-    )
-    source = Path(sd.source)
-    training = {
-        "sd_model_name": source.name if source.exists() else sd.source,
-        "num_train_images": sum(p.repeats for p in pictures),
-        "num_reg_images": sum(p.repeats for s in data.sets[1:] for p in s.pictures),
-        "steps": trainer.step,
-        "batch_size_per_device": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulate,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler": settings.lr_schedule,
-        "optimizer": settings.optimizer,
-        "seed": settings.seed,
-        "loss_type": settings.loss,
-        "min_snr_gamma": settings.min_snr or None,
-        "noise_offset": settings.noise_offset or None,
-        "caption_dropout_rate": settings.caption_dropout,
-    }
-    return texts | {f"ss_{name}": str(value) for name, value in training.items()}
-
-
 def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str] | None = None, naming: str = "kohya") -> None:
     """Write the factors, or their moving average, as a LoRA file in float16 that appears complete or not at all.
 
-    The vectors of a new word become an embedding file, see :func:`stable_diffusion.training.words.save_embedding`.
+    The vectors of a new word become an embedding file, see :func:`stable_diffusion.weights.embeddings.write_embedding`.
     """
     if trainer.lora is None:
-        save_embedding(trainer.average or trainer.factors(), trainer.settings.new_word[0], path, texts)
+        vectors = trainer.average or trainer.factors()
+        write_embedding(path, trainer.settings.new_word[0], list(vectors.values()), texts)
         return
     peft = "peft" if naming == "diffusers" else naming
     with averaged(trainer):

@@ -1,17 +1,15 @@
 """Train the vectors of a new word in place of a LoRA: textual inversion (Gal et al. 2023)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..files.whole import new_file
 from ..models.clip import CLIPEmbeddings
 from ..pipeline import StableDiffusion
 from ..text.tokenizer import Tokenizer
-from ..weights.formats.safetensors import loading_stream, write_safetensors
+from ..weights.formats.safetensors import loading_stream
 
 
 class NewWord(nn.Module):
@@ -58,15 +56,3 @@ def _first_vectors(tokenizer: Tokenizer, embeddings: CLIPEmbeddings, count: int,
     else:
         vectors = table(mx.array(ids[:count])).astype(mx.float32)
     return mx.concatenate([vectors] * count)[:count]
-
-
-def save_embedding(vectors: Mapping[str, mx.array], word: str, path: Path, texts: Mapping[str, str] | None) -> None:
-    """Write the vectors of a word, by text encoder, as a file that appears complete or not at all.
-
-    One tensor with the name of the word, as diffusers writes it and the web UIs read it; of XL's two encoders
-    "clip_l" and "clip_g". ``texts`` is the metadata.
-    """
-    names = (word,) if len(vectors) == 1 else ("clip_l", "clip_g")
-    tensors = dict(zip(names, vectors.values(), strict=True))
-    with new_file(path) as partial:
-        write_safetensors(partial, list(tensors), tensors, texts)

@@ -1,13 +1,15 @@
-"""Read textual inversion files (Gal et al. 2023): vectors for a new word, of one text encoder or of XL's two."""
+"""Read and write textual inversion files (Gal et al. 2023): vectors for a new word, of one encoder or XL's two."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..files.whole import new_file
 from ..models.config import listed
 from .files import read_file
+from .formats.safetensors import write_safetensors
 from .layout import check_suffix
 
 _XL_KEYS = ("clip_l", "clip_g")
@@ -32,6 +34,19 @@ def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.a
     named = named or texts.get("modelspec.trigger_phrase")
     words = dict.fromkeys(word for word in (named, path.stem) if word and word != "*")
     return tuple(words), vectors_of(tensors, str(path))
+
+
+def write_embedding(
+    path: Path, word: str, vectors: Sequence[mx.array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the vectors [n, C] of a word, for one text encoder or XL's two; the file appears complete or not at all.
+
+    One tensor with the name of the word, as diffusers writes it and the web UIs read it, or "clip_l" and "clip_g".
+    """
+    names = (word,) if len(vectors) == 1 else _XL_KEYS
+    tensors = dict(zip(names, vectors, strict=True))
+    with new_file(path) as partial:
+        write_safetensors(partial, list(tensors), tensors, metadata)
 
 
 def vectors_of(tensors: Mapping[str, mx.array], where: str) -> tuple[mx.array, ...]:

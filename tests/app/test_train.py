@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.shapes import SHAPES
-from stable_diffusion.app.training_output import LossTable, RunFiles, TrainingProgress, add_row, to_toml
+from stable_diffusion.app.training_output import LossTable, RunFiles, add_row, to_toml
 from stable_diffusion.app.training_plan import predicted_seconds, step_operations
+from stable_diffusion.app.training_progress import TrainingProgress
 from stable_diffusion.images.files import read_text
 from stable_diffusion.training.trainer import TrainingStep
 from stable_diffusion.weights.load import build

@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from checkpoints import SCALED, make
 from oracle import normal, relative_error
 from stable_diffusion import StableDiffusion
+from stable_diffusion.images.buckets import bucket_sizes, crop_for
 from stable_diffusion.images.files import open_image
-from stable_diffusion.training import dataset as module
-from stable_diffusion.training.buckets import bucket_sizes, crop_for
+from stable_diffusion.images.folders import Picture, read_pictures
 from stable_diffusion.training.dataset import Dataset, PictureSet
-from stable_diffusion.training.pictures import Picture, read_pictures
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
+from stable_diffusion.weights import cache as module
 
 SIDE = 64  # pixels; sizes are multiples of 16
 CAPTIONS = ("the red cat", "(the:1.5) [blue] BREAK cat", "the cat " * 60, "")

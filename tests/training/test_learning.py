@@ -7,9 +7,9 @@ import pytest
 
 import stable_diffusion
 from stable_diffusion import StableDiffusion
+from stable_diffusion.images.folders import read_pictures
 from stable_diffusion.training.dataset import Dataset
 from stable_diffusion.training.loss import seed_of
-from stable_diffusion.training.pictures import read_pictures
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
 from stable_diffusion.weights.files import read_file

@@ -15,13 +15,14 @@ from configs import REAL_TEXT_ENCODERS, REAL_UNETS
 from oracle import nchw, normal
 from stable_diffusion import StableDiffusion
 from stable_diffusion.app.inspect import inspect
+from stable_diffusion.app.training_output import header_texts
+from stable_diffusion.images.folders import Picture
 from stable_diffusion.lora.create import new_lora
 from stable_diffusion.lora.layers import attach
 from stable_diffusion.lora.metadata import describe
 from stable_diffusion.lora.save import write_lora
 from stable_diffusion.training.dataset import Dataset
-from stable_diffusion.training.pictures import Picture
-from stable_diffusion.training.save import metadata, save_lora
+from stable_diffusion.training.save import save_lora
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
 from stable_diffusion.weights.load import build
@@ -149,7 +150,7 @@ def test_the_header_is_read_by_other_programs(sd, tmp_path):
     data = Dataset(sd, pictures, settings, resolution=48)
     trainer = LoRATrainer(sd, data, settings)
     for path in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
-        save_lora(trainer, path, metadata(trainer, data, "ohwx", "me"))
+        save_lora(trainer, path, header_texts(trainer, "ohwx", "me"))
     _, texts = written(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     wanted = {

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 from checkpoints import SCALED, make
 from oracle import nchw, normal, relative_error
 from stable_diffusion import StableDiffusion
+from stable_diffusion.images.folders import read_pictures
 from stable_diffusion.training.dataset import Dataset
 from stable_diffusion.training.loss import TrainingBatch, add_noise, seed_of
-from stable_diffusion.training.pictures import read_pictures
 from stable_diffusion.training.save import averaged, load_state, save_lora, save_state
 from stable_diffusion.training.settings import TrainingSettings
 from stable_diffusion.training.trainer import LoRATrainer
-from stable_diffusion.training.words import save_embedding
-from stable_diffusion.weights.embeddings import read_embedding
+from stable_diffusion.weights.embeddings import read_embedding, write_embedding
 
 TOLERANCE = 1e-4
 WORD, COUNT = "ohwx", 3
@@ -196,8 +195,8 @@ def test_words_from_files_keep_their_vectors(folder, tmp_path):
     widths = {name: factor.shape[1] for name, factor in trainer_for(folder).factors().items()}
     files, prompts = [], ("the before cat", "the after cat", "the ohwx cat")
     for i, name in enumerate(("before", "after")):
-        vectors = {encoder: mx.array(normal(2, width, seed=i)) for encoder, width in widths.items()}
-        save_embedding(vectors, name, tmp_path / f"{name}.safetensors", None)
+        vectors = [mx.array(normal(2, width, seed=i)) for width in widths.values()]
+        write_embedding(tmp_path / f"{name}.safetensors", name, vectors)
         files.append(tmp_path / f"{name}.safetensors")
     trainer = trainer_for(folder, older=files[:1], steps=2, learning_rate=0.1)
     trainer.sd.load_embedding(files[1])

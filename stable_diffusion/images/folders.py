@@ -1,4 +1,4 @@
-"""Find the pictures of a training and their captions, and say of each file that cannot be used why."""
+"""Read a folder of pictures with captions, and say of each file that cannot be used why."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..files.text import parse_json, read_text
-from ..images.files import open_image
+from .files import open_image
 
 _READ = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 _REFUSED = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ico", ".exr", ".pdf", ".eps", ".mp4", ".mov")
@@ -37,7 +37,7 @@ class Picture:
 def read_pictures(
     folder: Path, resolution: int, *, caption: str | None = None, trigger: str | None = None
 ) -> tuple[list[Picture], list[str]]:
-    """Read the pictures in a folder for a training, and one line about each file that is left out.
+    """Read the pictures in a folder, and one line about each file that is left out.
 
     A caption is in the text file of the picture's name, or in metadata.jsonl (``file_name`` and ``text``) or
     train.jsonl (``image`` and ``prompt``). A folder ``10_name`` is shown 10 times in an epoch, and its name is the
@@ -45,7 +45,7 @@ def read_pictures(
 
     Args:
         folder: searched with all its sub-folders, except hidden ones and links.
-        resolution: side of a square of the area in pixels at which is trained; a quarter of that area is enough.
+        resolution: side in pixels of a square with the area that is needed; a quarter of it is enough.
         caption: of pictures without one.
         trigger: word that is put before each caption that lacks it.
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.images.files import open_image
-from stable_diffusion.training.pictures import read_pictures
+from stable_diffusion.images.folders import read_pictures
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16), mode: str = "RGB", **options) -> Path:

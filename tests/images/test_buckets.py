@@ -2,7 +2,7 @@
 
 import pytest
 
-from stable_diffusion.training.buckets import bucket_sizes, crop_for
+from stable_diffusion.images.buckets import bucket_sizes, crop_for
 
 XL = """512x1856 512x1920 512x1984 512x2048 576x1664 576x1728 576x1792 640x1536 640x1600 704x1408 704x1472 768x1280
 768x1344 832x1216 896x1152 960x1088 1024x1024"""

@@ -1,0 +1,82 @@
+"""Keep arrays that take long to compute: computed once, then read from memory, or from a folder that runs share."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..files.whole import check_space, new_file
+from .formats.safetensors import read_safetensors, write_safetensors
+
+_log = logging.getLogger("stable_diffusion")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """Describe arrays: ``key`` holds all that decides them, ``size`` is in bytes, ``compute`` returns them by name."""
+
+    key: tuple
+    size: int
+    compute: Callable[[], dict[str, mx.array]]
+
+
+class ArrayCache:
+    """Compute arrays once and keep them in float16, in memory or in ``folder``, under a hash of their key.
+
+    Several runs may share a folder. Raises OSError where it cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._kept: dict[tuple, dict[str, mx.array]] = {}
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"the cache {folder} cannot be made ({error.strerror}); choose another folder") from None
+
+    def check_room(self, entries: Iterable[CacheEntry]) -> None:
+        """Raise OSError where the disk has no room for the entries that are not in the folder yet."""
+        if self.folder is not None:
+            missing = (entry for entry in entries if not self._path(entry).is_file())
+            check_space(self.folder / "cache", sum(entry.size for entry in missing))
+
+    def get(self, entry: CacheEntry) -> dict[str, mx.array]:
+        """Return the arrays of an entry, evaluated. A damaged file is computed again, and the log says so."""
+        path = self._path(entry)
+        if entry.key in self._kept:
+            return self._kept[entry.key]
+        if path is not None and path.is_file():
+            try:
+                arrays, _ = read_safetensors(path)
+                mx.eval(arrays)
+                return arrays
+            except ValueError as error:
+                _log.warning("%s; it is made anew", error)
+        arrays = {name: array.astype(mx.float16) for name, array in entry.compute().items()}
+        mx.eval(arrays)
+        if path is None:
+            self._kept[entry.key] = arrays
+        else:
+            with new_file(path) as partial:
+                write_safetensors(partial, list(arrays), dict(arrays))
+        return arrays
+
+    def _path(self, entry: CacheEntry) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{hashlib.sha256(repr(entry.key).encode()).hexdigest()[:40]}.safetensors"
+
+
+def hash_arrays(tree: Any, *about: object) -> str:
+    """Return a hash of the arrays in a tree, by their path, and of whatever else is ``about`` them."""
+    digest = hashlib.sha256(repr(about).encode())
+    for path, array in sorted(tree_flatten(tree)):
+        digest.update(f"{path} {array.shape} {array.dtype}".encode())
+        digest.update(memoryview(array.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
