@@ -132,11 +132,7 @@ class TrainingRun:
         """Give all processes the checkpoint of the first. Raises ValueError where they do not do the same."""
         if self.group is None:
             return
-        shown = [
-            (p.digest, p.caption, p.repeats, c)
-            for s in self.data.sets
-            for p, c in zip(s.pictures, s.crops, strict=True)
-        ]
+        shown = [pictures.digest for pictures in self.data.sets]
         if len(set(processes.texts(str(seed_of(*shown, self.settings, self.sd.dtype)), self.group))) > 1:
             raise ValueError(
                 "pictures, captions or settings of the processes differ; give each the same folder and flags"

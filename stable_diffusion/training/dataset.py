@@ -48,6 +48,12 @@ class PictureSet:
         return sum(-(-count // batch_size) for count in self.sizes.values())
 
     @cached_property
+    def digest(self) -> str:
+        """Return a hash of all that is shown, in its order: pixels, captions, repeats and crops."""
+        shown = ((p.digest, p.caption, p.repeats, crop) for p, crop in zip(self.pictures, self.crops, strict=True))
+        return f"{seed_of(*shown):016x}"
+
+    @cached_property
     def sizes(self) -> dict[tuple[int, int], int]:
         """Return the sizes (width, height) with the number of pictures of each, repeats counted."""
         counts: dict[tuple[int, int], int] = {}

@@ -61,7 +61,9 @@ def load_state(trainer: LoRATrainer, path: Path) -> None:
     for name, value in expected.items():
         if name not in _MAY_CHANGE and found.get(name) != value:
             change = f"with {name} {found.get(name)!r}, and this run has {value!r}"
-            raise ValueError(f"{path} was written by a run {change}; resume with the settings of that run")
+            if name == "pictures":
+                change = "with other pictures, captions, repeats or sizes, or another flip"
+            raise ValueError(f"{path} was written by a run {change}; resume with those of that run")
     try:
         mx.eval(arrays)
         trainer.load_state(arrays)
@@ -70,10 +72,11 @@ def load_state(trainer: LoRATrainer, path: Path) -> None:
 
 
 def _identity(trainer: LoRATrainer) -> dict[str, Any]:
-    """Return what a run that goes on must have in common with the one before: its settings, and sums of its weights."""
+    """Return what a run has in common with one that it goes on: settings, pictures, and sums of the weights."""
     digest, trained = hashlib.sha256(), trainer.factors().keys()
     for name, array in tree_flatten(trainer.model.parameters()):
         if name not in trained:
             total = array.reshape(-1).view(mx.uint16).astype(mx.uint32).sum()
             digest.update(f"{name} {array.dtype} {total.item()} ".encode())
-    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16]}
+    pictures = f"{trainer.data.sets[0].digest} {trainer.data.flip}"
+    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16], "pictures": pictures}

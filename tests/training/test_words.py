@@ -1,6 +1,7 @@
 """A textual inversion trains the vectors of a new word and nothing else, as torch and diffusers would."""
 
 import re
+from types import SimpleNamespace
 
 import diffusers
 import mlx.core as mx
@@ -36,6 +37,8 @@ def folder(request, tmp_path_factory):
 
 class Data:
     """The same batch in every step."""
+
+    sets, flip = (SimpleNamespace(digest=""),), False
 
     def __init__(self, is_xl: bool):
         n = len(CAPTIONS)
