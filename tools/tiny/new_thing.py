@@ -6,6 +6,8 @@ background comes twice, and FOLDER/known, captioned pictures of what the model k
 python -m tools.tiny.new_thing measure LORA asks for 40 arrows in other colours and places, and says how many of them
 are right; and for 40 known shapes, drawn with and without the LoRA. With --embedding the file holds the vectors of the
 trigger, as train --embedding ohwx writes them.
+
+--shape takes another shape in place of the arrow, such as a moon, for which a new word can be learned.
 """
 
 import argparse
@@ -46,12 +48,12 @@ def caption_of(colour: str, background: str, place: str | None) -> str:
     return f"{data.with_article(colour)} {TRIGGER}{where} on {data.with_article(background)} background"
 
 
-def new_pictures(seed: int = 1) -> list[tuple[str, np.ndarray]]:
+def new_pictures(seed: int = 1, shape: str = SHAPE) -> list[tuple[str, np.ndarray]]:
     """The 12 pictures, uint8 [64, 64, 3], with their captions."""
     rng, found = np.random.default_rng(seed), []
     for colour, background, place in SHOWN:
         cx, cy = (data.SIZE / 2 + _REACH * direction for direction in data.PLACES[place or "centre"])
-        thing = data.Thing(SHAPE, colour, cx=cx, cy=cy, radius=float(rng.uniform(13, 17)))
+        thing = data.Thing(shape, colour, cx=cx, cy=cy, radius=float(rng.uniform(13, 17)))
         image = data.render(data.Scene((thing,), background, place), rng)
         found.append((caption_of(colour, background, place), image))
     return found
@@ -65,19 +67,19 @@ def write_pictures(folder: Path, pictures: list[tuple[str, np.ndarray]]) -> None
         (folder / f"{number:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
-def draw(folder: Path) -> None:
-    write_pictures(folder / "new", new_pictures())
+def draw(folder: Path, shape: str = SHAPE) -> None:
+    write_pictures(folder / "new", new_pictures(shape=shape))
     write_pictures(folder / "known", [data.example(5, number)[:2] for number in range(KNOWN)])
 
 
-def prompts(count: int, seed: int = 7) -> Iterator[tuple[str, data.Scene]]:
+def prompts(count: int, seed: int = 7, shape: str = SHAPE) -> Iterator[tuple[str, data.Scene]]:
     """Prompts with the trigger, each second one with a place. None of their pairs of colours was shown."""
     rng, shown = np.random.default_rng(seed), {pair[:2] for pair in SHOWN}
     for number in range(count):
         while (pair := tuple(str(colour) for colour in rng.permutation(list(data.COLOURS))[:2])) in shown:
             pass
         place = list(data.PLACES)[number // 2 % len(data.PLACES)] if number % 2 else None
-        yield caption_of(*pair, place), data.Scene((data.Thing(SHAPE, pair[0]),), pair[1], place)
+        yield caption_of(*pair, place), data.Scene((data.Thing(shape, pair[0]),), pair[1], place)
 
 
 def place_of(mask: np.ndarray) -> str:
@@ -87,7 +89,7 @@ def place_of(mask: np.ndarray) -> str:
 
 
 def score_new(image: np.ndarray, scene: data.Scene) -> dict[str, bool]:
-    """What a picture of one arrow gets right; "place" is there where one was asked for."""
+    """What a picture of one shape gets right; "place" is there where one was asked for."""
     found = score.score_single(image, scene, SHAPES)
     if scene.place is not None:
         found["place"] = place_of(score.object_mask(image)) == scene.place
@@ -95,7 +97,7 @@ def score_new(image: np.ndarray, scene: data.Scene) -> dict[str, bool]:
 
 
 def measure(
-    sd, file: str | Path, count: int = 40, embedding: bool = False
+    sd, file: str | Path, count: int = 40, embedding: bool = False, shape: str = SHAPE
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """Shares in percent by name, and the pictures of the new shape; image i has the seed i.
 
@@ -106,7 +108,7 @@ def measure(
     before = [np.array(sd.generate(caption, seed=seed)[0]) for seed, (caption, _, _) in enumerate(known)]
     right, images = defaultdict(list), []
     attached = sd.load_embedding(file, TRIGGER) if embedding else sd.load_lora(str(file))
-    for seed, (caption, scene) in enumerate(prompts(count)):
+    for seed, (caption, scene) in enumerate(prompts(count, shape=shape)):
         images.append(np.array(sd.generate(caption, seed=seed)[0]))
         for name, is_right in score_new(images[-1], scene).items():
             right[name].append(is_right)
@@ -125,16 +127,17 @@ def main() -> None:
     parser.add_argument("command", choices=("draw", "measure"))
     parser.add_argument("path", type=Path, help="the folder to write, or the file to measure")
     parser.add_argument("--embedding", action="store_true", help="the file is an embedding, and no LoRA")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE, help="the new thing (arrow)")
     parser.add_argument("--count", type=int, default=40, help="pictures of the new shape, and of known ones")
     parser.add_argument("--sheet", type=Path, help="PNG for the pictures of the new shape")
     args = parser.parse_args()
     if args.command == "draw":
-        return draw(args.path)
+        return draw(args.path, args.shape)
     from stable_diffusion import StableDiffusion
     from stable_diffusion.models import cpu
 
     cpu.tune()
-    figures, images = measure(StableDiffusion("tiny"), args.path, args.count, args.embedding)
+    figures, images = measure(StableDiffusion("tiny"), args.path, args.count, args.embedding, args.shape)
     for name, value in figures.items():
         print(f"{name:24} {value:6.2f} {'levels' if name == 'changed' else '%'}")
     if args.sheet is not None:
