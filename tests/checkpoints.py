@@ -1,8 +1,11 @@
 """Small random checkpoints in the true layouts, written by diffusers itself, and the runs that they are compared in."""
 
+import atexit
+import copy
 import inspect
 import json
 import shutil
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -49,6 +52,24 @@ def _encoder(tokenizer: CLIPTokenizer, cls: type = CLIPTextModel, **values):
     return perturb(cls(CLIPTextConfig(**config | {"vocab_size": len(tokenizer)} | values)), seed=1)
 
 
+_NETWORKS: dict[str, tuple[dict[str, torch.nn.Module], Path]] = {}  # with the folder that they are written in
+_WRITTEN = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, _WRITTEN)
+
+
+def _networks(family: str, configs: dict, encoders: dict, tokenizers: dict) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    networks = {"unet": perturb(diffusers.UNet2DConditionModel(**configs["unet"]), seed=2)}
+    networks["vae"] = perturb(diffusers.AutoencoderKL(**configs["vae"]), seed=3)
+    if "tokenizer" in tokenizers:
+        networks["text_encoder"] = _encoder(tokenizers["tokenizer"], **encoders)
+    if "tokenizer_2" in tokenizers:
+        second = {"hidden_size": 64, "intermediate_size": 128} if family == "refiner" else {}
+        second |= {"hidden_act": "gelu", "projection_dim": encoders.get("hidden_size", 32)} | encoders
+        networks["text_encoder_2"] = _encoder(tokenizers["tokenizer_2"], CLIPTextModelWithProjection, **second)
+    return networks
+
+
 def make(
     folder: Path,
     family: str,
@@ -61,23 +82,22 @@ def make(
 ) -> diffusers.DiffusionPipeline:
     """Build a random pipeline of ``family`` (a key of UNETS), save it in ``folder`` and return the diffusers object.
 
-    ``unet`` and ``vae`` are other configs, ``encoders`` other values in the configs of all text encoders.
+    ``unet`` and ``vae`` are other configs, ``encoders`` other values in the configs of all text encoders. Networks of
+    the same configs are made and written once in a process, and copied.
     """
-    torch.manual_seed(0)
     xl, refiner = family in ("xl", "xl-inpaint", "refiner", "ssd-1b"), family == "refiner"
     pads = {} if refiner else {"tokenizer": "!" if family.startswith("sd2") else "<|endoftext|>"}
     pads |= {"tokenizer_2": "!"} if xl else {}
     tokenizers = {name: CLIPTokenizer.from_pretrained(write_vocabulary(folder / name, pads[name])) for name in pads}
-    parts = {"tokenizer": None, "text_encoder": None, "scheduler": scheduler} | tokenizers
-    parts["unet"] = perturb(diffusers.UNet2DConditionModel(**unet or UNETS[family]), seed=2)
-    parts["vae"] = perturb(diffusers.AutoencoderKL(**vae | {"scaling_factor": 0.13025 if xl else 0.18215}), seed=3)
-    encoders = encoders or {}
-    if not refiner:
-        parts["text_encoder"] = _encoder(tokenizers["tokenizer"], **encoders)
-    if xl:
-        second = {"hidden_size": 64, "intermediate_size": 128} if refiner else {}
-        second |= {"hidden_act": "gelu", "projection_dim": encoders.get("hidden_size", 32)} | encoders
-        parts["text_encoder_2"] = _encoder(tokenizers["tokenizer_2"], CLIPTextModelWithProjection, **second)
+    configs = {"unet": unet or UNETS[family], "vae": vae | {"scaling_factor": 0.13025 if xl else 0.18215}}
+    key = json.dumps([family, configs, encoders])
+    if key not in _NETWORKS:
+        _NETWORKS[key] = _networks(family, configs, encoders or {}, tokenizers), Path(_WRITTEN, str(len(_NETWORKS)))
+        for name, network in _NETWORKS[key][0].items():
+            network.save_pretrained(_NETWORKS[key][1] / name)
+    networks, written = _NETWORKS[key]
+    shutil.copytree(written, folder, dirs_exist_ok=True)
+    parts = {"tokenizer": None, "text_encoder": None, "scheduler": scheduler} | tokenizers | copy.deepcopy(networks)
     if refiner:
         pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, **pipeline_options)
     elif xl:
@@ -86,10 +106,8 @@ def make(
         none = {"safety_checker": None, "feature_extractor": None}
         pipe = diffusers.StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    for name, pad in pads.items():  # in the files that Hub repositories hold
-        shutil.rmtree(folder / name)
-        write_vocabulary(folder / name, pad)
+    pipe.save_config(folder)
+    pipe.scheduler.save_pretrained(folder / "scheduler")  # some settings of which are the pipeline's
     return pipe
 
 

@@ -1,8 +1,8 @@
 """The documents: their commands and programs are run, and what they name is held against the code.
 
 Blocks of ``shell`` and ``python`` run in order, in a folder of their own, on the bundled model: in three steps, unless
-they ask for others or draw a picture that the documents show, which is compared. A comment on the line above a block,
-which readers do not see, says what is special about it:
+they ask for others or draw a picture that the documents show, which is compared. Trainings do not measure the loss. A
+comment on the line above a block, which readers do not see, says what is special about it:
 
     <!-- download -->       its commands run up to where they ask the Hub for a model
     <!-- minutes -->        only the options of its commands are read
@@ -138,6 +138,8 @@ def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
     run, (main, *argv) = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
     if Path(main).stem in SCRIPTS and not {"--steps", *_SHOWN} & set(argv):
         argv += ["--steps", "3"]
+    if argv[:1] == ["train"]:
+        argv += ["--measure_every", "0"]  # ten times as long as three steps
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [main, *argv])
         if mark == "minutes":
