@@ -37,6 +37,8 @@ gelu = cpu.for_float32(cpu.gelu, nn.gelu)  # x * (1 + erf(x / sqrt(2))) / 2 (Hen
 softmax = cpu.for_float32(cpu.softmax, partial(mx.softmax, axis=-1, precise=True))  # of the last axis
 layer_norm = cpu.for_float32(cpu.layer_norm, lambda *inputs: mx.fast.layer_norm(*inputs))  # Ba et al. 2016
 
+_convolve = cpu.for_float32(cpu.convolve, lambda *inputs: mx.conv2d(*inputs))
+
 
 @mx.compile
 def scaled(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
@@ -217,9 +219,9 @@ def conv2d(x: mx.array, weight: mx.array, stride: Sequence[int] = (1, 1), paddin
     """
     rows = math.inf if mx.default_device() == mx.cpu else rows_alike(x.shape, weight.shape, stride, padding)
     if len(x) <= rows:
-        return mx.conv2d(x, weight, stride, padding)
+        return _convolve(x, weight, stride, padding)
     parts = mx.split(x, list(range(rows, len(x), rows)))
-    return mx.concatenate([mx.conv2d(part, weight, stride, padding) for part in parts])
+    return mx.concatenate([_convolve(part, weight, stride, padding) for part in parts])
 
 
 class Conv2d(nn.Conv2d):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import pytest
+import torch
 
 from configs import REAL_UNETS, REAL_VAE
 from oracle import normal, relative_error
@@ -137,3 +138,26 @@ def test_a_lora_beside_a_convolution_goes_the_same_way(calls):
     layer.loras.append(LoRADelta("unet", "conv", factors, 1.0, lora))
     layer(mx.zeros((4, 32, 32, 320)))
     assert [(call[0][0], call[1][0]) for call in calls] == [(3, 320), (1, 320), (3, 32), (1, 32)]
+
+
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding",
+    [
+        ((7, 5), 3, (1, 1), (1, 1)),
+        ((8, 7), 3, (2, 2), (1, 1)),
+        ((8, 7), 3, (2, 2), (0, 0)),
+        ((9, 8), 1, (2, 1), (0, 0)),
+        ((8, 9), 4, (4, 4), (0, 0)),
+        ((6, 6), 2, (3, 2), (2, 0)),
+    ],
+)
+def test_gradients_equal_torchs(size, kernel, stride, padding):
+    x, weight = normal(2, *size, 5, seed=1), normal(4, kernel, kernel, 5, seed=2)
+    theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, weight)]
+    y = torch.nn.functional.conv2d(*(a.permute(0, 3, 1, 2) for a in theirs), stride=stride, padding=padding)
+    change = normal(*y.permute(0, 2, 3, 1).shape, seed=3)
+    (y.permute(0, 2, 3, 1) * torch.from_numpy(change)).sum().backward()
+    inputs = [mx.array(x), mx.array(weight)]
+    ours = mx.vjp(lambda x, weight: conv2d(x, weight, stride, padding), inputs, [mx.array(change)])[1]
+    for gradient, array in zip(ours, theirs, strict=True):
+        assert relative_error(gradient, array.grad.numpy()) <= 1e-6

@@ -29,6 +29,28 @@ def test_activations(backend, ours, theirs):
         assert relative_error(ours(mx.array(x)), want) <= 1e-6
 
 
+def affine_silu(x, mean, scale, shift):
+    return torch.nn.functional.silu((x - mean) * scale + shift)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, inputs",
+    [
+        (silu, torch.nn.functional.silu, [RANGE]),
+        (gelu, torch.nn.functional.gelu, [RANGE]),
+        (scaled_silu, affine_silu, [normal(2, 6, 5, 24), *normal(3, 2, 1, 1, 24)]),
+    ],
+)
+def test_gradients_of_activations(backend, ours, theirs, inputs):
+    arrays = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    y = theirs(*arrays)
+    weights = normal(*y.shape, seed=1)
+    (y * torch.from_numpy(weights)).sum().backward()
+    gradients = mx.vjp(ours, [mx.array(x) for x in inputs], [mx.array(weights)])[1]
+    for gradient, x in zip(gradients, arrays, strict=True):
+        assert relative_error(gradient, x.grad.numpy()) <= 1e-6
+
+
 @pytest.mark.parametrize("width, scale", [(40, 1e-3), (64, 1.0), (160, 30.0), (512, 1.0)])
 def test_attention(backend, width, scale):
     """Up to scores in the thousands, where the last bit of a score counts: it moves a weight by so much."""
