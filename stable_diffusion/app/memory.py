@@ -41,7 +41,7 @@ _TEXT = 12e6  # bytes for each chunk of 75 tokens
 # input. Bytes for each byte of the float32 scores of attention, of which a gradient computes 2**26 at a time; and what
 # MLX computes ahead of the device. CPU: measured with small UNets at 128 and 256 pixels. GPU, half precision: computed,
 # not measured on a Mac.
-_TRAINING = {mx.cpu: (60, 504, 4, 13, 0.0), mx.gpu: (8, 60, 2, 3, 0.6e9)}
+_TRAINING = {mx.cpu: (50, 95, 4, 13, 0.0), mx.gpu: (8, 60, 2, 3, 0.6e9)}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ SMALL = {
 
 @pytest.mark.parametrize("shape", SMALL)
 def test_the_memory_of_a_step_is_predicted(shape, monkeypatch):
-    """Within a half more or less; and what checkpointing saves is most of it."""
+    """Within a half more or less; and checkpointing saves a fifth of it, where most is scores of attention, or more."""
     monkeypatch.setitem(UNETS, shape, SMALL[shape])
     measured = {}
     for checkpointing in ("off", "on"):
@@ -115,7 +115,7 @@ def test_the_memory_of_a_step_is_predicted(shape, monkeypatch):
         measured[checkpointing] = mx.get_peak_memory() - before
         predicted = training_bytes(step.__self__.sd.unet, 1, (16, 16), checkpointing == "on")
         assert 1 / 1.5 <= measured[checkpointing] / predicted <= 1.5, checkpointing
-    assert measured["on"] <= 0.6 * measured["off"]
+    assert measured["on"] <= 0.8 * measured["off"]
 
 
 def test_the_benchmark_measures_diffusers_too(monkeypatch):
