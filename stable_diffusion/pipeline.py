@@ -103,6 +103,7 @@ class StableDiffusion(Networks):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r} is none to compute in; give mx.float16, mx.bfloat16 or mx.float32")
         self.rows_at_once = 1 if low_memory else None
+        self.group: mx.distributed.Group | None = None  # computes the rows of the UNet's batch together
         self.memory_limit: float | None = None
         self.source, self._revision = self.default_model if model is None else model, revision
         checkpoint = open_checkpoint(
@@ -379,7 +380,7 @@ class StableDiffusion(Networks):
     ) -> DenoiseStep:
         """Make D(x, sigma) of a run, with its wrappers."""
         settings: dict[str, Any] = {"controls": options.controls, "rows_at_once": self.rows_at_once}
-        settings |= {"deep_cache": options.deep_cache, "tome_ratio": options.token_merging}
+        settings |= {"group": self.group, "deep_cache": options.deep_cache, "tome_ratio": options.token_merging}
         settings |= {"freeu_scales": options.freeu, "pag_layers": options.pag_layers if options.pag_scale else ()}
         denoise: DenoiseStep = Denoiser(unet, self.schedule, run.steps, self.dtype, batches, **settings)
         denoise = for_sampler(denoise, run.sampler, self.schedule)

@@ -8,10 +8,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from time import perf_counter
 from typing import Any
 
@@ -76,13 +76,14 @@ class Result:
     """Hold a finished image, or what there is of it where a run was stopped (``partial``: "step 3 of 20").
 
     ``seconds`` are the image's share of its batch. ``latents`` [n, h, w, 4] are those of the batch, ``index`` the
-    image's place in it.
+    image's place in it. ``number`` is that of its request.
     """
 
     request: Request
     image: Image
     batch: Batch
     index: int
+    number: int
     seconds: float
     partial: str
     latents: mx.array
@@ -131,9 +132,13 @@ def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
 
 @dataclass
 class _Run:
-    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step."""
+    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step.
+
+    ``numbers`` are those of its images.
+    """
 
     batch: Batch
+    numbers: range
     prepared: Latents | None = None
     latents: mx.array | None = None
     seconds: float = 0.0
@@ -174,7 +179,10 @@ class Engine:
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]
         count = len(batches)
         indices = [f"{i}/{count}" if count > 1 else "" for i in range(1, count + 1)]
-        self._runs = [_Run(replace(batch, index=index)) for batch, index in zip(batches, indices, strict=True)]
+        ends = accumulate(len(batch.requests) for batch in batches)
+        numbers = [range(end - len(batch.requests), end) for batch, end in zip(batches, ends, strict=True)]
+        rows = zip(batches, indices, numbers, strict=True)
+        self._runs = [_Run(replace(batch, index=index), images) for batch, index, images in rows]
         shapes = [run_shape(model, batch) for batch in batches]
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
         self._rows_at_once = model.rows_at_once  # restored at the end of the run
@@ -184,12 +192,18 @@ class Engine:
         for run in self._runs:
             self._prepare(run, lambda run: first_pass(model, run.batch))
         self._on_step: OnStep | None = None
+        self._order: Iterable[int] | None = None
         self._stopped = False
 
     @property
     def batches(self) -> list[Batch]:
         """Return the batches in their order."""
         return [run.batch for run in self._runs]
+
+    @property
+    def numbers(self) -> list[range]:
+        """Return the numbers of the images of each batch, which are those of their requests."""
+        return [run.numbers for run in self._runs]
 
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
         """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
@@ -208,8 +222,11 @@ class Engine:
         for name, lora in self._loras.items():
             lora.scale = dict(request.prompt_loras).get(name, 0.0)
 
-    def run(self, on_step: OnStep = lambda step: None) -> Iterator[Result]:
+    def run(self, on_step: OnStep = lambda step: None, order: Iterable[int] | None = None) -> Iterator[Result]:
         """Generate the images in batches and yield each as soon as it is decoded.
+
+        ``order`` gives the numbers of the batches that are generated, each when the one before is decoded; None is all
+        of them. Models with a refiner have none.
 
         When ``on_step`` returns True, the run stops: the batches that have begun are yielded as they are. Raises
         FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
@@ -217,7 +234,7 @@ class Engine:
         """
         if self._on_step is not None:
             raise ValueError("this engine has run already; make another one of the same model")
-        self._on_step = on_step
+        self._on_step, self._order = on_step, order
         self._release("unet", "autoencoder")
         base, request, inputs = self.model, self._request, self._inputs
         try:
@@ -238,8 +255,10 @@ class Engine:
             for lora in self._loras.values():
                 lora.detach()
 
-    def _groups(self) -> list[list[_Run]]:
+    def _groups(self) -> Iterable[list[_Run]]:
         """Return the runs that are decoded together: each for itself, or all of them."""
+        if self._order is not None:
+            return ([self._runs[number]] for number in self._order)
         return [[run] for run in self._runs] if self._finishes_each else [self._runs]
 
     def _release(self, *keep: str) -> None:
@@ -291,11 +310,21 @@ class Engine:
             try:
                 return self.model.retry_in_float32("unet", compute)
             except (RuntimeError, MemoryError) as error:
+                if self.model.group is not None:
+                    self._go_on_alone(error)
+                    continue
                 is_full = isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE)
                 reason = " ".join(f"memory ran out ({str(error) or 'MemoryError'})".split())
                 if not is_full or not self._run_fewer_rows(run.batch, 0.5, reason):
                     raise
             mx.clear_cache()
+
+    def _go_on_alone(self, error: Exception) -> None:
+        """Compute all rows here where another rank is lost. Any other error ends the run: ranks keep in step."""
+        if "lost" not in str(error) or self.model.group.rank() > 0:
+            raise error
+        self.model.group = None
+        _log.warning("another Mac is lost: the image is made again here, on one")
 
     def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
         """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""
@@ -334,17 +363,18 @@ class Engine:
     def _decoded(self, runs: Sequence[_Run]) -> Iterator[Result]:
         """Decode the images of the runs that have begun. The UNet is freed before, unless the next batch needs it."""
         if not self._finishes_each:
-            self._drop_controls()
+            if self._order is None:
+                self._drop_controls()
             self._release("autoencoder")
         model, size = self.model, self._resources.decoding_batch_size
         for run in (run for run in runs if run.latents is not None):
             parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
             for i, pixels in enumerate(chain.from_iterable(map(model.decode_checked, parts))):
-                image, batch = from_array(pixels), run.batch
+                image, batch, number = from_array(pixels), run.batch, run.numbers[i]
                 if batch.canvas is not None and not batch.request.no_composite:
                     image = batch.canvas.paste(image)
                 seconds = round(run.seconds / len(batch.requests), 3)
-                yield Result(batch.requests[i], image, batch, i, seconds, run.partial, run.latents, model)
+                yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, model)
 
 
 def _attach(model: StableDiffusion, name: str, request: Request) -> AttachedLoRA:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product, repeat
+from random import Random, SystemRandom
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora.delta import Scale
@@ -298,32 +299,33 @@ _DEFAULT = Request()
 Sweep = dict[str, tuple[Any, ...]]  # the settings that have several values, in the order in which they were given
 
 
-def expand(lines: Sequence[tuple[Request, Sweep]]) -> list[Request]:
+def expand(lines: Sequence[tuple[Request, Sweep]], random: Random | None = None) -> list[Request]:
     """Expand requests to one for each image, in the order of the images.
 
     Alternatives and wildcards stand for a prompt each; with ``alternatives`` "one", each image draws its own by its
     seed. Each combination of swept values is a setting: the first of them changes slowest, then come the prompts, then
     the seeds. Seeds count on from prompt to prompt, and start again where a line names one. With ``fixed_seed``, and
     where settings are swept, all prompts have the same seeds. Several seeds are those of every prompt. Where there is a
-    ``variation_strength``, variation seeds count on in place of the seeds.
+    ``variation_strength``, variation seeds count on in place of the seeds. ``random`` draws those that are
+    None; without it they are the system's.
 
     Raises ValueError for more than 9999 images, and where ``n_images`` is not the number of the seeds.
     """
     images: list[tuple[int, Request]] = []
-    read, next_seed, number = cache(read_wildcards), None, 0
+    read, drawn, next_seed, number = cache(read_wildcards), partial(_drawn, random=random or SystemRandom()), None, 0
     for request, sweep in lines:
         swept = {name: settings for name, settings in sweep.items() if name != "seed"}
         settings = [dict(zip(swept, chosen, strict=True)) for chosen in product(*swept.values())]
-        own_seeds = tuple(map(_drawn, request.seed)) if isinstance(request.seed, tuple) else None
+        own_seeds = tuple(map(drawn, request.seed)) if isinstance(request.seed, tuple) else None
         count = len(own_seeds or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
         if request.n_images not in (None, count):
             text = f"n_images {request.n_images} is not the number of the {count} seeds; leave it out"
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
-            next_seed = _drawn(request.seed if own_seeds is None else None)
+            next_seed = drawn(request.seed if own_seeds is None else None)
         is_varied = any(sweep.get("variation_strength", [request.options.variation_strength]))
         if is_varied and request.options.variation_seed is None:
-            request = request.with_values(variation_seed=_drawn(None))
+            request = request.with_values(variation_seed=drawn(None))
         seeds, before = own_seeds or image_seeds(next_seed, count, counts=not is_varied), 0
         for prompts in _prompts(request, seeds, read):
             if len(images) + count * len(settings) > MOST_IMAGES:
@@ -350,9 +352,9 @@ def _varied(image: Request, number: int) -> Request:
     return image.with_values(variation_seed=options.variation_seed + number) if options.variation_strength else image
 
 
-def _drawn(seed: int | None) -> int:
+def _drawn(seed: int | None, random: Random) -> int:
     """Return a seed, a random one for None and -1."""
-    return image_seeds(None if seed == -1 else seed, 1)[0]
+    return random.getrandbits(32) if seed in (None, -1) else image_seeds(seed, 1)[0]
 
 
 def _prompts(

@@ -13,12 +13,14 @@ A run takes the next number where any file of another one has its own: after cat
 single image is cat-2.png. A name is taken by the finished file only, so two processes may write into one folder.
 """
 
+import hashlib
+import json
 import logging
 import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +29,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from PIL.Image import Image
+from PIL.Image import Image, frombytes
 
 from ..diffusion.choice import guidance_scale
 from ..images.files import SUFFIXES, check_output, save
@@ -72,6 +74,15 @@ class Written:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Hold what is known of an image that has been made; its pixels, where they are needed again."""
+
+    record: dict[str, Any]
+    text: dict[str, str] | None
+    image: Image | None
+
+
 class ResultWriter:
     """Write the images of ``requests``, one image each, and their grid, which has the first image's record.
 
@@ -79,7 +90,7 @@ class ResultWriter:
     written leaves the first ``error``; the others, which have taken as much work, are written.
     """
 
-    def __init__(self, requests: Sequence[Request], settings: OutputSettings):
+    def __init__(self, requests: Sequence[Request], settings: OutputSettings, began: datetime | None = None):
         self._requests, self._settings = requests, settings
         self._fields = []  # of each image: what its request decides of its name
         for i, request in enumerate(requests, start=1):
@@ -90,19 +101,33 @@ class ResultWriter:
             self._fields.append(fields | {name: value for name, value in chosen.items() if value is not None})
         if settings.n_rows > 1 and (settings.no_grid or len(requests) == 1):
             _log.warning("n_rows %d has no effect: there is no grid", settings.n_rows)
-        self._outputs = Outputs(settings.output, self._fields, settings.overwrite)
-        self._details: list[dict[str, Any]] = []
-        self._images: list[Image] = []  # for the grid
-        self._texts: list[dict[str, str] | None] = []
+        self._outputs = Outputs(settings.output, self._fields, settings.overwrite, began)
+        self._made: dict[int, _Made] = {}  # by the number of the image
+        self.draws_grid = self.keeps_images = len(requests) > 1 and not settings.no_grid
         self.error: OSError | None = None
 
-    def add(self, result: Result, model: StableDiffusion) -> Iterator[Written]:
-        """Write an image. ``model`` is the one of the request, also where a refiner finished the image."""
+    def choose_numbers(self, highest: Callable[[list[int]], list[int]], agree: Callable[[int], list[int]]) -> None:
+        """Choose the numbers in the names of all images together with the other ranks, before any is written.
+
+        ``highest`` and ``agree`` are those of :class:`stable_diffusion.app.sharing.Ranks`. A number is free on all.
+        """
+        numbers, chosen = self._outputs.free_numbers(self._fields), []
+        while any(agree(numbers != chosen)):
+            chosen = highest(numbers)
+            numbers = self._outputs.free_numbers(self._fields, chosen)
+        self._outputs.numbers = numbers
+
+    def add(self, result: Result, model: StableDiffusion, number: int | None = None) -> Iterator[Written]:
+        """Write an image. ``model`` is the one of the request, also where a refiner finished the image.
+
+        ``number`` is that of the image among ``requests``; None is the result's.
+        """
+        number = result.number if number is None else number
         request, image, settings = result.request, result.image, self._settings
         chosen = result.batch.defaults
         cfg = guidance_scale(request.options.sampler or chosen.sampler, None, chosen.cfg_weight)
         defaults = {"steps": chosen.num_steps, "cfg": cfg, "sampler": chosen.sampler}
-        fields = defaults | self._fields[len(self._details)] | {"width": image.width, "height": image.height}
+        fields = defaults | self._fields[number] | {"width": image.width, "height": image.height}
         mark = "partial" if result.partial else ""
         text = None
         if not settings.no_metadata:
@@ -111,35 +136,60 @@ class ResultWriter:
             path = self._outputs.write(image, fields, mark, text=text, quality=settings.quality)
         except NotWrittenError as error:
             self.error, path = self.error or error, error.kept
-        if len(self._requests) > 1 and not settings.no_grid:
-            self._images.append(image)
-            self._texts.append(text)
         record = {"kind": mark or "image", "path": str(path)} | fields
         record |= {"negative_prompt": request.negative_prompt, "seconds": result.seconds}
         record |= {"partial": result.partial} if result.partial else {}
-        self._details.append(record)
+        self._made[number] = _Made(record, text, image if self.keeps_images else None)
         if path is not None:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
 
+    def packed(self, number: int) -> bytes | None:
+        """Return an image of this rank in bytes, with all that :meth:`unpack` needs; None for one of another rank."""
+        if number not in self._made:
+            return None
+        made = self._made[number]
+        header = {"record": made.record, "text": made.text, "size": made.image.size, "hash": _hash(made.record["path"])}
+        return json.dumps(header).encode() + b"\n" + made.image.tobytes()
+
+    def unpack(self, number: int, data: bytes) -> Iterator[Written]:
+        """Write an image of another rank, unless this one sees the file that was written there."""
+        header, _, pixels = data.partition(b"\n")
+        values = json.loads(header)
+        record, text, image = values["record"], values["text"], frombytes("RGB", tuple(values["size"]), pixels)
+        self._made[number] = _Made(record, text, image)
+        if values["hash"] is not None and values["hash"] == _hash(record["path"]):
+            return
+        mark = record["kind"].replace("image", "")
+        record["path"] = str(self._outputs.write(image, record, mark, text=text, quality=self._settings.quality))
+        yield Written(f"{record['path']} seed {record['seed']}", record)
+
     def finish(self) -> Iterator[Written]:
         """Draw the grids: those that compare swept settings, or the grid of several images of one size."""
-        if not self._images:
+        if not self.draws_grid or len(self._made) < len(self._requests):
             return
-        n_rows = self._settings.n_rows
-        plots = compare(self._requests)
-        grids = ((draw(plot, self._images, n_rows), sorted(plot.cells.values())) for plot in plots)
-        if not plots and len({image.size for image in self._images}) > 1:
+        n_rows, made = self._settings.n_rows, [self._made[number] for number in range(len(self._requests))]
+        plots, images = compare(self._requests), [one.image for one in made]
+        grids = ((draw(plot, images, n_rows), sorted(plot.cells.values())) for plot in plots)
+        if not plots and len({image.size for image in images}) > 1:
             _log.warning("the images are of several sizes: there is no grid of them")
         elif not plots:
-            grids = iter([(grid(self._images, n_rows), range(len(self._images)))])
+            grids = iter([(grid(images, n_rows), range(len(images)))])
         for number, (image, shown) in enumerate(grids, start=1):
             if image is not None:
                 mark = "grid" if number == 1 else f"grid_{number}"
-                options = {"text": self._texts[shown[0]], "quality": self._settings.quality}
-                path = self._outputs.write(image, self._details[shown[0]], mark, **options)
+                options = {"text": made[shown[0]].text, "quality": self._settings.quality}
+                path = self._outputs.write(image, made[shown[0]].record, mark, **options)
                 record = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height}
-                yield Written(str(path), record | {"images": [self._details[i]["path"] for i in shown]})
+                yield Written(str(path), record | {"images": [made[i].record["path"] for i in shown]})
+
+
+def _hash(path: str) -> str | None:
+    """Return the SHA-256 of a file, None where there is none."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -160,13 +210,20 @@ class Outputs:
         output: a file; a folder, which exists or ends in a slash; or a pattern with ``FIELDS`` in braces, with format
             specifications if needed, such as ``{i:03}``. Missing folders are made with the first image.
         images: the known fields of each, without date and time.
+        began: when the run began, for {date} and {time}; None is now.
         overwrite: replace existing files, except those of this run. Otherwise the next free number is taken: if
             ``output`` is a file, one for all files of the run, of which no other run has left any; else one for each.
 
     Raises ValueError or OSError, one line with the remedy, for an unknown field and names that cannot be written to.
     """
 
-    def __init__(self, output: str, images: Sequence[Mapping[str, Any]], overwrite: bool = False):
+    def __init__(
+        self,
+        output: str,
+        images: Sequence[Mapping[str, Any]],
+        overwrite: bool = False,
+        began: datetime | None = None,
+    ):
         output = os.path.expanduser(output)
         if not output.strip():
             raise ValueError("the output path is empty; give one like image.png")
@@ -180,7 +237,8 @@ class Outputs:
             raise ValueError(f"the output {output} has the suffix {Path(output).suffix!r}; {known}")
         self._output, self._several, self._overwrite = output, len(images) > 1, overwrite
         self._is_pattern = "{" in output or "}" in output
-        self._began = datetime.now()
+        self._began = began or datetime.now()
+        self.numbers: Sequence[int] = ()  # of the images, where they were chosen together
         self._written: set[str] = set()
         images = [_UNKNOWN | dict(fields) for fields in images]
         try:
@@ -196,17 +254,33 @@ class Outputs:
         self._makes_folder = self._is_pattern or not os.path.isdir(path.parent)
         if self._makes_folder and not self._is_pattern:
             _log.warning("the folder %s is new: it is made with the first image", path.parent)
-        self._number = 1 if self._is_pattern or overwrite else self._first_free(path.parent)
+        self._folder = path.parent
+        self._number = 1 if self._is_pattern or overwrite else self._first_free()
 
-    def _first_free(self, folder: Path) -> int:
+    def free_numbers(self, images: Sequence[Mapping[str, Any]], lowest: Sequence[int] = ()) -> list[int]:
+        """Return the first number of each image whose name is free, from ``lowest`` on; of a file, the run's number."""
+        if not self._is_pattern:
+            self._number = self._first_free(*lowest) if not self._overwrite else 1
+            return [self._number]
+        numbers, taken = [], set()
+        for fields, first in zip(images, lowest or [1] * len(images), strict=True):
+            for number in count(first):
+                path = self._path(_UNKNOWN | dict(fields), number=number)
+                if _one_spelling(str(path)) not in taken and (self._overwrite or not os.path.lexists(path)):
+                    break
+            numbers.append(number)
+            taken.add(_one_spelling(str(path)))
+        return numbers
+
+    def _first_free(self, lowest: int = 1) -> int:
         """Return the first number of which no run has left a file: a single image would look like another's grid."""
         stem, suffix = (re.escape(_one_spelling(part)) for part in os.path.splitext(os.path.basename(self._output)))
         of_a_run = re.compile(rf"{stem}(?:-(\d+))?(?:_(?:grid_)?\d+)?(?:_partial)?{suffix}")
         with suppress(OSError):  # a folder that is new, or whose files may not be listed
-            matches = filter(None, (of_a_run.fullmatch(_one_spelling(name)) for name in os.listdir(folder)))
+            matches = filter(None, (of_a_run.fullmatch(_one_spelling(name)) for name in os.listdir(self._folder)))
             taken = {int(match[1] or 1) for match in matches}
-            return next(number for number in count(1) if number not in taken)
-        return 1
+            return next(number for number in count(lowest) if number not in taken)
+        return lowest
 
     def write(self, image: Image, fields: Mapping[str, Any], mark: str = "", **options: Any) -> Path:
         """Write an image under its name, or the next free one, and return the path.
@@ -229,7 +303,8 @@ class Outputs:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
-        for number in count(self._number):
+        first = self.numbers[fields["i"] - 1] if self._is_pattern and self.numbers else self._number
+        for number in count(first):
             path = self._path(fields, mark, number)
             name = _one_spelling(str(path))
             if name in self._written or (not self._overwrite and os.path.lexists(path)):

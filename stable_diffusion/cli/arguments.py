@@ -13,6 +13,7 @@ from ..app.metadata import Record, read_record, remarks
 from ..app.preview import PreviewSettings
 from ..app.request import KINDS, Request, Sweep
 from ..app.results import OutputSettings
+from ..app.sharing import SharingSettings
 from ..app.sources import find_sources
 from ..files.text import read_text
 from ..images.files import SUFFIXES
@@ -51,6 +52,7 @@ class Command:
     resources: Resources
     output: OutputSettings
     preview: PreviewSettings
+    sharing: SharingSettings
     record: Record | None
     remarks: Sequence[str]
     device: str | None
@@ -87,13 +89,15 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         place = "give a prompt behind the image" if script == "image2image" else "give a prompt"
         raise ValueError(f"{place}, or --prompt_file FILE")
     lines = _prompt_lines(parser, script, arguments, base) if has_file else [line_of(base, arguments)]
-    resources, output, preview = (
+    resources, output, preview, sharing = (
         kind(**{name: arguments[name] for name in kind.__dataclass_fields__.keys() & arguments.keys()})
-        for kind in (Resources, OutputSettings, PreviewSettings)
+        for kind in (Resources, OutputSettings, PreviewSettings, SharingSettings)
     )
     switches = {name: name in arguments for name in ("preload_models", "json", "verbose")}
     notes = [*notes, *_unused(arguments, lines)]
-    return Command(parser, lines, resources, output, preview, record, notes, arguments.get("device"), **switches)
+    return Command(
+        parser, lines, resources, output, preview, sharing, record, notes, arguments.get("device"), **switches
+    )
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

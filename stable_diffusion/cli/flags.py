@@ -1,8 +1,9 @@
 """The flags of the scripts: their usage and help, in groups by task.
 
-A flag has the name of a field of ``Request``, ``Options``, ``Resources``, ``OutputSettings`` or ``PreviewSettings``, or
-is read in ``arguments`` alone, such as --prompt_file. Its type, limits and choices are in the tables at the end of
-``parser``. "--flag VALUE ..." may be given again. A flag without a value is a switch, or has choices there.
+A flag has the name of a field of ``Request``, ``Options``, ``Resources``, ``OutputSettings``, ``PreviewSettings`` or
+``SharingSettings``, or is read in ``arguments`` alone, such as --prompt_file. Its type, limits and choices are in the
+tables at the end of ``parser``. "--flag VALUE ..." may be given again. A flag without a value is a switch, or has
+choices there.
 """
 
 from ..app.engine import TEXT_BITS, UNET_BITS
@@ -21,6 +22,7 @@ ABOUT = {
     "memory and time": "How to run it where there is little of either.",
     "output": "Where the images go, and what is said of them.",
     "preview": "What a run has come to, while it goes on and from step to step.",
+    "several Macs": "Share the images among the processes that mlx.launch starts, see docs/several-macs.md.",
 }
 FLAGS = {
     "picture": {
@@ -160,6 +162,11 @@ FLAGS = {
         "--preview_every N": "steps between previews (5)",
         "--preview_vae VAE": "decode previews by this TAESD; they are small and coarse without",
         "--stepwise FILE": "a .gif or .webp to write, that shows the images after each step",
+    },
+    "several Macs": {
+        "--share": "even: each Mac makes every n-th image; steal: whichever is done takes the next batch; guidance: "
+        "all work on each image together; off: each makes all of them (even)",
+        "--gather": "write all images and their grid on the first Mac too",
     },
 }
 

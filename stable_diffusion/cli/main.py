@@ -9,7 +9,10 @@ on stdout are complete.
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -19,14 +22,15 @@ from ..app.batches import Batch
 from ..app.engine import Engine, Result, Step, open_model
 from ..app.inputs import read_inputs
 from ..app.metadata import changes, for_model
-from ..app.preview import PreviewWriter
+from ..app.preview import PreviewSettings, PreviewWriter
 from ..app.progress import ProgressBar, TqdmHandler
 from ..app.request import expand
 from ..app.results import ResultWriter, Written
+from ..app.sharing import Ranks, join, lost
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
-from .streams import LineFormatter, open_closed, say
+from .streams import LineFormatter, open_closed, remark, say
 
 _log = logging.getLogger("stable_diffusion")
 _progress = _log.getChild("progress")  # what a run does and has taken, for a terminal
@@ -43,34 +47,58 @@ def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> i
 
 
 def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
-    """Carry out a command; a mistake shows before its first step."""
+    """Carry out a command, alone or as one of several ranks; a mistake shows before its first step."""
     open_closed()
-    command = read(script, argv, prog)
+    name = prog or Path(sys.argv[0]).name
+    with signals(_log.warning) as stop:
+        try:
+            with closing(Ranks(join())) as joined:
+                stop.is_excused = joined.notices_loss
+                return _run_as(joined, stop, joined.once(lambda: read(script, argv, prog)))
+        except ConnectionError as error:
+            remark(f"{name}: error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            remark(f"{name}: error: interrupted; nothing was done")
+            return stop.code or 130
+
+
+def _run_as(ranks: Ranks, stop: Stop, command: Command) -> int:
+    if command.sharing.share == "off":
+        ranks.leave()
+        ranks = Ranks()
     cpu.tune()
     parser, handler, code = command.parser, TqdmHandler(), 2
-    handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
+    of_rank = f"rank {ranks.rank}: " if ranks.rank else ""
+    handler.setFormatter(LineFormatter(f"{parser.prog}: {of_rank}%(message)s"))
+    handler.setLevel(logging.ERROR if ranks.rank else logging.NOTSET)  # remarks on the command are the same on all
     _log.handlers = [handler]
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
     _progress.setLevel(logging.INFO if command.verbose or sys.stderr.isatty() else logging.WARNING)
-    with signals(_log.warning) as stop:
-        try:
-            cpu.choose_device(command.device)
-            work = Script(command, stop)
-            for remark in command.remarks:  # a refusal is one line
-                _log.warning("%s", remark)
-            code, stop.is_expected = 1, True
-            work.run()
-        except FloatingPointError as error:
-            remedy = "try --dtype float32 (for the text encoders too), another --vae, or check the weights"
-            parser.fail(1, f"{error} in float32 either; {remedy}")
-        except (ArithmeticError, ValueError, OSError) as error:
-            parser.fail(code, error)
-        except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
-            remedy = "where memory is short, try fewer images, a smaller size or -q"
-            parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
-        except KeyboardInterrupt:
-            parser.fail(stop.code or 130, "interrupted; the files named so far are complete")
+    try:
+        work = ranks.once(lambda: _prepared(command, stop, ranks))
+        handler.setLevel(logging.NOTSET)
+        code, stop.is_expected = 1, True
+        work.run()
+    except FloatingPointError as error:
+        remedy = "try --dtype float32 (for the text encoders too), another --vae, or check the weights"
+        parser.fail(1, f"{error} in float32 either; {remedy}")
+    except (ArithmeticError, ValueError, OSError) as error:
+        parser.fail(code, error)
+    except (RuntimeError, MemoryError) as error:  # what MLX raises, above all where memory runs out
+        remedy = "where memory is short, try fewer images, a smaller size or -q"
+        parser.fail(1, f"the computation failed ({str(error) or 'out of memory'}); {remedy}")
+    except KeyboardInterrupt:
+        parser.fail(stop.code or 130, "interrupted; the files named so far are complete")
     return 0
+
+
+def _prepared(command: Command, stop: Stop, ranks: Ranks) -> "Script":
+    cpu.choose_device(command.device)
+    work = Script(command, stop, ranks)
+    for line in command.remarks:  # a refusal is one line
+        _log.warning("%s", line)
+    return work
 
 
 class Script:
@@ -79,46 +107,96 @@ class Script:
     Raises ValueError or OSError for what is wrong with the arguments.
     """
 
-    def __init__(self, command: Command, stop: Stop):
+    def __init__(self, command: Command, stop: Stop, ranks: Ranks):
         self._stop, self._json, self._start, self._bar = stop, command.json, perf_counter(), ProgressBar()
-        requests = expand(command.lines)
-        self._writer = ResultWriter(requests, command.output)
-        self._previews = PreviewWriter(command.preview)
-        inputs = read_inputs(requests[0])
-        self._model = open_model(requests[0], command.resources.low_memory)
-        self._model.on_layer = self._bar.load
+        self._ranks, self._sharing = ranks, command.sharing
+        self._requests = expand(command.lines, ranks.random)
+        self._writer = ResultWriter(self._requests, command.output, ranks.began)
+        self._previews = PreviewWriter(command.preview if ranks.rank == 0 else PreviewSettings())
+        inputs = read_inputs(self._requests[0])
+        self._numbers = range(len(self._requests))  # of the images to make here
+        if ranks.size > 1:
+            self._share()
+        requests = [self._requests[number] for number in self._numbers]
+        if not requests:
+            return
+        resources = command.resources
+        if self._sharing.share in ("steal", "guidance"):  # the same batches on all ranks
+            resources = replace(resources, batch_size=resources.batch_size or 1)
+        self._model = open_model(requests[0], resources.low_memory)
+        if ranks.rank == 0:
+            self._model.on_layer = self._bar.load
         if command.preload_models:
             self._model.ensure_models_are_loaded()
         self._previews.open(self._model)
         if command.record is not None:
             requests = for_model(command.record, requests, self._model)
-        self._engine = Engine(self._model, requests, command.resources, inputs)
+        self._engine = Engine(self._model, requests, resources, inputs)
         if command.record is not None:
             for line in changes(command.record, self._model, self._engine.batches[0]):
                 _log.warning("%s", line)
 
+    def _share(self) -> None:
+        """Choose the images to make here. Raises ValueError where they cannot be shared so."""
+        ranks, sharing, count = self._ranks, self._sharing, len(self._requests)
+        if sharing.share == "steal" and self._requests[0].refiner:
+            raise ValueError("--share steal decodes each batch before the next, and a refiner all: use --share even")
+        if sharing.share == "even":
+            self._numbers = ranks.share(count)
+        self._writer.keeps_images = sharing.gather or sharing.share == "guidance"
+        if sharing.share in ("even", "steal") and self._writer.draws_grid and not sharing.gather:
+            _log.warning("no grid is drawn, as each Mac has its own images; --gather brings them all to the first")
+
     def run(self) -> None:
         """Generate the images and write each as soon as it is decoded."""
-        _progress.info("%s", self._plan())
-        unet_peak, n_images = 0, 0
-        for result in self._engine.run(self._on_step):
+        unet_peak, n_images, ranks = 0, 0, self._ranks
+        self._writer.choose_numbers(ranks.highest, ranks.agree)
+        if self._sharing.share == "guidance" and ranks.size > 1:
+            ranks.leave()  # the steps exchange more than that
+            self._model.group = ranks.group
+        if self._numbers:
+            _progress.info("%s", self._plan())
+        for result in self._results():
             unet_peak, n_images = unet_peak or mx.get_peak_memory(), n_images + 1
             self._bar.close()
-            for written in self._writer.add(result, self._model):
+            if self._model.group is not None and ranks.rank > 0:
+                continue
+            for written in self._writer.add(result, self._model, self._numbers[result.number]):
                 self._print(written)
+                ranks.finish()
             if result.index == len(result.batch.requests) - 1 and not result.partial:
                 self._write_animation(result)
         self._bar.close()
         if self._writer.error is not None:
             raise self._writer.error
-        if self._stop.code is not None:
+        if self._stop.is_due:
             raise KeyboardInterrupt
+        if self._sharing.gather and ranks.size > 1:
+            self._gather()
+        ranks.leave()
+        if ranks.is_lost and self._sharing.share != "guidance" and (missing := ranks.missing(len(self._requests))):
+            raise ConnectionError(lost([self._requests[number] for number in missing]))
         for written in self._writer.finish():
             self._print(written)
         seconds, step = perf_counter() - self._start, self._bar.seconds / max(self._bar.steps, 1)
         memory = f"{unet_peak / 1e9:.2f} GB for the UNet, {mx.get_peak_memory() / 1e9:.2f} GB overall"
         images = "1 image" if n_images == 1 else f"{n_images} images"
         _progress.info("%s in %.1f s, %.2f s/step, peak memory: %s", images, seconds, step, memory)
+
+    def _results(self) -> Iterator[Result]:
+        if not self._numbers:
+            return iter(())
+        steals = self._sharing.share == "steal" and self._ranks.size > 1
+        return self._engine.run(self._on_step, self._ranks.take(self._engine.numbers) if steals else None)
+
+    def _gather(self) -> None:
+        """Bring all images to rank 0, which writes those whose files it does not see."""
+        for number in range(len(self._requests)):
+            own = self._writer.packed(number)
+            data = self._ranks.gather(own)
+            if self._ranks.rank == 0 and own is None and data:
+                for written in self._writer.unpack(number, data):
+                    self._print(written)
 
     def _plan(self) -> str:
         """Describe the run in one line; several values of swept settings stand with a slash between."""
@@ -135,12 +213,15 @@ class Script:
         return f"{batches[0].request.model}, {size}, {steps} steps of {sampler}, {device}, {dtype}"
 
     def _on_step(self, step: Step) -> bool:
-        self._bar(step)
+        if self._ranks.rank == 0:
+            self._bar(step)
+        if self._sharing.share == "guidance" and self._model.group is None:
+            self._ranks.is_lost = self._ranks.size > 1
         preview = self._previews(step)
         if preview is not None and self._json:
             record = {"kind": "preview", "path": str(preview), "step": step.number, "steps": step.total}
             self._print(Written("", record))
-        return self._stop.code is not None or self._writer.error is not None
+        return self._stop.is_due or self._writer.error is not None
 
     def _write_animation(self, result: Result) -> None:
         try:
@@ -154,6 +235,7 @@ class Script:
     def _print(self, written: Written) -> None:
         """Print a line on stdout. Nothing of a run is given up because nobody reads it."""
         try:
-            say(json.dumps(written.record) if self._json else written.line)
+            record = written.record | ({"rank": self._ranks.rank} if self._ranks.size > 1 else {})
+            say(json.dumps(record) if self._json else written.line)
         except OSError as error:
             _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS, SIZES
+from ..app.sharing import SHARES
 from ..diffusion.choice import read_name, read_schedule, table
 from ..diffusion.generators import NOISE_SOURCES
 from ..lora.delta import Scale
@@ -302,6 +303,7 @@ _CHOICES = CHOICES | {
     "device": DEVICES,
     "noise_source": NOISE_SOURCES,
     "prediction": PREDICTIONS,
+    "share": SHARES,
     "unet_bits": BITS,
     "text_bits": BITS,
 }

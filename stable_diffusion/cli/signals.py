@@ -11,14 +11,24 @@ from socket import socket, socketpair
 from ..files.whole import UNFINISHED
 
 _PATIENCE = 25  # seconds after SIGTERM, when supervisors lose theirs
+_EXCUSABLE = bytes([signal.SIGTERM, signal.SIGHUP])
 
 
 @dataclass
 class Stop:
-    """Hold the exit code of the first signal: 128 and its number. It raises KeyboardInterrupt, unless expected."""
+    """Hold the exit code of the first signal: 128 and its number. It raises KeyboardInterrupt, unless expected.
+
+    ``is_excused`` says that SIGTERM and SIGHUP are to be ignored: MLX's launcher ends all processes when one is lost.
+    """
 
     code: int | None = None
     is_expected: bool = False
+    is_excused: Callable[[], bool] = lambda: False
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the run has to stop."""
+        return self.code is not None and not (self.code - 128 in _EXCUSABLE and self.is_excused())
 
 
 @contextmanager
@@ -31,12 +41,14 @@ def signals(say: Callable[[str], None]) -> Iterator[Stop]:
 
     def note(number: int, frame: object) -> None:
         stop.code = stop.code or 128 + number
-        if not stop.is_expected:
+        if not stop.is_expected and stop.is_due:
             raise KeyboardInterrupt
 
     receiver, sender = socketpair()
     sender.setblocking(False)  # a handler must not wait
-    watched = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    watched = [
+        n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) not in (signal.SIG_IGN, None)
+    ]
     wakeup, handlers = signal.set_wakeup_fd(sender.fileno()), {n: signal.signal(n, note) for n in watched}
     watcher = threading.Thread(target=_watch, args=(receiver, stop, say), daemon=True)
     watcher.start()
@@ -54,9 +66,10 @@ def _watch(receiver: socket, stop: Stop, say: Callable[[str], None]) -> None:
     """End the process at the second signal, or when a while has passed since SIGTERM."""
     with receiver:
         number = receiver.recv(1)
-        if number and stop.is_expected:
+        is_excused = number and number in _EXCUSABLE and stop.is_excused()
+        if number and stop.is_expected and not is_excused:
             say("stopping after this step to write what there is; once more leaves at once")
-        receiver.settimeout(_PATIENCE if number == bytes([signal.SIGTERM]) else None)
+        receiver.settimeout(_PATIENCE if number == bytes([signal.SIGTERM]) and not is_excused else None)
         with suppress(TimeoutError):
             number = receiver.recv(1)
     if number:

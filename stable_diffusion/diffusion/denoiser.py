@@ -47,6 +47,7 @@ class Denoiser:
             on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
         freeu_scales: (b1, b2, s1, s2) of FreeU, see ``models/unet.py``.
+        group: processes that compute the same run, each a part of the rows of a batch that divides by their number.
         pag_layers: parts of the UNet in which the self-attentions of perturbed rows attend to their own positions
             alone, see ``self_attentions`` there.
     """
@@ -65,18 +66,20 @@ class Denoiser:
         tome_ratio: float = 0.0,
         freeu_scales: Sequence[float] | None = None,
         pag_layers: Sequence[str] = (),
+        group: mx.distributed.Group | None = None,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._preconditioning = Preconditioning.of(schedule.config)
         self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
-        self._rows_at_once, self._deep_cache = rows_at_once, deep_cache
+        self._rows_at_once, self._deep_cache, self._group = rows_at_once, deep_cache, group
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
         perturbed = self_attentions(unet, pag_layers) if pag_layers else set()
         for batch in batches:
-            count = len(batch.images)
+            own = self._own_rows(batch)
+            count = len(own.images)
             size = rows_at_once or count // cpu.parts(count)
-            parts = batch.split(size) if size < count else [batch]
+            parts = own.split(size) if size < count else [own]
             self._batches.append((batch, [_Part(part, _context(part, perturbed)) for part in parts]))
         self._current = self._batches[0]
 
@@ -99,8 +102,17 @@ class Denoiser:
                 x_in = mx.depends(x_in, outputs[-1])
             with nullcontext() if self._rows_at_once else cpu.stream_of(i, len(parts)):
                 outputs.append(self._predict(x_in[part.rows.images], sigma, step, part))
-        prediction = batch.combine(mx.concatenate(outputs).astype(mx.float32))
+        output = mx.concatenate(outputs)
+        if len(output) < len(batch.images):
+            output = mx.distributed.all_gather(output, group=self._group)
+        prediction = batch.combine(output.astype(mx.float32))
         return self._preconditioning.to_x0(prediction, x, sigma)
+
+    def _own_rows(self, batch: GuidanceBatch) -> GuidanceBatch:
+        """Return the rows that this process computes: all, where they do not divide by the number of processes."""
+        rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        count, rest = divmod(len(batch.images), size)
+        return batch if size == 1 or rest else batch.split(count)[rank]
 
     def _predict(self, x: mx.array, sigma: float, step: int, part: _Part) -> mx.array:
         """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""

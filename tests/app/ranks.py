@@ -1,0 +1,80 @@
+"""Run commands as one of several ranks, for tests/app/test_sharing.py: ``python ranks.py FOLDER SPEC``.
+
+SPEC is a JSON file: "commands", each a script and its arguments; "dies" {rank: the call of on_step
+at which it is killed, 0 is before};
+"slow" {rank: seconds of each such call}; "full", a rank whose disk is full. Each rank writes its exit codes and the
+seconds of each command into FOLDER/rank-N.json.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from stable_diffusion import StableDiffusion
+
+# isort: split
+import mlx.core as mx
+
+from stable_diffusion.app import results
+from stable_diffusion.cli import main
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.images.files import save
+
+
+def spoil(spec: dict, rank: str) -> None:
+    """Make this rank slow, mortal or full."""
+    calls, on_step = 0, main.Script._on_step
+
+    def patched(script, step):
+        nonlocal calls
+        calls += 1
+        if calls == spec.get("dies", {}).get(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(spec.get("slow", {}).get(rank, 0))
+        return on_step(script, step)
+
+    def full(image, path, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    if spec.get("dies", {}).get(rank) == 0:
+        main.read_inputs = lambda request: os.kill(os.getpid(), signal.SIGKILL)
+    main.Script._on_step = patched
+    results.save = full if rank == str(spec.get("full")) else save
+
+
+def guidance() -> dict[str, float]:
+    """Return how far the latents of each sampler are from those of one rank, over their largest value."""
+    sd, differences = StableDiffusion("tiny"), {}
+    for name in SAMPLERS:
+        results = []
+        for group in (None, mx.distributed.init()):
+            sd.group = group
+            *_, x_t = sd.generate_latents("a red circle", num_steps=3, seed=1, sampler=name)
+            mx.eval(x_t)
+            results.append(x_t)
+        differences[name] = (mx.abs(results[0] - results[1]).max() / mx.abs(results[0]).max()).item()
+    return differences
+
+
+def run(folder: Path, spec: dict) -> None:
+    rank = os.environ["MLX_RANK"]
+    spoil(spec, rank)
+    if (home := folder / f"home-{rank}").exists():
+        os.chdir(home)
+    codes, seconds = [], []
+    for script, *arguments in spec["commands"]:
+        start = time.perf_counter()
+        try:
+            codes.append(guidance() if script == "guidance" else getattr(main, script)(arguments, script))
+        except SystemExit as leaving:
+            codes.append(leaving.code)
+        seconds.append(time.perf_counter() - start)
+        (folder / f"rank-{rank}.json").write_text(json.dumps({"codes": codes, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
