@@ -45,7 +45,23 @@ README = TEXTS["README.md"]
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKS = {"", "download", "minutes", "install", "file"}
 _SHOWN = [path.name for path in (ROOT / "docs" / "pictures").iterdir()]
-_NOT_RUN = {".venv/bin/pip", "pip", "eval", "apt-get", "ruff", ".", "source", "mkdir", "export", "mlx.launch"}
+_OF_MLX = {"--hostfile", "--hosts", "--over", "--backend", "--auto-setup", "--output-hostfile"}
+_NOT_RUN = {
+    ".venv/bin/pip",
+    "pip",
+    "eval",
+    "apt-get",
+    "ruff",
+    ".",
+    "source",
+    "mkdir",
+    "export",
+    "mlx.launch",
+    "mlx.distributed_config",
+    "ssh",
+    "ssh-keygen",
+    "ssh-copy-id",
+}
 
 
 @dataclass(frozen=True)
@@ -219,7 +235,7 @@ def test_the_list_of_flags_is_that_of_the_parsers():
 def test_no_flag_is_made_up(document):
     """Wherever a flag is written, some command here has it; those of commands in blocks are read by their parsers."""
     known = set.union(*(flags.flags_of(p) for parsers in flags.COMMANDS.values() for p in parsers.values()))
-    known |= {"--medvram", "--lowvram", "--check", "--no-deps", "--hostfile"}  # of other programs
+    known |= {"--medvram", "--lowvram", "--check", "--no-deps", *_OF_MLX}  # of other programs
     for path in (path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")):
         known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
     written = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[document]))

@@ -1,6 +1,7 @@
 """Several processes on one job, on one machine or several Macs: MLX's launcher ``mlx.launch`` starts them."""
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,15 +9,33 @@ import mlx.core as mx
 
 _LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}  # in the environment of each process: ring and jaccl, MPI
 _LONGEST = 300  # bytes of a text
+_PATIENCE = 40  # seconds
 
 Group = mx.distributed.Group
 
 
 def join() -> Group | None:
-    """Return the processes that a launcher has started, all connected; None where this one is alone."""
+    """Return the processes that a launcher has started, all connected; None where this one is alone.
+
+    Raises ConnectionError, one line, where one of them does not come. MLX waits for it in C++, without an end: only a
+    signal interrupts that.
+    """
     if not _LAUNCHED & os.environ.keys():
         return None
-    group = mx.distributed.init()
+
+    def give_up(number: int, frame: object) -> None:
+        raise TimeoutError(f"nothing in {_PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    try:
+        group = mx.distributed.init()
+    except (RuntimeError, TimeoutError) as error:
+        remedy = "start the same command on each of them, and check the addresses in the hostfile of mlx.launch"
+        raise ConnectionError(f"the other processes cannot be reached ({error}); {remedy}") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     return group if group.size() > 1 else None
 
 

@@ -8,7 +8,6 @@ them is lost. Nothing is exchanged, and no thread begun, in a process that runs 
 """
 
 import secrets
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 SHARES = ("even", "steal", "guidance", "off")
 _PERIOD = 0.05  # seconds between two exchanges
-_PATIENCE = 40  # seconds for the others to join, and after which silent ones are lost
+_PATIENCE = 40  # seconds after which a silent rank is lost
 _NOTICE = 3  # seconds that the launcher is ahead, at most, of what MLX says of a lost connection
 _EPOCH = datetime(1970, 1, 1)
 _NOBODY = 2**31 - 1
@@ -53,32 +52,6 @@ def share(items: Sequence[T], group: mx.distributed.Group | None = None) -> Sequ
     """Return the items of this rank: the one with its number, and each ``size``-th after it. Alone, it has all."""
     group = group or mx.distributed.init()
     return items[group.rank() :: group.size()]
-
-
-def join() -> mx.distributed.Group | None:
-    """Join the other ranks; None for a process that runs alone.
-
-    Raises ConnectionError, one line, where they cannot be reached. MLX waits for them without an end, in C++, which
-    only a signal interrupts.
-    """
-
-    def give_up(number: int, frame: object) -> None:
-        raise TimeoutError(f"nothing in {_PATIENCE} seconds")
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        before = signal.signal(signal.SIGALRM, give_up)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
-    try:
-        group = mx.distributed.init()
-    except (RuntimeError, TimeoutError) as error:
-        remedy = "see that the same command starts on all of them, and that the addresses in the hostfile are theirs"
-        raise ConnectionError(f"the other Macs cannot be reached ({error}); {remedy}") from None
-    finally:
-        if in_main_thread:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-    return group if group.size() > 1 else None
 
 
 def lost(missing: Sequence[Request]) -> str:
@@ -112,7 +85,7 @@ class Ranks:
     """Hold the number of this process and of all, and what is known of the others.
 
     Args:
-        group: from :func:`join`; None is a process that runs alone.
+        group: from :func:`stable_diffusion.app.processes.join`; None is a process that runs alone.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None):

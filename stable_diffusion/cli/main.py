@@ -23,10 +23,11 @@ from ..app.engine import Engine, Result, Step, open_model
 from ..app.inputs import read_inputs
 from ..app.metadata import changes, for_model
 from ..app.preview import PreviewSettings, PreviewWriter
+from ..app.processes import join
 from ..app.progress import ProgressBar, TqdmHandler
 from ..app.request import expand
 from ..app.results import ResultWriter, Written
-from ..app.sharing import Ranks, join, lost
+from ..app.sharing import Ranks, lost
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals

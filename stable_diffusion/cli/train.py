@@ -261,8 +261,8 @@ def _start(
     """Join the other processes, and return them, the function that ends this one with a message, and its flags."""
     try:
         group = processes.join()
-    except RuntimeError as error:
-        parser.fail(1, f"the processes cannot be connected ({error}); check the hostfile of mlx.launch")
+    except ConnectionError as error:
+        parser.fail(2, error)
     is_first = processes.is_first(group)
     with nullcontext() if is_first else redirect_stderr(StringIO()):
         given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
