@@ -83,9 +83,8 @@ def pays_up_to(job: Job, link: Link, most: int = 100) -> int:
 def table(job: Job, macs: Sequence[int], link: str) -> None:
     """Print the time of a job on each number of Macs, and its ratio to one Mac."""
     alone = job.even(1)
-    print(
-        f"{job.pictures} pictures of {job.size} x {job.size}, {job.seconds:g} s each, over {link}: computed, not measured"
-    )
+    work = f"{job.pictures} pictures of {job.size} x {job.size}, {job.seconds:g} s each"
+    print(f"{work}, over {link}: computed, not measured")
     print(f"{'Macs':>6}{'time':>12}{'faster':>9}{'with gathering':>18}{'faster':>9}")
     for count in macs:
         shared = job.even(count)
