@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .shapes import SHAPES, UNETS
 
@@ -56,7 +57,8 @@ def ours(shape: str, size: int, rows: int, rank: int, checkpointing: str = "off"
     model |= {
         "mode": "text",
         "scores_aesthetics": False,
-        "pinned": set(),
+        "pinned": WeakKeyDictionary(),
+        "_attached": [],
         "_encoders": [],
         "sources": {"unet": part},
         "dtype": mx.float32,

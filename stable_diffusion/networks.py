@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -113,7 +114,8 @@ class Networks:
         self.sources: dict[str, NetworkSource] = {}  # by attribute
         self._lock = threading.RLock()
         self._encoders: list[tuple[str, str]] = []  # the attributes of tokenizer and text encoder
-        self.pinned: set[str] = set()  # what ``release`` leaves in memory, such as networks in training
+        # What ``release`` leaves in memory for another object, such as a trainer, as long as that exists.
+        self.pinned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
         self.embeddings: dict[str, tuple[str, ...]] = {}  # a file -> its words in prompts
         self._attached: list[AttachedLoRA] = []
         self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of LoRAs for few steps; None: fused
@@ -164,8 +166,9 @@ class Networks:
         stays, and the log says so.
         """
         with self._lock:
+            kept = set(keep).union(*self.pinned.values())
             for name, source in self.sources.items():
-                if name in self.pinned or name in keep or name not in vars(self):
+                if name in kept or name not in vars(self):
                     continue
                 if source.is_edited(vars(self)[name]):
                     _log.warning("the %s was changed by hand and stays in memory; del frees it and its changes", name)

@@ -265,7 +265,7 @@ def test_attributes(sd, xl):
         parts = {"unet", "autoencoder"}
         parts |= {f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in suffixes}
         own = "dtype schedule mode low_memory memory_limit rows_at_once source sources unet_config vae_config is_xl"
-        own = {*own.split(), "scores_aesthetics", "pixels_per_latent", "embeddings", "pinned"}
+        own = {*own.split(), "scores_aesthetics", "pixels_per_latent", "embeddings", "pinned", "group"}
         assert {name for name in vars(model) if not name.startswith(("_", "default"))} == parts | own
         networks = [getattr(model, part) for part in parts if not part.startswith("tokenizer")]
         assert all(isinstance(network, nn.Module) and tree_flatten(network.parameters()) for network in networks)

@@ -1,11 +1,10 @@
-"""Train a LoRA from a folder of pictures: what a run is asked for, its checks, its loop and its files."""
+"""Train a LoRA from a folder of pictures: what a run checks before it begins, its loop and its files."""
 
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +21,21 @@ from ..text.encode import Conditioning
 from ..training.dataset import Dataset, resolution_of
 from ..training.loss import seed_of
 from ..training.save import averaged, load_state, save_lora, save_state
-from ..training.settings import TrainingSettings
 from ..training.trainer import LoRATrainer, TrainingStep
 from ..weights.load import size_in_bytes
 from . import processes
 from .engine import open_model
 from .memory import available, set_limits, training_bytes
 from .request import Request
-from .training_output import Event, LossTable, RunFiles, add_row, header_texts, to_toml
+from .training_output import Event, LossTable, RunFiles, add_row, header_texts
 from .training_plan import predicted_seconds, step_operations
+from .training_request import TrainingRequest, check_output, find_state, write_settings
 
 _log = logging.getLogger("stable_diffusion")
 
 _MEASURED, _DRAWS = 4, 4  # pictures, and levels of noise for each, of a measurement
 _PREVIEWS = 4  # pictures of a row
 _TRIED = 3  # steps of a dry run
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRequest:
-    """Describe a run. ``settings`` are those of the trainer; the other fields are flags of the same name."""
-
-    pictures: Path
-    settings: TrainingSettings
-    output: Path = Path("lora.safetensors")
-    overwrite: bool = False
-    config: str | None = None  # the file that it was read from
-    model: str = "sd15"
-    revision: str | None = None
-    quantize: bool = False
-    dtype: str | None = None
-    low_memory: bool = False
-    trigger: str | None = None
-    caption: str | None = None
-    resolution: int | None = None
-    flip: bool = False
-    cache: Path | None = None
-    prior: str | None = None
-    prior_prompt: str | None = None
-    preview: str | None = None
-    preview_every: int = 250
-    save_every: int = 250
-    keep: int = 3
-    measure_every: int = 100
-    resume: str | None = None
-    format: str = "kohya"
-
-    def __post_init__(self) -> None:
-        for name in ("trigger", "format", "prior") if self.settings.embedding else ():
-            if getattr(self, name) != getattr(TrainingRequest, name):
-                raise SettingError(f"{name} has no effect on an embedding; leave {name} out", name)
-
-    @property
-    def word(self) -> str | None:
-        """Return the word that stands in each caption: the trigger, or the new word of an embedding."""
-        return self.settings.new_word[0] or self.trigger
 
 
 class TrainingRun:
@@ -93,8 +52,10 @@ class TrainingRun:
         self.request, self.files, self.group = request, RunFiles(request.output), group
         self.is_first, count = processes.is_first(group), 1 if group is None else group.size()
         self.settings = replace(request.settings, batch_size=request.settings.batch_size * count)
+        self._state: Path | None = None  # the checkpoint to resume
         if self.is_first:
-            self._check_output()
+            check_output(request, self.files)
+            self._state = None if request.resume is None else find_state(request, self.files)
         else:
             self._temporary = tempfile.TemporaryDirectory()
             self.files = RunFiles(Path(self._temporary.name, request.output.name))
@@ -122,8 +83,8 @@ class TrainingRun:
         self._preview_prompt: tuple[Conditioning, Conditioning] | None = None
         if not self.is_first:
             return
-        if request.resume is not None:
-            load_state(self.trainer, self._state_file())
+        if self._state is not None:
+            load_state(self.trainer, self._state)
         lora = sum(factor.nbytes for factor in self.trainer.factors().values())
         state = sum(array.nbytes for array in self.trainer.state().values())
         check_space(request.output, lora + state * (request.keep + 1 if request.save_every else 1))
@@ -132,8 +93,11 @@ class TrainingRun:
         """Give all processes the checkpoint of the first. Raises ValueError where they do not do the same."""
         if self.group is None:
             return
-        shown = [pictures.digest for pictures in self.data.sets]
-        if len(set(processes.texts(str(seed_of(*shown, self.settings, self.sd.dtype)), self.group))) > 1:
+        # Prior pictures that are drawn come from the first process.
+        drawn = self.request.drawn_prior
+        shown = self.data.digest if drawn is None else self.data.sets[0].digest
+        told = seed_of(shown, self.request.flip, drawn, self.request.prior_prompt, self.settings, self.sd.dtype)
+        if len(set(processes.texts(str(told), self.group))) > 1:
             raise ValueError(
                 "pictures, captions or settings of the processes differ; give each the same folder and flags"
             )
@@ -142,47 +106,22 @@ class TrainingRun:
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
-    def _check_output(self) -> None:
-        """Raise ValueError or OSError unless a LoRA can be written and no file of another run is replaced."""
-        request, path = self.request, self.request.output
-        if request.cache is not None and request.cache.exists() and not request.cache.is_dir():
-            raise SettingError(f"the cache {request.cache} is a file; give a folder", "cache")
-        if path.is_dir():
-            raise SettingError(f"the output {path} is a folder; give the path of a file in it", "output")
-        if path.suffix != ".safetensors":
-            raise SettingError(f"the output {path} is no .safetensors file; name it so", "output")
-        if not path.parent.is_dir():
-            raise SettingError(f"the output folder {path.parent} does not exist; create it first", "output")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
-        config = None if request.config is None else Path(request.config).expanduser().resolve()
-        existing = [file for file in self.files.existing(request.preview is not None) if file.resolve() != config]
-        if existing and not request.overwrite and request.resume is None:
-            remedy = "choose another output; overwrite replaces it, resume latest goes on with its run"
-            raise SettingError(f"{existing[0]} exists; {remedy}", "output", "overwrite", "resume")
-
     def _check_prior(self) -> None:
-        """Read the prior pictures, unless they are drawn later."""
+        """Read the prior pictures, unless they are drawn later. A run that goes on needs those that it drew."""
         request = self.request
         self._prior: list[Picture] = []
         if request.prior is None:
             return
         if not request.prior_prompt:
             raise SettingError("prior needs prior_prompt, what its pictures show", "prior", "prior_prompt")
-        if not request.prior.isdigit():
+        if request.drawn_prior is None:
             folder = Path(request.prior).expanduser()
             self._prior, lines = read_pictures(folder, self._side, caption=request.prior_prompt)
             self.remarks += lines
-
-    def _state_file(self) -> Path:
-        if self.request.resume != "latest":
-            path = Path(self.request.resume).expanduser()
-            if not path.is_file():
-                raise SettingError(f"there is no checkpoint {path} to resume; check the path, or give latest", "resume")
-            return path
-        if not (states := self.files.states()):
-            raise SettingError(f"there is no checkpoint beside {self.request.output}; leave resume out", "resume")
-        return states[-1]
+        elif self._state is not None:
+            if missing := [path for path in self._drawn() if not path.is_file()]:
+                raise ValueError(f"there is no {missing[0]}, a prior picture of the run to resume; put it there")
+            self._prior = self._read_drawn()
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
@@ -216,7 +155,7 @@ class TrainingRun:
             "batch_size": self.request.settings.batch_size,
             "pictures": len(self._pictures),
             "sizes": {f"{width}x{height}": count for (width, height), count in data.sets[0].sizes.items()},
-            "prior": len(self._prior) if not (self.request.prior or "").isdigit() else int(self.request.prior),
+            "prior": len(self._prior) if self.request.drawn_prior is None else self.request.drawn_prior,
             "steps": settings.steps,
             "first_step": self.trainer.step + 1,
             "epochs": round(settings.steps * settings.accumulate / data.epoch_length(), 3),
@@ -252,28 +191,36 @@ class TrainingRun:
 
     def prepare(self) -> Iterator[tuple[str, int, int]]:
         """Draw prior pictures, encode the preview's prompt, pictures and captions; yields (what, number done, of)."""
-        if (self.request.prior or "").isdigit():
-            yield from self._draw_prior(count := int(self.request.prior))
-            pictures, _ = read_pictures(self.files.prior, self._side, caption=self.request.prior_prompt)
-            self._prior = [picture for picture in pictures if int(picture.path.stem) < count]
+        if self.request.drawn_prior is not None:
+            yield from self._draw_prior()
+            self._prior = self._read_drawn()
             self.data = self.trainer.data = self._dataset()
         if self.request.preview and not self.request.settings.trains_text:
             self._preview_prompt = self.sd.encode_prompts(self.request.preview, "")
-        for done, total in self.data.prepare(self.request.cache):
-            yield "encoding", done, total
+        with processes.together(self.group):
+            for done, total in self.data.prepare(self.request.cache, self.group):
+                yield "encoding", done, total
+        if self.group is not None:
+            self.data.exchange(self.group)
         self._free()
 
-    def _draw_prior(self, count: int) -> Iterator[tuple[str, int, int]]:
+    def _drawn(self) -> list[Path]:
+        """Return the paths of the prior pictures that are drawn."""
+        return [self.files.prior / f"{seed:04d}.png" for seed in range(self.request.drawn_prior or 0)]
+
+    def _read_drawn(self) -> list[Picture]:
+        pictures, _ = read_pictures(self.files.prior, self._side, caption=self.request.prior_prompt)
+        return [picture for picture in pictures if picture.path in self._drawn()]
+
+    def _draw_prior(self) -> Iterator[tuple[str, int, int]]:
         """Draw pictures with the base model beside the output; those that an earlier run has drawn are used again.
 
         Other processes than the first get them from it, in a temporary folder.
         """
-        request, folder = self.request, self.files.prior
-        folder.mkdir(exist_ok=True)
-        prompts = None
+        request, paths, prompts = self.request, self._drawn(), None
+        self.files.prior.mkdir(exist_ok=True)
         self.trainer.lora.scale = 0.0
-        for seed in range(count):
-            path = folder / f"{seed:04d}.png"
+        for seed, path in enumerate(paths):
             text = {"parameters": f"{request.prior_prompt}\nSeed: {seed}, Model: {request.model}"}
             if self.is_first and (not path.is_file() or read_text(path) != text):
                 prompts = prompts or self.sd.encode_prompts(request.prior_prompt, "")
@@ -281,7 +228,7 @@ class TrainingRun:
                 save(image, path, text)
             if self.group is not None:
                 self._send(path)
-            yield "prior pictures", seed + 1, count
+            yield "prior pictures", seed + 1, len(paths)
         self.trainer.lora.scale = 1.0
 
     def _send(self, path: Path) -> None:
@@ -293,18 +240,8 @@ class TrainingRun:
             save(Image.fromarray(np.asarray(pixels)), path)
 
     def write_settings(self) -> None:
-        """Write all settings beside the output, as a .toml file that --config reads; not over that file itself."""
-        request, path = self.request, self.files.settings
-        if request.config is not None and Path(request.config).expanduser().resolve() == path.resolve():
-            return
-        left_out = {"settings", "config", "overwrite", "resume"}
-        values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in left_out}
-        values |= request.settings.as_dict() | {"resolution": self._side, "dtype": self.sd.dtype_name}
-        values["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
-        if request.prior is not None and not request.prior.isdigit():
-            values["prior"] = Path(request.prior).expanduser()
-        values = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
-        path.write_text(to_toml(values), encoding="utf-8")
+        """Write all settings beside the output, see :func:`stable_diffusion.app.training_request.write_settings`."""
+        write_settings(self.request, self.files.settings, resolution=self._side, dtype=self.sd.dtype_name)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 def header_texts(trainer: LoRATrainer, trigger: str | None = None, title: str = "") -> dict[str, str]:
     """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
     settings, sd, data = trainer.settings, trainer.sd, trainer.data
-    pictures = data.sets[0].pictures
+    pictures, group = data.sets[0].pictures, trainer.group
     texts = describe(
         trainer.lora,
         max(sd.unet_config.cross_attention_dim),
@@ -196,7 +196,7 @@ def header_texts(trainer: LoRATrainer, trigger: str | None = None, title: str = 
         "num_train_images": sum(p.repeats for p in pictures),
         "num_reg_images": sum(p.repeats for s in data.sets[1:] for p in s.pictures),
         "steps": trainer.step,
-        "batch_size_per_device": settings.batch_size,
+        "batch_size_per_device": settings.batch_size // (1 if group is None else group.size()),
         "gradient_accumulation_steps": settings.accumulate,
         "learning_rate": settings.learning_rate,
         "lr_scheduler": settings.lr_schedule,

@@ -24,14 +24,14 @@ from ..app.inputs import read_inputs
 from ..app.metadata import changes, for_model
 from ..app.preview import PreviewSettings, PreviewWriter
 from ..app.processes import join
-from ..app.progress import ProgressBar, TqdmHandler
+from ..app.progress import ProgressBar
 from ..app.request import expand
 from ..app.results import ResultWriter, Written
 from ..app.sharing import Ranks, lost
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
-from .streams import LineFormatter, open_closed, remark, say
+from .streams import open_closed, remark, say, show_log
 
 _log = logging.getLogger("stable_diffusion")
 _progress = _log.getChild("progress")  # what a run does and has taken, for a terminal
@@ -69,11 +69,9 @@ def _run_as(ranks: Ranks, stop: Stop, command: Command) -> int:
         ranks.leave()
         ranks = Ranks()
     cpu.tune()
-    parser, handler, code = command.parser, TqdmHandler(), 2
-    of_rank = f"rank {ranks.rank}: " if ranks.rank else ""
-    handler.setFormatter(LineFormatter(f"{parser.prog}: {of_rank}%(message)s"))
-    handler.setLevel(logging.ERROR if ranks.rank else logging.NOTSET)  # remarks on the command are the same on all
-    _log.handlers = [handler]
+    parser, code = command.parser, 2
+    start = f"{parser.prog}: rank {ranks.rank}" if ranks.rank else parser.prog
+    handler = show_log(start, errors_only=ranks.rank > 0)  # remarks on the command are the same on all
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
     _progress.setLevel(logging.INFO if command.verbose or sys.stderr.isatty() else logging.WARNING)
     try:

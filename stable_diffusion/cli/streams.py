@@ -11,6 +11,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from ..app.progress import TqdmHandler
+
 # Control characters, marks that hide or turn the direction of text, and halves of characters.
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
@@ -39,6 +41,18 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return in_one_line(super().format(record), LONGEST if record.levelno >= logging.WARNING else sys.maxsize)
+
+
+def show_log(start: str, *, errors_only: bool = False) -> logging.Handler:
+    """Print the log of this library on stderr, each record as a line that begins with ``start``.
+
+    Returns the handler, whose level may be changed.
+    """
+    handler = TqdmHandler()
+    handler.setFormatter(LineFormatter(f"{start}: %(message)s"))
+    handler.setLevel(logging.ERROR if errors_only else logging.NOTSET)
+    logging.getLogger("stable_diffusion").handlers = [handler]
+    return handler
 
 
 def open_closed() -> None:

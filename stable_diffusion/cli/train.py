@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..app import processes
-from ..app.progress import TqdmHandler
 from ..app.request import CHOICES, COUNT
-from ..app.train import TrainingRequest, TrainingRun
+from ..app.train import TrainingRun
 from ..app.training_output import Event
 from ..app.training_plan import describe
 from ..app.training_progress import TrainingProgress
+from ..app.training_request import TrainingRequest
 from ..lora.create import TARGETS
 from ..models import cpu
 from ..options import Number
@@ -35,7 +35,7 @@ from ..training.settings import TrainingSettings
 from .foreign_flags import TRAINING_COUNTERPARTS
 from .parser import Parser, number, text
 from .signals import Stop, signals
-from .streams import LineFormatter, remark, say
+from .streams import remark, say, show_log
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -221,9 +221,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser(prog)
     group, fail, given = _start(parser, argv)
     cpu.tune()
-    handler, code = TqdmHandler() if processes.is_first(group) else logging.NullHandler(), 2
-    handler.setFormatter(LineFormatter(f"{parser.prog}: %(message)s"))
-    _log.handlers = [handler]
+    show_log(parser.prog, errors_only=not processes.is_first(group))
+    code = 2
     with signals(_log.warning) as stop:
         try:
             with processes.together(group):
@@ -264,7 +263,9 @@ def _start(
     except ConnectionError as error:
         parser.fail(2, error)
     is_first = processes.is_first(group)
-    with nullcontext() if is_first else redirect_stderr(StringIO()):
+    with ExitStack() as silence:
+        for redirect in () if is_first else (redirect_stdout, redirect_stderr):
+            silence.enter_context(redirect(StringIO()))
         given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     return group, parser.fail if is_first else lambda code, _: sys.exit(code), given
 

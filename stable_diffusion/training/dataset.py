@@ -96,6 +96,11 @@ class Dataset:
         self._cache = ArrayCache()
         self._encoders = ["", ""]  # in a folder: hashes of what encodes pictures and captions
 
+    @property
+    def digest(self) -> str:
+        """Return hashes of the pictures of each set, and whether they are mirrored: what decides all that is shown."""
+        return " ".join([*(pictures.digest for pictures in self.sets), str(self.flip)])
+
     def epoch_length(self) -> int:
         """Return the number of gradients after which each picture has been shown."""
         return self.sets[0].epoch_length(self.settings.batch_size)
@@ -136,30 +141,45 @@ class Dataset:
 
     # --- what is computed once ---------------------------------------------------------------------------------------
 
-    def prepare(self, cache: Path | None = None) -> Iterator[tuple[int, int]]:
+    def prepare(
+        self, cache: Path | None = None, group: mx.distributed.Group | None = None
+    ) -> Iterator[tuple[int, int]]:
         """Encode all pictures and captions, and yield (number encoded, number of all) after each.
 
         What was encoded before is read from the folder ``cache``, in which the rest is written. Several runs may share
-        it. Then the networks that are not trained are freed. Raises OSError where the cache cannot be made, or its disk
-        has no room for it.
+        it. Then the networks that are not trained are freed. Each of several processes (``group``) encodes a share, and
+        ``exchange`` gives it that of the others. Raises OSError where the cache cannot be made, or its disk has no room
+        for it.
         """
-        shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
-        texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
-        texts = () if self.settings.trains_text else texts
-        flips = (False, True) if self.flip else (False,)
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
         if cache is not None:
             self._cache = ArrayCache(cache)
             text_encoders = [] if self.settings.trains_text else [name for _, name in self.sd._encoders]
             self._encoders = [self._hash("autoencoder"), self._hash(*text_encoders)]
-        work = [self._caption(text) for text in texts]
-        work += [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
+        captions, latents = self._work()
+        work = captions + latents
         self._cache.check_room(work)
-        for done, encoding in enumerate(work, start=1):
-            if done == len(texts) + 1:  # all captions are encoded
+        places = range(rank, len(work), size)
+        for done, place in enumerate(places, start=1):
+            if place - size < len(captions) <= place:  # all captions are encoded
                 self.sd.release(keep=["autoencoder"])
-            self._cache.get(encoding)
-            yield done, len(work)
+            self._cache.get(work[place])
+            yield done, len(places)
         self.sd.release()
+
+    def exchange(self, group: mx.distributed.Group) -> None:
+        """Give each process what the others have encoded: a collective operation, after ``prepare`` in all of them."""
+        captions, latents = self._work()
+        self._cache.exchange(captions + latents, group)
+
+    def _work(self) -> tuple[list[CacheEntry], list[CacheEntry]]:
+        """Return what is to be encoded: captions and latents."""
+        shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
+        texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
+        texts = () if self.settings.trains_text else texts
+        flips = (False, True) if self.flip else (False,)
+        captions = [self._caption(text) for text in texts]
+        return captions, [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
 
     def _latents(self, picture: Picture, crop: Crop, flip: bool) -> CacheEntry:
         """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, which is mirrored before it is cut."""

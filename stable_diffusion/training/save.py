@@ -62,7 +62,7 @@ def load_state(trainer: LoRATrainer, path: Path) -> None:
         if name not in _MAY_CHANGE and found.get(name) != value:
             change = f"with {name} {found.get(name)!r}, and this run has {value!r}"
             if name == "pictures":
-                change = "with other pictures, captions, repeats or sizes, or another flip"
+                change = "with other pictures, captions, prior pictures, repeats or sizes, or another flip"
             raise ValueError(f"{path} was written by a run {change}; resume with those of that run")
     try:
         mx.eval(arrays)
@@ -78,5 +78,4 @@ def _identity(trainer: LoRATrainer) -> dict[str, Any]:
         if name not in trained:
             total = array.reshape(-1).view(mx.uint16).astype(mx.uint32).sum()
             digest.update(f"{name} {array.dtype} {total.item()} ".encode())
-    pictures = f"{trainer.data.sets[0].digest} {trainer.data.flip}"
-    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16], "pictures": pictures}
+    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16], "pictures": trainer.data.digest}

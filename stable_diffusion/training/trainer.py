@@ -82,7 +82,7 @@ class LoRATrainer(Iterator[TrainingStep]):
         if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
             kinds = "refiners, models of EDM, for few steps, and those that work from an image"
             raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
-        sd.pinned |= {"unet", *(name for _, name in sd._encoders if self.settings.trains_text)}
+        sd.pinned[self] = {"unet", *(name for _, name in sd._encoders if self.settings.trains_text)}
         self.lora: AttachedLoRA | None = None
         if self.settings.embedding is None:
             self.model = self._with_lora()
@@ -101,6 +101,7 @@ class LoRATrainer(Iterator[TrainingStep]):
         ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}
         fresh = new_lora(networks, ranks, **{name: getattr(self.settings, name) for name in names})
         self.lora = attach(networks, fresh)
+        self.sd._attached.append(self.lora)  # so that a network which is freed after the training comes back with it
         model = Group(**networks)
         for _, layer in wrapped_layers(model):
             for delta in layer.loras:

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class ArrayCache:
     def check_room(self, entries: Iterable[CacheEntry]) -> None:
         """Raise OSError where the disk has no room for the entries that are not in the folder yet."""
         if self.folder is not None:
-            missing = (entry for entry in entries if not self._path(entry).is_file())
+            missing = (entry for entry in entries if not self._has(entry))
             check_space(self.folder / "cache", sum(entry.size for entry in missing))
 
     def get(self, entry: CacheEntry) -> dict[str, mx.array]:
@@ -60,12 +61,38 @@ class ArrayCache:
                 _log.warning("%s; it is made anew", error)
         arrays = {name: array.astype(mx.float16) for name, array in entry.compute().items()}
         mx.eval(arrays)
+        self._keep(entry, arrays)
+        return arrays
+
+    def exchange(self, entries: Sequence[CacheEntry], group: mx.distributed.Group) -> None:
+        """Give all processes all entries, bit for bit: of N processes the one with number i % N has entry i.
+
+        It is a collective operation: all processes of the group call it with the same entries. Those that a process
+        has in its own folder stay.
+        """
+        for number, entry in enumerate(entries):
+            is_own, content = number % group.size() == group.rank(), BytesIO()
+            if is_own:
+                mx.save_safetensors(content, self.get(entry))
+            size = mx.distributed.all_sum(mx.array(content.tell()), group=group).item()
+            sent = mx.array(content.getbuffer()) if is_own else mx.zeros(size, dtype=mx.uint8)
+            received = bytes(memoryview(mx.distributed.all_sum(sent, group=group)))
+            if not is_own and not self._has(entry):
+                arrays = mx.load(BytesIO(received), format="safetensors")
+                mx.eval(arrays)
+                self._keep(entry, arrays)
+
+    def _keep(self, entry: CacheEntry, arrays: dict[str, mx.array]) -> None:
+        path = self._path(entry)
         if path is None:
             self._kept[entry.key] = arrays
-        else:
-            with new_file(path) as partial:
-                write_safetensors(partial, list(arrays), dict(arrays))
-        return arrays
+            return
+        with new_file(path) as partial:
+            write_safetensors(partial, list(arrays), dict(arrays))
+
+    def _has(self, entry: CacheEntry) -> bool:
+        path = self._path(entry)
+        return entry.key in self._kept if path is None else path.is_file()
 
     def _path(self, entry: CacheEntry) -> Path | None:
         if self.folder is None:

@@ -295,6 +295,12 @@ def test_prior_pictures_are_drawn_by_the_base_model_and_used_again(train, tmp_pa
     assert len(scales) == 2
     train(*SHORT, *prior[:3], "a star", "--overwrite").succeeded()
     assert len(scales) == 4  # of another prompt they are others
+    again = ["--steps", 4, "--measure_every", 0, "--rank", 2, "--resume", "latest"]
+    train(*again, *prior[:3], "a star").succeeded()
+    train(*again, "--prior", 1, "--prior_prompt", "a star").refused("other pictures, captions, prior pictures")
+    (tmp_path / "out" / "me-prior" / "0001.png").unlink()
+    train(*again, *prior[:3], "a star").refused("there is no ", "0001.png, a prior picture of the run to resume")
+    assert len(scales) == 4
 
 
 # --- interruption ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -171,6 +172,42 @@ def test_losses_are_the_same_with_and_without_a_cache(folder, photos, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[1] == losses[2]
     assert len(set(losses[0])) == 4
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_processes_encode_shares_and_exchange_them(folder, photos, tmp_path, monkeypatch, has_folder):
+    """Each with a thread here, as all_sum waits for the others."""
+    whole = dataset(StableDiffusion(folder), photos)
+    work, results, sent, barrier = prepared(whole), [None] * 2, [None] * 2, Barrier(2, timeout=60)
+
+    def encoded(data: Dataset) -> list[np.ndarray]:
+        batches = [data.batch(data.sets[0], [(number, False)]) for number in range(4)]
+        return [np.array(array) for b in batches for array in (b.mean, b.deviation, b.conditioning.context)]
+
+    def all_sum(array: mx.array, group: SimpleNamespace) -> mx.array:
+        sent[group.rank()] = np.array(array)
+        barrier.wait()
+        total = mx.array(sent[0] + sent[1])
+        barrier.wait()
+        return total
+
+    def run(rank: int) -> None:
+        sd, group = StableDiffusion(folder), SimpleNamespace(rank=lambda: rank, size=lambda: 2)
+        data = dataset(sd, photos)
+        done = list(data.prepare(tmp_path / f"{rank}" if has_folder else None, group))
+        data.exchange(group)
+        monkeypatch.setattr(sd, "_autoencode", None)
+        results[rank] = len(done), encoded(data)
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    threads = [Thread(target=run, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [done for done, _ in results] == [len(work) // 2] * 2
+    for _, arrays in results:
+        assert all(np.array_equal(one, two) for one, two in zip(arrays, encoded(whole), strict=True))
 
 
 @pytest.mark.parametrize("trains_text", [False, True])

@@ -95,6 +95,27 @@ def test_a_model_that_is_trained_still_draws_with_every_option(folder):
     assert np.array_equal(checkpointed, picture())
 
 
+def test_networks_are_kept_as_long_as_their_trainer(folder, caplog):
+    """Then they are freed, and come back with what was trained, until that is detached."""
+    trainer = trainer_of(folder)
+    sd, lora = trainer.sd, trainer.lora
+    next(trainer)
+
+    def output() -> np.ndarray:
+        (latents,) = sd.generate_latents("a cat", num_steps=1, seed=1, latent_size=(8, 8))
+        return np.array(latents)
+
+    trained = output()
+    sd.release()
+    assert vars(sd)["unet"] is trainer.model["unet"]
+    del trainer
+    sd.release()
+    assert "unet" not in vars(sd) and np.array_equal(output(), trained)
+    lora.detach()
+    sd.release()
+    assert not np.array_equal(output(), trained) and not caplog.records
+
+
 SMALL = {
     "sd15": UNETS["sd15"] | {"block_out_channels": [64, 128, 256, 256]},
     "sdxl-base": UNETS["sdxl-base"] | {"block_out_channels": [64, 128, 256], "attention_head_dim": [2, 4, 8]},

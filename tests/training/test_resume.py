@@ -158,13 +158,14 @@ def test_a_checkpoint_of_another_run_is_refused(name, photos, checkpoint):
     assert trainer.step == 0
 
 
-@pytest.mark.parametrize("change", ["caption", "repeats", "size", "pixels", "flip", "fewer"])
+@pytest.mark.parametrize("change", ["caption", "repeats", "size", "pixels", "flip", "fewer", "prior"])
 def test_other_pictures_are_refused(change, photos, checkpoint):
     trainer = trainer_of(photos, SETTINGS)
     (first, *rest), flip, side = trainer.data.sets[0].pictures, change != "flip", 40 if change == "size" else 32
     values = {"caption": {"caption": "a cat"}, "repeats": {"repeats": 2}, "pixels": {"digest": "another"}}
     pictures = rest if change == "fewer" else [replace(first, **values.get(change, {})), *rest]
-    trainer.data = Dataset(trainer.sd, pictures, SETTINGS, resolution=side, flip=flip)
+    prior = rest if change == "prior" else ()
+    trainer.data = Dataset(trainer.sd, pictures, SETTINGS, prior=prior, resolution=side, flip=flip)
     with pytest.raises(ValueError, match="other pictures, captions") as caught:
         load_state(trainer, checkpoint / "whole.safetensors")
     assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value) and trainer.step == 0
@@ -180,7 +181,7 @@ class Spoiled:
     """A dataset whose latents are not finite in some steps."""
 
     def __init__(self, data: Dataset, numbers: range):
-        self.data, self.numbers, self.sets, self.flip = data, numbers, data.sets, data.flip
+        self.data, self.numbers, self.sets, self.digest = data, numbers, data.sets, data.digest
 
     def batches(self, number: int) -> list[TrainingBatch]:
         batches = self.data.batches(number)

@@ -1,7 +1,6 @@
 """A textual inversion trains the vectors of a new word and nothing else, as torch and diffusers would."""
 
 import re
-from types import SimpleNamespace
 
 import diffusers
 import mlx.core as mx
@@ -39,7 +38,7 @@ def folder(request, tmp_path_factory):
 class Data:
     """The same batch in every step."""
 
-    sets, flip = (SimpleNamespace(digest=""),), False
+    digest = ""
 
     def __init__(self, is_xl: bool):
         n = len(CAPTIONS)
