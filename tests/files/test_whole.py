@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_file_renamed_as_it_is_claimed_is_not_written_to(tmp_path, monkeypatch
     monkeypatch.setattr(whole, "_lock", lock)
     with new_file(tmp_path / "a") as partial:
         assert (tmp_path / "a").is_file() and partial.is_file() and not partial.samefile(tmp_path / "a")
+
+
+def test_a_writer_that_begins_as_another_ends_keeps_its_file(tmp_path, monkeypatch):
+    """It takes the name that the first has just renamed."""
+    begun = []
+    with ExitStack() as second:
+
+        def replace(*paths, replace=os.replace):
+            replace(*paths)
+            monkeypatch.setattr(os, "replace", replace)
+            begun.append(second.enter_context(new_file(tmp_path / "a")))
+
+        monkeypatch.setattr(os, "replace", replace)
+        with new_file(tmp_path / "a") as one:
+            one.write_bytes(b"one")
+        assert begun == [one] and one.is_file()
+        one.write_bytes(b"two")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"two"
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path):
