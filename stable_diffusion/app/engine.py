@@ -309,22 +309,20 @@ class Engine:
         while True:
             try:
                 return self.model.retry_in_float32("unet", compute)
+            except ConnectionError:  # another process that computes rows of the batch is lost
+                if self.model.group.rank() > 0:
+                    raise
+                self.model.group = None
+                _log.warning("another Mac is lost: the image is made again here, on one")
+                continue
             except (RuntimeError, MemoryError) as error:
-                if self.model.group is not None:
-                    self._go_on_alone(error)
-                    continue
+                if self.model.group is not None:  # processes keep in step
+                    raise
                 is_full = isinstance(error, MemoryError) or re.search("alloc|memory", str(error), re.IGNORECASE)
                 reason = " ".join(f"memory ran out ({str(error) or 'MemoryError'})".split())
                 if not is_full or not self._run_fewer_rows(run.batch, 0.5, reason):
                     raise
             mx.clear_cache()
-
-    def _go_on_alone(self, error: Exception) -> None:
-        """Compute all rows here where another rank is lost. Any other error ends the run: ranks keep in step."""
-        if "lost" not in str(error) or self.model.group.rank() > 0:
-            raise error
-        self.model.group = None
-        _log.warning("another Mac is lost: the image is made again here, on one")
 
     def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
         """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""

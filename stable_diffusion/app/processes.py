@@ -1,9 +1,12 @@
 """Several processes on one job, on one machine or several Macs: MLX's launcher ``mlx.launch`` starts them."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from socket import SHUT_RDWR, socket
 
 import mlx.core as mx
 
@@ -23,20 +26,29 @@ def join() -> Group | None:
     if not _LAUNCHED & os.environ.keys():
         return None
 
-    def give_up(number: int, frame: object) -> None:
-        raise TimeoutError(f"nothing in {_PATIENCE} seconds")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE, 1)  # again each second, or one between two waits would be lost
     try:
         group = mx.distributed.init()
-    except (RuntimeError, TimeoutError) as error:
+    except RuntimeError as error:
         remedy = "start the same command on each of them, and check the addresses in the hostfile of mlx.launch"
         raise ConnectionError(f"the other processes cannot be reached ({error}); {remedy}") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return group if group.size() > 1 else None
+
+
+def disconnect() -> None:
+    """Shut the connections of MLX's ring down where another process is silent: MLX would wait for it for ever."""
+    with suppress(KeyError, OSError, ValueError):
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        addresses = {tuple(address.rsplit(":", 1)) for host in hosts for address in host}
+        for name in os.listdir("/dev/fd"):
+            with suppress(OSError), socket(fileno=os.dup(int(name))) as connection:
+                ends = connection.getsockname(), connection.getpeername()
+                if any(tuple(map(str, end[:2])) in addresses for end in ends):
+                    connection.shutdown(SHUT_RDWR)
 
 
 def is_first(group: Group | None) -> bool:

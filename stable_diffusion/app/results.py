@@ -144,15 +144,33 @@ class ResultWriter:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
 
-    def packed(self, number: int) -> bytes | None:
-        """Return an image of this rank in bytes, with all that :meth:`unpack` needs; None for one of another rank."""
+    def gather(self, exchange: Callable[[bytes | None], bytes], is_first: bool) -> Iterator[Written]:
+        """Bring all images to the first rank, which writes those that it does not see. All ranks call it.
+
+        ``exchange`` returns what one rank has on all of them, empty where a rank is lost; it ends then.
+        """
+        for number in range(len(self._requests)):
+            own = self._packed(number)
+            data = exchange(own)
+            if not data:
+                return
+            if is_first and own is None:
+                yield from self._unpack(number, data)
+
+    @property
+    def has_all(self) -> bool:
+        """Return whether all images are here, made or gathered."""
+        return len(self._made) == len(self._requests)
+
+    def _packed(self, number: int) -> bytes | None:
+        """Return an image of this rank in bytes, with all that :meth:`_unpack` needs; None for one of another rank."""
         if number not in self._made:
             return None
         made = self._made[number]
         header = {"record": made.record, "text": made.text, "size": made.image.size, "hash": _hash(made.record["path"])}
         return json.dumps(header).encode() + b"\n" + made.image.tobytes()
 
-    def unpack(self, number: int, data: bytes) -> Iterator[Written]:
+    def _unpack(self, number: int, data: bytes) -> Iterator[Written]:
         """Write an image of another rank, unless this one sees the file that was written there."""
         header, _, pixels = data.partition(b"\n")
         values = json.loads(header)
@@ -166,7 +184,7 @@ class ResultWriter:
 
     def finish(self) -> Iterator[Written]:
         """Draw the grids: those that compare swept settings, or the grid of several images of one size."""
-        if not self.draws_grid or len(self._made) < len(self._requests):
+        if not self.draws_grid or not self.has_all:
             return
         n_rows, made = self._settings.n_rows, [self._made[number] for number in range(len(self._requests))]
         plots, images = compare(self._requests), [one.image for one in made]
@@ -303,7 +321,8 @@ class Outputs:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
-        first = self.numbers[fields["i"] - 1] if self._is_pattern and self.numbers else self._number
+        is_chosen = self._is_pattern and self.numbers and not mark
+        first = self.numbers[fields["i"] - 1] if is_chosen else self._number
         for number in count(first):
             path = self._path(fields, mark, number)
             name = _one_spelling(str(path))

@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import datetime, timedelta
 from io import StringIO
@@ -24,14 +24,15 @@ import mlx.core as mx
 import numpy as np
 
 from ..models import cpu
-from .request import Request
+from .processes import disconnect
 
 T = TypeVar("T")
 
 SHARES = ("even", "steal", "guidance", "off")
 _PERIOD = 0.05  # seconds between two exchanges
-_PATIENCE = 40  # seconds after which a silent rank is lost
+_PATIENCE, _IMPATIENCE = 40, 5  # seconds after which a silent rank is lost, the second after a signal
 _NOTICE = 3  # seconds that the launcher is ahead, at most, of what MLX says of a lost connection
+_ENDING = 30  # seconds in which the launcher ends the other ranks, by ssh
 _EPOCH = datetime(1970, 1, 1)
 _NOBODY = 2**31 - 1
 
@@ -54,18 +55,6 @@ def share(items: Sequence[T], group: mx.distributed.Group | None = None) -> Sequ
     return items[group.rank() :: group.size()]
 
 
-def lost(missing: Sequence[Request]) -> str:
-    """Describe images that a lost rank leaves undone, and the flags that make them."""
-    seeds: dict[str, list[str]] = {}
-    for request in missing:
-        values = {name: request.value(name) for name in request.variant.swept if name != "seed"}
-        flags = "".join(f" --{name} {value}" for name, value in values.items())
-        seeds.setdefault(f'"{request.prompt}"{flags}', []).append(str(request.seed))
-    ways = [f"{prompt} --seed {','.join(numbers)}" for prompt, numbers in seeds.items()]
-    rest = f" and {len(ways) - 3} more" if len(ways) > 3 else ""
-    return f"another Mac is lost, and {len(missing)} images may be missing; make them with {'; '.join(ways[:3])}{rest}"
-
-
 @dataclass(frozen=True)
 class _Row:
     """Hold the numbers that a rank sends in each exchange.
@@ -82,30 +71,45 @@ class _Row:
 
 
 class Ranks:
-    """Hold the number of this process and of all, and what is known of the others.
+    """Hold what is known of the other ranks. It has the methods of an ``mx.distributed.Group``, except ``split``.
 
     Args:
         group: from :func:`stable_diffusion.app.processes.join`; None is a process that runs alone.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None):
-        self.group = group
-        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
-        self.is_lost = False  # whether another rank is
-        self._row, self._rows = _Row(), [_Row()] * self.size  # of this rank, and of all in the last exchange
-        self._action: Callable[[], Any] | None = None
+        self._group = group
+        self._rank, self._size = (0, 1) if group is None else (group.rank(), group.size())
+        self.is_interrupted: Callable[[], bool] = lambda: False  # by a signal
+        self._lost_at: float | None = None
+        self._row, self._rows = _Row(), [_Row()] * self._size  # of this rank, and of all in the last exchange
+        self._operation: Callable[[], mx.array] | None = None
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._batches: Sequence[Sequence[int]] = ()  # to take, each with its images
         self._taken = 0
-        self._images: list[list[int]] = [[] for _ in range(self.size)]  # of each rank, in their order
-        self._heard, self._quits = monotonic(), False
+        self._images: list[list[int]] = [[] for _ in range(self._size)]  # of each rank, in their order
+        self._heard, self._notice_until, self._quits = monotonic(), 0.0, False
         self._posted = threading.Event()
         self._thread = threading.Thread(target=self._exchange, daemon=True)
         if group is not None:
             self._thread.start()
+            threading.Thread(target=self._watch, daemon=True).start()
         # For seeds that are drawn and for names with the time: the same on all ranks.
         self.random = SystemRandom() if group is None else Random(self.agree(secrets.randbits(32))[0])
         self.began = _EPOCH + timedelta(seconds=self.agree(int((datetime.now() - _EPOCH).total_seconds()))[0])
+
+    def rank(self) -> int:
+        """Return the number of this process, from 0."""
+        return self._rank
+
+    def size(self) -> int:
+        """Return the number of all processes."""
+        return self._size
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether another rank is lost, or has been silent for too long."""
+        return self._lost_at is not None
 
     # --- before the work ---------------------------------------------------------------------------------------------
 
@@ -114,11 +118,11 @@ class Ranks:
 
         The others exit with the same code, and without a word: what ranks above 0 print in ``prepare`` is dropped.
         """
-        if self.size == 1:
+        if self._size == 1:
             return prepare()
         printed, failure, result = StringIO(), None, None
         try:
-            if self.rank == 0:
+            if self._rank == 0:
                 result = prepare()
             else:
                 with redirect_stdout(printed), redirect_stderr(printed):
@@ -130,43 +134,40 @@ class Ranks:
         first = next((rank for rank, code in enumerate(codes) if code != _NOBODY), None)
         if first is None:
             return result
-        if failure is not None and (first == self.rank or self.is_lost):
+        if failure is not None and (first == self._rank or self.is_lost):
             print(printed.getvalue(), end="", file=sys.stderr)
             raise failure
         self.close()
         raise SystemExit(codes[first])
 
-    def agree(self, value: int = 0, action: Callable[[], Any] | None = None) -> Any:
-        """Return the values of all ranks, in their order, or with ``action`` its result: a collective operation.
+    def agree(self, value: int = 0) -> list[int]:
+        """Return the values of all ranks, in their order; this one's alone where one is lost.
 
-        All ranks call it in the same order. Where one is lost the list has this rank's value alone, and the result of
-        an action is None.
+        All ranks make the same calls, in the same order.
         """
-        alone = None if action is not None else [value]
-        if self.size == 1 or self.is_lost:
-            return alone
-        self._action = action
-        self._post(calls=self._row.calls + 1, value=value)
-        answer = self._answer()
-        return alone if answer is None else answer
+        return self._call(value, None) or [value]
 
     def highest(self, values: list[int]) -> list[int]:
         """Return the highest of each of the values on all ranks."""
-        result = self.agree(action=lambda: mx.distributed.all_max(mx.array(values), group=self.group).tolist())
-        return values if result is None else result
+        result = self._call(0, lambda: mx.distributed.all_max(mx.array(values), group=self._group))
+        return values if result is None else result.tolist()
 
     # --- the work ----------------------------------------------------------------------------------------------------
 
-    def share(self, count: int) -> Sequence[int]:
-        """Return the numbers of this rank's images, of ``count``."""
-        self._images = [list(range(rank, count, self.size)) for rank in range(self.size)]
-        return self._images[self.rank]
+    def share(self, count: int, share: str) -> Sequence[int]:
+        """Return the numbers of the images, of ``count``, that this rank may make; ``share`` is one of ``SHARES``."""
+        if share == "even":
+            self._images = [list(range(rank, count, self._size)) for rank in range(self._size)]
+            return self._images[self._rank]
+        if share == "guidance":  # the first rank writes them
+            self._images[0] = list(range(count))
+        return range(count)
 
     def take(self, batches: Sequence[Sequence[int]]) -> Iterator[int]:
         """Yield the number of a batch that no other rank has taken, as long as there is one.
 
         ``batches`` are the images of each, the same on all ranks. Where one is lost, those that are left are shared
-        evenly.
+        evenly; the last rank takes them all.
         """
         self._batches = batches
         self.agree(len(batches))
@@ -177,24 +178,25 @@ class Ranks:
                 return
             if number is not None:
                 yield number
-        for number in range(self._taken, len(batches))[self.rank :: self.size]:
-            self._images[self.rank] += batches[number]
-            yield number
+        for number in range(self._taken, len(batches)):
+            if self._size == 2 or number % self._size == self._rank:
+                self._images[self._rank] += batches[number]
+                yield number
 
     def finish(self, count: int = 1) -> None:
-        """Count images of this rank that are finished."""
+        """Count images of this rank that are finished, in their order."""
         self._post(finished=self._row.finished + count)
 
     def missing(self, count: int) -> list[int]:
         """Return the images that are not known to be finished, of ``count``."""
         finished = [row.finished for row in self._rows]
-        finished[self.rank] = self._row.finished
+        finished[self._rank] = self._row.finished
         known = {i for images, done in zip(self._images, finished, strict=True) for i in images[:done]}
         return [i for i in range(count) if i not in known]
 
     def leave(self) -> None:
         """Wait until all ranks have come here, or one is lost."""
-        if self.size > 1 and not (self.is_lost or self._row.leaves):
+        if self._size > 1 and not (self.is_lost or self._row.leaves):
             self._post(leaves=1)
             self._answer()
 
@@ -204,15 +206,23 @@ class Ranks:
         if sum(lengths) == 0 or self.is_lost:
             return b""
         own = np.frombuffer(data, np.uint8) if data else np.zeros(sum(lengths), np.uint8)
-        total = self.agree(action=lambda: np.array(mx.distributed.all_sum(mx.array(own), group=self.group)))
-        return b"" if total is None else total.tobytes()
+        total = self._call(0, lambda: mx.distributed.all_sum(mx.array(own), group=self._group))
+        return b"" if total is None else np.array(total).tobytes()
+
+    def all_gather(self, rows: mx.array) -> mx.array:
+        """Return the rows of all ranks, computed. Raises ConnectionError where one is lost, also without a word."""
+        mx.eval(rows)
+        result = self._call(0, lambda: mx.distributed.all_gather(rows, group=self._group))
+        if result is None:
+            raise ConnectionError("another Mac is lost")
+        return result
 
     def notices_loss(self) -> bool:
-        """Return whether a rank is lost, when a signal has come: MLX's launcher ends all others, and is quick."""
-        end = monotonic() + (_NOTICE if self.size > 1 else 0)
-        while not self.is_lost and monotonic() < end:
+        """Return whether a rank was lost just now, when a signal has come: MLX's launcher ends all others."""
+        self._notice_until = self._notice_until or monotonic() + (_NOTICE if self._size > 1 else 0)
+        while not self.is_lost and monotonic() < self._notice_until:
             sleep(_PERIOD)
-        return self.is_lost
+        return self._lost_at is not None and monotonic() - self._lost_at < _ENDING
 
     def close(self) -> None:
         """End the exchange, whatever the others do."""
@@ -222,6 +232,14 @@ class Ranks:
 
     # --- the exchange ------------------------------------------------------------------------------------------------
 
+    def _call(self, value: int, operation: Callable[[], mx.array] | None) -> Any:
+        """Return the result of an operation of all ranks, or their values; None where one is lost."""
+        if self._size == 1 or self.is_lost:
+            return None
+        self._operation = operation
+        self._post(calls=self._row.calls + 1, value=value)
+        return self._answer()
+
     def _post(self, **numbers: int) -> None:
         self._row = replace(self._row, **numbers)
         self._posted.set()
@@ -229,31 +247,39 @@ class Ranks:
     def _answer(self) -> Any:
         """Wait for what the exchange finds out; None where a rank is lost. Signals are handled meanwhile."""
         while True:
-            try:
+            with suppress(Empty):
                 return self._answers.get(timeout=0.5)
-            except Empty:
-                if monotonic() - self._heard > _PATIENCE:
-                    self.is_lost = True
-                    return None
+
+    def _watch(self) -> None:
+        """End the exchange where a rank is silent for too long. In a thread of its own."""
+        while self._thread.is_alive():
+            sleep(0.5)
+            if monotonic() - self._heard > (_IMPATIENCE if self.is_interrupted() else _PATIENCE):
+                disconnect()
+                self._lost_at = self._lost_at or monotonic()
+                self._answers.put(None)
+                return
 
     def _exchange(self) -> None:
         """Send this rank's numbers to all and read theirs, until all leave. In a thread of its own."""
         cpu.clear_streams_at_thread_end()
-        answered, granted = 0, [0] * self.size
+        answered, granted = 0, [0] * self._size
         with mx.stream(mx.new_stream(mx.cpu)):
             while not self._quits:
                 try:
                     numbers = mx.array([astuple(self._row)], dtype=mx.int64)
-                    table = mx.distributed.all_gather(numbers, group=self.group).tolist()
+                    table = mx.distributed.all_gather(numbers, group=self._group).tolist()
                     self._rows, self._heard = [_Row(*row) for row in table], monotonic()
                     self._hand_out(granted)
                     if all(row.calls > answered for row in self._rows):
                         answered += 1
-                        values = [row.value for row in self._rows]
-                        self._answers.put(values if self._action is None else self._action())
+                        result: Any = [row.value for row in self._rows]
+                        if self._operation is not None:
+                            mx.eval(result := self._operation())
+                        self._answers.put(result)
                         continue
                 except RuntimeError:  # the connection to a rank is lost
-                    self.is_lost = True
+                    self._lost_at = monotonic()
                 if self.is_lost or all(row.leaves for row in self._rows):
                     self._answers.put(None)
                     return
@@ -268,5 +294,5 @@ class Ranks:
                 if number < len(self._batches):
                     self._images[rank] += self._batches[number]
                     self._taken += 1
-                if rank == self.rank:
+                if rank == self._rank:
                     self._answers.put(number if number < len(self._batches) else _NOBODY)

@@ -25,9 +25,9 @@ from ..app.metadata import changes, for_model
 from ..app.preview import PreviewSettings, PreviewWriter
 from ..app.processes import join
 from ..app.progress import ProgressBar
-from ..app.request import expand
+from ..app.request import Request, expand
 from ..app.results import ResultWriter, Written
-from ..app.sharing import Ranks, lost
+from ..app.sharing import Ranks
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
@@ -55,6 +55,7 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
         try:
             with closing(Ranks(join())) as joined:
                 stop.is_excused = joined.notices_loss
+                joined.is_interrupted = lambda: stop.is_due
                 return _run_as(joined, stop, joined.once(lambda: read(script, argv, prog)))
         except ConnectionError as error:
             remark(f"{name}: error: {error}")
@@ -70,8 +71,8 @@ def _run_as(ranks: Ranks, stop: Stop, command: Command) -> int:
         ranks = Ranks()
     cpu.tune()
     parser, code = command.parser, 2
-    start = f"{parser.prog}: rank {ranks.rank}" if ranks.rank else parser.prog
-    handler = show_log(start, errors_only=ranks.rank > 0)  # remarks on the command are the same on all
+    start = f"{parser.prog}: rank {ranks.rank()}" if ranks.rank() else parser.prog
+    handler = show_log(start, errors_only=ranks.rank() > 0)  # remarks on the command are the same on all
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
     _progress.setLevel(logging.INFO if command.verbose or sys.stderr.isatty() else logging.WARNING)
     try:
@@ -108,13 +109,14 @@ class Script:
 
     def __init__(self, command: Command, stop: Stop, ranks: Ranks):
         self._stop, self._json, self._start, self._bar = stop, command.json, perf_counter(), ProgressBar()
+        self._unet_peak, self._n_images = 0, 0
         self._ranks, self._sharing = ranks, command.sharing
         self._requests = expand(command.lines, ranks.random)
         self._writer = ResultWriter(self._requests, command.output, ranks.began)
-        self._previews = PreviewWriter(command.preview if ranks.rank == 0 else PreviewSettings())
+        self._previews = PreviewWriter(command.preview if ranks.rank() == 0 else PreviewSettings())
         inputs = read_inputs(self._requests[0])
         self._numbers = range(len(self._requests))  # of the images to make here
-        if ranks.size > 1:
+        if ranks.size() > 1:
             self._share()
         requests = [self._requests[number] for number in self._numbers]
         if not requests:
@@ -123,7 +125,7 @@ class Script:
         if self._sharing.share in ("steal", "guidance"):  # the same batches on all ranks
             resources = replace(resources, batch_size=resources.batch_size or 1)
         self._model = open_model(requests[0], resources.low_memory)
-        if ranks.rank == 0:
+        if ranks.rank() == 0:
             self._model.on_layer = self._bar.load
         if command.preload_models:
             self._model.ensure_models_are_loaded()
@@ -140,62 +142,73 @@ class Script:
         ranks, sharing, count = self._ranks, self._sharing, len(self._requests)
         if sharing.share == "steal" and self._requests[0].refiner:
             raise ValueError("--share steal decodes each batch before the next, and a refiner all: use --share even")
-        if sharing.share == "even":
-            self._numbers = ranks.share(count)
-        self._writer.keeps_images = sharing.gather or sharing.share == "guidance"
-        if sharing.share in ("even", "steal") and self._writer.draws_grid and not sharing.gather:
+        self._numbers = ranks.share(count, sharing.share)
+        has_all = sharing.gather or sharing.share == "guidance"
+        if self._writer.draws_grid and not has_all:
             _log.warning("no grid is drawn, as each Mac has its own images; --gather brings them all to the first")
+        self._writer.draws_grid &= has_all and ranks.rank() == 0
+        self._writer.keeps_images = has_all
 
     def run(self) -> None:
         """Generate the images and write each as soon as it is decoded."""
-        unet_peak, n_images, ranks = 0, 0, self._ranks
+        ranks = self._ranks
         self._writer.choose_numbers(ranks.highest, ranks.agree)
-        if self._sharing.share == "guidance" and ranks.size > 1:
-            ranks.leave()  # the steps exchange more than that
-            self._model.group = ranks.group
+        if self._sharing.share == "guidance" and ranks.size() > 1:
+            self._model.group = ranks
         if self._numbers:
             _progress.info("%s", self._plan())
-        for result in self._results():
-            unet_peak, n_images = unet_peak or mx.get_peak_memory(), n_images + 1
-            self._bar.close()
-            if self._model.group is not None and ranks.rank > 0:
-                continue
-            for written in self._writer.add(result, self._model, self._numbers[result.number]):
-                self._print(written)
-                ranks.finish()
-            if result.index == len(result.batch.requests) - 1 and not result.partial:
-                self._write_animation(result)
-        self._bar.close()
+        try:
+            self._generate()
+        except ConnectionError:
+            if not ranks.is_lost:
+                raise
         if self._writer.error is not None:
             raise self._writer.error
         if self._stop.is_due:
             raise KeyboardInterrupt
-        if self._sharing.gather and ranks.size > 1:
-            self._gather()
-        ranks.leave()
-        if ranks.is_lost and self._sharing.share != "guidance" and (missing := ranks.missing(len(self._requests))):
-            raise ConnectionError(lost([self._requests[number] for number in missing]))
+        if ranks.size() > 1:
+            self._meet()
         for written in self._writer.finish():
             self._print(written)
         seconds, step = perf_counter() - self._start, self._bar.seconds / max(self._bar.steps, 1)
-        memory = f"{unet_peak / 1e9:.2f} GB for the UNet, {mx.get_peak_memory() / 1e9:.2f} GB overall"
-        images = "1 image" if n_images == 1 else f"{n_images} images"
+        memory = f"{self._unet_peak / 1e9:.2f} GB for the UNet, {mx.get_peak_memory() / 1e9:.2f} GB overall"
+        images = "1 image" if self._n_images == 1 else f"{self._n_images} images"
         _progress.info("%s in %.1f s, %.2f s/step, peak memory: %s", images, seconds, step, memory)
+
+    def _generate(self) -> None:
+        """Generate the images that are made here, and write each."""
+        ranks = self._ranks
+        for result in self._results():
+            self._unet_peak, self._n_images = self._unet_peak or mx.get_peak_memory(), self._n_images + 1
+            self._bar.close()
+            if self._model.group is not None and ranks.rank() > 0:
+                continue
+            for written in self._writer.add(result, self._model, self._numbers[result.number]):
+                self._print(written)
+                if self._writer.error is None and not result.partial:
+                    ranks.finish()
+            if result.index == len(result.batch.requests) - 1 and not result.partial:
+                self._write_animation(result)
+        self._bar.close()
 
     def _results(self) -> Iterator[Result]:
         if not self._numbers:
             return iter(())
-        steals = self._sharing.share == "steal" and self._ranks.size > 1
+        steals = self._sharing.share == "steal" and self._ranks.size() > 1
         return self._engine.run(self._on_step, self._ranks.take(self._engine.numbers) if steals else None)
 
-    def _gather(self) -> None:
-        """Bring all images to rank 0, which writes those whose files it does not see."""
-        for number in range(len(self._requests)):
-            own = self._writer.packed(number)
-            data = self._ranks.gather(own)
-            if self._ranks.rank == 0 and own is None and data:
-                for written in self._writer.unpack(number, data):
-                    self._print(written)
+    def _meet(self) -> None:
+        """Gather the images and wait for all ranks. Raises ConnectionError where one is lost with some of them."""
+        ranks, gathers = self._ranks, self._sharing.gather and self._sharing.share != "guidance"
+        for written in self._writer.gather(ranks.gather, ranks.rank() == 0) if gathers else ():
+            self._print(written)
+        ranks.leave()
+        if self._stop.is_due:
+            raise KeyboardInterrupt
+        if ranks.is_lost:
+            missing = ranks.missing(len(self._requests))
+            if missing or (gathers and not self._writer.has_all):
+                raise ConnectionError(_lost([self._requests[number] for number in missing]))
 
     def _plan(self) -> str:
         """Describe the run in one line; several values of swept settings stand with a slash between."""
@@ -212,10 +225,8 @@ class Script:
         return f"{batches[0].request.model}, {size}, {steps} steps of {sampler}, {device}, {dtype}"
 
     def _on_step(self, step: Step) -> bool:
-        if self._ranks.rank == 0:
+        if self._ranks.rank() == 0:
             self._bar(step)
-        if self._sharing.share == "guidance" and self._model.group is None:
-            self._ranks.is_lost = self._ranks.size > 1
         preview = self._previews(step)
         if preview is not None and self._json:
             record = {"kind": "preview", "path": str(preview), "step": step.number, "steps": step.total}
@@ -234,7 +245,22 @@ class Script:
     def _print(self, written: Written) -> None:
         """Print a line on stdout. Nothing of a run is given up because nobody reads it."""
         try:
-            record = written.record | ({"rank": self._ranks.rank} if self._ranks.size > 1 else {})
+            record = written.record | ({"rank": self._ranks.rank()} if self._ranks.size() > 1 else {})
             say(json.dumps(record) if self._json else written.line)
         except OSError as error:
             _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)
+
+
+def _lost(missing: Sequence[Request]) -> str:
+    """Describe images that a lost rank leaves undone, and the flags that make them."""
+    if not missing:
+        return "another Mac is lost, and not all images may be gathered on the first; all are made"
+    seeds: dict[str, list[str]] = {}
+    for request in missing:
+        values = {name: request.value(name) for name in request.variant.swept if name != "seed"}
+        flags = "".join(f" --{name} {value}" for name, value in values.items())
+        seeds.setdefault(f'"{request.prompt}"{flags}', []).append(str(request.seed))
+    ways = [f"{prompt} --seed {','.join(numbers)}" for prompt, numbers in seeds.items()]
+    rest = f" and {len(ways) - 3} more" if len(ways) > 3 else ""
+    what, it = ("1 image", "it") if len(missing) == 1 else (f"{len(missing)} images", "them")
+    return f"another Mac is lost, and {what} may be missing; make {it} with {'; '.join(ways[:3])}{rest}"

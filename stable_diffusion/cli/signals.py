@@ -27,8 +27,10 @@ class Stop:
 
     @property
     def is_due(self) -> bool:
-        """Return whether the run has to stop."""
-        return self.code is not None and not (self.code - 128 in _EXCUSABLE and self.is_excused())
+        """Return whether the run has to stop. A signal that is excused is forgotten."""
+        if self.code is not None and self.code - 128 in _EXCUSABLE and self.is_excused():
+            self.code = None
+        return self.code is not None
 
 
 @contextmanager
@@ -66,10 +68,11 @@ def _watch(receiver: socket, stop: Stop, say: Callable[[str], None]) -> None:
     """End the process at the second signal, or when a while has passed since SIGTERM."""
     with receiver:
         number = receiver.recv(1)
-        is_excused = number and number in _EXCUSABLE and stop.is_excused()
-        if number and stop.is_expected and not is_excused:
+        while number and number in _EXCUSABLE and stop.is_excused():
+            number = receiver.recv(1)
+        if number and stop.is_expected:
             say("stopping after this step to write what there is; once more leaves at once")
-        receiver.settimeout(_PATIENCE if number == bytes([signal.SIGTERM]) and not is_excused else None)
+        receiver.settimeout(_PATIENCE if number == bytes([signal.SIGTERM]) else None)
         with suppress(TimeoutError):
             number = receiver.recv(1)
     if number:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 
@@ -47,7 +48,8 @@ class Denoiser:
             on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
         tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
         freeu_scales: (b1, b2, s1, s2) of FreeU, see ``models/unet.py``.
-        group: processes that compute the same run, each a part of the rows of a batch that divides by their number.
+        group: processes that compute the same run, each a part of the rows of a batch that divides by their number; an
+            ``mx.distributed.Group``, or an object with its methods and ``all_gather``.
         pag_layers: parts of the UNet in which the self-attentions of perturbed rows attend to their own positions
             alone, see ``self_attentions`` there.
     """
@@ -104,7 +106,8 @@ class Denoiser:
                 outputs.append(self._predict(x_in[part.rows.images], sigma, step, part))
         output = mx.concatenate(outputs)
         if len(output) < len(batch.images):
-            output = mx.distributed.all_gather(output, group=self._group)
+            gather = getattr(self._group, "all_gather", partial(mx.distributed.all_gather, group=self._group))
+            output = gather(output)
         prediction = batch.combine(output.astype(mx.float32))
         return self._preconditioning.to_x0(prediction, x, sigma)
 

@@ -66,6 +66,7 @@ def guidance() -> dict[str, float]:
 
 def run(folder: Path, spec: dict) -> None:
     rank = os.environ["MLX_RANK"]
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # the launcher's may come after a command
     spoil(spec, rank)
     if (home := folder / f"home-{rank}").exists():
         os.chdir(home)

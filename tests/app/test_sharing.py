@@ -213,7 +213,7 @@ def test_a_full_disk_ends_one_rank_alone(tmp_path):
 
 def test_a_process_alone_has_everything():
     ranks = Ranks()
-    assert ranks.share(5) == [0, 1, 2, 3, 4] and share("abc") == "abc"
+    assert list(ranks.share(5, "even")) == [0, 1, 2, 3, 4] and share("abc") == "abc"
     assert ranks.agree(7) == [7] and ranks.once(lambda: 3) == 3
     assert ranks.missing(2) == [0, 1]
     ranks.leave()
