@@ -32,13 +32,13 @@ _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Ma
 # mlx/transforms.cpp): a Winograd convolution holds 64 values for each pair of channels, a command buffer ends after 40
 # kernels or 40 Mi values, and 10 of them wait, or none where memory is at its limit.
 _STEP = {mx.cpu: (51, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
-_SCORES, _BESIDE_SCORES = 2**26, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
+_SCORES, _BESIDE_SCORES = 2**23, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
 _EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
 
 # Bytes of a training step for each position and channel: that enter or leave a resnet; of a transformer block; of its
-# input. Bytes for each byte of the float32 scores of attention, of which a gradient computes 2**26 at a time; and what
+# input. Bytes for each byte of the float32 scores of attention, of which 2**23 are computed at a time; and what
 # MLX computes ahead of the device. CPU: measured with small UNets at 128 and 256 pixels. GPU, half precision: computed,
 # not measured on a Mac.
 _TRAINING = {mx.cpu: (50, 95, 4, 13, 0.0), mx.gpu: (8, 60, 2, 3, 0.6e9)}

@@ -148,7 +148,8 @@ def _convolution(stride: tuple[int, int], padding: tuple[int, int]) -> Callable[
         x, weight = inputs
         (b, h, w, c), (o, kh, kw, _), (_, rows, columns, _) = x.shape, weight.shape, change.shape
         y = (change.reshape(-1, o) @ weight.reshape(o, -1)).reshape(b, rows, 1, columns, 1, -1)
-        y = mx.pad(y, [(0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1), (0, 0)])
+        if max(stride) > 1:
+            y = mx.pad(y, [(0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1), (0, 0)])
         y = y.reshape(b, rows * stride[0], columns * stride[1], kh, kw, c)
         below, right = (max(n + p - m, 0) for n, p, m in zip((h, w), padding, y.shape[1:3], strict=True))
         y = mx.pad(y, [(0, 0), (kh - 1, below), (kw - 1, right), (0, 0), (0, 0), (0, 0)])

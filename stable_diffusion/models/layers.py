@@ -20,7 +20,7 @@ _FUSED = (64, 72, 80, 96, 128)
 # Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
 # seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
-_SCORES = 2**26  # bytes of attention in a gradient, which has them three times
+_SCORES = 2**22  # bytes of attention in a gradient, which has them several times
 
 
 class Group(nn.Module):
@@ -319,7 +319,7 @@ class Attention(nn.Module):
         *,
         bias: bool = False,
         upcast: bool = False,
-        largest_scores: int = 2**26,
+        largest_scores: int = 2**23,
     ):
         super().__init__()
         if dim % heads:
