@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import approximations, growth, memory
+from benchmarks import approximations, fleet, growth, memory
 from benchmarks.compare import workers
 from benchmarks.compare.__main__ import FULL, QUICK, main
 from benchmarks.compare.cases import PARTS, Case, cases
@@ -144,3 +144,19 @@ def test_what_fits_which_mac_is_in_the_documents(monkeypatch, capsys):
     cells = {line: line.split(" | ")[3:] for line in table[2:]}
     assert [len(row) for row in cells.values()] == [4] * 27
     assert all("no" not in cell for line, row in cells.items() for cell in row if "-q" in line or "SDXL" not in line)
+
+
+def test_a_fleet_is_as_fast_as_its_pictures_divide(capsys):
+    job = fleet.Job(pictures=64, seconds=20, size=1024, start=15)
+    assert [job.even(macs) for macs in (1, 2, 48, 64, 100)] == [15 + 64 * 20, 15 + 32 * 20, 55, 35, 35]
+    assert job.gathering(1, fleet.LINKS["wifi"]) == 0
+    two = job.gathering(2, fleet.LINKS["ethernet"])
+    assert two == pytest.approx(64 * 3 * 1024**2 / 112e6, rel=0.1)  # a sum over two sends the data once
+    assert two < job.gathering(8, fleet.LINKS["ethernet"]) < job.gathering(8, fleet.LINKS["wifi"])
+    assert job.even(1) / 2 < job.guidance(fleet.LINKS["ethernet"]) < 0.6 * job.even(1)
+    assert fleet.pays_up_to(job, fleet.LINKS["ethernet"]) == 64
+    assert fleet.pays_up_to(fleet.Job(pictures=64, seconds=0.1), fleet.LINKS["wifi"]) == 1
+    fleet.main(["--macs", "1", "2", "--pictures", "3", "--seconds", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "computed, not measured" in lines[0]
+    assert lines[2].split()[:4] == ["1", "45", "s", "1.00"] and lines[3].split()[:4] == ["2", "35", "s", "1.29"]

@@ -93,7 +93,7 @@ class Ranks:
         self._thread = threading.Thread(target=self._exchange, daemon=True)
         if group is not None:
             self._thread.start()
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._end_silence, daemon=True).start()
         # For seeds that are drawn and for names with the time: the same on all ranks.
         self.random = SystemRandom() if group is None else Random(self.agree(secrets.randbits(32))[0])
         self.began = _EPOCH + timedelta(seconds=self.agree(int((datetime.now() - _EPOCH).total_seconds()))[0])
@@ -250,7 +250,7 @@ class Ranks:
             with suppress(Empty):
                 return self._answers.get(timeout=0.5)
 
-    def _watch(self) -> None:
+    def _end_silence(self) -> None:
         """End the exchange where a rank is silent for too long. In a thread of its own."""
         while self._thread.is_alive():
             sleep(0.5)

@@ -1,7 +1,7 @@
 """Run commands as one of several ranks, for tests/app/test_sharing.py: ``python ranks.py FOLDER SPEC``.
 
 SPEC is a JSON file: "commands", each a script and its arguments; "dies" {rank: the call of on_step
-at which it is killed, 0 is before};
+at which it is killed, 0 is before, "gather" when all are made}; "stops" {rank: the same, but stopped};
 "slow" {rank: seconds of each such call}; "full", a rank whose disk is full. Each rank writes its exit codes and the
 seconds of each command into FOLDER/rank-N.json.
 """
@@ -19,7 +19,7 @@ from stable_diffusion import StableDiffusion
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.app import results
+from stable_diffusion.app import results, sharing
 from stable_diffusion.cli import main
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.images.files import save
@@ -34,12 +34,18 @@ def spoil(spec: dict, rank: str) -> None:
         calls += 1
         if calls == spec.get("dies", {}).get(rank):
             os.kill(os.getpid(), signal.SIGKILL)
+        if calls == spec.get("stops", {}).get(rank):
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(spec.get("slow", {}).get(rank, 0))
         return on_step(script, step)
 
     def full(image, path, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
+    if "stops" in spec:
+        sharing._PATIENCE = 3
+    if spec.get("dies", {}).get(rank) == "gather":
+        results.ResultWriter.gather = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     if spec.get("dies", {}).get(rank) == 0:
         main.read_inputs = lambda request: os.kill(os.getpid(), signal.SIGKILL)
     main.Script._on_step = patched

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,7 +40,12 @@ def launch(size: int, folder: Path, commands: list, *, launcher: bool = False, *
         hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
         ranks = [environment | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(size)]
         started = [subprocess.Popen(program, env=rank, text=True, **options) for rank in ranks]
-    printed = [process.communicate(timeout=100) for process in started]
+    stopped = spec.get("stops", {})
+    going = [process for rank, process in enumerate(started) if str(rank) not in stopped]
+    printed = [process.communicate(timeout=100) for process in going]
+    for rank in map(int, stopped):
+        started[rank].kill()
+        started[rank].communicate()
     files = [folder / f"rank-{rank}.json" for rank in range(size)]
     written = [json.loads(file.read_text()) if file.exists() else None for file in files]
     return written, "".join(out for out, _ in printed), "".join(err for _, err in printed)
@@ -167,12 +173,35 @@ def test_the_others_finish_what_is_theirs_when_a_rank_is_killed(share, rank, cal
     assert time.monotonic() - start < 60
     assert written[rank] is None and written[1 - rank]["codes"] == [1], printed
     made = {int(file.stem) for file in (tmp_path / "out").iterdir()}
-    assert set(share_of(4, 1 - rank)) <= made
     for file in (tmp_path / "out").iterdir():  # whole, and none is half written
         Image.open(file).load()
     line = next(line for line in printed.splitlines() if "another Mac is lost" in line)
     missing = {int(seed) for seed in line.rpartition("--seed ")[2].split(",")}
-    assert missing >= {1, 2, 3, 4} - made and not missing & set(share_of(4, 1 - rank)), line
+    assert missing >= {1, 2, 3, 4} - made, line
+    if share == "even":
+        assert set(share_of(4, 1 - rank)) <= made - missing, line
+    else:  # what nobody had begun is made by the other one
+        assert len(made) >= 3
+
+
+@pytest.mark.parametrize(("signal", "rank"), [("dies", 0), ("dies", 1), ("stops", 1)])
+def test_guidance_goes_on_with_the_first_rank_alone(signal, rank, tmp_path):
+    """A rank that is stopped has open connections, and says nothing."""
+    command = ["txt2image", "a red circle", "--seed", "1,2", *TINY, "--output", f"{tmp_path}/out/{{seed}}.png"]
+    written, _, printed = launch(2, tmp_path, [[*command, "--share", "guidance"]], **{signal: {str(rank): 4}})
+    assert written[1 - rank]["codes"] == [rank == 0], printed
+    assert {"1.png"} | ({"2.png", "1_grid.png"} if rank else set()) == {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert ("may be missing" if rank == 0 else "again here") in printed
+    assert "computation failed" not in printed
+
+
+def test_pictures_that_were_not_gathered_are_named(tmp_path):
+    command = ["txt2image", "a red circle", "--seed", "1-4", *TINY, "--output", f"{tmp_path}/out/{{seed}}.png"]
+    written, _, printed = launch(2, tmp_path, [[*command, "--gather"]], dies={"1": "gather"})
+    assert written[1] is None and written[0]["codes"] == [1]
+    assert "another Mac is lost" in printed and len(files_of(tmp_path / "out")) == 4
 
 
 def share_of(count: int, rank: int) -> list[int]:
@@ -218,3 +247,16 @@ def test_a_process_alone_has_everything():
     assert ranks.missing(2) == [0, 1]
     ranks.leave()
     ranks.close()
+
+
+def test_a_process_alone_begins_no_thread_and_joins_nothing(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a process that runs alone has no others")
+
+    before = {thread.name for thread in threading.enumerate()}
+    monkeypatch.setattr(mx.distributed, "init", refuse)
+    monkeypatch.setattr(Ranks, "_exchange", refuse)
+    monkeypatch.setattr(main.Script, "_on_step", lambda script, step: alive.update(threading.enumerate()))
+    alive = set()
+    assert main.txt2image(["a red circle", *TINY, "--output", str(tmp_path / "x.png")], "txt2image") == 0
+    assert not {thread.name for thread in alive if "_exchange" in thread.name or "_end_silence" in thread.name} - before
