@@ -81,10 +81,10 @@ class Ranks(Exchange):
         first = next((rank for rank, code in enumerate(codes) if code != NOBODY), None)
         if first is None:
             return result
+        self.leave()  # together: the launcher ends whoever is later than one that has failed
         if failure is not None and (first == self._rank or self.is_lost):
             print(printed.getvalue(), end="", file=sys.stderr)
             raise failure
-        self.close()
         raise SystemExit(codes[first])
 
     # --- the work ----------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
     with signals(_log.warning) as stop:
         try:
             with closing(Ranks(join())) as joined:
-                stop.is_excused = joined.notices_loss
+                stop.is_excused, stop.is_launched = joined.notices_loss, joined.size() > 1
                 joined.is_interrupted = lambda: stop.is_due
                 return _run_as(joined, stop, joined.once(lambda: read(script, argv, prog)))
         except ConnectionError as error:

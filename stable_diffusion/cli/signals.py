@@ -19,11 +19,14 @@ class Stop:
     """Hold the exit code of the first signal: 128 and its number. It raises KeyboardInterrupt, unless expected.
 
     ``is_excused`` says that SIGTERM and SIGHUP are to be ignored: MLX's launcher ends all processes when one is lost.
+    ``is_launched`` says that it has begun this one; SIGTERM is ignored then once the command is over, since that comes
+    to whoever is a moment later than a process that has failed.
     """
 
     code: int | None = None
     is_expected: bool = False
     is_excused: Callable[[], bool] = lambda: False
+    is_launched: bool = False
 
     @property
     def is_due(self) -> bool:
@@ -58,6 +61,8 @@ def signals(say: Callable[[str], None]) -> Iterator[Stop]:
         yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
+        if stop.is_launched:
+            handlers |= {signal.SIGTERM: signal.SIG_IGN}
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sender.close()  # the watcher reads the end
