@@ -9,16 +9,26 @@ from multiprocessing import dummy
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import approximations, fleet, growth, memory
+from benchmarks import approximations, fleet, gpu_work, growth, memory
 from benchmarks.compare import workers
 from benchmarks.compare.__main__ import FULL, QUICK, main
 from benchmarks.compare.cases import PARTS, Case, cases
+from benchmarks.compare.gpu_graph import as_on_a_gpu, trace, trace_step
+from benchmarks.compare.gpu_kernels import CHIPS, Kernel, kernels
 from benchmarks.shapes import SHAPES, UNETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--shape", "tiny", "--size", "64", "--repeats", "2")
+
+WORK = {"kernels": 12, "moved": 34e9, "flops": 5.6e12, "model": {"M1": 0.75}}
+HALF = {"kernels": 6, "moved": 17e9, "flops": 2.8e12, "model": {"M1": 0.25}}
 
 
 class Thread(dummy.Process):
@@ -32,6 +42,8 @@ class Thread(dummy.Process):
 def compare(monkeypatch, tmp_path, capsys) -> Callable[..., tuple[list[dict], str]]:
     """Compare in this process; gives the results in the JSON file, and the table."""
     monkeypatch.setattr(workers, "_SPAWN", SimpleNamespace(Process=Thread, Pipe=dummy.Pipe))
+    # A count takes a process of its own, see below; here the second column has half of the work.
+    monkeypatch.setattr(workers, "count", lambda column, *_: WORK if column == "this library" else HALF)
 
     def call(*arguments: str) -> tuple[list[dict], str]:
         file = tmp_path / "figures.json"
@@ -52,9 +64,8 @@ def test_every_part(compare):
         assert len(figures["seconds"]) == len(figures["processor"]) == 2 and figures["first"] > 0
         # All of the weights are in memory, and something is computed from them; files are in half precision.
         assert figures["peak"] > figures["weights"] > 0
-        assert (figures["primitives"] is None) == (case["part"] in ("load", "image"))
-        assert figures["primitives"] is None or figures["primitives"] > figures["fused"] > 0
-        assert re.search(rf"this library .* {figures['median']:.3f} s", table)
+        assert re.search(rf"this library .* {figures['median']:.3f} s .* 12 kernels, 34.00 GB, 5.600 TFLOP", table)
+        assert "this library by a model: M1 0.75 s" in table
     files = {case["part"]: case["columns"]["this library"]["weights"] for case in results}
     vae = files["vae-encode"] + files["vae-decode"]
     assert files["load"] == files["image"] == pytest.approx((files["unet"] + files["text"] + vae) / 2, rel=0.02)
@@ -67,6 +78,7 @@ def test_beside_diffusers_which_has_nothing_quantized(compare):
     ours, theirs = plain["this library"], plain["diffusers"]
     assert ours["weights"] == theirs["weights"] > quantized["this library"]["weights"]
     assert f"this library / diffusers: time {ours['median'] / theirs['median']:.2f}" in table
+    assert "kernels 2.00, bytes 2.00, FLOP 2.00" in table
     assert "diffusers" not in quantized
 
 
@@ -160,3 +172,138 @@ def test_a_fleet_is_as_fast_as_its_pictures_divide(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "computed, not measured" in lines[0]
     assert lines[2].split()[:4] == ["1", "45", "s", "1.00"] and lines[3].split()[:4] == ["2", "35", "s", "1.29"]
+
+
+# --- the work of a GPU -----------------------------------------------------------------------------------------------
+
+
+def attend(q: mx.array, k: mx.array) -> mx.array:
+    """Attention of maps [B, N, heads, D], whose result is read as [B, N, C]."""
+    q, k = (x.swapaxes(1, 2) for x in (q, k))
+    out = mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0)
+    return out.swapaxes(1, 2).flatten(2)
+
+
+def norm(x: mx.array) -> mx.array:
+    return mx.fast.layer_norm(x, None, None, 1e-5)
+
+
+def fused(x: mx.array) -> mx.array:
+    return mx.compile(lambda x: mx.exp(x) * 2 + 1)(x)
+
+
+def fused_twice(x: mx.array) -> mx.array:
+    return mx.compile(lambda x: fused(x) + x)(x)
+
+
+def not_fused(x: mx.array) -> mx.array:
+    return mx.compile(lambda x: x.sum() * 2)(x)
+
+
+# Function, shapes of its inputs in float16, and (name, bytes, FLOPs) of the kernels.
+RULES = {
+    "views": (lambda x: x.T[1:, ::2][None].squeeze(0), [(4, 6)], []),
+    "the reshape of a view that needs no copy": (lambda x: x[1:3].reshape(3, 4), [(4, 6)], []),
+    "of one that does": (lambda x: x.T.reshape(3, 8), [(4, 6)], [("copy", 96, 0)]),
+    "what is broadcast is read once": (lambda x, y: x + y, [(4, 6), (6,)], [("Add", 48 + 12 + 48, 0)]),
+    "parts are read in place": (lambda x: x[:, ::2] * x[:, 1::2], [(4, 6)], [("Multiply", 3 * 24, 0)]),
+    "the order of axes is kept": (
+        lambda x: mx.exp(x.T * 2).T.reshape(24),
+        [(4, 6)],
+        [("Multiply", 98, 0), ("Exp", 96, 0)],
+    ),
+    "unless there are gaps": (lambda x: mx.exp(x.T[1:]).T.reshape(20), [(4, 6)], [("Exp", 80, 0), ("copy", 80, 0)]),
+    "a type": (lambda x: x.astype(mx.float32), [(4, 6)], [("AsType", 48 + 96, 0)]),
+    "a sum": (lambda x: x.sum(axis=1), [(4, 6)], [("Reduce", 48 + 8, 0)]),
+    "a long sum": (lambda x: x.sum(axis=1), [(2, 512)], [("Reduce", 2048 + 4, 0), ("Reduce", 0, 0)]),
+    "a product": (lambda x, y: x @ y.T, [(4, 6), (5, 6)], [("Matmul", 2 * (24 + 30 + 20), 2 * 4 * 6 * 5)]),
+    "of parts": (lambda x, y: x[:, ::2] @ y, [(4, 6), (3, 5)], [("copy", 48, 0), ("Matmul", 94, 2 * 4 * 3 * 5)]),
+    "with a bias": (lambda x, y, z: mx.addmm(z, x, y), [(4, 6), (6, 5), (5,)], [("AddMM", 48 + 60 + 10 + 40, 240)]),
+    "a convolution": (
+        lambda x, w: mx.conv2d(x, w, padding=1),
+        [(1, 5, 4, 6), (7, 3, 3, 6)],
+        [("Convolution", 2 * (120 + 378 + 140), 2 * 140 * 54)],
+    ),
+    "of a part": (
+        lambda x, w: mx.conv2d(x[..., 1:], w),
+        [(1, 5, 4, 7), (7, 1, 1, 6)],
+        [("copy", 480, 0), ("Convolution", 2 * (120 + 42 + 140), 2 * 140 * 6)],
+    ),
+    "padding": (lambda x: mx.pad(x, 1), [(4, 6)], [("Pad", 96, 0), ("copy", 96, 0)]),
+    "joining": (lambda x: mx.concatenate([x, x[:2]]), [(4, 6)], [("Concatenate", 96, 0), ("Concatenate", 48, 0)]),
+    "rows of a table": (lambda x: x[mx.array([1, 2])], [(400, 6)], [("Gather", 24 + 8 + 24, 0)]),
+    "attention, which writes positions": (
+        attend,
+        [(1, 8, 2, 64), (1, 4, 2, 64)],
+        [("attention", 2 * (1024 + 2 * 512 + 1024), 4 * 1024 * 4)],
+    ),
+    "a norm": (norm, [(4, 6)], [("layer_norm", 96, 0)]),
+    "of a view": (lambda x: norm(x.T), [(4, 6)], [("copy", 96, 0), ("layer_norm", 96, 0)]),
+    "compiled": (fused, [(4, 6)], [("<lambda>", 96, 0)]),
+    "compiled in what is compiled": (fused_twice, [(4, 6)], [("<lambda>", 96, 0)]),
+    "what is not one kernel": (not_fused, [(4, 6)], [("Reduce", 50, 0), ("Multiply", 6, 0)]),
+    "with a gradient": (lambda x: mx.custom_function(mx.exp)(x), [(4, 6)], [("Exp", 96, 0)]),
+    "what nothing needs": (lambda x: (x[:1], mx.exp(x))[0], [(4, 6)], []),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_kernels_of_a_gpu(name):
+    function, shapes, expected = RULES[name]
+    with as_on_a_gpu():
+        graph = trace(function, *(mx.zeros(shape, mx.float16) for shape in shapes))
+    assert [(kernel.name, kernel.bytes, kernel.flops) for kernel in kernels(graph)] == expected
+
+
+def test_attention_without_a_kernel_has_its_scores_in_memory():
+    with as_on_a_gpu():
+        found = kernels(trace(attend, mx.zeros((1, 8, 2, 40)), mx.zeros((1, 4, 2, 40))))
+    products = [kernel for kernel in found if kernel.name == "Matmul"]
+    assert [kernel.name for kernel in found if kernel.name != "copy"] == ["Multiply", "Matmul", "Softmax", "Matmul"]
+    assert [kernel.flops for kernel in products] == [2 * 8 * 40 * 4 * 2] * 2
+
+
+def test_what_a_step_keeps_for_the_next_is_not_counted():
+    layer, kept = nn.Linear(6, 5), []
+
+    def step(i: int) -> mx.array:
+        kept.append(kept[0] if kept else mx.exp(layer.weight))  # as a prompt's keys
+        return (mx.full((4, 6), i + 1.0) @ kept[-1].T) * layer.bias + mx.arange(5)
+
+    found = trace_step([layer], step)
+    assert [node.name for node in found.nodes if node.name not in ("Transpose", "Broadcast")] == [
+        "Full", "Matmul", "Multiply", "Arange", "AsType", "Add",
+    ] and [shape for _, shape, _ in found.parameters] == [(5,)]  # fmt: skip
+
+
+def test_the_model_of_the_time():
+    chip = CHIPS["M5"]
+    assert Kernel("copy", 153_000).seconds(chip) == pytest.approx(1e-6 + 2e-6)
+    assert Kernel("Matmul", 0, int(0.7 * chip.products), is_product=True).seconds(chip) == pytest.approx(1 + 2e-6)
+    assert Kernel("Convolution", 0, int(0.7 * chip.flops)).seconds(chip) == pytest.approx(1 + 2e-6)
+    # Apple's figures for whole chips: 2.6 TFLOP/s, and 13.6 of the M2 Max.
+    assert [round(CHIPS[name].flops / 1e12, 1) for name in ("M1", "M2 Max")] == [2.6, 13.6]
+
+
+def test_the_work_of_a_network_beside_torch():
+    """At most what diffusers takes, as keys and values of the prompt are kept, and not much less."""
+    case = Case("unet", "sd21", 256, "float16")
+    found = workers.count("this library", case, Path(), None)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(case.config["unet"]))
+        inputs = torch.zeros(2, 4, 32, 32), 1, torch.zeros(2, 77, 1024)
+        with FlopCounterMode(display=False) as counter:
+            unet(*inputs)
+    parameters = sum(p.numel() for p in unet.parameters())
+    assert 0.85 < found["flops"] / counter.get_total_flops() <= 1
+    assert 0.85 < found["parameters"] / (2 * parameters) <= 1 < found["moved"] / (2 * parameters)
+    assert found["kernels"] == sum(number for number, _ in found["kinds"].values()) > 500
+    assert workers.count("this library", Case("load", "sd21", 256), Path(), None) == {}
+
+
+def test_tables_of_the_work(monkeypatch, capsys):
+    names = {"this library": WORK, "mlx-examples": HALF}
+    lines = gpu_work.table({("a step", column): found for column, found in names.items()}).splitlines()
+    assert "| a step | this library | 12 (2.00) | 34.00 GB (2.00) | 5.600 T (2.00) |" in lines
+    assert "| a step | mlx-examples | 6 | 17.00 GB | 2.800 T |" in lines
+    assert "| a step | this library | 0.75 s (3.00) |" in lines

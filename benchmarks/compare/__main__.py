@@ -6,8 +6,9 @@
 Weights are random; shapes and types are the same for every column. Each column has a process of its own, and only one
 works at a time: first each once to warm up, then in turns, forwards and backwards. Seconds are the median, the least
 and the most of these turns. The peak of the memory has the weights in it: it is that of the arrays which MLX or CUDA
-holds, and for torch on a CPU what the process took beside its weights. Primitives are the operations in the graph of
-the work, as this backend runs it, and fused, as a GPU does: with one for attention and one for a norm of MLX's own.
+holds, and for torch on a CPU what the process took beside its weights. Kernels, bytes moved and floating-point
+operations are those that a Mac's GPU would have to do, counted from the graph by the rules of MLX's sources, and the
+times on Macs are a model that is computed from them (``gpu_kernels.py``); both computed, not measured.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 from ..shapes import SHAPES
 from .cases import PARTS, Case, cases
-from .workers import MODULES, Result, measure, write_checkpoint
+from .workers import MODULES, Result, find_examples, measure, write_checkpoint
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _WEIGHTS = ("plain", "quantized")
@@ -101,7 +102,7 @@ def _read(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--repeats {args.repeats} is less than 2")
     if args.mlx_examples is not None:
         try:
-            args.mlx_examples = _find(args.mlx_examples)
+            args.mlx_examples = find_examples(args.mlx_examples)
         except ValueError as error:
             parser.error(str(error))
     return args
@@ -119,16 +120,6 @@ def _is_there(column: str, args: argparse.Namespace) -> bool:
     if column == "diffusers":
         return all(util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
     return column == "this library" or args.mlx_examples is not None
-
-
-def _find(root: Path) -> Path:
-    """The folder in a copy of mlx-examples that its package is imported from."""
-    for folder in (root.resolve(), root.resolve() / "stable_diffusion"):
-        if (folder / "stable_diffusion" / "model_io.py").is_file():
-            return folder
-    raise ValueError(
-        f"there is no stable_diffusion/stable_diffusion/model_io.py in {root}: give a copy of mlx-examples"
-    )
 
 
 def _checkpoint(folder: Path, case: Case) -> Path:
@@ -151,7 +142,7 @@ def _machine() -> dict[str, Any]:
 
 def _table(case: Case, columns: dict[str, Result]) -> str:
     """A case's figures, a line for each column, and those of this library in shares of the others'."""
-    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}{'primitives':>12}{'fused':>7}"
+    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}   on a GPU, computed"
     lines = ["", case.title(), f"  {'':14}{heads}"]
     for column, result in columns.items():
         if "failed" in result:
@@ -159,15 +150,24 @@ def _table(case: Case, columns: dict[str, Result]) -> str:
             continue
         times = "".join(f"{result[name]:8.3f} s" for name in ("median", "min", "max"))
         memory = "".join(f"{result[name] / 1e9:7.3f} GB" for name in ("peak", "weights"))
-        graph = f"{result['primitives'] or '':>12}{result['fused'] or '':>7}"
-        lines.append(f"  {column:14}{times}   {memory}{graph}".rstrip())
+        lines.append(f"  {column:14}{times}   {memory}   {_counted(result)}".rstrip())
+    for column, result in columns.items():
+        if "model" in result:
+            model = ", ".join(f"{chip} {seconds:.3g} s" for chip, seconds in result["model"].items())
+            lines.append(f"  {column} by a model: {model}")
     ours = columns.get("this library", {})
     for column, result in columns.items():
         if column != "this library" and "median" in result and "median" in ours:
-            shares = [("time", "median"), ("memory", "peak"), ("primitives", "primitives"), ("fused", "fused")]
-            said = [f"{name} {ours[key] / result[key]:.2f}" for name, key in shares if ours[key] and result[key]]
+            shares = {"time": "median", "memory": "peak", "kernels": "kernels", "bytes": "moved", "FLOP": "flops"}
+            said = [f"{name} {ours[key] / result[key]:.2f}" for name, key in shares.items() if key in result]
             lines.append(f"  this library / {column}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def _counted(result: Result) -> str:
+    if "kernels" not in result:
+        return ""
+    return f"{result['kernels']} kernels, {result['moved'] / 1e9:.2f} GB, {result['flops'] / 1e12:.3f} TFLOP"
 
 
 if __name__ == "__main__":

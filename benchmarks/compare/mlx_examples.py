@@ -55,16 +55,21 @@ def _unet(case: Case, folder: Path, theirs: Any) -> Work:
     sd = object.__new__(theirs.StableDiffusion)
     sd.unet = ready(theirs.load_unet(case.shape), case.dtype, change)
     sd.sampler = theirs.SimpleEulerSampler(theirs.load_diffusion_config(case.shape))
-    x = random(1, case.latent, case.latent, case.config["unet"]["in_channels"], dtype=case.dtype)
+    shape = 1, case.latent, case.latent, case.config["unet"]["in_channels"]
+    x = [random(*shape, dtype=case.dtype, seed=step) for step in range(STEPS)]
     context = random(case.rows, POSITIONS, case.config["unet"]["cross_attention_dim"], dtype=case.dtype)
     text_time = None
     if case.is_xl:
         pooled = random(case.rows, case.config["text_encoder_2"]["projection_dim"], dtype=case.dtype)
         text_time = (pooled, mx.array([[case.size, case.size, 0, 0, case.size, float(case.size)]] * case.rows))
-    t, t_prev = sd.sampler.timesteps(STEPS, dtype=getattr(mx, case.dtype))[0]
-    mx.eval(sd.sampler._sigmas, t, t_prev, text_time)
+    timesteps = sd.sampler.timesteps(STEPS, dtype=getattr(mx, case.dtype))
+    mx.eval(sd.sampler._sigmas, timesteps, text_time)
     guidance = GUIDANCE if case.rows == 2 else 0.0
-    return Work(lambda: sd._denoising_step(x, t, t_prev, context, guidance, text_time), size(sd.unet))
+
+    def step(i: int) -> mx.array:
+        return sd._denoising_step(x[i], *timesteps[i], context, guidance, text_time)
+
+    return Work(lambda: step(0), size(sd.unet), [sd.unet], step)
 
 
 def _text(case: Case, folder: Path, theirs: Any) -> Work:
@@ -77,14 +82,14 @@ def _text(case: Case, folder: Path, theirs: Any) -> Work:
 
 def _vae_encode(case: Case, folder: Path, theirs: Any) -> Work:
     vae = ready(theirs.load_autoencoder(case.shape), "float32")
-    pixels = random(1, case.size, case.size, 3)
-    return Work(lambda: vae.encode(pixels)[0], size(vae.encoder))
+    pixels = [random(1, case.size, case.size, 3, seed=seed) for seed in range(2)]
+    return Work(lambda: vae.encode(pixels[0])[0], size(vae.encoder), [vae], lambda i: vae.encode(pixels[i])[0])
 
 
 def _vae_decode(case: Case, folder: Path, theirs: Any) -> Work:
     vae = ready(theirs.load_autoencoder(case.shape), "float32")
-    latents = random(1, case.latent, case.latent, 4)
-    return Work(lambda: vae.decode(latents), size(vae.decoder))
+    latents = [random(1, case.latent, case.latent, 4, seed=seed) for seed in range(2)]
+    return Work(lambda: vae.decode(latents[0]), size(vae.decoder), [vae], lambda i: vae.decode(latents[i]))
 
 
 def _open(case: Case, theirs: Any) -> Any:
@@ -98,7 +103,7 @@ def _open(case: Case, theirs: Any) -> Any:
 
 
 def _load(case: Case, folder: Path, theirs: Any) -> Work:
-    return Work(lambda: _open(case, theirs) and None, file_size(folder), has_graph=False)
+    return Work(lambda: _open(case, theirs) and None, file_size(folder))
 
 
 def _image(case: Case, folder: Path, theirs: Any) -> Work:

@@ -12,7 +12,7 @@ from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
 from stable_diffusion.models import cpu
-from stable_diffusion.models.tiling import decode, encode, plan
+from stable_diffusion.models.tiling import decode, encode
 from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
 from stable_diffusion.weights.parts import PARTS
@@ -36,7 +36,7 @@ def _network(case: Case, part: str, dtype: str | None = None):
 def _unet(case: Case, folder: Path) -> Work:
     """D(x, sigma), the model's estimate of the clean latent, as a run asks for it; the prompts are encoded.
 
-    Its primitives are counted as those of one batch, which it is on a GPU.
+    On a GPU its rows are one batch.
     """
     unet = _network(case, "unet")
     width, pooled, ids = unet.config.cross_attention_dim[0], None, None
@@ -49,13 +49,13 @@ def _unet(case: Case, folder: Path) -> Work:
     batches = guidance_batches(len(steps), 1, told, told if case.rows == 2 else None, GUIDANCE)
     dtype = getattr(mx, case.dtype)
     batch, aside = (Denoiser(unet, schedule, steps, dtype, batches, rows_at_once=rows) for rows in (case.rows, None))
-    x = random(1, case.latent, case.latent, unet.config.in_channels)
+    x = [random(1, case.latent, case.latent, unet.config.in_channels, seed=step) for step in range(STEPS)]
 
     def run() -> None:
-        mx.eval(aside(x, steps.sigmas[0]))
+        mx.eval(aside(x[0], steps.sigmas[0]))
         cpu.all_cores()
 
-    return Work(run, size(unet), graph=lambda: batch(x, steps.sigmas[0]))
+    return Work(run, size(unet), [unet], lambda step: batch(x[step], steps.sigmas[step], step))
 
 
 def _text(case: Case, folder: Path) -> Work:
@@ -65,16 +65,14 @@ def _text(case: Case, folder: Path) -> Work:
 
 def _vae_encode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
-    pixels = random(1, case.size, case.size, 3)
-    whole = plan(vae.config, "encoder", pixels.shape).rows is None
-    return Work(lambda: encode(vae, pixels)[0], size(vae.encoder), has_graph=whole)
+    pixels = [random(1, case.size, case.size, 3, seed=seed) for seed in range(2)]
+    return Work(lambda: encode(vae, pixels[0])[0], size(vae.encoder), [vae], lambda i: vae.encode(pixels[i])[0])
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", "float32")
-    latents = random(1, case.latent, case.latent, vae.latent_channels)
-    whole = plan(vae.config, "decoder", latents.shape).rows is None
-    return Work(lambda: decode(vae, latents), size(vae.decoder), has_graph=whole)
+    latents = [random(1, case.latent, case.latent, vae.latent_channels, seed=seed) for seed in range(2)]
+    return Work(lambda: decode(vae, latents[0]), size(vae.decoder), [vae], lambda i: vae.decode(latents[i]))
 
 
 def _open(case: Case, folder: Path) -> StableDiffusion:
@@ -85,7 +83,7 @@ def _open(case: Case, folder: Path) -> StableDiffusion:
 
 
 def _load(case: Case, folder: Path) -> Work:
-    return Work(lambda: _open(case, folder) and None, file_size(folder), has_graph=False)
+    return Work(lambda: _open(case, folder) and None, file_size(folder))
 
 
 def _image(case: Case, folder: Path) -> Work:

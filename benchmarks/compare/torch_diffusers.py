@@ -29,8 +29,8 @@ class Work:
     resident: int
 
     def describe(self) -> dict[str, Any]:
-        """What it reads; torch has no graph."""
-        return {"weights": self.weights, "primitives": None, "fused": None}
+        """What it reads."""
+        return {"weights": self.weights}
 
     def measure(self) -> dict[str, float]:
         """Seconds on the clock and of the processor, and the peak of the memory in bytes, weights among them."""

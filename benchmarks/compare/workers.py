@@ -37,8 +37,10 @@ def measure(
     with ExitStack() as stack:
         # What MLX calls quantized, diffusers does not have.
         there = [column for column in columns if (column, case.weights) != ("diffusers", "quantized")]
+        counted = {column: count(column, case, folder, examples) for column in there}
         workers = [Worker(column, case, folder, examples) for column in there]
         for worker in workers:
+            worker.known |= counted[worker.column]
             stack.callback(worker.end)
             for question in ("prepare", "measure", "describe"):
                 worker.ask(question)
@@ -49,6 +51,19 @@ def measure(
             for worker in workers[:: -1 if turn % 2 else 1]:
                 worker.ask("measure")
         return {worker.column: worker.result() for worker in workers}
+
+
+def count(column: str, case: Case, folder: Path, examples: Path | None) -> Result:
+    """Count the work of a GPU, in a process of its own, in which networks are built for one; it computes nothing.
+
+    Returns nothing for what is more than a graph, and for diffusers.
+    """
+    if column == "diffusers" or case.needs_files:
+        return {}
+    worker = Worker(column, case, folder, examples)
+    worker.ask("count")
+    worker.end()
+    return worker.known
 
 
 class Worker:
@@ -102,18 +117,42 @@ class Worker:
 def _serve(module: str, case: Case, folder: Path, examples: Path | None, pipe: Connection) -> None:
     """In the process: answer until nobody asks."""
     try:
+        if module == "mlx_examples":
+            sys.path.insert(0, str(examples))
         while question := pipe.recv():
             try:
-                if question == "prepare":
-                    if module == "mlx_examples":
-                        sys.path.insert(0, str(examples))
-                    work = import_module(f"{__package__}.{module}").prepare(case, folder)
-                answer = {"describe": work.describe, "measure": work.measure, "prepare": dict}[question]()
+                if question == "count":
+                    answer = _count(module, case, folder)
+                else:
+                    if question == "prepare":
+                        work = import_module(f"{__package__}.{module}").prepare(case, folder)
+                    answer = {"describe": work.describe, "measure": work.measure, "prepare": dict}[question]()
             except Exception as error:  # whatever a column raises is its result
                 answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             pipe.send(answer)
     except (EOFError, KeyboardInterrupt):
         pass
+
+
+def _count(module: str, case: Case, folder: Path) -> Result:
+    from . import gpu_graph, gpu_kernels
+
+    with gpu_graph.as_on_a_gpu():  # before the networks are imported
+        work = import_module(f"{__package__}.{module}").prepare(case, folder)
+        return gpu_kernels.totals(gpu_graph.trace_step(work.networks, work.graph))
+
+
+def find_examples(root: Path) -> Path:
+    """The folder in a copy of mlx-examples that its package is imported from.
+
+    Raises ValueError where there is none.
+    """
+    for folder in (root.resolve(), root.resolve() / "stable_diffusion"):
+        if (folder / "stable_diffusion" / "model_io.py").is_file():
+            return folder
+    raise ValueError(
+        f"there is no stable_diffusion/stable_diffusion/model_io.py in {root}: give a copy of mlx-examples"
+    )
 
 
 def write_checkpoint(folder: Path, case: Case) -> None:
