@@ -57,9 +57,14 @@ class LoRALayer(nn.Module):
             y = y + (scale * delta.multiplier * self._apply(x, to_layer(down).astype(x.dtype))) @ up.T
         return y
 
-    def activated(self, x: mx.array) -> mx.array:
+    def activated(self, x: mx.array, *shifts: mx.array) -> mx.array:
         """Apply a GroupNorm and SiLU, as ``GroupNorm.activated`` does."""
-        return self._changed().activated(x)
+        return self._changed().activated(x, *shifts)
+
+    def apart(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Apply a convolution as ``Conv2d.apart`` does; here the bias is added already."""
+        y = self(x)
+        return y, mx.zeros(y.shape[-1], y.dtype)
 
     def _scaled(self, *, factored: bool) -> _Scaled:
         """Return the changes that have an effect, with their scales: those of two factors, or all others."""

@@ -11,12 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cpu
+from . import cpu, gpu
 
 Kernel = Callable[..., mx.array]
 
-# Widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
-_FUSED = (64, 72, 80, 96, 128)
 # Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
 # seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
@@ -55,20 +53,7 @@ def _scaled_silu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) 
 scaled_silu = cpu.for_float32(cpu.scaled_silu, _scaled_silu)
 
 
-def _fused_width(dim: int) -> int:
-    return next((fused for fused in _FUSED if fused >= dim), dim)
-
-
-def _fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off."""
-    dim = q.shape[-1]
-    width = _fused_width(dim)
-    if width > dim:
-        q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - dim)]) for x in (q, k, v))
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)[..., :dim]
-
-
-_attend = mx.custom_function(cpu.for_float32(cpu.attention, _fused_attention))
+_attend = mx.custom_function(cpu.for_float32(cpu.attention, gpu.attention))
 
 
 @mx.compile
@@ -102,9 +87,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, 
     parted first: products with few rows are slow.
     """
     on_cpu, dim = mx.default_device() == mx.cpu, q.shape[-1]
-    limit = largest / q.itemsize if on_cpu or dim > _FUSED[-1] else math.inf
+    limit = largest / q.itemsize if on_cpu or dim > gpu.FUSED[-1] else math.inf
     if not on_cpu:
-        limit = min(limit, _LONGEST / (2 * _fused_width(dim)))
+        limit = min(limit, _LONGEST / (2 * gpu.fused_width(dim)))
     scores = math.prod(q.shape[:3]) * k.shape[2]
     if axis > 2 or scores <= limit:
         return _attend(q, k, v)
@@ -135,11 +120,19 @@ class GroupNorm(nn.Module):
         self._eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.normalize(x, *self.moments(x))
+        return self._on_gpu(x, gpu.affine) if gpu.is_default() else self.normalize(x, *self.moments(x))
 
-    def activated(self, x: mx.array) -> mx.array:
-        """Normalize ``x`` and compute SiLU of it, in one pass over the map where that can be."""
+    def activated(self, x: mx.array, *shifts: mx.array) -> mx.array:
+        """Normalize ``x`` + Σ ``shifts``, each [C] or [1 or B, C], and compute SiLU of it, in few passes over maps."""
+        if gpu.is_default():
+            return self._on_gpu(x, gpu.affine_silu, shifts)
+        for shift in shifts:
+            x = x + shift[..., None, None, :]
         return self.normalize(x, *self.moments(x), kernel=scaled_silu)
+
+    def _on_gpu(self, x: mx.array, kernel: Kernel, shifts: Sequence[mx.array] = ()) -> mx.array:
+        y = gpu.group_norm(x, self._groups, self._eps, shifts)
+        return kernel(y, *(p.reshape(self._groups, -1) for p in (self.weight, self.bias))).reshape(x.shape)
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and the same along a group."""
@@ -228,8 +221,13 @@ class Conv2d(nn.Conv2d):
     """Convolve as :func:`conv2d`, so that a row's result does not depend on its batch."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        y, bias = self.apart(x)
+        return y + bias if "bias" in self else y
+
+    def apart(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the convolution of ``x`` without a bias, and the bias [C]: a kernel that reads the map can add it."""
         y = conv2d(x, self.weight, self.stride, self.padding)
-        return y + self.bias if "bias" in self else y
+        return y, self.bias if "bias" in self else mx.zeros(y.shape[-1], y.dtype)
 
 
 def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
@@ -375,11 +373,14 @@ class ResnetBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """[B, H, W, C_in] -> [B, H, W, C_out], at the embedded timesteps ``temb`` [B or 1, T], after their SiLU."""
-        y = self.conv1(self.norm1.activated(x))
-        if temb is not None:
-            y = y + self.time_emb_proj(temb)[:, None, None]
-        y = self.conv2(self.norm2.activated(y))
-        return y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+        shifts = [] if temb is None else [self.time_emb_proj(temb)]
+        residual = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        y = self.norm1.activated(x)
+        if gpu.is_default():
+            y, bias = self.conv1.apart(y)
+            y, last = self.conv2.apart(self.norm2.activated(y, bias, *shifts))
+            return gpu.biased_sum(y, last, residual)
+        return self.conv2(self.norm2.activated(self.conv1(y), *shifts)) + residual
 
 
 class Downsample2D(nn.Module):

@@ -11,12 +11,6 @@ from stable_diffusion.app.check_kernels import kernel_cases
 from stable_diffusion.models import layers, tiling
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """What the package computes on a GPU, computed here."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-
-
 def failed(*words: str) -> set[str]:
     """The types in which checks fail that have these words in their names."""
     checks = find_checks(words)

@@ -223,6 +223,18 @@ def test_on_quantized_weights(sd1_folder, kind, dora, write):
     assert same(arrays(model.networks), before)
 
 
+def test_on_a_gpu(gpu, model, sd1_folder, write):
+    """Beside every layer, of which a GPU joins some; detached again; on quantized layers."""
+    tensors, deltas = make(model)
+    attachment = attach(model.networks, read_lora(write(tensors)), 0.5)
+    with loras.changed(model, deltas, 0.5):
+        assert close(model.ours(), model.theirs())
+    attachment.detach()
+    assert close(model.ours(), model.theirs())
+    if model.family == "sd1":
+        test_on_quantized_weights(sd1_folder, "lora", None, write)
+
+
 def test_quantizing_afterwards_keeps_what_is_attached(sd1_folder, file):
     one, two = loras.load(sd1_folder, "sd1"), loras.load(sd1_folder, "sd1")
     quantize(one.networks["unet"], 8, 32)
@@ -260,8 +272,8 @@ def test_fusing_before_quantizing_never_holds_the_whole_model(tmp_path):
 # --- norms and biases ------------------------------------------------------------------------------------------------
 
 
-def test_norms_and_biases(sd1, write):
-    """Alone, and beside the factors of a matrix."""
+def test_norms_and_biases(sd1, write, monkeypatch):
+    """Alone, and beside the factors of a matrix; on both kinds of devices."""
     path = "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0"
     unet, text = sd1.pipe.unet, sd1.pipe.text_encoder
     wave = torch.linspace(-1, 1, 64).cos()
@@ -272,6 +284,8 @@ def test_norms_and_biases(sd1, write):
         "lora_unet_down_blocks_1_resnets_0_norm2.b_norm": (norm.bias, -wave),
         "diffusion_model.middle_block.1.transformer_blocks.0.norm1.diff": (layer_norm.weight, wave),
         "unet.conv_in.diff_b": (unet.conv_in.bias, wave[:32]),
+        "unet.mid_block.resnets.0.conv1.diff_b": (unet.mid_block.resnets[0].conv1.bias, wave),
+        "unet.mid_block.resnets.1.conv2.diff_b": (unet.mid_block.resnets[1].conv2.bias, wave),
         "lora_unet_conv_norm_out.diff_b": (unet.conv_norm_out.bias, wave[:32]),
         "lora_te_text_model_encoder_layers_0_layer_norm1.w_norm": (text_norm.weight, wave[:32]),
     }
@@ -285,6 +299,9 @@ def test_norms_and_biases(sd1, write):
     lora, before = read_lora(write(tensors)), arrays(sd1.networks)
     attachments = [attach(sd1.networks, lora, share) for share in (0.1, 0.4)]
     assert close(sd1.ours(), wanted)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        assert close(sd1.ours(), wanted)
     for attachment in attachments:
         attachment.detach()
     with loras.fused(sd1, (lora, 0.5)):
