@@ -113,10 +113,11 @@ def alone(tmp_path_factory, inputs) -> Path:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_together_make_what_one_makes(size, alone, inputs, tmp_path):
-    commands = [arguments(name, tmp_path / "out" / name, inputs) for name in COMMANDS]
+    names = COMMANDS if size == 2 else ("five", "one", "steal", "guidance")
+    commands = [arguments(name, tmp_path / "out" / name, inputs) for name in names]
     written, _, printed = launch(size, tmp_path, commands, launcher=size == 2)
-    assert [rank["codes"] for rank in written] == [[0] * len(COMMANDS)] * size, printed
-    for name in COMMANDS:
+    assert [rank["codes"] for rank in written] == [[0] * len(names)] * size, printed
+    for name in names:
         ours, theirs = files_of(tmp_path / "out" / name), files_of(alone / name)
         if "--gather" not in COMMANDS[name]:  # has no grid of what others have made
             theirs = {file: content for file, content in theirs.items() if "grid" not in file and file != "x.png"}
