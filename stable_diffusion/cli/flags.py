@@ -22,7 +22,7 @@ ABOUT = {
     "memory and time": "How to run it where there is little of either.",
     "output": "Where the images go, and what is said of them.",
     "preview": "What a run has come to, while it goes on and from step to step.",
-    "several Macs": "Share the images among the processes that mlx.launch starts, see docs/several-macs.md.",
+    "several Macs": "Share the images among the processes that mlx.launch starts.",
 }
 FLAGS = {
     "picture": {

@@ -170,7 +170,9 @@ OTHERS = {
     "--model",
 }
 OTHERS |= {"--revision", "--lora_partial", "--lora_dir", "--control_image"}
-OTHERS |= {usage.split()[0] for group in ("memory and time", "output", "preview") for usage in FLAGS[group]}
+OTHERS |= {
+    usage.split()[0] for group in ("memory and time", "output", "preview", "several Macs") for usage in FLAGS[group]
+}
 
 
 def test_no_flag_is_left_out():
