@@ -212,7 +212,7 @@ RULES = {
         [(4, 6)],
         [("Multiply", 98, 0), ("Exp", 96, 0)],
     ),
-    "unless there are gaps": (lambda x: mx.exp(x.T[1:]).T.reshape(20), [(4, 6)], [("Exp", 80, 0), ("copy", 80, 0)]),
+    "unless there are gaps": (lambda x: mx.exp(x[:, 1:]).reshape(20), [(4, 6)], [("Exp", 80, 0)]),
     "a type": (lambda x: x.astype(mx.float32), [(4, 6)], [("AsType", 48 + 96, 0)]),
     "a sum": (lambda x: x.sum(axis=1), [(4, 6)], [("Reduce", 48 + 8, 0)]),
     "a long sum": (lambda x: x.sum(axis=1), [(2, 512)], [("Reduce", 2048 + 4, 0), ("Reduce", 0, 0)]),
@@ -268,12 +268,12 @@ def test_what_a_step_keeps_for_the_next_is_not_counted():
 
     def step(i: int) -> mx.array:
         kept.append(kept[0] if kept else mx.exp(layer.weight))  # as a prompt's keys
-        return (mx.full((4, 6), i + 1.0) @ kept[-1].T) * layer.bias + mx.arange(5)
+        return (mx.full((4, 6), i + 1.0) @ kept[-1].T) * layer.bias + mx.exp(mx.array(2.0))  # made anew
 
     found = trace_step([layer], step)
-    assert [node.name for node in found.nodes if node.name not in ("Transpose", "Broadcast")] == [
-        "Full", "Matmul", "Multiply", "Arange", "AsType", "Add",
-    ] and [shape for _, shape, _ in found.parameters] == [(5,)]  # fmt: skip
+    names = sorted(node.name for node in found.nodes if node.name not in ("Transpose", "Broadcast"))
+    assert names == ["Add", "Exp", "Full", "Matmul", "Multiply"]
+    assert [shape for _, shape, _ in found.parameters] == [(5,)]
 
 
 def test_the_model_of_the_time():
