@@ -55,8 +55,10 @@ def process_settings(request, monkeypatch) -> Iterator[None]:
 def gpu(monkeypatch) -> Iterator[None]:
     """What the package computes on a GPU, computed here, without a compiler, which takes a second for each kernel.
 
-    A GPU sums rows in a thousand parts, so rounding does not add up as it does in MLX's layer norm for a CPU.
+    A GPU sums rows in a thousand parts, so rounding does not add up as it does in MLX's layer norm for a CPU, and its
+    kernel of attention has scores in float32, whatever the type.
     """
+    attend = mx.fast.scaled_dot_product_attention
 
     def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
         y = x.astype(mx.float64)
@@ -65,8 +67,12 @@ def gpu(monkeypatch) -> Iterator[None]:
         y = y if weight is None else y * weight + bias
         return y.astype(x.dtype)
 
+    def attention(q: mx.array, k: mx.array, v: mx.array, **options) -> mx.array:
+        return attend(*(x.astype(mx.float32) for x in (q, k, v)), **options).astype(q.dtype)
+
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx.fast, "layer_norm", layer_norm)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     mx.disable_compile()
     yield
     mx.enable_compile()

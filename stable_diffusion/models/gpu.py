@@ -68,6 +68,14 @@ def fused_width(dim: int) -> int:
     return next((fused for fused in FUSED if fused >= dim), dim)
 
 
+def is_fused(dim: int) -> bool:
+    """Return whether one kernel computes attention of heads of ``dim``, with scores in float32 whatever their type.
+
+    It does on a GPU for any number of queries up to a width of 64; of wider ones some need more than eight queries.
+    """
+    return is_default() and dim <= FUSED[0]
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off."""
     dim = q.shape[-1]

@@ -61,27 +61,39 @@ def _scores_gradient(p: mx.array, dp: mx.array, mean: mx.array) -> mx.array:
     return (p * (dp - mean)).astype(p.dtype)
 
 
-@_attend.vjp
-def _attention_gradients(inputs: Sequence[mx.array], change: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+def _attention_gradients(
+    inputs: Sequence[mx.array], change: mx.array, out: mx.array, upcast: bool = False
+) -> tuple[mx.array, ...]:
     """Compute the scores once more, of as many heads at a time as have ``_SCORES`` bytes (Dao et al. 2022, alg. 4)."""
-    shapes = [x.shape for x in inputs]
     heads = [x.reshape(-1, *x.shape[2:]) for x in (*inputs, change, out)]
-    step = max(_SCORES // (4 * shapes[0][2] * shapes[1][2]), 1)
+    step = max(_SCORES // (4 * inputs[0].shape[2] * inputs[1].shape[2]), 1)
     parts: list[tuple[mx.array, ...]] = []
     for q, k, v, change, o in zip(*(mx.split(x, list(range(step, len(x), step))) for x in heads), strict=True):
         q = mx.depends(q, list(parts[-1])) if parts else q
+        if upcast:
+            q, k, v, change = (x.astype(mx.float32) for x in (q, k, v, change))
         scale = q.shape[-1] ** -0.5
         p = softmax((scale * q) @ k.swapaxes(-1, -2))
-        mean = (change.astype(mx.float32) * o).sum(axis=-1, keepdims=True)
-        ds = _scores_gradient(p, change @ v.swapaxes(-1, -2), mean)
+        dp = change @ v.swapaxes(-1, -2)
+        mean = (p * dp if upcast else change.astype(mx.float32) * o).sum(axis=-1, keepdims=True)
+        ds = _scores_gradient(p, dp, mean)
         part = [scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q), p.swapaxes(-1, -2) @ change]
+        part = [gradient.astype(out.dtype) for gradient in part]
         parts.append(mx.depends(part, part))  # all three at once, so that the scores are freed
-    return tuple(mx.concatenate(xs).reshape(shape) for xs, shape in zip(zip(*parts, strict=True), shapes, strict=True))
+    return tuple(mx.concatenate(xs).reshape(x.shape) for xs, x in zip(zip(*parts, strict=True), inputs, strict=True))
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, axis: int = 0) -> mx.array:
+_attend.vjp(_attention_gradients)
+_attend_upcast = mx.custom_function(lambda q, k, v: _attend(q, k, v))  # scores of its gradient are float32, too
+_attend_upcast.vjp(partial(_attention_gradients, upcast=True))
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, axis: int = 0, *, upcast: bool = False
+) -> mx.array:
     """Compute scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
 
+    ``upcast`` has gradients compute scores in float32, as fused kernels do, whatever the type.
     Where the scores of all pairs would stand in memory, as many images, heads or queries are computed at a time as have
     scores of at most ``largest`` bytes; on a GPU also as many as take one kernel ``_LONGEST``. Images and heads are
     parted first: products with few rows are slow.
@@ -92,7 +104,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, 
         limit = min(limit, _LONGEST / (2 * gpu.fused_width(dim)))
     scores = math.prod(q.shape[:3]) * k.shape[2]
     if axis > 2 or scores <= limit:
-        return _attend(q, k, v)
+        return (_attend_upcast if upcast and q.dtype != mx.float32 else _attend)(q, k, v)
     length = q.shape[axis]
     step = max(int(length * limit // scores), 1)
     cuts = list(range(step, length, step))
@@ -102,7 +114,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, 
     for q, *kv in zip(queries, k, v, strict=True):
         # One after the other, or the scores of all would be in memory at once.
         q = mx.depends(q, results[-1]) if results else q
-        results.append(attention(q, *kv, largest, axis + 1))
+        results.append(attention(q, *kv, largest, axis + 1, upcast=upcast))
     return mx.concatenate(results, axis=axis)
 
 
@@ -339,7 +351,7 @@ class Attention(nn.Module):
         Where ``is_perturbed`` [B] is 1 each position of the map attends to itself alone (Ahn et al. 2024).
         """
         k, v = self.keys_and_values(x, x, b) if context is None else context.keys_and_values(self)
-        out = attention(self._split(self.to_q(x), b), k, v, self._largest_scores)
+        out = attention(self._split(self.to_q(x), b), k, v, self._largest_scores, upcast=self._upcast)
         if is_perturbed is not None:
             out = mx.where(is_perturbed[:, None, None, None], v, out)
         return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
@@ -351,7 +363,7 @@ class Attention(nn.Module):
     def _split(self, x: mx.array, b: int) -> mx.array:
         """[B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
         x = x.reshape(b, -1, self._heads, x.shape[-1] // self._heads).transpose(0, 2, 1, 3)
-        return x.astype(mx.float32) if self._upcast else x
+        return x.astype(mx.float32) if self._upcast and not gpu.is_fused(x.shape[-1]) else x
 
 
 class ResnetBlock2D(nn.Module):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
+from . import gpu
 from .config import EncoderConfig, UNetConfig
 from .layers import (
     Attention,
@@ -74,7 +75,7 @@ class BasicTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), size[0], context)
         project, _, out = self.ff.net
         y, gate = mx.split(project.proj(self.norm3(x)), 2, axis=-1)
-        return x + out(y * gelu(gate))  # GEGLU (Shazeer 2020)
+        return x + out(gpu.geglu(y, gate) if gpu.is_default() else y * gelu(gate))  # GEGLU (Shazeer 2020)
 
 
 class Transformer2DModel(nn.Module):

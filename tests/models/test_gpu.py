@@ -10,6 +10,7 @@ from models import test_layers as layers
 from models import test_unet as unet
 from models import test_vae as vae
 from oracle import nchw, nhwc, normal, relative_error
+from stable_diffusion.models import layers as attention
 from stable_diffusion.models.layers import GroupNorm
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -37,6 +38,29 @@ def test_group_norm_adds_shifts_to_what_it_normalizes(offset):
         y = norm.activated(*arrays)
         assert y.dtype == dtype
         assert relative_error(y.astype(mx.float32), nhwc(torch.nn.functional.silu(want))) <= bound
+
+
+@pytest.mark.parametrize("width, dtype", [(64, mx.bfloat16), (160, mx.float32)])
+def test_attention_upcast_has_scores_in_float32(width, dtype, monkeypatch):
+    """A fused kernel has, from bfloat16, and so does its gradient; other heads become float32."""
+    types = []
+    monkeypatch.setattr(attention, "_attend", lambda q, k, v: types.append(q.dtype) or q)
+    layer = attention.Attention(2 * width, 2, upcast=True)
+    layer.set_dtype(mx.bfloat16)
+    assert layer(mx.zeros((9, 2 * width), mx.bfloat16), 1).dtype == mx.bfloat16
+    assert types == [dtype]
+
+
+def test_gradients_of_attention_upcast():
+    """Of scores up to 60, which bfloat16 rounds by up to 0.1."""
+    arrays = [normal(1, 2, n, 64, seed=n, scale=s) for n, s in ((30, 4.0), (40, 4.0), (40, 1.0), (30, 1.0))]
+    *inputs, change = (mx.array(x).astype(mx.bfloat16) for x in arrays)
+    exact = [torch.tensor(x.tolist(), dtype=torch.float64, requires_grad=True) for x in (*inputs, change)]
+    (torch.nn.functional.scaled_dot_product_attention(*exact[:3]) * exact[3]).sum().backward()
+    _, gradients = mx.vjp(lambda *qkv: attention.attention(*qkv, upcast=True), inputs, [change])
+    for gradient, x in zip(gradients, exact[:3], strict=True):
+        assert gradient.dtype == mx.bfloat16
+        assert relative_error(gradient.astype(mx.float32), x.grad.numpy()) <= 8e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
