@@ -1,6 +1,6 @@
 """The work of a Mac's GPU, for a step of the UNet and for decoding: a count and a model, computed on any machine.
 
-    python -m benchmarks.gpu_work [--mlx-examples DIR] [--kernels]
+    python -m benchmarks.gpu_work [--mlx-examples DIR] [--winograd] [--kernels]
 
 The tables are Markdown. ``compare/gpu_kernels.py`` has the rules of the count, and the figures of the chips. Beside
 mlx-examples, shares of its work stand in brackets. A step has guidance and is in float16, decoding is in float32 and
@@ -27,6 +27,9 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx-examples", type=Path, metavar="DIR", help="a copy of github.com/ml-explore/mlx-examples")
+    parser.add_argument(
+        "--winograd", action="store_true", help="convolve large maps by Winograd's algorithm, as MLX does"
+    )
     parser.add_argument("--kernels", action="store_true", help="also the bytes of each kind of kernel")
     args = parser.parse_args()
     examples = None if args.mlx_examples is None else workers.find_examples(args.mlx_examples)
@@ -38,9 +41,10 @@ def main() -> None:
             if not path.exists():
                 workers.write_checkpoint(path, case)
             for column in columns:
-                counts[name, column] = found = workers.count(column, case, path, examples)
+                found = workers.count(column, case, path, examples)
                 if "failed" in found:
                     raise SystemExit(f"{name}, {column}: {found['failed']}")
+                counts[name, column] = found["winograd"] if args.winograd else found
     print(table(counts))
     if args.kernels:
         for (name, column), found in counts.items():

@@ -263,6 +263,27 @@ def test_attention_without_a_kernel_has_its_scores_in_memory():
     assert [kernel.flops for kernel in products] == [2 * 8 * 40 * 4 * 2] * 2
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"side": 62}, {"channels": 64}, {"channels": 144}, {"kernel": 1}, {"stride": 2}]
+)
+def test_convolutions_by_winograd(change):
+    """Of maps of 4096 positions, 256 channels in and out, 3 x 3 and stride 1; the work has 121 tiles for 64 x 64."""
+    case = {"side": 64, "channels": 128, "kernel": 3, "stride": 1} | change
+    x, w = mx.zeros((1, case["side"], case["side"], 128)), mx.zeros((case["channels"], *[case["kernel"]] * 2, 128))
+    graph = trace(lambda x, w: mx.conv2d(x, w, stride=case["stride"], padding=1), x, w)
+    direct, found = kernels(graph), kernels(graph, winograd=True)
+    assert len(direct) == 1
+    if change:
+        assert found == direct
+    else:
+        assert [sum(kernel.flops for kernel in k) for k in (direct, found)] == [
+            2 * 4096 * 128**2 * 9,
+            128 * 121 * 128**2,
+        ]
+        values = 64 * 128 * (128 + 2 * 121) * 2 + 128 * (9 * 128 + 68 * 68 * 2 + 64 * 64 * 3)
+        assert len(found) == 6 and sum(kernel.bytes for kernel in found) == 4 * values
+
+
 def test_what_a_step_keeps_for_the_next_is_not_counted():
     layer, kept = nn.Linear(6, 5), []
 

@@ -2,13 +2,14 @@
 
 The rules are those of MLX 0.32's Metal backend, as its sources have them; nothing was measured. Views cost nothing, and
 their strides are followed: a kernel that needs its input in order takes a copy first. A kernel reads each input and
-writes each output once. Convolutions are direct ones: MLX may take Winograd's algorithm for large maps, which has a
-quarter of the products and moves more bytes.
+writes each output once. Convolutions are direct ones, or for large maps Winograd's (Lavin & Gray 2016), which MLX
+takes where there is memory for them: fewer products, more bytes.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -59,24 +60,27 @@ class Kernel:
         return max(self.flops / (_REACHED * peak), self.bytes / chip.bandwidth) + _LAUNCH
 
 
-def kernels(graph: Graph) -> list[Kernel]:
-    """List the kernels of a graph."""
+def kernels(graph: Graph, *, winograd: bool = False) -> list[Kernel]:
+    """List the kernels of a graph, with Winograd's convolutions where MLX takes them, or only direct ones."""
+    rules = _RULES | {"Convolution": _winograd} if winograd else _RULES
     arrays: dict[str, np.ndarray] = {}
     made: list[Kernel] = []
     for node in graph.nodes:
         inputs = [arrays.setdefault(entry[0], _in_order(entry)) for entry in node.inputs]
-        launched, outputs = _RULES.get(node.name, _elementwise)(node, inputs, list(map(_in_order, node.outputs)))
+        launched, outputs = rules.get(node.name, _elementwise)(node, inputs, list(map(_in_order, node.outputs)))
         made += launched
         arrays.update(zip((name for name, *_ in node.outputs), outputs, strict=True))
     return made
 
 
-def totals(graph: Graph) -> dict:
-    """Sum up a graph: the number of kernels, bytes, FLOPs, bytes of parameters, and seconds by chip.
+def totals(graph: Graph) -> dict[str, Any]:
+    """Sum up the kernels of a graph, also with Winograd's convolutions, and the bytes of the parameters it reads."""
+    parameters = sum(_in_order(entry).nbytes for entry in graph.parameters)
+    return _sums(kernels(graph)) | {"winograd": _sums(kernels(graph, winograd=True)), "parameters": parameters}
 
-    By kind of kernel it gives (number, bytes).
-    """
-    found = kernels(graph)
+
+def _sums(found: Sequence[Kernel]) -> dict[str, Any]:
+    """Their number, bytes and FLOPs, the seconds of each chip by the model, and (number, bytes) by kind."""
     kinds: dict[str, list[int]] = {}
     for kernel in found:
         kinds.setdefault(kernel.name, []).append(kernel.bytes)
@@ -84,7 +88,6 @@ def totals(graph: Graph) -> dict:
         "kernels": len(found),
         "moved": sum(kernel.bytes for kernel in found),
         "flops": sum(kernel.flops for kernel in found),
-        "parameters": sum(_in_order(entry).nbytes for entry in graph.parameters),
         "model": {name: sum(kernel.seconds(chip) for kernel in found) for name, chip in CHIPS.items()},
         "kinds": {name: (len(sizes), sum(sizes)) for name, sizes in kinds.items()},
     }
@@ -155,6 +158,27 @@ def _convolution(node: Node, inputs: list[np.ndarray], outputs: list[np.ndarray]
     flops = 2 * outputs[0].size * math.prod(weight.shape[1:])
     work = Kernel(node.name, x.nbytes + _moved(weight, *outputs), flops)
     return [*launched, work], outputs
+
+
+def _winograd(node: Node, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> Priced:
+    """A convolution as ``dispatch_conv_2D_gpu`` chooses it, with the memory for all rows at once.
+
+    Winograd's F(6 × 6, 3 × 3) transforms the weights and the tiles of 8 × 8 of a copy of the map with a border,
+    multiplies 64 matrices, and transforms the result: 64 products in place of 9 × 36, and more memory.
+    """
+    x, weight, out = *inputs, *outputs
+    stride, (b, h, w, c), o = node.arguments[0], x.shape, len(weight)
+    large = b * h * w >= 4096 and c + o >= 256 and c % 32 == o % 32 == 0
+    if not (large and weight.shape[1:3] == (3, 3) and list(stride) == [1, 1]):
+        return _convolution(node, inputs, outputs)
+    rows, columns = (math.ceil(n / 6) for n in out.shape[1:3])
+    border = b * (6 * rows + 2) * (6 * columns + 2) * c * x.itemsize
+    factor, tiles, product = (64 * n * x.itemsize for n in (c * o, b * rows * columns * c, b * rows * columns * o))
+    moved = [_moved(weight) + factor, border, 2 * x.nbytes, border + tiles, product + out.nbytes]
+    flops = 2 * 64 * b * rows * columns * c * o
+    work = [*(Kernel("Winograd", size) for size in moved)]
+    work.append(Kernel("Winograd", factor + tiles + product, flops, x.itemsize < 4))
+    return [*([] if _is_in_order(x) else _copies(x)), *work], outputs
 
 
 def _product(node: Node, inputs: list[np.ndarray], outputs: list[np.ndarray]) -> Priced:
