@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from ..models import layers
+from ..models import layers, upsampling
 
 Inputs = Callable[[np.random.Generator], Sequence[np.ndarray]]
 
@@ -128,6 +128,13 @@ def _convolutions() -> Iterator[KernelCase]:
     padded = partial(_convolution, stride=2, before=0)
     inputs = _normal((1, 65, 62, 128), (128, 3, 3, 128))
     yield KernelCase("convolution of an encoder, padded at the end", inputs, _downsample, padded, 1e-5)
+    for channels in (1280, 65):
+        inputs = _normal((2, 8, 9, channels), (64, 3, 3, channels))
+        yield KernelCase(f"convolution of a doubled map, {channels} channels", inputs, _doubled, _doubling, 1e-5)
+
+
+def _doubled(x: mx.array, w: mx.array) -> mx.array:
+    return upsampling.convolve_doubled(x, upsampling.sum_taps(w))
 
 
 def _convolve(x: mx.array, w: mx.array, stride: int, transposed: bool = False) -> mx.array:
@@ -316,7 +323,7 @@ def _others() -> Iterator[KernelCase]:
         lambda x: np.stack([x[places == i].sum(0) for i in range(64)]),
         half=5e-3,
     )
-    yield KernelCase("doubling a map", _normal((2, 9, 7, 320)), layers.upsample_nearest, _repeated, 0, half=0)
+    yield KernelCase("doubling a map", _normal((2, 9, 7, 320)), upsampling.upsample_nearest, _repeated, 0, half=0)
     kernel = partial(layers.resample, size=(23, 40))
     yield KernelCase("resampling 16 x 24 to 23 x 40", _normal((1, 16, 24, 4)), kernel, _interpolated, 5e-6)
     kernel = partial(layers.timestep_embedding, dim=320)
@@ -337,6 +344,10 @@ def _sums(x: mx.array) -> mx.array:
 
 def _summed(x: np.ndarray) -> np.ndarray:
     return x.sum((0, 1))
+
+
+def _doubling(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return _convolution(_repeated(x), w, stride=1)
 
 
 def _repeated(x: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ Kernel = Callable[..., mx.array]
 # Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
 # seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
+_WINOGRAD = 4096  # positions of the input from which Metal takes Winograd's algorithm
 _SCORES = 2**22  # bytes of attention in a gradient, which has them several times
 
 
@@ -197,6 +198,19 @@ def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, f
     return mx.pad(mx.concatenate(waves, axis=-1), [(0, 0), (0, dim % 2)])
 
 
+def may_be_winograd(size: Sequence[int], weight: Sequence[int], stride: Sequence[int] = (1, 1)) -> bool:
+    """Return whether Metal may convolve a map of ``size`` (h, w) by Winograd's algorithm, by MLX's rules (0.32).
+
+    ``weight`` is the shape [O, kh, kw, C] of the weights. The rule counts the positions of all rows of a batch.
+    """
+    return _suits_winograd(weight, stride) and math.prod(size) >= _WINOGRAD
+
+
+def _suits_winograd(weight: Sequence[int], stride: Sequence[int]) -> bool:
+    o, *kernel, c = weight
+    return kernel == [3, 3] and tuple(stride) == (1, 1) and c % 32 == o % 32 == 0 and c + o >= 256
+
+
 def rows_alike(
     x: tuple[int, ...], weight: tuple[int, ...], stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)
 ) -> float:
@@ -207,8 +221,8 @@ def rows_alike(
     of the output on channels that fit no tile are padded.
     """
     (_, *size, c), (o, *kernel, _) = x, weight
-    if kernel == [3, 3] and tuple(stride) == (1, 1) and c % 32 == o % 32 == 0 and c + o >= 256:
-        positions, threshold = math.prod(size), 4096
+    if _suits_winograd(weight, stride):
+        positions, threshold = math.prod(size), _WINOGRAD
     elif (c > 4 and c % 16) or (o > 16 and o % 16):
         sides = zip(size, kernel, stride, padding, strict=True)
         positions, threshold = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sides), 256
@@ -240,13 +254,6 @@ class Conv2d(nn.Conv2d):
         """Return the convolution of ``x`` without a bias, and the bias [C]: a kernel that reads the map can add it."""
         y = conv2d(x, self.weight, self.stride, self.padding)
         return y, self.bias if "bias" in self else mx.zeros(y.shape[-1], y.dtype)
-
-
-def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
-    """Double height and width by repetition, then cut to ``size`` (h, w) where the larger map had an odd side."""
-    b, h, w, c = x.shape
-    x = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return x if size is None or size == (2 * h, 2 * w) else x[:, : size[0], : size[1], :]
 
 
 def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_corners: bool = False) -> mx.array:
@@ -405,14 +412,3 @@ class Downsample2D(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]) if self._pad_end else x)
-
-
-class Upsample2D(nn.Module):
-    """Double height and width, cut to ``size`` if one is given, then smooth with a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
-        return self.conv(upsample_nearest(x, size))

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .config import Config, Supported
 from .layers import Conv2d
+from .upsampling import UpsampledConv2d
 from .vae import Network
 
 
@@ -97,7 +98,7 @@ class AutoencoderTiny(nn.Module):
         layers = [Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for i, blocks in enumerate(config.num_decoder_blocks):
             if i:
-                layers += [nn.Upsample(2), Conv2d(width, width, 3, padding=1, bias=False)]
+                layers += [nn.Identity(), UpsampledConv2d(width, width, bias=False)]  # the first is its doubling
             layers += [TinyBlock(width) for _ in range(blocks)]
         self.decoder = nn.Sequential(*layers, Conv2d(width, config.out_channels, 3, padding=1))
 

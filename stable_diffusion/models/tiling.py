@@ -20,8 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .layers import Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu, upsample_nearest
+from .layers import Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, silu
 from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
+from .upsampling import Upsample2D, UpsampledConv2d, convolve_doubled, sum_taps, sums_pay, upsample_nearest
 from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
@@ -177,6 +178,20 @@ def _convolve(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
             yield _now(y + conv.bias if "bias" in conv else y)
 
 
+def _upsample(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
+    """Double height and width and run a 3×3 convolution."""
+    slices = iter(slices)
+    first = next(slices)
+    slices = chain([first], slices)
+    if not sums_pay((rows, first.shape[2]), conv):
+        yield from _convolve(conv, map(upsample_nearest, slices), rows)
+        return
+    sums = sum_taps(conv.weight)
+    for window in _windows(slices, rows):
+        y = _now(convolve_doubled(window, sums, conv.get("bias"), padding=(0, 1)))
+        yield from mx.split(y, [rows], axis=1) if y.shape[1] > rows else [y]
+
+
 def _normalized(norm: GroupNorm, slices: deque[mx.array]) -> Iterator[mx.array]:
     """Normalize by mean and variance of the groups over all slices (Chan et al. 1979), and take each from the queue."""
     heights, means, variances = zip(*((x.shape[1], *_now(norm.moments(x))) for x in slices), strict=True)
@@ -215,7 +230,8 @@ _RUN: dict[type, Callable[..., Iterator[mx.array]]] = {
     GroupNorm: lambda norm, slices, rows: _normalized(norm, deque(map(_now, slices))),
     ResnetBlock2D: _resnet,
     SpatialAttention: _attention,
-    Upsample2D: lambda layer, slices, rows: _convolve(layer.conv, map(upsample_nearest, slices), rows),
+    Upsample2D: lambda layer, slices, rows: _upsample(layer.conv, slices, rows),
+    UpsampledConv2d: _upsample,
     Downsample2D: lambda layer, slices, rows: _convolve(layer.conv, slices, rows),
     TinyBlock: _tiny_block,
 }

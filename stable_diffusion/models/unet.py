@@ -25,11 +25,11 @@ from .layers import (
     GroupNorm,
     LayerNorm,
     ResnetBlock2D,
-    Upsample2D,
     gelu,
     timestep_embedding,
 )
 from .token_merging import attend_merged
+from .upsampling import Upsample2D
 
 Residuals = tuple[Sequence[mx.array], mx.array]
 

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import AutoencoderConfig
-from .layers import Attention, Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, silu
+from .layers import Attention, Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, silu
+from .upsampling import Upsample2D
 
 Network = Callable[[mx.array], mx.array]
 
