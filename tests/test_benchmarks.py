@@ -134,7 +134,7 @@ def test_approximations_beside_the_exact_pictures(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "module, options, lines",
-    [(approximations, "--steps-of tiny --latents 16", 7), (growth, "--shape tiny --sizes 64 128", 5)],
+    [(approximations, "--steps-of tiny --latents 16", 7), (growth, "--shape tiny --sizes 64 128", 7)],
 )
 def test_steps_of_a_shape(module, options, lines, monkeypatch, capsys):
     monkeypatch.setitem(UNETS, "tiny", SHAPES["tiny"]["unet"])

@@ -35,7 +35,7 @@ _TITLES = {
 class Case:
     """One measurement. ``size`` is in pixels; ``rows`` is the UNet's batch, of which 2 is a guidance pair.
 
-    ``weights`` are "plain" or "quantized" (UNet 8 bits, text encoders 4). The autoencoder computes in float32.
+    ``weights`` are "plain" or "quantized" (UNet 8 bits, text encoders 4). The autoencoder computes in ``vae_dtype``.
     """
 
     part: str
@@ -44,6 +44,7 @@ class Case:
     dtype: str = "float32"
     rows: int = 2
     weights: str = "plain"
+    vae_dtype: str = "float32"
 
     @property
     def needs_files(self) -> bool:

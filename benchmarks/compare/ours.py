@@ -64,14 +64,16 @@ def _text(case: Case, folder: Path) -> Work:
 
 
 def _vae_encode(case: Case, folder: Path) -> Work:
-    vae = _network(case, "vae", "float32")
-    pixels = [random(1, case.size, case.size, 3, seed=seed) for seed in range(2)]
+    vae = _network(case, "vae", case.vae_dtype)
+    pixels = [random(1, case.size, case.size, 3, dtype=case.vae_dtype, seed=seed) for seed in range(2)]
     return Work(lambda: encode(vae, pixels[0])[0], size(vae.encoder), [vae], lambda i: vae.encode(pixels[i])[0])
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
-    vae = _network(case, "vae", "float32")
-    latents = [random(1, case.latent, case.latent, vae.latent_channels, seed=seed) for seed in range(2)]
+    vae = _network(case, "vae", case.vae_dtype)
+    latents = [
+        random(1, case.latent, case.latent, vae.latent_channels, dtype=case.vae_dtype, seed=seed) for seed in range(2)
+    ]
     return Work(lambda: decode(vae, latents[0]), size(vae.decoder), [vae], lambda i: vae.decode(latents[i]))
 
 

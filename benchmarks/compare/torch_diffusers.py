@@ -17,6 +17,7 @@ import transformers
 from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SETTINGS: set[str] = set()  # "channels_last" and "compiled", of the networks of this process
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -70,7 +71,14 @@ def _peak() -> int:
 
 
 def _ready(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    return module.to(_DEVICE, getattr(torch, dtype)).eval()
+    module = module.to(_DEVICE, getattr(torch, dtype)).eval()
+    if "channels_last" in SETTINGS:
+        module.to(memory_format=torch.channels_last)
+    if "compiled" in SETTINGS:
+        is_vae = isinstance(module, diffusers.AutoencoderKL)
+        for network in (module.encoder, module.decoder) if is_vae else (module,):
+            network.compile()
+    return module
 
 
 def _size(*modules: torch.nn.Module) -> int:
@@ -115,16 +123,16 @@ def _text(case: Case, folder: Path) -> Work:
 
 
 def _vae(case: Case) -> Any:
-    return _ready(diffusers.AutoencoderKL.from_config(dict(case.config["vae"])))
+    return _ready(diffusers.AutoencoderKL.from_config(dict(case.config["vae"])), case.vae_dtype)
 
 
 def _vae_encode(case: Case, folder: Path) -> Work:
-    vae, pixels = _vae(case), _random(1, 3, case.size, case.size)
+    vae, pixels = _vae(case), _random(1, 3, case.size, case.size, dtype=case.vae_dtype)
     return Work(lambda: vae.encode(pixels).latent_dist.mean, _size(vae.encoder), _size(vae))
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
-    vae, latents = _vae(case), _random(1, 4, case.latent, case.latent)
+    vae, latents = _vae(case), _random(1, 4, case.latent, case.latent, dtype=case.vae_dtype)
     return Work(lambda: vae.decode(latents).sample, _size(vae.decoder), _size(vae))
 
 

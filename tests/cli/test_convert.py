@@ -15,8 +15,8 @@ from command_line import ROOT
 from forked import Ended
 from stable_diffusion import StableDiffusion
 from stable_diffusion.cli.convert import file_size, main
-from stable_diffusion.weights import save
 from stable_diffusion.weights.files import open_checkpoint
+from stable_diffusion.weights.formats import safetensors
 
 # --- all or nothing ----------------------------------------------------------------------------------------------
 
@@ -28,14 +28,17 @@ def run(forked) -> Callable[[str, Path], Ended]:
     return lambda fault, dest: forked(f"{PREPARE}{fault}\n{convert}", dest)
 
 
+_MOMENTS = ["safetensors, 'all_finite', 1", "safetensors, 'all_finite', 250", "os, 'fsync', 11", "Path, 'rename', 1"]
+
+
 # Of the bundled model 12 files are written: config.json and weights of 3 networks, 4 of the tokenizer, 2 more.
-@pytest.mark.parametrize("moment", ["mx, 'isfinite', 1", "mx, 'isfinite', 250", "os, 'fsync', 11", "Path, 'rename', 1"])
+@pytest.mark.parametrize("moment", _MOMENTS)
 def test_killed_and_started_again(run, tmp_path, moment):
     dest = tmp_path / "new"
-    killed = run(f"import mlx.core as mx\nat({moment}, send(KILL))", dest)
+    killed = run(f"from stable_diffusion.weights.formats import safetensors\nat({moment}, send(KILL))", dest)
     assert killed.code == -9, killed.err
     assert os.listdir(tmp_path) == [".new.partial"]
-    if "isfinite" in moment:  # later all of it is there
+    if "all_finite" in moment:  # later all of it is there
         with pytest.raises(ValueError, match=r"has no model_index\.json"):
             open_checkpoint(tmp_path / ".new.partial")
     assert main(["tiny", str(dest), "-q"]) == 0
@@ -71,7 +74,7 @@ def test_what_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, monkeypa
     def fail(value: mx.array) -> mx.array:
         raise error
 
-    monkeypatch.setattr(save.mx, "isfinite", fail)
+    monkeypatch.setattr(safetensors, "all_finite", fail)
     with pytest.raises(SystemExit) as exit:
         main(["tiny", str(tmp_path / "new")])
     err = capsys.readouterr().err

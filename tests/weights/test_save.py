@@ -16,6 +16,7 @@ from configs import UNETS
 from models.test_taesd import SMALL as TAESD
 from oracle import perturb, tensors
 from stable_diffusion.weights.files import Component
+from stable_diffusion.weights.formats.safetensors import all_finite
 from stable_diffusion.weights.load import build, fill, load_component
 from stable_diffusion.weights.quantize import quantize, remaining_quantization
 from stable_diffusion.weights.save import stored_tensors, write_weights
@@ -86,6 +87,21 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     write_weights(tmp_path, "model", weights, ONE_FILE)
     assert not weights
     assert mx.get_peak_memory() - before < 16 * size
+
+
+@pytest.mark.parametrize(
+    "dtype, largest", [(mx.float32, 0x7F7F_FFFF), (mx.bfloat16, 0x7F7F), (mx.float16, 0x7BFF)], ids=str
+)
+def test_what_is_finite(dtype, largest):
+    """The largest finite value, the infinity and the NaNs beside it, by their bits, of both signs, among others."""
+    unsigned = mx.uint32 if dtype == mx.float32 else mx.uint16
+    sign = 1 << 8 * unsigned.size - 1
+    for bits in (0, 1, largest, largest + 1, largest + 2, sign - 1):
+        for pattern in (bits, bits + sign):
+            value = mx.array([0, pattern, sign], unsigned).view(dtype)
+            assert all_finite(value) == mx.isfinite(value).all().item() == (bits <= largest), pattern
+    assert all_finite(mx.zeros((0, 2), dtype)) and all_finite(mx.array(-1.0, dtype))
+    assert all_finite(mx.array([2**32 - 1], mx.uint32)) and all_finite(mx.array([-1]))
 
 
 @pytest.mark.parametrize("dtype, bad", [(mx.float32, math.nan), (mx.bfloat16, -math.inf), (mx.float16, 1e5)])

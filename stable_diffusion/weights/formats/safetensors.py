@@ -23,6 +23,12 @@ _MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
 _CHUNK = 1 << 20  # bytes that are copied at once
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
+# Signed and unsigned integers of a floating-point type's size, and the bits of its infinity.
+_INFINITIES = {
+    mx.float32: (mx.int32, mx.uint32, 0x7F80_0000),
+    mx.float16: (mx.int16, mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
+}
 _CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
 
 
@@ -173,6 +179,20 @@ def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapp
     return struct.pack("<Q", len(encoded)) + encoded
 
 
+def all_finite(value: mx.array) -> bool:
+    """Return whether a row-contiguous array has neither infinite values nor NaN.
+
+    Floats of one sign are ordered as their bits are, so that the largest integers of both signs say it: on a CPU in a
+    thirtieth of the time of ``mx.isfinite`` in half precision, which was half of a conversion's.
+    """
+    if value.dtype not in _INFINITIES or not value.size:
+        return True
+    signed, unsigned, infinity = _INFINITIES[value.dtype]
+    flat = value.reshape(-1)
+    positive, negative = flat.view(signed).max(), flat.view(unsigned).max()
+    return positive.item() < infinity and negative.item() < infinity + (1 << 8 * value.itemsize - 1)
+
+
 def write_safetensors(
     path: Path,
     names: Iterable[str],
@@ -189,7 +209,7 @@ def write_safetensors(
         freed = 0
         for name in names:
             value = mx.contiguous(tensors.pop(name))
-            if not mx.isfinite(value).all().item():
+            if not all_finite(value):
                 raise ValueError(f"{name} is not finite in {_TYPES[value.dtype]}: take float32, or another source")
             file.write(memoryview(value.reshape(-1).view(mx.uint8)))
             freed += value.nbytes
