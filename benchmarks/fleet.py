@@ -12,11 +12,11 @@ the UNet's output in each step. ``--seconds`` is the time of a picture on one Ma
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ LINKS = {
 }
 START = 15.0  # seconds until a Mac has read a model from its disk: 7 GB at 0.5 GB/s
 EXCHANGE = 2  # small exchanges around the ring for each picture that is gathered
+_PORT = 47311  # of the first process, where two are measured
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100)
 
 
@@ -117,25 +118,34 @@ def draw(job: Job, path: Path) -> None:
 
 
 def measure(pictures: int, steps: int) -> None:
-    """Print the pictures a second of one process on one core, and of two on two cores, with the bundled model."""
-    root, launcher = Path(__file__).parents[1], Path(sys.executable).with_name("mlx.launch")
+    """Print the pictures a second of one process on one core, and of two on two cores, with the bundled model.
+
+    The two are started without ``mlx.launch``, which keeps a core of this machine busy itself (MLX 0.32).
+    """
+    rates = [_rate(processes, pictures, steps) for processes in (1, 2)]
+    print(f"one process   {rates[0]:8.2f} pictures/s\ntwo processes {rates[1]:8.2f} pictures/s")
+    print(f"ratio {rates[1] / rates[0]:.2f}")
+
+
+def _rate(processes: int, pictures: int, steps: int) -> float:
+    """Return the pictures a second from the first of each process on, or starting would count."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        output = ["--output", f"{folder}/{{seed}}.png", "--overwrite", "--json", "--batch_size", "1"]
-        program = [sys.executable, "txt2image.py", "a red circle", "--model", "tiny", "--steps", str(steps), *output]
-        program += ["--seed", f"1-{pictures}"]
-        rates = {}
-        for name, prefix in (("one process", []), ("two processes", [str(launcher), "-n", "2", "--"])):
-            command, started = [*prefix, *program], time.time()
-            done = subprocess.run(command, cwd=root, env=environment, capture_output=True, stdin=subprocess.DEVNULL)
-            written = sorted(path.stat().st_mtime for path in Path(folder).iterdir() if path.stat().st_mtime > started)
-            if len(written) < pictures:
-                raise SystemExit(f"{name} made {len(written)} of {pictures} pictures: {done.stderr.decode()[-500:]}")
-            # From the first picture on, or starting would count: of two processes that is the first of both.
-            first = 1 if name == "one process" else 2
-            rates[name] = (pictures - first) / (written[-1] - written[first - 1])
-            print(f"{name:16}{rates[name]:8.2f} pictures/s", flush=True)
-    print(f"ratio {rates['two processes'] / rates['one process']:.2f}")
+        program = [sys.executable, "txt2image.py", "a red circle", "--model", "tiny", "--steps", str(steps)]
+        program += ["--seed", f"1-{pictures}", "--batch_size", "1", "--output", f"{folder}/{{seed}}.png", "--no_grid"]
+        hosts = Path(folder, "hosts.json")
+        hosts.write_text(json.dumps([[f"127.0.0.1:{_PORT + rank}"] for rank in range(processes)]))
+        ranks = [
+            {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
+        ]
+        options = {"cwd": Path(__file__).parents[1], "stdout": subprocess.DEVNULL}
+        started = [subprocess.Popen(program, env=environment | rank, **options) for rank in ranks]
+        for process in started:
+            process.wait()
+        written = sorted(path.stat().st_mtime for path in Path(folder).glob("*.png"))
+        if len(written) < pictures:
+            raise SystemExit(f"{processes} processes made {len(written)} of {pictures} pictures")
+        return (pictures - processes) / (written[-1] - written[processes - 1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

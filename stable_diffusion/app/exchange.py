@@ -1,4 +1,4 @@
-"""Exchange a few numbers among processes that MLX's launcher starts, some twenty times a second.
+"""Exchange a few numbers among processes that MLX's launcher starts, four times a second.
 
 A thread does so beside the work. All notice at once that one of them is lost, or silent, and nobody waits for a process
 that will not come. Nothing is exchanged, and no thread begun, in a process that runs alone.
@@ -18,7 +18,8 @@ import numpy as np
 from ..models import cpu
 from .processes import disconnect
 
-_PERIOD = 0.05  # seconds between two exchanges
+# Seconds between two exchanges. All sleep as long, and meet: MLX's ring keeps a core busy while it waits for another.
+_PERIOD = 0.25
 _PATIENCE, _IMPATIENCE = 40, 5  # seconds after which a silent rank is lost, the second after a signal
 _NOTICE = 3  # seconds that the launcher is ahead, at most, of what MLX says of a lost connection
 _ENDING = 30  # seconds in which the launcher ends the other ranks, by ssh
@@ -132,6 +133,7 @@ class Exchange:
         return self._answer()
 
     def _post(self, **numbers: int) -> None:
+        """Send these numbers at once."""
         self._row = replace(self._row, **numbers)
         self._posted.set()
 

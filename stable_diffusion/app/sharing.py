@@ -11,7 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from io import StringIO
 from random import Random, SystemRandom
@@ -120,7 +120,7 @@ class Ranks(Exchange):
 
     def finish(self, count: int = 1) -> None:
         """Count images of this rank that are finished, in their order."""
-        self._post(finished=self._row.finished + count)
+        self._row = replace(self._row, finished=self._row.finished + count)
 
     def missing(self, count: int) -> list[int]:
         """Return the images that are not known to be finished, of ``count``."""
