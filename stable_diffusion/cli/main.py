@@ -118,6 +118,8 @@ class Script:
         self._numbers = range(len(self._requests))  # of the images to make here
         if ranks.size() > 1:
             self._share()
+        elif self._sharing.gather or self._sharing.share in ("steal", "guidance"):
+            _log.warning("--share and --gather have no effect: this process is alone; mlx.launch starts several")
         requests = [self._requests[number] for number in self._numbers]
         if not requests:
             return
@@ -152,7 +154,8 @@ class Script:
     def run(self) -> None:
         """Generate the images and write each as soon as it is decoded."""
         ranks = self._ranks
-        self._writer.choose_numbers(ranks.highest, ranks.agree)
+        if ranks.size() > 1:
+            self._writer.choose_numbers(ranks.highest, ranks.agree)
         if self._sharing.share == "guidance" and ranks.size() > 1:
             self._model.group = ranks
         if self._numbers:
