@@ -52,8 +52,8 @@ def launch(size: int, folder: Path, commands: list, *, launcher: bool = False, *
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` ports in a row that nobody listens to."""
-    for first in range(20000 + os.getpid() % 20000, 65000, count):
+    """Return the first of ``count`` ports in a row that nobody listens to, far from those of other test processes."""
+    for first in range(20000 + os.getpid() * 16 % 40000, 65000, count):
         with socket.socket() as one, socket.socket() as other:
             try:
                 one.bind(("127.0.0.1", first))
