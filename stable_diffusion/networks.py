@@ -174,7 +174,7 @@ class Networks:
                     _log.warning("the %s was changed by hand and stays in memory; del frees it and its changes", name)
                 else:
                     delattr(self, name)
-        mx.clear_cache()
+        cpu.clear_cache()
 
     def _use(self, *names: str, beside: Sequence[Any] = ()) -> list[Any]:
         """Begin a stage of a run: read the weights of its networks, and in low memory free all others.

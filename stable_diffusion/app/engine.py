@@ -22,6 +22,7 @@ from ..diffusion.sample import Latents
 from ..images.image import from_array
 from ..lora.folders import find_in
 from ..lora.layers import AttachedLoRA
+from ..models import cpu
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..weights.files import open_checkpoint
@@ -322,7 +323,7 @@ class Engine:
                 reason = " ".join(f"memory ran out ({str(error) or 'MemoryError'})".split())
                 if not is_full or not self._run_fewer_rows(run.batch, 0.5, reason):
                     raise
-            mx.clear_cache()
+            cpu.clear_cache()
 
     def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
         """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""

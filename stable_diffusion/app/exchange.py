@@ -161,14 +161,16 @@ class Exchange:
             while not self._quits:
                 try:
                     numbers = mx.array([astuple(self._row)], dtype=mx.int64)
-                    table = mx.distributed.all_gather(numbers, group=self._group).tolist()
+                    with cpu.collective:
+                        table = mx.distributed.all_gather(numbers, group=self._group).tolist()
                     self._rows, self._heard = [Row(*row) for row in table], monotonic()
                     self._receive()
                     if all(row.calls > answered for row in self._rows):
                         answered += 1
                         result: Any = [row.value for row in self._rows]
                         if self._operation is not None:
-                            mx.eval(result := self._operation())
+                            with cpu.collective:
+                                mx.eval(result := self._operation())
                         self._answers.put(result)
                         continue
                 except RuntimeError:  # the connection to a rank is lost

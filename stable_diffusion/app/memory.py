@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..models import tiling
+from ..models import cpu, tiling
 from ..models.unet import UNet2DConditionModel
 from ..options import SettingError
 from ..pipeline import StableDiffusion
@@ -88,7 +88,8 @@ def set_limits(memory: float | None, low_memory: bool) -> int:
     """
     limit = int(available() if memory is None else memory)
     mx.set_memory_limit(0 if low_memory else limit)
-    mx.set_cache_limit(limit // (64 if low_memory else 8))
+    with cpu.collective:
+        mx.set_cache_limit(limit // (64 if low_memory else 8))
     return limit
 
 

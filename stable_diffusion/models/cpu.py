@@ -35,6 +35,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _cores = 1  # for products and streams; tune() counts them
 _thread = threading.local()  # MLX's streams belong to threads
 
+# Held while this process waits for others (app/sharing.py). Where there is no GPU, MLX frees buffers only when all
+# streams are done, also those of other threads, and no thread runs Python meanwhile, such as one that ends the wait.
+collective: AbstractContextManager[Any] = nullcontext() if mx.is_available(mx.gpu) else threading.Lock()
+
 
 def tune() -> None:
     """Set this process up for computing on a CPU: memory allocator, threads of products and streams side by side.
@@ -101,6 +105,12 @@ def all_cores() -> None:
     """Let products use all cores again, after parts have shared them. It does nothing before :func:`tune`."""
     if _cores > 1:
         _openblas.openblas_set_num_threads(_cores)
+
+
+def clear_cache() -> None:
+    """Free the memory that MLX holds for reuse; where that waits for all streams, other threads run meanwhile."""
+    with collective:
+        mx.clear_cache()
 
 
 class _AtThreadEnd:

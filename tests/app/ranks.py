@@ -1,7 +1,7 @@
 """Run commands as one of several ranks, for tests/app/test_sharing.py: ``python ranks.py FOLDER SPEC``.
 
-SPEC is a JSON file: "commands", each a script and its arguments; "dies" {rank: the call of on_step
-at which it is killed, 0 is before, "gather" when all are made}; "stops" {rank: the same, but stopped};
+SPEC is a JSON file: "commands", each a script and its arguments; "dies" {rank: the call of on_step at which it is
+killed, 0 is before, "gather" when all are made}; "stops" {rank: the same, but stopped}, lost after "patience" seconds;
 "slow" {rank: seconds of each such call}; "full", a rank whose disk is full. Each rank writes its exit codes and the
 seconds of each command into FOLDER/rank-N.json.
 """
@@ -43,7 +43,7 @@ def spoil(spec: dict, rank: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     if "stops" in spec:
-        exchange._PATIENCE = 3
+        exchange._PATIENCE = spec.get("patience", 3)
     if spec.get("dies", {}).get(rank) == "gather":
         results.ResultWriter.gather = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     if spec.get("dies", {}).get(rank) == 0:
