@@ -9,6 +9,7 @@ from stable_diffusion import StableDiffusion  # noqa: F401  (before MLX: it brin
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 
 from stable_diffusion.weights.files import open_checkpoint
 from stable_diffusion.weights.load import build
@@ -27,15 +28,13 @@ def write_checkpoint(folder: Path, shape: str, weights: bool = True) -> None:
     parts = SHAPES[shape]
     pipeline = "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
     index = {"_class_name": pipeline, "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-    pool = (0.02 * mx.random.normal((_POOL,), key=mx.random.key(0))).astype(mx.float16)
     for name, config in parts.items():
         (folder / name).mkdir(parents=True)
         is_text = name.startswith("text_encoder")
         index[name] = ["transformers", config["architectures"][0]] if is_text else ["diffusers", _CLASSES[name]]
         _write(folder / name / "config.json", config if is_text else {"_class_name": _CLASSES[name]} | config)
         if weights:
-            tensors = {key: _cut(pool, value.shape) for key, value in stored_tensors(build(name, config)).items()}
-            write_weights(folder / name, "model" if is_text else "diffusion_pytorch_model", tensors, 10**12)
+            _write_weights(folder / name, "model" if is_text else "diffusion_pytorch_model", build(name, config))
         if is_text:
             tokenizer = name.replace("text_encoder", "tokenizer")
             shutil.copytree(open_checkpoint("tiny").folder / "tokenizer", folder / tokenizer)
@@ -43,6 +42,17 @@ def write_checkpoint(folder: Path, shape: str, weights: bool = True) -> None:
     (folder / "scheduler").mkdir()
     _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write(folder / "model_index.json", index)
+
+
+def write_taesd(folder: Path) -> None:
+    """Write the weights of a TAESD, ``taesd.safetensors``."""
+    _write_weights(folder, "taesd", build("vae", {"_class_name": "AutoencoderTiny"}))
+
+
+def _write_weights(folder: Path, stem: str, network: nn.Module) -> None:
+    pool = (0.02 * mx.random.normal((_POOL,), key=mx.random.key(0))).astype(mx.float16)
+    tensors = {key: _cut(pool, value.shape) for key, value in stored_tensors(network).items()}
+    write_weights(folder, stem, tensors, 10**12)
 
 
 def _write(path: Path, value: dict) -> None:

@@ -4,10 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from multiprocessing import dummy
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +20,9 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import approximations, fleet, gpu_work, growth, memory
-from benchmarks.compare import workers
-from benchmarks.compare.__main__ import FULL, QUICK, main
-from benchmarks.compare.cases import PARTS, Case, cases
+from benchmarks.compare import process, workers
+from benchmarks.compare.__main__ import _WEIGHTS, FULL, QUICK, main
+from benchmarks.compare.cases import GUIDANCE, PARTS, Case, cases
 from benchmarks.compare.gpu_graph import as_on_a_gpu, trace, trace_step
 from benchmarks.compare.gpu_kernels import CHIPS, Kernel, kernels
 from benchmarks.shapes import SHAPES, UNETS
@@ -27,7 +30,7 @@ from benchmarks.shapes import SHAPES, UNETS
 ROOT = Path(__file__).parents[1]
 TINY = ("--shape", "tiny", "--size", "64", "--repeats", "2")
 
-WORK = {"kernels": 12, "moved": 34e9, "flops": 5.6e12, "model": {"M1": 0.75}}
+WORK = {"kernels": 12, "moved": 34e9, "flops": 5.6e12, "model": {"M1": 0.75}, "operations": 5e6}
 HALF = {"kernels": 6, "moved": 17e9, "flops": 2.8e12, "model": {"M1": 0.25}}
 
 
@@ -44,6 +47,7 @@ def compare(monkeypatch, tmp_path, capsys) -> Callable[..., tuple[list[dict], st
     monkeypatch.setattr(workers, "_SPAWN", SimpleNamespace(Process=Thread, Pipe=dummy.Pipe))
     # A count takes a process of its own, see below; here the second column has half of the work.
     monkeypatch.setattr(workers, "count", lambda column, *_: WORK if column == "this library" else HALF)
+    monkeypatch.setattr(process, "PRODUCT", 128)
 
     def call(*arguments: str) -> tuple[list[dict], str]:
         file = tmp_path / "figures.json"
@@ -80,6 +84,50 @@ def test_beside_diffusers_which_has_nothing_quantized(compare):
     assert f"this library / diffusers: time {ours['median'] / theirs['median']:.2f}" in table
     assert "kernels 2.00, bytes 2.00, FLOP 2.00" in table
     assert "diffusers" not in quantized
+    rate = max(ours["rate"], theirs["rate"])
+    for column in (ours, theirs):
+        assert column["share"] * column["median"] * rate == pytest.approx(WORK["operations"])
+    assert f"{ours['share']:.0%}   12 kernels" in table and f"float32 products at {rate / 1e9:.0f} GFLOP/s" in table
+
+
+class Listener:
+    """In place of stable-diffusion.cpp's model, which the tests do not have: it only tells its progress."""
+
+    made: ClassVar[list["Listener"]] = []
+
+    def __init__(self, **options):
+        self.options, self.asked = options, []
+        self.made.append(self)
+        told = "ggml_extend.hpp:2580 - {} params backend buffer size =  {} MB(RAM) (9 tensors)\n"
+        for name, size in (("unet", "2.00"), ("vae", " 1.50")):
+            self.log(0, told.format(name, size).encode(), None)
+
+    def generate_image(self, progress_callback, **options):
+        self.asked.append(options)
+        progress_callback(0, 1, 0.0)
+        time.sleep(0.02)
+        progress_callback(1, 1, 0.02)
+        self.log(1, b"stable-diffusion.cpp:3192 - decoding 1 latents\n", None)
+        time.sleep(0.04)
+        self.log(1, b"stable-diffusion.cpp:3212 - decode_first_stage completed, taking 0.04s\n", None)
+
+
+def test_stable_diffusion_cpp_is_timed_by_its_messages(compare, monkeypatch):
+    def listen(log, _):
+        Listener.log = staticmethod(log)
+
+    package = ModuleType("stable_diffusion_cpp")
+    package.__spec__ = ModuleSpec(package.__name__, None)
+    package.StableDiffusion, package.sd_log_callback, package.sd_set_log_callback = Listener, lambda log: log, listen
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    results, table = compare("--only", ",".join(PARTS), "--weights", *_WEIGHTS, "--columns", "sd.cpp")
+    assert [case["part"] for case in results if case["columns"]] == ["unet", "vae-decode"]
+    step, decoding = (case["columns"]["sd.cpp"] for case in results if case["columns"])
+    assert step["min"] >= 0.02 and decoding["min"] >= 0.04 and len(re.findall(r"^  sd.cpp +[0-9]", table, re.M)) == 2
+    assert (step["weights"], decoding["weights"]) == (2 * 2**20, 1.5 * 2**20) and step["peak"] >= step["weights"]
+    unet, vae = Listener.made
+    assert [call["cfg_scale"] for call in unet.asked] == [GUIDANCE] * 3 and vae.asked[0]["cfg_scale"] == 1
+    assert unet.options["taesd_path"] and not vae.options["taesd_path"] and vae.options["wtype"] == "f32"
 
 
 def test_in_processes_where_a_column_that_fails_is_a_result():
@@ -111,6 +159,7 @@ def test_the_matrix():
     [
         (("--only", "unets"), "'unets' is none of unet, text"),
         (("--columns", "mlx-examples"), "give --mlx-examples DIR"),
+        (("--columns", "sd.cpp"), "pip install stable-diffusion-cpp-python"),
         (("--mlx-examples", "/nowhere"), "in /nowhere: give a copy of mlx-examples"),
         (("--repeats", 1), "--repeats 1 is less than 2"),
     ],
@@ -306,19 +355,25 @@ def test_the_model_of_the_time():
     assert [round(CHIPS[name].flops / 1e12, 1) for name in ("M1", "M2 Max")] == [2.6, 13.6]
 
 
-def test_the_work_of_a_network_beside_torch():
-    """At most what diffusers takes, as keys and values of the prompt are kept, and not much less."""
-    case = Case("unet", "sd21", 256, "float16")
+@pytest.mark.parametrize("shape", ["sd15", "sd21"])
+def test_the_work_of_a_network_beside_torch(shape):
+    """As published, its operations are those of diffusers but for the keys and values of the prompt, which are kept."""
+    case = Case("unet", shape, 256, "float16")
     found = workers.count("this library", case, Path(), None)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(case.config["unet"]))
-        inputs = torch.zeros(2, 4, 32, 32), 1, torch.zeros(2, 77, 1024)
+        inputs = torch.zeros(2, 4, 32, 32), 1, torch.zeros(2, 77, unet.config.cross_attention_dim)
         with FlopCounterMode(display=False) as counter:
             unet(*inputs)
     parameters = sum(p.numel() for p in unet.parameters())
-    assert 0.85 < found["flops"] / counter.get_total_flops() <= 1
+    kept = sum(p.numel() for name, p in unet.named_parameters() if re.search(r"attn2\.to_[kv]", name))
+    assert found["operations"] == pytest.approx(counter.get_total_flops() - 2 * 2 * 77 * kept, rel=1e-3)
+    assert 0.85 < found["flops"] / found["operations"] < 1.02
     assert 0.85 < found["parameters"] / (2 * parameters) <= 1 < found["moved"] / (2 * parameters)
     assert found["kernels"] == sum(number for number, _ in found["kinds"].values()) > 500
+
+
+def test_what_is_more_than_a_graph_is_not_counted():
     assert workers.count("this library", Case("load", "sd21", 256), Path(), None) == {}
 
 

@@ -1,1 +1,1 @@
-"""This library beside mlx-examples and diffusers: ``python -m benchmarks.compare``."""
+"""This library beside mlx-examples, diffusers and stable-diffusion.cpp: ``python -m benchmarks.compare``."""

@@ -1,4 +1,4 @@
-"""This library beside mlx-examples and diffusers: time, memory and size of the graph, as a table and as JSON.
+"""This library beside mlx-examples, diffusers and stable-diffusion.cpp: time, memory and work, as a table and as JSON.
 
     python -m benchmarks.compare --mlx-examples DIR                 what matters, in ten minutes on two cores
     python -m benchmarks.compare --full --shape sdxl --size 1024    a part of the whole matrix
@@ -9,6 +9,11 @@ and the most of these turns. The peak of the memory has the weights in it: it is
 holds, and for torch on a CPU what the process took beside its weights. Kernels, bytes moved and floating-point
 operations are those that a Mac's GPU would have to do, counted from the graph by the rules of MLX's sources, and the
 times on Macs are a model that is computed from them (``gpu_kernels.py``); both computed, not measured.
+
+"of rate" is how near a column comes to the machine: the time that the layers' operations, as published, would take at
+the rate of a large float32 product, in shares of the time that was taken. The rate is the best of those that MLX and
+torch reach in this run with the same threads. The operations are counted from the graph and are the same for all
+columns, so fewer of them, as by Winograd's algorithm, count as speed.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
@@ -25,10 +31,13 @@ from typing import Any
 
 from ..shapes import SHAPES
 from .cases import PARTS, Case, cases
-from .workers import MODULES, Result, find_examples, measure, write_checkpoint
+from .workers import MODULES, Result, find_examples, has, measure, write_checkpoint
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _WEIGHTS = ("plain", "quantized")
+_PACKAGES = {"diffusers": ("torch", "diffusers", "transformers"), "sd.cpp": ("stable_diffusion_cpp",)}
+_REMEDIES = {"mlx-examples": "give --mlx-examples DIR", "diffusers": "pip install torch diffusers transformers"}
+_REMEDIES["sd.cpp"] = "pip install stable-diffusion-cpp-python"
 QUICK = {
     "only": ("unet", "vae-decode"),
     "shape": ("sd21",),
@@ -55,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in cases(args.only, {axis: getattr(args, axis) for axis in FULL if axis != "only"}):
             columns = measure(
                 case,
-                _checkpoint(Path(folder), case),
+                _checkpoint(Path(folder), case, args.columns),
                 args.columns,
                 args.mlx_examples,
                 repeats=args.repeats,
@@ -96,8 +105,7 @@ def _read(argv: Sequence[str] | None) -> argparse.Namespace:
     there = [column for column in MODULES if _is_there(column, args)]
     args.columns = args.columns or there
     if missing := [column for column in args.columns if column not in there]:
-        remedy = {"mlx-examples": "give --mlx-examples DIR", "diffusers": "pip install torch diffusers transformers"}
-        parser.error(f"there is no {missing[0]}: {remedy[missing[0]]}")
+        parser.error(f"there is no {missing[0]}: {_REMEDIES[missing[0]]}")
     if args.repeats < 2:
         parser.error(f"--repeats {args.repeats} is less than 2")
     if args.mlx_examples is not None:
@@ -117,24 +125,25 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _is_there(column: str, args: argparse.Namespace) -> bool:
-    if column == "diffusers":
-        return all(util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
-    return column == "this library" or args.mlx_examples is not None
+    if column == "mlx-examples":
+        return args.mlx_examples is not None
+    return all(util.find_spec(name) for name in _PACKAGES.get(column, ()))
 
 
-def _checkpoint(folder: Path, case: Case) -> Path:
-    """The files of a case's shape: with weights only where the case reads them."""
-    path = folder / f"{case.shape}-{'weights' if case.needs_files else 'configurations'}"
+def _checkpoint(folder: Path, case: Case, columns: Sequence[str]) -> Path:
+    """The files of a case's shape: with weights only where something reads them."""
+    weights = case.needs_files or ("sd.cpp" in columns and has("sd.cpp", case))
+    path = folder / f"{case.shape}-{'weights' if weights else 'configurations'}"
     if not path.exists():
-        write_checkpoint(path, case)
+        write_checkpoint(path, case, weights=weights)
     return path
 
 
 def _machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {}
-    for name in ("mlx", "torch", "diffusers"):
-        if util.find_spec(name):
+    for name in ("mlx", "torch", "diffusers", "stable-diffusion-cpp-python"):
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name in os.environ}
     return {"machine": f"{platform.system()} {platform.machine()}", "cores": cores} | threads | versions
@@ -142,7 +151,7 @@ def _machine() -> dict[str, Any]:
 
 def _table(case: Case, columns: dict[str, Result]) -> str:
     """A case's figures, a line for each column, and those of this library in shares of the others'."""
-    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}   on a GPU, computed"
+    heads = f"{'median':>10}{'min':>10}{'max':>10}   {'peak':>10}{'weights':>10}{'of rate':>9}   on a GPU, computed"
     lines = ["", case.title(), f"  {'':14}{heads}"]
     for column, result in columns.items():
         if "failed" in result:
@@ -150,11 +159,14 @@ def _table(case: Case, columns: dict[str, Result]) -> str:
             continue
         times = "".join(f"{result[name]:8.3f} s" for name in ("median", "min", "max"))
         memory = "".join(f"{result[name] / 1e9:7.3f} GB" for name in ("peak", "weights"))
-        lines.append(f"  {column:14}{times}   {memory}   {_counted(result)}".rstrip())
+        share = f"{result['share']:9.0%}" if "share" in result else " " * 9
+        lines.append(f"  {column:14}{times}   {memory}{share}   {_counted(result)}".rstrip())
     for column, result in columns.items():
         if "model" in result:
             model = ", ".join(f"{chip} {seconds:.3g} s" for chip, seconds in result["model"].items())
             lines.append(f"  {column} by a model: {model}")
+    if rates := [result["rate"] for result in columns.values() if "rate" in result]:
+        lines.append(f"  float32 products at {max(rates) / 1e9:.0f} GFLOP/s")
     ours = columns.get("this library", {})
     for column, result in columns.items():
         if column != "this library" and "median" in result and "median" in ours:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from . import process
 from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
 
 
@@ -27,8 +28,9 @@ class Work:
     graph: Callable[[int], Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What it reads."""
-        return {"weights": self.weights}
+        """What it reads, and the rate of float32 products with the same threads."""
+        a, b = (random(process.PRODUCT, process.PRODUCT, seed=seed) for seed in range(2))
+        return {"weights": self.weights, "rate": process.product_rate(lambda: mx.eval(a @ b))}
 
     def measure(self) -> dict[str, float]:
         """Seconds on the clock and of the processor, and the peak of the arrays in bytes, weights among them."""

@@ -1,6 +1,9 @@
 """The column of this library."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from stable_diffusion import StableDiffusion
 
@@ -11,7 +14,7 @@ from stable_diffusion.app.engine import TEXT_BITS, UNET_BITS
 from stable_diffusion.diffusion.denoiser import Denoiser
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.diffusion.schedule import Schedule, ScheduleConfig
-from stable_diffusion.models import cpu
+from stable_diffusion.models import cpu, gpu, upsampling
 from stable_diffusion.models.tiling import decode, encode
 from stable_diffusion.text.encode import Conditioning
 from stable_diffusion.weights.load import build
@@ -25,6 +28,16 @@ from .mlx_meter import Work, file_size, image_work, random, ready, size, text_wo
 def prepare(case: Case, folder: Path) -> Work:
     cpu.tune()
     return _PREPARE[case.part](case, folder)
+
+
+@contextmanager
+def as_published() -> Iterator[None]:
+    """Let layers have the operations that they have as published: no wider heads, and doubled maps are convolved."""
+    with (
+        mock.patch.object(gpu, "fused_width", lambda dim: dim),
+        mock.patch.object(upsampling, "sums_pay", lambda *_: False),
+    ):
+        yield
 
 
 def _network(case: Case, part: str, dtype: str | None = None):

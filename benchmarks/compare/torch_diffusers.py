@@ -1,8 +1,6 @@
 """The column of diffusers on torch: on CUDA where there is a GPU, else on the CPU."""
 
 import gc
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -14,11 +12,11 @@ import diffusers
 import torch
 import transformers
 
+from . import process
 from .cases import GUIDANCE, POSITIONS, PROMPT, STEPS, Case
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS: set[str] = set()  # "channels_last" and "compiled", of the networks of this process
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -30,20 +28,22 @@ class Work:
     resident: int
 
     def describe(self) -> dict[str, Any]:
-        """What it reads."""
-        return {"weights": self.weights}
+        """What it reads, and the rate of float32 products with the same threads."""
+        a, b = (_random(process.PRODUCT, process.PRODUCT) for _ in range(2))
+        return {"weights": self.weights, "rate": process.product_rate(lambda: (a @ b, _wait()))}
 
     def measure(self) -> dict[str, float]:
         """Seconds on the clock and of the processor, and the peak of the memory in bytes, weights among them."""
         gc.collect()
-        before = _reset_peak()
+        before = process.reset_peak()
+        if _DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         cpu, start = time.process_time(), time.perf_counter()
         with torch.inference_mode():
             result = self.run()
-        if _DEVICE == "cuda":
-            torch.cuda.synchronize()
+        _wait()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        grown = max(0, _peak() - before)
+        grown = max(0, process.peak() - before)
         del result
         peak = torch.cuda.max_memory_allocated() if _DEVICE == "cuda" else self.resident + grown
         return {"seconds": seconds, "cpu": cpu, "peak": peak}
@@ -57,17 +57,9 @@ def prepare(case: Case, folder: Path) -> Work:
     return _PREPARE[case.part](case, folder)
 
 
-def _reset_peak() -> int:
-    """Begin a new peak of the memory; returns where it begins. On a Mac the process has but one, of all its life."""
+def _wait() -> None:
     if _DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.synchronize()
 
 
 def _ready(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 from .cases import Case
 
 MODULES = {"this library": "ours", "mlx-examples": "mlx_examples", "diffusers": "torch_diffusers"}
+MODULES["sd.cpp"] = "sd_cpp"
 _SPAWN = multiprocessing.get_context("spawn")  # a process that has imported MLX or torch cannot be forked
 
 Result = dict[str, Any]
@@ -32,11 +33,11 @@ def measure(
 
     Turns end after ``repeats`` of them, or when they have taken so many ``seconds``, but not before the second. The
     work is described when it was done once: what a run keeps for all of its steps is there then. Returns for each
-    column that has the case its figures, or ``{"failed": why}``.
+    column that has the case its figures, or ``{"failed": why}``. "share" is the time that the case's operations take at
+    the rate of float32 products, the highest of any column's, in shares of the median.
     """
     with ExitStack() as stack:
-        # What MLX calls quantized, diffusers does not have.
-        there = [column for column in columns if (column, case.weights) != ("diffusers", "quantized")]
+        there = [column for column in columns if has(column, case)]
         counted = {column: count(column, case, folder, examples) for column in there}
         workers = [Worker(column, case, folder, examples) for column in there]
         for worker in workers:
@@ -50,15 +51,30 @@ def measure(
                 break
             for worker in workers[:: -1 if turn % 2 else 1]:
                 worker.ask("measure")
-        return {worker.column: worker.result() for worker in workers}
+        results = {worker.column: worker.result() for worker in workers}
+    ours = counted.get("this library") or count("this library", case, folder, examples)
+    rate = max((result.get("rate", 0) for result in results.values()), default=0)
+    if rate and "operations" in ours:
+        for result in results.values():
+            if "median" in result:
+                result |= {"share": ours["operations"] / rate / result["median"]}
+    return results
+
+
+def has(column: str, case: Case) -> bool:
+    """Whether a column can do a case. What MLX calls quantized is its own."""
+    if column == "sd.cpp" and case.part not in ("unet", "vae-decode"):
+        return False
+    return case.weights == "plain" or column in ("this library", "mlx-examples")
 
 
 def count(column: str, case: Case, folder: Path, examples: Path | None) -> Result:
     """Count the work of a GPU, in a process of its own, in which networks are built for one; it computes nothing.
 
-    Returns nothing for what is more than a graph, and for diffusers.
+    Of this library it also counts the "operations" that the layers have as they were published, whatever the column.
+    Returns nothing for what is more than a graph, and for columns that do not compute with MLX.
     """
-    if column == "diffusers" or case.needs_files:
+    if column not in ("this library", "mlx-examples") or case.needs_files:
         return {}
     worker = Worker(column, case, folder, examples)
     worker.ask("count")
@@ -138,8 +154,15 @@ def _count(module: str, case: Case, folder: Path) -> Result:
     from . import gpu_graph, gpu_kernels
 
     with gpu_graph.as_on_a_gpu():  # before the networks are imported
-        work = import_module(f"{__package__}.{module}").prepare(case, folder)
-        return gpu_kernels.totals(gpu_graph.trace_step(work.networks, work.graph))
+        column = import_module(f"{__package__}.{module}")
+        work = column.prepare(case, folder)
+        found = gpu_kernels.totals(gpu_graph.trace_step(work.networks, work.graph))
+        if module == "ours":
+            with column.as_published():
+                work = column.prepare(case, folder)
+                kernels = gpu_kernels.kernels(gpu_graph.trace_step(work.networks, work.graph))
+            found["operations"] = sum(kernel.flops for kernel in kernels)
+        return found
 
 
 def find_examples(root: Path) -> Path:
@@ -155,19 +178,23 @@ def find_examples(root: Path) -> Path:
     )
 
 
-def write_checkpoint(folder: Path, case: Case) -> None:
+def write_checkpoint(folder: Path, case: Case, *, weights: bool = False) -> None:
     """Write a checkpoint of a case's shape, in a process too: this library must not be imported in the columns' parent.
+
+    Without ``weights`` it has configurations alone, and with them a TAESD beside it.
 
     Raises RuntimeError where that fails.
     """
-    process = _SPAWN.Process(target=_write, args=(folder, case))
+    process = _SPAWN.Process(target=_write, args=(folder, case, weights))
     process.start()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"writing a checkpoint to {folder} failed")
 
 
-def _write(folder: Path, case: Case) -> None:
-    from ..checkpoints import write_checkpoint
+def _write(folder: Path, case: Case, weights: bool) -> None:
+    from .. import checkpoints
 
-    write_checkpoint(folder, case.shape, case.needs_files)
+    checkpoints.write_checkpoint(folder, case.shape, weights)
+    if weights:
+        checkpoints.write_taesd(folder.parent)
