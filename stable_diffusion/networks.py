@@ -4,34 +4,36 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from typing import Any, Unpack
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .diffusion.sample import step_of
+from .images.clip import clip_pixels
 from .images.depth import estimate_depth
-from .lora.delta import LoRADelta, Scale
+from .lora.delta import Scale
 from .lora.files import LoRAWeights, read_lora
-from .lora.layers import AttachedLoRA, attach, check_fit, fuse
+from .lora.layers import AttachedLoRA, attach, check_fit
+from .lora.network import NetworkSource
 from .models import cpu, tiling
 from .models.config import CLIPTextConfig
 from .models.controlnet import ControlNetModel, T2IAdapter
+from .models.ip_adapter import IPAdapter
 from .options import Prompt
 from .planning import RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
 from .text.tokenizer import Tokenizer
 from .weights.catalog import describe_settings, few_step_settings
 from .weights.embeddings import read_embedding
-from .weights.files import Checkpoint, Component, open_part
+from .weights.files import Checkpoint, open_part
 from .weights.formats.safetensors import loading_stream
+from .weights.ip_adapters import ImageEncoder, open_ip_adapter
 from .weights.layout import SUFFIXES
-from .weights.load import load_component, read_weights, size_in_bytes
-from .weights.quantize import quantize, remaining_quantization
+from .weights.load import load_component, read_weights
+from .weights.quantize import remaining_quantization
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -45,54 +47,6 @@ def check_mlx() -> None:
     if found < needed:
         remedy = 'pip install -U mlx, or on Linux "mlx[cpu]"'
         raise ImportError(f"MLX {mx.__version__} is too old, {_OLDEST_MLX} or newer is needed: {remedy}")
-
-
-@dataclass
-class NetworkSource:
-    """Build a network from its files, LoRAs, quantization and words, as often as it is needed."""
-
-    component: Component
-    dtype: mx.Dtype
-    quantization: tuple[int, int] | None  # (bits, group size)
-    attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
-    fused: Sequence[tuple[LoRASource, Scale]] = ()  # LoRAs in the weights, with their scales: read again for each build
-    words: list[mx.array] = field(default_factory=list)  # the vectors [n, C] of words added to a text encoder
-    size: int = 0  # bytes of the weights in memory
-    _arrays: list | None = None  # of the network that was built
-
-    def build(self, network: nn.Module | None = None) -> nn.Module:
-        """Build the network with lazy weights: from ``network``, just loaded, or with None from its files."""
-        name = self.component.name
-        network = load_component(self.component, self.dtype) if network is None else network
-        if self.fused:
-            fuse({name: network}, [(read_lora(source), scale) for source, scale in self.fused])
-        with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
-            if self.quantization is not None:
-                quantize(network, *self.quantization)
-            for vectors in self.words:
-                network.text_model.embeddings.add(vectors)
-        self.size = size_in_bytes(network)
-        for lora in self.attached:
-            lora.wrap(name, network)
-        self._arrays = self._identify(network)
-        return network
-
-    def is_edited(self, network: Any) -> bool:
-        """Return whether ``network`` is not the one that was built: replaced, quantized or with other weights.
-
-        Arrays are compared by identity, not by their values.
-        """
-        return not isinstance(network, nn.Module) or self._identify(network) != self._arrays
-
-    def _identify(self, network: nn.Module) -> list[tuple[str, str, int]]:
-        """Identify the parameters of a network, without those that it has from the attached LoRAs."""
-        return [
-            (path.removesuffix(".base"), name, id(value))
-            for path, module in network.named_modules()
-            if not (isinstance(module, LoRADelta) and module.lora in self.attached)
-            for name, value in module.items()
-            if isinstance(value, mx.array) and not name.startswith("_")
-        ]
 
 
 class Networks:
@@ -387,6 +341,31 @@ class Networks:
         network = load_component(component, self.dtype)
         network.config.check_fits(self.unet_config)
         return network
+
+    def load_ip_adapter(self, source: str | PathLike, image_encoder: str | PathLike | None = None) -> IPAdapter:
+        """Load an IP-Adapter (Ye et al. 2023) from a file, or from one on the Hub as "id:file", with its image encoder.
+
+        ``image_encoder`` is the folder, file or Hub id of the encoder that it was trained with; by default it is found
+        near the file or on the Hub. Raises ValueError or OSError, one line, for what cannot be found, read or used.
+        """
+        part, encoder = open_ip_adapter(source, image_encoder, float16=self.dtype != mx.float32)
+        network = load_component(part, self.dtype)
+        network.config.check_fits(self.unet_config)
+        network.encoder = ImageEncoder(encoder, self.dtype)
+        return network
+
+    def encode_image_prompt(self, adapter: IPAdapter, images: Any) -> tuple[mx.array, mx.array]:
+        """Encode pictures with an IP-Adapter to image tokens: (those of each [n, M, D], the negative ones [1, M, D]).
+
+        ``images`` are one or several paths, PIL images or arrays [H, W, 3] in [-1, 1]. The adapter's image encoder is
+        read for this, and freed in low memory.
+        """
+        encoder = adapter.encoder.build(keep=not self.low_memory)
+        pixels = clip_pixels(images, encoder.config.image_size)
+        self._use(beside=[encoder, adapter])
+        tokens = adapter.encode(encoder, pixels)
+        mx.eval(tokens)  # so that they can be used in another thread
+        return tokens
 
     def load_embedding(self, path: str | PathLike, word: str | None = None) -> str:
         """Add a textual inversion embedding (Gal et al. 2023); returns the word for it in prompts.

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import BLACK, is_deep_grey, opened, read_if_path, to_rgb
-from .image import from_array, to_array
+from .files import BLACK, is_deep_grey, opened, to_rgb
+from .image import picture_of, to_array
 from .inpaint import Canvas
 
 
@@ -25,10 +25,8 @@ def estimate_depth(model: Any, image: Any) -> mx.array:
     The image is resized as by the feature extractor of the published checkpoints: 8-bit, bilinear. The map is evaluated
     here, so that the estimator can be freed before the UNet needs its memory.
     """
-    image = read_if_path(image)
-    rgb = to_rgb(image) if isinstance(image, Image.Image) else from_array(mx.array(image) / 2 + 0.5)
     side = model.config.image_size
-    pixels = mx.array(to_array(rgb.resize((side, side), Image.Resampling.BILINEAR)))
+    pixels = mx.array(to_array(picture_of(image).resize((side, side), Image.Resampling.BILINEAR)))
     depth = model(pixels[None])[0].astype(mx.float32)
     mx.eval(depth)
     return depth

@@ -86,6 +86,12 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255 * 2 - 1
 
 
+def picture_of(image: Any) -> Image.Image:
+    """Return an image, the path of one, or an array [H, W, 3] in [-1, 1] as a PIL image of mode RGB."""
+    image = read_if_path(image)
+    return to_rgb(image) if isinstance(image, Image.Image) else from_array(mx.array(image) / 2 + 0.5)
+
+
 def pixels_of(image: Any, unit: int) -> mx.array:
     """Return an image as [H, W, 3] float32 in [-1, 1].
 

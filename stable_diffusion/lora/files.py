@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from .names import BUNDLED, UNUSED, not_supported, read_key
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 _PEFT_CONFIG = "adapter_config.json"
-_HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>.+))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +99,7 @@ def locate(source: str | os.PathLike) -> Path:
         if file := next((path / file for file in FOLDER_FILES if (path / file).is_file()), None):
             return file
         raise ValueError(f"{name} holds no LoRA: it has no {' or '.join(FOLDER_FILES)}; give the path of a file")
-    hub_file = _HUB_FILE.fullmatch(name)
+    hub_file = hub.FILE.fullmatch(name)
     if hub_file is None or (hub_file["file"] is None and path.suffix in layout.SUFFIXES):
         raise FileNotFoundError(f"there is no LoRA at {name}; give a file, a folder, or a Hub id as owner/name:file")
     files = FOLDER_FILES if hub_file["file"] is None else (hub_file["file"],)

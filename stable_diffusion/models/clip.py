@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import CLIPTextConfig
+from .config import CLIPTextConfig, CLIPVisionConfig
 from .layers import Group, LayerNorm
 
 ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
@@ -26,13 +26,13 @@ class CLIPOutput:
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Run a pre-norm transformer layer with causal attention."""
+    """Run a pre-norm transformer layer; ``mask`` is "causal" where a token sees none behind it."""
 
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, mask: str | None = None):
         super().__init__()
         dim, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         if dim % config.num_attention_heads:
-            raise ValueError(f"text encoder width {dim} does not divide into {config.num_attention_heads} heads")
+            raise ValueError(f"{config.kind} width {dim} does not divide into {config.num_attention_heads} heads")
         projections = {name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
         self.layer_norm1 = LayerNorm(dim, eps=eps)
         self.self_attn = Group(**projections)
@@ -40,6 +40,7 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = Group(fc1=nn.Linear(dim, inner), fc2=nn.Linear(inner, dim))
         self._heads = config.num_attention_heads
         self._activation = ACTIVATIONS[config.hidden_act]
+        self._mask = mask
 
     def __call__(self, x: mx.array) -> mx.array:
         (b, n, c), attn, mlp = x.shape, self.self_attn, self.mlp
@@ -48,7 +49,7 @@ class CLIPEncoderLayer(nn.Module):
             project(y).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
             for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._heads) ** -0.5, mask="causal")
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._heads) ** -0.5, mask=self._mask)
         x = x + attn.out_proj(y.transpose(0, 2, 1, 3).reshape(b, n, c))
         return x + mlp.fc2(self._activation(mlp.fc1(self.layer_norm2(x))))
 
@@ -93,7 +94,7 @@ class CLIPTextModel(nn.Module):
         super().__init__()
         self.text_model = Group(
             embeddings=CLIPEmbeddings(config),
-            encoder=Group(layers=[CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]),
+            encoder=Group(layers=[CLIPEncoderLayer(config, "causal") for _ in range(config.num_hidden_layers)]),
             final_layer_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
         )
         if config.with_projection:

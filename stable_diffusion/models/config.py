@@ -33,7 +33,7 @@ _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "n
 _MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), 32)
 _MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
 _MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector"}
-_LONGEST = {"trained_betas": 100_000}  # of lists, else 16
+_LONGEST = {"trained_betas": 100_000, "attention_widths": 256}  # of lists, else 16
 
 
 @contextmanager
@@ -182,6 +182,32 @@ class CLIPTextConfig(Config):
             ("CLIPTextModelWithProjection",),
         )
         return super().from_dict({**raw, "with_projection": with_projection})
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """Hold the config of a CLIP image encoder; names and defaults of transformers' class."""
+
+    kind: ClassVar[str] = "image encoder"
+    supported: ClassVar[Supported] = {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}
+    ignored: ClassVar[Collection[str]] = CLIPTextConfig.ignored
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read an image encoder's ``config.json``, or the one in the config of a whole CLIP or a safety checker."""
+        if isinstance(vision := raw.get("vision_config"), Mapping):
+            raw = {**vision, "projection_dim": raw.get("projection_dim")}
+        return super().from_dict(raw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ class Listing:
         components = {}
         for kind, files in weights.items():
             config = read_json(self.folder / networks[kind] / "config.json")
-            if isinstance(config.get("text_config"), dict):  # a CLIP model, of which only the text encoder is read
+            if PARTS[kind].tokenizer and isinstance(config.get("text_config"), dict):  # of a whole CLIP model
                 config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
             components[kind] = Component(kind, config, tuple(self.folder / file for file in files))
         return components, []

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models.clip import CLIPTextModel
-from ..models.config import AutoencoderConfig, CLIPTextConfig, UNetConfig
+from ..models.clip_vision import CLIPVisionModelWithProjection
+from ..models.config import AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig, UNetConfig
 from ..models.controlnet import ControlNetConfig, ControlNetModel, T2IAdapter, T2IAdapterConfig
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
+from ..models.ip_adapter import IPAdapter, IPAdapterConfig
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -80,6 +82,19 @@ PARTS: dict[str, Part] = {
         classes={"DPTForDepthEstimation": (DPTConfig, DPTForDepthEstimation)},
         library="transformers",
         stem="model",
+    ),
+    "ip_adapter": Part(
+        label="an IP-Adapter",
+        classes={"IPAdapter": (IPAdapterConfig, IPAdapter)},
+        original="adapter_modules.1.to_k_ip.weight",
+        signs=("ip_adapter.1.to_k_ip.weight",),
+    ),
+    "image_encoder": Part(
+        label="an image encoder",
+        classes={"CLIPVisionModelWithProjection": (CLIPVisionConfig, CLIPVisionModelWithProjection)},
+        library="transformers",
+        stem="model",
+        signs=("vision_model.embeddings.class_embedding",),
     ),
 }
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone

@@ -82,6 +82,9 @@ _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 # Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
 NOT_OF_TEXT_ENCODER = r"((position_ids|logit_scale|logit_bias|attn_mask)$|(visual|vision_model|visual_projection)\.)"
 _NOT_WEIGHTS = re.compile(rf"(^|\.){NOT_OF_TEXT_ENCODER}")
+_OF_VISION = ("image_encoder",)
+_VISION = re.compile(r"(?!.*\.position_ids$)(vision_model|visual_projection|\w+_embeds)")  # else it is of another half
+_NESTED = ("vision_model.vision_model.", "vision_model.")  # a safety checker's, before transformers 5
 _BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it
 
 
@@ -96,6 +99,8 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
     """
     if kind in PARTS and PARTS[kind].original in tensors:
         tensors = _CONVERTERS[kind](tensors)
+    if kind in _OF_VISION:
+        return _rename({n: v for n, v in tensors.items() if _VISION.match(n)}, lambda name: name.replace(*_NESTED))
     named = {name: value for name, value in tensors.items() if not _NOT_WEIGHTS.search(name)}
     if _BARE_CLIP in named:
         named = {name if name.startswith("text_projection") else f"text_model.{name}": v for name, v in named.items()}
@@ -161,6 +166,12 @@ def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, renamed)
 
 
+def _ip_adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Rename an IP-Adapter that its training saved."""
+    names = {"adapter_modules": "ip_adapter", "image_proj_model": "image_proj"}
+    return _rename(tensors, lambda name: rename_module(name, names, {}) or name)
+
+
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
     """Return the tensors under new names. Raises ValueError when two of them would have the same."""
     named: dict[str, mx.array] = {}
@@ -199,4 +210,5 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, mx.array]], dict[str, mx.array]]] 
     "vae": _vae,
     "text_encoder": partial(_open_clip, layers=_SD2_LAYERS),
     "text_encoder_2": _open_clip,
+    "ip_adapter": _ip_adapter,
 }

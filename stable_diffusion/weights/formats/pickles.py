@@ -42,6 +42,7 @@ _DTYPES = {f"torch.{name}": name for name in _TYPES if name}
 _OBJECTS = {"_.dict", "collections.OrderedDict", "torch.nn.modules.container.ParameterDict", "builtins.set"}
 _OBJECTS |= {"__builtin__.set", "_codecs.encode", "numpy.dtype"}
 _OBJECTS |= {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+_NESTED = {"image_proj", "ip_adapter", "image_proj_model", "adapter_modules"}  # dicts of tensors in an IP-Adapter
 _CALLBACKS = ("pytorch_lightning.callbacks.", "lightning.pytorch.callbacks.")  # classes that trainers save as keys
 
 _WRITTEN_BY_TORCH = """
@@ -234,9 +235,9 @@ def _view(row: mx.array, tensor: _Tensor) -> mx.array:
 def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return the tensors of a file by name, which are read when they are evaluated, and the texts beside them.
 
-    Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param". float64
-    becomes float32, an 8-bit float float16. Raises ValueError for a file that is damaged, has no tensors, or asks for
-    what no weights need.
+    Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param"; those of
+    an IP-Adapter get the names of a safetensors file. float64 becomes float32, an 8-bit float float16. Raises
+    ValueError for a file that is damaged, has no tensors, or asks for what no weights need.
     """
     with _File(path.open("rb", buffering=0)) as file:
         start = file.peek(4)[:4]
@@ -246,6 +247,9 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             weights = value = value if isinstance(value, dict) else {}
             for key in 3 * ("state_dict", "model", "string_to_param"):
                 weights = weights[key] if isinstance(weights.get(key), dict) else weights
+            for key in _NESTED & weights.keys():
+                inner = weights[key] if isinstance(weights[key], dict) else {}
+                weights = weights | {f"{key}.{k}": v for k, v in inner.items() if isinstance(k, str)}
             tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, _Tensor)}
             sizes = (math.prod(tensor.shape) * _TYPES[tensor.dtype][1] for tensor in tensors.values())
             _need(sum(sizes) <= _MAX_REUSE * path.stat().st_size + _CHUNK, "its tensors are far larger than the file")

@@ -3,6 +3,7 @@
 What shapes cannot say (heads, activation) is what all published models of that shape have.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 Tensors = Mapping[str, mx.array]  # lazy, under diffusers' names, weights laid out as in files
+
+_FACE_WIDTH = 512  # of the embeddings of faces, in all published files
 
 
 def count(tensors: Tensors, pattern: str) -> int:
@@ -124,7 +127,50 @@ def _text_encoder(tensors: Tensors) -> dict[str, Any]:
     return config
 
 
+def _ip_adapter(tensors: Tensors) -> dict[str, Any]:
+    layers = count(tensors, r"ip_adapter\.(\d+)\.to_k_ip\.")
+    keys = [tensors[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] for i in range(layers or 1)]
+    config = {"attention_widths": [key.shape[0] for key in keys], "context_width": keys[0].shape[1]}
+    shapes = {name.removeprefix("image_proj."): value.shape for name, value in tensors.items()}
+    if "latents" in shapes:
+        config |= {
+            "image_proj": "resampler",
+            "image_width": shapes["proj_in.weight"][1],
+            "num_tokens": shapes["latents"][1],
+            "hidden_size": shapes["latents"][2],
+            "attention_size": shapes["layers.0.0.to_q.weight"][0],
+            "intermediate_size": shapes["layers.0.1.1.weight"][0],
+            "num_hidden_layers": count(tensors, r"image_proj\.layers\.(\d+)\."),
+        }
+    elif "proj.weight" in shapes:
+        tokens, width = shapes["proj.weight"]
+        config |= {"image_proj": "linear", "image_width": width, "num_tokens": tokens // config["context_width"]}
+    else:
+        config |= {"image_proj": "mlp", "image_width": shapes["proj.0.weight"][1]}
+    is_face = any("_lora." in name or name.startswith("perceiver_resampler.") for name in shapes)
+    if is_face or ("norm.weight" in shapes and "proj.0.weight" in shapes) or config["image_width"] == _FACE_WIDTH:
+        text = "it is a FaceID adapter, for which a face detector would be needed, which is not supported"
+        raise ValueError(f"{text}: take one for pictures, such as ip-adapter-plus-face")
+    return config
+
+
+def _image_encoder(tensors: Tensors) -> dict[str, Any]:
+    positions, width = tensors["vision_model.embeddings.position_embedding.weight"].shape
+    patch = tensors["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    return {
+        "hidden_size": width,
+        "intermediate_size": tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(tensors, r"vision_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": 16 if width >= 1024 else max(width // 64, 1),
+        "image_size": patch * math.isqrt(positions - 1),
+        "patch_size": patch,
+        "hidden_act": "quick_gelu" if width <= 1024 else "gelu",  # OpenAI's, and OpenCLIP's
+        "projection_dim": tensors["visual_projection.weight"].shape[0],
+    }
+
+
 # From the tensors of a network to its config. They raise KeyError with the name of a missing tensor, ValueError for a
 # network that cannot be run here.
 READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {"unet": _unet, "vae": _vae, "controlnet": _controlnet}
 READERS |= dict.fromkeys(("text_encoder", "text_encoder_2"), _text_encoder)
+READERS |= {"ip_adapter": _ip_adapter, "image_encoder": _image_encoder}

@@ -41,7 +41,7 @@ _OTHER_KINDS = (
     (r"(.*\.)?(double|single)_blocks\.", "Flux, which is not supported"),
     (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA, not a model: load it as one"),
     (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as one"),
-    (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which is not supported"),
+    (r"(image_proj|ip_adapter)\.", "an IP-Adapter, not a model: load it as one"),
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
     (r"(.*\.)?clip_(txt_|txt_pooled_)?mapper\.", "Stable Cascade, which is not supported"),
     (r"(.*\.)?double_layers\.", "AuraFlow, which is not supported"),
@@ -154,7 +154,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
         alone = [n for n in names if not {PARTS[n].original, *PARTS[n].signs}.isdisjoint(tensors)]
         networks = dict.fromkeys([kind] if kind in alone else alone[:1], "") or networks
     for pattern, what in _OTHER_KINDS:
-        if any(re.match(pattern, name) for name in tensors):
+        if kind != "ip_adapter" and any(re.match(pattern, name) for name in tensors):
             raise ValueError(f"{where} is {what}")
     if kind is not None:
         if kind not in networks:

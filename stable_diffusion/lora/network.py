@@ -1,0 +1,67 @@
+"""Build a network of a checkpoint with its LoRAs, as often as it is needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..weights.files import Component
+from ..weights.formats.safetensors import loading_stream
+from ..weights.load import load_component, size_in_bytes
+from ..weights.quantize import quantize
+from .delta import LoRADelta, Scale
+from .files import read_lora
+from .layers import AttachedLoRA, fuse
+
+
+@dataclass
+class NetworkSource:
+    """Build a network from its files, LoRAs, quantization and words, as often as it is needed."""
+
+    component: Component
+    dtype: mx.Dtype
+    quantization: tuple[int, int] | None  # (bits, group size)
+    attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
+    fused: Sequence[
+        tuple[str | PathLike, Scale]
+    ] = ()  # LoRAs in the weights, with their scales: read again for each build
+    words: list[mx.array] = field(default_factory=list)  # the vectors [n, C] of words added to a text encoder
+    size: int = 0  # bytes of the weights in memory
+    _arrays: list | None = None  # of the network that was built
+
+    def build(self, network: nn.Module | None = None) -> nn.Module:
+        """Build the network with lazy weights: from ``network``, just loaded, or with None from its files."""
+        name = self.component.name
+        network = load_component(self.component, self.dtype) if network is None else network
+        if self.fused:
+            fuse({name: network}, [(read_lora(source), scale) for source, scale in self.fused])
+        with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate it
+            if self.quantization is not None:
+                quantize(network, *self.quantization)
+            for vectors in self.words:
+                network.text_model.embeddings.add(vectors)
+        self.size = size_in_bytes(network)
+        for lora in self.attached:
+            lora.wrap(name, network)
+        self._arrays = self._identify(network)
+        return network
+
+    def is_edited(self, network: Any) -> bool:
+        """Return whether ``network`` is not the one that was built: replaced, quantized or with other weights.
+
+        Arrays are compared by identity, not by their values.
+        """
+        return not isinstance(network, nn.Module) or self._identify(network) != self._arrays
+
+    def _identify(self, network: nn.Module) -> list[tuple[str, str, int]]:
+        """Identify the parameters of a network, without those that it has from the attached LoRAs."""
+        return [
+            (path.removesuffix(".base"), name, id(value))
+            for path, module in network.named_modules()
+            if not (isinstance(module, LoRADelta) and module.lora in self.attached)
+            for name, value in module.items()
+            if isinstance(value, mx.array) and not name.startswith("_")
+        ]

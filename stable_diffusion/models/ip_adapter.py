@@ -1,0 +1,187 @@
+"""IP-Adapter (Ye et al. 2023): pictures as prompts, with the module names of the published files.
+
+An image encoder's features become a few tokens as wide as the encoded prompt, which every cross-attention of the UNet
+reads beside it, by keys and values of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .clip_vision import CLIPVisionModelWithProjection
+from .config import Config, Supported, UNetConfig
+from .controlnet import misfit
+from .layers import Group, LayerNorm, gelu
+
+_HEAD_WIDTH = 64  # channels of a head of the resampler, in all published files
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig(Config):
+    """Hold what the tensors of a file say of an IP-Adapter, which has no config.json.
+
+    ``image_proj`` is "linear" (plain, light), "mlp" (full face) or "resampler" (Plus). ``attention_widths`` are the
+    channels of the UNet's cross-attentions: down blocks, up blocks, middle.
+    """
+
+    kind: ClassVar[str] = "IP-Adapter"
+    supported: ClassVar[Supported] = {"image_proj": ("linear", "mlp", "resampler")}
+
+    image_proj: str
+    image_width: int  # of the features that are read
+    context_width: int  # of the tokens, as the encoded prompt's
+    attention_widths: tuple[int, ...]
+    num_tokens: int = 1  # made of an embedding, or by the resampler
+    hidden_size: int = 768  # of the resampler, like all below
+    attention_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 4
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Return whether the features are the states before the last layer, [B, N, C], and not an embedding [B, E]."""
+        return self.image_proj != "linear"
+
+    def check_fits(self, unet: UNetConfig) -> None:
+        """Raise ValueError unless the cross-attentions of ``unet`` can read the tokens."""
+        if self.context_width != (needed := max(unet.cross_attention_dim)):
+            raise misfit("IP-Adapter", f"its tokens have {self.context_width} channels, the model's prompts {needed}")
+        if self.attention_widths != (widths := tuple(attention_widths(unet))):
+            mine, needed = (f"{len(x)} cross-attentions of {sorted(set(x))}" for x in (self.attention_widths, widths))
+            raise misfit("IP-Adapter", f"it is for {mine} channels, the model has {needed}")
+
+
+def attention_widths(unet: UNetConfig) -> Iterator[int]:
+    """Yield the channels of each cross-attention, in the order of the published files."""
+    widths, layers = unet.block_out_channels, unet.layers_per_block
+    down = (unet.down_block_types, widths, unet.transformer_layers_per_block, layers)
+    up = (unet.up_block_types, widths[::-1], unet.reverse_transformer_layers_per_block, [n + 1 for n in layers[::-1]])
+    for blocks in (down, up):
+        for kind, width, depth, count in zip(*blocks, strict=True):
+            if kind.startswith("CrossAttn"):
+                yield from [width] * (sum(depth) if isinstance(depth, tuple) else depth * count)
+    if unet.mid_block_type == "UNetMidBlock2DCrossAttn":
+        depth = unet.transformer_layers_per_block[-1]
+        yield from widths[-1:] * (depth[0] if isinstance(depth, tuple) else depth)
+
+
+class ImageProjection(nn.Module):
+    """Turn an embedding [B, E] into tokens [B, M, D]."""
+
+    def __init__(self, config: IPAdapterConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.image_width, config.num_tokens * config.context_width)
+        self.norm = LayerNorm(config.context_width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(self.proj(x).reshape(len(x), -1, self.norm.weight.size))
+
+
+class MLPProjection(nn.Module):
+    """Turn each state [B, N, C] into a token [B, N, D], by a perceptron of two layers."""
+
+    def __init__(self, config: IPAdapterConfig):
+        super().__init__()
+        first = nn.Linear(config.image_width, config.image_width)
+        last = nn.Linear(config.image_width, config.context_width)
+        self.proj = [first, nn.Identity(), last, LayerNorm(config.context_width)]  # slot 1 is the activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        first, _, last, norm = self.proj
+        return norm(last(gelu(first(x))))
+
+
+class PerceiverAttention(nn.Module):
+    """Attend from latents [B, M, C] to states [B, N, C] and the latents (Jaegle et al. 2021; Alayrac et al. 2022)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.norm2 = LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def __call__(self, x: mx.array, latents: mx.array) -> mx.array:
+        latents = self.norm2(latents)
+        b, m, _ = latents.shape
+        rows = self.to_q(latents), *mx.split(self.to_kv(mx.concatenate([self.norm1(x), latents], axis=1)), 2, axis=-1)
+        q, k, v = (y.reshape(b, y.shape[1], -1, _HEAD_WIDTH).transpose(0, 2, 1, 3) for y in rows)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=_HEAD_WIDTH**-0.5)
+        return self.to_out(y.transpose(0, 2, 1, 3).reshape(b, m, -1))
+
+
+class Resampler(nn.Module):
+    """Turn any number of states [B, N, C] into tokens [B, M, D] (Plus)."""
+
+    def __init__(self, config: IPAdapterConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.latents = mx.zeros((1, config.num_tokens, width))
+        self.proj_in = nn.Linear(config.image_width, width)
+        self.layers = [
+            [
+                PerceiverAttention(width, config.attention_size),
+                [
+                    LayerNorm(width),
+                    nn.Linear(width, inner, bias=False),
+                    nn.Identity(),
+                    nn.Linear(inner, width, bias=False),
+                ],
+            ]
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.proj_out = nn.Linear(width, config.context_width)
+        self.norm_out = LayerNorm(config.context_width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.proj_in(x)
+        latents = mx.broadcast_to(self.latents, (len(x), *self.latents.shape[1:]))
+        for attend, (norm, first, _, last) in self.layers:
+            latents = latents + attend(x, latents)
+            latents = latents + last(gelu(first(norm(latents))))
+        return self.norm_out(self.proj_out(latents))
+
+
+_PROJECTIONS = {"linear": ImageProjection, "mlp": MLPProjection, "resampler": Resampler}
+
+
+class IPAdapter(nn.Module):
+    """Hold the projection of a picture's features to tokens, and the projections of tokens in each cross-attention.
+
+    ``encoder`` gives the features: it is set by the loader, and is no part of this network.
+    """
+
+    encoder: Any = None
+
+    def __init__(self, config: IPAdapterConfig):
+        super().__init__()
+        self.config = config
+        self.image_proj = _PROJECTIONS[config.image_proj](config)
+        self.ip_adapter = []  # files number all attentions, of which every other one reads the prompt
+        for width in config.attention_widths:
+            to_k_ip, to_v_ip = (nn.Linear(config.context_width, width, bias=False) for _ in "kv")
+            self.ip_adapter += [nn.Identity(), Group(to_k_ip=to_k_ip, to_v_ip=to_v_ip)]
+
+    @property
+    def keys_and_values(self) -> Sequence[tuple[nn.Linear, nn.Linear]]:
+        """Return the projections to keys and values, for the cross-attentions of down blocks, up blocks, middle."""
+        return [(layer.to_k_ip, layer.to_v_ip) for layer in self.ip_adapter[1::2]]
+
+    def embed(self, features: mx.array) -> mx.array:
+        """Turn the features of pictures into image tokens [B, M, D]."""
+        return self.image_proj(features.astype(self.ip_adapter[1].to_k_ip.weight.dtype))
+
+    def encode(self, encoder: CLIPVisionModelWithProjection, pixels: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the tokens of pictures [B, M, D], and those for the negative prompt [1, M, D].
+
+        These are of an embedding of zeros, or where states are read of pixels of zeros, as in the training.
+        """
+        embeddings, states = encoder(pixels)
+        if not self.config.reads_hidden_states:
+            return self.embed(embeddings), self.embed(mx.zeros_like(embeddings[:1]))
+        _, negative = encoder(mx.zeros_like(pixels[:1]))
+        return self.embed(states[-2]), self.embed(negative[-2])
