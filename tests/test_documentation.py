@@ -31,6 +31,7 @@ from PIL import Image
 
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
+from models.test_controlnet_union import unions
 from stable_diffusion import SAMPLERS, __version__
 from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
@@ -115,6 +116,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     factors = {f"{layer}_A.weight": mx.full((4, 96), 1 / 96), f"{layer}_B.weight": mx.ones((96, 4))}
     mx.save_safetensors(str(tmp_path / "style.safetensors"), factors)
+    unions()[1].save_pretrained(tmp_path / "union")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

@@ -172,7 +172,9 @@ class Engine:
         self.model, self._resources, self._request = model, resources, requests[0]
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
-        self._controlnets = [model.load_controlnet(path) for path, _ in self._request.controlnet]
+        paths = [path for path, _ in self._request.controlnet]
+        loaded = {path: model.load_controlnet(path) for path in dict.fromkeys(paths)}  # a union ControlNet once
+        self._controlnets = [loaded[path] for path in paths]
         for line in remarks(dict.fromkeys(r.all_text for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}

@@ -111,6 +111,7 @@ class Request:
     canny: bool = False
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
+    control_type: tuple[str, ...] = ()
     guess_mode: bool = False
     # a second pass
     hires: float | None = None
@@ -162,8 +163,8 @@ class Request:
             "control_image is needed once for each controlnet, or once for all": (
                 networks and len(self.control_image) not in (1, networks)
             ),
-            "control_start and control_end are given once for each controlnet, or once for all": (
-                not {len(self.control_start), len(self.control_end)} <= {0, 1, networks}
+            "control_start, control_end and control_type are given once for each controlnet, or once for all": (
+                not {len(self.control_start), len(self.control_end), len(self.control_type)} <= {0, 1, networks}
             ),
             "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
             "refiner does not go together with mask and expand: it does not know what is kept": self.refiner and paints,

@@ -24,7 +24,7 @@ from .parser import Parser, script_parser
 
 # A flag without effect is refused where another flag is missing, and remarked where the prompts are the reason.
 _NEEDED = {
-    **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end"), "controlnet"),
+    **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end", "control_type"), "controlnet"),
     **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
     "refiner_start": "refiner",
     "variation_seed": "variation_strength",

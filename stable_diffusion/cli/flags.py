@@ -8,6 +8,7 @@ choices there.
 
 from ..app.engine import TEXT_BITS, UNET_BITS
 from ..diffusion.schedule import SCHEDULES
+from ..models.controlnet import UNION_TYPES
 from ..weights import catalog
 from ..weights.parts import NETWORKS
 
@@ -105,6 +106,8 @@ FLAGS = {
         "--canny": "show it the edges of that image",
         "--control_start SHARE ...": "of the steps, when it begins (0)",
         "--control_end SHARE ...": "of the steps, when it ends (1)",
+        "--control_type TYPE ...": f"what a union ControlNet is shown: {', '.join(UNION_TYPES)}, or its number; once "
+        "for each, or for all",
         "--guess_mode": "let it steer without the help of the prompt",
     },
     "second pass": {

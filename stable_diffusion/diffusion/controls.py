@@ -23,8 +23,10 @@ class Control:
         end: share of the steps up to which it acts.
         guess: steer the rows of the prompt only, and the UNet's deeper layers more than the others, so that the image
             matters more than the prompt ("guess mode"). Adapters have no such mode.
+        kind: what a union ControlNet is shown, one of its control types by name or number. Controls with the same union
+            ControlNet run together; one that does not act in a step has a scale of 0 there, as in diffusers.
 
-    Raises ValueError for numbers out of range.
+    Raises ValueError for numbers out of range, and for a kind that the network does not know.
     """
 
     network: ControlNetModel | T2IAdapter
@@ -33,6 +35,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     guess: bool = False
+    kind: str | int | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -43,17 +46,53 @@ class Control:
             )
         if self.guess and isinstance(self.network, T2IAdapter):
             raise ValueError("a T2I-Adapter has no guess mode, since it does not read the prompt; leave it out")
+        if self.type_number is None and self.kind is not None:
+            raise ValueError(f"control type {self.kind!r} has no effect: this is no union ControlNet; leave it out")
 
-    def acts(self, step: int, steps: int) -> bool:
-        """Return True where all of a step lies between start and end."""
-        return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
+    @property
+    def type_number(self) -> int | None:
+        """Return the number of the image's kind in a union ControlNet; other networks have none."""
+        is_union = getattr(self.network, "is_union", False)
+        return self.network.config.type_number(self.kind) if is_union else None
+
+    def strength(self, step: int, steps: int) -> float:
+        """Return the scale in a step: 0 where not all of it lies between start and end."""
+        return self.scale if step / steps >= self.start and (step + 1) / steps <= self.end else 0.0
 
 
-Embedded = mx.array | list[mx.array]  # a control's image, as its network embeds it
+@dataclass
+class ControlGroup:
+    """Hold controls that one network computes together, and their images as it embeds them, the same in all steps."""
+
+    controls: list[Control]
+    embedded: list[mx.array | list[mx.array]]
+
+    def strengths(self, step: int, steps: int) -> list[float]:
+        """Return the scale of each control in a step."""
+        return [control.strength(step, steps) for control in self.controls]
+
+
+def embed_controls(controls: Sequence[Control], dtype: mx.Dtype) -> list[ControlGroup]:
+    """Embed the images of controls whose scale is not 0; those of one union ControlNet form a group.
+
+    Raises ValueError where some of a group are in guess mode and others are not.
+    """
+    groups: list[ControlGroup] = []
+    for control in (control for control in controls if control.scale != 0):
+        number, embedded = control.type_number, control.network.embed(control.image[None].astype(dtype))
+        same = [group for group in groups if number is not None and group.controls[0].network is control.network]
+        if not same:
+            groups.append(ControlGroup([control], [embedded]))
+            continue
+        if same[0].controls[0].guess != control.guess:
+            raise ValueError("the controls of one union ControlNet are all in guess mode, or none; set guess alike")
+        same[0].controls.append(control)
+        same[0].embedded.append(embedded)
+    return groups
 
 
 def control_outputs(
-    acting: Sequence[tuple[Control, Embedded]],
+    acting: Sequence[tuple[ControlGroup, Sequence[float]]],
     x: mx.array,
     t: float,
     text_time: tuple[mx.array, mx.array] | None,
@@ -62,19 +101,26 @@ def control_outputs(
 ) -> tuple[Residuals | None, list[mx.array]]:
     """Return the sums of the ControlNets' residuals and of the adapters' features that a step adds to the UNet.
 
-    ``x`` [B, h, w, 4] is the UNet's input, without the extra channels of some checkpoints. The other arguments are of
-    the same rows, see ``UNet2DConditionModel`` and ``GuidanceBatch``.
+    ``acting`` has groups with the scales of the step. ``x`` [B, h, w, 4] is the UNet's input, without the extra
+    channels of some checkpoints. The other arguments are of the same rows, see ``UNet2DConditionModel`` and
+    ``GuidanceBatch``.
     """
     residuals: Residuals | None = None
     features: list[mx.array] = []
-    for control, embedded in acting:
-        if isinstance(control.network, T2IAdapter):
-            added = [control.scale * feature for feature in embedded]
-            features = _sums(features, added) if features else added
+    for group, scales in acting:
+        first, embedded, scale = group.controls[0], group.embedded[0], scales[0]
+        network, added = first.network, None
+        if isinstance(network, T2IAdapter):
+            scaled = [scale * feature for feature in embedded]
+            features = _sums(features, scaled) if features else scaled
             continue
-        temb = control.network.embed_time(t, x.dtype, text_time)
-        down, middle = scaled_residuals(control.network(x, temb, context, embedded), control.scale, control.guess)
-        if control.guess or control.network.config.global_pool_conditions:
+        if first.type_number is not None:  # one scale is on the residuals, several are on the images
+            numbers = [control.type_number for control in group.controls]
+            embedded = network.fuse(group.embedded, numbers, scales if len(scales) > 1 else [1.0])
+            scale, added = scale if len(scales) == 1 else 1.0, network.embed_types(numbers, x.dtype)
+        temb = network.embed_time(t, x.dtype, text_time, added=added)
+        down, middle = scaled_residuals(network(x, temb, context, embedded), scale, first.guess)
+        if first.guess or network.config.global_pool_conditions:
             of_cond = is_cond.astype(x.dtype)[:, None, None, None]
             down, middle = [of_cond * residual for residual in down], of_cond * middle
         residuals = (_sums(residuals[0], down), residuals[1] + middle) if residuals else (down, middle)

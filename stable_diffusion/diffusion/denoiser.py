@@ -12,7 +12,7 @@ from ..models import cpu
 from ..models.layers import Context
 from ..models.unet import UNet2DConditionModel, self_attentions
 from .choice import clip_for
-from .controls import Control, control_outputs
+from .controls import Control, control_outputs, embed_controls
 from .guidance import GuidanceBatch
 from .limits import clipped
 from .preconditioning import Preconditioning
@@ -72,7 +72,7 @@ class Denoiser:
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._preconditioning = Preconditioning.of(schedule.config)
-        self._controls = [(c, c.network.embed(c.image[None].astype(dtype))) for c in controls if c.scale != 0]
+        self._controls = embed_controls(controls, dtype)
         self._rows_at_once, self._deep_cache, self._group = rows_at_once, deep_cache, group
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
@@ -123,7 +123,8 @@ class Denoiser:
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
         temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
         residuals, features, cache = None, (), None
-        if acting := [entry for entry in self._controls if entry[0].acts(step, len(self._steps))]:
+        groups = [(group, group.strengths(step, len(self._steps))) for group in self._controls]
+        if acting := [(group, scales) for group, scales in groups if any(scales)]:
             inputs = x, timestep, text_time, part.context, rows.is_cond
             residuals, features = control_outputs(acting, *inputs)
         if self._deep_cache > 1:

@@ -30,6 +30,7 @@ vision_config_dict output_hidden_states output_attentions attn_implementation ta
 # Bounds of whole numbers, far beyond any published model; nothing is looped over before they are checked.
 _MOST = {"layers_per_block": 8, "num_hidden_layers": 64, "vocab_size": 1 << 20, "num_train_timesteps": 100_000}
 _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "num_res_blocks"), 64)
+_MOST |= dict.fromkeys(("num_control_type", "num_trans_layer"), 64)
 _MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), 32)
 _MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
 _MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector"}

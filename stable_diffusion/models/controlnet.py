@@ -1,21 +1,24 @@
 """Networks that see a control image, such as edges or a pose, and add to the maps of the UNet's first half.
 
 A ControlNet (Zhang et al. 2023) is a copy of that half and runs at every step; its results pass through convolutions
-that training starts at zero. A T2I-Adapter (Mou et al. 2023) is small and runs once. Module names are those of
-diffusers' ``ControlNetModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
+that training starts at zero. A union ControlNet is one network for several kinds of images, which it may see together
+(xinsir, controlnet-union-sdxl-1.0). A T2I-Adapter (Mou et al. 2023) is small and runs once. Module names are those of
+diffusers' ``ControlNetModel``, ``ControlNetUnionModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, EncoderConfig, Supported, UNetConfig
-from .layers import Context, Conv2d, Group
-from .unet import Encoder, Residuals
+from .layers import Context, Conv2d, Group, LayerNorm, timestep_embedding
+from .unet import Encoder, Residuals, TimestepEmbedding
+
+UNION_TYPES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "repaint")  # in their order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +26,43 @@ class ControlNetConfig(EncoderConfig):
     """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image.
 
     ``conditioning_embedding_out_channels`` are the widths of the embedding's stages; all but the first halve the image.
-    ``global_pool_conditions`` means that only the mean of each result counts ("shuffle").
+    ``global_pool_conditions`` means that only the mean of each result counts ("shuffle"). ``num_control_type`` is the
+    number of kinds of images that a union ControlNet tells apart, None in all others.
     """
 
     kind: ClassVar[str] = "controlnet"
     supported: ClassVar[Supported] = EncoderConfig.supported | {
-        "_class_name": ("ControlNetModel",),
+        "_class_name": ("ControlNetModel", "ControlNetUnionModel"),
         "controlnet_conditioning_channel_order": ("rgb", "bgr", None),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
-        "num_control_type": (None,),  # a number of kinds of images, in union models
     }
+    # Widths that are those of the first block, and heads of an attention that computes none, see UnionBlock.
+    ignored: ClassVar[Collection[str]] = EncoderConfig.ignored | {"num_trans_channel", "num_proj_channel"}
+    ignored |= {"num_trans_head"}
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"
     global_pool_conditions: bool = False
+    num_control_type: int | None = None
+    num_trans_layer: int = 1
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Read a ControlNet's JSON, where a union ControlNet may stand under either class."""
+        union = {"num_control_type": 6, "conditioning_embedding_out_channels": (48, 96, 192, 384)}
+        return super().from_dict((union if raw.get("_class_name") == "ControlNetUnionModel" else {}) | dict(raw))
+
+    def type_number(self, kind: str | int | None) -> int:
+        """Return the number of a kind of images in a union ControlNet; ValueError where it does not know it."""
+        names = [str(i) for i in range(self.num_control_type)]
+        names[: len(UNION_TYPES)] = UNION_TYPES[: len(names)]
+        if str(kind) in names:
+            return names.index(str(kind))
+        if str(kind).isdecimal() and int(kind) < len(names):
+            return int(kind)
+        hint = "; that one takes the promax variant" if kind in UNION_TYPES else ""
+        raise ValueError(f"a union ControlNet needs a control type: {', '.join(names)} or a number, not {kind}{hint}")
 
     @property
     def scale(self) -> int:
@@ -64,6 +89,25 @@ def misfit(network: str, reason: str) -> ValueError:
     )
 
 
+class UnionBlock(nn.Module):
+    """Refine the means of control images [n, C], which are the tokens of a union ControlNet's transformer.
+
+    Its published code attends along the batch, whose rows have the same images: each token attends to its own value.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        weight, bias = mx.zeros((3 * width, width)), mx.zeros(3 * width)
+        self.attn = Group(in_proj_weight=weight, in_proj_bias=bias, out_proj=nn.Linear(width, width))
+        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        self.mlp = Group(c_fc=nn.Linear(width, 4 * width), c_proj=nn.Linear(4 * width, width))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight, bias = self.attn.in_proj_weight[-x.shape[-1] :], self.attn.in_proj_bias[-x.shape[-1] :]
+        x = x + self.attn.out_proj(self.ln_1(x) @ weight.T + bias)
+        return x + self.mlp.c_proj(nn.gelu_fast_approx(self.mlp.c_fc(self.ln_2(x))))
+
+
 class ControlNetModel(Encoder):
     """Compute what to add to the UNet's maps, so that its image follows a control image.
 
@@ -71,7 +115,7 @@ class ControlNetModel(Encoder):
         x: the latents [B, h, w, in_channels], without the extra channels that some UNets take.
         temb: the embedded timestep, from this network's ``embed_time``.
         context: the encoded prompt, as for the UNet.
-        image_embedding: from ``embed``, [B, h, w, C], or [1, h, w, C] for all.
+        image_embedding: from ``embed``, [B, h, w, C], or [1, h, w, C] for all; in a union ControlNet from ``fuse``.
 
     Returns:
         (one residual for each map that the UNet's second half takes back, the middle's residual), at full strength.
@@ -90,6 +134,12 @@ class ControlNetModel(Encoder):
         )
         self.controlnet_down_blocks = [nn.Linear(width, width) for width in config.skip_channels]
         self.controlnet_mid_block = nn.Linear(config.block_out_channels[-1], config.block_out_channels[-1])
+        if config.num_control_type is not None:
+            width, count = config.block_out_channels[0], config.num_control_type
+            self.task_embedding = mx.zeros((count, width))
+            self.transformer_layes = [UnionBlock(width) for _ in range(config.num_trans_layer)]  # named so in files
+            self.spatial_ch_projs = nn.Linear(width, width)
+            self.control_add_embedding = TimestepEmbedding(count * config.addition_time_embed_dim, 4 * width)
         self.eval()
 
     def embed(self, image: mx.array) -> mx.array:
@@ -106,6 +156,29 @@ class ControlNetModel(Encoder):
         for conv in (embedding.conv_in, *embedding.blocks):
             x = nn.silu(conv(x))
         return embedding.conv_out(x)
+
+    @property
+    def is_union(self) -> bool:
+        """Return whether this is a union ControlNet."""
+        return "task_embedding" in self
+
+    def embed_types(self, numbers: Collection[int], dtype: mx.Dtype) -> mx.array:
+        """Embed the kinds of a union ControlNet's images: -> [1, T], for ``embed_time`` to add."""
+        config = self.config
+        flags = mx.array([float(i in numbers) for i in range(config.num_control_type)])
+        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        embedded = timestep_embedding(flags, config.addition_time_embed_dim, **waves)
+        return self.control_add_embedding(embedded.reshape(1, -1).astype(dtype))
+
+    def fuse(self, embedded: Sequence[mx.array], numbers: Sequence[int], scales: Sequence[float]) -> mx.array:
+        """Join the embedded images [1, h, w, C] of several kinds, each at its scale: -> [1, h, w, C]."""
+        fused = []
+        for image, number, scale in zip(embedded, numbers, scales, strict=True):
+            x = scale * (image.mean(axis=(1, 2)) + self.task_embedding[number])
+            for block in self.transformer_layes:
+                x = block(x)
+            fused.append(scale * (image + self.spatial_ch_projs(x)[:, None, None]))
+        return sum(fused[1:], fused[0])
 
     def __call__(
         self, x: mx.array, temb: mx.array, context: mx.array | Context, image_embedding: mx.array

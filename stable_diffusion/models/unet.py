@@ -182,6 +182,7 @@ class Encoder(nn.Module):
         dtype: mx.Dtype,
         text_time: tuple[mx.array, mx.array] | None = None,
         guidance: mx.array | None = None,
+        added: mx.array | None = None,
     ) -> mx.array:
         """Embed a timestep for the resnets: -> [B or 1, 4 * block_out_channels[0]], with the SiLU that they share.
 
@@ -189,6 +190,7 @@ class Encoder(nn.Module):
             t: the timestep of all rows, or timesteps [B].
             text_time: (pooled prompt [B, P], time ids [B, 6 or 5]), which XL needs.
             guidance: LCM's guidance embedding [B, time_cond_proj_dim].
+            added: another embedding of the result's shape, to add before the SiLU.
         """
         config = self.config
         waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
@@ -201,7 +203,7 @@ class Encoder(nn.Module):
             sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
             sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
             temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
-        return nn.silu(temb)
+        return nn.silu(temb if added is None else temb + added)
 
     def encode(
         self, x: mx.array, temb: mx.array, context: Context, features: Sequence[mx.array] = (), tome_ratio: float = 0.0

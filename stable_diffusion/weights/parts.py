@@ -72,7 +72,10 @@ PARTS: dict[str, Part] = {
     ),
     "controlnet": Part(
         label="a ControlNet",
-        classes={"ControlNetModel": (ControlNetConfig, ControlNetModel), "T2IAdapter": (T2IAdapterConfig, T2IAdapter)},
+        classes={
+            **dict.fromkeys(("ControlNetModel", "ControlNetUnionModel"), (ControlNetConfig, ControlNetModel)),
+            "T2IAdapter": (T2IAdapterConfig, T2IAdapter),
+        },
         original="input_hint_block.0.weight",
         signs=("controlnet_cond_embedding.conv_in.weight",),
         prefixes=("control_model.",),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from checkpoints import SCALED, make
 from command_line import PROMPT, SCRIPTS, pixels
+from models.test_controlnet_union import unions
 from oracle import perturb
 from stable_diffusion import StableDiffusion
 from stable_diffusion.cli.flags import FLAGS
@@ -54,6 +55,7 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     _other_parts(folder, sd1_folder, xl_folder)
     for name, net in zip(("net", "net2"), control_nets("sd1", 2)[0], strict=True):
         net.save_pretrained(folder / name)
+    unions()[1].save_pretrained(folder / "union")
     (folder / "loras").mkdir()
     write_lora(folder / "loras" / "paint.safetensors")
     write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
@@ -122,6 +124,7 @@ def draw(draw_all) -> Callable[..., np.ndarray]:
 
 MASK = "--mask {}/mask.png"
 NET = "--controlnet {}/net --control_image {}/hint.png"
+UNION = "--controlnet {}/union --controlnet {}/union:2 --control_image {}/hint.png"
 REFINER = ["--steps", 5, "--refiner", "{}/refiner"]
 ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
 # The script, the checkpoint and the options beside; the flags, each of which changes that picture.
@@ -146,6 +149,7 @@ CHANGES = {
     "--target_size 16x900",
     ("txt2image", "xl", "--cfg 4"): "--negative_prompt_2 blue; --negative_original_size 640x96; --negative_crop 99,0; "
     "--negative_target_size 16x900",
+    ("txt2image", "xl", UNION + " --control_type depth"): "--control_type tile",
     ("txt2image", "xl", "--steps 5"): "--refiner {}/refiner",
     ("txt2image", "xl", "--steps 5 --refiner {}/refiner"): "--refiner_start 0.4",
     ("txt2image", "xl", "--steps 5 --cfg 4 --refiner {}/refiner --refiner_start 0.1"): "--aesthetic_score 900; "
@@ -369,7 +373,10 @@ def test_results_do_not_depend_on_the_size_of_batches(draw_all, tmp_path, script
 TEXT_REFUSED = [
     ("--control_image {}/hint.png", "--control_image needs --controlnet"),
     ("--controlnet {}/net", "--control_image is needed once for each"),
-    (NET + " --control_end 1 --control_end 1", "--control_start and --control_end are given once for each"),
+    (
+        NET + " --control_end 1 --control_end 1",
+        "--control_start, --control_end and --control_type are given once for each",
+    ),
     ("--hires 2 --hires_upscaler both", "'both'", "latents", "pixels"),
     ("--hires 2 --refiner {}/refiner", "--hires and --refiner do not go together"),
     ("--refiner {}/none", "none", "no such folder"),
