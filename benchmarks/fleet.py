@@ -5,8 +5,9 @@
     python -m benchmarks.fleet --measure
 
 The first two compute; nothing is measured. A Mac that makes n pictures takes its start and n times the seconds of one.
-Gathering sends each picture's pixels around the ring, one after the other; the two rows of guidance on two Macs send
-the UNet's output in each step. ``--seconds`` is the time of a picture on one Mac, as txt2image prints it with -v.
+Gathering sends the pixels of one picture of each Mac around the ring, and then of the next; the two rows of guidance
+on two Macs send the UNet's output in each step. ``--seconds`` is the time of a picture on one Mac, as txt2image prints
+it with -v.
 
 --measure draws with the bundled model, on one core: in one process, and in two that share the pictures.
 """
@@ -38,7 +39,6 @@ LINKS = {
     "thunderbolt": Link(9e9, 1e-5),
 }
 START = 15.0  # seconds until a Mac has read a model from its disk: 7 GB at 0.5 GB/s
-EXCHANGE = 2  # small exchanges around the ring for each picture that is gathered
 _PORT = 47311  # of the first process, where two are measured
 CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100)
 
@@ -60,12 +60,9 @@ class Job:
     def gathering(self, macs: int, link: Link) -> float:
         """Return the seconds in which the pixels of all pictures go around the ring, to the first Mac and all others.
 
-        A sum over a ring sends 2 (M - 1) / M times the data over each link, in 2 (M - 1) messages.
+        Each time one picture of each Mac goes over each link but one, in M - 1 messages, after as many small ones.
         """
-        if macs == 1:
-            return 0.0
-        data = 2 * (macs - 1) / macs * 3 * self.size**2 / link.rate
-        return self.pictures * (data + 2 * (macs - 1) * (1 + EXCHANGE) * link.latency)
+        return -(-self.pictures // macs) * (macs - 1) * (3 * self.size**2 / link.rate + 2 * link.latency)
 
     def guidance(self, link: Link, share: float = 0.9) -> float:
         """Return the seconds where two Macs have a row each; ``share`` of a picture's time is the UNet's."""

@@ -212,7 +212,7 @@ def test_a_fleet_is_as_fast_as_its_pictures_divide(capsys):
     assert [job.even(macs) for macs in (1, 2, 48, 64, 100)] == [15 + 64 * 20, 15 + 32 * 20, 55, 35, 35]
     assert job.gathering(1, fleet.LINKS["wifi"]) == 0
     two = job.gathering(2, fleet.LINKS["ethernet"])
-    assert two == pytest.approx(64 * 3 * 1024**2 / 112e6, rel=0.1)  # a sum over two sends the data once
+    assert two == pytest.approx(32 * 3 * 1024**2 / 112e6, rel=0.1)  # each sends its own pictures
     assert two < job.gathering(8, fleet.LINKS["ethernet"]) < job.gathering(8, fleet.LINKS["wifi"])
     assert job.even(1) / 2 < job.guidance(fleet.LINKS["ethernet"]) < 0.6 * job.even(1)
     assert fleet.pays_up_to(job, fleet.LINKS["ethernet"]) == 64

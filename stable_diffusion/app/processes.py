@@ -3,10 +3,11 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import SHUT_RDWR, socket
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ _LONGEST = 300  # bytes of a text
 _PATIENCE = 40  # seconds
 
 Group = mx.distributed.Group
+T = TypeVar("T")
 
 
 def join() -> Group | None:
@@ -49,6 +51,12 @@ def disconnect() -> None:
                 ends = connection.getsockname(), connection.getpeername()
                 if any(tuple(map(str, end[:2])) in addresses for end in ends):
                     connection.shutdown(SHUT_RDWR)
+
+
+def share(items: Sequence[T], group: Group | None = None) -> Sequence[T]:
+    """Return the items of this process: the one with its number, and each ``size``-th after it. Alone, it has all."""
+    group = group or mx.distributed.init()
+    return items[group.rank() :: group.size()]
 
 
 def is_first(group: Group | None) -> bool:

@@ -106,15 +106,18 @@ class ResultWriter:
         self.draws_grid = self.keeps_images = len(requests) > 1 and not settings.no_grid
         self.error: OSError | None = None
 
-    def choose_numbers(self, highest: Callable[[list[int]], list[int]], agree: Callable[[int], list[int]]) -> None:
+    def choose_numbers(self, gather: Callable[[bytes], list[bytes]]) -> None:
         """Choose the numbers in the names of all images together with the other ranks, before any is written.
 
-        ``highest`` and ``agree`` are those of :class:`stable_diffusion.app.sharing.Ranks`. A number is free on all.
+        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`. A number is free on all.
         """
-        numbers, chosen = self._outputs.free_numbers(self._fields), []
-        while any(agree(numbers != chosen)):
-            chosen = highest(numbers)
-            numbers = self._outputs.free_numbers(self._fields, chosen)
+        lowest: list[int] = []
+        while True:
+            numbers = self._outputs.free_numbers(self._fields, lowest)
+            of_all = [json.loads(data) for data in gather(json.dumps(numbers).encode())]
+            if of_all.count(numbers) == len(of_all):
+                break
+            lowest = [max(of_image) for of_image in zip(*of_all, strict=True)]
         self._outputs.numbers = numbers
 
     def add(self, result: Result, model: StableDiffusion, number: int | None = None) -> Iterator[Written]:
@@ -144,36 +147,37 @@ class ResultWriter:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
 
-    def gather(self, exchange: Callable[[bytes | None], bytes], is_first: bool) -> Iterator[Written]:
+    def gather(self, gather: Callable[[bytes], list[bytes]], is_first: bool) -> Iterator[Written]:
         """Bring all images to the first rank, which writes those that it does not see. All ranks call it.
 
-        ``exchange`` returns what one rank has on all of them, empty where a rank is lost; it ends then.
+        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`: each time it brings an image of each rank.
         """
-        for number in range(len(self._requests)):
-            own = self._packed(number)
-            data = exchange(own)
-            if not data:
+        own = sorted(self._made)
+        for i in count():
+            parts = gather(self._packed(own[i]) if i < len(own) else b"")
+            if not any(parts):
                 return
-            if is_first and own is None:
-                yield from self._unpack(number, data)
+            for part in filter(None, parts if is_first else ()):
+                yield from self._unpack(part)
 
     @property
     def has_all(self) -> bool:
         """Return whether all images are here, made or gathered."""
         return len(self._made) == len(self._requests)
 
-    def _packed(self, number: int) -> bytes | None:
-        """Return an image of this rank in bytes, with all that :meth:`_unpack` needs; None for one of another rank."""
-        if number not in self._made:
-            return None
+    def _packed(self, number: int) -> bytes:
+        """Return an image of this rank in bytes, with all that :meth:`_unpack` needs."""
         made = self._made[number]
-        header = {"record": made.record, "text": made.text, "size": made.image.size, "hash": _hash(made.record["path"])}
+        header = {"number": number, "record": made.record, "text": made.text, "size": made.image.size}
+        header |= {"hash": _hash(made.record["path"])}
         return json.dumps(header).encode() + b"\n" + made.image.tobytes()
 
-    def _unpack(self, number: int, data: bytes) -> Iterator[Written]:
+    def _unpack(self, data: bytes) -> Iterator[Written]:
         """Write an image of another rank, unless this one sees the file that was written there."""
         header, _, pixels = data.partition(b"\n")
         values = json.loads(header)
+        if (number := values["number"]) in self._made:
+            return
         record, text, image = values["record"], values["text"], frombytes("RGB", tuple(values["size"]), pixels)
         self._made[number] = _Made(record, text, image)
         if values["hash"] is not None and values["hash"] == _hash(record["path"]):

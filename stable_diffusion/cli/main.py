@@ -55,7 +55,6 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
         try:
             with closing(Ranks(join())) as joined:
                 stop.is_excused, stop.is_launched = joined.notices_loss, joined.size() > 1
-                joined.is_interrupted = lambda: stop.is_due
                 return _run_as(joined, stop, joined.once(lambda: read(script, argv, prog)))
         except ConnectionError as error:
             remark(f"{name}: error: {error}")
@@ -155,7 +154,7 @@ class Script:
         """Generate the images and write each as soon as it is decoded."""
         ranks = self._ranks
         if ranks.size() > 1:
-            self._writer.choose_numbers(ranks.highest, ranks.agree)
+            self._writer.choose_numbers(ranks.gather)
         if self._sharing.share == "guidance" and ranks.size() > 1:
             self._model.group = ranks
         if self._numbers:

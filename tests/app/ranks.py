@@ -19,7 +19,7 @@ from stable_diffusion import StableDiffusion
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.app import exchange, results
+from stable_diffusion.app import results, sharing
 from stable_diffusion.cli import main
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.images.files import save
@@ -43,7 +43,7 @@ def spoil(spec: dict, rank: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     if "stops" in spec:
-        exchange._PATIENCE = spec.get("patience", 3)
+        sharing._PATIENCE = spec.get("patience", 3)
     if spec.get("dies", {}).get(rank) == "gather":
         results.ResultWriter.gather = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     if spec.get("dies", {}).get(rank) == 0:

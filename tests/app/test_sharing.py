@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from checkpoints import as_single_file
-from stable_diffusion.app.sharing import Ranks, share
+from stable_diffusion.app.processes import share
+from stable_diffusion.app.sharing import Ranks
 from stable_diffusion.cli import main
 from stable_diffusion.diffusion.samplers import SAMPLERS
 
@@ -43,7 +44,7 @@ def launch(size: int, folder: Path, commands: list, *, launcher: bool = False, *
     stopped = spec.get("stops", {})
     going = [process for rank, process in enumerate(started) if str(rank) not in stopped]
     try:
-        printed = [process.communicate(timeout=60) for process in going]
+        printed = [process.communicate(timeout=100) for process in going]
     finally:  # also where they hang
         for process in started if stopped else ():
             process.kill()
@@ -202,11 +203,11 @@ def test_guidance_goes_on_with_the_first_rank_alone(signal, rank, tmp_path):
 
 def test_a_rank_that_says_nothing_is_lost_in_low_memory_too(tmp_path):
     """MLX frees buffers when all streams are done, also the one that waits for that rank."""
-    words = ["--seed", "1-8", "--low_memory", "--output", f"{tmp_path}/out/{{seed}}.png"]
+    words = ["--seed", "1-6", "--low_memory", "--output", f"{tmp_path}/out/{{seed}}.png"]
     silent = {"stops": {"1": 2}, "slow": {"0": 0.03}, "patience": 1}
     written, _, printed = launch(2, tmp_path, [["txt2image", "a red circle", *TINY, *words]], **silent)
     assert written[0]["codes"] == [1], printed
-    assert set(files_of(tmp_path / "out")) == {f"{i}.png" for i in range(1, 8, 2)} and "another Mac is lost" in printed
+    assert set(files_of(tmp_path / "out")) == {f"{i}.png" for i in range(1, 6, 2)} and "another Mac is lost" in printed
 
 
 def test_pictures_that_were_not_gathered_are_named(tmp_path):
@@ -255,7 +256,7 @@ def test_a_full_disk_ends_one_rank_alone(tmp_path):
 def test_a_process_alone_has_everything():
     ranks = Ranks()
     assert list(ranks.share(5, "even")) == [0, 1, 2, 3, 4] and share("abc") == "abc"
-    assert ranks.agree(7) == [7] and ranks.once(lambda: 3) == 3
+    assert ranks.gather(b"7") == [b"7"] and ranks.once(lambda: 3) == 3
     assert ranks.missing(2) == [0, 1]
     ranks.leave()
     ranks.close()
