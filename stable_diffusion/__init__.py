@@ -9,6 +9,7 @@ from .images.image import to_images
 from .options import Options
 from .pipeline import StableDiffusion, StableDiffusionXL
 from .text.encode import Conditioning, SizeConditioning
+from .unconditional import UnconditionalDiffusion
 
 __version__ = "0.2.0.dev0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "SizeConditioning",
     "StableDiffusion",
     "StableDiffusionXL",
+    "UnconditionalDiffusion",
     "__version__",
     "to_images",
 ]

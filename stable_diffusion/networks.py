@@ -80,15 +80,15 @@ class Networks:
             attributes[encoder := name.replace("tokenizer", "text_encoder")] = f"text_encoder{suffix}"
             size = CLIPTextConfig.from_dict(checkpoint.components[encoder].config).vocab_size
             setattr(self, f"tokenizer{suffix}", Tokenizer.from_folder(folder, checkpoint.pad_tokens.get(name), size))
-        loaded = {}
-        for part, attribute in (attributes | {"vae": "autoencoder"}).items():
+        loaded, fused, bundled = {}, [], {}
+        attributes |= {"vae": "autoencoder"} if "vae" in checkpoint.components else {}
+        for part, attribute in attributes.items():
             component = checkpoint.components[part]
             quantization = remaining_quantization(component, bits.get(part))
             # Half precision overflows in most autoencoders; their configs say which are safe.
             is_safe = part != "vae" or not component.config.get("force_upcast", True)
             source = NetworkSource(component, dtype if is_safe else mx.float32, quantization, self._attached)
             self.sources[attribute], loaded[part] = source, load_component(component, source.dtype)
-        fused, bundled = [], {}
         for lora, scale in loras:
             weights = read_lora(lora)
             check_fit(loaded, weights, scale, lora_partial)

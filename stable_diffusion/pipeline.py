@@ -36,7 +36,7 @@ from .weights.files import Checkpoint, open_checkpoint
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
-def _schedule(checkpoint: Checkpoint) -> Schedule:
+def read_schedule(checkpoint: Checkpoint) -> Schedule:
     """Read the noise schedule of a checkpoint; ValueError, with its name, for what is not computed here."""
     try:
         with readable("scheduler config"):
@@ -79,6 +79,7 @@ class StableDiffusion(Networks):
     """
 
     default_model = "stabilityai/stable-diffusion-2-1-base"
+    _open = staticmethod(open_checkpoint)
 
     def __init__(
         self,
@@ -106,17 +107,11 @@ class StableDiffusion(Networks):
         self.group: mx.distributed.Group | None = None  # computes the rows of the UNet's batch together
         self.memory_limit: float | None = None
         self.source, self._revision = self.default_model if model is None else model, revision
-        checkpoint = open_checkpoint(
-            self.source,
-            float16=dtype != mx.float32,
-            revision=revision,
-            tokenizer=tokenizer,
-            prediction=prediction,
-            parts=parts,
-        )
+        replaced = {"tokenizer": tokenizer, "prediction": prediction, "parts": parts}
+        checkpoint = self._open(self.source, float16=dtype != mx.float32, revision=revision, **replaced)
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
         super().__init__(checkpoint, dtype, low_memory, bits, loras, lora_partial)
-        self.schedule = _schedule(checkpoint)
+        self.schedule = read_schedule(checkpoint)
         sampler = sampler_for(self.schedule.config)
         self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance, **checkpoint.few_steps)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -382,8 +377,8 @@ class StableDiffusion(Networks):
         settings: dict[str, Any] = {"controls": options.controls, "rows_at_once": self.rows_at_once}
         settings |= {"group": self.group, "deep_cache": options.deep_cache, "tome_ratio": options.token_merging}
         settings |= {"freeu_scales": options.freeu, "pag_layers": options.pag_layers if options.pag_scale else ()}
-        denoise: DenoiseStep = Denoiser(unet, self.schedule, run.steps, self.dtype, batches, **settings)
-        denoise = for_sampler(denoise, run.sampler, self.schedule)
+        denoise: DenoiseStep = Denoiser(unet, run.schedule, run.steps, self.dtype, batches, **settings)
+        denoise = for_sampler(denoise, run.sampler, run.schedule)
         return denoise if first.mask is None else inpainting(denoise, first.mask)
 
     def _condition(

@@ -73,7 +73,6 @@ def plan_run(
     Number(float, 0, 1).check("strength", strength)
     options = defaults.fill(options, num_steps)
     sampler, curve = _find_sampler(options, schedule)
-    curve = curve if options.schedule is None else read_schedule(options.schedule)
     curve = "align_your_steps_xl" if curve == "align_your_steps" and is_xl else curve
     steps = _lay_steps(schedule, options, num_steps, defaults.num_steps, sampler.spacing_rule, curve)
     after_end = schedule.remaining(steps, options.denoising_end) if options.denoising_end < 1 else 0
@@ -85,6 +84,7 @@ def plan_run(
     if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
         scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
     return Run(
+        schedule=schedule,
         steps=steps,
         length=max(len(steps) - after_end, 0),
         sampler=sampler,
@@ -98,11 +98,15 @@ def plan_run(
 
 
 def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | None]:
-    """Find the sampler of filled options. Raises ValueError where none here computes the checkpoint's scheduler."""
+    """Find the sampler of filled options, and their curve or that of its name.
+
+    Raises ValueError where none here computes the checkpoint's scheduler.
+    """
     if options.sampler is None:
         text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
         raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
-    return find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
+    sampler, curve = find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
+    return sampler, curve if options.schedule is None else read_schedule(options.schedule)
 
 
 def _lay_steps(

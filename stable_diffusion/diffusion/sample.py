@@ -15,7 +15,7 @@ from .brownian import BrownianMotion, draw_increments
 from .denoiser import DenoiseStep, InpaintMask
 from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw
 from .samplers import Noise, Sampler
-from .schedule import Steps
+from .schedule import Schedule, Steps
 from .transitions import guided_and_uncond
 
 # The arrays that come before the first step, then (latents, estimate of x0) after each step.
@@ -31,10 +31,10 @@ _PARALLEL = 0.9995  # mean cosine, from which on the web UI interpolates linearl
 class Run:
     """Hold the decisions of a run: steps, sampler and random numbers.
 
-    Of the ``steps`` the first ``length`` are made. ``initial_scale`` is the factor on the noise that a run starts from,
-    or on the latents that it continues from. Image i has two random streams from ``seeds[i]``: one for its first noise
-    and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
-    ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
+    Of the ``steps``, laid through ``schedule``, the first ``length`` are made. ``initial_scale`` is the factor on the
+    noise that a run starts from, or on the latents that it continues from. Image i has two random streams from
+    ``seeds[i]``: one for its first noise and one for the noise that samplers add. So neither the batch nor the order of
+    calls matters. ``latents`` and ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
 
     With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn. The
     noise that samplers add is that of ``seeds[i] + eta_noise_seed_delta``; or that of a Brownian motion of ``seeds[i]``
@@ -43,6 +43,7 @@ class Run:
     ``variation_strength``.
     """
 
+    schedule: Schedule
     steps: Steps
     length: int
     sampler: Sampler

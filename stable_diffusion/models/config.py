@@ -33,7 +33,7 @@ _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "n
 _MOST |= dict.fromkeys(("num_control_type", "num_trans_layer"), 64)
 _MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), 32)
 _MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
-_MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector"}
+_MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector", "downsample_padding"}
 _LONGEST = {"trained_betas": 100_000, "attention_widths": 256}  # of lists, else 16
 
 
@@ -350,6 +350,11 @@ class AutoencoderConfig(Config):
             if values is not None and (len(values) != self.latent_channels or 0 in (self.latents_std or (0,))):
                 text = f"latents_mean={self.latents_mean} and latents_std={self.latents_std}"
                 raise ValueError(f"vae config: {text} must be {self.latent_channels} numbers each, and none of them 0")
+
+    @property
+    def encoded_channels(self) -> int:
+        """Return the channels that the encoder writes: mean and log variance of latents."""
+        return 2 * self.latent_channels
 
     @property
     def scale(self) -> int:

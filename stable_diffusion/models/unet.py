@@ -153,6 +153,8 @@ class UNetBlock(nn.Module):
 class Encoder(nn.Module):
     """Hold the first half of the UNet, which a ControlNet copies: time embedding, down blocks and the middle."""
 
+    block_class = UNetBlock
+
     def __init__(self, config: EncoderConfig, time_cond_dim: int | None = None):
         super().__init__()
         self.config = config
@@ -165,14 +167,14 @@ class Encoder(nn.Module):
         self.down_blocks = []
         for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
             channels = pairwise([before] + [width] * config.layers_per_block[i])
-            depths = layers[i] if config.down_block_types[i].startswith("CrossAttn") else None
+            depths = layers[i] if "Attn" in config.down_block_types[i] else None
             resample = None if i == len(widths) - 1 else "down"
-            self.down_blocks.append(UNetBlock(config, i, channels, depths, resample))
+            self.down_blocks.append(self.block_class(config, i, channels, depths, resample))
         if config.mid_block_type == "UNetMidBlock2D":
-            self.mid_block = UNetBlock(config, -1, [(widths[-1], widths[-1])], None)
+            self.mid_block = self.block_class(config, -1, [(widths[-1], widths[-1])], None)
         elif config.mid_block_type is not None:
             depth = layers[-1][0] if isinstance(layers[-1], tuple) else layers[-1]
-            self.mid_block = UNetBlock(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
+            self.mid_block = self.block_class(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
         # The first block with attention has the largest maps, the only ones in which positions are merged.
         self._outermost = next((i for i, block in enumerate(self.down_blocks) if "attentions" in block), None)
 
@@ -229,9 +231,9 @@ class Encoder(nn.Module):
             if feature is not None and "attentions" not in block:
                 x = skips[-1] = x + feature
         if "mid_block" in self:
-            x = self.mid_block.resnets[0](x, temb)
+            x = self.mid_block.layer(0, x, temb, context, 0.0)
             if "attentions" in self.mid_block:
-                x = self.mid_block.resnets[1](self.mid_block.attentions[0](x, context), temb)
+                x = self.mid_block.resnets[1](x, temb)
             for feature in features[count:]:
                 x = x + feature
         return skips, x
@@ -275,10 +277,10 @@ class UNet2DConditionModel(Encoder):
         for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
             # Each resnet takes the last map of the first half that is left.
             channels = [(x + skips.pop(), width) for x in [before] + [width] * config.layers_per_block[-1 - i]]
-            attends = config.up_block_types[i].startswith("CrossAttn")
+            attends = "Attn" in config.up_block_types[i]
             depths = config.reverse_transformer_layers_per_block[i] if attends else None
             resample = None if i == len(widths) - 1 else "up"
-            self.up_blocks.append(UNetBlock(config, -1 - i, channels, depths, resample))
+            self.up_blocks.append(self.block_class(config, -1 - i, channels, depths, resample))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.eval()  # a prompt's keys and values are kept between calls, until train()

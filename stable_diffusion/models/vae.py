@@ -20,11 +20,11 @@ _EPS = 1e-6  # of every GroupNorm in the autoencoder
 
 
 class SpatialAttention(Attention):
-    """Compute single-head self-attention over the positions of a map, normed and residual."""
+    """Compute self-attention over the positions of a map, normed and residual; of one head in autoencoders."""
 
-    def __init__(self, channels: int, groups: int):
-        super().__init__(channels, heads=1, bias=True, largest_scores=LARGEST_SCORES)
-        self.group_norm = GroupNorm(groups, channels, _EPS)
+    def __init__(self, channels: int, groups: int, *, heads: int = 1, eps: float = _EPS):
+        super().__init__(channels, heads, bias=True, largest_scores=LARGEST_SCORES)
+        self.group_norm = GroupNorm(groups, channels, eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + super().__call__(self.group_norm(x).flatten(0, 2), len(x)).reshape(x.shape)
@@ -54,7 +54,7 @@ class AutoencoderBlock(nn.Module):
 
 
 class Half(nn.Module):
-    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents [B, h, w, 2 * latent_channels].
+    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents [B, h, w, encoded_channels].
 
     Or the decoder: latents -> pixels, with the widths in reverse and one more resnet in each block.
     """
@@ -62,7 +62,7 @@ class Half(nn.Module):
     def __init__(self, config: AutoencoderConfig, half: str):
         super().__init__()
         groups, widths, count = config.norm_num_groups, config.block_out_channels, config.layers_per_block
-        into, out, resample = config.in_channels, 2 * config.latent_channels, "down"
+        into, out, resample = config.in_channels, config.encoded_channels, "down"
         self.mid_block = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
         if half == "decoder":
             into, out, resample = config.latent_channels, config.out_channels, "up"

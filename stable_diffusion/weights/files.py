@@ -75,6 +75,44 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_unconditional(model: str | os.PathLike, *, float16: bool = False, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint that makes pictures without prompts, as ``open_checkpoint`` does: a folder or a Hub id."""
+    name, (path, entry) = os.fspath(model), _locate(model, revision)
+    if path is None:
+        spec = hub.DownloadSpec(
+            what="a checkpoint in diffusers layout",
+            entries=(layout.INDEX,),
+            missing_files=lambda *place: Listing(*place, float16).read_unconditional().missing,
+            remedy="connect once, or use a local folder",
+            best_files=layout.best_files(float16),
+        )
+        path = hub.fetch(entry.repos, spec, revision)[1]
+    if not (path / layout.INDEX).is_file():
+        raise ValueError(f"{name} is not a checkpoint in diffusers layout: there is no {path / layout.INDEX}")
+    index = Listing(path, files_in(path), name, float16).read_unconditional()
+    if index.missing:
+        raise ValueError(f"{name} is not complete: {path} has no {listed(index.missing)}")
+    pipeline, entry_of = index.contents["_class_name"], index.contents.get("scheduler")
+    with readable(str(path / layout.INDEX)):
+        scheduler = {"_class_name": entry_of[-1]}
+    place = path / layout.SCHEDULER
+    scheduler |= read_json(place if place.is_file() else path / place.name)
+    scheduler |= {"_class_name": layout.UNCONDITIONAL[pipeline] or scheduler["_class_name"]}
+    layout.check_noise(scheduler, name)
+    steps = scheduler.get("num_train_timesteps", 1000) if pipeline == "DDPMPipeline" else 50
+    return Checkpoint(
+        name=name,
+        folder=path,
+        pipeline=pipeline,
+        index=index.contents,
+        scheduler=scheduler,
+        components=index.components,
+        tokenizers={},
+        steps=steps,
+        guidance=0.0,
+    )
+
+
 def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
     """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
 

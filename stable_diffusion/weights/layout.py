@@ -34,6 +34,12 @@ _PIPELINES = re.compile(
     r"StableDiffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline|StableDiffusion(InpaintPipelineLegacy|"
     r"Depth2ImgPipeline)|LatentConsistencyModel(Img2Img)?Pipeline"
 )
+UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a class makes of any other one
+    "DDPMPipeline": None,
+    "DDIMPipeline": "DDIMScheduler",
+    "PNDMPipeline": "PNDMScheduler",
+    "LDMPipeline": None,
+}
 _STEMS = ("diffusion_pytorch_model", "model")  # of the names of weight files, either in the folder of any network
 SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
@@ -120,6 +126,8 @@ class Listing:
         """
         index = read_json(self.folder / INDEX)
         pipeline = index.get("_class_name")
+        if pipeline in UNCONDITIONAL:
+            raise ValueError(f"{self.where} is a {pipeline}, which reads no prompt: UnconditionalDiffusion runs it")
         if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
             raise ValueError(
                 f"{self.where} is a {pipeline}, which is not supported: "
@@ -144,6 +152,24 @@ class Listing:
             small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
             small += [f"{name}/{file}" for file in SPECIAL_TOKENS if f"{name}/{file}" in self.names]
         return Index(index, tokenizers, *self._find({part: f"{part}/" for part in present if part in NETWORKS}, small))
+
+    def read_unconditional(self) -> Index:
+        """Read the model_index.json of a model without prompts: a UNet and a scheduler, and for latents a VQ-VAE.
+
+        The oldest have their UNet and scheduler in the root. Raises ValueError for a pipeline that is not supported.
+        """
+        index = read_json(self.folder / INDEX)
+        pipeline = index.get("_class_name")
+        if not isinstance(pipeline, str) or pipeline not in UNCONDITIONAL:
+            text = f"{self.where} is a {short(pipeline)}, which is not supported without prompts"
+            raise ValueError(f"{text}; what is supported is {', '.join(UNCONDITIONAL)}")
+        in_folder = "unet/config.json" in self.names
+        networks = {"unet": "unet/" if in_folder else ""} | ({"vae": "vqvae/"} if index.get("vqvae") else {})
+        scheduler = SCHEDULER if SCHEDULER in self.names else Path(SCHEDULER).name
+        small = [scheduler, *(f"{place}config.json" for place in networks.values())]
+        if missing := [file for file in small if file not in self.names]:
+            return Index(index, [], {}, missing)
+        return Index(index, [], *self._find(networks, [scheduler]))
 
     def find_part(self, kind: str) -> tuple[dict[str, Component], list[str]]:
         """Return ({kind: network}, []), or ({}, missing files), of a part in a folder ``kind`` or by itself.

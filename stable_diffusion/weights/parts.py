@@ -12,7 +12,9 @@ from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.ip_adapter import IPAdapter, IPAdapterConfig
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
+from ..models.unet2d import UNet2DConfig, UNet2DModel
 from ..models.vae import AutoencoderKL
+from ..models.vq import VQConfig, VQModel
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ _TEXT_ENCODER = Part(
 PARTS: dict[str, Part] = {
     "unet": Part(
         label="a UNet",
-        classes={"UNet2DConditionModel": (UNetConfig, UNet2DConditionModel)},
+        classes={
+            "UNet2DConditionModel": (UNetConfig, UNet2DConditionModel),
+            "UNet2DModel": (UNet2DConfig, UNet2DModel),
+        },
         original="input_blocks.0.0.weight",
         signs=("up_blocks.0.resnets.0.conv1.weight",),
         prefixes=("model.diffusion_model.", "unet."),
@@ -57,6 +62,7 @@ PARTS: dict[str, Part] = {
         classes={
             "AutoencoderKL": (AutoencoderConfig, AutoencoderKL),
             "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
+            "VQModel": (VQConfig, VQModel),
         },
         original="decoder.mid.block_1.conv1.weight",
         signs=("decoder.conv_in.weight", "decoder.layers.0.weight"),
