@@ -143,7 +143,7 @@ def convolve(x: mx.array, weight: mx.array, stride: Sequence[int], padding: Sequ
     """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C]. The gradient of the maps is a product, too.
 
     For that gradient MLX (0.32) copies the weights twice, up to eleven times the cost of the product where maps are
-    small, and at stride 2 it takes a loop that is forty times slower.
+    small, and at stride 2 it takes a loop that is forty times slower. Here they are copied once, where maps are large.
     """
     return _convolution(tuple(stride), tuple(padding))(x, weight)
 
@@ -154,23 +154,40 @@ def _convolution(stride: tuple[int, int], padding: tuple[int, int]) -> Callable[
 
     @convolution.vjp
     def gradients(inputs: Sequence[mx.array], change: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-        """Multiply by the weights of all places of the kernel at once, and add each product where it belongs."""
         x, weight = inputs
-        (b, h, w, c), (o, kh, kw, _), (_, rows, columns, _) = x.shape, weight.shape, change.shape
-        y = (change.reshape(-1, o) @ weight.reshape(o, -1)).reshape(b, rows, 1, columns, 1, -1)
-        if max(stride) > 1:
-            y = mx.pad(y, [(0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1), (0, 0)])
-        y = y.reshape(b, rows * stride[0], columns * stride[1], kh, kw, c)
-        below, right = (max(n + p - m, 0) for n, p, m in zip((h, w), padding, y.shape[1:3], strict=True))
-        y = mx.pad(y, [(0, 0), (kh - 1, below), (kw - 1, right), (0, 0), (0, 0), (0, 0)])
-        tops, lefts = (range(p + k - 1, p - 1, -1) for p, k in zip(padding, (kh, kw), strict=True))
-        parts = (
-            y[:, top : top + h, left : left + w, i, j] for i, top in enumerate(tops) for j, left in enumerate(lefts)
-        )
+        (o, *_, c), positions = weight.shape, change.size // change.shape[-1]
+        gathers = stride == (1, 1) and 2 * positions * c > positions * o + o * c  # values that it takes
         of_weight = mx.vjp(partial(mx.conv2d, x, stride=stride, padding=padding), [weight], [change])[1][0]
-        return sum(parts, mx.zeros(())), of_weight
+        if gathers:
+            return _gather(x.shape, weight, padding, change), of_weight
+        return _scatter(x.shape, weight, stride, padding, change), of_weight
 
     return convolution
+
+
+def _gather(shape: tuple[int, ...], weight: mx.array, padding: tuple[int, int], change: mx.array) -> mx.array:
+    """Compute the gradient of maps of ``shape``: the changes that each position has a part in, by a turned kernel."""
+    (b, h, w, c), (_, kh, kw, _) = shape, weight.shape
+    sides = [(k - 1 - p,) * 2 for k, p in zip((kh, kw), padding, strict=True)]
+    y = mx.pad(change, [(0, 0), *sides, (0, 0)])
+    parts = [y[:, i : i + h, j : j + w] for i in reversed(range(kh)) for j in reversed(range(kw))]
+    return (mx.concatenate(parts, axis=-1) @ weight.transpose(1, 2, 0, 3).reshape(-1, c)).reshape(b, h, w, c)
+
+
+def _scatter(
+    shape: tuple[int, ...], weight: mx.array, stride: tuple[int, int], padding: tuple[int, int], change: mx.array
+) -> mx.array:
+    """Compute the same by all places of the kernel at once: add each product where it belongs."""
+    (b, h, w, c), (o, kh, kw, _), (_, rows, columns, _) = shape, weight.shape, change.shape
+    y = (change.reshape(-1, o) @ weight.reshape(o, -1)).reshape(b, rows, 1, columns, 1, -1)
+    if max(stride) > 1:
+        y = mx.pad(y, [(0, 0), (0, 0), (0, stride[0] - 1), (0, 0), (0, stride[1] - 1), (0, 0)])
+    y = y.reshape(b, rows * stride[0], columns * stride[1], kh, kw, c)
+    below, right = (max(n + p - m, 0) for n, p, m in zip((h, w), padding, y.shape[1:3], strict=True))
+    y = mx.pad(y, [(0, 0), (kh - 1, below), (kw - 1, right), (0, 0), (0, 0), (0, 0)])
+    tops, lefts = (range(p + k - 1, p - 1, -1) for p, k in zip(padding, (kh, kw), strict=True))
+    parts = (y[:, top : top + h, left : left + w, i, j] for i, top in enumerate(tops) for j, left in enumerate(lefts))
+    return sum(parts, mx.zeros(()))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

@@ -70,7 +70,7 @@ def _attention_gradients(
     step = max(_SCORES // (4 * inputs[0].shape[2] * inputs[1].shape[2]), 1)
     parts: list[tuple[mx.array, ...]] = []
     for q, k, v, change, o in zip(*(mx.split(x, list(range(step, len(x), step))) for x in heads), strict=True):
-        q = mx.depends(q, list(parts[-1])) if parts else q
+        q, change = mx.depends([q, change], list(parts[-1])) if parts else (q, change)
         if upcast:
             q, k, v, change = (x.astype(mx.float32) for x in (q, k, v, change))
         scale = q.shape[-1] ** -0.5
@@ -87,6 +87,10 @@ def _attention_gradients(
 _attend.vjp(_attention_gradients)
 _attend_upcast = mx.custom_function(lambda q, k, v: _attend(q, k, v))  # scores of its gradient are float32, too
 _attend_upcast.vjp(partial(_attention_gradients, upcast=True))
+
+
+_after = mx.custom_function(lambda x, done: mx.depends(x, done))  # in gradients the other way round
+_after.vjp(lambda inputs, change, _: (change, mx.depends(mx.zeros_like(inputs[1]), change)))
 
 
 def attention(
@@ -114,7 +118,7 @@ def attention(
     results: list[mx.array] = []
     for q, *kv in zip(queries, k, v, strict=True):
         # One after the other, or the scores of all would be in memory at once.
-        q = mx.depends(q, results[-1]) if results else q
+        q = _after(q, results[-1]) if results else q
         results.append(attention(q, *kv, largest, axis + 1, upcast=upcast))
     return mx.concatenate(results, axis=axis)
 

@@ -6,7 +6,9 @@ position, one for each parity of row and column, are four 2×2 convolutions of t
 place of 36, and no doubled map in memory. The numbers are the same, to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +16,18 @@ import mlx.nn as nn
 from .layers import Conv2d, conv2d, may_be_winograd
 
 _FEWEST = 64  # positions of a map: with fewer, summing the weights takes the time that it saves (measured on a CPU)
+
+_takes_sums = ContextVar("takes_sums", default=True)
+
+
+@contextmanager
+def without_sums() -> Iterator[None]:
+    """Convolve doubled maps as they are within this context: a gradient would keep the sums, 131 MB in SD 1.5."""
+    token = _takes_sums.set(False)
+    try:
+        yield
+    finally:
+        _takes_sums.reset(token)
 
 
 def _tap(parity: int, k: int) -> int:
@@ -43,7 +57,7 @@ def sums_pay(size: Sequence[int], conv: nn.Module) -> bool:
     by itself.
     """
     h, w = size
-    if h * w < _FEWEST or not isinstance(conv, nn.Conv2d):
+    if not _takes_sums.get() or h * w < _FEWEST or not isinstance(conv, nn.Conv2d):
         return False
     return mx.default_device() == mx.cpu or not may_be_winograd((2 * h, 2 * w), conv.weight.shape)
 

@@ -16,6 +16,7 @@ from ..lora.create import new_lora
 from ..lora.layers import AttachedLoRA, attach, wrapped_layers
 from ..models.layers import Group
 from ..models.unet import Transformer2DModel
+from ..models.upsampling import without_sums
 from ..pipeline import StableDiffusion
 from ..text.encode import encode
 from .dataset import Dataset
@@ -166,8 +167,11 @@ class LoRATrainer(Iterator[TrainingStep]):
                 seeds = [seed_of(self.settings.seed, number, part, i) for i in rows[chosen]]
                 if not seeds:
                     continue
-                value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch.rows(chosen))
-                mx.eval(value, *[gradient for _, gradient in reversed(tree_flatten(changes))])
+                with without_sums():
+                    value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch.rows(chosen))
+                mx.eval(value)
+                for _, gradient in reversed(tree_flatten(changes)):  # MLX would put some off, and keep what they need
+                    mx.async_eval(gradient)
                 weight = batch.weight * size * len(seeds) / (len(rows) * count * self.scale)
                 gradients = tree_map(lambda old, new, weight=weight: old + weight * new, gradients, changes)
                 total = total + weight * value
