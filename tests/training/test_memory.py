@@ -122,9 +122,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("shape", SMALL)
-def test_the_memory_of_a_step_is_predicted(shape, monkeypatch):
-    """Within a half more or less; and checkpointing saves a fifth of it, where most is scores of attention, or more."""
+@pytest.mark.parametrize("shape, share", [("sd15", 0.85), ("sdxl-base", 0.6)])
+def test_the_memory_of_a_step_is_predicted(shape, share, monkeypatch):
+    """Within a half more or less; with checkpointing it is a ``share``, large where most is scores of attention."""
     monkeypatch.setitem(UNETS, shape, SMALL[shape])
     measured = {}
     for checkpointing in ("off", "on"):
@@ -136,7 +136,7 @@ def test_the_memory_of_a_step_is_predicted(shape, monkeypatch):
         measured[checkpointing] = mx.get_peak_memory() - before
         predicted = training_bytes(step.__self__.sd.unet, 1, (16, 16), checkpointing == "on")
         assert 1 / 1.5 <= measured[checkpointing] / predicted <= 1.5, checkpointing
-    assert measured["on"] <= 0.8 * measured["off"]
+    assert measured["on"] <= share * measured["off"]
 
 
 def test_the_benchmark_measures_diffusers_too(monkeypatch):
