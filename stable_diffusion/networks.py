@@ -18,7 +18,7 @@ from .lora.delta import Scale
 from .lora.files import LoRAWeights, read_lora
 from .lora.layers import AttachedLoRA, attach, check_fit
 from .lora.network import NetworkSource
-from .models import cpu, tiling
+from .models import cpu, gpu, tiling
 from .models.config import CLIPTextConfig
 from .models.controlnet import ControlNetModel, T2IAdapter
 from .models.ip_adapter import IPAdapter
@@ -340,6 +340,8 @@ class Networks:
         component = open_part(source, "controlnet", float16=self.dtype != mx.float32)
         network = load_component(component, self.dtype)
         network.config.check_fits(self.unet_config)
+        with mx.stream(loading_stream(mx.cpu)):
+            gpu.join(network)
         return network
 
     def load_ip_adapter(self, source: str | PathLike, image_encoder: str | PathLike | None = None) -> IPAdapter:

@@ -24,6 +24,7 @@ Cos Cosh Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Imag Less 
 LogicalNot LogicalOr Maximum Minimum Multiply Negative NotEqual Power Real Remainder Round Select Sigmoid Sign Sin Sinh
 Sqrt Square Subtract Tan Tanh
 """
+_LAYOUT = ["Pad", "Concatenate", "Transpose", "Reshape", "Flatten", "Unflatten", "Split", "Contiguous"]
 _fused: set[str] = set()  # functions that became one kernel, which others may call
 _FIRST = 2**30  # the numbers that mark the nodes which stand for a kernel, from here on
 _stand_ins: list[str] = []  # their names
@@ -79,6 +80,7 @@ def trace(function: Callable[..., Any], *parameters: mx.array) -> Graph:
 def trace_step(networks: Sequence[Any], step: Callable[[int], Any]) -> Graph:
     """Trace ``step(1)``, which gives arrays, without what ``step(0)`` has made for it, such as a prompt's keys.
 
+    Parameters that are padded or put side by side count as laid out so while they were loaded.
     The ``networks`` are modules. Each step sees parameters of its own in them, or MLX would find in the trace that both
     compute the same. The networks are of no use afterwards.
     """
@@ -103,6 +105,12 @@ def trace_step(networks: Sequence[Any], step: Callable[[int], Any]) -> Graph:
     for node in first.nodes:
         if made.intersection(name for name, *_ in node.inputs):
             made.update(name for name, *_ in node.outputs)
+    laid = {name for name, *_ in said.parameters}  # and views and copies of them alone
+    for node in second.nodes:
+        inputs = node.inputs[:1] if node.name == "Pad" else node.inputs  # without the value that it is padded with
+        if node.name in _LAYOUT and laid.issuperset(name for name, *_ in inputs):
+            laid.update(name for name, *_ in node.outputs)
+            made.update(name for name, *_ in node.outputs if node.name in ("Pad", "Concatenate"))
     nodes = [node for node in second.nodes if node.outputs[0][0] not in made]
     return Graph(nodes, [entry for entry in second.parameters if entry[0] not in made])
 

@@ -1,14 +1,16 @@
 """The column of this library."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from stable_diffusion import StableDiffusion
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 
 from stable_diffusion.app.engine import TEXT_BITS, UNET_BITS
 from stable_diffusion.diffusion.denoiser import Denoiser
@@ -43,7 +45,19 @@ def as_published() -> Iterator[None]:
 def _network(case: Case, part: str, dtype: str | None = None):
     bits = UNET_BITS if part == "unet" else TEXT_BITS
     change = None if case.weights == "plain" else lambda m: quantize(m, bits, PARTS[part].group_size)
-    return ready(build(part, case.config[part]), dtype or case.dtype, change)
+    network = ready(build(part, case.config[part]), dtype or case.dtype, change)
+    gpu.join(network)
+    return network
+
+
+def _joined(network: nn.Module, graph: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Build the graph of parameters that are joined, as those are that were loaded for a GPU."""
+
+    def build(i: int) -> Any:
+        gpu.join(network)
+        return graph(i)
+
+    return build
 
 
 def _unet(case: Case, folder: Path) -> Work:
@@ -68,7 +82,7 @@ def _unet(case: Case, folder: Path) -> Work:
         mx.eval(aside(x[0], steps.sigmas[0]))
         cpu.all_cores()
 
-    return Work(run, size(unet), [unet], lambda step: batch(x[step], steps.sigmas[step], step))
+    return Work(run, size(unet), [unet], _joined(unet, lambda step: batch(x[step], steps.sigmas[step], step)))
 
 
 def _text(case: Case, folder: Path) -> Work:
@@ -79,7 +93,9 @@ def _text(case: Case, folder: Path) -> Work:
 def _vae_encode(case: Case, folder: Path) -> Work:
     vae = _network(case, "vae", case.vae_dtype)
     pixels = [random(1, case.size, case.size, 3, dtype=case.vae_dtype, seed=seed) for seed in range(2)]
-    return Work(lambda: encode(vae, pixels[0])[0], size(vae.encoder), [vae], lambda i: vae.encode(pixels[i])[0])
+    return Work(
+        lambda: encode(vae, pixels[0])[0], size(vae.encoder), [vae], _joined(vae, lambda i: vae.encode(pixels[i])[0])
+    )
 
 
 def _vae_decode(case: Case, folder: Path) -> Work:
@@ -87,7 +103,9 @@ def _vae_decode(case: Case, folder: Path) -> Work:
     latents = [
         random(1, case.latent, case.latent, vae.latent_channels, dtype=case.vae_dtype, seed=seed) for seed in range(2)
     ]
-    return Work(lambda: decode(vae, latents[0]), size(vae.decoder), [vae], lambda i: vae.decode(latents[i]))
+    return Work(
+        lambda: decode(vae, latents[0]), size(vae.decoder), [vae], _joined(vae, lambda i: vae.decode(latents[i]))
+    )
 
 
 def _open(case: Case, folder: Path) -> StableDiffusion:

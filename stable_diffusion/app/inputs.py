@@ -16,7 +16,7 @@ from ..images.files import open_image
 from ..images.image import fit, from_array, to_array
 from ..images.inpaint import EMPTY_MASK, Canvas, add_borders, adjust_mask, make_canvas, read_mask
 from ..models.controlnet import ControlNetModel, T2IAdapter
-from ..models.layers import resample
+from ..models.resample import resample
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from .request import Request

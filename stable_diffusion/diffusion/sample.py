@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models import cpu
-from ..models.layers import resample
+from ..models.resample import resample
 from .brownian import BrownianMotion, draw_increments
 from .denoiser import DenoiseStep, InpaintMask
 from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw

@@ -49,6 +49,11 @@ class LoRALayer(nn.Module):
         """Return the weight of the wrapped layer."""
         return self.base.weight
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no LoRA changes anything, so that the layer may compute as the wrapped one."""
+        return not (self._scaled(factored=True) or self._scaled(factored=False))
+
     def __call__(self, x: mx.array) -> mx.array:
         y = self._changed()(x)
         for delta, scale in self._scaled(factored=True):

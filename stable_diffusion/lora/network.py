@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models import gpu
 from ..weights.files import Component
 from ..weights.formats.safetensors import loading_stream
 from ..weights.load import load_component, size_in_bytes
@@ -43,6 +44,8 @@ class NetworkSource:
                 quantize(network, *self.quantization)
             for vectors in self.words:
                 network.text_model.embeddings.add(vectors)
+        with mx.stream(loading_stream(mx.cpu)):
+            gpu.join(network)
         self.size = size_in_bytes(network)
         for lora in self.attached:
             lora.wrap(name, network)

@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from .bit import BitBackbone, BitConfig
 from .config import Config, Supported
-from .layers import Group, resample
+from .layers import Group
+from .resample import resample
 
 _PATCH = 16  # pixels per token: what the backbone reduces
 

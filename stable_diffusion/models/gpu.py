@@ -5,6 +5,7 @@ are part of the kernel that reads the map anyway.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -76,10 +77,97 @@ def is_fused(dim: int) -> bool:
     return is_default() and dim <= FUSED[0]
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off."""
-    dim = q.shape[-1]
-    width = fused_width(dim)
-    if width > dim:
-        q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - dim)]) for x in (q, k, v))
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)[..., :dim]
+def attention(q: mx.array, k: mx.array, v: mx.array, dim: int | None = None) -> mx.array:
+    """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off.
+
+    ``dim`` is the width of heads that have such zeros already, which stay.
+    """
+    own = q.shape[-1]
+    width = fused_width(own)
+    if width > own:
+        q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, width - own)]) for x in (q, k, v))
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=(dim or own) ** -0.5)[..., :own]
+
+
+class Joined:
+    """Compute products of an attention's layers as one, and with heads of the width that a fused kernel takes.
+
+    Parameters become views of joined ones, which take no more memory, but for heads that are widened with zeros. It
+    holds for the parameters that it was made of: layers with others, or that a LoRA changes, compute by themselves.
+    """
+
+    def __init__(self) -> None:
+        # The layer that computes the product, and the parameters that it is of.
+        self._entries: dict[tuple[str, ...], tuple[nn.Module, list[dict[str, mx.array]]]] = {}
+
+    def add_rows(self, names: tuple[str, ...], layers: Sequence[nn.Module], heads: int) -> None:
+        """Join ``layers`` of one input. Quantized matrices, too: each row is quantized by itself."""
+        own, first = [_parameters(layer) for layer in layers], layers[0]
+        kinds = {tuple((key, p.shape, p.dtype) for key, p in parameters.items()) for parameters in own}
+        kinds |= {(type(layer), *(getattr(layer, key, None) for key in _QUANTIZATION)) for layer in layers}
+        dim = len(first.weight) // heads
+        width = fused_width(dim)
+        if len(kinds) > 2 or not isinstance(first, (nn.Linear, nn.QuantizedLinear)) or (width == dim and len(own) == 1):
+            return
+        joined = {}
+        for key in own[0]:
+            joined[key] = mx.concatenate([_widen(parameters[key], heads, width) for parameters in own])
+            if width == dim:
+                for layer, view in zip(layers, mx.split(joined[key], len(layers)), strict=True):
+                    layer[key] = view
+        self._entries[names] = copy(first).update(joined), [_parameters(layer) for layer in layers]
+
+    def add_columns(self, layer: nn.Module, heads: int) -> None:
+        """Let ``layer`` take wide heads, with columns of zeros. Those of quantized layers are groups, and stay."""
+        dim = layer.weight.shape[-1] // heads
+        width = fused_width(dim)
+        if isinstance(layer, nn.Linear) and width > dim:
+            weight = _widen(layer.weight, heads, width, axis=1)
+            self._entries["out",] = copy(layer).update({"weight": weight}), [_parameters(layer)]
+
+    def rows(self, names: tuple[str, ...], layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
+        """Compute the product of ``x`` with each of the layers, with wide heads where they were added so."""
+        joined = self._find(names, layers)
+        return [layer(x) for layer in layers] if joined is None else mx.split(joined(x), len(layers), axis=-1)
+
+    def out(self, layer: nn.Module, x: mx.array, dim: int) -> mx.array:
+        """Compute the product of ``layer`` and heads [B, N, heads, ``dim`` or more], with zeros in what is more."""
+        if x.shape[-1] > dim:
+            widened = self._find(("out",), [layer])
+            x, layer = (x[..., :dim], layer) if widened is None else (x, widened)
+        return layer(x.flatten(2))
+
+    def _find(self, names: tuple[str, ...], layers: Sequence[nn.Module]) -> nn.Module | None:
+        """Return what is joined of ``layers`` as they are, and drop what is of parameters that they no longer have."""
+        if names not in self._entries or not is_default():
+            return None
+        joined, own = self._entries[names]
+        for layer, parameters in zip(layers, own, strict=True):
+            now = _parameters(layer.get("base", layer))
+            if now.keys() != parameters.keys() or any(now[key] is not p for key, p in parameters.items()):
+                self._entries.pop(names, None)
+                return None
+        return joined if all("base" not in layer or layer.is_idle for layer in layers) else None
+
+
+_QUANTIZATION = ("group_size", "bits", "mode")
+
+
+def _parameters(layer: nn.Module) -> dict[str, mx.array]:
+    return {key: value for key, value in layer.items() if isinstance(value, mx.array)}
+
+
+def _widen(x: mx.array, heads: int, width: int, axis: int = 0) -> mx.array:
+    """Add zeros to each head along an axis: heads * D -> heads * width."""
+    x = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+    pads = [(0, 0)] * x.ndim
+    pads[axis + 1] = (0, width - x.shape[axis + 1])
+    return mx.pad(x, pads).flatten(axis, axis + 1)
+
+
+def join(network: nn.Module) -> None:
+    """Let each attention of ``network`` compute products of one input together, where a GPU is the default device."""
+    if is_default():
+        for module in network.modules():
+            if hasattr(module, "join"):
+                module.join()

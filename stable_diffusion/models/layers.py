@@ -4,7 +4,7 @@ import math
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -63,7 +63,7 @@ def _scores_gradient(p: mx.array, dp: mx.array, mean: mx.array) -> mx.array:
 
 
 def _attention_gradients(
-    inputs: Sequence[mx.array], change: mx.array, out: mx.array, upcast: bool = False
+    inputs: Sequence[mx.array], change: mx.array, out: mx.array, upcast: bool = False, dim: int | None = None
 ) -> tuple[mx.array, ...]:
     """Compute the scores once more, of as many heads at a time as have ``_SCORES`` bytes (Dao et al. 2022, alg. 4)."""
     heads = [x.reshape(-1, *x.shape[2:]) for x in (*inputs, change, out)]
@@ -73,7 +73,7 @@ def _attention_gradients(
         q, change = mx.depends([q, change], list(parts[-1])) if parts else (q, change)
         if upcast:
             q, k, v, change = (x.astype(mx.float32) for x in (q, k, v, change))
-        scale = q.shape[-1] ** -0.5
+        scale = (dim or q.shape[-1]) ** -0.5
         p = softmax((scale * q) @ k.swapaxes(-1, -2))
         dp = change @ v.swapaxes(-1, -2)
         mean = (p * dp if upcast else change.astype(mx.float32) * o).sum(axis=-1, keepdims=True)
@@ -93,23 +93,41 @@ _after = mx.custom_function(lambda x, done: mx.depends(x, done))  # in gradients
 _after.vjp(lambda inputs, change, _: (change, mx.depends(mx.zeros_like(inputs[1]), change)))
 
 
+@cache
+def _attend_widened(dim: int, upcast: bool) -> Kernel:
+    """Attend with heads of ``dim`` that were widened with zeros."""
+    attend = mx.custom_function(partial(gpu.attention, dim=dim))
+    attend.vjp(partial(_attention_gradients, upcast=upcast, dim=dim))
+    return attend
+
+
 def attention(
-    q: mx.array, k: mx.array, v: mx.array, largest: float = math.inf, axis: int = 0, *, upcast: bool = False
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    largest: float = math.inf,
+    axis: int = 0,
+    *,
+    upcast: bool = False,
+    dim: int | None = None,
 ) -> mx.array:
     """Compute scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
 
-    ``upcast`` has gradients compute scores in float32, as fused kernels do, whatever the type.
+    ``upcast`` has gradients compute scores in float32, as fused kernels do, whatever the type. ``dim`` is the width of
+    heads that were widened with zeros to D.
     Where the scores of all pairs would stand in memory, as many images, heads or queries are computed at a time as have
     scores of at most ``largest`` bytes; on a GPU also as many as take one kernel ``_LONGEST``. Images and heads are
     parted first: products with few rows are slow.
     """
-    on_cpu, dim = mx.default_device() == mx.cpu, q.shape[-1]
-    limit = largest / q.itemsize if on_cpu or dim > gpu.FUSED[-1] else math.inf
+    on_cpu, width = mx.default_device() == mx.cpu, q.shape[-1]
+    limit = largest / q.itemsize if on_cpu or width > gpu.FUSED[-1] else math.inf
     if not on_cpu:
-        limit = min(limit, _LONGEST / (2 * gpu.fused_width(dim)))
+        limit = min(limit, _LONGEST / (2 * gpu.fused_width(width)))
     scores = math.prod(q.shape[:3]) * k.shape[2]
     if axis > 2 or scores <= limit:
-        return (_attend_upcast if upcast and q.dtype != mx.float32 else _attend)(q, k, v)
+        upcast = upcast and q.dtype != mx.float32
+        attend = _attend_upcast if upcast else _attend
+        return (attend if dim in (None, width) else _attend_widened(dim, upcast))(q, k, v)
     length = q.shape[axis]
     step = max(int(length * limit // scores), 1)
     cuts = list(range(step, length, step))
@@ -119,7 +137,7 @@ def attention(
     for q, *kv in zip(queries, k, v, strict=True):
         # One after the other, or the scores of all would be in memory at once.
         q = _after(q, results[-1]) if results else q
-        results.append(attention(q, *kv, largest, axis + 1, upcast=upcast))
+        results.append(attention(q, *kv, largest, axis + 1, upcast=upcast, dim=dim))
     return mx.concatenate(results, axis=axis)
 
 
@@ -260,42 +278,6 @@ class Conv2d(nn.Conv2d):
         return y, self.bias if "bias" in self else mx.zeros(y.shape[-1], y.dtype)
 
 
-def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_corners: bool = False) -> mx.array:
-    """Resize NHWC maps to ``size`` (h, w) by linear or cubic interpolation, as torch's ``interpolate`` does.
-
-    There is no smoothing when the maps shrink. ``align_corners`` keeps the centres of the corner pixels where they are
-    instead of their outer edges. Each axis is a product with a matrix, computed for the rows and then the columns.
-    """
-    b, h, w, c = x.shape
-    rows, columns = (
-        mx.array(_interpolation(old, new, cubic, align_corners)).astype(x.dtype)
-        for old, new in zip((h, w), size, strict=True)
-    )
-    return columns @ (rows @ x.reshape(b, h, w * c)).reshape(b, size[0], w, c)
-
-
-def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list[list[float]]:
-    """The matrix [new, old] that interpolates ``old`` values in a line, constant beyond its ends, at ``new`` places.
-
-    Places are rounded to float32 where torch rounds them. Cubic convolution (Keys 1981) is with a = -3/4 for -1/2.
-    """
-    scale = array("f", [(old - 1) / max(new - 1, 1) if align_corners else old / new])[0]
-    places = array("f", (scale * i if align_corners else scale * (i + 0.5) - 0.5 for i in range(new)))
-    matrix = [[0.0] * old for _ in places]
-    for row, place in zip(matrix, places, strict=True):
-        before = math.floor(place)
-        for i in range(before - 1, before + 3):
-            d = abs(place - i)
-            if not cubic:
-                weight = max(1 - d, 0)
-            elif d <= 1:
-                weight = 1.25 * d**3 - 2.25 * d**2 + 1
-            else:
-                weight = -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
-            row[min(max(i, 0), old - 1)] += weight
-    return matrix
-
-
 @dataclass
 class Context:
     """Cache the keys and values that each layer makes of an encoded prompt [B, M, D], the same in all steps of a run.
@@ -353,6 +335,14 @@ class Attention(nn.Module):
         self._heads = heads
         self._upcast = upcast
         self._largest_scores = largest_scores
+        self._inputs = (("to_q", "to_k", "to_v"),) if context_dim is None else (("to_q",), ("to_k", "to_v"))
+        self._joined = gpu.Joined()
+
+    def join(self) -> None:
+        """Compute products of the same input as one on a GPU, see :class:`gpu.Joined`, from the parameters as they are."""
+        for names in self._inputs:
+            self._joined.add_rows(names, [self[name] for name in names], self._heads)
+        self._joined.add_columns(self.to_out[0], self._heads)
 
     def __call__(
         self, x: mx.array, b: int, context: Context | None = None, is_perturbed: mx.array | None = None
@@ -361,20 +351,30 @@ class Attention(nn.Module):
 
         Where ``is_perturbed`` [B] is 1 each position of the map attends to itself alone (Ahn et al. 2024).
         """
-        k, v = self.keys_and_values(x, x, b) if context is None else context.keys_and_values(self)
-        out = attention(self._split(self.to_q(x), b), k, v, self._largest_scores, upcast=self._upcast)
+        if context is None:
+            q, k, v = self._project(x, b, *self._inputs[0])
+        else:
+            q, (k, v) = self._project(x, b, "to_q")[0], context.keys_and_values(self)
+        q, k, v = (y[..., : min(q.shape[-1], k.shape[-1])] for y in (q, k, v))  # wide heads are of all three
+        dim = x.shape[-1] // self._heads
+        out = attention(q, k, v, self._largest_scores, upcast=self._upcast, dim=dim)
         if is_perturbed is not None:
             out = mx.where(is_perturbed[:, None, None, None], v, out)
-        return self.to_out[0](out.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype))
+        return self._joined.out(self.to_out[0], out.transpose(0, 2, 1, 3).astype(x.dtype), dim).reshape(x.shape)
 
     def keys_and_values(self, k: mx.array, v: mx.array, b: int) -> tuple[mx.array, mx.array]:
-        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads] each."""
-        return self._split(self.to_k(k), b), self._split(self.to_v(v), b)
+        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads or wider] each."""
+        if k is v:
+            return tuple(self._project(k, b, "to_k", "to_v"))
+        return self._project(k, b, "to_k")[0], self._project(v, b, "to_v")[0]
 
-    def _split(self, x: mx.array, b: int) -> mx.array:
-        """[B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
-        x = x.reshape(b, -1, self._heads, x.shape[-1] // self._heads).transpose(0, 2, 1, 3)
-        return x.astype(mx.float32) if self._upcast and not gpu.is_fused(x.shape[-1]) else x
+    def _project(self, x: mx.array, b: int, *names: str) -> list[mx.array]:
+        """[B, N, C] or [B * N, C] -> a product for each of the layers with these names, [B, heads, N, C / heads]."""
+        products = []
+        for y in self._joined.rows(names, [self[name] for name in names], x):
+            y = y.reshape(b, -1, self._heads, y.shape[-1] // self._heads).transpose(0, 2, 1, 3)
+            products.append(y.astype(mx.float32) if self._upcast and not gpu.is_fused(y.shape[-1]) else y)
+        return products
 
 
 class ResnetBlock2D(nn.Module):

@@ -21,7 +21,7 @@ from oracle import SCALES, nchw, nhwc, normal, perturb, relative_error, twin
 from stable_diffusion.diffusion.sample import depth_latents
 from stable_diffusion.images.depth import estimate_depth, read_depth
 from stable_diffusion.models.dpt import DPTConfig, DPTForDepthEstimation
-from stable_diffusion.models.layers import resample
+from stable_diffusion.models.resample import resample
 from stable_diffusion.weights.files import open_part
 from stable_diffusion.weights.load import build, load_component
 from test_full_size import check, oracle_shapes
