@@ -339,7 +339,7 @@ class Attention(nn.Module):
         self._joined = gpu.Joined()
 
     def join(self) -> None:
-        """Compute products of the same input as one on a GPU, see :class:`gpu.Joined`, from the parameters as they are."""
+        """Compute products of the same input as one on a GPU, of the parameters as they are: :class:`gpu.Joined`."""
         for names in self._inputs:
             self._joined.add_rows(names, [self[name] for name in names], self._heads)
         self._joined.add_columns(self.to_out[0], self._heads)
@@ -363,7 +363,7 @@ class Attention(nn.Module):
         return self._joined.out(self.to_out[0], out.transpose(0, 2, 1, 3).astype(x.dtype), dim).reshape(x.shape)
 
     def keys_and_values(self, k: mx.array, v: mx.array, b: int) -> tuple[mx.array, mx.array]:
-        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads or wider] each."""
+        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads or more]."""
         if k is v:
             return tuple(self._project(k, b, "to_k", "to_v"))
         return self._project(k, b, "to_k")[0], self._project(v, b, "to_v")[0]
