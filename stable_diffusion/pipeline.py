@@ -50,7 +50,7 @@ class StableDiffusion(Networks):
 
     Args:
         model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a complete
-            checkpoint (.safetensors, .ckpt); None is the class's default model.
+            checkpoint (.safetensors, .ckpt, .gguf); None is the class's default model.
         float16: the same as ``dtype=mx.float16``.
         revision: branch, tag or commit of a Hub repository.
         unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8).

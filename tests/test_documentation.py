@@ -31,11 +31,13 @@ from PIL import Image
 
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
+from ggufs import write_gguf
 from models.test_controlnet_union import unions
 from stable_diffusion import SAMPLERS, __version__
 from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
 from stable_diffusion.weights import catalog, hub
+from stable_diffusion.weights.files import open_checkpoint, read_tensors
 from tools import flags
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -113,6 +115,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "photos").mkdir()
     Image.effect_noise((512, 512), 60).convert("RGB").save(tmp_path / "photos" / "1.jpg")
     mx.save_safetensors(str(tmp_path / "model.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny"))
+    parts = open_checkpoint(ROOT / "stable_diffusion" / "tiny").components
+    write_gguf(tmp_path / "unet.gguf", dict(read_tensors(parts["unet"])), "Q8_0")
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     factors = {f"{layer}_A.weight": mx.full((4, 96), 1 / 96), f"{layer}_B.weight": mx.ones((96, 4))}
     mx.save_safetensors(str(tmp_path / "style.safetensors"), factors)

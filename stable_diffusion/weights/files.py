@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..models.config import listed, readable, short
 from . import catalog, hub, layout
+from .formats.gguf import read_gguf
 from .formats.kinds import kind_of
 from .formats.original import to_diffusers
 from .formats.pickles import read_pickle
@@ -271,7 +272,7 @@ def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     The content decides how it is read, not the name. Raises ValueError for a file that is damaged or of another kind.
     """
     kind = kind_of(path) or ("pickle" if path.suffix in layout.PICKLES else "safetensors")
-    return read_pickle(path) if kind == "pickle" else read_safetensors(path)
+    return {"pickle": read_pickle, "gguf": read_gguf, "safetensors": read_safetensors}[kind](path)
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:

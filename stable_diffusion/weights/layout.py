@@ -27,7 +27,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 VOCABULARY = ("vocab.json", "merges.txt")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-SUFFIXES = (".safetensors", *PICKLES)  # of files of weights
+SUFFIXES = (".safetensors", *PICKLES, ".gguf")  # of files of weights
 
 # Pipelines with just the networks of this library. ControlNet and others have more, upscalers and SD 3 different ones.
 _PIPELINES = re.compile(

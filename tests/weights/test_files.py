@@ -221,7 +221,7 @@ def test_file_is_no_checkpoint(tmp_path):
 
 KINDS = [  # what other programs and servers leave under the names of weights
     (b"", "is empty: get it again"),
-    (b"GGUF\3\0\0\0" + bytes(40), "is a GGUF file"),
+    (b"GGUF\1\0\0\0" + bytes(40), "its header is not that of a GGUF file"),
     (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page, not the file behind it"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 34\n", "is only a pointer of Git LFS"),
     (b'{"error": "Repository not found"}', "is JSON text"),
@@ -234,13 +234,13 @@ KINDS = [  # what other programs and servers leave under the names of weights
 ]
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "bin", "gguf"])
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "bin", "onnx"])
 @pytest.mark.parametrize("content, message", KINDS)
 def test_another_file_under_a_name_of_weights(tmp_path, suffix, content, message):
     path = tmp_path / f"model.{suffix}"
     path.write_bytes(content)
     for text in (refused(path), refused("tiny", parts={"unet": path})):
-        is_known = suffix != "gguf" or not content.startswith(b"PK")
+        is_known = suffix != "onnx" or not content.startswith((b"PK", b"GGUF"))
         assert str(path) in text and (message if is_known else "no file of weights") in text and len(text) < 300
         assert "delete" not in text or message == ""
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 # Other files that people find under the names of weights: how they begin, and what they are.
 _OTHERS = (
-    (b"GGUF", "a GGUF file, of llama.cpp or stable-diffusion.cpp: take the model as .safetensors"),
     (b"version https://git-lfs", "only a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
     (b"<", "a web page, not the file behind it: download it again, perhaps after a login"),
     (b"{", "JSON text, perhaps the error message of a server: download the file again"),
@@ -27,7 +26,7 @@ _OTHERS = (
 
 
 def kind_of(path: Path) -> str:
-    """Return "safetensors", "pickle", or "" for a file that is neither by its first bytes.
+    """Return "safetensors", "pickle", "gguf", or "" for a file that is neither by its first bytes.
 
     Raises ValueError, one line, for a file that is empty or known to be something else.
     """
@@ -40,6 +39,8 @@ def kind_of(path: Path) -> str:
         return "safetensors"
     if start.startswith((b"PK\3\4", b"\x80")):
         return "pickle"
+    if start.startswith(b"GGUF"):
+        return "gguf"
     if start[:1] == b"\x08" and b"\x12" in start[2:4]:  # the version of the format, then the name of the program
         raise ValueError(f"{path} is an ONNX model: take the model as .safetensors")
     for beginning, what in _OTHERS:

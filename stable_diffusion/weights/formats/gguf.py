@@ -1,0 +1,181 @@
+"""Read GGUF files, of stable-diffusion.cpp and ComfyUI-GGUF: a header, then the values of each tensor.
+
+Quantized matrices stay so: a block of 32 values with a scale in half precision is a group of MLX's affine quantization,
+in another order of its bits. All else that is quantized becomes float32. The header is checked here, and the values are
+copied into a temporary safetensors file, which MLX reads when it needs them: MLX's own reader trusts a file.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .safetensors import damaged, load_copy, loading_stream
+
+_MAX_HEADER = 1 << 24  # bytes; the header of XL has 150,000
+_MAX_TENSORS, _MAX_KEYS, _MAX_DIMENSIONS = 20_000, 20_000, 4
+_MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
+_CHUNK = 1 << 20  # bytes that are copied at once
+GROUP = 32  # values of a block
+
+# Each type's name, the values of a block, and its bytes.
+_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)}
+_TYPES |= {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+_REFUSED = {6: "Q5_0", 7: "Q5_1"} | {10 + i: f"Q{i + 2}_K" for i in range(5)}  # the usual ones
+_KEY_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+_PREFIXES = (("te.1.", "text_encoder_2."), ("te.", "text_encoder."))  # of a folder that stable-diffusion.cpp converted
+_SHAPE = "comfy.gguf.orig_shape."  # in metadata: that of a tensor which was reshaped to be quantized
+
+
+class _Header:
+    """Read the values of a header one after the other; struct.error and ValueError where they make no sense."""
+
+    def __init__(self, data: bytes):
+        self.data, self.position = data, 0
+
+    def take(self, kinds: str) -> tuple:
+        values = struct.unpack_from(f"<{kinds}", self.data, self.position)
+        self.position += struct.calcsize(f"<{kinds}")
+        return values
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        if length > len(self.data) - self.position:
+            raise ValueError("a text that is longer than the header")
+        self.position += length
+        return self.data[self.position - length : self.position].decode()
+
+    def value(self) -> Any:
+        (kind,) = self.take("I")
+        inner, length = self.take("IQ") if kind == _LIST else (kind, 1)
+        if length > len(self.data) - self.position:
+            raise ValueError("a list that is longer than the header")
+        values = [self.text() for _ in range(length)] if inner == _TEXT else self.take(f"{length}{_KEY_TYPES[inner]}")
+        return values if kind == _LIST else values[0]
+
+
+def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return the tensors of a file by name, which are read when they are evaluated, and no metadata.
+
+    A quantized matrix NAME.weight comes as MLX's packed values, with NAME.scales and NAME.biases. Raises ValueError for
+    a file that is damaged, or has types that are not read here.
+    """
+    infos = _check_header(path)
+    rows = {}
+    for name, (kind, shape, _, size) in infos.items():
+        code, values, size_of_block = _TYPES[kind]
+        rows[name] = (code, shape, size) if values == 1 else ("U8", (size // size_of_block, size_of_block), size)
+    copied = load_copy(rows, _pieces(path, [(start, size) for _, _, start, size in infos.values()]))
+    tensors: dict[str, mx.array] = {}
+    with mx.stream(loading_stream(mx.cpu)):
+        for name, (kind, shape, _, _) in infos.items():
+            tensors |= {name: copied[name]} if _TYPES[kind][1] == 1 else _unpacked(name, kind, shape, copied[name])
+        if any("label_emb." in name for name in tensors):  # XL's matrices are 1x1 convolutions for stable-diffusion.cpp
+            for name in [n for n, v in tensors.items() if ".proj_" in n and v.shape[2:] == (1, 1)]:
+                tensors[name] = tensors[name].flatten(1)
+    return tensors, {}
+
+
+def _check_header(path: Path) -> dict[str, tuple[int, tuple[int, ...], int, int]]:
+    """Return {name: (type, shape, first byte, bytes)} of a file's tensors, which all lie within the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = _Header(file.read(_MAX_HEADER))
+    try:
+        magic, version, n_tensors, n_keys = header.take("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3) or n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+            raise ValueError(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
+        keys = {header.text(): header.value() for _ in range(n_keys)}
+        rows = [_tensor(header, keys) for _ in range(n_tensors)]
+        start = -(-header.position // (alignment := int(keys.get("general.alignment", 32)))) * alignment
+    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise damaged(path, f"its header is not that of a GGUF file: {reason:.80}") from error
+    infos, total = {}, 0
+    for name, kind, shape, offset in rows:
+        if kind not in _TYPES:
+            found = _REFUSED.get(kind, f"type {kind}")
+            text = f"{path} holds {name:.60} as {found}, which is not read"
+            raise ValueError(f"{text}: take a file of Q8_0, Q4_0, Q4_1, F16 or F32")
+        _, values, size_of_block = _TYPES[kind]
+        blocks, rest = divmod(math.prod(shape), values)
+        total += (n_bytes := blocks * size_of_block)
+        is_inside = 0 <= start <= size - offset - n_bytes and total <= size
+        if rest or math.prod(shape) > _MAX_LENGTH or not is_inside or name in infos:
+            raise damaged(path, f"its {size} bytes have no place for {name:.60}")
+        infos[name] = kind, shape, start + offset, n_bytes
+    return infos
+
+
+def _tensor(header: _Header, keys: dict[str, Any]) -> tuple[str, int, tuple[int, ...], int]:
+    """Read (name, type, shape, offset) of a tensor. The shape is stored from the last dimension to the first."""
+    name, (dimensions,) = header.text(), header.take("I")
+    name = next((new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old)), name)
+    if dimensions > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {dimensions} dimensions")
+    shape = header.take(f"{dimensions}Q")[::-1]
+    kind, offset = header.take("IQ")
+    original = tuple(keys.get(f"{_SHAPE}{name}", shape))
+    if math.prod(original) != math.prod(shape) or not all(type(n) is int and n >= 0 for n in original):
+        raise ValueError(f"{name:.40} was {original} before it was reshaped")
+    return name, kind, original, offset
+
+
+def _pieces(path: Path, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+    """Read spans of a file (first byte, bytes) one behind the other."""
+    with path.open("rb") as file:
+        for start, size in spans:
+            file.seek(start)
+            yield from (file.read(min(_CHUNK, size - done)) for done in range(0, size, _CHUNK))
+
+
+def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) -> dict[str, mx.array]:
+    """Return a quantized tensor out of its blocks [n, bytes], as MLX's affine groups of 32 or as float32.
+
+    A value is scale * (q - 8) in Q4_0, scale * q + minimum in Q4_1, and scale * q with a sign in Q8_0.
+    """
+    scales = mx.contiguous(blocks[:, :2]).view(mx.float16)
+    if kind == 8:
+        bits, levels, biases = 8, blocks[:, 2:] ^ mx.array(0x80, mx.uint8), -128 * scales
+    else:
+        first = 2 if kind == 2 else 4
+        biases = -8 * scales if kind == 2 else mx.contiguous(blocks[:, 2:4]).view(mx.float16)
+        pairs = blocks[:, first:]  # of the values i and i + 16
+        values = mx.concatenate([pairs & mx.array(15, mx.uint8), pairs >> mx.array(4, mx.uint8)], axis=1)
+        bits, levels = 4, values[:, ::2] | (values[:, 1::2] << mx.array(4, mx.uint8))
+    weight = mx.contiguous(levels).view(mx.uint32)
+    if len(shape) == 2 and shape[1] % GROUP == 0 and name.endswith(".weight") and "embed" not in name:
+        layer = name.removesuffix(".weight")
+        parts = {"weight": weight, "scales": scales, "biases": biases}
+        return {f"{layer}.{part}": value.reshape(shape[0], -1) for part, value in parts.items()}
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return {name: mx.dequantize(weight, scales, biases, group_size=GROUP, bits=bits).reshape(shape)}
+
+
+def _packed_layers(tensors: Mapping[str, mx.array]) -> Iterator[tuple[str, int]]:
+    """Iterate over (layer, bits) of matrices that are packed as ``read_gguf`` does it."""
+    for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")]
+        weight, rows = parts[0], None if parts[1] is None else parts[1].shape
+        if all(part is not None and part.ndim == 2 for part in parts) and parts[2].shape == rows:
+            yield from ((layer, bits) for bits in (4, 8) if weight.shape == (rows[0], bits * rows[1]))
+
+
+def packed_bits(tensors: Mapping[str, mx.array]) -> int | None:
+    """Return the bits of most packed matrices; None where there are none."""
+    found = [bits for _, bits in _packed_layers(tensors)]
+    return max(set(found), key=found.count, default=None)
+
+
+def unpack(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return tensors with their packed matrices in float16 and their own shape; all stays lazy."""
+    plain = dict(tensors)
+    for layer, bits in _packed_layers(tensors):
+        parts = plain[f"{layer}.weight"], plain.pop(f"{layer}.scales"), plain.pop(f"{layer}.biases")
+        plain[f"{layer}.weight"] = mx.dequantize(*parts, group_size=GROUP, bits=bits)
+    return plain
