@@ -126,7 +126,7 @@ class Listing:
         """
         index = read_json(self.folder / INDEX)
         pipeline = index.get("_class_name")
-        if pipeline in UNCONDITIONAL:
+        if isinstance(pipeline, str) and pipeline in UNCONDITIONAL:
             raise ValueError(f"{self.where} is a {pipeline}, which reads no prompt: UnconditionalDiffusion runs it")
         if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
             raise ValueError(
