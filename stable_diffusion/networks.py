@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Unpack
@@ -14,14 +15,15 @@ import mlx.core as mx
 from .diffusion.sample import step_of
 from .images.clip import clip_pixels
 from .images.depth import estimate_depth
+from .lora.control import load_controlnet
 from .lora.delta import Scale
 from .lora.files import LoRAWeights, read_lora
 from .lora.layers import AttachedLoRA, attach, check_fit
 from .lora.network import NetworkSource
-from .models import cpu, gpu, tiling
+from .models import cpu, tiling
 from .models.config import CLIPTextConfig
-from .models.controlnet import ControlNetModel, T2IAdapter
 from .models.ip_adapter import IPAdapter
+from .models.lllite import ControlNetwork
 from .options import Prompt
 from .planning import RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
@@ -332,17 +334,13 @@ class Networks:
             _log.warning(describe_settings(lora.path.name, settings))
             self._few_step.append((handle, RunDefaults(**settings)))
 
-    def load_controlnet(self, source: str | PathLike) -> ControlNetModel | T2IAdapter:
-        """Load a ControlNet or T2I-Adapter from a file, a folder or a Hub id; for ``Control``.
+    def load_controlnet(self, source: str | PathLike) -> ControlNetwork:
+        """Load a ControlNet, a T2I-Adapter or a ControlNet-LLLite from a file, a folder or a Hub id; for ``Control``.
 
         Raises ValueError or OSError, one line, for what cannot be found or read, or is for another family of models.
         """
-        component = open_part(source, "controlnet", float16=self.dtype != mx.float32)
-        network = load_component(component, self.dtype)
-        network.config.check_fits(self.unet_config)
-        with mx.stream(loading_stream(mx.cpu)):
-            gpu.join(network)
-        return network
+        unet = replace(self.sources["unet"], quantization=None, attached=())
+        return load_controlnet(source, self.dtype, self.unet_config, unet.build)
 
     def load_ip_adapter(self, source: str | PathLike, image_encoder: str | PathLike | None = None) -> IPAdapter:
         """Load an IP-Adapter (Ye et al. 2023) from a file, or from one on the Hub as "id:file", with its image encoder.

@@ -28,11 +28,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
 from ggufs import write_gguf
 from models.test_controlnet_union import unions
+from models.test_lllite import weights as lllite_weights
 from stable_diffusion import SAMPLERS, __version__
 from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
@@ -121,6 +123,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     factors = {f"{layer}_A.weight": mx.full((4, 96), 1 / 96), f"{layer}_B.weight": mx.ones((96, 4))}
     mx.save_safetensors(str(tmp_path / "style.safetensors"), factors)
     unions()[1].save_pretrained(tmp_path / "union")
+    save_file(lllite_weights(), tmp_path / "lllite.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

@@ -15,7 +15,7 @@ from ..images.depth import crop_depth, read_depth
 from ..images.files import open_image
 from ..images.image import fit, from_array, to_array
 from ..images.inpaint import EMPTY_MASK, Canvas, add_borders, adjust_mask, make_canvas, read_mask
-from ..models.controlnet import ControlNetModel, T2IAdapter
+from ..models.lllite import ControlNetwork
 from ..models.resample import resample
 from ..options import SettingError
 from ..pipeline import StableDiffusion
@@ -23,7 +23,7 @@ from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
 
-ControlNets = Sequence[ControlNetModel | T2IAdapter]
+ControlNets = Sequence[ControlNetwork]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..models.controlnet import ControlNetModel, T2IAdapter, scaled_residuals
+from ..models.controlnet import T2IAdapter, scaled_residuals
 from ..models.layers import Context
-from ..models.unet import Residuals
+from ..models.lllite import ControlNetLLLite, ControlNetwork
+from ..models.unet import Residuals, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Control:
         start: share of the steps, 0 ... 1, after which it acts.
         end: share of the steps up to which it acts.
         guess: steer the rows of the prompt only, and the UNet's deeper layers more than the others, so that the image
-            matters more than the prompt ("guess mode"). Adapters have no such mode.
+            matters more than the prompt ("guess mode"). T2I-Adapters and LLLites have no such mode.
         kind: what a union ControlNet is shown, one of its control types by name or number. Controls with the same union
             ControlNet run together; one that does not act in a step has a scale of 0 there, as in diffusers.
 
     Raises ValueError for numbers out of range, and for a kind that the network does not know.
     """
 
-    network: ControlNetModel | T2IAdapter
+    network: ControlNetwork
     image: mx.array
     scale: float = 1.0
     start: float = 0.0
@@ -44,8 +45,9 @@ class Control:
             raise ValueError(
                 f"a ControlNet cannot act from {self.start} to {self.end}; give shares, 0 <= start < end <= 1"
             )
-        if self.guess and isinstance(self.network, T2IAdapter):
-            raise ValueError("a T2I-Adapter has no guess mode, since it does not read the prompt; leave it out")
+        if self.guess and isinstance(self.network, T2IAdapter | ControlNetLLLite):
+            kind = "T2I-Adapter" if isinstance(self.network, T2IAdapter) else "ControlNet-LLLite"
+            raise ValueError(f"a {kind} has no guess mode, since it does not read the prompt; leave it out")
         if self.type_number is None and self.kind is not None:
             raise ValueError(f"control type {self.kind!r} has no effect: this is no union ControlNet; leave it out")
 
@@ -65,7 +67,7 @@ class ControlGroup:
     """Hold controls that one network computes together, and their images as it embeds them, the same in all steps."""
 
     controls: list[Control]
-    embedded: list[mx.array | list[mx.array]]
+    embedded: list[mx.array | list[mx.array] | dict[str, mx.array]]
 
     def strengths(self, step: int, steps: int) -> list[float]:
         """Return the scale of each control in a step."""
@@ -91,6 +93,16 @@ def embed_controls(controls: Sequence[Control], dtype: mx.Dtype) -> list[Control
     return groups
 
 
+def changed_unet(
+    unet: UNet2DConditionModel, acting: Sequence[tuple[ControlGroup, Sequence[float]]]
+) -> UNet2DConditionModel:
+    """Return the UNet with the inputs that the acting ControlNet-LLLites change; it shares all weights."""
+    for group, scales in acting:
+        if isinstance(network := group.controls[0].network, ControlNetLLLite):
+            unet = network.applied(unet, group.embedded[0], scales[0])
+    return unet
+
+
 def control_outputs(
     acting: Sequence[tuple[ControlGroup, Sequence[float]]],
     x: mx.array,
@@ -113,6 +125,7 @@ def control_outputs(
         if isinstance(network, T2IAdapter):
             scaled = [scale * feature for feature in embedded]
             features = _sums(features, scaled) if features else scaled
+        if isinstance(network, T2IAdapter | ControlNetLLLite):
             continue
         if first.type_number is not None:  # one scale is on the residuals, several are on the images
             numbers = [control.type_number for control in group.controls]

@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from ..models import cpu
 from ..models.layers import Context
+from ..models.lllite import ControlNetLLLite
 from ..models.unet import UNet2DConditionModel, self_attentions
 from .choice import clip_for
-from .controls import Control, control_outputs, embed_controls
+from .controls import Control, changed_unet, control_outputs, embed_controls
 from .guidance import GuidanceBatch
 from .limits import clipped
 from .preconditioning import Preconditioning
@@ -73,6 +74,10 @@ class Denoiser:
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._preconditioning = Preconditioning.of(schedule.config)
         self._controls = embed_controls(controls, dtype)
+        if tome_ratio and any(isinstance(control.network, ControlNetLLLite) for control in controls):
+            raise ValueError(
+                "token_merging and ControlNet-LLLites do not go together, since they need all positions; use one"
+            )
         self._rows_at_once, self._deep_cache, self._group = rows_at_once, deep_cache, group
         self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
@@ -133,7 +138,7 @@ class Denoiser:
             cache = part.maps
         if conditioning.channels is not None:
             x = mx.concatenate([x, conditioning.channels.astype(x.dtype)], axis=-1)
-        return self._unet(
+        return changed_unet(self._unet, acting)(
             x,
             temb,
             part.context,

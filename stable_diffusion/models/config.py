@@ -35,6 +35,7 @@ _MOST |= dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_lay
 _MAY_BE_ZERO = {"transformer_layers_per_block", "reverse_transformer_layers_per_block", "eos_token_id", "freq_shift"}
 _MAY_BE_ZERO |= {"steps_offset", "backbone_out_indices", "disable_corrector", "downsample_padding"}
 _LONGEST = {"trained_betas": 100_000, "attention_widths": 256}  # of lists, else 16
+_LONGEST |= dict.fromkeys(("layers", "widths", "depths"), 4096)
 
 
 @contextmanager

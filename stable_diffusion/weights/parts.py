@@ -10,6 +10,7 @@ from ..models.config import AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig,
 from ..models.controlnet import ControlNetConfig, ControlNetModel, T2IAdapter, T2IAdapterConfig
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.ip_adapter import IPAdapter, IPAdapterConfig
+from ..models.lllite import ControlNetLLLite, LLLiteConfig
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.unet2d import UNet2DConfig, UNet2DModel
@@ -81,10 +82,11 @@ PARTS: dict[str, Part] = {
         classes={
             **dict.fromkeys(("ControlNetModel", "ControlNetUnionModel"), (ControlNetConfig, ControlNetModel)),
             "T2IAdapter": (T2IAdapterConfig, T2IAdapter),
+            "ControlNetLLLite": (LLLiteConfig, ControlNetLLLite),
         },
         original="input_hint_block.0.weight",
         signs=("controlnet_cond_embedding.conv_in.weight",),
-        prefixes=("control_model.",),
+        prefixes=("lllite_unet_", "control_model."),
     ),
     "depth_estimator": Part(
         label="a depth estimator",

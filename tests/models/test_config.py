@@ -77,7 +77,7 @@ CHANGES = [
     ("controlnet", {"down_block_types": ["DownBlock2D"] * 2}, "2 entries for 3 blocks"),
     ("controlnet", {"cross_attention_dim": None}, "missing cross_attention_dim"),
     ("controlnet", {"mid_block_type": None}, "mid_block_type=None"),
-    ("controlnet", {"_class_name": "ControlNetModel", "num_control_type": 8}, "num_control_type=8"),
+    ("controlnet", {"num_control_type": 65}, "num_control_type=65 must be a whole number from 1 to 64"),
     ("unet", {"transformer_layers_per_block": [1, [2, 2], 1]}, "needs reverse_transformer_layers_per_block"),
     ("unet", {"attention_head_dim": 5}, "attention width 32 does not divide into 5 heads"),
     ("text_encoder", {"num_attention_heads": 5}, "text encoder width 64 does not divide into 5 heads"),

@@ -41,6 +41,7 @@ UNET_NAMES = {  # the blocks of a UNet
     "input_hint_block.0": "controlnet_cond_embedding.conv_in",
 }
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|op|conv)\.")
+_LLLITE = re.compile(r"^(middle_block|input_blocks|output_blocks)(?:_(\d+))?_1_")
 _HINT = re.compile(r"input_hint_block\.(\d+)\.")
 _ZERO = re.compile(r"^zero_convs\.(\d+)\.0\.")
 
@@ -97,6 +98,8 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
 
     A fused projection becomes three, and OpenCLIP's text projection is transposed. All stays lazy.
     """
+    if kind == "controlnet":
+        tensors = {_LLLITE.sub(_lllite_block, name): value for name, value in tensors.items()}
     if kind in PARTS and PARTS[kind].original in tensors:
         tensors = _CONVERTERS[kind](tensors)
     if kind in _OF_VISION:
@@ -105,6 +108,15 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
     if _BARE_CLIP in named:
         named = {name if name.startswith("text_projection") else f"text_model.{name}": v for name, v in named.items()}
     return {_LEGACY.sub(lambda m: f"{m[1]}.{_LEGACY_ATTENTION[m[2]]}.", name): v for name, v in named.items()}
+
+
+def _lllite_block(match: re.Match) -> str:
+    """Rename a block of XL's UNet in a ControlNet-LLLite: each level has two resnets and a sampler, or three."""
+    if match[1] == "middle_block":
+        return "mid_block_attentions_0_"
+    side, before = ("down", 1) if match[1] == "input_blocks" else ("up", 0)
+    level, layer = divmod(int(match[2]) - before, 3)
+    return f"{side}_blocks_{level}_attentions_{layer}_"
 
 
 def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:

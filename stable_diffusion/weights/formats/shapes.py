@@ -81,7 +81,26 @@ def _unet(tensors: Tensors) -> dict[str, Any]:
     return config
 
 
+def _lllite(tensors: Tensors) -> dict[str, Any]:
+    """Read a ControlNet-LLLite. ValueError where it changes convolutions."""
+    layers = sorted({name.partition(".")[0] for name in tensors})
+    down, second = ([tensors[f"{layer}.{part}.weight"] for layer in layers] for part in ("down.0", "conditioning1.2"))
+    if convolutions := [layer for layer, weight in zip(layers, down, strict=True) if weight.ndim == 4]:
+        raise ValueError(f"it changes convolutions, such as {convolutions[0]}, which is not supported: take one for XL")
+    thirds = [f"{layer}.conditioning1.4.weight" in tensors for layer in layers]
+    return {
+        "_class_name": "ControlNetLLLite",
+        "layers": layers,
+        "widths": [weight.shape[1] for weight in down],
+        "depths": [3 if third else weight.shape[-1] // 2 for third, weight in zip(thirds, second, strict=True)],
+        "cond_emb_dim": 2 * tensors[f"{layers[0]}.conditioning1.0.weight"].shape[0],
+        "mlp_dim": down[0].shape[0],
+    }
+
+
 def _controlnet(tensors: Tensors) -> dict[str, Any]:
+    if any(".conditioning1.0." in name for name in tensors):
+        return _lllite(tensors)
     embedding = "controlnet_cond_embedding"
     names = ["conv_in", *(f"blocks.{i}" for i in range(1, count(tensors, rf"{embedding}\.blocks\.(\d+)\."), 2))]
     widths = [tensors[f"{embedding}.{name}.weight"].shape[0] for name in names]
