@@ -335,7 +335,9 @@ class Networks:
             self._few_step.append((handle, RunDefaults(**settings)))
 
     def load_controlnet(self, source: str | PathLike) -> ControlNetwork:
-        """Load a ControlNet, a T2I-Adapter or a ControlNet-LLLite from a file, a folder or a Hub id; for ``Control``.
+        """Load a ControlNet, of any kind, or a T2I-Adapter from a file, a folder or a Hub id; for ``Control``.
+
+        A Control-LoRA is made of the UNet with those LoRAs that were given to the class.
 
         Raises ValueError or OSError, one line, for what cannot be found or read, or is for another family of models.
         """

@@ -1,20 +1,22 @@
 """Load ControlNets, T2I-Adapters, and those that are made of a model's own UNet: LLLites and Control-LoRAs."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from os import PathLike
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..models import gpu
-from ..models.config import UNetConfig, listed
-from ..models.controlnet import misfit
+from ..models.config import EncoderConfig, UNetConfig, listed
+from ..models.controlnet import ControlNetModel, misfit
 from ..models.lllite import ControlNetLLLite, ControlNetwork
 from ..models.unet import UNet2DConditionModel
-from ..weights.files import open_part
+from ..weights.files import Component, open_part, read_tensors
 from ..weights.formats.safetensors import loading_stream
-from ..weights.load import load_component
-from .delta import shape_of
+from ..weights.load import build, fill, load_component
+from .delta import LoRADelta, shape_of, weight_of
 
 
 def load_controlnet(
@@ -26,7 +28,10 @@ def load_controlnet(
     be found or read, or is for another family of models.
     """
     component = open_part(source, "controlnet", float16=dtype != mx.float32)
-    network = load_component(component, dtype)
+    if component.config.get("_class_name") == "ControlLoRA":
+        network = build_control_lora(component, build_unet(), dtype)
+    else:
+        network = load_component(component, dtype)
     if isinstance(network, ControlNetLLLite):
         check_layers(network, build_unet())
     else:
@@ -48,3 +53,31 @@ def check_layers(network: ControlNetLLLite, unet: UNet2DConditionModel) -> None:
     wrong = [n for n, width in wanted if widths.get(n) != width or n.endswith(("attn2_to_k", "attn2_to_v"))]
     if wrong:
         raise misfit("ControlNet-LLLite", f"it changes {listed(wrong, most=1)}, which the model does not have so")
+
+
+def build_control_lora(component: Component, unet: UNet2DConditionModel, dtype: mx.Dtype) -> ControlNetModel:
+    """Build a ControlNet from the UNet's first half and a Control-LoRA (Stability AI 2023); all weights are lazy.
+
+    The file has factors of what is added to matrices and kernels, W + up @ down, and all else that differs whole.
+    """
+    config = {field.name: getattr(unet.config, field.name) for field in fields(EncoderConfig)} | component.config
+    layers = dict(unet.named_modules())
+    try:
+        with mx.stream(loading_stream(mx.cpu)):
+            network, stored = build("controlnet", config | {"_class_name": "ControlNetModel"}), read_tensors(component)
+            tensors = {name: value for name, value in stored.items() if name != "lora_controlnet"}
+            for name, _ in tree_flatten(network.parameters()):
+                path, kind = name.rsplit(".", 1)
+                if name in tensors or path not in layers:
+                    continue
+                layer = layers[path]
+                value = weight_of(layer) if kind == "weight" else layer[kind]
+                roles = [role for role in ("up", "down") if kind == "weight" and f"{path}.{role}" in tensors]
+                if roles:
+                    factors = {role: tensors.pop(f"{path}.{role}") for role in roles}
+                    value = value + LoRADelta("unet", path, factors).delta(layer)["weight"]
+                tensors[name] = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value  # as in files
+            fill(network, tensors, dtype)
+    except ValueError as error:
+        raise misfit("Control-LoRA", str(error)) from error
+    return network.eval()

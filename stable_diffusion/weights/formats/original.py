@@ -40,7 +40,7 @@ UNET_NAMES = {  # the blocks of a UNet
     "middle_block_out.0": "controlnet_mid_block",
     "input_hint_block.0": "controlnet_cond_embedding.conv_in",
 }
-_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|op|conv)\.")
+_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|proj_in|op|conv)\.")
 _LLLITE = re.compile(r"^(middle_block|input_blocks|output_blocks)(?:_(\d+))?_1_")
 _HINT = re.compile(r"input_hint_block\.(\d+)\.")
 _ZERO = re.compile(r"^zero_convs\.(\d+)\.0\.")

@@ -105,13 +105,15 @@ def _controlnet(tensors: Tensors) -> dict[str, Any]:
     names = ["conv_in", *(f"blocks.{i}" for i in range(1, count(tensors, rf"{embedding}\.blocks\.(\d+)\."), 2))]
     widths = [tensors[f"{embedding}.{name}.weight"].shape[0] for name in names]
     task = tensors.get("task_embedding")  # of a union ControlNet
-    return _half_unet(tensors) | {
+    own = {
         "_class_name": "ControlNetModel",
         "conditioning_channels": tensors[f"{embedding}.conv_in.weight"].shape[1],
         "conditioning_embedding_out_channels": widths,
         "num_control_type": None if task is None else task.shape[0],
         "num_trans_layer": count(tensors, r"transformer_layes\.(\d+)\.") or None,
     }
+    # A Control-LoRA says nothing of the UNet that it changes.
+    return own | {"_class_name": "ControlLoRA"} if "lora_controlnet" in tensors else _half_unet(tensors) | own
 
 
 def _vae(tensors: Tensors) -> dict[str, Any]:
