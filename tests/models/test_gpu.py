@@ -7,10 +7,12 @@ import torch
 from models import test_controlnet as controlnet
 from models import test_half_precision as half
 from models import test_layers as layers
+from models import test_lllite as lllite
 from models import test_unet as unet
 from models import test_vae as vae
 from oracle import nchw, nhwc, normal, relative_error
 from stable_diffusion.models import layers as attention
+from stable_diffusion.models.gpu import join
 from stable_diffusion.models.layers import GroupNorm
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -85,3 +87,9 @@ def test_half_precision():
     types = half.TYPES["float16"]
     half.test_unet("sd2-v", types)
     half.test_autoencoder(vae, vae.SD, types)
+
+
+def test_inputs_of_joined_layers_are_changed():
+    net, _ = unet.unets("xl")
+    join(net)
+    lllite.test_equals_the_formula()
