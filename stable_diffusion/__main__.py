@@ -12,6 +12,7 @@ from .cli.streams import open_closed
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "txt2image": ("make images from a prompt", main.txt2image),
     "image2image": ("change an image towards a prompt", main.image2image),
+    "unconditional": ("make images with a model that reads no prompt", main.unconditional),
     "convert": ("write a model as a folder that loads at once", convert.main),
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
     "train": ("train a LoRA from a few pictures", train.main),
@@ -29,7 +30,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         prog=prog,
         usage=f"{prog} command ...",
         description="Stable Diffusion for Apple Silicon in pure MLX.",
-        epilog="commands:\n" + "\n".join(f"  {name:13}{about}" for name, (about, _) in _COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:15}{about}" for name, (about, _) in _COMMANDS.items()),
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="command", help="what to do; with --help, how")
     command = parser.parse_args(words[:1]).command

@@ -1,4 +1,4 @@
-"""The two scripts as tests call them: in this process or in one of their own, and what they leave behind."""
+"""The scripts as tests call them: in this process or in one of their own, and what they leave behind."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from PIL import Image
 from stable_diffusion.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"txt2image": cli.txt2image, "image2image": cli.image2image}
+SCRIPTS = {"txt2image": cli.txt2image, "image2image": cli.image2image, "unconditional": cli.unconditional}
 PROMPT = "the red cat"
 
 

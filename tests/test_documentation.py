@@ -40,6 +40,7 @@ from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
 from stable_diffusion.weights import catalog, hub
 from stable_diffusion.weights.files import open_checkpoint, read_tensors
+from test_unconditional import save
 from tools import flags
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -124,6 +125,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     mx.save_safetensors(str(tmp_path / "style.safetensors"), factors)
     unions()[1].save_pretrained(tmp_path / "union")
     save_file(lllite_weights(), tmp_path / "lllite.safetensors")
+    save(tmp_path / "cats", "DDPMPipeline", diffusers.DDPMScheduler(num_train_timesteps=100))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, Parsers] = {
         "image2image": script_parser("image2image", "image2image"),
         "txt2image": script_parser("txt2image", "txt2image"),
     },
+    "unconditional": {"unconditional": script_parser("unconditional", "unconditional")},
     "convert": {"convert": convert.make_parser()},
     "inspect": {"inspect": inspect.make_parser()},
     "train": {"train": train.make_parser()},

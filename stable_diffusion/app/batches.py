@@ -175,7 +175,9 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     end = request.refiner_start if request.refiner else 1.0
     keywords = _keywords(batch, controls=batch.controls, denoising_end=end)
     if canvas is None:
-        return model.generate_latents(latent_size=(batch.size[1] // unit, batch.size[0] // unit), **keywords)
+        # The method of models with prompts; those without read none, and have one with fewer arguments.
+        size = batch.size[1] // unit, batch.size[0] // unit
+        return StableDiffusion.generate_latents(model, latent_size=size, **keywords)
     return model.generate_latents_from_image(
         canvas.crop(canvas.image),
         strength=batch.strength,

@@ -25,6 +25,7 @@ from ..lora.layers import AttachedLoRA
 from ..models import cpu
 from ..options import SettingError
 from ..pipeline import StableDiffusion
+from ..unconditional import UnconditionalDiffusion
 from ..weights.files import open_checkpoint
 from ..weights.parts import NETWORKS
 from . import memory
@@ -105,14 +106,18 @@ def dtype_of(request: Request) -> mx.Dtype:
     return getattr(mx, request.dtype or ("float16" if mx.default_device() == mx.gpu else "float32"))
 
 
-def open_model(request: Request, low_memory: bool = False) -> StableDiffusion:
+def open_model(request: Request, low_memory: bool = False, reads_prompts: bool = True) -> StableDiffusion:
     """Open the model of a request. Its refiner has to be there too, which is opened when it is needed.
+
+    One that ``reads_prompts`` not is an ``UnconditionalDiffusion``.
 
     Raises ValueError or OSError, one line, for what cannot be found, read or run.
     """
     if request.exact:  # MLX reads it at each convolution: the memory that Winograd may take is none
         os.environ["MLX_CONV_WINOGRAD_WORKING_SET"] = "1"
     dtype = dtype_of(request)
+    if not reads_prompts:
+        return UnconditionalDiffusion(request.model, dtype=dtype, revision=request.revision, low_memory=low_memory)
     if request.refiner:
         open_checkpoint(request.refiner, float16=dtype != mx.float32)
     model = StableDiffusion(

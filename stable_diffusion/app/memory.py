@@ -135,10 +135,10 @@ def training_bytes(unet: UNet2DConditionModel, rows: int, size: tuple[int, int],
 def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
-    unet, vae = sizes.pop("unet"), sizes.pop("autoencoder")
+    unet, vae = sizes.pop("unet"), sizes.pop("autoencoder", 0)  # which models of pixels have not
     text, controls = sum(sizes.values()), sum(shape.controls)
     stays = 0 if model.low_memory or not shape.encodes else vae
-    largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size
+    largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size if vae else 0
     stages = [StageMemory("text encoding", text + controls, int(_TEXT * shape.chunks))]
     if shape.encodes:
         weights = vae + controls + (0 if model.low_memory else text)
@@ -148,13 +148,13 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     for stage, size in (("a step of the UNet", shape.size), ("a step of the second pass", shape.larger)):
         if size is not None:
             stages.append(StageMemory(stage, unet + controls + stays, step_bytes(model, shape, size)))
-    peak = tiling.plan(model.vae_config, "decoder", (1, *largest), limit - vae, itemsize).peak
+    peak = tiling.plan(model.vae_config, "decoder", (1, *largest), limit - vae, itemsize).peak if vae else 0
     return [*stages, StageMemory("decoding", vae, int(peak))]
 
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
     """Return the bytes of the networks that a batch needs after its prompts are encoded."""
-    return model.sources["unet"].size + model.sources["autoencoder"].size + sum(shape.controls)
+    return sum(model.sources[name].size for name in {"unet", "autoencoder"} & {*model.sources}) + sum(shape.controls)
 
 
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:

@@ -24,6 +24,7 @@ from ..lora.files import locate
 from ..lora.folders import find_in
 from ..models.config import listed
 from ..pipeline import StableDiffusion
+from ..unconditional import UnconditionalDiffusion
 from ..weights.files import open_part
 from ..weights.layout import SUFFIXES, VOCABULARY
 from ..weights.parts import FAMILIES, family_of
@@ -173,7 +174,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
     if request.refiner:
         arguments["refiner_start"] = request.refiner_start
     return {
-        "script": "txt2image" if request.image is None else "image2image",
+        "script": script_of(model, request),
         "arguments": {name: arguments[name] for name in KINDS if name in arguments},
         "made": made,
         "files": {name: known for name, path in _files(model, request, names).items() if (known := fingerprint(path))},
@@ -184,6 +185,13 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
             "type": model.dtype_name,
         },
     }
+
+
+def script_of(model: StableDiffusion, request: Request) -> str:
+    """Return the command that makes a request's images."""
+    if isinstance(model, UnconditionalDiffusion):
+        return "unconditional"
+    return "txt2image" if request.image is None else "image2image"
 
 
 def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:

@@ -68,6 +68,8 @@ def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None
 
     Raises ValueError or OSError, one line, for a ``vae`` that cannot be found or read, or is for other latents.
     """
+    if "autoencoder" not in model.sources:
+        return model.decode
     network, dtype = load_component(model.sources["autoencoder"].component), mx.float32
     channels, scale = kind = (network.latent_channels, network.config.scale)
     if vae is not None:

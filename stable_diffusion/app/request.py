@@ -28,8 +28,8 @@ FRACTION = Number(float, 0, 1)
 STRENGTH = Number(float, 0, 1, excludes_lowest=True)
 _SEED = Number(int, 0)
 NUMBERS = OPTION_NUMBERS | {
-    "width": Number(int, 64, 16384, multiple=8),
-    "height": Number(int, 64, 16384, multiple=8),
+    "width": Number(int, 32, 16384, multiple=8),
+    "height": Number(int, 32, 16384, multiple=8),
     "n_images": COUNT,
     "seed": Number(int, -1, 2**63 - 1),
     "steps": COUNT,

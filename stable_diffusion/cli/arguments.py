@@ -19,6 +19,7 @@ from ..files.text import read_text
 from ..images.files import SUFFIXES
 from ..models.config import listed
 from ..text.alternatives import COMMENT
+from ..unconditional import UnconditionalDiffusion
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
@@ -54,6 +55,7 @@ class Command:
     preview: PreviewSettings
     sharing: SharingSettings
     record: Record | None
+    reads_prompts: bool
     remarks: Sequence[str]
     device: str | None
     preload_models: bool
@@ -62,7 +64,7 @@ class Command:
 
 
 def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Command:
-    """Read the arguments of "txt2image" or "image2image" (None: the process's). Exits with one line for a mistake."""
+    """Read the arguments of a script, a key of ``FOREIGN`` (None: the process's). Exits with a line for a mistake."""
     parser = script_parser(script, prog)
     arguments = vars(parser.parse_args(argv))
     try:
@@ -73,7 +75,8 @@ def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Co
 
 def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
     _check(arguments)
-    base, record, notes = Request(), None, ()
+    reads_prompts = script != "unconditional"
+    base, record, notes = Request() if reads_prompts else Request(model=UnconditionalDiffusion.default_model), None, ()
     if "from_image" in arguments:
         record = read_record(arguments["from_image"])
         base, arguments, notes = _repeated(parser, script, arguments, record)
@@ -85,7 +88,7 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
     has_file = "prompt_file" in arguments
     if has_file and "prompt" in arguments:
         raise ValueError("give a prompt or a file of them")
-    if not has_file and "prompt" not in arguments and record is None:
+    if reads_prompts and not has_file and "prompt" not in arguments and record is None:
         place = "give a prompt behind the image" if script == "image2image" else "give a prompt"
         raise ValueError(f"{place}, or --prompt_file FILE")
     lines = _prompt_lines(parser, script, arguments, base) if has_file else [line_of(base, arguments)]
@@ -95,9 +98,8 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
     )
     switches = {name: name in arguments for name in ("preload_models", "json", "verbose")}
     notes = [*notes, *_unused(arguments, lines)]
-    return Command(
-        parser, lines, resources, output, preview, sharing, record, notes, arguments.get("device"), **switches
-    )
+    switches |= {"reads_prompts": reads_prompts, "device": arguments.get("device")}
+    return Command(parser, lines, resources, output, preview, sharing, record, remarks=notes, **switches)
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -189,7 +191,7 @@ def _repeated(
     parser.where = f"{record.path}: "
     request, unknown = Request.from_dict(recorded)
     parser.where = ""
-    if not isinstance(recorded.get("prompt"), str) and not has_prompt:
+    if script != "unconditional" and not isinstance(recorded.get("prompt"), str) and not has_prompt:
         raise ValueError(f"{record.path} names no prompt; give one")
     if script == "image2image" and "image" in arguments and not has_prompt:
         word = arguments["image"]

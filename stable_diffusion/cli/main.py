@@ -1,4 +1,4 @@
-"""The command lines of txt2image.py and image2image.py.
+"""The command lines of txt2image.py, image2image.py and unconditional.py.
 
 What was written goes to stdout, a line for each file (path and seed; with ``--json`` an object), progress and remarks
 to stderr. The exit code is 0, 1 where it failed on the way, 2 where the arguments cannot be followed and nothing was
@@ -45,6 +45,11 @@ def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int
 def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run ``image2image.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
     return _run("image2image", argv, prog)
+
+
+def unconditional(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run ``unconditional.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
+    return _run("unconditional", argv, prog)
 
 
 def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
@@ -125,7 +130,7 @@ class Script:
         resources = command.resources
         if self._sharing.share in ("steal", "guidance"):  # the same batches on all ranks
             resources = replace(resources, batch_size=resources.batch_size or 1)
-        self._model = open_model(requests[0], resources.low_memory)
+        self._model = open_model(requests[0], resources.low_memory, command.reads_prompts)
         if ranks.rank() == 0:
             self._model.on_layer = self._bar.load
         if command.preload_models:

@@ -46,6 +46,14 @@ _EXAMPLES = {
   %(prog)s photo.jpg "a lit fireplace" --strength 0.5
   %(prog)s photo.jpg "a green door" --mask door.png --mask_padding 32
   %(prog)s photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7""",
+    "unconditional": """\
+  %(prog)s --model google/ddpm-cat-256 --n_images 4 --seed 1 --sampler ddim --steps 50
+  %(prog)s --model CompVis/ldm-celebahq-256 --output face.png""",
+}
+_SCRIPTS = {  # the words of their usage, and what they do
+    "txt2image": (['"prompt"'], "Make images from a prompt."),
+    "image2image": (["image", '"prompt"'], "Change an image towards a prompt."),
+    "unconditional": ([], "Make images with a model that reads no prompt."),
 }
 
 
@@ -188,17 +196,14 @@ class _Once(argparse.Action):
 
 
 def script_parser(script: str, prog: str | None = None) -> Parser:
-    """Return the parser of "txt2image" or "image2image", under the name ``prog`` (None: the process's)."""
-    from_image = script == "image2image"
-    parser = Parser(
-        prog=prog,
-        usage='%(prog)s image "prompt" [flags]' if from_image else '%(prog)s "prompt" [flags]',
-        description="Change an image towards a prompt." if from_image else "Make images from a prompt.",
-        epilog=_EPILOG.format(_EXAMPLES[script]),
-    )
-    if from_image:
+    """Return the parser of a script, a key of ``FOREIGN``, under the name ``prog`` (None: the process's)."""
+    words, description = _SCRIPTS[script]
+    usage, epilog = " ".join(["%(prog)s", *words, "[flags]"]), _EPILOG.format(_EXAMPLES[script])
+    parser = Parser(prog=prog, usage=usage, description=description, epilog=epilog)
+    if "image" in words:
         parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
-    parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="what to show")
+    if '"prompt"' in words:
+        parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="what to show")
     parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and leave")
     for title, about in ABOUT.items():
         parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])

@@ -79,8 +79,11 @@ class UNet2DBlock(UNetBlock):
 class UNet2DModel(UNet2DConditionModel):
     """Predict the noise (or the velocity, or the image) in noisy images or latents, from these and the timestep alone.
 
-    Each side of ``x`` is a multiple of 2 for each halving. It is called as ``UNet2DConditionModel`` is; of its
-    ``context`` nothing is read.
+    Each side of ``x`` is a multiple of 2 for each halving. It may be called as ``UNet2DConditionModel`` is; its
+    ``context`` is not read.
     """
 
     block_class = UNet2DBlock
+
+    def __call__(self, x: mx.array, temb: mx.array, context: Context | None = None, **options: Any) -> mx.array:
+        return super().__call__(x, temb, context, **options)

@@ -90,7 +90,7 @@ def test_a_process_that_is_refused():
 # --- refused before a model is touched -------------------------------------------------------------------------------
 
 BAD_VALUES = {  # what is said: flags and their values
-    "a multiple of 8 from 64 to 16384": "--width 100; --width 512.0; --height 16392",
+    "a multiple of 8 from 32 to 16384": "--width 100; --width 512.0; --height 16392",
     "a whole number from 1 to 9999": "--steps 2.5; --n_rows 0; --batch_size 0; --decoding_batch_size 0; "
     f"--hires_steps 0; --preview_every 0; --n_images {'9' * 400}",
     "a whole number from -1 to 2^63 - 1": "--seed 9223372036854775808",

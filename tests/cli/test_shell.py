@@ -19,6 +19,7 @@ from stable_diffusion.networks import _OLDEST_MLX
 PARSERS = {
     "txt2image": script_parser("txt2image", "txt2image.py"),
     "image2image": script_parser("image2image", "image2image.py"),
+    "unconditional": script_parser("unconditional", "unconditional.py"),
     "convert": convert.make_parser(),
     "inspect": inspect.make_parser(),
     "train": train.make_parser(),
