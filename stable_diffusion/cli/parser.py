@@ -47,7 +47,7 @@ _EXAMPLES = {
   %(prog)s photo.jpg "a green door" --mask door.png --mask_padding 32
   %(prog)s photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7""",
     "unconditional": """\
-  %(prog)s --model google/ddpm-cat-256 --n_images 4 --seed 1 --sampler ddim --steps 50
+  %(prog)s --model google/ddpm-cat-256 --sampler ddim --steps 50
   %(prog)s --model CompVis/ldm-celebahq-256 --output face.png""",
 }
 _SCRIPTS = {  # the words of their usage, and what they do

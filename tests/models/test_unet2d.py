@@ -55,6 +55,12 @@ def test_equals_diffusers(config):
         assert relative_error(run_ours(ours, x, t), nhwc(oracle(nchw(x), torch.tensor(t)).sample)) <= 1e-4
 
 
+def test_on_a_gpu(gpu):
+    ours, oracle = pair("unet", UNETS_2D["butterflies"], lambda: oracle_of(UNETS_2D["butterflies"]))
+    x = normal(2, 8, 12, 3)
+    assert relative_error(run_ours(ours, x, [9.0, 5.0]), nhwc(oracle(nchw(x), torch.tensor([9.0, 5.0])).sample)) <= 1e-4
+
+
 def test_names_of_old_files():
     _, oracle = pair("unet", UNETS_2D["ddpm"], lambda: oracle_of(UNETS_2D["ddpm"]))
     old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
