@@ -1,7 +1,6 @@
 """Networks of a checkpoint: opened lazily, read when they are used, released and loaded again in low memory."""
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from .models import cpu, tiling
 from .models.config import CLIPTextConfig
 from .models.ip_adapter import IPAdapter
 from .models.lllite import ControlNetwork
-from .options import Prompt
+from .options import Prompt, SettingError
 from .planning import RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
 from .text.tokenizer import Tokenizer
@@ -32,23 +31,14 @@ from .weights.catalog import describe_settings, few_step_settings
 from .weights.embeddings import read_embedding
 from .weights.files import Checkpoint, open_part
 from .weights.formats.safetensors import loading_stream
-from .weights.ip_adapters import ImageEncoder, open_ip_adapter
+from .weights.ip_adapters import open_ip_adapter
 from .weights.layout import SUFFIXES
-from .weights.load import load_component, read_weights
+from .weights.load import LazyNetwork, load_component, read_weights
 from .weights.quantize import remaining_quantization
 
 _log = logging.getLogger("stable_diffusion")
 
 LoRASource = str | PathLike
-_OLDEST_MLX = "0.32.3"
-
-
-def check_mlx() -> None:
-    """Raise ImportError, one line, where MLX is older than this library needs."""
-    found, needed = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (mx.__version__, _OLDEST_MLX))
-    if found < needed:
-        remedy = 'pip install -U mlx, or on Linux "mlx[cpu]"'
-        raise ImportError(f"MLX {mx.__version__} is too old, {_OLDEST_MLX} or newer is needed: {remedy}")
 
 
 class Networks:
@@ -303,6 +293,30 @@ class Networks:
         self._use(beside=[estimator])
         return estimate_depth(estimator, image)
 
+    def load_safety_checker(self, safety_model: str | PathLike | None = None) -> Callable[[Any], list[bool]]:
+        """Return a function that says of each of some pictures whether the safety checker flags it.
+
+        ``safety_model`` is the folder, file or Hub id of one; None is the checkpoint's own. It is read at the first
+        call, and freed after each in low memory. Pictures are paths, PIL images or arrays [H, W, 3] in [-1, 1].
+        """
+        half = self.dtype != mx.float32
+        try:
+            if safety_model is None:
+                part = open_part(self.source, "safety_checker", float16=half, revision=self._revision)
+            else:
+                part = open_part(safety_model, "safety_checker", float16=half)
+        except ValueError as error:
+            remedy = "safety_model names another one, such as CompVis/stable-diffusion-safety-checker"
+            raise SettingError(f"{error}; {remedy}", "safety_model") from error
+        lazy = LazyNetwork(part, self.dtype)
+
+        def flags(images: Any) -> list[bool]:
+            checker = lazy.build(keep=not self.low_memory)
+            self._use(beside=[checker])
+            return checker(clip_pixels(images, checker.config.image_size)).tolist()
+
+        return flags
+
     def count_chunks(self, text: str, prompt_2: str | None = None, **reading: Unpack[ReadingKeywords]) -> int:
         """Return the number of chunks of 75 tokens that a prompt is encoded in; nothing is computed."""
         return count_chunks(text, getattr(self, self._encoders[0][0]), prompt_2, **reading)
@@ -353,7 +367,7 @@ class Networks:
         part, encoder = open_ip_adapter(source, image_encoder, float16=self.dtype != mx.float32)
         network = load_component(part, self.dtype)
         network.config.check_fits(self.unet_config)
-        network.encoder = ImageEncoder(encoder, self.dtype)
+        network.encoder = LazyNetwork(encoder, self.dtype)
         return network
 
     def encode_image_prompt(self, adapter: IPAdapter, images: Any) -> tuple[mx.array, mx.array]:

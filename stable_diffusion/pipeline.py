@@ -23,11 +23,11 @@ from .diffusion.schedule import Schedule
 from .diffusion.schedule_config import ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
-from .models import cpu
+from .models import check_mlx, cpu
 from .models.config import readable
 from .models.layers import timestep_embedding
 from .models.unet import UNet2DConditionModel
-from .networks import Networks, check_mlx
+from .networks import Networks
 from .options import Number, OptionKeywords, Options, Prompt, Prompts
 from .planning import RunDefaults, image_seeds, plan_run
 from .text.encode import Conditioning, SizeConditioning

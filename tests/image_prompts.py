@@ -1,13 +1,17 @@
 """Small random IP-Adapters in the layouts of the published files, and the image encoders that they read."""
 
+import json
 from pathlib import Path
 
 import diffusers
+import mlx.core as mx
 import torch
+from mlx.utils import tree_flatten
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from oracle import perturb
+from stable_diffusion.weights.load import build
 
 VISION = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 VISION |= {"image_size": 42, "patch_size": 14, "projection_dim": 80, "hidden_act": "gelu"}
@@ -21,6 +25,16 @@ def image_encoder(folder: Path | None = None, **values) -> CLIPVisionModelWithPr
     if folder is not None:
         model.save_pretrained(folder)
     return model
+
+
+def write_vision(folder: Path, part: str) -> Path:
+    """Write a random image encoder or safety checker, the latter with concepts that no picture comes near."""
+    network = build(part, VISION)
+    tensors = {n: v.transpose(0, 3, 1, 2) if v.ndim == 4 else v for n, v in tree_flatten(network.parameters())}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(VISION))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
 
 
 def _shapes(kind: str, d: int) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
 from ggufs import write_gguf
+from image_prompts import write_vision
 from models.test_controlnet_union import unions
 from models.test_lllite import weights as lllite_weights
 from stable_diffusion import SAMPLERS, __version__
@@ -126,6 +127,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     unions()[1].save_pretrained(tmp_path / "union")
     save_file(lllite_weights(), tmp_path / "lllite.safetensors")
     save(tmp_path / "cats", "DDPMPipeline", diffusers.DDPMScheduler(num_train_timesteps=100))
+    write_vision(tmp_path / "safety_checker", "safety_checker")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

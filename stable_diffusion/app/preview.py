@@ -157,14 +157,14 @@ class PreviewWriter:
     def _grid(self, images: Sequence[Image], size: tuple[int, int]) -> Image:
         return grid([fit(image, *size, "stretch") for image in images], self._settings.n_rows)
 
-    def finish(self, result: Result) -> Path | None:
-        """Write the animation of the batch of a result, if one is wanted; returns its path.
+    def finish(self, result: Result, is_shown: bool = True) -> Path | None:
+        """Write the animation of the batch of a result, if one is wanted and ``is_shown``; returns its path.
 
         It is decoded like the images, or by the VAE for previews. All passes get the size of the last one, at most 1024
         pixels. Raises OSError, one line.
         """
         frames = list(chain.from_iterable(self._frames.pop(result.batch.index, [])))
-        if not frames:
+        if not frames or not is_shown:
             return None
         frames[-1] = result.latents  # multistep samplers end beside their last estimate
         decode = self._decoder if self._settings.preview_vae is not None else result.model.decode

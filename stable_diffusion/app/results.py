@@ -29,10 +29,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from PIL.Image import Image, frombytes
+from PIL.Image import Image, frombytes, new
 
 from ..diffusion.choice import guidance_scale
-from ..images.files import SUFFIXES, check_output, save
+from ..images.files import SUFFIXES, WHITE, check_output, save
 from ..images.image import grid
 from ..pipeline import StableDiffusion
 from .engine import Result
@@ -64,6 +64,8 @@ class OutputSettings:
     quality: int | None = None
     no_metadata: bool = False
     full_paths: bool = False
+    safety_check: bool = False
+    safety_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class ResultWriter:
         self._made: dict[int, _Made] = {}  # by the number of the image
         self.draws_grid = self.keeps_images = len(requests) > 1 and not settings.no_grid
         self.error: OSError | None = None
+        self.is_flagged: Callable[[Image], bool] | None = None  # by the safety check
+        self.withheld: set[int] = set()  # the numbers of images that it flagged: they are not written
 
     def choose_numbers(self, gather: Callable[[bytes], list[bytes]]) -> None:
         """Choose the numbers in the names of all images together with the other ranks, before any is written.
@@ -131,6 +135,9 @@ class ResultWriter:
         cfg = guidance_scale(request.options.sampler or chosen.sampler, None, chosen.cfg_weight)
         defaults = {"steps": chosen.num_steps, "cfg": cfg, "sampler": chosen.sampler}
         fields = defaults | self._fields[number] | {"width": image.width, "height": image.height}
+        if self.is_flagged is not None and self.is_flagged(image):
+            self._withhold(number, image.size)
+            return
         mark = "partial" if result.partial else ""
         text = None
         if not settings.no_metadata:
@@ -146,6 +153,11 @@ class ResultWriter:
         if path is not None:
             ending = f" partial: {result.partial}" if result.partial else ""
             yield Written(f"{path} seed {request.seed}{ending}", record)
+
+    def _withhold(self, number: int, size: tuple[int, int]) -> None:
+        """Put a white image without a file in the place of one that is flagged."""
+        self.withheld.add(number)
+        self._made[number] = _Made({"path": None}, None, new("RGB", size, WHITE) if self.keeps_images else None)
 
     def gather(self, gather: Callable[[bytes], list[bytes]], is_first: bool) -> Iterator[Written]:
         """Bring all images to the first rank, which writes those that it does not see. All ranks call it.
@@ -169,7 +181,7 @@ class ResultWriter:
         """Return an image of this rank in bytes, with all that :meth:`_unpack` needs."""
         made = self._made[number]
         header = {"number": number, "record": made.record, "text": made.text, "size": made.image.size}
-        header |= {"hash": _hash(made.record["path"])}
+        header |= {"hash": None if number in self.withheld else _hash(made.record["path"])}
         return json.dumps(header).encode() + b"\n" + made.image.tobytes()
 
     def _unpack(self, data: bytes) -> Iterator[Written]:
@@ -178,6 +190,8 @@ class ResultWriter:
         values = json.loads(header)
         if (number := values["number"]) in self._made:
             return
+        if values["record"]["path"] is None:
+            return self._withhold(number, tuple(values["size"]))
         record, text, image = values["record"], values["text"], frombytes("RGB", tuple(values["size"]), pixels)
         self._made[number] = _Made(record, text, image)
         if values["hash"] is not None and values["hash"] == _hash(record["path"]):
@@ -197,8 +211,9 @@ class ResultWriter:
             _log.warning("the images are of several sizes: there is no grid of them")
         elif not plots:
             grids = iter([(grid(images, n_rows), range(len(images)))])
-        for number, (image, shown) in enumerate(grids, start=1):
-            if image is not None:
+        for number, (image, numbers) in enumerate(grids, start=1):
+            shown = [i for i in numbers if i not in self.withheld]
+            if image is not None and shown:
                 mark = "grid" if number == 1 else f"grid_{number}"
                 options = {"text": made[shown[0]].text, "quality": self._settings.quality}
                 path = self._outputs.write(image, made[shown[0]].record, mark, **options)

@@ -28,6 +28,7 @@ _NEEDED = {
     **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end", "control_type"), "controlnet"),
     **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
     "refiner_start": "refiner",
+    "safety_model": "safety_check",
     "variation_seed": "variation_strength",
     "no_composite": "mask expand",
     "resize": "image control_image",
@@ -109,6 +110,8 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise ValueError("--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp")
     if names >= {"low_memory", "preload_models"}:
         raise ValueError("--low_memory reads each network when it is used, --preload_models all at once: leave one out")
+    if preview is not None and "safety_check" in names:
+        raise ValueError("--preview shows images before --safety_check has seen them: leave one out")
     if preview is not None and os.path.abspath(preview) == os.path.abspath(output):
         raise ValueError(f"--preview and --output both name {preview}; give the preview another name")
 

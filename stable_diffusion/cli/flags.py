@@ -158,6 +158,8 @@ FLAGS = {
         "--quality N": "of JPEG and WebP, 1 to 100 (95)",
         "--no_metadata": "write nothing into the images of how they were made",
         "--full_paths": "write the whole paths of files into the images, not their names alone",
+        "--safety_check": "write no image that the checkpoint's safety checker flags, and say how many these are",
+        "--safety_model PART": "an id, folder or file with another safety checker (the checkpoint's)",
         "--verbose -v": "say what is chosen, and how much memory was used",
     },
     "preview": {

@@ -136,6 +136,9 @@ class Script:
         if command.preload_models:
             self._model.ensure_models_are_loaded()
         self._previews.open(self._model)
+        if command.output.safety_check:
+            check = self._model.load_safety_checker(command.output.safety_model)
+            self._writer.is_flagged = lambda image: any(check(image))
         if command.record is not None:
             requests = for_model(command.record, requests, self._model)
         self._engine = Engine(self._model, requests, resources, inputs)
@@ -190,13 +193,17 @@ class Script:
             self._bar.close()
             if self._model.group is not None and ranks.rank() > 0:
                 continue
-            for written in self._writer.add(result, self._model, self._numbers[result.number]):
+            number = self._numbers[result.number]
+            for written in self._writer.add(result, self._model, number):
                 self._print(written)
-                if self._writer.error is None and not result.partial:
-                    ranks.finish()
+            if self._writer.error is None and not result.partial:
+                ranks.finish()
             if result.index == len(result.batch.requests) - 1 and not result.partial:
                 self._write_animation(result)
         self._bar.close()
+        if count := len(self._writer.withheld):
+            text = "%d of %d images not written: the safety check flagged them; it errs too, another seed may pass"
+            _log.warning(text, count, len(self._numbers))
 
     def _results(self) -> Iterator[Result]:
         if not self._numbers:
@@ -242,7 +249,9 @@ class Script:
 
     def _write_animation(self, result: Result) -> None:
         try:
-            path = self._previews.finish(result)
+            numbers = range(result.number - result.index, result.number + 1)  # of the batch
+            is_shown = self._writer.withheld.isdisjoint(self._numbers[number] for number in numbers)
+            path = self._previews.finish(result, is_shown)
         except OSError as error:
             self._writer.error = self._writer.error or error
             return

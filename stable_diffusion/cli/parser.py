@@ -16,8 +16,8 @@ from ..app.sharing import SHARES
 from ..diffusion.choice import read_name, read_schedule, table
 from ..diffusion.generators import NOISE_SOURCES
 from ..lora.delta import Scale
+from ..models import check_mlx
 from ..models.cpu import DEVICES
-from ..networks import check_mlx
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import BITS

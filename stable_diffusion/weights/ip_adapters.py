@@ -1,37 +1,17 @@
 """Find the files of an IP-Adapter and of the image encoder that it was trained with."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
-from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.config import CLIPVisionConfig
 from ..models.ip_adapter import IPAdapterConfig
 from . import hub
 from .files import Component, open_part
-from .load import load_component
 
 # On the Hub, by the width of what an adapter reads of them, and whether these are hidden states: ViT-H and bigG.
 _VIT_H = "h94/IP-Adapter/models/image_encoder/model.safetensors"
 _BIG_G = "h94/IP-Adapter/sdxl_models/image_encoder/model.safetensors"
 _ENCODERS = {(1024, False): _VIT_H, (1280, True): _VIT_H, (1280, False): _BIG_G, (1664, True): _BIG_G}
-
-
-@dataclass
-class ImageEncoder:
-    """Build an image encoder when it is used first."""
-
-    component: Component
-    dtype: mx.Dtype
-    network: CLIPVisionModelWithProjection | None = None  # while it is kept
-
-    def build(self, keep: bool) -> CLIPVisionModelWithProjection:
-        """Return the encoder, whose weights are read when they are used; ``keep`` holds it until the next use."""
-        network = load_component(self.component, self.dtype) if self.network is None else self.network
-        self.network = network if keep else None
-        return network
 
 
 def open_ip_adapter(

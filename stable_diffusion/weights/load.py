@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -71,6 +72,21 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
         files = listed(map(str, component.files), most=1)
         raise ValueError(f"{component.name} ({files}): {error}") from error
     return module.eval()
+
+
+@dataclass
+class LazyNetwork:
+    """Build a network that is no part of a run's checkpoint when it is used first."""
+
+    component: Component
+    dtype: mx.Dtype
+    network: nn.Module | None = None  # while it is kept
+
+    def build(self, keep: bool) -> nn.Module:
+        """Return the network, whose weights are read when they are used; ``keep`` holds it until the next use."""
+        network = load_component(self.component, self.dtype) if self.network is None else self.network
+        self.network = network if keep else None
+        return network
 
 
 def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> None:

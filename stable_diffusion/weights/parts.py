@@ -11,6 +11,7 @@ from ..models.controlnet import ControlNetConfig, ControlNetModel, T2IAdapter, T
 from ..models.dpt import DPTConfig, DPTForDepthEstimation
 from ..models.ip_adapter import IPAdapter, IPAdapterConfig
 from ..models.lllite import ControlNetLLLite, LLLiteConfig
+from ..models.safety import StableDiffusionSafetyChecker
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.unet2d import UNet2DConfig, UNet2DModel
@@ -106,6 +107,13 @@ PARTS: dict[str, Part] = {
         library="transformers",
         stem="model",
         signs=("vision_model.embeddings.class_embedding",),
+    ),
+    "safety_checker": Part(
+        label="a safety checker",
+        classes={"StableDiffusionSafetyChecker": (CLIPVisionConfig, StableDiffusionSafetyChecker)},
+        library="transformers",
+        stem="model",
+        signs=("concept_embeds",),
     ),
 }
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone

@@ -14,7 +14,7 @@ from command_line import ROOT, names, pixels
 from stable_diffusion import StableDiffusion, __main__, __version__
 from stable_diffusion.cli import arguments, check, convert, inspect, train
 from stable_diffusion.cli.parser import script_parser
-from stable_diffusion.networks import _OLDEST_MLX
+from stable_diffusion.models import _OLDEST_MLX
 
 PARSERS = {
     "txt2image": script_parser("txt2image", "txt2image.py"),

@@ -140,10 +140,12 @@ def test_an_adapter_for_another_family_is_refused():
 def test_pixels_equal_transformers():
     processor = CLIPImageProcessorPil(size=42, crop_size=42)
     levels = np.random.default_rng(0).integers(0, 256, (120, 200, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(levels[:h, :w]) for h, w in ((42, 42), (61, 97), (120, 33), (20, 31), (43, 200))]
+    pictures = [
+        Image.fromarray(levels[:h, :w]) for h, w in ((42, 42), (61, 97), (120, 33), (20, 31), (51, 42), (42, 200))
+    ]
     want = processor(images=pictures, return_tensors="pt").pixel_values
     got = clip_pixels(pictures, 42)
-    assert got.shape == (5, 42, 42, 3) and got.dtype == mx.float32
+    assert got.shape == (6, 42, 42, 3) and got.dtype == mx.float32
     assert np.abs(np.array(got) - nhwc(want)).max() <= 1e-5
     one = np.asarray(pictures[1], np.float32) / 255 * 2 - 1
     for given in (one, mx.array(one), pictures[1].convert("RGBA")):

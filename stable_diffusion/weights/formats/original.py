@@ -83,7 +83,7 @@ _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 # Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
 NOT_OF_TEXT_ENCODER = r"((position_ids|logit_scale|logit_bias|attn_mask)$|(visual|vision_model|visual_projection)\.)"
 _NOT_WEIGHTS = re.compile(rf"(^|\.){NOT_OF_TEXT_ENCODER}")
-_OF_VISION = ("image_encoder",)
+_OF_VISION = ("image_encoder", "safety_checker")
 _VISION = re.compile(r"(?!.*\.position_ids$)(vision_model|visual_projection|\w+_embeds)")  # else it is of another half
 _NESTED = ("vision_model.vision_model.", "vision_model.")  # a safety checker's, before transformers 5
 _BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it

@@ -197,4 +197,4 @@ def _image_encoder(tensors: Tensors) -> dict[str, Any]:
 # network that cannot be run here.
 READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {"unet": _unet, "vae": _vae, "controlnet": _controlnet}
 READERS |= dict.fromkeys(("text_encoder", "text_encoder_2"), _text_encoder)
-READERS |= {"ip_adapter": _ip_adapter, "image_encoder": _image_encoder}
+READERS |= {"ip_adapter": _ip_adapter, "image_encoder": _image_encoder, "safety_checker": _image_encoder}
