@@ -4,6 +4,7 @@ from .models import cpu  # noqa: F401  (first: it loads OpenBLAS before MLX is l
 
 # isort: split
 from .diffusion.controls import Control
+from .diffusion.image_prompts import ImagePrompt
 from .diffusion.samplers import SAMPLERS
 from .images.image import to_images
 from .options import Options
@@ -19,6 +20,7 @@ __all__ = [
     "SAMPLERS",
     "Conditioning",
     "Control",
+    "ImagePrompt",
     "MicroConditioning",
     "Options",
     "SizeConditioning",

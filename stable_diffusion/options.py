@@ -12,6 +12,7 @@ import mlx.core as mx
 from .diffusion.choice import find_sampler, read_schedule
 from .diffusion.controls import Control
 from .diffusion.generators import NOISE_SOURCES
+from .diffusion.image_prompts import ImagePrompt
 from .diffusion.samplers import Noise, States
 from .diffusion.schedule_config import SPACINGS
 from .models.token_merging import HIGHEST
@@ -118,6 +119,7 @@ class Options:
         token_merging: fraction of positions, 0 ... 0.75, that large self-attentions merge (Bolya & Hoffman 2023).
         size_conditioning: the sizes that SDXL is conditioned on (Podell et al. 2023).
         controls: ControlNets and T2I-Adapters with their conditioning images.
+        image_prompts: pictures that act beside the prompt, each with its IP-Adapter.
         denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
         denoising_end: fraction of the noise at which to stop, for another model to continue.
         noise_source: generator of a seed's noise: "mlx"; "torch", the one of torch on the CPU, drawn from as diffusers
@@ -157,6 +159,7 @@ class Options:
     token_merging: float = 0.0
     size_conditioning: SizeConditioning | None = None
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
     denoising_start: float = 0.0
     denoising_end: float = 1.0
     noise_source: str = "mlx"
@@ -211,8 +214,11 @@ class Options:
             texts = [text] if text is None or isinstance(text, str) else text
             if not isinstance(texts, Sequence) or not all(one is None or isinstance(one, str) for one in texts):
                 raise ValueError(f"prompt_2 {text!r:.80} is no prompt; give a text, or a list of texts")
-        if not isinstance(self.controls, Sequence) or not all(isinstance(one, Control) for one in self.controls):
-            raise ValueError(f"controls {self.controls!r} must be a list of Control(network, image)")
+        for name, kind in (("controls", Control), ("image_prompts", ImagePrompt)):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not all(isinstance(one, kind) for one in values):
+                form = ", ".join([*kind.__dataclass_fields__][:2])
+                raise ValueError(f"{name} must be a list of {kind.__name__}({form})")
         placed = [n for n in ("schedule", "spacing", "timesteps", "sigmas") if getattr(self, n) is not None]
         if len(placed) > 1 and not {"timesteps", "sigmas"}.isdisjoint(placed):
             raise ValueError(f"{', '.join(placed)} each say where the steps lie; give one of them")
@@ -249,6 +255,7 @@ class OptionKeywords(TypedDict, total=False):
     token_merging: float
     size_conditioning: SizeConditioning | None
     controls: Sequence[Control]
+    image_prompts: Sequence[ImagePrompt]
     denoising_start: float
     denoising_end: float
     noise_source: str

@@ -18,31 +18,19 @@ from PIL.Image import Image
 from .diffusion.choice import guidance_scale, sampler_for
 from .diffusion.denoiser import Denoiser, DenoiseStep, for_sampler, inpainting
 from .diffusion.guidance import GuidanceBatch, guidance_batches, guidance_rescale
+from .diffusion.image_prompts import check_image_prompts
 from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_image, sample
-from .diffusion.schedule import Schedule
-from .diffusion.schedule_config import ScheduleConfig
 from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
 from .models import check_mlx, cpu
-from .models.config import readable
-from .models.layers import timestep_embedding
-from .models.unet import UNet2DConditionModel
+from .models.unet import UNet2DConditionModel, timestep_embedding
 from .networks import Networks
 from .options import Number, OptionKeywords, Options, Prompt, Prompts
-from .planning import RunDefaults, image_seeds, plan_run
+from .planning import RunDefaults, image_seeds, plan_run, schedule_of
 from .text.encode import Conditioning, SizeConditioning
-from .weights.files import Checkpoint, open_checkpoint
+from .weights.files import open_checkpoint
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-
-
-def read_schedule(checkpoint: Checkpoint) -> Schedule:
-    """Read the noise schedule of a checkpoint; ValueError, with its name, for what is not computed here."""
-    try:
-        with readable("scheduler config"):
-            return Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.name}: {error}") from error
 
 
 class StableDiffusion(Networks):
@@ -111,7 +99,7 @@ class StableDiffusion(Networks):
         checkpoint = self._open(self.source, float16=dtype != mx.float32, revision=revision, **replaced)
         bits = {"unet": unet_bits, "text_encoder": text_bits, "text_encoder_2": text_bits}
         super().__init__(checkpoint, dtype, low_memory, bits, loras, lora_partial)
-        self.schedule = read_schedule(checkpoint)
+        self.schedule = schedule_of(checkpoint)
         sampler = sampler_for(self.schedule.config)
         self._defaults = RunDefaults(sampler, checkpoint.steps, checkpoint.guidance, **checkpoint.few_steps)
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
@@ -315,10 +303,13 @@ class StableDiffusion(Networks):
         if options.latents is not None and getattr(options.latents, "shape", None) != shape:
             actual = getattr(options.latents, "shape", type(options.latents).__name__)
             raise ValueError(f"latents of shape {actual} do not fit: this run needs {shape}")
-        image = (*(self.pixels_per_latent * side for side in size), 3)
+        height, width = (self.pixels_per_latent * side for side in size)
         for control in options.controls:
-            if control.image.shape != image:
-                raise ValueError(f"a control image of shape {control.image.shape} does not fit: this run needs {image}")
+            if control.image.shape != (height, width, 3):
+                text = f"a control image of shape {control.image.shape} does not fit"
+                raise ValueError(f"{text}: this run needs {(height, width, 3)}")
+        if options.image_prompts:
+            check_image_prompts(options.image_prompts, self.unet, len(run.seeds), (height, width))
 
     def _read_image(self, image: Any, mask: Any) -> tuple[mx.array, mx.array | None, tuple[int, int]]:
         """Return pixels [H, W, 3] or latents, the mask [H, W] or None, and the size of the latents."""
@@ -342,9 +333,11 @@ class StableDiffusion(Networks):
         arrays = [value for value in vars(first).values() if isinstance(value, mx.array)]
         if self.low_memory:  # so that the autoencoder can be freed
             mx.eval(arrays)
+        images = [prompt.encoded(self.encode_image_prompt) for prompt in options.image_prompts if prompt.scale != 0]
         positive, negative, uncond_image = tables = self._condition(prompts, options, first, run.sampler.cfg_pp)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]
-        (unet,) = self._use("unet", beside=[control.network for control in options.controls])
+        beside = [*(control.network for control in options.controls), *(image.adapter for image in images)]
+        (unet,) = self._use("unet", beside=beside)
         batches = guidance_batches(
             len(run.steps),
             len(run.seeds),
@@ -359,7 +352,7 @@ class StableDiffusion(Networks):
             keeps_uncond=run.sampler.cfg_pp,
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
-        denoise = self._denoiser(unet, run, first, options, batches)
+        denoise = self._denoiser(unet, run, first, replace(options, image_prompts=images), batches)
         try:
             yield from sample(denoise, run, first)
         finally:
@@ -375,8 +368,9 @@ class StableDiffusion(Networks):
     ) -> DenoiseStep:
         """Make D(x, sigma) of a run, with its wrappers."""
         settings: dict[str, Any] = {"controls": options.controls, "rows_at_once": self.rows_at_once}
-        settings |= {"group": self.group, "deep_cache": options.deep_cache, "tome_ratio": options.token_merging}
-        settings |= {"freeu_scales": options.freeu, "pag_layers": options.pag_layers if options.pag_scale else ()}
+        settings |= {"group": self.group, "deep_cache": options.deep_cache, "image_prompts": options.image_prompts}
+        settings |= {"unet_options": {"tome_ratio": options.token_merging, "freeu_scales": options.freeu}}
+        settings |= {"pag_layers": options.pag_layers if options.pag_scale else ()}
         denoise: DenoiseStep = Denoiser(unet, run.schedule, run.steps, self.dtype, batches, **settings)
         denoise = for_sampler(denoise, run.sampler, run.schedule)
         return denoise if first.mask is None else inpainting(denoise, first.mask)

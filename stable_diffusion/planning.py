@@ -10,7 +10,10 @@ from .diffusion.choice import describe, find_sampler, read_name, read_schedule, 
 from .diffusion.sample import Run
 from .diffusion.samplers import Sampler
 from .diffusion.schedule import Schedule, Steps
+from .diffusion.schedule_config import ScheduleConfig
+from .models.config import readable
 from .options import Number, Options, SettingError
+from .weights.files import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class RunDefaults:
             else:
                 values["timesteps"] = self.timesteps
         return replace(options, **values)
+
+
+def schedule_of(checkpoint: Checkpoint) -> Schedule:
+    """Read the noise schedule of a checkpoint; ValueError, with its name, for what is not computed here."""
+    try:
+        with readable("scheduler config"):
+            return Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name}: {error}") from error
 
 
 _NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta", "variation_strength")  # taken as is

@@ -15,8 +15,8 @@ from .diffusion.choice import read_name
 from .diffusion.sample import Latents, Run
 from .diffusion.samplers import SAMPLERS
 from .options import OptionKeywords, Options, Prompt, Prompts, SettingError
-from .pipeline import StableDiffusion, read_schedule
-from .planning import image_seeds, plan_run
+from .pipeline import StableDiffusion
+from .planning import image_seeds, plan_run, schedule_of
 from .text.encode import Conditioning
 from .weights.files import Checkpoint, open_unconditional
 
@@ -113,7 +113,7 @@ class UnconditionalDiffusion(StableDiffusion):
         schedule, chosen = self.schedule, options.sampler or self.sampler
         if isinstance(chosen, str) and (known := SAMPLERS[read_name(chosen)[0]].scheduler):
             scheduler = self._checkpoint.scheduler | {"_class_name": f"{known.partition(':')[0]}Scheduler"}
-            schedule = read_schedule(replace(self._checkpoint, scheduler=scheduler))
+            schedule = schedule_of(replace(self._checkpoint, scheduler=scheduler))
         seeds = image_seeds(seed, count, counts=not options.variation_strength)
         return plan_run(schedule, options, self.defaults, num_steps=num_steps, seeds=seeds, strength=strength)
 

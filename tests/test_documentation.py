@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
 from ggufs import write_gguf
-from image_prompts import write_vision
+from image_prompts import image_encoder, random_adapter, write_adapter, write_vision
 from models.test_controlnet_union import unions
 from models.test_lllite import weights as lllite_weights
 from stable_diffusion import SAMPLERS, __version__
@@ -128,6 +128,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     save_file(lllite_weights(), tmp_path / "lllite.safetensors")
     save(tmp_path / "cats", "DDPMPipeline", diffusers.DDPMScheduler(num_train_timesteps=100))
     write_vision(tmp_path / "safety_checker", "safety_checker")
+    unet = diffusers.UNet2DConditionModel.from_config(ROOT / "stable_diffusion" / "tiny" / "unet")
+    write_adapter(tmp_path / "adapter.safetensors", random_adapter(unet, "plus"))
+    image_encoder(tmp_path / "image_encoder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

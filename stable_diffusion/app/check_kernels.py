@@ -16,6 +16,7 @@ from mlx import nn
 
 from ..models import layers, upsampling
 from ..models.resample import resample
+from ..models.unet import timestep_embedding
 
 Inputs = Callable[[np.random.Generator], Sequence[np.ndarray]]
 
@@ -327,7 +328,7 @@ def _others() -> Iterator[KernelCase]:
     yield KernelCase("doubling a map", _normal((2, 9, 7, 320)), upsampling.upsample_nearest, _repeated, 0, half=0)
     kernel = partial(resample, size=(23, 40))
     yield KernelCase("resampling 16 x 24 to 23 x 40", _normal((1, 16, 24, 4)), kernel, _interpolated, 5e-6)
-    kernel = partial(layers.timestep_embedding, dim=320)
+    kernel = partial(timestep_embedding, dim=320)
     yield KernelCase("embedding of timesteps", lambda rng: [np.arange(0, 1000, 37)], kernel, _waves, 1e-4, half=None)
 
 

@@ -39,12 +39,7 @@ class Control:
     kind: str | int | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"the scale {self.scale} of a ControlNet is not a finite number")
-        if not 0 <= self.start < self.end <= 1:
-            raise ValueError(
-                f"a ControlNet cannot act from {self.start} to {self.end}; give shares, 0 <= start < end <= 1"
-            )
+        check_strength("a ControlNet", self.scale, self.start, self.end)
         if self.guess and isinstance(self.network, T2IAdapter | ControlNetLLLite):
             kind = "T2I-Adapter" if isinstance(self.network, T2IAdapter) else "ControlNet-LLLite"
             raise ValueError(f"a {kind} has no guess mode, since it does not read the prompt; leave it out")
@@ -60,6 +55,14 @@ class Control:
     def strength(self, step: int, steps: int) -> float:
         """Return the scale in a step: 0 where not all of it lies between start and end."""
         return self.scale if step / steps >= self.start and (step + 1) / steps <= self.end else 0.0
+
+
+def check_strength(network: str, scale: float, start: float, end: float) -> None:
+    """Raise ValueError unless the scale is finite and the shares of the steps are in order."""
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale {scale} of {network} is not a finite number")
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"{network} cannot act from {start} to {end}; give shares, 0 <= start < end <= 1")
 
 
 @dataclass

@@ -1,20 +1,23 @@
 """D(x, sigma), the estimate of the clean latents that the samplers integrate (Karras et al. 2022), and its wrappers."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from ..models import cpu
+from ..models.ip_adapter import ImageTokens
 from ..models.layers import Context
 from ..models.lllite import ControlNetLLLite
-from ..models.unet import UNet2DConditionModel, self_attentions
+from ..models.unet import UNet2DConditionModel, find_attentions
 from .choice import clip_for
 from .controls import Control, changed_unet, control_outputs, embed_controls
 from .guidance import GuidanceBatch
+from .image_prompts import ImagePrompt
 from .limits import clipped
 from .preconditioning import Preconditioning
 from .samplers import Sampler
@@ -29,6 +32,7 @@ class _Part:
 
     rows: GuidanceBatch
     context: Context
+    images: list[ImageTokens]  # of each image prompt
     full_step: float = -math.inf  # the last in which all of the UNet ran, and its map for DeepCache
     maps: list[mx.array] = field(default_factory=list)
 
@@ -43,16 +47,16 @@ class Denoiser:
         dtype: type in which the networks compute.
         batches: from ``guidance_batches``.
         controls: ControlNets and T2I-Adapters; each embeds its image once.
+        image_prompts: pictures that cross-attention reads beside the prompt, with their tokens.
         rows_at_once: run at most this number of rows of a batch at once, part after part, which takes less memory.
         deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
             on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
-        tome_ratio: share of positions that the UNet's largest self-attentions merge, see ``models/token_merging.py``.
-        freeu_scales: (b1, b2, s1, s2) of FreeU, see ``models/unet.py``.
+        unet_options: ``tome_ratio`` and ``freeu_scales`` of the UNet's call.
         group: processes that compute the same run, each a part of the rows of a batch that divides by their number; an
             ``mx.distributed.Group``, or an object with its methods and ``all_gather``.
         pag_layers: parts of the UNet in which the self-attentions of perturbed rows attend to their own positions
-            alone, see ``self_attentions`` there.
+            alone, see ``find_attentions`` in ``models/unet.py``.
     """
 
     def __init__(
@@ -64,30 +68,31 @@ class Denoiser:
         batches: Sequence[GuidanceBatch],
         *,
         controls: Sequence[Control] = (),
+        image_prompts: Sequence[ImagePrompt] = (),
         rows_at_once: int | None = None,
         deep_cache: int = 1,
-        tome_ratio: float = 0.0,
-        freeu_scales: Sequence[float] | None = None,
+        unet_options: Mapping[str, Any] | None = None,
         pag_layers: Sequence[str] = (),
         group: mx.distributed.Group | None = None,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
         self._preconditioning = Preconditioning.of(schedule.config)
-        self._controls = embed_controls(controls, dtype)
-        if tome_ratio and any(isinstance(control.network, ControlNetLLLite) for control in controls):
+        self._unet_options = unet_options or {}
+        self._controls, self._image_prompts = embed_controls(controls, dtype), image_prompts
+        merges = self._unet_options.get("tome_ratio", 0)
+        if merges and any(isinstance(control.network, ControlNetLLLite) for control in controls):
             raise ValueError(
                 "token_merging and ControlNet-LLLites do not go together, since they need all positions; use one"
             )
         self._rows_at_once, self._deep_cache, self._group = rows_at_once, deep_cache, group
-        self._unet_options = {"tome_ratio": tome_ratio, "freeu_scales": freeu_scales}
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []
-        perturbed = self_attentions(unet, pag_layers) if pag_layers else set()
+        self._perturbed = find_attentions(unet, pag_layers) if pag_layers else set()
         for batch in batches:
             own = self._own_rows(batch)
             count = len(own.images)
             size = rows_at_once or count // cpu.parts(count)
             parts = own.split(size) if size < count else [own]
-            self._batches.append((batch, [_Part(part, _context(part, perturbed)) for part in parts]))
+            self._batches.append((batch, [_Part(part, *self._read_by(part)) for part in parts]))
         self._current = self._batches[0]
 
     def __call__(self, x: mx.array, sigma: float, step: int = 0) -> mx.array:
@@ -98,7 +103,7 @@ class Denoiser:
         """
         if step not in self._current[0].steps:
             for part in self._current[1]:  # frees the keys and values of rows that may not come again
-                part.context = _context(part.rows, part.context.perturbed_layers)
+                part.context, part.images = self._read_by(part.rows)
             self._current = next(entry for entry in self._batches if step in entry[0].steps)
         batch, parts = self._current
         x_in = self._preconditioning.scale_input(x, sigma).astype(self._dtype)
@@ -116,6 +121,12 @@ class Denoiser:
         prediction = batch.combine(output.astype(mx.float32))
         return self._preconditioning.to_x0(prediction, x, sigma)
 
+    def _read_by(self, rows: GuidanceBatch) -> tuple[Context, list[ImageTokens]]:
+        """Return what cross-attention reads for some rows: the prompts, and the tokens of each image prompt."""
+        conditioning = rows.conditioning
+        context = Context(conditioning.context, conditioning.v_context, rows.is_perturbed, self._perturbed)
+        return context, [prompt.of_rows(rows, self._unet, self._dtype) for prompt in self._image_prompts]
+
     def _own_rows(self, batch: GuidanceBatch) -> GuidanceBatch:
         """Return the rows that this process computes: all, where they do not divide by the number of processes."""
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
@@ -127,6 +138,8 @@ class Denoiser:
         rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.c_noise(sigma)
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
         temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
+        prompts = zip(self._image_prompts, part.images, strict=True)
+        part.context.images = [tokens for prompt, tokens in prompts if prompt.acts(step, len(self._steps))]
         residuals, features, cache = None, (), None
         groups = [(group, group.strengths(step, len(self._steps))) for group in self._controls]
         if acting := [(group, scales) for group, scales in groups if any(scales)]:
@@ -147,11 +160,6 @@ class Denoiser:
             cache=cache,
             **self._unet_options,
         )
-
-
-def _context(rows: GuidanceBatch, perturbed_layers: Collection[int]) -> Context:
-    conditioning = rows.conditioning
-    return Context(conditioning.context, conditioning.v_context, rows.is_perturbed, perturbed_layers)
 
 
 @dataclass(frozen=True)

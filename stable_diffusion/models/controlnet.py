@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import Config, EncoderConfig, Supported, UNetConfig
-from .layers import Context, Conv2d, Group, LayerNorm, timestep_embedding
-from .unet import Encoder, Residuals, TimestepEmbedding
+from .layers import Context, Conv2d, Group, LayerNorm
+from .unet import Encoder, Residuals, TimestepEmbedding, timestep_embedding
 
 UNION_TYPES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "repaint")  # in their order
 

@@ -4,8 +4,8 @@ An image encoder's features become a few tokens as wide as the encoded prompt, w
 reads beside it, by keys and values of its own.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from .clip_vision import CLIPVisionModelWithProjection
 from .config import Config, Supported, UNetConfig
 from .controlnet import misfit
 from .layers import Group, LayerNorm, gelu
+from .resample import resample
 
 _HEAD_WIDTH = 64  # channels of a head of the resampler, in all published files
 
@@ -185,3 +186,42 @@ class IPAdapter(nn.Module):
             return self.embed(embeddings), self.embed(mx.zeros_like(embeddings[:1]))
         _, negative = encoder(mx.zeros_like(pixels[:1]))
         return self.embed(states[-2]), self.embed(negative[-2])
+
+
+@dataclass
+class ImageTokens:
+    """Cache the keys and values that cross-attentions make of image tokens [B, M, D], the same in all steps of a run.
+
+    ``layers`` are the projections to keys and values, and the scale, of each attention that reads the tokens, by its
+    number. ``mask`` [H, W], in the size of the picture or its latents, is 1 where they act, and 0 where they do not.
+    """
+
+    tokens: mx.array
+    layers: Mapping[int, tuple[nn.Linear, nn.Linear, float]]
+    mask: mx.array | None = None
+    _cache: dict[tuple[int, int], tuple[mx.array, mx.array, float | mx.array]] = field(default_factory=dict)
+
+    def keys_and_values(self, number: int, q: mx.array) -> tuple[mx.array, mx.array, float | mx.array]:
+        """Return a layer's keys and values for ``q`` [B, heads, N, D], and their weight: a number, or [N, 1].
+
+        D may be wider than a head, with zeros behind it, see ``gpu.attention``.
+        """
+        _, heads, positions, width = q.shape
+        if (number, width) not in self._cache:
+            *projections, scale = self.layers[number]
+            weight = scale if self.mask is None else scale * self._mask(positions).astype(q.dtype)
+            pair = [self._heads(project(self.tokens), heads, width).astype(q.dtype) for project in projections]
+            self._cache[number, width] = *pair, weight
+        return self._cache[number, width]
+
+    @staticmethod
+    def _heads(x: mx.array, heads: int, width: int) -> mx.array:
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        return mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
+
+    def _mask(self, positions: int) -> mx.array:
+        """Resize the mask to the map of so many positions: the UNet, as the autoencoder, halves sides and rounds up."""
+        h, w = self.mask.shape
+        while h * w > positions:
+            h, w = (h + 1) // 2, (w + 1) // 2
+        return resample(self.mask[None, ..., None], (h, w), cubic=True).reshape(-1, 1)

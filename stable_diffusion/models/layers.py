@@ -1,7 +1,6 @@
 """Layers and kernels that the networks share. Images are NHWC, sequences [B, N, C]."""
 
 import math
-from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -207,19 +206,6 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
-    """Embed timesteps ``t`` [N] in waves -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
-
-    Frequencies are rounded to float32 where the training code does it: at t = 999 the last bit is worth 6e-5.
-    """
-    half = dim // 2
-    scale = array("f", [-math.log(10000.0)])[0]
-    exponents = array("f", (product / (half - freq_shift) for product in array("f", (scale * i for i in range(half)))))
-    angles = t.astype(mx.float32)[:, None] * mx.array([math.exp(e) for e in exponents])
-    waves = (mx.cos(angles), mx.sin(angles)) if flip_sin_to_cos else (mx.sin(angles), mx.cos(angles))
-    return mx.pad(mx.concatenate(waves, axis=-1), [(0, 0), (0, dim % 2)])
-
-
 def may_be_winograd(size: Sequence[int], weight: Sequence[int], stride: Sequence[int] = (1, 1)) -> bool:
     """Return whether Metal may convolve a map of ``size`` (h, w) by Winograd's algorithm, by MLX's rules (0.32).
 
@@ -284,13 +270,14 @@ class Context:
 
     Layers in training mode project it at every call. Values come from ``v_encoded`` where it is given. In the
     self-attentions with ``perturbed_layers`` as their numbers, the rows in which ``is_perturbed`` [B] is 1 attend to
-    their own positions alone.
+    their own positions alone. ``images`` are image tokens that act beside the prompt, see ``ip_adapter.ImageTokens``.
     """
 
     encoded: mx.array
     v_encoded: mx.array | None = None
     is_perturbed: mx.array | None = None
     perturbed_layers: Collection[int] = ()
+    images: Sequence[Any] = ()
     _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
@@ -358,6 +345,10 @@ class Attention(nn.Module):
         q, k, v = (y[..., : min(q.shape[-1], k.shape[-1])] for y in (q, k, v))  # wide heads are of all three
         dim = x.shape[-1] // self._heads
         out = attention(q, k, v, self._largest_scores, upcast=self._upcast, dim=dim)
+        for tokens in () if context is None else context.images:
+            if self.number in tokens.layers:
+                *kv, weight = tokens.keys_and_values(self.number, q)
+                out = out + weight * attention(q, *kv, self._largest_scores, upcast=self._upcast, dim=dim)
         if is_perturbed is not None:
             out = mx.where(is_perturbed[:, None, None, None], v, out)
         return self._joined.out(self.to_out[0], out.transpose(0, 2, 1, 3).astype(x.dtype), dim).reshape(x.shape)

@@ -4,7 +4,9 @@ Module names are those of diffusers' ``UNet2DConditionModel``. In every block, p
 attention has no ``attentions``, the last block has no ``upsamplers``.
 """
 
+import math
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,12 +28,24 @@ from .layers import (
     LayerNorm,
     ResnetBlock2D,
     gelu,
-    timestep_embedding,
 )
 from .token_merging import attend_merged
 from .upsampling import Upsample2D
 
 Residuals = tuple[Sequence[mx.array], mx.array]
+
+
+def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
+    """Embed timesteps ``t`` [N] in waves -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
+
+    Frequencies are rounded to float32 where the training code does it: at t = 999 the last bit is worth 6e-5.
+    """
+    half = dim // 2
+    scale = array("f", [-math.log(10000.0)])[0]
+    exponents = array("f", (product / (half - freq_shift) for product in array("f", (scale * i for i in range(half)))))
+    angles = t.astype(mx.float32)[:, None] * mx.array([math.exp(e) for e in exponents])
+    waves = (mx.cos(angles), mx.sin(angles)) if flip_sin_to_cos else (mx.sin(angles), mx.cos(angles))
+    return mx.pad(mx.concatenate(waves, axis=-1), [(0, 0), (0, dim % 2)])
 
 
 class TimestepEmbedding(nn.Module):
@@ -322,13 +336,24 @@ class UNet2DConditionModel(Encoder):
         return self.conv_out(self.conv_norm_out.activated(x))
 
 
-def self_attentions(unet: UNet2DConditionModel, names: Sequence[str]) -> set[int]:
-    """Return the numbers of the self-attentions in parts of a UNet: "mid", "down_blocks.1", "up.block_0.attentions_2".
+def attentions(unet: UNet2DConditionModel, kind: str) -> dict[tuple[str, ...], int]:
+    """Return the numbers of the "self"- or "cross"-attentions by the words of their paths: down blocks, up, middle."""
+    suffix = {"self": ".attn1", "cross": ".attn2"}[kind]
+    layers = {_words(path): layer.number for path, layer in unet.named_modules() if path.endswith(suffix)}
+
+    def place(words: tuple[str, ...]) -> list[int]:
+        return [("down", "up", "mid").index(words[0]), *(int(word) for word in words if word.isdigit())]
+
+    return {words: layers[words] for words in sorted(layers, key=place)}
+
+
+def find_attentions(unet: UNet2DConditionModel, names: Sequence[str], kind: str = "self") -> set[int]:
+    """Return the numbers of the attentions in parts of a UNet: "mid", "down_blocks.1", "up.block_0.attentions_2".
 
     Parts have the names of modules, where "block" and "blocks" may be left out and numbers may follow any sign. Raises
-    ValueError for a part without self-attention.
+    ValueError for a part without attention of the ``kind``, see :func:`attentions`.
     """
-    layers = {_words(path): layer.number for path, layer in unet.named_modules() if path.endswith(".attn1")}
+    layers = attentions(unet, kind)
     found: set[int] = set()
     for name in names:
         words = _words(name)
@@ -336,7 +361,7 @@ def self_attentions(unet: UNet2DConditionModel, names: Sequence[str]) -> set[int
         if not inside:
             blocks = sorted({".".join(path[: 1 + path[1].isdigit()]) for path in layers})
             raise ValueError(
-                f"the UNet has no self-attention in {name!r}; choose from {', '.join(blocks)}, or parts of them"
+                f"the UNet has no {kind}-attention in {name!r}; choose from {', '.join(blocks)}, or parts of them"
             )
         found |= inside
     return found

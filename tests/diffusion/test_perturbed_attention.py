@@ -10,7 +10,7 @@ from oracle import last, normal, relative_error
 from stable_diffusion import Control, StableDiffusion
 from stable_diffusion.diffusion.guidance import guidance_batches
 from stable_diffusion.models.layers import Attention
-from stable_diffusion.models.unet import self_attentions
+from stable_diffusion.models.unet import find_attentions
 from stable_diffusion.text.encode import Conditioning, PromptRow
 from test_parity_images import DDIM, EULER, control_nets, mask, picture, reference, shown
 
@@ -71,11 +71,11 @@ def test_names_of_layers(sd):
         full = name.replace(".block_", "_blocks.").replace("up.1", "up_blocks.1").replace("_0", ".0")
         modules = dict(sd.unet.named_modules())
         want = {modules[path].number for path in paths if path.startswith(full)}
-        assert want and self_attentions(sd.unet, [name]) == want
-    assert len(self_attentions(sd.unet, ["mid", "down", "up"])) == len(paths)
+        assert want and find_attentions(sd.unet, [name]) == want
+    assert len(find_attentions(sd.unet, ["mid", "down", "up"])) == len(paths)
     for name in ("middle", "down_blocks.7", "/"):
         with pytest.raises(ValueError, match=f"no self-attention in '{name}'; choose from down.*, mid, up"):
-            self_attentions(sd.unet, ["mid", name])
+            find_attentions(sd.unet, ["mid", name])
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
 from oracle import SCALES, nchw, nhwc, normal, relative_error
-from stable_diffusion.models.layers import Attention, Context, GroupNorm, timestep_embedding
+from stable_diffusion.models.layers import Attention, Context, GroupNorm
+from stable_diffusion.models.unet import timestep_embedding
 
 
 @pytest.mark.parametrize("eps, offset", [(1e-5, 0.0), (1e-6, 3.0)])
