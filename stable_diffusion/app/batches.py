@@ -8,16 +8,18 @@ from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
+from PIL.Image import Image
 
 from ..diffusion.choice import guidance_scale, is_cfg_pp
 from ..diffusion.controls import Control
 from ..diffusion.sample import Latents
-from ..images.inpaint import Canvas
+from ..images.inpaint import Canvas, make_canvas
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..planning import RunDefaults
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
+from .detail import detail_masks
 from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import SIZES, Request
@@ -31,7 +33,8 @@ class Batch:
 
     ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts, one for all images or
     one for each. ``defaults`` are the model's with the LoRAs of these prompts. Images that start from another one have
-    its ``canvas``, and a ``strength``.
+    its ``canvas``, and a ``strength``. ``details`` are masks of what is worked on again in the finished images, towards
+    ``detail_texts``, the encoded prompts for it, or None for those of the images.
     """
 
     requests: tuple[Request, ...]
@@ -43,6 +46,8 @@ class Batch:
     strength: float = 1.0
     depth: Any = None
     controls: tuple[Control, ...] = ()
+    details: tuple[Image, ...] = ()
+    detail_texts: tuple[Conditioning, Conditioning | str] | None = None
     index: str = ""  # "2/3", among several batches
 
     @property
@@ -86,7 +91,10 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
     request = requests[0]
     height, width = (side * model.pixels_per_latent for side in model.default_latent_size)
     size, canvas, strength, depth = (request.width or width, request.height or height), None, 1.0, None
-    if inputs.image is not None:
+    if request.has_only_details:
+        size = inputs.image.size
+        canvas = Canvas(inputs.image, None, (0, 0, *size), size)
+    elif inputs.image is not None:
         canvas = image_canvas(model, request, inputs)
         size, depth = canvas.size, depth_map(model, request, inputs, canvas)
         is_noise = request.expand or model.mode in ("masks", "instructions")
@@ -96,7 +104,20 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
     for remark in _unused_sizes(model, request):
         _log.warning(remark)
     steered = controls(request, networks, inputs, size, canvas) if networks else ()
-    return Batch(requests, size, *_encode(model, requests), model.defaults, canvas, strength, depth, steered)
+    batch = Batch(requests, size, *_encode(model, requests), model.defaults, canvas, strength, depth, steered)
+    return _with_details(model, batch, inputs) if request.detail else batch
+
+
+def _with_details(model: StableDiffusion, batch: Batch, inputs: Inputs) -> Batch:
+    """Find the places of the finished images that are worked on again, and encode the prompt for them."""
+    request, size, unit, texts = batch.request, batch.size, model.pixels_per_latent, None
+    if request.hires:
+        size = tuple(unit * max(1, round(side // unit * request.hires)) for side in size)
+    elif batch.canvas is not None and not request.no_composite:
+        size = batch.canvas.image.size
+    if request.detail_prompt is not None:
+        texts = _encode(model, (replace(request, prompt=request.detail_prompt, resolved_prompt=None),))
+    return replace(batch, details=tuple(detail_masks(request, inputs, size)), detail_texts=texts)
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
@@ -155,6 +176,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
     _, is_guided = _guidance(batch.defaults, request)
     larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
+    larger = larger or (model.default_latent_size if request.detail else None)
     return RunShape(
         len(batch.requests),
         (height, width),
@@ -162,7 +184,9 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         rows=(1 if not is_guided else 3 if model.mode == "instructions" else 2) + (request.options.pag_scale > 0),
         controls=[size_in_bytes(control.network) for control in batch.controls],
         larger=larger,
-        encodes=batch.canvas is not None or (larger is not None and request.hires_upscaler == "pixels"),
+        encodes=batch.canvas is not None
+        or bool(request.detail)
+        or (larger is not None and request.hires_upscaler == "pixels"),
     )
 
 
@@ -199,6 +223,22 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
     larger = upscale(model, x, (height, width), request.hires_upscaler)
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
+
+
+def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, image: Image, inputs: Inputs) -> Batch:
+    """Return the batch that works again on what is under ``mask`` in the finished ``image``, number ``i`` of a batch.
+
+    It is cropped with padding, and enlarged to the model's own size.
+    """
+    request, native = batch.requests[i], max(model.default_latent_size) * model.pixels_per_latent
+    canvas = make_canvas(image, mask, None, None, native, padding=request.detail_padding)
+    done = 0.0 if request.has_only_details else batch.strength
+    steps = model.number_of_steps(request.steps, done, options=request.options)
+    texts = [text if isinstance(text, str) else text.after(steps) for text in (batch.text, batch.negative_text)]
+    texts = [text.select(slice(i, i + 1)) if len(text) > 1 else text for text in batch.detail_texts or texts]
+    depth = depth_map(model, request, replace(inputs, image=image), canvas)
+    one = replace(batch, requests=(request,), size=canvas.size, text=texts[0], negative_text=texts[1])
+    return replace(one, canvas=canvas, strength=request.detail_strength, depth=depth, controls=())
 
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:

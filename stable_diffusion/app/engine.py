@@ -29,7 +29,7 @@ from ..unconditional import UnconditionalDiffusion
 from ..weights.files import open_checkpoint
 from ..weights.parts import NETWORKS
 from . import memory
-from .batches import Batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
+from .batches import Batch, detail_batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
 from .inputs import Inputs, read_inputs
 from .lora_tags import remarks
 from .request import Request, split_embedding
@@ -88,7 +88,7 @@ class Result:
     number: int
     seconds: float
     partial: str
-    latents: mx.array
+    latents: mx.array | None  # None where only details of a given image were worked on
     model: StableDiffusion
 
 
@@ -196,8 +196,8 @@ class Engine:
         self._rows_at_once = model.rows_at_once  # restored at the end of the run
         fits_at_once = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
         # Where the networks of all stages fit into memory, each batch is decoded before the next begins.
-        self._finishes_each = fits_at_once and count > 1 and not model.low_memory
-        for run in self._runs:
+        self._finishes_each = fits_at_once and (count > 1 or bool(self._request.detail)) and not model.low_memory
+        for run in self._runs if not self._request.has_only_details else ():
             self._prepare(run, lambda run: first_pass(model, run.batch))
         self._on_step: OnStep | None = None
         self._order: Iterable[int] | None = None
@@ -247,7 +247,8 @@ class Engine:
         base, request, inputs = self.model, self._request, self._inputs
         try:
             for runs in [self._runs] if request.refiner else self._groups():
-                self._pass(runs, lambda run: first_pass(base, run.batch))
+                if not request.has_only_details:
+                    self._pass(runs, lambda run: first_pass(base, run.batch))
                 if request.hires:
                     self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs, self._controlnets))
                 if not request.refiner:
@@ -372,15 +373,38 @@ class Engine:
             if self._order is None:
                 self._drop_controls()
             self._release("autoencoder")
-        model, size = self.model, self._resources.decoding_batch_size
-        for run in (run for run in runs if run.latents is not None):
-            parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
-            for i, pixels in enumerate(chain.from_iterable(map(model.decode_checked, parts))):
-                image, batch, number = from_array(pixels), run.batch, run.numbers[i]
-                if batch.canvas is not None and not batch.request.no_composite:
-                    image = batch.canvas.paste(image)
+        keeps = self._request.has_only_details and not self._stopped
+        for run in (run for run in runs if keeps or run.latents is not None):
+            for i, image in enumerate(self._images(run)):
+                batch, number = run.batch, run.numbers[i]
+                image = self._detailed(run, i, image)
                 seconds = round(run.seconds / len(batch.requests), 3)
-                yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, model)
+                yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, self.model)
+
+    def _images(self, run: _Run) -> Iterator[Image]:
+        """Decode the images of a run; what is kept of a given image has its own pixels."""
+        canvas, size = run.batch.canvas, self._resources.decoding_batch_size
+        if run.latents is None:
+            yield from [canvas.image] * len(run.batch.requests)
+            return
+        parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
+        for pixels in chain.from_iterable(map(self.model.decode_checked, parts)):
+            image = from_array(pixels)
+            yield image if canvas is None or run.batch.request.no_composite else canvas.paste(image)
+
+    def _detailed(self, run: _Run, i: int, image: Image) -> Image:
+        """Work on each of the details of a finished image, the number ``i`` of its run."""
+        masks = run.batch.details
+        for number, mask in enumerate(masks, start=1):
+            batch, name = detail_batch(self.model, run.batch, i, mask, image, self._inputs), f"detail {number}"
+            part = _Run(replace(batch, index=", ".join(filter(None, (batch.index, name)))), range(0))
+            self._pass([part], lambda part: first_pass(self.model, part.batch))
+            run.seconds += part.seconds
+            if part.latents is None or part.partial:
+                run.partial = run.partial or f"{name} of {len(masks)}"
+                break
+            image = batch.canvas.paste(from_array(self.model.decode_checked(part.latents)[0]))
+        return image
 
 
 def _attach(model: StableDiffusion, name: str, request: Request) -> AttachedLoRA:

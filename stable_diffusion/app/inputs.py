@@ -50,7 +50,8 @@ def read_inputs(request: Request) -> Inputs:
         if mask is not None and mask.getbbox() is None:
             if request.mask_padding is not None:
                 raise ValueError(EMPTY_MASK)
-            _log.warning("the mask is black everywhere: the image is kept as it is")
+            if "mask" not in request.detail:  # which is refused when its parts are looked for
+                _log.warning("the mask is black everywhere: the image is kept as it is")
     return Inputs(image, mask, [open_image(path) for path in request.control_image], depth)
 
 
@@ -61,8 +62,8 @@ def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Ca
     if request.image_cfg is not None and model.mode != "instructions":
         raise SettingError(f"image_cfg has no effect: {request.model} was not made for instructions", "image_cfg")
     native = max(model.default_latent_size) * model.pixels_per_latent
-    size = (request.width, request.height)
-    result = make_canvas(inputs.image, inputs.mask, *size, native, resize=request.resize, padding=request.mask_padding)
+    size, mask = (request.width, request.height), None if "mask" in request.detail else inputs.mask
+    result = make_canvas(inputs.image, mask, *size, native, resize=request.resize, padding=request.mask_padding)
     if result.size != inputs.image.size:
         _log.info("the image of %dx%d is worked on at %dx%d", *inputs.image.size, *result.size)
     return result

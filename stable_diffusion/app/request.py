@@ -21,6 +21,7 @@ from .lora_tags import TAG, read_loras
 from .wildcards import read_wildcards
 
 MOST_IMAGES = 9999
+_BOXES = re.compile(r"(\d{1,6}(,\d{1,6}){3}(;|$))+")
 DEFAULT_IMAGES = 4  # of a prompt, where nothing else is specified
 
 COUNT = Number(int, 1, 9999)
@@ -45,6 +46,8 @@ NUMBERS = OPTION_NUMBERS | {
     "hires_strength": STRENGTH,
     "hires_steps": COUNT,
     "refiner_start": STRENGTH,
+    "detail_strength": STRENGTH,
+    "detail_padding": Number(int, 0, 9999),
 }
 CHOICES = {
     "emphasis": EMPHASES,
@@ -120,6 +123,11 @@ class Request:
     hires_upscaler: str = "latents"
     refiner: str | None = None
     refiner_start: float = 0.8
+    # places that are worked on again: "X,Y,W,H", or several with semicolons, or "mask" for the parts of the mask
+    detail: tuple[str, ...] = ()
+    detail_prompt: str | None = None
+    detail_strength: float = 0.4
+    detail_padding: int = 32
     # the model
     model: str = "sdxl"
     revision: str | None = None
@@ -167,6 +175,17 @@ class Request:
                 not {len(self.control_start), len(self.control_end), len(self.control_type)} <= {0, 1, networks}
             ),
             "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
+            "detail and refiner do not go together: run one after the other": self.refiner and self.detail,
+            "detail is neither X,Y,W,H in pixels nor the word that names the parts of a given picture": (
+                not all(place == "mask" or _BOXES.fullmatch(place) for place in self.detail)
+            ),
+            "detail finds no mask: give one": "mask" in self.detail and not self.mask,
+            "width and height have no effect where detail alone works on an image: give strength too": (
+                self.has_only_details and (self.width or self.height)
+            ),
+            "detail_prompt names a LoRA, which has no effect: name it in the prompt": TAG.search(
+                self.detail_prompt or ""
+            ),
             "refiner does not go together with mask and expand: it does not know what is kept": self.refiner and paints,
         }
         for message in (message for message, is_made in mistakes.items() if is_made):
@@ -208,6 +227,12 @@ class Request:
         """Return all fields and options that differ from their defaults, as JSON takes them, and the prompt."""
         settings = {name: self.value(name) for name in KINDS}
         return {name: value for name, value in settings.items() if value != _DEFAULT.value(name) or name == "prompt"}
+
+    @property
+    def has_only_details(self) -> bool:
+        """Return whether the given image is kept as it is, except for its details: without a ``strength``."""
+        is_painted = self.expand or (self.mask and "mask" not in self.detail)
+        return bool(self.detail and self.image and self.strength is None and not is_painted)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 

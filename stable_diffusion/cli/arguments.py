@@ -29,6 +29,7 @@ _NEEDED = {
     **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
     "refiner_start": "refiner",
     "safety_model": "safety_check",
+    **dict.fromkeys(("detail_prompt", "detail_strength", "detail_padding"), "detail"),
     "variation_seed": "variation_strength",
     "no_composite": "mask expand",
     "resize": "image control_image",

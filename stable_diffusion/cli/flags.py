@@ -116,6 +116,12 @@ FLAGS = {
         "--hires FACTOR": "enlarge the image so much and work on it again",
         "--hires_strength SHARE": "how much that changes it (0.5)",
         "--hires_steps N": "sampler steps, of which it takes that share (--steps)",
+        "--detail PLACE ...": "work again on a box X,Y,W,H of the finished picture, on the parts of the mask (mask) or "
+        "on the boxes in a detector's file of JSON; without --strength all else of a given image stays; may be given "
+        "again",
+        "--detail_prompt TEXT": "what to show there (the prompt)",
+        "--detail_strength SHARE": "how much that changes it (0.4)",
+        "--detail_padding PIXELS": "what is seen around it (32)",
         "--hires_upscaler": "what is enlarged: the latents, or the decoded image, which changes less (latents)",
     },
     "model": {

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
+from ..app.detail import read_places
 from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS, SIZES
 from ..app.sharing import SHARES
 from ..diffusion.choice import read_name, read_schedule, table
@@ -323,6 +324,8 @@ _TYPES |= {
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
     "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
     "pag_layers": lambda value: tuple(value.split(",")),
+    "detail_prompt": text,
+    "detail": partial(name, read_places),
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }
 _SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"

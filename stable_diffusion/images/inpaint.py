@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from .files import BLACK, open_image
 from .image import MULTIPLE, SMALLEST_SIDE, fit, target_size
 
+_CELL = 8  # pixels of the grid on which parts of a mask are told apart
 _LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of an image and its mask
 
 EMPTY_MASK = "the mask is black everywhere: there is nothing to crop to; leave out the padding"
@@ -122,6 +123,37 @@ def add_borders(image: Image.Image, mask: Image.Image | None, borders: Box) -> t
     inner = np.zeros((image.height, image.width), dtype=np.uint8) if mask is None else np.asarray(mask)
     extended = np.pad(np.asarray(image), (*sides, (0, 0)), mode="edge")
     return Image.fromarray(extended), Image.fromarray(np.pad(inner, sides, constant_values=255))
+
+
+def box_mask(box: Box, size: tuple[int, int]) -> Image.Image:
+    """Return a mask of ``size`` for a box (left, top, width, height): black around it, soft at the edge within it."""
+    left, top, width, height = box
+    edge = min(width, height) // 8
+    inner, mask = Image.new("L", (width, height)), Image.new("L", size)
+    inner.paste(255, (edge, edge, width - edge, height - edge))
+    mask.paste(inner.filter(ImageFilter.GaussianBlur(edge / 2)), (left, top))
+    return mask
+
+
+def mask_parts(mask: Image.Image) -> list[Image.Image]:
+    """Split a mask into its connected parts, from top to bottom. Those within 8 pixels are one, dark ones none."""
+    pixels = np.asarray(mask)
+    padded = np.pad(pixels, [(0, -side % _CELL) for side in pixels.shape])
+    cells = padded.reshape(padded.shape[0] // _CELL, _CELL, -1, _CELL).max((1, 3))
+    left, parts = set(zip(*np.nonzero(cells), strict=True)), []
+    for first in sorted(left):
+        waiting, part = [first] if first in left else [], np.zeros(cells.shape, dtype=bool)
+        left.discard(first)
+        while waiting:
+            y, x = waiting.pop()
+            part[y, x] = True
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            waiting += near
+        if cells[part].max(initial=0) >= 128:
+            whole = part.repeat(_CELL, 0).repeat(_CELL, 1)[: pixels.shape[0], : pixels.shape[1]]
+            parts.append(Image.fromarray(np.where(whole, pixels, 0).astype(np.uint8)))
+    return parts
 
 
 def _padded_box(mask: Image.Image, padding: int, aspect: float) -> Box:

@@ -145,6 +145,8 @@ CHANGES = {
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
     ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels",
+    ("txt2image", "sd", "--detail 8,8,40,40"): "--detail_prompt blue; --detail_strength 1; --detail_padding 0; "
+    "--detail 40,40,20,20",
     ("txt2image", "xl", ""): "--text_encoder_2 {}/other; --prompt_2 blue; --original_size 640x96; --crop 99,0; "
     "--target_size 16x900",
     ("txt2image", "xl", "--cfg 4"): "--negative_prompt_2 blue; --negative_original_size 640x96; --negative_crop 99,0; "
@@ -379,6 +381,12 @@ TEXT_REFUSED = [
     ),
     ("--hires 2 --hires_upscaler both", "'both'", "latents", "pixels"),
     ("--hires 2 --refiner {}/refiner", "--hires and --refiner do not go together"),
+    ("--detail 8,8,40", "--detail is neither X,Y,W,H in pixels"),
+    ("--detail {}/none.json", "none.json is neither X,Y,W,H nor mask, nor a file"),
+    ("--detail mask", "--detail finds no --mask: give one"),
+    ("--detail_prompt blue", "--detail_prompt has no effect without --detail"),
+    ("--detail 8,8,9,9 --detail_prompt <lora:paint>", "--detail_prompt names a LoRA"),
+    ("--detail 8,8,9,9 --refiner {}/refiner", "--detail and --refiner do not go together"),
     ("--refiner {}/none", "none", "no such folder"),
     ("--wildcards {}/none", "no folder of wildcards"),
     ("--prediction magic", "'magic'", "v_prediction"),
@@ -391,6 +399,7 @@ IMAGE_REFUSED = [
     ("--mask {}/none.png", "no image at", "none.png"),
     ("--mask {}/words/colour.txt", "not an image"),
     ("--mask {}/wide_mask.png", "wide_mask.png of 128x64 does not fit an image of 64x64", "same aspect ratio"),
+    ("--detail 0,0,9,9 --width 64", "--width and --height have no effect where --detail alone", "give --strength too"),
     ("--mask {}/nothing.png --mask_padding 8", "black everywhere", "leave out the padding"),
     ("--depth {}/in.png", "a picture in colour"),
     ("--depth {}/nothing.png", "everywhere"),
@@ -428,6 +437,8 @@ MODEL_REFUSED = [
     ("txt2image", "xl", "--lora {}/loras/paint.safetensors", "paint.safetensors is a LoRA for"),
     ("txt2image", "sd", "--unet {}/xl", "64 wide", "32 wide", "one family of models"),
     ("image2image", "xl", "--steps 20 --strength 0.1 --refiner {}/refiner", "--strength 0.1", "--refiner_start 0.8"),
+    ("image2image", "sd", "--detail 60,8,9,9", "--detail 60,8,9,9 does not lie in the picture of 64x64"),
+    ("image2image", "sd", "--detail mask --mask {}/nothing.png", "--detail has 0 places"),
     ("txt2image", "sd", "--tokenizer {}/words", "vocab.json"),
     ("txt2image", "pix2pix", "", "image"),
     ("image2image", "sd", "--depth {}/depth8.png", "--depth has no effect"),
@@ -437,7 +448,8 @@ MODEL_REFUSED = [
 
 
 @pytest.mark.parametrize("case", MODEL_REFUSED, ids=lambda case: " ".join(case[:3]))
-def test_refused_before_a_step_is_done(refuse, case):
+def test_refused_before_a_step_is_done(refuse, files, case):
+    Image.new("L", SIZE).save(files / "nothing.png")
     refuse(*case)
 
 
