@@ -11,6 +11,7 @@ from .options import Options
 from .pipeline import StableDiffusion, StableDiffusionXL
 from .text.encode import Conditioning, SizeConditioning
 from .unconditional import UnconditionalDiffusion
+from .upscaling import Upscaler, load_upscaler
 
 __version__ = "0.2.0.dev0"
 
@@ -27,6 +28,8 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusionXL",
     "UnconditionalDiffusion",
+    "Upscaler",
     "__version__",
+    "load_upscaler",
     "to_images",
 ]

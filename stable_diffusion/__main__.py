@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cli import check, convert, inspect, main, train
+from .cli import check, convert, inspect, main, train, upscale
 from .cli.parser import Parser
 from .cli.streams import open_closed
 
@@ -15,6 +15,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "unconditional": ("make images with a model that reads no prompt", main.unconditional),
     "convert": ("write a model as a folder that loads at once", convert.main),
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
+    "upscale": ("enlarge pictures by a network", upscale.main),
     "train": ("train a LoRA from a few pictures", train.main),
     "check": ("compare what this machine computes with references", check.main),
 }

@@ -36,6 +36,7 @@ from ggufs import write_gguf
 from image_prompts import image_encoder, random_adapter, write_adapter, write_vision
 from models.test_controlnet_union import unions
 from models.test_lllite import weights as lllite_weights
+from models.test_upscalers import write as write_upscaler
 from stable_diffusion import SAMPLERS, __version__
 from stable_diffusion.cli.parser import Parser
 from stable_diffusion.diffusion.schedule import SCHEDULES
@@ -131,6 +132,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     unet = diffusers.UNet2DConditionModel.from_config(ROOT / "stable_diffusion" / "tiny" / "unet")
     write_adapter(tmp_path / "adapter.safetensors", random_adapter(unet, "plus"))
     image_encoder(tmp_path / "image_encoder")
+    write_upscaler(tmp_path, "realesr-general-x4v3.pth")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process
     monkeypatch.setattr(hub, "fetch", stop)

@@ -186,7 +186,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         larger=larger,
         encodes=batch.canvas is not None
         or bool(request.detail)
-        or (larger is not None and request.hires_upscaler == "pixels"),
+        or (larger is not None and request.hires_upscaler != "latents"),
     )
 
 
@@ -221,7 +221,7 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
     batch = replace(batch, text=texts[0], negative_text=texts[1])
     keywords = _keywords(batch, controls=controls(request, networks, inputs, (width * unit, height * unit)))
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
-    larger = upscale(model, x, (height, width), request.hires_upscaler)
+    larger = upscale(model, x, (height, width), request.hires_upscaler, inputs.hires_upscaler)
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
 
 

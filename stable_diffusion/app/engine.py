@@ -30,7 +30,7 @@ from ..weights.files import open_checkpoint
 from ..weights.parts import NETWORKS
 from . import memory
 from .batches import Batch, detail_batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
-from .inputs import Inputs, read_inputs
+from .inputs import Inputs, enlarged, read_inputs
 from .lora_tags import remarks
 from .request import Request, split_embedding
 
@@ -378,6 +378,7 @@ class Engine:
             for i, image in enumerate(self._images(run)):
                 batch, number = run.batch, run.numbers[i]
                 image = self._detailed(run, i, image)
+                image = enlarged(self.model, image, self._inputs.upscaler)
                 seconds = round(run.seconds / len(batch.requests), 3)
                 yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, self.model)
 

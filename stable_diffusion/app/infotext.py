@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from decimal import Decimal
+from pathlib import PurePath
 from typing import Any
 
 from ..diffusion.choice import read_name, read_schedule
@@ -75,7 +76,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Hires upscaler": (
         "hires_upscaler",
         lambda text: "latents" if text.startswith("Latent") else "pixels",
-        {"latents": "Latent", "pixels": "Lanczos"}.__getitem__,
+        lambda method: {"latents": "Latent", "pixels": "Lanczos"}.get(method) or PurePath(method).stem,
     ),
     "Refiner switch at": ("refiner_start", float, number),
     "Eta": ("eta", float, number),

@@ -19,6 +19,7 @@ from ..models.lllite import ControlNetwork
 from ..models.resample import resample
 from ..options import SettingError
 from ..pipeline import StableDiffusion
+from ..upscaling import Upscaler, load_upscaler
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
@@ -28,12 +29,14 @@ ControlNets = Sequence[ControlNetwork]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the images that a request names."""
+    """Hold the images that a request names, and the networks that enlarge its own."""
 
     image: Image | None = None
     mask: Image | None = None
     control_images: Sequence[Image] = ()
     depth: Any = None
+    upscaler: Upscaler | None = None
+    hires_upscaler: Upscaler | None = None
 
 
 def read_inputs(request: Request) -> Inputs:
@@ -52,7 +55,9 @@ def read_inputs(request: Request) -> Inputs:
                 raise ValueError(EMPTY_MASK)
             if "mask" not in request.detail:  # which is refused when its parts are looked for
                 _log.warning("the mask is black everywhere: the image is kept as it is")
-    return Inputs(image, mask, [open_image(path) for path in request.control_image], depth)
+    networks = {source: load_upscaler(source) for source in request.upscalers}
+    images = [open_image(path) for path in request.control_image]
+    return Inputs(image, mask, images, depth, networks.get(request.upscale), networks.get(request.hires_upscaler))
 
 
 def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Canvas:
@@ -101,10 +106,24 @@ def controls(
     return tuple(Control(*setting) for setting in settings)
 
 
-def upscale(model: StableDiffusion, x: mx.array, size: tuple[int, int], method: str) -> mx.array:
-    """Enlarge latents [n, h, w, 4] to ``size`` (height, width): interpolated "latents", or decoded "pixels"."""
+def enlarged(model: StableDiffusion, image: Image, network: Upscaler | None) -> Image:
+    """Return an image enlarged by a network, in the memory that the model leaves; itself without one."""
+    if network is None:
+        return image
+    limit = model.memory_limit
+    return network(image, None if limit is None else max(limit - mx.get_active_memory(), 0.0))
+
+
+def upscale(
+    model: StableDiffusion, x: mx.array, size: tuple[int, int], method: str, network: Upscaler | None = None
+) -> mx.array:
+    """Enlarge latents [n, h, w, 4] to ``size`` (height, width): interpolated "latents", or decoded.
+
+    Decoded pixels are enlarged by the ``network`` if there is one, and resized.
+    """
     if method == "latents":
         return x if x.shape[1:3] == tuple(size) else resample(x, size)
     height, width = (model.pixels_per_latent * side for side in size)
-    images = [fit(from_array(model.decode_checked(latents[None])[0]), width, height) for latents in x]
+    decoded = (from_array(model.decode_checked(latents[None])[0]) for latents in x)
+    images = [fit(enlarged(model, image, network), width, height) for image in decoded]
     return mx.concatenate([model.encode(mx.array(to_array(image))[None]) for image in images])

@@ -170,7 +170,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
     if not (request.refiner or request.lora or request.prompt_loras):  # these have defaults of their own
         arguments |= {"cfg": made["cfg"], "sampler": sampler}
     if request.hires:
-        arguments |= {"hires_strength": request.hires_strength, "hires_upscaler": request.hires_upscaler}
+        arguments |= {"hires_strength": request.hires_strength, "hires_upscaler": short.hires_upscaler}
     if request.refiner:
         arguments["refiner_start"] = request.refiner_start
     return {
@@ -205,6 +205,7 @@ def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
         "Model": _title(request.model),
         "VAE": request.vae and _title(request.vae),
         "Refiner": request.refiner and _title(request.refiner),
+        "Postprocess upscaler": request.upscale and _title(request.upscale),
         **nets,
         "Lora hashes": ", ".join(f"{name}: {known}" for name, known in loras.items()) or None,
         "Hashes": json.dumps(hashes, ensure_ascii=False) if loras else None,
@@ -231,7 +232,8 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
     parts = [source.component for source in model.sources.values()]
     networks = [(getattr(request, part.name, None) or request.model, part) for part in parts]
     others = [(source, "controlnet") for source, _ in request.controlnet]
-    for source, kind in [*others, (request.refiner, "unet")] if request.refiner else others:
+    others += [(source, "upscaler") for source in request.upscalers] + [(request.refiner, "unet")]
+    for source, kind in (other for other in others if other[0]):
         with suppress(ValueError, OSError):
             networks.append((source, _open_part(source, kind, float16=model.dtype != mx.float32)))
     files = {}

@@ -17,6 +17,7 @@ from ..planning import image_seeds
 from ..text.alternatives import expand as expand_prompt
 from ..text.encode import SizeConditioning
 from ..text.prompt import EMPHASES
+from ..weights.layout import SUFFIXES
 from .lora_tags import TAG, read_loras
 from .wildcards import read_wildcards
 
@@ -49,11 +50,11 @@ NUMBERS = OPTION_NUMBERS | {
     "detail_strength": STRENGTH,
     "detail_padding": Number(int, 0, 9999),
 }
+UPSCALERS = ("latents", "pixels")  # or a file
 CHOICES = {
     "emphasis": EMPHASES,
     "alternatives": ("all", "one"),
     "resize": ("crop", "pad", "stretch"),
-    "hires_upscaler": ("latents", "pixels"),
     "dtype": ("float16", "bfloat16", "float32"),
 }
 
@@ -121,6 +122,7 @@ class Request:
     hires_strength: float = 0.5
     hires_steps: int | None = None
     hires_upscaler: str = "latents"
+    upscale: str | None = None
     refiner: str | None = None
     refiner_start: float = 0.8
     # places that are worked on again: "X,Y,W,H", or several with semicolons, or "mask" for the parts of the mask
@@ -158,6 +160,9 @@ class Request:
             if (value := getattr(self, name)) is not None and value not in choices:
                 text = f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
                 raise SettingError(text, name)
+        if self.hires_upscaler not in UPSCALERS and not self.hires_upscaler.endswith(SUFFIXES):
+            text = f"hires_upscaler {self.hires_upscaler!r} is unknown; choose {' or '.join(UPSCALERS)}, or give a file"
+            raise SettingError(text, "hires_upscaler")
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
         networks = len(self.controlnet)
         mistakes = {
@@ -267,6 +272,11 @@ class Request:
         """Return the prompt and the negative prompt for XL's second text encoder; None is that of the first."""
         pair = self.options.prompt_2, self.options.negative_prompt_2
         return tuple(None if text is None else TAG.sub("", text) for text in pair)
+
+    @property
+    def upscalers(self) -> set[str]:
+        """Return the files of upscaler networks."""
+        return {self.upscale, self.hires_upscaler if self.hires else None} - {None, *UPSCALERS}
 
     def without_texts_2(self) -> "Request":
         """Return the request for a model with one text encoder."""

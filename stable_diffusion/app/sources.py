@@ -17,9 +17,9 @@ from ..weights import catalog, hub
 from ..weights.layout import SUFFIXES
 from ..weights.parts import NETWORKS
 from .fingerprints import HASHES, fingerprint
-from .request import Request, split_embedding
+from .request import UPSCALERS, Request, split_embedding
 
-_NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "lora")
+_NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "lora", "upscale", "hires_upscaler")
 FIELDS = (*_NETWORKS, "image", "mask", "depth", "control_image", "embedding", "tokenizer", "lora_dir", "wildcards")
 
 
@@ -27,6 +27,8 @@ def map_sources(request: Request, change: Callable[[str, str], str], fields: Col
     """Return a request with ``change(field, source)`` in place of each source that its ``fields`` name."""
 
     def mapped(field: str, value: Any) -> Any:
+        if field == "hires_upscaler" and value in UPSCALERS:
+            return value
         if isinstance(value, str):
             file, word = split_embedding(value) if field == "embedding" else (value, None)
             return change(field, file) + ("" if word is None else f"={word}")

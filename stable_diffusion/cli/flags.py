@@ -116,13 +116,15 @@ FLAGS = {
         "--hires FACTOR": "enlarge the image so much and work on it again",
         "--hires_strength SHARE": "how much that changes it (0.5)",
         "--hires_steps N": "sampler steps, of which it takes that share (--steps)",
+        "--hires_upscaler METHOD": "what is enlarged: latents, or the decoded pixels, which changes less; or the file "
+        "of a network that enlarges these, as for --upscale (latents)",
+        "--upscale FILE": "enlarge the finished image by this network: an ESRGAN, Real-ESRGAN or SRVGG",
         "--detail PLACE ...": "work again on a box X,Y,W,H of the finished picture, on the parts of the mask (mask) or "
         "on the boxes in a detector's file of JSON; without --strength all else of a given image stays; may be given "
         "again",
         "--detail_prompt TEXT": "what to show there (the prompt)",
         "--detail_strength SHARE": "how much that changes it (0.4)",
         "--detail_padding PIXELS": "what is seen around it (32)",
-        "--hires_upscaler": "what is enlarged: the latents, or the decoded image, which changes less (latents)",
     },
     "model": {
         "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, a folder or a file with a checkpoint (sdxl)",

@@ -49,7 +49,7 @@ _NAMES = {  # ours, or what to do: theirs
     "--control_image": "controlnet_image controlnet_image_path conditioning_image hint hint_image",
     "--control_start": "control_guidance_start",
     "--control_end": "control_guidance_end",
-    "--hires FACTOR": "hr_scale enable_hr hires_fix upscale_by upscale",
+    "--hires FACTOR": "hr_scale enable_hr hires_fix upscale_by",
     "--hires_strength": "hr_denoising_strength",
     "--hires_steps": "hr_second_pass_steps",
     "--hires_upscaler": "hr_upscaler",

@@ -38,6 +38,7 @@ _LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 7 * 2**27}  # bytes: beyond, slices are
 _SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they stay in a CPU's caches; a GPU wants more at a time
 _WORK = {mx.cpu: 75, mx.gpu: 40}  # bytes per pixel and channel of a slice
 _MARGIN = 1.1  # of the budget over the expected peak
+_LEAST = 1e-6  # weight of a tile where there may be no other
 _SMALLEST_TILE = 16  # latents: less would show nothing of what is around
 
 
@@ -112,21 +113,36 @@ def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.a
 
 
 def in_tiles(layers: list[Network], x: mx.array, chosen: VAEPlan, down: int, up: int) -> mx.array:
-    """Run ``layers`` on tiles of x [1, H, W, C] that overlap by a quarter or more, blended linearly.
+    """Run ``layers`` on tiles of x [1, H, W, C], each in slices; see :func:`blend_tiles`."""
+    return blend_tiles(lambda tile: in_slices(layers, tile, chosen.rows), x, chosen.tile, down, up)
 
-    A latent has ``down`` positions of x each way and ``up`` of the result. What is left over at the end is cut off.
+
+def blend_tiles(network: Network, x: mx.array, side: int, down: int, up: int, margin: int = 0) -> mx.array:
+    """Run ``network`` on tiles of x [1, H, W, C] that overlap by a quarter or more, blended linearly.
+
+    A tile has ``side`` latents each way; a latent has ``down`` positions of x each way and ``up`` of the result. What
+    is left over at the end is cut off. Nothing is taken of the outer ``margin`` latents of a tile within the map.
     """
     h, w = (length // down for length in x.shape[1:3])
-    blended, total = mx.zeros((1, h * up, w * up, layers[-1].weight.shape[0])), mx.zeros((1, h * up, w * up, 1))
-    for (top, bottom), (left, right) in product(spans(h, chosen.tile), spans(w, chosen.tile)):
-        tile = in_slices(layers, x[:, top * down : bottom * down, left * down : right * down], chosen.rows)
-        rise, across = (mx.minimum(mx.arange(n) + 0.5, mx.arange(n, 0, -1) - 0.5) for n in tile.shape[1:3])
+    blended, total = mx.zeros((1, h * up, w * up, 1)), mx.zeros((1, h * up, w * up, 1))
+    for (top, bottom), (left, right) in product(spans(h, side), spans(w, side)):
+        tile = network(x[:, top * down : bottom * down, left * down : right * down])
+        if blended.shape[-1] != tile.shape[-1]:  # the first
+            blended = mx.repeat(blended, tile.shape[-1], axis=-1)
+        rise, across = (_ramp(*span, up, margin) for span in ((top, bottom, h), (left, right, w)))
         weights = rise[:, None, None] * across[:, None]
         here = slice(None), slice(top * up, bottom * up), slice(left * up, right * up)
         blended[here] += tile * weights
         total[here] += weights
         mx.eval(blended, total)  # or all tiles would be computed together
     return (blended / total).astype(x.dtype)
+
+
+def _ramp(start: int, end: int, length: int, up: int, margin: int) -> mx.array:
+    """Return the weights of a tile along an axis of the result, which has ``up`` * ``length`` positions."""
+    n = (end - start) * up
+    before, after = margin * up * (start > 0), margin * up * (end < length)
+    return mx.maximum(mx.minimum(mx.arange(n) + 0.5 - before, mx.arange(n, 0, -1) - 0.5 - after), _LEAST)
 
 
 def spans(length: int, side: int) -> list[tuple[int, int]]:

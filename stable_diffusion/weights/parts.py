@@ -15,6 +15,7 @@ from ..models.safety import StableDiffusionSafetyChecker
 from ..models.taesd import AutoencoderTiny, AutoencoderTinyConfig
 from ..models.unet import UNet2DConditionModel
 from ..models.unet2d import UNet2DConfig, UNet2DModel
+from ..models.upscalers import RRDBNet, RRDBNetConfig, SRVGGConfig, SRVGGNetCompact
 from ..models.vae import AutoencoderKL
 from ..models.vq import VQConfig, VQModel
 
@@ -114,6 +115,11 @@ PARTS: dict[str, Part] = {
         library="transformers",
         stem="model",
         signs=("concept_embeds",),
+    ),
+    "upscaler": Part(
+        label="an upscaler",
+        classes={"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGConfig, SRVGGNetCompact)},
+        signs=("conv_first.weight", "model.0.weight", "body.0.weight"),
     ),
 }
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone

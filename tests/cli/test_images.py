@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from checkpoints import SCALED, make
 from command_line import PROMPT, pixels
 from models.test_controlnet_union import unions
+from models.test_upscalers import write as write_upscaler
 from oracle import perturb
 from stable_diffusion import StableDiffusion
+from stable_diffusion.cli import upscale
 from stable_diffusion.cli.flags import FLAGS
 from test_parity_images import control_nets
 
@@ -56,6 +59,8 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     for name, net in zip(("net", "net2"), control_nets("sd1", 2)[0], strict=True):
         net.save_pretrained(folder / name)
     unions()[1].save_pretrained(folder / "union")
+    for name in ("x4plus.pth", "x2plus.safetensors"):
+        write_upscaler(folder, name)
     (folder / "loras").mkdir()
     write_lora(folder / "loras" / "paint.safetensors")
     write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
@@ -130,6 +135,7 @@ ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
 # The script, the checkpoint and the options beside; the flags, each of which changes that picture.
 CHANGES = {
     ("txt2image", "sd", ""): "--width 72; --height 72; --seed 4; --steps 3; --cfg 4; --token_merging 0.75; --eta 1; "
+    "--upscale {}/x4plus.pth; "
     "--sampler euler_a; --clip_skip 1; --emphasis none; --weight_blocks; --truncate; --hires 1.5; --quantize; "
     "--unet_bits 4; --text_bits 4; --embedding {}/word.safetensors=red; --lora {}/loras/paint.safetensors; "
     "--noise_source torch; --vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
@@ -144,7 +150,8 @@ CHANGES = {
     ("txt2image", "sd", "--sampler euler --s_churn 1"): "--s_tmin 99; --s_tmax 0.1; --s_noise 2",
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
-    ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels",
+    ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels; "
+    "--hires_upscaler {}/x4plus.pth",
     ("txt2image", "sd", "--detail 8,8,40,40"): "--detail_prompt blue; --detail_strength 1; --detail_padding 0; "
     "--detail 40,40,20,20",
     ("txt2image", "xl", ""): "--text_encoder_2 {}/other; --prompt_2 blue; --original_size 640x96; --crop 99,0; "
@@ -482,3 +489,47 @@ def test_a_star_is_painted_into_a_corner(run, tmp_path):
     assert (image == 255).all()
     assert 0.1 < (green > np.maximum(red, blue) + 60).mean() < 0.6
     assert (corner.min(-1) > 200).mean() > 0.25  # around it, white
+
+
+# --- upscalers -------------------------------------------------------------------------------------------------------
+
+
+def test_upscaling_is_recorded_and_repeated(run, files, tmp_path):
+    options = ["--model", files / "sd", "--steps", 2, "--n_images", 1, "--width", 64, "--height", 72, "--seed", 3]
+    ways = ["--upscale", files / "x2plus.safetensors", "--hires", 1.25, "--hires_upscaler", files / "x4plus.pth"]
+    run("txt2image", PROMPT, *options, *ways, "--output", tmp_path / "a.png").succeeded()
+    made = pixels(tmp_path / "a.png")
+    assert made.shape == (176, 160, 3)
+    for name in ("x4plus.pth", "x2plus.safetensors"):
+        shutil.copy(files / name, tmp_path)
+    again = ["--from_image", tmp_path / "a.png", "--model", files / "sd", "--output", tmp_path / "b.png"]
+    assert run("txt2image", *again).succeeded().remarks == []
+    assert np.array_equal(pixels(tmp_path / "b.png"), made)
+    write_upscaler(tmp_path, "x4plus.pth")
+    (tmp_path / "x2plus.safetensors").write_bytes((files / "word.safetensors").read_bytes())
+    run("txt2image", *again).refused("--upscale x2plus.safetensors (another hash)")
+
+
+def test_the_command_enlarges_files(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clear = noise((20, 12))
+    clear.putalpha(rectangle((0, 0, 10, 12), (20, 12)))
+    text = PngInfo()
+    text.add_text("parameters", "a cat")
+    clear.save("clear.png", pnginfo=text)
+    noise((10, 10)).save("photo.jpg")
+    net = ["--upscaler", str(files / "x2plus.safetensors")]
+    assert upscale.main(["clear.png", "photo.jpg", *net]) == 0
+    assert capsys.readouterr().out.split() == ["clear_x2.png", "photo_x2.png"]
+    with Image.open("clear_x2.png") as made:
+        assert (made.size, made.mode, made.text["parameters"]) == ((40, 24), "RGBA", "a cat")
+    assert upscale.main(["clear.png", *net, "--output", "big.webp"]) == upscale.main(["photo.jpg", *net]) == 0
+    assert capsys.readouterr().out.split() == ["big.webp", "photo_x2-2.png"]
+    for words, message in (
+        (["clear.png", "photo.jpg", *net, "--output", "big.png"], "one file for 2 images"),
+        (["nowhere.png", *net], "no image at nowhere.png"),
+        (["clear.png", "--upscaler", "photo.jpg"], "photo.jpg is a JPEG picture"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            upscale.main(words)
+        assert message in capsys.readouterr().err

@@ -76,6 +76,13 @@ _OPEN_CLIP_PARTS = {
 }
 _SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the last but one, which is normed in place of it
 
+# ESRGAN's names (Wang et al. 2018): of its first files, which are a list, and of its second ones.
+_ESRGAN = {"model.0": "conv_first", "trunk_conv": "conv_body", "HRconv": "conv_hr"}
+_ESRGAN |= {f"upconv{i}": f"conv_up{i}" for i in range(1, 4)}
+_ESRGAN_LIST = re.compile(r"model\.(\d+)\.")
+_ESRGAN_BODY = re.compile(r"model\.1\.sub\.(\d+)\.")
+_ESRGAN_BLOCK = re.compile(r"^(?:model\.1\.sub|RRDB_trunk)\.(\d+)\.RDB([123])\.conv(\d)\.(?:0\.)?")
+
 # The autoencoder's attention had other names before diffusers 0.18, and files written then keep them.
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
@@ -102,6 +109,8 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
         tensors = {_LLLITE.sub(_lllite_block, name): value for name, value in tensors.items()}
     if kind in PARTS and PARTS[kind].original in tensors:
         tensors = _CONVERTERS[kind](tensors)
+    if kind == "upscaler":
+        return _upscaler(tensors)
     if kind in _OF_VISION:
         return _rename({n: v for n, v in tensors.items() if _VISION.match(n)}, lambda name: name.replace(*_NESTED))
     named = {name: value for name, value in tensors.items() if not _NOT_WEIGHTS.search(name)}
@@ -182,6 +191,22 @@ def _ip_adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename an IP-Adapter that its training saved."""
     names = {"adapter_modules": "ip_adapter", "image_proj_model": "image_proj"}
     return _rename(tensors, lambda name: rename_module(name, names, {}) or name)
+
+
+def _upscaler(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Rename an ESRGAN of either older naming to Real-ESRGAN's; ``model`` is a list of its layers."""
+    inner = {int(match[1]) for name in tensors if (match := _ESRGAN_BODY.match(name))}
+    numbers = sorted({int(match[1]) for name in tensors if (match := _ESRGAN_LIST.match(name))} - {1})
+    ends = {**_ESRGAN, f"model.1.sub.{max(inner, default=0)}": "conv_body"}
+    if len(numbers) > 2:
+        ends |= {f"model.{n}": name for n, name in zip(numbers[-2:], ("conv_hr", "conv_last"), strict=True)}
+        ends |= {f"model.{n}": f"conv_up{i}" for i, n in enumerate(numbers[1:-2], start=1)}
+
+    def new_name(name: str) -> str:
+        path, _, parameter = _ESRGAN_BLOCK.sub(r"body.\1.rdb\2.conv\3.", name).rpartition(".")
+        return f"{ends.get(path, path)}.{parameter}"
+
+    return _rename(tensors, new_name)
 
 
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:

@@ -193,8 +193,38 @@ def _image_encoder(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _upscaler(tensors: Tensors) -> dict[str, Any]:
+    def channels(name: str, axis: int) -> int:
+        if (weight := tensors[name]).ndim != 4:
+            raise ValueError(f"{name} has {weight.ndim} axes, a convolution's 4")
+        return weight.shape[axis]
+
+    if "conv_first.weight" in tensors:
+        config = {"_class_name": "RRDBNet", "num_feat": channels("conv_first.weight", 0)}
+        config |= {
+            "num_grow_ch": channels("body.0.rdb1.conv1.weight", 0),
+            "num_block": count(tensors, r"body\.(\d+)\."),
+        }
+        config |= {"num_upsampling": count(tensors, r"conv_up(\d+)\.")}
+        read, written = channels("conv_first.weight", 1), channels("conv_last.weight", 0)
+        side = config["unshuffle"] = math.isqrt(read // 3)
+        colours = read / side**2 if side else read
+    else:
+        last = max(int(match[1]) for name in tensors if (match := re.match(r"body\.(\d+)\.", name)))
+        if not any(tensors[name].ndim == 1 for name in tensors if re.fullmatch(r"body\.\d*[13579]\.weight", name)):
+            raise ValueError("it has convolutions in a row without PReLU between, which is not supported")
+        side = math.isqrt(channels(f"body.{last}.weight", 0) // 3)
+        config = {"_class_name": "SRVGGNetCompact", "num_feat": channels("body.0.weight", 0), "scale": side}
+        config |= {"num_conv": last // 2 - 1}
+        colours, written = channels("body.0.weight", 1), channels(f"body.{last}.weight", 0) / max(side, 1) ** 2
+    if (colours, written) != (3, 3):
+        raise ValueError(f"it reads {colours:g} channels and writes {written:g}: only upscalers of RGB are supported")
+    return config
+
+
 # From the tensors of a network to its config. They raise KeyError with the name of a missing tensor, ValueError for a
 # network that cannot be run here.
 READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {"unet": _unet, "vae": _vae, "controlnet": _controlnet}
 READERS |= dict.fromkeys(("text_encoder", "text_encoder_2"), _text_encoder)
 READERS |= {"ip_adapter": _ip_adapter, "image_encoder": _image_encoder, "safety_checker": _image_encoder}
+READERS["upscaler"] = _upscaler

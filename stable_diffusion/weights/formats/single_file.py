@@ -34,6 +34,18 @@ _NOT_WEIGHTS = re.compile(
     rf"|(.*\.)?{NOT_OF_TEXT_ENCODER}|(.*\.)?text_projection(\.weight)?$"  # of CLIP, wherever they stand
 )
 
+_OTHER_UPSCALERS = {
+    r"layers\.\d+\.residual_group\.overlap_attn\.": "HAT",
+    r"layers\.\d+\.residual_group\.blocks\.\d+\.attn\.aligned_relative": "SRFormer",
+    r"layers\.\d+\.residual_group\.blocks\.\d+\.attn\.(relative|logit)": "SwinIR",
+    r"relative_position_index_SA$": "ATD",
+    r"before_RG\.": "DAT or RGT",
+    r"residual_layer\.\d+\.residual_layer\.": "OmniSR",
+    r"block_1\.c1_r\.": "SPAN",
+    r"feats\.\d+\.(lk|channel_mixer|channe_mixer)\.": "PLKSR",
+    r"unet1\.conv1\.": "Real-CUGAN",
+    r"(body|model\.1\.sub|RRDB_trunk)\.\d+\.(rdb|RDB)1\.conv1x1\.": "ESRGAN+",
+}
 # Files of other kinds, by what a name in them looks like.
 _OTHER_KINDS = (
     (r"noise_augmentor\.|embedder\.model\.visual", "a Stable unCLIP, which is not supported"),
@@ -52,6 +64,10 @@ _OTHER_KINDS = (
     (r"(.*\.)?transformer_blocks\.0\.img_mod\.", "Qwen-Image, which is not supported"),
     (r"(.*\.)?cap_embedder\.", "Lumina, which is not supported"),
     (r"(.*\.)?time_stack\.", "Stable Video Diffusion, which is not supported"),
+    *(
+        (pattern, f"an upscaler of {name}, which is not supported: take one of RRDB or SRVGG, as Real-ESRGAN's")
+        for pattern, name in _OTHER_UPSCALERS.items()
+    ),
     (r".*\.(absmax|quant_map)$", "quantized by bitsandbytes, which is not supported: take it in float16"),
 )
 
