@@ -21,7 +21,7 @@ from .text.encode import Conditioning
 from .weights.files import Checkpoint, open_unconditional
 
 _OF_PROMPTS = ("prompt_2", "negative_prompt_2", "clip_skip", "guidance_interval", "guidance_rescale", "pag_scale")
-_OF_PROMPTS += ("token_merging", "size_conditioning", "controls")
+_OF_PROMPTS += ("token_merging", "size_conditioning", "controls", "image_prompts")
 _DEFAULT = Options()
 
 
