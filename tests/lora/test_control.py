@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from configs import REAL_UNETS
 from models.test_controlnet import COUNTS, inputs, of_unet, run_oracle, run_ours, worst
-from oracle import last, normal, perturb, relative_error
+from oracle import SCALES, last, normal, perturb, relative_error
 from stable_diffusion import Control, StableDiffusion
 from stable_diffusion.lora.control import build_control_lora
 from stable_diffusion.weights.files import open_part
@@ -84,8 +84,8 @@ def made(request, tmp_path_factory) -> tuple:
 def test_is_the_controlnet_of_diffusers(made):
     family, folder, oracle, file = made
     ours = StableDiffusion(folder).load_controlnet(file)
-    for i, scale in enumerate((1.0, 1e-2)):
-        given, t = inputs(family, i + 1, 6, 10, scale), [999.0, 1.0][: i + 1]
+    for i, scale in enumerate(SCALES):
+        given, t = inputs(family, i + 1, 4, 6, scale), [999.0, 500.0, 1.0][: i + 1]
         assert worst(run_ours(ours, given, t), run_oracle(oracle, given, t)) <= 1e-4
 
 
@@ -99,7 +99,7 @@ def test_diffusers_reads_the_same(made):
     for path, module in theirs.named_modules():
         if hasattr(module, "base_layer") and module.base_layer.bias is not None:
             module.base_layer.bias.data.copy_(oracle.get_submodule(path).bias)
-    given, ours = inputs(family, 1, 6, 10), StableDiffusion(folder).load_controlnet(file)
+    given, ours = inputs(family, 1, 4, 6), StableDiffusion(folder).load_controlnet(file)
     assert worst(run_ours(ours, given, [500.0]), run_oracle(theirs.requires_grad_(False), given, [500.0])) <= 1e-4
 
 

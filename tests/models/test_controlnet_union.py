@@ -83,7 +83,6 @@ def test_equals_diffusers(case):
 
 # Settings of the controls, and the networks that see them: one for both, or one for each.
 RUNS = {
-    "one": ([{"kind": "canny", "scale": 0.8, "end": 0.8}], [0]),
     "two": ([{"kind": "depth", "scale": 0.5}, {"kind": "repaint", "scale": 1.2, "start": 0.3}], [0, 0]),
     "two networks": ([{"kind": 1, "scale": 0.5, "end": 0.6}, {"kind": 4, "scale": 0.7}], [0, 1]),
 }

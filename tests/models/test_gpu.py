@@ -12,7 +12,6 @@ from models import test_unet as unet
 from models import test_vae as vae
 from oracle import nchw, nhwc, normal, relative_error
 from stable_diffusion.models import layers as attention
-from stable_diffusion.models.gpu import join
 from stable_diffusion.models.layers import GroupNorm
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -90,6 +89,4 @@ def test_half_precision():
 
 
 def test_inputs_of_joined_layers_are_changed():
-    net, _ = unet.unets("xl")
-    join(net)
     lllite.test_equals_the_formula()
