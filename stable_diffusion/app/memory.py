@@ -31,8 +31,9 @@ _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Ma
 # GPU, half precision: computed, not measured on a Mac, by MLX 0.32's rules (mlx/backend/metal/conv.cpp and device.cpp,
 # mlx/transforms.cpp): a Winograd convolution holds 64 values for each pair of channels, a command buffer ends after 40
 # kernels or 40 Mi values, and 10 of them wait, or none where memory is at its limit.
-_STEP = {mx.cpu: (51, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
+_STEP = {mx.cpu: (40, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
 _SCORES, _BESIDE_SCORES = 2**23, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
+_SUMS, _BESIDE_SUMS = 64, 5  # bytes for each pair of the widest channels, of the sums in models/upsampling.py, on a CPU
 _EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
@@ -105,6 +106,8 @@ def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -
     if on_cpu and config.down_block_types[0].startswith("CrossAttn"):
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
         needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
+    if on_cpu:
+        needed = max(needed, _SUMS * max(config.block_out_channels) ** 2 + size_of_maps * _BESIDE_SUMS)
     needed += 0 if mx.get_memory_limit() == 0 else min(size_of_maps * ahead, most_ahead + needed)
     needed *= 2 if model.dtype == mx.float32 and not on_cpu else 1
     return int(_EACH_ROW * shape.rows * shape.n_images + needed * (1 + _CONTROLNET * len(shape.controls)))

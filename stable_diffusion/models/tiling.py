@@ -19,8 +19,9 @@ from itertools import chain, product, tee
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import winograd
 from .config import AutoencoderConfig
-from .layers import Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, silu
+from .layers import Conv2d, Downsample2D, GroupNorm, Kernel, ResnetBlock2D, scaled, scaled_silu
 from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
 from .upsampling import Upsample2D, UpsampledConv2d, convolve_doubled, sum_taps, sums_pay, upsample_nearest
 from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
@@ -33,7 +34,8 @@ _log = logging.getLogger("stable_diffusion")
 
 # CPU: measured (benchmarks/vae.py). GPU: computed, not measured on a Mac, by MLX 0.32's rules: a Winograd convolution
 # takes 4.6 maps (mlx/backend/metal/conv.cpp) and is a command buffer (device.cpp), of which 10 wait (transforms.cpp).
-_GRAPH = {mx.cpu: 100, mx.gpu: 140}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
+_GRAPH = {mx.cpu: 78, mx.gpu: 140}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
+_TINY_GRAPH = {mx.cpu: 55, mx.gpu: 140}
 _LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 7 * 2**27}  # bytes: beyond, slices are as fast; of a GPU below 128 pixels
 _SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they stay in a CPU's caches; a GPU wants more at a time
 _WORK = {mx.cpu: 75, mx.gpu: 40}  # bytes per pixel and channel of a slice
@@ -66,22 +68,38 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     n, *sides = shape[:3]
     height, width = (side * scale for side in sides) if half == "decoder" else sides
     channels = config.widest(half)
-    graph = _GRAPH[device] * channels * n * height * width
+    graph = (_GRAPH if isinstance(config, AutoencoderConfig) else _TINY_GRAPH)[device] * channels * n * height * width
     if graph <= min(_LARGEST_GRAPH[device] / _MARGIN, room):
         return VAEPlan(graph)
+    fewest = winograd.TILE if device == mx.cpu else 1
     rows = max(_SLICE[device] // width, 1)
 
-    def peak(positions: float) -> float:
-        # A map in slices: two layers' maps, or scores in pieces, twice for the softmax.
-        slices = _WORK[device] * channels * min(max(_SLICE[device], width), scale**2 * positions)
-        return max(itemsize * channels * scale**2 * positions + slices, min(8 * positions**2, 2 * LARGEST_SCORES))
+    def peak(positions: float, width: int) -> float:
+        # Maps of two layers in slices, or scores in pieces, twice for the softmax.
+        maps = itemsize * channels * scale**2 * positions
+        slices = _WORK[device] * channels * min(max(_SLICE[device], fewest * width), scale**2 * positions)
+        weights = _transformed_weights(config, half, maps) if device == mx.cpu else 0
+        return max(maps + slices + weights, min(8 * positions**2, 2 * LARGEST_SCORES))
 
     positions, blended = height * width / scale**2, 32 * height * width  # the last is the result
-    if peak(positions) <= room:
-        return VAEPlan(peak(positions), rows)
+    if (whole := peak(positions, width)) <= room:
+        return VAEPlan(whole, rows)
     sides = range(int(math.sqrt(positions)) // 8 * 8, _SMALLEST_TILE, -8)
-    side = next((side for side in sides if peak(side**2) + blended <= room), _SMALLEST_TILE)
-    return VAEPlan(peak(side**2) + blended, rows, side)
+    side = next((side for side in sides if peak(side**2, side * scale) + blended <= room), _SMALLEST_TILE)
+    return VAEPlan(peak(side**2, side * scale) + blended, rows, side)
+
+
+def _transformed_weights(config: Config, half: str, maps: float) -> float:
+    """Return the bytes of transformed weights that are in memory beside ``maps``, the bytes of the largest maps.
+
+    Without norms all layers run at the same time. With them two do, and those of most channels have smaller maps.
+    """
+    if isinstance(config, AutoencoderConfig):
+        return max(2 * winograd.weight_bytes(max(config.block_out_channels)) - maps / 3, 0)
+    is_encoder = half == "encoder"
+    widths = config.encoder_block_out_channels if is_encoder else config.decoder_block_out_channels
+    blocks = config.num_encoder_blocks if is_encoder else config.num_decoder_blocks
+    return sum(3 * count * winograd.weight_bytes(width) for count, width in zip(blocks, widths, strict=True))
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:
@@ -156,7 +174,8 @@ def spans(length: int, side: int) -> list[tuple[int, int]]:
 def in_slices(layers: Iterable[Network], x: mx.array, rows: int) -> mx.array:
     """Run ``layers`` one after the other on a map [1, H, W, C] and evaluate the result.
 
-    Slices have ``rows`` rows at every level of a network: its maps are the narrower the more channels they have.
+    Slices have ``rows`` rows at every level of a network: its maps are the narrower the more channels they have. They
+    have more where a convolution by Winograd's algorithm wants more.
     """
     slices: Slices = [x]
     for layer in layers:
@@ -171,36 +190,76 @@ def _now(x: mx.array) -> mx.array:
     return x
 
 
-def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
-    """Yield the rows of a map ``height`` at a time, with the row above and the row below; outside are zeros."""
+def _peek(slices: Slices) -> tuple[mx.array, Iterator[mx.array]]:
+    """Return the first slice, and all of them."""
     slices = iter(slices)
     first = next(slices)
-    edge = window = mx.zeros_like(first[:, :1])
-    for rows in chain([first], slices, [edge]):
-        window = mx.concatenate([window, rows], axis=1)
-        while window.shape[1] > height + 2:
-            yield window[:, : height + 2]
-            window = window[:, height:]
-    yield window
+    return first, chain([first], slices)
+
+
+def _parted(slices: Slices, height: int, overlap: int = 0) -> Iterator[mx.array]:
+    """Yield the rows of a map ``height`` at a time, and ``overlap`` more, with which the next ones begin."""
+    parts: list[mx.array] = []
+    for x in slices:
+        parts.append(x)
+        if sum(part.shape[1] for part in parts) >= height + overlap:
+            part = mx.concatenate(parts, axis=1)
+            while part.shape[1] >= height + overlap:
+                yield part[:, : height + overlap]
+                part = part[:, height:]
+            parts = [part] if part.shape[1] else []
+    if sum(part.shape[1] for part in parts) > overlap:
+        yield mx.concatenate(parts, axis=1)
+
+
+def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
+    """Yield the rows of a map ``height`` at a time, with the row above and the row below; outside are zeros."""
+    first, slices = _peek(slices)
+    edge = mx.zeros((1, 1, *first.shape[2:]), first.dtype)
+    return _parted(chain([edge], slices, [edge]), height, overlap=2)
+
+
+def _height(conv: Conv2d, width: int, rows: int) -> int:
+    """Return how many rows of a map of a ``width`` to convolve at once.
+
+    These are ``rows``, or for Winograd's algorithm as many more as pay for the transform of weights, in whole tiles.
+    """
+    if not winograd.suits(conv.weight, conv.stride):
+        return rows
+    return math.ceil(max(rows, winograd.fewest_positions(conv.weight) / width) / winograd.TILE) * winograd.TILE
+
+
+def _kernel(conv: Conv2d) -> Network:
+    """Return the convolution without padding, which is evaluated at once."""
+    tiled = winograd.suits(conv.weight, conv.stride)
+    weight = _now(winograd.transform(conv.weight)) if tiled else conv.weight
+
+    def kernel(x: mx.array) -> mx.array:
+        y = winograd.convolve(x, weight) if tiled else mx.conv2d(x, weight, conv.stride)
+        return _now(y + conv.bias if "bias" in conv else y)
+
+    return kernel
 
 
 def _convolve(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
     """Run a 3×3 convolution; one without padding is a ``Downsample2D``'s, which pads below and to the right only."""
+    x, slices = _peek(slices)
     first, sides = (0, (1, 1)) if conv.padding[0] else (1, (0, 1))
-    for window in _windows(slices, rows * conv.stride[0]):
+    kernel = _kernel(conv)
+    for window in _windows(slices, _height(conv, x.shape[2], rows) * conv.stride[0]):
         window = mx.pad(window[:, first:], [(0, 0), (0, 0), sides, (0, 0)])
         if window.shape[1] >= 3:  # less is a last row that a ``Downsample2D`` leaves out
-            y = mx.conv2d(window, conv.weight, conv.stride)
-            yield _now(y + conv.bias if "bias" in conv else y)
+            yield kernel(window)
 
 
 def _upsample(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
     """Double height and width and run a 3×3 convolution."""
-    slices = iter(slices)
-    first = next(slices)
-    slices = chain([first], slices)
-    if not sums_pay((rows, first.shape[2]), conv):
-        yield from _convolve(conv, map(upsample_nearest, slices), rows)
+    x, slices = _peek(slices)
+    height = _height(conv, 2 * x.shape[2], rows)
+    if not sums_pay((height, x.shape[2]), conv):
+        doubled = (upsample_nearest(window)[:, 1:-1] for window in _windows(slices, math.ceil(height / 2)))
+        padded = (mx.pad(window, [(0, 0), (0, 0), (1, 1), (0, 0)]) for window in doubled)
+        yield from _parted(map(_kernel(conv), padded), height)
         return
     sums = sum_taps(conv.weight)
     for window in _windows(slices, rows):
@@ -208,7 +267,7 @@ def _upsample(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
         yield from mx.split(y, [rows], axis=1) if y.shape[1] > rows else [y]
 
 
-def _normalized(norm: GroupNorm, slices: deque[mx.array]) -> Iterator[mx.array]:
+def _normalized(norm: GroupNorm, slices: deque[mx.array], kernel: Kernel = scaled) -> Iterator[mx.array]:
     """Normalize by mean and variance of the groups over all slices (Chan et al. 1979), and take each from the queue."""
     heights, means, variances = zip(*((x.shape[1], *_now(norm.moments(x))) for x in slices), strict=True)
     fractions = mx.array(heights)[:, None, None, None] / sum(heights)
@@ -216,13 +275,15 @@ def _normalized(norm: GroupNorm, slices: deque[mx.array]) -> Iterator[mx.array]:
     mean = (fractions * means).sum(axis=0, keepdims=True)
     variance = (fractions * (variances + mx.square(means - mean))).sum(axis=0, keepdims=True)
     while slices:
-        yield norm.normalize(slices.popleft(), mean, variance)
+        yield norm.normalize(slices.popleft(), mean, variance, kernel)
 
 
 def _resnet(block: ResnetBlock2D, slices: Slices, rows: int) -> Iterator[mx.array]:
-    x = deque(map(_now, slices))
-    y = deque(_convolve(block.conv1, map(silu, _normalized(block.norm1, x.copy())), rows))
-    for change in _convolve(block.conv2, map(silu, _normalized(block.norm2, y)), rows):
+    first, slices = _peek(slices)
+    rows = _height(block.conv2, first.shape[2], rows)
+    x = deque(map(_now, _parted(slices, rows)))
+    y = deque(_convolve(block.conv1, _normalized(block.norm1, x.copy(), scaled_silu), rows))
+    for change in _convolve(block.conv2, _normalized(block.norm2, y, scaled_silu), rows):
         residual = x.popleft()
         yield _now(change + (block.conv_shortcut(residual) if "conv_shortcut" in block else residual))
 
@@ -235,7 +296,8 @@ def _attention(block: SpatialAttention, slices: Slices, rows: int) -> Iterator[m
 
 def _tiny_block(block: TinyBlock, slices: Slices, rows: int) -> Iterator[mx.array]:
     *convs, last = block.conv[::2]
-    x, y = tee(slices)
+    first, slices = _peek(slices)
+    x, y = tee(_parted(slices, _height(last, first.shape[2], rows)))
     for conv in convs:
         y = map(nn.relu, _convolve(conv, y, rows))
     return (nn.relu(change + residual) for change, residual in zip(_convolve(last, y, rows), x, strict=True))

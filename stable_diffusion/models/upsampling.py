@@ -13,6 +13,7 @@ from contextvars import ContextVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import winograd
 from .layers import Conv2d, conv2d, may_be_winograd
 
 _FEWEST = 64  # positions of a map: with fewer, summing the weights takes the time that it saves (measured on a CPU)
@@ -53,13 +54,15 @@ def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.arr
 def sums_pay(size: Sequence[int], conv: nn.Module) -> bool:
     """Return whether to convolve maps of ``size`` (h, w), doubled, by :func:`convolve_doubled`.
 
-    Winograd's algorithm, which a GPU takes for large maps, has fewer products still. A layer that is wrapped computes
-    by itself.
+    Winograd's algorithm, which is taken for large maps, has fewer products still. A layer that is wrapped computes by
+    itself.
     """
     h, w = size
     if not _takes_sums.get() or h * w < _FEWEST or not isinstance(conv, nn.Conv2d):
         return False
-    return mx.default_device() == mx.cpu or not may_be_winograd((2 * h, 2 * w), conv.weight.shape)
+    if mx.default_device() == mx.cpu:
+        return not (winograd.suits(conv.weight) and 4 * h * w >= winograd.fewest_positions(conv.weight))
+    return not may_be_winograd((2 * h, 2 * w), conv.weight.shape)
 
 
 def sum_taps(weight: mx.array) -> mx.array:

@@ -107,12 +107,22 @@ def test_scores_in_pieces(backend, rows, sizes, monkeypatch):
     """They are where the scores would be in memory, and make no difference."""
     calls = []
     attend = layers._attend
+    monkeypatch.setattr(layers, "_QUERIES", 1)
     monkeypatch.setattr(layers, "_attend", lambda q, *kv: calls.append(q.shape[:3]) or attend(q, *kv))
     for width, expected in ((160, sizes), (32, sizes if backend == "cpu" else [(3, 2, 50)])):
         q, k, v = (mx.array(normal(3, 2, n, width, seed=n)) for n in (50, 77, 77))
         assert relative_error(attention(q, k, v, rows * 77 * 4), attention(q, k, v)) <= 1e-6
         assert calls == [*expected, (3, 2, 50)]
         calls.clear()
+
+
+def test_products_of_scores_have_many_rows(monkeypatch):
+    """On a CPU, also where their scores take more than they may; products with few rows are slow."""
+    calls, attend = [], layers._attend
+    monkeypatch.setattr(layers, "_attend", lambda q, *kv: calls.append(q.shape[:3]) or attend(q, *kv))
+    q, k, v = (mx.array(normal(1, 2, n, 8, seed=n)) for n in (300, 77, 77))
+    assert relative_error(attention(q, k, v, 1), attention(q, k, v)) <= 1e-6
+    assert calls == [*[(1, 1, 128), (1, 1, 128), (1, 1, 44)] * 2, (1, 2, 300)]
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,16 @@ def test_a_cut_map_ends_in_zeros(size, side, device, kernels):
 @pytest.mark.parametrize("c, size, side", [(128, (31, 33), 2), (128, (32, 32), 3), (96, (32, 32), 2), (64, (7, 9), 3)])
 def test_on_a_gpu_winograd_has_fewer_products(c, size, side, kernels, monkeypatch):
     """From 4096 positions of a doubled map and 256 channels of both sides on; lazily, as shapes decide."""
-    Upsample2D(c)(mx.zeros((3, *size, c)))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     Upsample2D(c)(mx.zeros((3, *size, c)))
-    assert kernels[0] == 2 if size != (7, 9) else 3
-    assert set(kernels[1:]) == {side}
+    assert set(kernels) == {side}
+
+
+@pytest.mark.parametrize("c, size, side", [(64, (8, 8), 3), (128, (8, 8), 2), (128, (12, 12), 3), (63, (32, 32), 2)])
+def test_on_a_cpu_winograd_has_fewer_products(c, size, side, kernels):
+    """From 64 channels on, and from four positions of a doubled map for each."""
+    Upsample2D(c)(mx.zeros((1, *size, c)))
+    assert set(kernels) == {side}
 
 
 def test_the_weights_are_those_of_the_call():
