@@ -52,7 +52,7 @@ class Networks:
         checkpoint: Checkpoint,
         dtype: mx.Dtype,
         low_memory: bool,
-        bits: Mapping[str, int | None],
+        bits: Mapping[str, int | str | None],
         loras: Sequence[tuple[LoRASource, Scale]] = (),
         lora_partial: bool = False,
     ):

@@ -29,6 +29,7 @@ from .options import Number, OptionKeywords, Options, Prompt, Prompts
 from .planning import RunDefaults, image_seeds, plan_run, schedule_of
 from .text.encode import Conditioning, SizeConditioning
 from .weights.files import open_checkpoint
+from .weights.quantize import in_words
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -41,7 +42,8 @@ class StableDiffusion(Networks):
             checkpoint (.safetensors, .ckpt, .gguf); None is the class's default model.
         float16: the same as ``dtype=mx.float16``.
         revision: branch, tag or commit of a Hub repository.
-        unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8).
+        unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8), or to floats of few bits:
+            "mxfp4", "nvfp4" or "mxfp8".
         text_bits: the same for the text encoders.
         parts: networks from other sources, by the names "unet", "vae", "text_encoder", "text_encoder_2": Hub ids,
             folders or files. A "vae" may be a TAESD.
@@ -75,8 +77,8 @@ class StableDiffusion(Networks):
         float16: bool = False,
         *,
         revision: str | None = None,
-        unet_bits: int | None = None,
-        text_bits: int | None = None,
+        unet_bits: int | str | None = None,
+        text_bits: int | str | None = None,
         parts: Mapping[str, str | PathLike] | None = None,
         tokenizer: str | PathLike | None = None,
         prediction: str | None = None,
@@ -127,7 +129,7 @@ class StableDiffusion(Networks):
 
     def __repr__(self) -> str:
         family = "XL" if self.is_xl else "1 or 2"
-        bits = [f"{name} in {s.quantization[0]} bits" for name, s in self.sources.items() if s.quantization]
+        bits = [f"{name} in {in_words(s.quantization[0])}" for name, s in self.sources.items() if s.quantization]
         details = ", ".join([self.dtype_name, self.sampler or "no sampler", *bits, *["low memory"] * self.low_memory])
         return f"{type(self).__name__}({str(self.source)!r}, Stable Diffusion {family}, {details})"
 

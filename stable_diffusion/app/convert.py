@@ -20,7 +20,7 @@ from ..weights import catalog, layout
 from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors, with_few_steps
 from ..weights.load import load_component
 from ..weights.parts import PARTS
-from ..weights.quantize import quantize, read_quantization, remaining_quantization
+from ..weights.quantize import in_words, quantization_config, quantize, read_quantization, remaining_quantization
 from ..weights.save import stored_tensors, write_json, write_weights
 from .engine import chosen_networks
 from .request import Request
@@ -105,7 +105,7 @@ def _networks(checkpoint: Checkpoint, request: Request, dtype: mx.Dtype) -> list
         quantization = remaining_quantization(components[name], bits.get(name, chosen.get("text_bits")))
         if quantization is not None:
             quantize(module, *quantization)
-            config["quantization"] = dict(zip(("bits", "group_size"), quantization, strict=True))
+            config["quantization"] = quantization_config(*quantization)
         networks.append(_Network(name, config, stored_tensors(module)))
     return networks
 
@@ -122,7 +122,7 @@ def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
     write_json(folder / "config.json", network.config)
     files = write_weights(folder, PARTS[network.name].stem, network.tensors, max_shard_size)
     if quantization := read_quantization(network.config):
-        details.append(f"{quantization[0]} bits")
+        details.append(in_words(quantization[0]))
     if len(files) > 1:
         details.append(f"{len(files)} files")
     return f"{network.name}: {', '.join(details)}"

@@ -135,9 +135,9 @@ def _sizes(components: Iterable[Component]) -> Report:
 
 
 def _parameters(name: str, tensor: mx.array, quantization: tuple[int, int] | None) -> int:
-    """Count the parameters of a tensor. In quantized layers each scale stands for a group of them."""
+    """Count the parameters of a tensor. In quantized layers each scale stands for a group, of 32 or more if a float."""
     if quantization and name.endswith(".scales"):
-        return tensor.size * quantization[1]
+        return tensor.size * (quantization[1] if tensor.dtype == mx.uint8 else max(quantization[1], 32))
     return 0 if quantization and (tensor.dtype == mx.uint32 or name.endswith(".biases")) else tensor.size
 
 

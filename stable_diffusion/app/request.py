@@ -144,8 +144,8 @@ class Request:
     lora_dir: str | tuple[str, ...] | None = None
     embedding: tuple[str, ...] = ()
     quantize: bool = False
-    unet_bits: int | None = None
-    text_bits: int | None = None
+    unet_bits: int | str | None = None
+    text_bits: int | str | None = None
     dtype: str | None = None
     exact: bool = False
     variant: Variant | None = None  # set by ``expand``, and not recorded

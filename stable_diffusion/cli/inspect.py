@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..app.inspect import Report, inspect
+from ..weights.quantize import in_words
 from .parser import Parser
 from .streams import printable
 
@@ -63,7 +64,7 @@ def _summary(part: Report) -> str:
     """Return a line about a network; the numbers are aligned with those of others."""
     line = f"{part['parameters']:>13,}  {part['bytes'] / 1e6:>8,.1f} MB"
     line += f"  {_text('types', part['types'])}  {part['class']}"
-    line += f"  {part['bits']} bits in groups of {part['group_size']}" if "bits" in part else ""
+    line += f"  {in_words(part['bits'])} in groups of {part['group_size']}" if "bits" in part else ""
     return line + (f"  {part['files']} files" if part["files"] > 1 else "")
 
 

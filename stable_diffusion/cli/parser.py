@@ -21,7 +21,7 @@ from ..models import check_mlx
 from ..models.cpu import DEVICES
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
-from ..weights.quantize import BITS
+from ..weights.quantize import FORMATS
 from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
 from .foreign_flags import COUNTERPARTS
 from .streams import in_one_line, say
@@ -299,6 +299,11 @@ def lora(value: str) -> tuple[str, Scale]:
     return path, float(last or 1) if first in (None, last) else (float(first), float(last))
 
 
+def bits(value: str) -> int | str:
+    """Return a number of bits, or the name of a quantization."""
+    return int(value) if value.isdecimal() else value
+
+
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
@@ -310,8 +315,8 @@ _CHOICES = CHOICES | {
     "noise_source": NOISE_SOURCES,
     "prediction": PREDICTIONS,
     "share": SHARES,
-    "unet_bits": BITS,
-    "text_bits": BITS,
+    "unet_bits": FORMATS,
+    "text_bits": FORMATS,
 }
 _TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
 _TYPES |= {
@@ -335,4 +340,4 @@ _TYPES |= {
     if "score" not in name
 }
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
-_TYPES |= {"lora": lora, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": int, "text_bits": int}
+_TYPES |= {"lora": lora, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": bits, "text_bits": bits}

@@ -101,7 +101,8 @@ def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array
         for key, change in delta.delta(layer, scale).items():
             before = weight_of(layer) if key == "weight" else layer[key].astype(mx.float32)
             totals[key] = totals.get(key, before) + change
-    dtype = layer.get("scales", layer["weight"]).dtype
+    dtype = layer.get("biases", layer.get("bias", layer["weight"])).dtype
+    dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32  # of a packed weight without either
     return {key: total.astype(dtype) for key, total in totals.items()}
 
 

@@ -24,7 +24,7 @@ class NetworkSource:
 
     component: Component
     dtype: mx.Dtype
-    quantization: tuple[int, int] | None  # (bits, group size)
+    quantization: tuple[int | str, int] | None  # (bits or mode, group size)
     attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
     fused: Sequence[
         tuple[str | PathLike, Scale]

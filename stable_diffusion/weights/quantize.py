@@ -10,19 +10,31 @@ from .layout import Component
 from .parts import PARTS
 
 BITS = (2, 3, 4, 5, 6, 8)
+# Floats of few bits with a scale of 8 bits for each group: (bits, group size). mxfp are those of the Open Compute
+# Project's Microscaling Formats (2023), nvfp4 is NVIDIA's.
+MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+FORMATS: tuple[int | str, ...] = (*BITS, *MODES)
 _EMBEDDING_BITS = 8  # a prompt's words are looked up, not summed: fewer bits would show and save little
 _MLX_GROUP_SIZES = (32, 64, 128)
 
 
-def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
+def in_words(bits: int | str) -> str:
+    """Return bits, or the name of a mode, as messages have it."""
+    return f"{bits} bits" if bits in BITS else f"{bits}"
+
+
+def quantize(module: nn.Module, bits: int | str, group_size: int) -> nn.Module:
     """Quantize ``module`` in place: every Linear whose width divides by ``group_size``, and token embeddings at 8 bits.
 
     Convolutions (also the 1×1 ones that are Linears here), norms, position embeddings and quantized layers stay as they
-    are. Nothing is read here: each matrix is quantized when it is evaluated, and its source dropped.
+    are. ``bits`` may be one of MODES, which say the size of groups; embeddings are affine in any case. Nothing is read
+    here: each matrix is quantized when it is evaluated, and its source dropped.
     Raises ValueError for a number of bits that MLX has no kernel for.
     """
-    if bits not in BITS:
-        raise ValueError(f"quantization to {bits} bits is not possible; choose one of {', '.join(map(str, BITS))}")
+    if bits not in FORMATS:
+        raise ValueError(f"quantization to {bits} bits is not possible; choose one of {', '.join(map(str, FORMATS))}")
+    mode = bits if bits in MODES else "affine"
+    bits, group_size = MODES.get(bits, (bits, group_size))
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, int]:
         if not hasattr(layer, "to_quantized") or layer.weight.shape[-1] % group_size:
@@ -30,23 +42,27 @@ def quantize(module: nn.Module, bits: int, group_size: int) -> nn.Module:
         if isinstance(layer, nn.Linear):
             return not path.removesuffix(".base").endswith(("conv_shortcut", "quant_conv"))  # ".base" with a LoRA
         if isinstance(layer, nn.Embedding) and path.endswith("token_embedding"):
-            return {"bits": max(bits, _EMBEDDING_BITS), "group_size": group_size}
+            return {"bits": max(bits, _EMBEDDING_BITS), "group_size": max(group_size, _MLX_GROUP_SIZES[0])}
         return False
 
-    nn.quantize(module, group_size=group_size, bits=bits, class_predicate=settings)
+    nn.quantize(module, group_size=group_size, bits=bits, mode=mode, class_predicate=settings)
     return module
 
 
-def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return (bits, group size) of the weights that a ``config.json`` belongs to, None when they are not quantized.
+def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None:
+    """Return (bits or mode, group size) of the weights of a ``config.json``, None when they are not quantized.
 
-    The key is ``"quantization": {"bits": 8, "group_size": 32}``. Raises ValueError for values that MLX does not have.
+    The key is ``"quantization": {"bits": 8, "group_size": 32}``, with a ``"mode"`` if it is not affine. Raises
+    ValueError for values that MLX does not have.
     """
     value = config.get("quantization")
     if value is None:
         return None
     bits, group_size = (value.get("bits"), value.get("group_size")) if isinstance(value, dict) else (None, None)
-    if bits not in BITS or group_size not in _MLX_GROUP_SIZES:
+    mode = value.get("mode", "affine") if isinstance(value, dict) else None
+    if isinstance(mode, str) and MODES.get(mode) == (bits, group_size):
+        return mode, group_size
+    if mode != "affine" or bits not in BITS or group_size not in _MLX_GROUP_SIZES:
         raise ValueError(
             f"quantization={value!r} is not one that this library reads: bits of {', '.join(map(str, BITS))} "
             f"and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}; convert the model again"
@@ -54,8 +70,14 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return bits, group_size
 
 
-def remaining_quantization(component: Component, bits: int | None) -> tuple[int, int] | None:
-    """Return (bits, group size) to quantize a network to; None where its weights are stored in these ``bits``.
+def quantization_config(bits: int | str, group_size: int) -> dict[str, Any]:
+    """Return the entry of a ``config.json`` that ``read_quantization`` reads."""
+    mode = {"mode": bits} if bits in MODES else {}
+    return {"bits": MODES[bits][0] if mode else bits, "group_size": group_size} | mode
+
+
+def remaining_quantization(component: Component, bits: int | str | None) -> tuple[int | str, int] | None:
+    """Return (bits or mode, group size) to quantize a network to; None where its weights are stored in these ``bits``.
 
     None ``bits`` leave the weights as they are. Raises ValueError where they are stored in other bits.
     """
@@ -63,10 +85,10 @@ def remaining_quantization(component: Component, bits: int | None) -> tuple[int,
         return None
     stored = read_quantization(component.config)
     if stored is None:
-        return bits, PARTS[component.name].group_size
+        return bits, MODES[bits][1] if bits in MODES else PARTS[component.name].group_size
     if stored[0] != bits:
         raise ValueError(
-            f"{component.name} of {component.files[0].parent}: its weights are stored in {stored[0]} bits, "
+            f"{component.name} of {component.files[0].parent}: its weights are stored in {in_words(stored[0])}, "
             f"not in {bits}: leave them as they are, or take the model that they were made from"
         )
     return None
@@ -78,7 +100,7 @@ def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config
     A layer is quantized where it has ``scales``; its bits follow from the width of its packed ``weight``. Layers whose
     shapes make no sense stay as they are, so that filling them names what is wrong.
     """
-    _, group_size = read_quantization(config)
+    kind, group_size = read_quantization(config)
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, int]:
         packed, scales = tensors.get(f"{path}.weight"), tensors.get(f"{path}.scales")
@@ -86,6 +108,13 @@ def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config
             return False
         width = layer.weight.shape[-1]
         bits, rest = divmod(32 * packed.shape[1], width)
-        return not rest and width % group_size == 0 and bits in BITS and {"bits": bits, "group_size": group_size}
+        if kind in MODES and f"{path}.biases" not in tensors:
+            return (
+                width % group_size == 0
+                and bits == MODES[kind][0]
+                and {"bits": bits, "group_size": group_size, "mode": kind}
+            )
+        size = max(group_size, _MLX_GROUP_SIZES[0])
+        return not rest and width % size == 0 and bits in BITS and {"bits": bits, "group_size": size}
 
     nn.quantize(module, group_size=group_size, class_predicate=settings)

@@ -7,18 +7,22 @@ from dataclasses import replace
 
 import diffusers
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from checkpoints import SCALED, VAE, as_single_file, make
 from cli.test_images import write_lora
-from oracle import last
+from oracle import last, relative_error
 from stable_diffusion import StableDiffusion, StableDiffusionXL
 from stable_diffusion.app.convert import convert
+from stable_diffusion.app.inspect import inspect
 from stable_diffusion.app.request import Request
+from stable_diffusion.lora.delta import weight_of
 from stable_diffusion.planning import RunDefaults
 from stable_diffusion.weights.files import open_checkpoint
+from stable_diffusion.weights.quantize import MODES
 
 
 def same(a: StableDiffusion, b: StableDiffusion) -> bool:
@@ -46,6 +50,30 @@ def test_converted_is_quantized_at_load_bit_for_bit(tmp_path, sd1_folder, xl_fol
         if name == "sd1" or not float16:  # half precision is slow without a GPU
             step = {"num_steps": 1, "latent_size": (2, 2), "seed": 3}
             assert np.array_equal(*(last(sd.generate_latents("the red cat", **step)) for sd in (made, expected)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_floats_of_few_bits(tmp_path, mode):
+    """They are kept by folders, and compute what their values are, with a LoRA beside them."""
+    folder = convert(Request(model="tiny", dtype="float32", unet_bits=mode, text_bits=mode), tmp_path / "x")
+    made, direct = StableDiffusion(folder), StableDiffusion("tiny", unet_bits=mode, text_bits=mode)
+    assert same(made, direct) and f"unet in {mode}," in repr(direct)
+    ours, plain = inspect(folder)["parts"], inspect("tiny")["parts"]
+    assert ours["unet"]["bits"] == ours["text_encoder"]["bits"] == mode and "bits" not in ours["vae"]
+    assert all(ours[name]["parameters"] == plain[name]["parameters"] for name in plain)
+    exact = StableDiffusion("tiny", text_bits=mode)
+    layers, count = dict(made.unet.named_modules()), 0
+    for path, layer in exact.unet.named_modules():
+        if isinstance(layers[path], nn.QuantizedLinear):
+            count += layers[path].mode == mode
+            layer.weight = weight_of(layers[path])
+    latents = []
+    for sd in (made, exact):
+        sd.load_lora("stable_diffusion/tiny/lora/arrow.safetensors", 0.8)
+        latents.append(last(sd.generate_latents("a red ohwx", num_steps=2, seed=1)))
+    assert count > 20 and relative_error(*latents) <= 1e-4
+    with pytest.raises(ValueError, match=f"stored in {mode}, not in 8"):
+        StableDiffusion(folder, unet_bits=8)
 
 
 def test_the_bundled_model_and_its_small_files(tmp_path):

@@ -23,6 +23,7 @@ _MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
 _CHUNK = 1 << 20  # bytes that are copied at once
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
+_TYPES |= {mx.uint8: "U8"}
 # Signed and unsigned integers of a floating-point type's size, and the bits of its infinity.
 _INFINITIES = {
     mx.float32: (mx.int32, mx.uint32, 0x7F80_0000),
