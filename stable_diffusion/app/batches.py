@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from ..diffusion.choice import guidance_scale, is_cfg_pp
 from ..diffusion.controls import Control
+from ..diffusion.image_prompts import ImagePrompt
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas, make_canvas
 from ..options import SettingError
@@ -20,7 +21,7 @@ from ..planning import RunDefaults
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
 from .detail import detail_masks
-from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, upscale
+from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, image_prompts, upscale
 from .memory import RunShape
 from .request import SIZES, Request
 
@@ -46,6 +47,7 @@ class Batch:
     strength: float = 1.0
     depth: Any = None
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
     details: tuple[Image, ...] = ()
     detail_texts: tuple[Conditioning, Conditioning | str] | None = None
     index: str = ""  # "2/3", among several batches
@@ -83,8 +85,14 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     return [tuple(request for _, request in images) for _, images in pairs]
 
 
-def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, networks: ControlNets) -> Batch:
-    """Encode the prompts of images of one setting and decide their size and inputs.
+def prepare(
+    model: StableDiffusion,
+    requests: tuple[Request, ...],
+    inputs: Inputs,
+    networks: ControlNets,
+    prompts: Sequence[ImagePrompt] = (),
+) -> Batch:
+    """Encode the prompts of images of one setting and decide their size and inputs; image ``prompts`` are encoded.
 
     Raises ValueError for settings that do not go together with the model.
     """
@@ -104,7 +112,9 @@ def prepare(model: StableDiffusion, requests: tuple[Request, ...], inputs: Input
     for remark in _unused_sizes(model, request):
         _log.warning(remark)
     steered = controls(request, networks, inputs, size, canvas) if networks else ()
-    batch = Batch(requests, size, *_encode(model, requests), model.defaults, canvas, strength, depth, steered)
+    prompts = image_prompts(prompts, request, inputs, size, canvas)
+    texts = _encode(model, requests)
+    batch = Batch(requests, size, *texts, model.defaults, canvas, strength, depth, steered, prompts)
     return _with_details(model, batch, inputs) if request.detail else batch
 
 
@@ -175,6 +185,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     request = batch.request
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
     _, is_guided = _guidance(batch.defaults, request)
+    adapters = {id(prompt.adapter): prompt.adapter for prompt in batch.image_prompts}.values()
     larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
     larger = larger or (model.default_latent_size if request.detail else None)
     return RunShape(
@@ -183,6 +194,8 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         chunks=batch.text.context.shape[1] // 77,
         rows=(1 if not is_guided else 3 if model.mode == "instructions" else 2) + (request.options.pag_scale > 0),
         controls=[size_in_bytes(control.network) for control in batch.controls],
+        adapters=[size_in_bytes(adapter) for adapter in adapters],
+        image_encoder=max((adapter.encoder.size for adapter in adapters), default=0),
         larger=larger,
         encodes=batch.canvas is not None
         or bool(request.detail)
@@ -197,7 +210,8 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     """Begin the run of a batch; nothing is computed here."""
     request, unit, canvas = batch.request, model.pixels_per_latent, batch.canvas
     end = request.refiner_start if request.refiner else 1.0
-    keywords = _keywords(batch, controls=batch.controls, denoising_end=end)
+    steered = {"controls": batch.controls, "image_prompts": batch.image_prompts}
+    keywords = _keywords(batch, **steered, denoising_end=end)
     if canvas is None:
         # The method of models with prompts; those without read none, and have one with fewer arguments.
         size = batch.size[1] // unit, batch.size[0] // unit
@@ -219,7 +233,9 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
     steps = model.number_of_steps(request.steps, batch.strength, options=request.options)
     texts = [text if isinstance(text, str) else text.after(steps) for text in (batch.text, batch.negative_text)]
     batch = replace(batch, text=texts[0], negative_text=texts[1])
-    keywords = _keywords(batch, controls=controls(request, networks, inputs, (width * unit, height * unit)))
+    size = width * unit, height * unit
+    prompts = image_prompts(batch.image_prompts, request, inputs, size)
+    keywords = _keywords(batch, controls=controls(request, networks, inputs, size), image_prompts=prompts)
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
     larger = upscale(model, x, (height, width), request.hires_upscaler, inputs.hires_upscaler)
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
@@ -238,7 +254,7 @@ def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, imag
     texts = [text.select(slice(i, i + 1)) if len(text) > 1 else text for text in batch.detail_texts or texts]
     depth = depth_map(model, request, replace(inputs, image=image), canvas)
     one = replace(batch, requests=(request,), size=canvas.size, text=texts[0], negative_text=texts[1])
-    return replace(one, canvas=canvas, strength=request.detail_strength, depth=depth, controls=())
+    return replace(one, canvas=canvas, strength=request.detail_strength, depth=depth, controls=(), image_prompts=())
 
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:

@@ -30,9 +30,10 @@ from ..weights.files import open_checkpoint
 from ..weights.parts import NETWORKS
 from . import memory
 from .batches import Batch, detail_batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
-from .inputs import Inputs, enlarged, read_inputs
+from .inputs import Inputs, encode_image_prompts, enlarged, read_inputs
 from .lora_tags import remarks
-from .request import Request, split_embedding
+from .request import Request
+from .sources import split_embedding
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -180,6 +181,7 @@ class Engine:
         paths = [path for path, _ in self._request.controlnet]
         loaded = {path: model.load_controlnet(path) for path in dict.fromkeys(paths)}  # a union ControlNet once
         self._controlnets = [loaded[path] for path in paths]
+        self._image_prompts = encode_image_prompts(model, self._request, self._inputs)
         for line in remarks(dict.fromkeys(r.all_text for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
@@ -216,7 +218,7 @@ class Engine:
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
         """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
         self._scale_loras(requests[0])  # prompts are encoded with them
-        batch = prepare(self.model, requests, self._inputs, self._controlnets)
+        batch = prepare(self.model, requests, self._inputs, self._controlnets, self._image_prompts)
         most = self._resources.batch_size
         if most is None:
             most = memory.images_that_fit(self.model, run_shape(self.model, batch), self._limit)
@@ -275,10 +277,10 @@ class Engine:
             self.model.release(keep)
 
     def _drop_controls(self) -> None:
-        """Let go of the ControlNets, which are not needed after the last step."""
-        self._controlnets = []
+        """Let go of the ControlNets and IP-Adapters, which are not needed after the last step."""
+        self._controlnets, self._image_prompts = [], []
         for run in self._runs:
-            run.batch = replace(run.batch, controls=())
+            run.batch = replace(run.batch, controls=(), image_prompts=())
 
     def _change_to_refiner(self) -> None:
         """Open the refiner in place of the model, of which it takes the autoencoder alone."""
@@ -345,7 +347,8 @@ class Engine:
     def _steps(self, run: _Run, begin: Begin) -> None:
         """Make the steps of a pass; a retry begins with the first one."""
         is_retry = run.prepared is None
-        for network in self._controlnets if is_retry else ():
+        beside = [*self._controlnets, *(prompt.adapter for prompt in self._image_prompts)]
+        for network in beside if is_retry else ():
             network.set_dtype(self.model.dtype)
         # Nothing else holds a pass that is over, or its networks would stay in memory.
         latents, run.prepared = begin(run) if is_retry else run.prepared, None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -10,9 +10,10 @@ import mlx.core as mx
 from PIL.Image import Image, fromarray
 
 from ..diffusion.controls import Control
+from ..diffusion.image_prompts import ImagePrompt, read_scales
 from ..images.canny import canny
 from ..images.depth import crop_depth, read_depth
-from ..images.files import open_image
+from ..images.files import BLACK, open_image
 from ..images.image import fit, from_array, to_array
 from ..images.inpaint import EMPTY_MASK, Canvas, add_borders, adjust_mask, make_canvas, read_mask
 from ..models.lllite import ControlNetwork
@@ -37,6 +38,8 @@ class Inputs:
     depth: Any = None
     upscaler: Upscaler | None = None
     hires_upscaler: Upscaler | None = None
+    image_prompts: Sequence[Sequence[Image]] = ()  # the pictures of each
+    image_prompt_masks: Sequence[Image] = ()
 
 
 def read_inputs(request: Request) -> Inputs:
@@ -57,7 +60,10 @@ def read_inputs(request: Request) -> Inputs:
                 _log.warning("the mask is black everywhere: the image is kept as it is")
     networks = {source: load_upscaler(source) for source in request.upscalers}
     images = [open_image(path) for path in request.control_image]
-    return Inputs(image, mask, images, depth, networks.get(request.upscale), networks.get(request.hires_upscaler))
+    upscalers = networks.get(request.upscale), networks.get(request.hires_upscaler)
+    prompts = [[open_image(path) for path in paths] for paths in request.ip_image]
+    masks = [open_image(path, BLACK).convert("L").convert("RGB") for path in request.ip_mask]
+    return Inputs(image, mask, images, depth, *upscalers, prompts, masks)
 
 
 def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Canvas:
@@ -104,6 +110,39 @@ def controls(
         kinds = (kind if is_union else None for kind, is_union in zip(kinds, unions, strict=False))
     settings = zip(networks, cycle(images), scales, starts, ends, cycle([request.guess_mode]), kinds, strict=False)
     return tuple(Control(*setting) for setting in settings)
+
+
+def encode_image_prompts(model: StableDiffusion, request: Request, inputs: Inputs) -> list[ImagePrompt]:
+    """Read the IP-Adapters of a request, each once, and encode their pictures; image encoders are freed."""
+    if not request.ip_adapter:
+        return []
+    adapters = {path: model.load_ip_adapter(path) for path in dict.fromkeys(path for path, _ in request.ip_adapter)}
+    # Of each there is one for each adapter, or one for all.
+    starts, ends = cycle(request.ip_start or (0.0,)), cycle(request.ip_end or (1.0,))
+    scales = cycle([read_scales(text) for text in request.ip_blocks] or [None])
+    settings = zip(request.ip_adapter, cycle(inputs.image_prompts), starts, ends, scales, strict=False)
+    prompts = [
+        ImagePrompt(adapters[path], images, scale, start, end, scales=of_parts).encoded(model.encode_image_prompt)
+        for (path, scale), images, start, end, of_parts in settings
+    ]
+    for adapter in adapters.values():
+        adapter.encoder.network = None
+    return prompts
+
+
+def image_prompts(
+    prompts: Sequence[ImagePrompt],
+    request: Request,
+    inputs: Inputs,
+    size: tuple[int, int],
+    canvas: Canvas | None = None,
+) -> tuple[ImagePrompt, ...]:
+    """Return image prompts with the masks of a run at ``size`` (width, height)."""
+    masks: list[mx.array | None] = []
+    for mask in inputs.image_prompt_masks:
+        mask = fit(mask, *size, mode=request.resize) if canvas is None else canvas.crop(mask, mode=request.resize)
+        masks.append(mx.array(to_array(mask))[..., 0] / 2 + 0.5)
+    return tuple(replace(prompt, mask=mask) for prompt, mask in zip(prompts, cycle(masks or [None]), strict=False))
 
 
 def enlarged(model: StableDiffusion, image: Image, network: Upscaler | None) -> Image:

@@ -37,6 +37,7 @@ _SUMS, _BESIDE_SUMS = 64, 5  # bytes for each pair of the widest channels, of th
 _EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
+_PICTURE = 60_000_000  # bytes of an image encoder's states (computed: 33 of 257 x 1280, and one layer's)
 
 # Bytes of a training step for each position and channel: that enter or leave a resnet; of a transformer block; of its
 # input. Bytes for each byte of the float32 scores of attention, of which 2**23 are computed at a time; and what
@@ -50,7 +51,8 @@ class RunShape:
     """Describe a batch as far as its memory goes: sizes are (height, width) of latents, ``larger`` in a second pass.
 
     ``rows`` are the UNet's for one image: 2 with guidance, 1 without, 3 for instructions. ``controls`` are the sizes of
-    ControlNets in bytes. ``encodes`` says whether images are encoded.
+    ControlNets in bytes, ``adapters`` those of IP-Adapters, ``image_encoder`` that of the largest encoder that they
+    read. ``encodes`` says whether images are encoded.
     """
 
     n_images: int
@@ -58,6 +60,8 @@ class RunShape:
     chunks: int = 1
     rows: int = 2
     controls: Sequence[int] = ()
+    adapters: Sequence[int] = ()
+    image_encoder: int = 0
     larger: tuple[int, int] | None = None
     encodes: bool = False
 
@@ -139,10 +143,12 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
     unet, vae = sizes.pop("unet"), sizes.pop("autoencoder", 0)  # which models of pixels have not
-    text, controls = sum(sizes.values()), sum(shape.controls)
+    text, controls = sum(sizes.values()), sum(shape.controls) + sum(shape.adapters)
     stays = 0 if model.low_memory or not shape.encodes else vae
     largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size if vae else 0
     stages = [StageMemory("text encoding", text + controls, int(_TEXT * shape.chunks))]
+    if shape.image_encoder:
+        stages.insert(0, StageMemory("image prompts", shape.image_encoder + controls, _PICTURE))
     if shape.encodes:
         weights = vae + controls + (0 if model.low_memory else text)
         pixels = (1, *(side * model.pixels_per_latent for side in largest))
@@ -157,7 +163,8 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
     """Return the bytes of the networks that a batch needs after its prompts are encoded."""
-    return sum(model.sources[name].size for name in {"unet", "autoencoder"} & {*model.sources}) + sum(shape.controls)
+    beside = sum(shape.controls) + sum(shape.adapters)
+    return sum(model.sources[name].size for name in {"unet", "autoencoder"} & {*model.sources}) + beside
 
 
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:

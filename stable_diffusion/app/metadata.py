@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..models.config import listed
 from ..pipeline import StableDiffusion
 from ..unconditional import UnconditionalDiffusion
 from ..weights.files import open_part
+from ..weights.ip_adapters import open_ip_adapter
 from ..weights.layout import SUFFIXES, VOCABULARY
 from ..weights.parts import FAMILIES, family_of
 from ..weights.quantize import read_quantization
@@ -33,10 +35,10 @@ from . import foreign, infotext
 from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .lora_tags import write_tag
-from .request import KINDS, Request, split_embedding
-from .sources import map_sources, short_names
+from .request import KINDS, Request
+from .sources import map_sources, short_names, split_embedding
 
-_open_part = cache(open_part)
+_open_part, _open_ip_adapter = cache(open_part), cache(open_ip_adapter)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def script_of(model: StableDiffusion, request: Request) -> str:
 
 def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
     """Return what other programs know of an image under their names, beside the fields of its request."""
-    nets = {f"ControlNet {i}": f"Model: {_title(net)}, Weight: {x:g}" for i, (net, x) in enumerate(request.controlnet)}
+    networks = enumerate([*request.controlnet, *request.ip_adapter])
+    nets = {f"ControlNet {i}": f"Model: {_title(net)}, Weight: {x:g}" for i, (net, x) in networks}
     loras = {name: known for name, _, path in _loras(request, {}) if (known := lora_hash(path))}
     model_digest = model_hash(model.sources["unet"].component.files[0])
     hashes = {"model": model_digest} | {f"lora:{name}": known[:10] for name, known in loras.items()}
@@ -236,14 +239,21 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
     for source, kind in (other for other in others if other[0]):
         with suppress(ValueError, OSError):
             networks.append((source, _open_part(source, kind, float16=model.dtype != mx.float32)))
-    files = {}
-    for source, part in networks:
+    files, encoders = {}, []
+    for source, _ in request.ip_adapter:
+        with suppress(ValueError, OSError):
+            adapter, encoder = _open_ip_adapter(source, float16=model.dtype != mx.float32)
+            networks.append((source, adapter))
+            encoders.append((source, encoder))
+    for source, part in [*networks, *encoders]:
         is_file = os.path.isfile(os.path.expanduser(source))  # else it is named by its place in a folder or repository
+        is_file &= part.name != "image_encoder"
         name = names.get(source, source)
         files |= {name if is_file else f"{name} {part.name}/{path.name}": path for path in part.files}
     embeddings = [split_embedding(embedding)[0] for embedding in request.embedding]
     inputs = [
-        path for path in (request.image, request.mask, request.depth, *request.control_image, *embeddings) if path
+        *(path for path in (request.image, request.mask, request.depth) if path),
+        *chain(request.control_image, *request.ip_image, request.ip_mask, embeddings),
     ]
     files |= {name: path for _, name, path in _loras(request, names)}
     files |= {names.get(path, path): Path(path).expanduser() for path in inputs}

@@ -1,6 +1,5 @@
 """A request: everything that decides the pixels of an image, as one record from flags, metadata or JSON."""
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from ..text.alternatives import expand as expand_prompt
 from ..text.encode import SizeConditioning
 from ..text.prompt import EMPHASES
 from ..weights.layout import SUFFIXES
+from .beside import mistakes_of_networks
 from .lora_tags import TAG, read_loras
 from .wildcards import read_wildcards
 
@@ -43,6 +43,8 @@ NUMBERS = OPTION_NUMBERS | {
     "expand": Number(int, 0, 9999),
     "control_start": FRACTION,
     "control_end": FRACTION,
+    "ip_start": FRACTION,
+    "ip_end": FRACTION,
     "hires": Number(float, 1, 8),
     "hires_strength": STRENGTH,
     "hires_steps": COUNT,
@@ -117,6 +119,13 @@ class Request:
     control_end: tuple[float, ...] = ()
     control_type: tuple[str, ...] = ()
     guess_mode: bool = False
+    # IP-Adapters, each (network, scale), and the pictures that each reads together
+    ip_adapter: tuple[tuple[str, float], ...] = ()
+    ip_image: tuple[tuple[str, ...], ...] = ()
+    ip_start: tuple[float, ...] = ()
+    ip_end: tuple[float, ...] = ()
+    ip_blocks: tuple[str, ...] = ()
+    ip_mask: tuple[str, ...] = ()
     # a second pass
     hires: float | None = None
     hires_strength: float = 0.5
@@ -164,20 +173,12 @@ class Request:
             text = f"hires_upscaler {self.hires_upscaler!r} is unknown; choose {' or '.join(UPSCALERS)}, or give a file"
             raise SettingError(text, "hires_upscaler")
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
-        networks = len(self.controlnet)
         mistakes = {
             "mask_blur and mask_padding need mask or expand": adjusts and not paints,
             "invert_mask needs mask": self.invert_mask and not self.mask,
             "expand needs a border of some pixels": self.expand is not None and not any(self.expand),
             "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
                 self.depth and self.expand
-            ),
-            "control_image needs controlnet: an id, a folder or a file": self.control_image and not networks,
-            "control_image is needed once for each controlnet, or once for all": (
-                networks and len(self.control_image) not in (1, networks)
-            ),
-            "control_start, control_end and control_type are given once for each controlnet, or once for all": (
-                not {len(self.control_start), len(self.control_end), len(self.control_type)} <= {0, 1, networks}
             ),
             "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
             "detail and refiner do not go together: run one after the other": self.refiner and self.detail,
@@ -193,6 +194,7 @@ class Request:
             ),
             "refiner does not go together with mask and expand: it does not know what is kept": self.refiner and paints,
         }
+        mistakes |= mistakes_of_networks(self)
         for message in (message for message, is_made in mistakes.items() if is_made):
             raise SettingError(message, *(word for word in re.findall(r"\w+", message) if word in KINDS))
 
@@ -287,12 +289,6 @@ class Request:
         """Return the keywords of ``encode_prompt``."""
         names = ("emphasis", "truncate", "weight_blocks")
         return {"clip_skip": self.options.clip_skip} | {name: getattr(self, name) for name in names}
-
-
-def split_embedding(embedding: str) -> tuple[str, str | None]:
-    """Return the file of an embedding, and the word that it gets where one is given: FILE or FILE=WORD."""
-    path, equals, word = embedding.rpartition("=")
-    return (embedding, None) if not equals or os.path.isfile(os.path.expanduser(embedding)) else (path, word)
 
 
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))

@@ -17,10 +17,17 @@ from ..weights import catalog, hub
 from ..weights.layout import SUFFIXES
 from ..weights.parts import NETWORKS
 from .fingerprints import HASHES, fingerprint
-from .request import UPSCALERS, Request, split_embedding
+from .request import UPSCALERS, Request
 
-_NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "lora", "upscale", "hires_upscaler")
-FIELDS = (*_NETWORKS, "image", "mask", "depth", "control_image", "embedding", "tokenizer", "lora_dir", "wildcards")
+_NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "ip_adapter", "lora", "upscale", "hires_upscaler")
+_PICTURES = ("image", "mask", "depth", "control_image", "ip_image", "ip_mask")
+FIELDS = (*_NETWORKS, *_PICTURES, "embedding", "tokenizer", "lora_dir", "wildcards")
+
+
+def split_embedding(embedding: str) -> tuple[str, str | None]:
+    """Return the file of an embedding, and the word that it gets where one is given: FILE or FILE=WORD."""
+    path, equals, word = embedding.rpartition("=")
+    return (embedding, None) if not equals or os.path.isfile(os.path.expanduser(embedding)) else (path, word)
 
 
 def map_sources(request: Request, change: Callable[[str, str], str], fields: Collection[str] = FIELDS) -> Request:

@@ -26,13 +26,14 @@ from .parser import Parser, script_parser
 # A flag without effect is refused where another flag is missing, and remarked where the prompts are the reason.
 _NEEDED = {
     **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end", "control_type"), "controlnet"),
+    **dict.fromkeys(("ip_start", "ip_end", "ip_blocks", "ip_mask"), "ip_adapter"),
     **dict.fromkeys(("hires_strength", "hires_steps", "hires_upscaler"), "hires"),
     "refiner_start": "refiner",
     "safety_model": "safety_check",
     **dict.fromkeys(("detail_prompt", "detail_strength", "detail_padding"), "detail"),
     "variation_seed": "variation_strength",
     "no_composite": "mask expand",
-    "resize": "image control_image",
+    "resize": "image control_image ip_mask",
     "lora_partial": "lora lora_dir",
     "pag_layers": "pag_scale",
     "preview_every": "preview",

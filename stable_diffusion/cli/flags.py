@@ -18,6 +18,7 @@ ABOUT = {
     "sizes": "SDXL draws as if cut from a picture of such a size; others read none of it.",
     "a part of the image": "Make only that anew, or more around it.",
     "ControlNet": "Steer by another image: its edges, its depth, a pose.",
+    "image prompts": "Show what to draw, beside the prompt, by an IP-Adapter for SD 1.5 or SDXL.",
     "second pass": "Work again on the result.",
     "model": "What makes the picture, and from which files.",
     "memory and time": "How to run it where there is little of either.",
@@ -109,6 +110,15 @@ FLAGS = {
         "--control_type TYPE ...": f"what a union ControlNet is shown: {', '.join(UNION_TYPES)}, or its number; once "
         "for each, or for all",
         "--guess_mode": "let it steer without the help of the prompt",
+    },
+    "image prompts": {
+        "--ip_adapter NET[:SCALE] ...": "file or ID:FILE of an IP-Adapter, how strong it is (1); may be given again",
+        "--ip_image FILE[,FILE] ...": "the picture that it is shown, or several together; once for each, or for all",
+        "--ip_start SHARE ...": "of the steps, when it begins (0)",
+        "--ip_end SHARE ...": "of the steps, when it ends (1)",
+        "--ip_blocks PARTS ...": "parts of the UNet that it acts on: style, layout or style+layout for SDXL, or parts "
+        "with factors, such as up_blocks.0=1,mid=0.5 (all)",
+        "--ip_mask FILE ...": "act where this image is white; once for each, or for all",
     },
     "second pass": {
         "--refiner MODEL": "a model that does the last steps, such as sdxl-refiner",

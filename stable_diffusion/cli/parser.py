@@ -16,6 +16,7 @@ from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS, SIZES
 from ..app.sharing import SHARES
 from ..diffusion.choice import read_name, read_schedule, table
 from ..diffusion.generators import NOISE_SOURCES
+from ..diffusion.image_prompts import read_scales
 from ..lora.delta import Scale
 from ..models import check_mlx
 from ..models.cpu import DEVICES
@@ -304,6 +305,17 @@ def bits(value: str) -> int | str:
     return int(value) if value.isdecimal() else value
 
 
+def pictures(value: str) -> tuple[str, ...]:
+    """Return the paths between commas; a file whose name has commas is one."""
+    return (value,) if os.path.isfile(value) else tuple(value.split(","))
+
+
+def blocks(value: str) -> str:
+    """Return the parts of the UNet that an image prompt acts on."""
+    name(read_scales, value)
+    return value
+
+
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
@@ -331,6 +343,8 @@ _TYPES |= {
     "pag_layers": lambda value: tuple(value.split(",")),
     "detail_prompt": text,
     "detail": partial(name, read_places),
+    "ip_image": pictures,
+    "ip_blocks": blocks,
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }
 _SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"
@@ -340,4 +354,5 @@ _TYPES |= {
     if "score" not in name
 }
 _TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
-_TYPES |= {"lora": lora, "controlnet": weighted, "memory_limit": gigabytes, "unet_bits": bits, "text_bits": bits}
+_TYPES |= {"lora": lora, "controlnet": weighted, "ip_adapter": weighted, "memory_limit": gigabytes}
+_TYPES |= {"unet_bits": bits, "text_bits": bits}

@@ -20,6 +20,18 @@ _STYLE, _LAYOUT = {"up_blocks.0.attentions.1": 1.0}, {"down_blocks.2.attentions.
 PRESETS = {"style": _STYLE, "layout": _LAYOUT, "style+layout": _STYLE | _LAYOUT}
 
 
+def read_scales(text: str) -> Mapping[str, float] | str:
+    """Read the ``scales`` of an image prompt: the name of a preset, or "up_blocks.0=1,mid=0.5"."""
+    if text in PRESETS:
+        return text
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    try:
+        return {name: float(number) for name, number in pairs}
+    except ValueError:
+        remedy = f"give {', '.join(PRESETS)}, or parts of the UNet: up_blocks.0=1,mid=0.5"
+        raise ValueError(f"{text!r} names no scales of an image prompt; {remedy}") from None
+
+
 @dataclass(frozen=True)
 class ImagePrompt:
     """Describe how a picture acts in a run, beside the prompt; several add up.

@@ -81,11 +81,12 @@ class LazyNetwork:
     component: Component
     dtype: mx.Dtype
     network: nn.Module | None = None  # while it is kept
+    size: int = 0  # bytes of its weights, once it is built
 
     def build(self, keep: bool) -> nn.Module:
         """Return the network, whose weights are read when they are used; ``keep`` holds it until the next use."""
         network = load_component(self.component, self.dtype) if self.network is None else self.network
-        self.network = network if keep else None
+        self.network, self.size = network if keep else None, size_in_bytes(network)
         return network
 
 

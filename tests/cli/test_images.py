@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import diffusers
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 
 from checkpoints import SCALED, make
 from command_line import PROMPT, pixels
+from image_prompts import image_encoder, random_adapter, write_adapter
 from models.test_controlnet_union import unions
 from models.test_upscalers import write as write_upscaler
 from oracle import perturb
 from stable_diffusion import StableDiffusion
+from stable_diffusion.app.metadata import read_record
 from stable_diffusion.cli import upscale
 from stable_diffusion.cli.flags import FLAGS
 from test_parity_images import control_nets
@@ -61,6 +64,10 @@ def files(tmp_path_factory, sd1_folder, xl_folder) -> Path:
     unions()[1].save_pretrained(folder / "union")
     for name in ("x4plus.pth", "x2plus.safetensors"):
         write_upscaler(folder, name)
+    image_encoder(folder / "image_encoder")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd1_folder / "unet")
+    for kind in ("plain", "plus"):
+        write_adapter(folder / f"{kind}.safetensors", random_adapter(unet, kind))
     (folder / "loras").mkdir()
     write_lora(folder / "loras" / "paint.safetensors")
     write_lora(folder / "loras" / "__paint__.safetensors", seed=1)
@@ -130,6 +137,7 @@ def draw(draw_all) -> Callable[..., np.ndarray]:
 MASK = "--mask {}/mask.png"
 NET = "--controlnet {}/net --control_image {}/hint.png"
 UNION = "--controlnet {}/union --controlnet {}/union:2 --control_image {}/hint.png"
+IP = "--ip_adapter {}/plus.safetensors --ip_image {}/hint.png"
 REFINER = ["--steps", 5, "--refiner", "{}/refiner"]
 ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
 # The script, the checkpoint and the options beside; the flags, each of which changes that picture.
@@ -139,7 +147,7 @@ CHANGES = {
     "--sampler euler_a; --clip_skip 1; --emphasis none; --weight_blocks; --truncate; --hires 1.5; --quantize; "
     "--unet_bits 4; --text_bits 4; --embedding {}/word.safetensors=red; --lora {}/loras/paint.safetensors; "
     "--noise_source torch; --vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
-    f"--prediction v_prediction; {NET}",
+    f"--prediction v_prediction; {NET}; {IP}",
     ("txt2image", "sd", "--cfg 4"): "--negative_prompt blue; --guidance_interval 0.5,1; --guidance_rescale 1",
     ("txt2image", "sd", "--sampler euler_a"): "--eta_noise_seed_delta 1; --noise_source cuda",
     ("txt2image", "sd", "--variation_seed 5 --variation_strength 0.5"): "--variation_seed 4; --variation_strength 0.8",
@@ -150,6 +158,7 @@ CHANGES = {
     ("txt2image", "sd", "--sampler euler --s_churn 1"): "--s_tmin 99; --s_tmax 0.1; --s_noise 2",
     ("txt2image", "sd", NET + " --steps 4"): "--canny; --control_start 0.5; --control_end 0.5",
     ("txt2image", "sd", NET + " --cfg 4"): "--guess_mode",
+    ("txt2image", "sd", IP + " --steps 4"): "--ip_start 0.5; --ip_end 0.5; --ip_blocks mid=2; --ip_mask {}/mask.png",
     ("txt2image", "sd", "--hires 1.25"): "--hires_strength 1; --hires_steps 4; --hires_upscaler pixels; "
     "--hires_upscaler {}/x4plus.pth",
     ("txt2image", "sd", "--detail 8,8,40,40"): "--detail_prompt blue; --detail_strength 1; --detail_padding 0; "
@@ -182,7 +191,7 @@ OTHERS = {
     "--wildcards",
     "--model",
 }
-OTHERS |= {"--revision", "--lora_partial", "--lora_dir", "--control_image"}
+OTHERS |= {"--revision", "--lora_partial", "--lora_dir", "--control_image", "--ip_image"}
 OTHERS |= {
     usage.split()[0] for group in ("memory and time", "output", "preview", "several Macs") for usage in FLAGS[group]
 }
@@ -299,6 +308,30 @@ def test_controlnets_with_masks_and_with_a_second_pass(draw, files):
     for script, options in (("image2image", mask), ("txt2image", ["--hires", 1.5])):
         plain, steered = draw(script, *options), draw(script, *options, *net)
         assert plain.shape == steered.shape and np.abs(plain - steered).max() > 1
+
+
+# --- image prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_image_prompts_in_a_script(draw, run, files, tmp_path):
+    """Scale 0 is without; each adapter has its pictures; masks and second passes; a record repeats it all."""
+    plus, plain = "--ip_adapter {}/plus.safetensors", "--ip_adapter {}/plain.safetensors:0.5"
+    image, two = "--ip_image {}/hint.png", "--ip_image {}/hint.png,{}/in.png"
+    assert np.array_equal(draw("txt2image", *f"{plus}:0 {image}".split()), draw("txt2image"))
+    both = f"{plus} {plain} {two} {image} --ip_mask {{}}/mask.png --ip_end 1 --ip_end 0.5 --cfg 4"
+    made = {text: draw("txt2image", *text.split()) for text in (f"{plus} {image}", f"{plus} {two}", both)}
+    assert all(np.abs(a - b).max() > 1 for a, b in combinations(made.values(), 2))
+    low = draw("txt2image", *both.split(), "--low_memory", "--batch_size", 1)
+    assert np.abs(low - made[both]).max() <= 1
+    more = ["--hires", 1.25, "--ip_blocks", "up=1,mid=0.5", "--output", files / "first.png"]
+    first = draw("txt2image", *both.split(), *more)
+    again = run("txt2image", "--from_image", files / "first.png", "--output", tmp_path / "again.png")
+    assert np.array_equal(pixels(Path(again.succeeded().out[0].partition(" seed ")[0])), first)
+    record = read_record(files / "first.png")
+    assert record.arguments["ip_image"] == [["hint.png", "in.png"], ["hint.png"]]
+    assert {"plus.safetensors", "plus.safetensors image_encoder/model.safetensors", "in.png", "mask.png"} <= set(
+        record.details["files"]
+    )
 
 
 # --- second passes ---------------------------------------------------------------------------------------------------
