@@ -23,6 +23,7 @@ from .models import cpu, tiling
 from .models.config import CLIPTextConfig
 from .models.ip_adapter import IPAdapter
 from .models.lllite import ControlNetwork
+from .models.seamless import seamlessly
 from .options import Prompt, SettingError
 from .planning import RunDefaults
 from .text.encode import Conditioning, ReadingKeywords, count_chunks, encode, same_length
@@ -218,14 +219,14 @@ class Networks:
             mx.eval(encoded.arrays())
         return encoded
 
-    def decode(self, x_t: mx.array) -> mx.array:
+    def decode(self, x_t: mx.array, seamless: str | None = None) -> mx.array:
         """Decode latents [n, h, w, 4] to images [n, 8h, 8w, 3], float32 in [0, 1].
 
         Values that overflow in half precision become NaN and not white, which ``check`` and ``to_images`` refuse.
         """
         if self.low_memory:  # so that the UNet can be freed
             mx.eval(x_t)
-        pixels = self._autoencode(tiling.decode, x_t).astype(mx.float32)
+        pixels = self._autoencode(seamlessly(seamless, tiling.decode), x_t).astype(mx.float32)
         return mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels / 2 + 0.5, 0, 1))
 
     def decode_checked(self, x_t: mx.array) -> mx.array:

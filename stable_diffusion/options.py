@@ -15,6 +15,7 @@ from .diffusion.generators import NOISE_SOURCES
 from .diffusion.image_prompts import ImagePrompt
 from .diffusion.samplers import Noise, States
 from .diffusion.schedule_config import SPACINGS
+from .models.seamless import SEAMLESS
 from .models.token_merging import HIGHEST
 from .text.encode import Conditioning, SizeConditioning
 
@@ -117,6 +118,7 @@ class Options:
             second half: of half of the channels of its map, and of the lowest frequencies of its skips.
         deep_cache: run all of the UNet in every n-th step and else its last layer (Ma et al. 2023); 1 is exact.
         token_merging: fraction of positions, 0 ... 0.75, that large self-attentions merge (Bolya & Hoffman 2023).
+        seamless: axes along which the edges of the picture meet: "x", "y" or "xy"; for :meth:`decode` too.
         size_conditioning: the sizes that SDXL is conditioned on (Podell et al. 2023).
         controls: ControlNets and T2I-Adapters with their conditioning images.
         image_prompts: pictures that act beside the prompt, each with its IP-Adapter.
@@ -156,6 +158,7 @@ class Options:
     pag_layers: tuple[str, ...] = ("mid",)
     freeu: tuple[float, float, float, float] | None = None
     deep_cache: int = 1
+    seamless: str | None = None
     token_merging: float = 0.0
     size_conditioning: SizeConditioning | None = None
     controls: Sequence[Control] = ()
@@ -205,6 +208,9 @@ class Options:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
             raise SettingError(text, "guidance_interval")
+        if self.seamless not in (None, *SEAMLESS):
+            text = f"seamless {self.seamless!r} is unknown; choose one of {', '.join(SEAMLESS)}"
+            raise SettingError(text, "seamless")
         layers = self.pag_layers
         if not isinstance(layers, tuple) or not layers or not all(isinstance(one, str) and one for one in layers):
             raise SettingError(f"pag_layers {layers!r:.80} are no tuple of names; give ('mid',)", "pag_layers")
@@ -252,6 +258,7 @@ class OptionKeywords(TypedDict, total=False):
     pag_layers: tuple[str, ...]
     freeu: tuple[float, float, float, float] | None
     deep_cache: int
+    seamless: str | None
     token_merging: float
     size_conditioning: SizeConditioning | None
     controls: Sequence[Control]

@@ -23,6 +23,7 @@ from .diffusion.sample import MODES, InitialLatents, Latents, Pairs, Run, from_i
 from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
 from .models import check_mlx, cpu
+from .models.seamless import seamlessly
 from .models.unet import UNet2DConditionModel, timestep_embedding
 from .networks import Networks
 from .options import Number, OptionKeywords, Options, Prompt, Prompts
@@ -178,7 +179,9 @@ class StableDiffusion(Networks):
             keywords["seed"] = image_seeds(None, 1)[0]  # the same when it is computed again
         method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
         x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
-        return [picture for x in x_t for picture in to_images(self.decode_checked(x[None]))]
+        axes = keywords.get("seamless") or getattr(keywords.get("options"), "seamless", None)
+        decode = seamlessly(axes, self.decode_checked)
+        return [picture for x in x_t for picture in to_images(decode(x[None]))]
 
     def _last(self, method: Callable[..., Latents], text: Prompt, keywords: Mapping[str, Any]) -> mx.array:
         for x_t in method(text, **keywords):
@@ -273,8 +276,8 @@ class StableDiffusion(Networks):
             raise ValueError(f"{len(pixels)} latents to work on for {len(run.seeds)} images; give one, or one for each")
         self._check_shapes(options, run, size)
         depth_map = partial(self.estimate_depth, image) if depth is None else lambda: depth
-        factor = self.vae_config.scaling_factor
-        initial = partial(from_image, run, self.encode, factor, self.mode, strength, pixels, repaint, depth_map)
+        encode, factor = seamlessly(options.seamless, self.encode), self.vae_config.scaling_factor
+        initial = partial(from_image, run, encode, factor, self.mode, strength, pixels, repaint, depth_map)
         return Latents(self._run(run, prompts, options, initial), run.length)
 
     def number_of_steps(
@@ -373,7 +376,9 @@ class StableDiffusion(Networks):
         settings |= {"group": self.group, "deep_cache": options.deep_cache, "image_prompts": options.image_prompts}
         settings |= {"unet_options": {"tome_ratio": options.token_merging, "freeu_scales": options.freeu}}
         settings |= {"pag_layers": options.pag_layers if options.pag_scale else ()}
-        denoise: DenoiseStep = Denoiser(unet, run.schedule, run.steps, self.dtype, batches, **settings)
+        make = seamlessly(options.seamless, Denoiser)  # which embeds the images of controls
+        denoise: DenoiseStep = make(unet, run.schedule, run.steps, self.dtype, batches, **settings)
+        denoise = seamlessly(options.seamless, denoise)
         denoise = for_sampler(denoise, run.sampler, run.schedule)
         return denoise if first.mask is None else inpainting(denoise, first.mask)
 

@@ -15,6 +15,7 @@ from ..diffusion.controls import Control
 from ..diffusion.image_prompts import ImagePrompt
 from ..diffusion.sample import Latents
 from ..images.inpaint import Canvas, make_canvas
+from ..models.seamless import seamlessly
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..planning import RunDefaults
@@ -237,7 +238,9 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
     prompts = image_prompts(batch.image_prompts, request, inputs, size)
     keywords = _keywords(batch, controls=controls(request, networks, inputs, size), image_prompts=prompts)
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
-    larger = upscale(model, x, (height, width), request.hires_upscaler, inputs.hires_upscaler)
+    larger = seamlessly(request.options.seamless, upscale)(
+        model, x, (height, width), request.hires_upscaler, inputs.hires_upscaler
+    )
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
 
 

@@ -23,6 +23,7 @@ from ..images.image import from_array
 from ..lora.folders import find_in
 from ..lora.layers import AttachedLoRA
 from ..models import cpu
+from ..models.seamless import seamlessly
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..unconditional import UnconditionalDiffusion
@@ -381,7 +382,7 @@ class Engine:
             for i, image in enumerate(self._images(run)):
                 batch, number = run.batch, run.numbers[i]
                 image = self._detailed(run, i, image)
-                image = enlarged(self.model, image, self._inputs.upscaler)
+                image = seamlessly(batch.request.options.seamless, enlarged)(self.model, image, self._inputs.upscaler)
                 seconds = round(run.seconds / len(batch.requests), 3)
                 yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, self.model)
 
@@ -392,7 +393,8 @@ class Engine:
             yield from [canvas.image] * len(run.batch.requests)
             return
         parts = (run.latents[i : i + size] for i in range(0, len(run.latents), size))
-        for pixels in chain.from_iterable(map(self.model.decode_checked, parts)):
+        decode = seamlessly(run.batch.request.options.seamless, self.model.decode_checked)
+        for pixels in chain.from_iterable(map(decode, parts)):
             image = from_array(pixels)
             yield image if canvas is None or run.batch.request.no_composite else canvas.paste(image)
 

@@ -53,6 +53,7 @@ NUMBERS = OPTION_NUMBERS | {
     "detail_padding": Number(int, 0, 9999),
 }
 UPSCALERS = ("latents", "pixels")  # or a file
+_METHODS = (*UPSCALERS, *SUFFIXES)  # by which what enlarges ends
 CHOICES = {
     "emphasis": EMPHASES,
     "alternatives": ("all", "one"),
@@ -169,9 +170,7 @@ class Request:
             if (value := getattr(self, name)) is not None and value not in choices:
                 text = f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
                 raise SettingError(text, name)
-        if self.hires_upscaler not in UPSCALERS and not self.hires_upscaler.endswith(SUFFIXES):
-            text = f"hires_upscaler {self.hires_upscaler!r} is unknown; choose {' or '.join(UPSCALERS)}, or give a file"
-            raise SettingError(text, "hires_upscaler")
+        method = self.hires_upscaler
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
         mistakes = {
             "mask_blur and mask_padding need mask or expand": adjusts and not paints,
@@ -180,6 +179,8 @@ class Request:
             "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
                 self.depth and self.expand
             ),
+            "seamless does not go with mask_padding or detail: a part has edges": self.tiles_a_part,
+            f"hires_upscaler {method!r} is unknown; choose latents, pixels or a file": not method.endswith(_METHODS),
             "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
             "detail and refiner do not go together: run one after the other": self.refiner and self.detail,
             "detail is neither X,Y,W,H in pixels nor the word that names the parts of a given picture": (
@@ -274,6 +275,11 @@ class Request:
         """Return the prompt and the negative prompt for XL's second text encoder; None is that of the first."""
         pair = self.options.prompt_2, self.options.negative_prompt_2
         return tuple(None if text is None else TAG.sub("", text) for text in pair)
+
+    @property
+    def tiles_a_part(self) -> bool:
+        """Return whether a part of the picture alone would have edges that meet."""
+        return bool(self.options.seamless and (self.mask_padding is not None or self.detail))
 
     @property
     def upscalers(self) -> set[str]:

@@ -52,6 +52,7 @@ FLAGS = {
         "1.5,1.6,0.9,0.2 with SD 1 (off)",
         "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",
         "--token_merging SHARE": "of positions, up to 0.75, that large self-attentions merge: faster, inexact (0)",
+        "--seamless": "axes along which the edges of the picture meet, for patterns",
         "--sampler NAME": "how to denoise, see --list_samplers",
         "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
         "--eta SHARE": "of fresh noise, 0 to 1, for the samplers that have one",

@@ -20,6 +20,7 @@ from ..diffusion.image_prompts import read_scales
 from ..lora.delta import Scale
 from ..models import check_mlx
 from ..models.cpu import DEVICES
+from ..models.seamless import SEAMLESS
 from ..options import Number, SettingError
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import FORMATS
@@ -326,6 +327,7 @@ _CHOICES = CHOICES | {
     "device": DEVICES,
     "noise_source": NOISE_SOURCES,
     "prediction": PREDICTIONS,
+    "seamless": SEAMLESS,
     "share": SHARES,
     "unet_bits": FORMATS,
     "text_bits": FORMATS,

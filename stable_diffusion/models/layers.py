@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu, gpu
+from .seamless import pad, padded
 
 Kernel = Callable[..., mx.array]
 
@@ -245,6 +246,7 @@ def conv2d(x: mx.array, weight: mx.array, stride: Sequence[int] = (1, 1), paddin
 
     The kernels of half precision differ by up to 0.75 % (rms), so pictures would depend on the size of the batch.
     """
+    x, padding = padded(x, padding)
     rows = math.inf if mx.default_device() == mx.cpu else rows_alike(x.shape, weight.shape, stride, padding)
     if len(x) <= rows:
         return _convolve(x, weight, stride, padding)
@@ -407,4 +409,4 @@ class Downsample2D(nn.Module):
         self._pad_end = pad_end
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]) if self._pad_end else x)
+        return self.conv(pad(x, (0, 1), (0, 1)) if self._pad_end else x)

@@ -22,6 +22,7 @@ import mlx.nn as nn
 from . import winograd
 from .config import AutoencoderConfig
 from .layers import Conv2d, Downsample2D, GroupNorm, Kernel, ResnetBlock2D, scaled, scaled_silu
+from .seamless import is_seamless, pad, seamless, wrap
 from .taesd import AutoencoderTiny, AutoencoderTinyConfig, TinyBlock
 from .upsampling import Upsample2D, UpsampledConv2d, convolve_doubled, sum_taps, sums_pay, upsample_nearest
 from .vae import LARGEST_SCORES, AutoencoderKL, Network, SpatialAttention
@@ -141,6 +142,13 @@ def blend_tiles(network: Network, x: mx.array, side: int, down: int, up: int, ma
     A tile has ``side`` latents each way; a latent has ``down`` positions of x each way and ``up`` of the result. What
     is left over at the end is cut off. Nothing is taken of the outer ``margin`` latents of a tile within the map.
     """
+    if axes := [axis for axis in "yx" if is_seamless(axis)]:  # tiles see what is beyond the edge, and no other edge
+        for axis in axes:
+            x = wrap(x, axis, side // 4 * down, side // 4 * down)
+        with seamless(""):
+            y = blend_tiles(network, x, side, down, up, margin)
+        top, left = (side // 4 * up * (axis in axes) for axis in "yx")
+        return y[:, top : y.shape[1] - top, left : y.shape[2] - left]
     h, w = (length // down for length in x.shape[1:3])
     blended, total = mx.zeros((1, h * up, w * up, 1)), mx.zeros((1, h * up, w * up, 1))
     for (top, bottom), (left, right) in product(spans(h, side), spans(w, side)):
@@ -213,10 +221,14 @@ def _parted(slices: Slices, height: int, overlap: int = 0) -> Iterator[mx.array]
 
 
 def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
-    """Yield the rows of a map ``height`` at a time, with the row above and the row below; outside are zeros."""
-    first, slices = _peek(slices)
-    edge = mx.zeros((1, 1, *first.shape[2:]), first.dtype)
-    return _parted(chain([edge], slices, [edge]), height, overlap=2)
+    """Yield the rows of a map ``height`` at a time, with those above and below: outside zeros, or the other edge."""
+    if is_seamless("y"):  # a part of the last slice comes first
+        slices = deque(map(_now, slices))
+        above, below = slices[-1][:, -1:], slices[0][:, :1]
+    else:
+        first, slices = _peek(slices)
+        above = below = mx.zeros((1, 1, *first.shape[2:]), first.dtype)
+    return _parted(chain([above], slices, [below]), height, overlap=2)
 
 
 def _height(conv: Conv2d, width: int, rows: int) -> int:
@@ -247,7 +259,7 @@ def _convolve(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
     first, sides = (0, (1, 1)) if conv.padding[0] else (1, (0, 1))
     kernel = _kernel(conv)
     for window in _windows(slices, _height(conv, x.shape[2], rows) * conv.stride[0]):
-        window = mx.pad(window[:, first:], [(0, 0), (0, 0), sides, (0, 0)])
+        window = pad(window[:, first:], (0, 0), sides)
         if window.shape[1] >= 3:  # less is a last row that a ``Downsample2D`` leaves out
             yield kernel(window)
 
@@ -258,7 +270,7 @@ def _upsample(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
     height = _height(conv, 2 * x.shape[2], rows)
     if not sums_pay((height, x.shape[2]), conv):
         doubled = (upsample_nearest(window)[:, 1:-1] for window in _windows(slices, math.ceil(height / 2)))
-        padded = (mx.pad(window, [(0, 0), (0, 0), (1, 1), (0, 0)]) for window in doubled)
+        padded = (pad(window, (0, 0), (1, 1)) for window in doubled)
         yield from _parted(map(_kernel(conv), padded), height)
         return
     sums = sum_taps(conv.weight)

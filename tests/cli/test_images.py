@@ -143,7 +143,7 @@ ODD_PROMPT = "the (red:1.5) cat:2" + " on the blue" * 40
 # The script, the checkpoint and the options beside; the flags, each of which changes that picture.
 CHANGES = {
     ("txt2image", "sd", ""): "--width 72; --height 72; --seed 4; --steps 3; --cfg 4; --token_merging 0.75; --eta 1; "
-    "--upscale {}/x4plus.pth; "
+    "--upscale {}/x4plus.pth; --seamless xy; --seamless x; "
     "--sampler euler_a; --clip_skip 1; --emphasis none; --weight_blocks; --truncate; --hires 1.5; --quantize; "
     "--unet_bits 4; --text_bits 4; --embedding {}/word.safetensors=red; --lora {}/loras/paint.safetensors; "
     "--noise_source torch; --vae {}/other; --unet {}/other/unet; --text_encoder {}/other; --tokenizer {}/spelling; "
