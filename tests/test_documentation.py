@@ -44,6 +44,7 @@ from stable_diffusion.weights import catalog, hub
 from stable_diffusion.weights.files import open_checkpoint, read_tensors
 from test_unconditional import save
 from tools import flags
+from weights.formats.test_first_names import write_halves
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
@@ -132,6 +133,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     unet = diffusers.UNet2DConditionModel.from_config(ROOT / "stable_diffusion" / "tiny" / "unet")
     write_adapter(tmp_path / "adapter.safetensors", random_adapter(unet, "plus"))
     image_encoder(tmp_path / "image_encoder")
+    write_halves(tmp_path)
     write_upscaler(tmp_path, "realesr-general-x4v3.pth")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # inspect sets it for its process

@@ -246,10 +246,10 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
             networks.append((source, adapter))
             encoders.append((source, encoder))
     for source, part in [*networks, *encoders]:
-        is_file = os.path.isfile(os.path.expanduser(source))  # else it is named by its place in a folder or repository
-        is_file &= part.name != "image_encoder"
+        # What is not the file itself, also what lies beside it, is named by its place in a folder or repository.
+        file = Path(os.path.expanduser(source))
         name = names.get(source, source)
-        files |= {name if is_file else f"{name} {part.name}/{path.name}": path for path in part.files}
+        files |= {name if path == file else f"{name} {part.name}/{path.name}": path for path in part.files}
     embeddings = [split_embedding(embedding)[0] for embedding in request.embedding]
     inputs = [
         *(path for path in (request.image, request.mask, request.depth) if path),

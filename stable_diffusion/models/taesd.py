@@ -23,6 +23,7 @@ class AutoencoderTinyConfig(Config):
     """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
 
     Widths and numbers of residual blocks are those of the stages, finest first in the encoder and last in the decoder.
+    A decoder alone has an encoder of no stages.
     """
 
     kind: ClassVar[str] = "tiny vae"
@@ -46,17 +47,17 @@ class AutoencoderTinyConfig(Config):
     def __post_init__(self) -> None:
         for side in ("encoder", "decoder"):
             widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
-            if len(widths) != len(blocks) or len(set(widths)) != 1:
+            if len(widths) != len(blocks) or len(set(widths)) > 1 or not (widths or side == "encoder"):
                 raise ValueError(
                     f"tiny vae config: {side}_block_out_channels={widths} must be one width for each of {blocks}"
                 )
-        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+        if len(self.num_encoder_blocks) not in (0, len(self.num_decoder_blocks)):
             raise ValueError("tiny vae config: its encoder and its decoder differ in their number of stages")
 
     @property
     def scale(self) -> int:
         """Return the pixels per latent, in each direction: 8 for the published ones."""
-        return 2 ** (len(self.num_encoder_blocks) - 1)
+        return 2 ** (len(self.num_decoder_blocks) - 1)
 
     def widest(self, half: str) -> float:
         """Return the channels of a block's three maps in a half ("encoder" or "decoder"), per pixel."""
@@ -88,12 +89,14 @@ class AutoencoderTiny(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels = config.latent_channels
-        width, layers = config.encoder_block_out_channels[0], []
+        layers = []
         for i, blocks in enumerate(config.num_encoder_blocks):
+            width = config.encoder_block_out_channels[0]
             into, stride = (width, 2) if i else (config.in_channels, 1)
             layers.append(Conv2d(into, width, 3, stride=stride, padding=1, bias=not i))
             layers += [TinyBlock(width) for _ in range(blocks)]
-        self.encoder = nn.Sequential(*layers, Conv2d(width, config.latent_channels, 3, padding=1))
+        if layers:
+            self.encoder = nn.Sequential(*layers, Conv2d(width, config.latent_channels, 3, padding=1))
         width = config.decoder_block_out_channels[0]
         layers = [Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for i, blocks in enumerate(config.num_decoder_blocks):

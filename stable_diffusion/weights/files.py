@@ -17,7 +17,7 @@ from ..models.config import listed, readable, short
 from . import catalog, hub, layout
 from .formats.gguf import read_gguf
 from .formats.kinds import kind_of
-from .formats.original import to_diffusers
+from .formats.original import name_half, to_diffusers
 from .formats.pickles import read_pickle
 from .formats.safetensors import read_safetensors
 from .formats.single_file import find, read_checkpoint, read_config, with_run
@@ -65,9 +65,7 @@ def open_checkpoint(
             tokenizer = hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     else:
         checkpoint = _read_folder(path or _from_hub(entry, float16, revision, replaced), name, float16, entry, replaced)
-    vae = checkpoint.components["vae"].config
-    if vae.get("scaling_factor", 1) is None:  # of a single file, which does not say it
-        vae["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
+    _check_vae(checkpoint)
     checkpoint = _as_its_unet_is_run(checkpoint, os.fspath((parts or {}).get("unet", model)))
     if prediction is not None:
         checkpoint.scheduler["prediction_type"] = prediction
@@ -118,18 +116,21 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
 
     ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a file of weights.
+    A folder may hold the two files of a TAESD, and one of them stands for both.
     ``kind`` is one of PARTS. All else is as for ``open_checkpoint``.
     """
     if kind not in PARTS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
     name, (path, entry) = os.fspath(source), _locate(source, revision)
+    path = _decoder_in(path) if kind == "vae" and path is not None and path.is_dir() else path
     if path is not None and path.is_file():
         tensors, metadata = read_file(path)
+        files, tensors = _both_halves(path, tensors) if kind == "vae" else ((path,), tensors)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
             config["global_pool_conditions"] = True
-        component = Component(kind, config, (path,), prefix)
+        component = Component(kind, config, files, prefix)
         return with_run(component, tensors, metadata) if kind == "unet" else component
     if path is None:
         spec = hub.DownloadSpec(
@@ -143,6 +144,41 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     if missing:
         raise ValueError(f"{name} is not complete: {path} has no {listed(missing)}")
     return with_run(components[kind], {}, {}) if kind == "unet" else components[kind]
+
+
+def _check_vae(checkpoint: Checkpoint) -> None:
+    """Give a VAE that does not say its scale, as single files, that of its family; ValueError for a decoder alone."""
+    vae = checkpoint.components["vae"]
+    if vae.config.get("num_encoder_blocks") == []:
+        raise ValueError(f"{vae.files[0]} is the decoder of a TAESD, for previews alone: its encoder is not beside it")
+    if vae.config.get("scaling_factor", 1) is None:
+        vae.config["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
+
+
+def _decoder_in(folder: Path) -> Path:
+    """Return the decoder of a TAESD in a folder that is in no other layout; without one the folder itself."""
+    decoders = {path.stem: path for end in reversed(layout.SUFFIXES) for path in folder.glob(f"*_decoder{end}")}
+    if not decoders or (folder / "config.json").is_file() or (folder / "vae/config.json").is_file():
+        return folder
+    if len(decoders) > 1:
+        raise ValueError(f"{folder} holds several decoders: name the file, one of {listed(sorted(decoders))}")
+    return next(iter(decoders.values()))
+
+
+def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, ...], dict[str, mx.array]]:
+    """Return the files and tensors of a VAE. Where ``path`` is half a TAESD, the other half is the file beside it.
+
+    A decoder may be alone. Raises ValueError for an encoder that is.
+    """
+    here, other = ("encoder", "decoder") if "encoder.layers.0.weight" in tensors else ("decoder", "encoder")
+    if f"{here}.layers.0.weight" not in tensors or f"{other}.layers.0.weight" in tensors:
+        return (path,), tensors
+    beside = path.with_name(path.name.replace(here, other))
+    if beside != path and beside.is_file():
+        return (path, beside), tensors | read_file(beside)[0]
+    if here == "encoder":
+        raise ValueError(f"{path} is the encoder of a TAESD: its decoder is not beside it, under such a name")
+    return (path,), tensors
 
 
 def _as_its_unet_is_run(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -269,10 +305,12 @@ _VOCABULARY = hub.DownloadSpec(
 def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return the tensors of a file under the names in it, which are read when they are evaluated, and its metadata.
 
-    The content decides how it is read, not the name. Raises ValueError for a file that is damaged or of another kind.
+    The content decides how it is read, not the name. Half a TAESD gets its names in the whole. Raises ValueError for a
+    file that is damaged or of another kind.
     """
     kind = kind_of(path) or ("pickle" if path.suffix in layout.PICKLES else "safetensors")
-    return {"pickle": read_pickle, "gguf": read_gguf, "safetensors": read_safetensors}[kind](path)
+    tensors, metadata = {"pickle": read_pickle, "gguf": read_gguf, "safetensors": read_safetensors}[kind](path)
+    return name_half(tensors), metadata
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:

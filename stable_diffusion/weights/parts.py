@@ -49,6 +49,7 @@ _TEXT_ENCODER = Part(
     tokenizer="tokenizer",
     group_size=64,
 )
+ADAPTERS = ("body.0.block1.weight", "body.0.in_conv.weight")  # tensors of T2I-Adapters as first published
 PARTS: dict[str, Part] = {
     "unet": Part(
         label="a UNet",
@@ -87,7 +88,7 @@ PARTS: dict[str, Part] = {
             "ControlNetLLLite": (LLLiteConfig, ControlNetLLLite),
         },
         original="input_hint_block.0.weight",
-        signs=("controlnet_cond_embedding.conv_in.weight",),
+        signs=("controlnet_cond_embedding.conv_in.weight", "adapter.body.0.resnets.0.block1.weight", *ADAPTERS),
         prefixes=("lllite_unet_", "control_model."),
     ),
     "depth_estimator": Part(

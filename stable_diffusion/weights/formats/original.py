@@ -15,7 +15,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..parts import PARTS
+from ..parts import ADAPTERS, PARTS
 
 RESNET_NAMES = {
     "in_layers.0": "norm1",
@@ -43,6 +43,8 @@ UNET_NAMES = {  # the blocks of a UNet
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(in_layers|norm|proj_in|op|conv)\.")
 _LLLITE = re.compile(r"^(middle_block|input_blocks|output_blocks)(?:_(\d+))?_1_")
 _HINT = re.compile(r"input_hint_block\.(\d+)\.")
+_ADAPTER_BLOCK = re.compile(r"^body\.(\d{1,4})\.(block|in_conv)")
+_LAYER = re.compile(r"^\d{1,4}(?=\.)")
 _ZERO = re.compile(r"^zero_convs\.(\d+)\.0\.")
 
 _VAE_NAMES = {
@@ -107,6 +109,7 @@ def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.arr
     """
     if kind == "controlnet":
         tensors = {_LLLITE.sub(_lllite_block, name): value for name, value in tensors.items()}
+        tensors = _adapter(tensors) if any(name in tensors for name in ADAPTERS) else tensors
     if kind in PARTS and PARTS[kind].original in tensors:
         tensors = _CONVERTERS[kind](tensors)
     if kind == "upscaler":
@@ -126,6 +129,29 @@ def _lllite_block(match: re.Match) -> str:
     side, before = ("down", 1) if match[1] == "input_blocks" else ("up", 0)
     level, layer = divmod(int(match[2]) - before, 3)
     return f"{side}_blocks_{level}_attentions_{layer}_"
+
+
+def name_half(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Rename half a TAESD (madebyollin), whose names are the numbers of layers; tensors of anything else stay.
+
+    The decoder's first layer, without weights, limits the latents: diffusers does not count it.
+    """
+    if "3.conv.0.weight" not in tensors:
+        return tensors
+    half, first = ("encoder", 0) if "0.weight" in tensors else ("decoder", 1)
+    return {_LAYER.sub(lambda m: f"{half}.layers.{int(m[0]) - first}", name): value for name, value in tensors.items()}
+
+
+def _adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Rename a T2I-Adapter (TencentARC): a light one has stages, another is one list of blocks, two of each stage."""
+    if "body.0.in_conv.weight" in tensors:
+        return {f"adapter.{name.replace('.body.', '.resnets.')}": value for name, value in tensors.items()}
+
+    def place(match: re.Match) -> str:
+        stage, block = divmod(int(match[1]), 2)
+        return f"body.{stage}." + (f"resnets.{block}.block" if match[2] == "block" else match[2])
+
+    return _rename(tensors, lambda name: f"adapter.{_ADAPTER_BLOCK.sub(place, name)}")
 
 
 def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -236,9 +236,9 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Return the tensors of a file by name, which are read when they are evaluated, and the texts beside them.
 
     Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param", those of
-    an upscaler in "params_ema" or "params"; those of an IP-Adapter get the names of a safetensors file. float64 becomes
-    float32, an 8-bit float float16. Raises ValueError for a file that is damaged, has no tensors, or asks for what no
-    weights need.
+    an upscaler in "params_ema" or "params", those of a T2I-Adapter also in "adapter"; those of an IP-Adapter get the
+    names of a safetensors file. float64 becomes float32, an 8-bit float float16. Raises ValueError for a file that is
+    damaged, has no tensors, or asks for what no weights need.
     """
     with _File(path.open("rb", buffering=0)) as file:
         start = file.peek(4)[:4]
@@ -246,7 +246,7 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             _need(start.startswith((b"PK\3\4", b"\x80")), "it does not begin as torch's files do")
             value, places = (_read_archive if start.startswith(b"PK") else _read_row)(file)
             weights = value = value if isinstance(value, dict) else {}
-            for key in 3 * ("state_dict", "model", "string_to_param", "params_ema", "params"):
+            for key in 3 * ("state_dict", "model", "string_to_param", "params_ema", "params", "adapter"):
                 weights = weights[key] if isinstance(weights.get(key), dict) else weights
             for key in _NESTED & weights.keys():
                 inner = weights[key] if isinstance(weights[key], dict) else {}

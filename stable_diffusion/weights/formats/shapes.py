@@ -98,7 +98,27 @@ def _lllite(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _adapter(tensors: Tensors) -> dict[str, Any]:
+    """Read a T2I-Adapter, which sees squares of pixels in grey or RGB."""
+    is_light = "adapter.conv_in.weight" not in tensors
+    first, last = ("body.0.in_conv", "out_conv") if is_light else ("conv_in", "resnets.0.block1")
+    read = tensors[f"adapter.{first}.weight"].shape[1]
+    stages = count(tensors, r"adapter\.body\.(\d+)\.")
+    widths = [tensors[f"adapter.body.{i}.{last}.weight"].shape[0] for i in range(stages)]
+    side = math.isqrt(read) if (is_grey := math.isqrt(read) ** 2 == read) else math.isqrt(read // 3)
+    return {
+        "_class_name": "T2IAdapter",
+        "in_channels": 1 if is_grey else 3,
+        "channels": widths[:-1] if is_light else widths,
+        "num_res_blocks": count(tensors, r"adapter\.body\.0\.resnets\.(\d+)\."),
+        "downscale_factor": side,
+        "adapter_type": "light_adapter" if is_light else "full_adapter_xl" if side == 16 else "full_adapter",
+    }
+
+
 def _controlnet(tensors: Tensors) -> dict[str, Any]:
+    if "adapter.body.0.resnets.0.block1.weight" in tensors:
+        return _adapter(tensors)
     if any(".conditioning1.0." in name for name in tensors):
         return _lllite(tensors)
     embedding = "controlnet_cond_embedding"
@@ -117,12 +137,14 @@ def _controlnet(tensors: Tensors) -> dict[str, Any]:
 
 
 def _vae(tensors: Tensors) -> dict[str, Any]:
-    if "decoder.layers.0.weight" in tensors:
-        return {"_class_name": "AutoencoderTiny"}
-    levels = count(tensors, r"encoder\.down_blocks\.(\d+)\.")
-    latent = tensors["decoder.conv_in.weight"].shape[1]
+    is_tiny = "decoder.layers.0.weight" in tensors
+    latent = tensors[f"decoder.{'layers.0' if is_tiny else 'conv_in'}.weight"].shape[1]
     if latent != 4:
         raise ValueError(f"the VAE makes latents of {latent} channels, those of Stable Diffusion 1, 2 and XL have 4")
+    if is_tiny:
+        alone = {"encoder_block_out_channels": [], "num_encoder_blocks": []}  # the decoder
+        return {"_class_name": "AutoencoderTiny"} | ({} if "encoder.layers.0.weight" in tensors else alone)
+    levels = count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels or 1)]
     return {
         "_class_name": "AutoencoderKL",

@@ -55,6 +55,7 @@ _OTHER_KINDS = (
     (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA, not a model: load it as one"),
     (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as one"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, not a model: load it as one"),
+    (r"style_embedding$|spatial_feat_mapping\.", "a style adapter or a fuser of T2I-Adapters, which is not supported"),
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
     (r"(.*\.)?clip_(txt_|txt_pooled_)?mapper\.", "Stable Cascade, which is not supported"),
     (r"(.*\.)?double_layers\.", "AuraFlow, which is not supported"),
