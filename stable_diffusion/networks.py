@@ -219,7 +219,7 @@ class Networks:
             mx.eval(encoded.arrays())
         return encoded
 
-    def decode(self, x_t: mx.array, seamless: str | None = None) -> mx.array:
+    def decode(self, x_t: mx.array, *, seamless: str | None = None) -> mx.array:
         """Decode latents [n, h, w, 4] to images [n, 8h, 8w, 3], float32 in [0, 1].
 
         Values that overflow in half precision become NaN and not white, which ``check`` and ``to_images`` refuse.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..models import cpu, tiling
+from ..models import cpu, tiling, winograd
 from ..models.unet import UNet2DConditionModel
 from ..options import SettingError
 from ..pipeline import StableDiffusion
@@ -31,7 +31,8 @@ _RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Ma
 # GPU, half precision: computed, not measured on a Mac, by MLX 0.32's rules (mlx/backend/metal/conv.cpp and device.cpp,
 # mlx/transforms.cpp): a Winograd convolution holds 64 values for each pair of channels, a command buffer ends after 40
 # kernels or 40 Mi values, and 10 of them wait, or none where memory is at its limit.
-_STEP = {mx.cpu: (40, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
+_STEP = {mx.cpu: (51, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
+_WINOGRAD = 36  # bytes in the place of the first of these where a CPU convolves maps of both blocks by that algorithm
 _SCORES, _BESIDE_SCORES = 2**23, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
 _SUMS, _BESIDE_SUMS = 64, 5  # bytes for each pair of the widest channels, of the sums in models/upsampling.py, on a CPU
 _EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
@@ -104,6 +105,8 @@ def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -
     on_cpu, rows = mx.default_device() == mx.cpu, min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     config, (height, width) = model.unet_config, size
     channels = sum(config.block_out_channels[:2])
+    if on_cpu and rows * height * width // 4 >= winograd.fewest_positions(config.block_out_channels[1]):
+        maps = _WINOGRAD
     size_of_maps = rows * (height + 2) * (width + 2) * channels
     needed = size_of_maps * maps + channels**2 * pairs
     # Attention on maps of full size is in the first block, which SDXL does without.

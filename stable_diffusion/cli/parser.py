@@ -157,7 +157,9 @@ class Parser(argparse.ArgumentParser):
         if needed <= known.keys():
             return f"{match[1]} is {counterpart} here" if counterpart[:2] == "--" else f"{match[1]}: {counterpart}"
         if scripts := [script for script, lacking in FOREIGN.items() if needed <= _ALL - {f"--{x}" for x in lacking}]:
-            owner = " and ".join(scripts) if self.add_help else "the command, not of a line"
+            *others, last = scripts
+            owner = f"{', '.join(others)} and {last}" if others else last
+            owner = owner if self.add_help else "the command, not of a line"
             return f"{match[1]} is {counterpart or 'a flag'} of {owner}"
         similar = get_close_matches(f"--{name}", known, 1, 0.75)
         return f"there is no flag {match[1]}; " + (f"did you mean {similar[0]}?" if similar else "see --help")

@@ -157,7 +157,7 @@ def _convolution(stride: tuple[int, int], padding: tuple[int, int]) -> Callable[
     @mx.custom_function
     def convolution(x: mx.array, weight: mx.array) -> mx.array:
         h, w = (n + 2 * p for n, p in zip(x.shape[1:3], padding, strict=True))
-        is_large = len(x) * (h - 2) * (w - 2) >= winograd.fewest_positions(weight)
+        is_large = len(x) * (h - 2) * (w - 2) >= winograd.fewest_positions(len(weight))
         if not (is_large and winograd.suits(weight, stride)):
             return mx.conv2d(x, weight, stride, padding)
         x = mx.pad(x, [(0, 0), *((p, p) for p in padding), (0, 0)])

@@ -238,7 +238,7 @@ def _height(conv: Conv2d, width: int, rows: int) -> int:
     """
     if not winograd.suits(conv.weight, conv.stride):
         return rows
-    return math.ceil(max(rows, winograd.fewest_positions(conv.weight) / width) / winograd.TILE) * winograd.TILE
+    return math.ceil(max(rows, winograd.fewest_positions(len(conv.weight)) / width) / winograd.TILE) * winograd.TILE
 
 
 def _kernel(conv: Conv2d) -> Network:

@@ -61,7 +61,7 @@ def sums_pay(size: Sequence[int], conv: nn.Module) -> bool:
     if not _takes_sums.get() or h * w < _FEWEST or not isinstance(conv, nn.Conv2d):
         return False
     if mx.default_device() == mx.cpu:
-        return not (winograd.suits(conv.weight) and 4 * h * w >= winograd.fewest_positions(conv.weight))
+        return not (winograd.suits(conv.weight) and 4 * h * w >= winograd.fewest_positions(len(conv.weight)))
     return not may_be_winograd((2 * h, 2 * w), conv.weight.shape)
 
 

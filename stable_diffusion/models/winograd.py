@@ -47,12 +47,12 @@ def suits(weight: mx.array, stride: Sequence[int] = (1, 1)) -> bool:
     return on_cpu and kernel == [3, 3] and tuple(stride) == (1, 1) and c >= _FEWEST_CHANNELS
 
 
-def fewest_positions(weight: mx.array) -> int:
-    """Return the positions of a map from which on to transform ``weight`` [O, 3, 3, C] for it.
+def fewest_positions(channels: int) -> int:
+    """Return the positions of a map from which on to transform weights for a result of ``channels``.
 
     The transformed weights, four times as large, then take no more memory than a map that is unfolded nine times.
     """
-    return 4 * len(weight)
+    return 4 * channels
 
 
 def weight_bytes(channels: int) -> int:

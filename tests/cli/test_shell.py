@@ -12,7 +12,7 @@ import pytest
 
 from command_line import ROOT, names, pixels
 from stable_diffusion import StableDiffusion, __main__, __version__
-from stable_diffusion.cli import arguments, check, convert, inspect, train
+from stable_diffusion.cli import arguments, check, convert, inspect, train, upscale
 from stable_diffusion.cli.parser import script_parser
 from stable_diffusion.models import _OLDEST_MLX
 
@@ -22,6 +22,7 @@ PARSERS = {
     "unconditional": script_parser("unconditional", "unconditional.py"),
     "convert": convert.make_parser(),
     "inspect": inspect.make_parser(),
+    "upscale": upscale.make_parser(),
     "train": train.make_parser(),
     "check": check.make_parser(),
 }

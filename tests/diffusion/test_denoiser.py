@@ -33,10 +33,10 @@ def test_a_batch_in_parts_gives_the_same(sd, unet, rows_at_once, with_negative):
 
 
 def test_parts_are_computed_one_after_the_other(sd):
-    """Rows one by one peak at about the memory of one. There are 32, or the pieces of attention would count most."""
+    """Rows one by one peak at about the memory of one. There are 64, or the pieces of attention would count most."""
     steps = sd.schedule.steps(3)
-    batches = guidance_batches(3, 16, table(16, 1, seed=0), table(16, 1, seed=1), 5.0)
-    x = mx.array(normal(16, 24, 24, 4, seed=2))
+    batches = guidance_batches(3, 32, table(32, 1, seed=0), table(32, 1, seed=1), 5.0)
+    x = mx.array(normal(32, 24, 24, 4, seed=2))
     mx.eval(sd.unet.parameters())
 
     def peak(rows_at_once: int | None) -> int:
