@@ -86,7 +86,7 @@ def test_tiles_know_the_other_edge(sd):
 def test_off_is_as_before_and_nothing_stays(sd):
     def draw(**options) -> np.ndarray:
         *_, x = sd.generate_latents("the red cat", num_steps=2, latent_size=(8, 8), seed=1, cfg_weight=1, **options)
-        return np.array(sd.decode(x, options.get("seamless")))
+        return np.array(sd.decode(x, seamless=options.get("seamless")))
 
     before, without, made = draw(), draw(seamless=None), draw(seamless="xy")
     assert np.array_equal(before, without) and np.array_equal(before, draw())
