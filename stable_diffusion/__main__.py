@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .cli import check, convert, inspect, main, train, upscale
+from .cli import check, convert, inspect, main, serve, train, upscale
 from .cli.parser import Parser
 from .cli.streams import open_closed
 
@@ -17,6 +17,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
     "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
     "upscale": ("enlarge pictures by a network", upscale.main),
     "train": ("train a LoRA from a few pictures", train.main),
+    "serve": ("draw for other programs and a page in the browser", serve.main),
     "check": ("compare what this machine computes with references", check.main),
 }
 

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from html import unescape
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -186,15 +187,25 @@ def save(
     """
     path = check_output(path)
     options = _save_options(path, text, quality)
-    if options["format"] == "JPEG" and image.mode != "L":
-        image = to_rgb(image)
     try:
         with new_file(path, overwrite=overwrite) as partial, partial.open("wb") as file:
-            image.save(file, **options)
+            _write(image, file, options)
     except FileExistsError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise OSError(f"the image {path} could not be written ({error}); try another folder or format") from error
+
+
+def encode(image: Image.Image, name: str, text: Mapping[str, str] | None = None, quality: int | None = None) -> bytes:
+    """Return the bytes of the file that :func:`save` writes under a name."""
+    file = BytesIO()
+    _write(image, file, _save_options(Path(name), text, quality))
+    return file.getvalue()
+
+
+def _write(image: Image.Image, file: IO[bytes], options: dict[str, Any]) -> None:
+    image = to_rgb(image) if options["format"] == "JPEG" and image.mode != "L" else image
+    image.save(file, **options)
 
 
 def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> dict[str, Any]:

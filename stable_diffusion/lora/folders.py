@@ -28,7 +28,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
     roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
     if missing := [folder for folder, root in zip(folders, roots, strict=True) if not root.is_dir()]:
         raise ValueError(f"there is no folder {missing[0]} with LoRAs; give one that is there")
-    files = {file: root for root in roots for file in _files(root)}
+    files = {file: root for root in roots for file in files_in(root)}
     wanted = tuple(re.split(r"[/\\]", name))
     for spell in (str, _fold):
         spelled = tuple(map(spell, wanted))
@@ -45,7 +45,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
     )
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files_in(root: Path) -> Iterator[Path]:
     """Iterate over the files of weights in a folder; one that links lead back to is read once."""
     seen = set()
     for place, folders, names in os.walk(root, followlinks=True):

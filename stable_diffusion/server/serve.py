@@ -1,0 +1,106 @@
+"""The server: an application made of the parts of this folder, how it answers mistakes, how it runs and ends."""
+
+import json
+import logging
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from .. import __version__
+from . import a1111, openai, page
+from .security import Guard, TooLargeError, error_body
+from .service import Service
+from .settings import Settings
+from .worker import BusyError, StoppedError, Worker
+
+_log = logging.getLogger("stable_diffusion.server")
+
+_LONGEST = 300  # characters of a message
+_STATUS = {BusyError: 503, StoppedError: 503, TooLargeError: 413, ValueError: 400, OSError: 400, Exception: 500}
+
+
+def create_app(service: Service) -> FastAPI:
+    """Make the application (ASGI) of a service, whose worker has to be started before the first request."""
+    settings = service.settings
+    app = FastAPI(title="Stable Diffusion in MLX", version=__version__)
+    for part in (a1111, openai, page):
+        app.include_router(part.routes(service))
+    for kind in (HTTPException, RequestValidationError, *_STATUS):
+        app.add_exception_handler(kind, _answer)
+    app.middleware("http")(_logged)
+    app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """Answer a mistake or a failure by one line."""
+    status, message = next((status for kind, status in _STATUS.items() if isinstance(error, kind))), str(error)
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        status = 422
+        message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+    elif status == 500:
+        _log.error("a request failed", exc_info=error)
+        message = f"the computation failed ({type(error).__name__}: {error})"
+    headers = {"retry-after": str(error.seconds)} if isinstance(error, BusyError) else None
+    return JSONResponse(error_body(status, " ".join(message.split())[:_LONGEST]), status, headers)
+
+
+async def _logged(request: Request, handle: Callable[[Request], Awaitable[Response]]) -> Response:
+    began = time.perf_counter()
+    response = await handle(request)
+    fields: dict[str, Any] = {"method": request.method, "path": request.url.path, "status": response.status_code}
+    _log.info("%s", json.dumps(fields | {"seconds": round(time.perf_counter() - began, 3)}))
+    return response
+
+
+class _Server(uvicorn.Server):
+    """Tell the worker of a signal at once, so that the requests that uvicorn waits for end with the step at hand."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker):
+        super().__init__(config)
+        self._worker = worker
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._worker.stop()
+        super().handle_exit(sig, frame)
+
+
+def run(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then free everything; ``announce`` gets the address.
+
+    Raises ValueError or OSError for an address that cannot be used and a model that cannot be opened.
+    """
+    with _listen(settings.host, settings.port) as listener:
+        worker = Worker(settings)
+        config = uvicorn.Config(create_app(Service(settings, worker)), log_level="warning", access_log=False)
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
+            signal.signal(number, lambda number, frame: None)
+        try:
+            worker.start()
+            host, port = listener.getsockname()[:2]
+            announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            _Server(config, worker).run([listener])
+        finally:
+            worker.stop()
+            worker.join()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises OSError, one line, where the address cannot be used."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = f"{error.strerror or error}; choose another --port or --host"
+        raise OSError(f"the address {host}:{port} cannot be used ({reason})") from None

@@ -1,0 +1,88 @@
+"""What all interfaces of the server share: names and limits of requests, jobs and their pictures, the model in use."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Request as Connection
+
+from ..app.request import Request
+from .pictures import decoded, keep
+from .settings import Settings
+from .worker import Job, Picture, Worker
+
+_PICTURES = {"image": "image", "mask": "mask", "control_image": "control", "ip_image": "prompt"}  # field -> file
+
+
+class Service:
+    """Hold the worker and ``base``: the model in use, and the settings of requests that say nothing else."""
+
+    def __init__(self, settings: Settings, worker: Worker):
+        self.settings, self.worker, self.base = settings, worker, settings.base
+
+    @property
+    def model(self) -> str:
+        """Return the name of the model in use."""
+        models = self.settings.library.models
+        return next((name for name, source in models.items() if source == self.base.model), self.base.model)
+
+    def job(self, values: Mapping[str, Any], pictures: Mapping[str, Any] | None = None, **options: Any) -> Job:
+        """Make a job of values by the names of a request's fields.
+
+        Networks are already sources, see ``Library``. ``pictures`` are bytes or base64 by the fields that name files; a
+        field with several has a list. The prompt is text: another program's braces are no alternatives.
+
+        Raises ValueError for values that are no request's, and beyond the limits.
+        """
+        folder = tempfile.TemporaryDirectory(prefix="stable-diffusion-")
+        try:
+            files = {name: _kept(name, value, folder) for name, value in (pictures or {}).items() if value is not None}
+            request, unknown = Request.from_dict({**values, **files}, self.base)
+            if unknown:
+                raise ValueError(f"there is no setting {', '.join(unknown):.80}")
+            if request.resolved_prompt is None:
+                request = request.with_values(resolved_prompt=request.prompt)
+            self.settings.limits.check(request)
+            return Job(request, folder=folder, **options)
+        except BaseException:
+            folder.cleanup()
+            raise
+
+    async def draw(self, connection: Connection, job: Job) -> list[Picture]:
+        """Run a job and return its pictures; a client that is gone cancels it. Raises what ended it."""
+        async for _ in self.events(connection, job):
+            pass
+        return sorted(job.pictures, key=lambda picture: picture.number)
+
+    async def events(self, connection: Connection, job: Job) -> AsyncIterator[Any]:
+        """Run a job and yield its events, as ``draw`` does."""
+        watcher = asyncio.create_task(_cancel_when_gone(connection, job))
+        try:
+            async for event in self.worker.run(job):
+                yield event
+        finally:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+
+    async def switch(self, connection: Connection, model: str) -> None:
+        """Use another model by its name from now on. Raises ValueError or OSError where it cannot be opened."""
+        base = self.base.with_values(model=self.settings.library.find("models", model))
+        await self.draw(connection, Job(base, draws=False))
+        self.base = base
+
+
+def _kept(name: str, value: Any, folder: tempfile.TemporaryDirectory) -> Any:
+    """Write the pictures of a field into a folder, and return their paths in the form of the field."""
+    if isinstance(value, list):
+        paths = tuple(_kept(f"{name}_{number}", one, folder) for number, one in enumerate(value, start=1))
+        return tuple((path,) for path in paths) if name == "ip_image" else paths
+    return keep(value if isinstance(value, bytes) else decoded(value), folder, name)
+
+
+async def _cancel_when_gone(connection: Connection, job: Job) -> None:
+    while not await connection.is_disconnected():
+        await asyncio.sleep(0.1)
+    job.is_cancelled = True
