@@ -2,16 +2,16 @@
 
 import base64
 import binascii
-import tempfile
 from pathlib import Path
 
 from PIL.Image import Image
 
+from ..app.worker import Picture
 from ..images.files import encode, opened
-from .worker import Picture
 
 MOST_BYTES = 64 * 2**20  # of a body, and so of a picture
 MOST_PIXELS = 40_000_000
+MOST_SIDE = 8192  # of an enlarged picture
 
 
 def decoded(text: object) -> bytes:
@@ -28,12 +28,12 @@ def decoded(text: object) -> bytes:
         ) from None
 
 
-def keep(data: bytes, folder: tempfile.TemporaryDirectory, name: str) -> str:
+def keep(data: bytes, folder: str, name: str) -> str:
     """Write a picture into a folder, under ``name`` and the suffix of its format, and return its path.
 
     Raises ValueError for what is no picture, and for one of more than 40 megapixels, which is not decoded.
     """
-    path = Path(folder.name, name)
+    path = Path(folder, name)
     path.write_bytes(data)
     with opened(path) as image:
         width, height = image.size
@@ -46,4 +46,4 @@ def keep(data: bytes, folder: tempfile.TemporaryDirectory, name: str) -> str:
 def to_base64(picture: Picture | Image, suffix: str = ".png", quality: int | None = None) -> str:
     """Return a picture in base64, with the texts of how it was made."""
     image, text = (picture.image, picture.text) if isinstance(picture, Picture) else (picture, None)
-    return base64.b64encode(encode(image, suffix, text, quality=quality)).decode()
+    return base64.b64encode(encode(image, f"picture{suffix}", text, quality=quality)).decode()

@@ -1,4 +1,4 @@
-"""Who may ask a server for what: addresses, keys, origins and sizes, checked before anything is read.
+"""Who may ask a server for what: addresses, keys and origins, checked before anything is read.
 
 A server at home listens to its own machine alone. A page that a browser has open may still talk to it: by its name
 ("DNS rebinding": the Host is another one then), or from another origin. Both are refused.
@@ -8,17 +8,22 @@ import base64
 import binascii
 import hmac
 import json
+import logging
 from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .pictures import MOST_BYTES
 from .settings import LOCAL, Settings
+
+_log = logging.getLogger("stable_diffusion.server")
 
 
 class Guard:
-    """Let requests through to ``app`` that the settings allow, and answer others with one line.
+    """Let requests through to ``app`` that the settings allow, answer others with one line, and log all.
 
     ``Authorization`` must have the API key, as Bearer or as the password of Basic.
     """
@@ -28,48 +33,43 @@ class Guard:
         self._key, self._origins = settings.api_key, settings.cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on with a body that is counted."""
+        """Answer a request, or hand it on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        began, status = perf_counter(), 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = self._refusal(headers, scope["method"])
-        if refused is not None:
-            status, message, more = refused
-            return await answer(send, status, message, more)
-        read = 0
+        refusal = self._refusal(headers, scope["method"])
+        try:
+            await (self._app if refusal is None else refusal)(scope, receive, noted)
+        except Exception as error:  # which is answered already, by a line
+            _log.error("a request failed", exc_info=error)
+        fields = {"method": scope["method"], "path": scope["path"], "status": status}
+        _log.info("%s", json.dumps(fields | {"seconds": round(perf_counter() - began, 3)}))
 
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MOST_BYTES:
-                raise TooLargeError(_TOO_LARGE)
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _refusal(self, headers: Mapping[str, str], method: str) -> tuple[int, str, dict[str, str]] | None:
-        """Return status, message and headers of the answer to a request that is not allowed."""
+    def _refusal(self, headers: Mapping[str, str], method: str) -> ASGIApp | None:
+        """Return the answer to a request that is not allowed."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._names is not None and urlsplit(f"//{host}").hostname not in self._names:
-            return 403, f"the host {host!r:.80} is not this machine; use 127.0.0.1 or localhost", {}
-        is_own = origin is None or urlsplit(origin).netloc == host
-        if not is_own and origin not in self._origins:
-            return 403, f"pages of {origin!r:.80} may not call; allow them: --cors {origin:.80}", {}
+        if self._names is not None and _host_name(host) not in self._names:
+            return error_response(403, f"the host {host!r:.80} is not this machine; use 127.0.0.1 or localhost")
+        if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:
+            return error_response(403, f"pages of {origin!r:.80} may not call; allow them: --cors {origin:.80}")
         if self._key is not None and method != "OPTIONS" and not _has_key(headers.get("authorization", ""), self._key):
-            return 401, "the API key is missing or wrong; send it as Bearer, or as Basic's password", _CHALLENGE
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
-            return 413, _TOO_LARGE, {}
+            message = "the API key is missing or wrong; send it as Bearer, or as Basic's password"
+            return error_response(401, message, {"www-authenticate": 'Basic realm="stable-diffusion"'})
         return None
 
 
-class TooLargeError(Exception):
-    """Refuse a body of more bytes than are read."""
-
-
-_TOO_LARGE = f"the body is too large; at most {MOST_BYTES // 2**20} MB"
-_CHALLENGE = {"www-authenticate": 'Basic realm="stable-diffusion"'}
+def _host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # of brackets without an address
+        return None
 
 
 def _has_key(authorization: str, key: str) -> bool:
@@ -80,21 +80,11 @@ def _has_key(authorization: str, key: str) -> bool:
             value = base64.b64decode(value, validate=True).decode().partition(":")[2]
         except (binascii.Error, UnicodeDecodeError):
             return False
-    elif scheme.lower() != "bearer":
-        return False
-    return hmac.compare_digest(value.strip().encode(), key.encode())
+    return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(value.strip().encode(), key.encode())
 
 
-async def answer(send: Send, status: int, message: str, headers: Mapping[str, str]) -> None:
-    """Send an error as JSON of one line, which both kinds of clients understand."""
-    body = json.dumps(error_body(status, message)).encode()
-    pairs = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-    encoded = [(name.encode(), value.encode()) for name, value in pairs.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
-
-
-def error_body(status: int, message: str) -> dict:
-    """Return what an error says: ``detail`` for clients of AUTOMATIC1111's API, ``error`` for those of OpenAI's."""
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error of one line: ``detail`` for clients of AUTOMATIC1111's API, ``error`` for those of OpenAI's."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"detail": message, "error": {"message": message, "type": kind, "code": status, "param": None}}
+    error: dict[str, Any] = {"message": message, "type": kind, "code": status, "param": None}
+    return JSONResponse({"detail": message, "error": error}, status, headers)

@@ -1,45 +1,39 @@
 """The server: an application made of the parts of this folder, how it answers mistakes, how it runs and ends."""
 
-import json
-import logging
 import signal
 import socket
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from .. import __version__
+from ..app.worker import BusyError, StoppedError, Worker
 from . import a1111, openai, page
-from .security import Guard, TooLargeError, error_body
+from .pictures import MOST_BYTES
+from .security import Guard, error_response
 from .service import Service
 from .settings import Settings
-from .worker import BusyError, StoppedError, Worker
-
-_log = logging.getLogger("stable_diffusion.server")
 
 _LONGEST = 300  # characters of a message
-_STATUS = {BusyError: 503, StoppedError: 503, TooLargeError: 413, ValueError: 400, OSError: 400, Exception: 500}
+_STATUS = {BusyError: 503, StoppedError: 503, ValueError: 400, OSError: 400, Exception: 500}
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """Make the application (ASGI) of a service, whose worker has to be started before the first request."""
     settings = service.settings
-    app = FastAPI(title="Stable Diffusion in MLX", version=__version__)
+    app = FastAPI(title="Stable Diffusion in MLX", version=__version__, max_body_size=MOST_BYTES)
     for part in (a1111, openai, page):
         app.include_router(part.routes(service))
     for kind in (HTTPException, RequestValidationError, *_STATUS):
         app.add_exception_handler(kind, _answer)
-    app.middleware("http")(_logged)
     app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Guard, settings=settings)
-    return app
+    return Guard(app, settings)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -51,18 +45,9 @@ async def _answer(request: Request, error: Exception) -> Response:
         status = 422
         message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
     elif status == 500:
-        _log.error("a request failed", exc_info=error)
         message = f"the computation failed ({type(error).__name__}: {error})"
     headers = {"retry-after": str(error.seconds)} if isinstance(error, BusyError) else None
-    return JSONResponse(error_body(status, " ".join(message.split())[:_LONGEST]), status, headers)
-
-
-async def _logged(request: Request, handle: Callable[[Request], Awaitable[Response]]) -> Response:
-    began = time.perf_counter()
-    response = await handle(request)
-    fields: dict[str, Any] = {"method": request.method, "path": request.url.path, "status": response.status_code}
-    _log.info("%s", json.dumps(fields | {"seconds": round(time.perf_counter() - began, 3)}))
-    return response
+    return error_response(status, " ".join(message.split())[:_LONGEST], headers)
 
 
 class _Server(uvicorn.Server):
@@ -83,7 +68,9 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     Raises ValueError or OSError for an address that cannot be used and a model that cannot be opened.
     """
     with _listen(settings.host, settings.port) as listener:
-        worker = Worker(settings)
+        names = ("queue", "idle", "device", "preload_models", "safety_check", "safety_model")
+        options = {name: getattr(settings, name) for name in names}
+        worker = Worker(settings.base, settings.resources, **options)
         config = uvicorn.Config(create_app(Service(settings, worker)), log_level="warning", access_log=False)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda number, frame: None)

@@ -2,16 +2,17 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from fastapi import Request as Connection
 
 from ..app.request import Request
+from ..app.worker import Job, Picture, Worker
+from ..pipeline import StableDiffusion
 from .pictures import decoded, keep
 from .settings import Settings
-from .worker import Job, Picture, Worker
 
 _PICTURES = {"image": "image", "mask": "mask", "control_image": "control", "ip_image": "prompt"}  # field -> file
 
@@ -38,7 +39,9 @@ class Service:
         """
         folder = tempfile.TemporaryDirectory(prefix="stable-diffusion-")
         try:
-            files = {name: _kept(name, value, folder) for name, value in (pictures or {}).items() if value is not None}
+            files = {
+                name: _kept(name, value, folder.name) for name, value in (pictures or {}).items() if value is not None
+            }
             request, unknown = Request.from_dict({**values, **files}, self.base)
             if unknown:
                 raise ValueError(f"there is no setting {', '.join(unknown):.80}")
@@ -67,14 +70,23 @@ class Service:
             with suppress(asyncio.CancelledError):
                 await watcher
 
-    async def switch(self, connection: Connection, model: str) -> None:
-        """Use another model by its name from now on. Raises ValueError or OSError where it cannot be opened."""
-        base = self.base.with_values(model=self.settings.library.find("models", model))
-        await self.draw(connection, Job(base, draws=False))
+    async def change(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        """Use other settings from now on, such as another model.
+
+        Raises ValueError or OSError for a model that cannot be opened; the other one stays in use.
+        """
+        base = self.base.with_values(**values)
+        await self.draw(connection, Job(base, task=lambda model: None))
         self.base = base
 
+    async def call(self, connection: Connection, task: Callable[[StableDiffusion], Any]) -> Any:
+        """Return the result of a function of the model in use, which runs in the worker's thread in its turn."""
+        job = Job(self.base, task=task)
+        await self.draw(connection, job)
+        return job.outcome
 
-def _kept(name: str, value: Any, folder: tempfile.TemporaryDirectory) -> Any:
+
+def _kept(name: str, value: Any, folder: str) -> Any:
     """Write the pictures of a field into a folder, and return their paths in the form of the field."""
     if isinstance(value, list):
         paths = tuple(_kept(f"{name}_{number}", one, folder) for number, one in enumerate(value, start=1))

@@ -1,31 +1,28 @@
-"""One thread owns MLX: it opens models, generates the images of jobs one after the other, and frees what it held.
+"""One thread owns MLX: it opens models, runs jobs one after the other, and frees what it held.
 
-HTTP handlers run in an event loop in another thread. A job takes a request to the worker and brings back events: steps,
-previews, pictures.
+Programs that serve others, such as over HTTP, have an event loop in another thread. A job takes a request to the worker
+and brings back events: steps, previews, pictures.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from PIL.Image import Image, new
 
-from ..app.engine import Engine, Result, Step, open_model
-from ..app.metadata import describe
-from ..app.preview import preview_decoder
-from ..app.request import Request, expand
 from ..images.files import WHITE
 from ..images.image import to_images
 from ..models import cpu
-from .settings import Settings
-
-_log = logging.getLogger("stable_diffusion.server")
+from .engine import Engine, Resources, Result, Step, open_model
+from .metadata import describe
+from .preview import preview_decoder
+from .request import Request, expand
 
 # What the networks in memory depend on: a request that differs in one of these needs another model.
 _OF_MODEL = ("model", "revision", "vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "prediction", "lora")
@@ -60,12 +57,12 @@ class Picture:
 class Job:
     """Hold a request and what has come of it so far.
 
-    Without ``draws`` the model is opened and no more. ``shows`` says that every step has a preview. ``folder`` holds
-    the files that the request names, until the job ends.
+    A ``task`` is run in place of drawing, with the model of the request; its ``outcome`` is kept. ``shows`` says that
+    every step has a preview. ``folder`` holds the files that the request names, until the job ends.
     """
 
     request: Request
-    draws: bool = True
+    task: Callable[[Any], Any] | None = None
     shows: bool = False
     folder: TemporaryDirectory | None = None
     requests: Sequence[Request] = ()
@@ -75,9 +72,10 @@ class Job:
     left: int = 0
     began: float = 0.0
     is_cancelled: bool = False
+    outcome: Any = None
 
     def __post_init__(self) -> None:
-        self.requests = expand([(self.request, {})]) if self.draws else []
+        self.requests = expand([(self.request, {})]) if self.task is None else []
 
     @property
     def progress(self) -> float:
@@ -91,13 +89,37 @@ class Job:
 
 
 class Worker:
-    """Run jobs one after the other, in a thread of its own."""
+    """Run jobs one after the other, in a thread of its own.
 
-    def __init__(self, settings: Settings):
+    Args:
+        base: a request for the model that is opened first.
+        resources: how the machine is used.
+        queue: number of jobs that may wait.
+        idle: seconds without a job after which the networks are freed; None is never.
+        device: "cpu" or "gpu"; None is the machine's.
+        preload_models: read all weights before the first job.
+        safety_check: withhold pictures that the checkpoint's safety checker flags, or that of ``safety_model``.
+    """
+
+    def __init__(
+        self,
+        base: Request,
+        resources: Resources,
+        *,
+        queue: int = 32,
+        idle: float | None = None,
+        device: str | None = None,
+        preload_models: bool = False,
+        safety_check: bool = False,
+        safety_model: str | None = None,
+    ):
         self.jobs: list[Job] = []  # that run or wait, in their order
         self.words: Sequence[str] = ()  # that embeddings give to prompts
         self.wants_preview = False  # for whoever looks at ``Job.preview``
-        self._settings, self._thread, self._is_closing = settings, ThreadPoolExecutor(1, "mlx"), False
+        self._resources, self._queue, self._idle = resources, queue, idle
+        self._safety_check, self._safety_model = safety_check, safety_model
+        self._thread, self._is_closing = ThreadPoolExecutor(1, "mlx"), False
+        self._begin = partial(self._open_first, base, device, preload_models)
         self._model: Any = None
         self._key: tuple = ()
 
@@ -120,7 +142,7 @@ class Worker:
         try:
             if self._is_closing:
                 raise StoppedError("the server is stopping")
-            if len(self.jobs) > self._settings.queue:
+            if len(self.jobs) > self._queue:
                 raise BusyError(len(self.jobs) - 1, self.jobs[0].seconds_left)
             self.jobs.append(job)
             future = self._thread.submit(self._run, job, tell)
@@ -135,16 +157,21 @@ class Worker:
                 job.is_cancelled = True
                 future.cancel()
                 self.jobs.remove(job)
-                if self._settings.idle is not None:
-                    loop.call_later(self._settings.idle, self._free)
+                if self._idle is not None:
+                    loop.call_later(self._idle, self._free)
         finally:
             if job.folder is not None:
                 job.folder.cleanup()
 
+    @property
+    def job(self) -> Job | None:
+        """Return the job that runs."""
+        return self.jobs[0] if self.jobs else None
+
     def interrupt(self) -> None:
         """Stop the job that runs after its step; it has the pictures that there are."""
-        for job in self.jobs[:1]:
-            job.is_cancelled = True
+        if self.job is not None:
+            self.job.is_cancelled = True
 
     def stop(self) -> None:
         """Stop after the step at hand: jobs that run or wait end with StoppedError."""
@@ -162,11 +189,11 @@ class Worker:
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        cpu.choose_device(self._settings.device)
+    def _open_first(self, base: Request, device: str | None, preload_models: bool) -> None:
+        cpu.choose_device(device)
         cpu.clear_streams_at_thread_end()
-        self._open(self._settings.base)
-        if self._settings.preload_models:
+        self._open(base)
+        if preload_models:
             self._model.ensure_models_are_loaded()
 
     def _run(self, job: Job, tell: Callable[[Any], None]) -> None:
@@ -174,8 +201,10 @@ class Worker:
             return
         self._open(job.request)
         job.began = perf_counter()
-        if job.requests:
-            engine = Engine(self._model, job.requests, self._settings.resources)
+        if job.task is not None:
+            job.outcome = job.task(self._model)
+        else:
+            engine = Engine(self._model, job.requests, self._resources)
             for result in engine.run(lambda step: self._on_step(job, step, tell)):
                 job.pictures.append(self._picture(result))
                 tell(job.pictures[-1])
@@ -187,10 +216,9 @@ class Worker:
         key = tuple(request.value(name) for name in _OF_MODEL)
         if key == self._key:
             return
-        settings = self._settings
-        model = open_model(request, settings.resources.low_memory)
+        model = open_model(request, self._resources.low_memory)
         preview = preview_decoder(model)
-        check = model.load_safety_checker(settings.safety_model) if settings.safety_check else None
+        check = model.load_safety_checker(self._safety_model) if self._safety_check else None
         self._model, self._preview, self._check, self._key = model, preview, check, key
         self.words = [word for words in model.embeddings.values() for word in words]
         cpu.clear_cache()  # of the model before
