@@ -20,10 +20,12 @@ MAY_IMPORT = {
     "": LIBRARY,  # pipeline, options, networks
     "training": LIBRARY | {""},
     "app": LIBRARY | {"", "training"},
-    "cli": LIBRARY | {"", "training", "app"},
+    "server": LIBRARY | {"", "app"},
+    "cli": LIBRARY | {"", "training", "app", "server"},
 }
 HOMES = {"huggingface_hub": {"weights"}, "regex": {"text"}, "tqdm": {"app"}, "argparse": {"cli"}, "tomllib": {"cli"}}
-HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", ""}, "matplotlib": {"app"}}
+HOMES |= {"numpy": {"images", "diffusion", "app"}, "PIL": {"images", "app", "server", ""}, "matplotlib": {"app"}}
+HOMES |= {name: {"server"} for name in ("fastapi", "starlette", "uvicorn")}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
 
