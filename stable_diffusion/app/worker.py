@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
 from PIL.Image import Image, new
 
 from ..images.files import WHITE
@@ -27,6 +28,8 @@ from .request import Request, expand
 # What the networks in memory depend on: a request that differs in one of these needs another model.
 _OF_MODEL = ("model", "revision", "vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "prediction", "lora")
 _OF_MODEL += ("lora_partial", "embedding", "quantize", "unet_bits", "text_bits", "dtype", "exact")
+
+_PREVIEW = 512  # pixels
 
 
 class BusyError(Exception):
@@ -226,11 +229,17 @@ class Worker:
     def _on_step(self, job: Job, step: Step, tell: Callable[[Any], None]) -> bool:
         job.done, job.left = job.done + bool(step.number), step.total - step.number + step.later
         if step.number and (job.shows or self.wants_preview):
-            job.preview, self.wants_preview = to_images(self._preview(step.predicted))[0], False
+            job.preview, self.wants_preview = self._shown(step.predicted), False
             tell("preview")
         elif step.number:
             tell("step")
         return job.is_cancelled or self._is_closing
+
+    def _shown(self, latents: mx.array) -> Image:
+        """Return a preview of the first of some latents, as large as its picture, or 512 pixels on its longer side."""
+        height, width = (side * self._model.pixels_per_latent for side in latents.shape[1:3])
+        scale = min(1.0, _PREVIEW / max(height, width))
+        return to_images(self._preview(latents[:1]))[0].resize((round(width * scale), round(height * scale)))
 
     def _picture(self, result: Result) -> Picture:
         image, is_flagged = result.image, bool(self._check and any(self._check(result.image)))

@@ -1,15 +1,26 @@
-"""The page of the server, and what it calls: a request by the names of its fields, events as they come."""
+"""The page of the server, and what it calls: requests by the names of their fields, events as they come."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi import Request as Connection
 from fastapi.responses import FileResponse
 
 from .. import __version__
+from ..app.metadata import read_record
+from ..app.worker import Picture
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SCHEDULES
-from .service import Service
+from .pictures import decoded, keep, to_base64
+from .service import Fields, Service
+
+# What a request of the page may say, beside its pictures and the model.
+_FIELDS = ("prompt", "negative_prompt", "width", "height", "n_images", "steps", "cfg", "sampler", "schedule", "seed")
+_FIELDS += ("strength", "mask_blur", "mask_padding", "variation_seed", "variation_strength", "clip_skip", "hires")
+_FIELDS += ("hires_strength", "seamless", "noise_source")
 
 
 def routes(service: Service) -> APIRouter:
@@ -24,17 +35,34 @@ def routes(service: Service) -> APIRouter:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__, "model": service.model, "jobs": len(service.worker.jobs)}
 
-    @router.get("/v1/library", summary="List what requests may name")
+    @router.get("/v1/library", summary="List what requests may name, and the server's defaults")
     async def library() -> dict[str, Any]:
-        of = service.settings.library
-        return {
-            "model": service.model,
-            "models": [*of.models],
-            "samplers": [*SAMPLERS],
-            "schedules": [*SCHEDULES],
-            "loras": [*of.loras()],
-            "controlnets": [*of.controlnets],
-            "words": [*service.worker.words],
-        }
+        names = {"models": [*service.settings.library.models], "loras": [*service.settings.library.loras()]}
+        names |= {"samplers": [*SAMPLERS], "schedules": [*SCHEDULES], "words": [*service.worker.words]}
+        defaults = {name: value for name in _FIELDS if (value := service.base.value(name)) is not None}
+        return {"model": service.model, "defaults": defaults} | names
+
+    @router.post("/v1/draw", summary="Draw, and send events: steps with previews, pictures with how they were made")
+    async def draw(body: Fields, connection: Connection) -> Any:
+        values = {name: body[name] for name in _FIELDS if body.get(name) is not None}
+        if body.get("model"):
+            values["model"] = service.settings.library.find("models", body["model"])
+        job = service.job(values, {name: body.get(name) for name in ("image", "mask")}, shows=True)
+
+        def translate(event: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+            if isinstance(event, Picture):
+                made = {"seed": event.request.seed, "text": event.text["parameters"], "partial": event.partial}
+                yield "picture", {"image": to_base64(event), "withheld": event.is_flagged} | made
+            else:
+                image = to_base64(job.preview, ".jpg", 80)
+                yield "step", {"step": job.done, "steps": job.done + job.left, "preview": image}
+
+        return await service.stream(connection, job, translate)
+
+    @router.post("/v1/record", summary="Read how a picture was made, by the names of fields")
+    async def record(body: Fields) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            arguments = read_record(keep(decoded(body.get("image")), folder, "picture")).arguments
+        return {name: value for name, value in arguments.items() if name in _FIELDS}
 
     return router

@@ -3,7 +3,9 @@
 import base64
 import binascii
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from PIL import ImageChops
 from PIL.Image import Image
 
 from ..app.worker import Picture
@@ -47,3 +49,12 @@ def to_base64(picture: Picture | Image, suffix: str = ".png", quality: int | Non
     """Return a picture in base64, with the texts of how it was made."""
     image, text = (picture.image, picture.text) if isinstance(picture, Picture) else (picture, None)
     return base64.b64encode(encode(image, f"picture{suffix}", text, quality=quality)).decode()
+
+
+def repainted(data: bytes) -> bytes | None:
+    """Return the mask that OpenAI's API means by a picture: white, repainted, where it is transparent; None without."""
+    with TemporaryDirectory() as folder, opened(keep(data, folder, "mask")) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = image.convert("RGBA").getchannel("A")
+    return encode(ImageChops.invert(alpha), "mask.png")

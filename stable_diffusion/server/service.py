@@ -1,12 +1,15 @@
 """What all interfaces of the server share: names and limits of requests, jobs and their pictures, the model in use."""
 
 import asyncio
+import json
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Body
 from fastapi import Request as Connection
+from fastapi.responses import StreamingResponse
 
 from ..app.request import Request
 from ..app.worker import Job, Picture, Worker
@@ -14,7 +17,7 @@ from ..pipeline import StableDiffusion
 from .pictures import decoded, keep
 from .settings import Settings
 
-_PICTURES = {"image": "image", "mask": "mask", "control_image": "control", "ip_image": "prompt"}  # field -> file
+Fields = Annotated[dict[str, Any], Body()]  # of a body in JSON
 
 
 class Service:
@@ -69,6 +72,30 @@ class Service:
             watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await watcher
+
+    async def stream(
+        self, connection: Connection, job: Job, translate: Callable[[Any], Iterable[tuple[str, dict[str, Any]]]]
+    ) -> StreamingResponse:
+        """Run a job and send its events as server-sent ones: what ``translate`` makes of each, names and JSON.
+
+        What goes wrong before the first step is raised, later it is an event "error".
+        """
+        events = self.events(connection, job)
+        first = await anext(events, None)
+
+        async def lines() -> AsyncIterator[str]:
+            event = first
+            try:
+                while event is not None:
+                    for name, data in translate(event):
+                        yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
+                    event = await anext(events, None)
+            except Exception as error:
+                yield f"event: error\ndata: {json.dumps({'error': {'message': str(error)}})}\n\n"
+            finally:
+                await events.aclose()
+
+        return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def change(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Use other settings from now on, such as another model.
