@@ -9,6 +9,7 @@ import binascii
 import hmac
 import json
 import logging
+import re
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -20,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .settings import LOCAL, Settings
 
 _log = logging.getLogger("stable_diffusion.server")
+
+_FOLDERS, _LONGEST = re.compile(r"(?<![\w:/.])/(?:[^\s/]+/)+(?=[^\s/])"), 300
 
 
 class Guard:
@@ -83,8 +86,14 @@ def _has_key(authorization: str, key: str) -> bool:
     return scheme.lower() in ("basic", "bearer") and hmac.compare_digest(value.strip().encode(), key.encode())
 
 
+def in_one_line(message: object) -> str:
+    """Return a message in one line of at most 300 characters, with the names of files and not their folders."""
+    return _FOLDERS.sub("", " ".join(str(message).split()))[:_LONGEST]
+
+
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an error of one line: ``detail`` for clients of AUTOMATIC1111's API, ``error`` for those of OpenAI's."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    error: dict[str, Any] = {"message": message, "type": kind, "code": status, "param": None}
-    return JSONResponse({"detail": message, "error": error}, status, headers)
+    line = in_one_line(message)
+    error: dict[str, Any] = {"message": line, "type": kind, "code": status, "param": None}
+    return JSONResponse({"detail": line, "error": error}, status, headers)

@@ -20,7 +20,6 @@ from .security import Guard, error_response
 from .service import Service
 from .settings import Settings
 
-_LONGEST = 300  # characters of a message
 _STATUS = {BusyError: 503, StoppedError: 503, ValueError: 400, OSError: 400, Exception: 500}
 
 
@@ -47,7 +46,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     elif status == 500:
         message = f"the computation failed ({type(error).__name__}: {error})"
     headers = {"retry-after": str(error.seconds)} if isinstance(error, BusyError) else None
-    return error_response(status, " ".join(message.split())[:_LONGEST], headers)
+    return error_response(status, message, headers)
 
 
 class _Server(uvicorn.Server):

@@ -15,6 +15,7 @@ from ..app.request import Request
 from ..app.worker import Job, Picture, Worker
 from ..pipeline import StableDiffusion
 from .pictures import decoded, keep
+from .security import in_one_line
 from .settings import Settings
 
 Fields = Annotated[dict[str, Any], Body()]  # of a body in JSON
@@ -91,7 +92,7 @@ class Service:
                         yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
                     event = await anext(events, None)
             except Exception as error:
-                yield f"event: error\ndata: {json.dumps({'error': {'message': str(error)}})}\n\n"
+                yield f"event: error\ndata: {json.dumps({'error': {'message': in_one_line(error)}})}\n\n"
             finally:
                 await events.aclose()
 
