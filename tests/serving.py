@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,18 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error.code, dict(error.headers), error.read())
+
+    def raw(self, data: bytes) -> socket.socket:
+        """Send bytes as they are, such as the head of a request that is never sent whole."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        connection.sendall(data)
+        return connection
+
+    def memory(self, of: str = "VmRSS") -> int:
+        """The bytes of memory that the process holds, or with "VmHWM" has held."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return 1024 * int(re.search(rf"{of}:\s*(\d+)", status)[1])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End the process by a signal, and return its exit code."""

@@ -30,7 +30,7 @@ class Library:
 
         ``kind`` is the name of a field. Raises ValueError, with the names that there are, for another.
         """
-        sources = getattr(self, kind)
+        sources, name = getattr(self, kind), str(name)
         name = name.rpartition(" [")[0] or name
         source = sources.get(name, sources.get(name.removesuffix(Path(name).suffix)))
         if source is None:
