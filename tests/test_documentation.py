@@ -7,6 +7,7 @@ comment on the line above a block, which readers do not see, says what is specia
     <!-- download -->       its commands run up to where they ask the Hub for a model
     <!-- minutes -->        only the options of its commands are read
     <!-- install -->        changes the machine, and is not run
+    <!-- server -->         is run beside a server, in tests/server
     <!-- file: NAME -->     is what the file NAME holds, for the blocks below
 """
 
@@ -52,7 +53,7 @@ TEXTS = {document.relative_to(ROOT).as_posix(): document.read_text(encoding="utf
 README = TEXTS["README.md"]
 
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_MARKS = {"", "download", "minutes", "install", "file"}
+_MARKS = {"", "download", "minutes", "install", "server", "file"}
 _SHOWN = [path.name for path in (ROOT / "docs" / "pictures").iterdir()]
 _OF_MLX = {"--hostfile", "--hosts", "--over", "--backend", "--auto-setup", "--output-hostfile"}
 _NOT_RUN = {
@@ -151,6 +152,8 @@ def test_what_is_written_runs(document, folder, request, capsys, monkeypatch):
         if block.mark == "file":
             (folder / block.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.name).write_text(block.text, encoding="utf-8")
+        if block.mark == "server":
+            continue
         if block.language == "python":
             if "StableDiffusionXL(" in block.text:  # random weights in place of a download
                 stand_in = catalog.Entry(folder=request.getfixturevalue("xl_folder"))

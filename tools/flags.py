@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stable_diffusion.cli import check, convert, inspect, train, upscale
+from stable_diffusion.cli import check, convert, inspect, serve, train, upscale
 from stable_diffusion.cli.parser import script_parser
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "command-line.md"
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Parsers] = {
     "inspect": {"inspect": inspect.make_parser()},
     "upscale": {"upscale": upscale.make_parser()},
     "train": {"train": train.make_parser()},
+    "serve": {"serve": serve.make_parser()},
     "check": {"check": check.make_parser()},
 }
 _UNTITLED = ("positional arguments", "options", "optional arguments")  # what argparse calls groups without a name
