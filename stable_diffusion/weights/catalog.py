@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .layout import UNCONDITIONAL
 from .parts import family_of_pipeline
 
 
@@ -156,6 +157,8 @@ def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
 
     They follow from ``pipeline``, the class in model_index.json, and ``scheduler``, its scheduler_config.json.
     """
+    if pipeline in UNCONDITIONAL:
+        return scheduler.get("num_train_timesteps", 1000) if pipeline == "DDPMPipeline" else 50, 0.0
     sampler = scheduler.get("_class_name", "")
     if pipeline.startswith("LatentConsistencyModel"):
         return 4, 8.5  # the guidance is an input of the UNet here, not a second pass (Luo et al. 2023)

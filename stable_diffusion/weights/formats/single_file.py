@@ -18,7 +18,7 @@ from ...models.config import listed
 from .. import catalog
 from ..layout import Checkpoint, Component
 from ..parts import FAMILIES, PARTS, Family, family_of
-from .gguf import GROUP, packed_bits, unpack
+from .gguf import GROUP, unpack
 from .original import NOT_OF_TEXT_ENCODER, to_diffusers
 from .shapes import READERS, Tensors
 
@@ -194,7 +194,8 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     """
     network = _network(tensors, prefix)
     try:
-        config = READERS[kind](unpack(to_diffusers(kind, network)))
+        plain, bits = unpack(to_diffusers(kind, network))
+        config = READERS[kind](plain)
     except KeyError as error:
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
@@ -202,7 +203,7 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     if kind == "vae" and "edm_mean" in tensors and "edm_std" in tensors:
         config |= {f"latents_{name}": tensors[f"edm_{name}"].flatten().tolist() for name in ("mean", "std")}
         config["scaling_factor"] = _PLAYGROUND_SCALING
-    if bits := packed_bits(network):
+    if bits:
         config["quantization"] = {"bits": bits, "group_size": GROUP}
     if kind == "text_encoder":
         config["architectures"] = ["CLIPTextModel"]  # nothing reads its projection
