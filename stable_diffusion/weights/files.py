@@ -20,7 +20,7 @@ from .formats.kinds import kind_of
 from .formats.original import name_half, to_diffusers
 from .formats.pickles import read_pickle
 from .formats.safetensors import read_safetensors
-from .formats.single_file import find, read_checkpoint, read_config, with_run
+from .formats.single_file import find, read_checkpoint, read_config, with_run, within
 from .layout import Checkpoint, Component, Index, Listing, files_in, read_json
 from .parts import PARTS, family_of_pipeline
 
@@ -108,11 +108,10 @@ def open_unconditional(model: str | os.PathLike, *, float16: bool = False, revis
 
 
 def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
-    """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
+    """Find one network by itself, of a ``kind`` of PARTS; all else is as for ``open_checkpoint``.
 
     ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a file of weights.
     A folder may hold the two files of a TAESD, and one of them stands for both.
-    ``kind`` is one of PARTS. All else is as for ``open_checkpoint``.
     """
     if kind not in PARTS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
@@ -127,15 +126,12 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
             config["global_pool_conditions"] = True
         component = Component(kind, config, files, prefix)
-        return with_run(component, tensors, metadata) if kind == "unet" else component
-    _, index = found.find(
-        lambda listing: listing.find_part(kind),
-        what=f"a repository of a {kind}",
-        entries=(f"{kind}/config.json", "config.json"),
-        remedy="connect once, or use a local folder",
-    )
-    component = index.components[kind]
-    return with_run(component, {}, {}) if kind == "unet" else component
+    else:
+        tensors, metadata, entries = {}, {}, (f"{kind}/config.json", "config.json")
+        about = {"what": f"a repository of a {kind}", "remedy": "connect once, or use a local folder"}
+        _, index = found.find(lambda listing: listing.find_part(kind), entries=entries, **about)
+        component = index.components[kind]
+    return with_run(component, tensors, metadata) if kind == "unet" else component
 
 
 def _check_vae(checkpoint: Checkpoint) -> None:
@@ -227,7 +223,6 @@ def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _
 
 
 def _half_vae(repo: str) -> dict[str, Component]:
-    """Return the VAE for half precision, or nothing when it cannot be opened."""
     try:
         return {"vae": open_part(repo, "vae", float16=True)}
     except (ValueError, OSError) as error:
@@ -300,9 +295,7 @@ def read_tensors(component: Component) -> Mapping[str, mx.array]:
         if repeated := sorted(tensors.keys() & contents.keys()):
             raise ValueError(f"{path} repeats tensors of another file of {component.name}: {listed(repeated)}")
         tensors.update(contents)
-    if prefix := component.prefix:
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    named = to_diffusers(component.name, tensors)
+    named = to_diffusers(component.name, within(tensors, component.prefix))
     if component.config.get("architectures") == ["CLIPTextModel"]:  # which has none, whatever is in its file
         named.pop("text_projection.weight", None)
     return named

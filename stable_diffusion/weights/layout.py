@@ -188,7 +188,6 @@ class Listing:
         raise ValueError(f"{self.where} is not a checkpoint in diffusers layout: {self.folder} has no {INDEX}{alone}")
 
     def _find(self, networks: Mapping[str, str], small: list[str], **contents: Any) -> Index:
-        """Find {network: its subfolder}, and small files beside theirs."""
         weights = {kind: self._weight_files(kind, place) for kind, place in networks.items()}
         needed = [*small, *(f"{place}config.json" for place in networks.values()), *chain(*weights.values())]
         if missing := [file for file in needed if not (self.folder / file).is_file()]:

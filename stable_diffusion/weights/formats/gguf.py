@@ -33,7 +33,6 @@ _SHAPE = "comfy.gguf.orig_shape."  # in metadata: that of a tensor which was res
 
 
 def _take(header: BytesIO, kinds: str) -> tuple:
-    """Read the next values of a header; struct.error where it ends before."""
     return struct.unpack(f"<{kinds}", header.read(struct.calcsize(f"<{kinds}")))
 
 

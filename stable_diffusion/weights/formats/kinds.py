@@ -7,8 +7,7 @@ from pathlib import Path
 _OTHERS = (
     (b"version https://git-lfs", "only a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
     (b"<", "a web page, not the file behind it: download it again, perhaps after a login"),
-    (b"{", "JSON text, perhaps the error message of a server: download the file again"),
-    (b"[", "JSON text, perhaps the error message of a server: download the file again"),
+    ((b"{", b"["), "JSON text, perhaps the error message of a server: download the file again"),
     (b"\x89HDF\r\n", "an HDF5 file (Keras): take the model as .safetensors"),
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),

@@ -192,7 +192,7 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
 
     Raises ValueError for a network that is cut short, or that is of another family.
     """
-    network = _network(tensors, prefix)
+    network = within(tensors, prefix)
     try:
         plain, bits = unpack(to_diffusers(kind, network))
         config = READERS[kind](plain)
@@ -212,7 +212,8 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     return config
 
 
-def _network(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
+def within(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
+    """Return the tensors whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -220,7 +221,6 @@ def _network(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
 
 
 def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
-    """Return the ``_class_name`` of model_index.json."""
     if (channels := unet.get("in_channels", 4)) not in _MODES:
         raise ValueError(f"{where} has a UNet that reads {channels} channels; supported are those of 4, 5, 8 and 9")
     if family is FAMILIES["refiner"]:
@@ -259,7 +259,6 @@ def with_run(unet: Component, names: Tensors, metadata: Mapping[str, str]) -> Co
 
 
 def _is_flag(tensor: str, key: str, names: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Return whether an empty tensor or the metadata of a trainer says yes."""
     return tensor in names or metadata.get(key, "").lower() == "true"
 
 
@@ -275,15 +274,15 @@ def _stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> s
 
 
 def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
-    """Return what the UNet predicts.
+    """Return what the UNet predicts: what the file says, or the noise.
 
-    Where the file does not say it, the UNet of Stable Diffusion 2 with the prefix ``measured`` shows it, by the spread
+    A UNet of Stable Diffusion 2, with the prefix ``measured``, shows it where the file does not say it, by the spread
     of its last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which
     predicts the velocity. Other programs that read such files look at the same tensor, with the same bound.
     """
     if (stated := _stated_prediction(tensors, metadata)) or measured is None:
         return stated or "epsilon"
-    unet = to_diffusers("unet", _network(tensors, measured))
+    unet = to_diffusers("unet", within(tensors, measured))
     biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
     spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0
     prediction = "v_prediction" if spread > 0.09 else "epsilon"
