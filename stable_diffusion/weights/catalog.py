@@ -153,10 +153,7 @@ def describe_settings(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
-    """Return (steps, guidance) for a model that the catalog does not know.
-
-    They follow from ``pipeline``, the class in model_index.json, and ``scheduler``, its scheduler_config.json.
-    """
+    """Return (steps, guidance) of any other model, by its class in model_index.json and its scheduler_config.json."""
     if pipeline in UNCONDITIONAL:
         return scheduler.get("num_train_timesteps", 1000) if pipeline == "DDPMPipeline" else 50, 0.0
     sampler = scheduler.get("_class_name", "")

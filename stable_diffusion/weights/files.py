@@ -154,10 +154,7 @@ def _decoder_in(folder: Path) -> Path:
 
 
 def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, ...], dict[str, mx.array]]:
-    """Return the files and tensors of a VAE. Where ``path`` is half a TAESD, the other half is the file beside it.
-
-    A decoder may be alone. Raises ValueError for an encoder that is.
-    """
+    """Return the files and tensors of a VAE: for half a TAESD also those of the half beside it."""
     here, other = ("encoder", "decoder") if "encoder.layers.0.weight" in tensors else ("decoder", "encoder")
     if f"{here}.layers.0.weight" not in tensors or f"{other}.layers.0.weight" in tensors:
         return (path,), tensors
@@ -191,10 +188,7 @@ def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Check
 
 
 def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _Source:
-    """Find the folder or file that ``source`` is, or the catalog's entry for it; a file on the Hub is downloaded.
-
-    Raises OSError for a path that is not there, ValueError for an unknown name or a file that holds no weights.
-    """
+    """Find the folder or file that ``source`` is, or the catalog's entry for it; a file on the Hub is downloaded."""
     name = os.fspath(source)
     path = os.path.expanduser(name)
     entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
@@ -285,10 +279,7 @@ def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:
-    """Return the tensors of a component under diffusers' names. They are read from the disk when they are evaluated.
-
-    Raises ValueError for a damaged file, or two files with the same tensor.
-    """
+    """Return a component's lazy tensors under diffusers' names; ValueError for damaged or repeated ones."""
     tensors: dict[str, mx.array] = {}
     for path in component.files:
         contents, _ = read_file(path)

@@ -95,10 +95,7 @@ def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path |
 
 
 def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
-    """Bring what is missing of one repository into the cache: first the small files, then the weights they call for.
-
-    Without a network the cache serves, with weights of either precision.
-    """
+    """Bring what is missing of a repository into the cache: the small files, then the weights that they call for."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.utils import tqdm
 

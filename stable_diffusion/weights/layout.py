@@ -156,10 +156,7 @@ class Listing:
         return self._find(networks, small, contents=index, tokenizers=tokenizers)
 
     def read_unconditional(self) -> Index:
-        """Read the model_index.json of a model without prompts: a UNet and a scheduler, and for latents a VQ-VAE.
-
-        The oldest have their UNet and scheduler in the root. Raises ValueError for a pipeline that is not supported.
-        """
+        """Read the model_index.json of a model without prompts, of which the oldest have no subfolders."""
         index = self._read_contents()
         if str(index.get("_class_name")) not in UNCONDITIONAL:
             text = f"{self.where} is a {short(index.get('_class_name'))}, which is not supported without prompts"
@@ -201,11 +198,7 @@ class Listing:
         return Index(components, [], **contents)
 
     def _weight_files(self, network: str, place: str) -> list[str]:
-        """Return the best files for a network, or the index of its shards where this is not on this machine.
-
-        Safetensors of either precision come before pickles. Raises ValueError where there are none, or the index of
-        shards is damaged.
-        """
+        """Return the best files for a network, or the index of its shards where this is not on this machine."""
         stems, choices = sorted(_STEMS, key=lambda stem: stem != PARTS[network].stem), []
         for suffix in (".safetensors", ".bin"):
             for half in (".fp16", "") if self.float16 else ("", ".fp16"):

@@ -140,10 +140,7 @@ def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) ->
 
 
 def unpack(tensors: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], int | None]:
-    """Return tensors with their packed matrices in float16 and their own shape, and the bits of most of these.
-
-    The bits are None where no matrix is packed as ``read_gguf`` does it. All stays lazy.
-    """
+    """Return tensors with packed matrices in float16, and the bits of most (None where there are none); all is lazy."""
     plain, found = dict(tensors), []
     for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")]

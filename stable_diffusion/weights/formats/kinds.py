@@ -25,10 +25,7 @@ _OTHERS = (
 
 
 def kind_of(path: Path) -> str:
-    """Return "safetensors", "pickle", "gguf", or "" for a file that is neither by its first bytes.
-
-    Raises ValueError, one line, for a file that is empty or known to be something else.
-    """
+    """Return "safetensors", "pickle", "gguf" or "" by the first bytes of a file; ValueError for other known kinds."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:

@@ -154,10 +154,7 @@ def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -
 
 
 def load_copy(file: BinaryIO, rows: Mapping[str, Row]) -> dict[str, mx.array]:
-    """Load tensors of a file that MLX does not read; those of a type in BITS come as their bits.
-
-    They are copied to a temporary file, which vanishes with the arrays that are read from it.
-    """
+    """Load tensors by a temporary copy, which vanishes with their arrays; those of a type in BITS come as bits."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
         copy.write(_header_of(rows))
         for _, _, first, size in rows.values():

@@ -188,10 +188,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
 
 
 def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[str, Any]:
-    """Return the config of one network of a file, as its ``config.json`` would say it.
-
-    Raises ValueError for a network that is cut short, or that is of another family.
-    """
+    """Return the config.json of one network of a file; ValueError where it is cut short, or of another family."""
     network = within(tensors, prefix)
     try:
         plain, bits = unpack(to_diffusers(kind, network))
