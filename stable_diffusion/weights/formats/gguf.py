@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .safetensors import damaged, load_copy, loading_stream
+from .safetensors import Row, damaged, load_copy, loading_stream
 
 _MAX_HEADER = 1 << 24  # bytes; the header of XL has 150,000
 _MAX_TENSORS, _MAX_KEYS, _MAX_DIMENSIONS = 20_000, 20_000, 4
@@ -54,25 +54,19 @@ def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     A quantized matrix NAME.weight comes as MLX's packed values, with NAME.scales and NAME.biases. Raises ValueError for
     a file that is damaged, or has types that are not read here.
     """
-    infos, rows = _check_header(path), {}
-    for name, (kind, shape, first, size) in infos.items():
-        code, values, size_of_block = _TYPES[kind]
-        if values > 1:
-            code, shape = "U8", (size // size_of_block, size_of_block)
-        rows[name] = code, shape, first, size
-    tensors: dict[str, mx.array] = {}
+    rows, quantized = _check_header(path)
     with path.open("rb") as file, mx.stream(loading_stream(mx.cpu)):
-        copied = load_copy(file, rows)
-        for name, (kind, shape, _, _) in infos.items():
-            tensors |= {name: copied[name]} if _TYPES[kind][1] == 1 else _unpacked(name, kind, shape, copied[name])
+        tensors = load_copy(file, rows)
+        for name, (kind, shape) in quantized.items():
+            tensors |= _unpacked(name, kind, shape, tensors.pop(name))
         if any("label_emb." in name for name in tensors):  # XL's matrices are 1x1 convolutions for stable-diffusion.cpp
             for name in [n for n, v in tensors.items() if ".proj_" in n and v.shape[2:] == (1, 1)]:
                 tensors[name] = tensors[name].flatten(1)
     return tensors, {}
 
 
-def _check_header(path: Path) -> dict[str, tuple[int, tuple[int, ...], int, int]]:
-    """Return {name: (type, shape, first byte, bytes)} of a file's tensors, which all lie within the file."""
+def _check_header(path: Path) -> tuple[dict[str, Row], dict[str, tuple[int, tuple[int, ...]]]]:
+    """Return the rows of a file's tensors, quantized ones as blocks of bytes, and {name: (type, shape)} of these."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = BytesIO(file.read(_MAX_HEADER))
@@ -81,25 +75,28 @@ def _check_header(path: Path) -> dict[str, tuple[int, tuple[int, ...], int, int]
         if magic != b"GGUF" or version not in (2, 3) or n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             raise ValueError(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
         keys = {_text(header): _value(header) for _ in range(n_keys)}
-        rows = [_tensor(header, keys) for _ in range(n_tensors)]
+        infos = [_tensor(header, keys) for _ in range(n_tensors)]
         start = -(-header.tell() // (alignment := int(keys.get("general.alignment", 32)))) * alignment
     except (struct.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0]
         raise damaged(path, f"its header is not that of a GGUF file: {reason:.80}") from error
-    infos, total = {}, 0
-    for name, kind, shape, offset in rows:
+    rows, quantized, total = {}, {}, 0
+    for name, kind, shape, offset in infos:
         if kind not in _TYPES:
             found = _REFUSED.get(kind, f"type {kind}")
             text = f"{path} holds {name:.60} as {found}, which is not read"
             raise ValueError(f"{text}: take a file of Q8_0, Q4_0, Q4_1, F16 or F32")
-        _, values, size_of_block = _TYPES[kind]
+        code, values, size_of_block = _TYPES[kind]
         blocks, rest = divmod(math.prod(shape), values)
         total += (n_bytes := blocks * size_of_block)
         is_inside = 0 <= start <= size - offset - n_bytes and total <= size
-        if rest or math.prod(shape) > _MAX_LENGTH or not is_inside or name in infos:
+        if rest or math.prod(shape) > _MAX_LENGTH or not is_inside or name in rows:
             raise damaged(path, f"its {size} bytes have no place for {name:.60}")
-        infos[name] = kind, shape, start + offset, n_bytes
-    return infos
+        rows[name] = code, shape, start + offset, n_bytes
+        if values > 1:
+            rows[name] = "U8", (blocks, size_of_block), start + offset, n_bytes
+            quantized[name] = kind, shape
+    return rows, quantized
 
 
 def _tensor(header: BytesIO, keys: dict[str, Any]) -> tuple[str, int, tuple[int, ...], int]:
