@@ -22,7 +22,7 @@ from ..files.text import read_json
 from ..models.config import short
 from .formats.kinds import kind_of
 from .formats.safetensors import damaged
-from .parts import NETWORKS, PARTS
+from .parts import NETWORKS, PARTS, STEMS
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -41,7 +41,6 @@ UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a class m
     "PNDMPipeline": "PNDMScheduler",
     "LDMPipeline": None,
 }
-_STEMS = ("diffusion_pytorch_model", "model")  # of the names of weight files, either in the folder of any network
 SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
 _CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
@@ -199,7 +198,8 @@ class Listing:
 
     def _weight_files(self, network: str, place: str) -> list[str]:
         """Return the best files for a network, or the index of its shards where this is not on this machine."""
-        stems, choices = sorted(_STEMS, key=lambda stem: stem != PARTS[network].stem), []
+        # Either name may be in the folder of any network; its own comes first.
+        stems, choices = sorted(STEMS.values(), key=lambda stem: stem != STEMS[PARTS[network].library]), []
         for suffix in (".safetensors", ".bin"):
             for half in (".fp16", "") if self.float16 else ("", ".fp16"):
                 for stem in stems:
@@ -226,7 +226,7 @@ class Listing:
 def best_files(float16: bool) -> frozenset[str]:
     """Return the files that a repository at best has: where these are at hand, no listing could offer better ones."""
     half = ".fp16" if float16 else ""
-    weights = {f"{network}/{PARTS[network].stem}{half}.safetensors" for network in NETWORKS}
+    weights = {f"{network}/{STEMS[PARTS[network].library]}{half}.safetensors" for network in NETWORKS}
     return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in SPECIAL_TOKENS})
 
 
