@@ -247,7 +247,6 @@ def _read_folder(
             few_steps = {key: stored[key] for key in ("spacing", "eta", "timesteps") if key in stored}
     return Checkpoint(
         name=name,
-        folder=folder,
         pipeline=pipeline,
         index=index.contents,
         scheduler=scheduler,

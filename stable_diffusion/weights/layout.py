@@ -87,7 +87,6 @@ class Checkpoint:
     """Describe a checkpoint whose files are all on this machine."""
 
     name: str  # for messages
-    folder: Path  # of the checkpoint; the one that a single file is in
     pipeline: str  # `_class_name` of model_index.json
     index: dict  # model_index.json
     scheduler: dict  # scheduler_config.json

@@ -128,7 +128,6 @@ def read_checkpoint(
         components["unet"] = with_run(components["unet"], tensors, metadata)
     return Checkpoint(
         name=where,
-        folder=path.parent,
         pipeline=pipeline,
         index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **family.options},
         scheduler=scheduler,
