@@ -1,6 +1,7 @@
 """Weights lie in memory as kernels read them. Metal copies others at every call of a convolution."""
 
 import json
+from itertools import product
 
 import mlx.core as mx
 import pytest
@@ -56,8 +57,10 @@ def test_of_a_file_in_the_original_layout(single, family):  # noqa: F811
 OPTIONS = [{}, {"low_memory": True}, {"dtype": mx.float16}, {"dtype": mx.bfloat16}, {"unet_bits": 8, "text_bits": 8}]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", ["lora", "locon-tucker", "loha", None])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [*product(OPTIONS, ("lora", None)), ({}, "locon-tucker"), ({}, "loha")],
+)
 def test_of_a_model(sd1_folder, tmp_path, options, kind):
     """With a LoRA in its weights or without."""
     files = []
