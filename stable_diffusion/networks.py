@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from .diffusion.sample import step_of
-from .images.clip import clip_pixels
 from .images.depth import estimate_depth
+from .images.image import clip_pixels
 from .lora.control import load_controlnet
 from .lora.delta import Scale
 from .lora.files import LoRAWeights, read_lora

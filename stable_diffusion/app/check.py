@@ -14,8 +14,8 @@ from itertools import chain
 
 import mlx.core as mx
 
-from .check_kernels import kernel_cases, kernel_error
-from .check_networks import Check, full_size_checks, kernel_times, network_checks, picture_checks
+from .check_kernels import bounds, kernel_cases, kernel_error
+from .check_networks import Check, full_size_checks, kernel_times, network_checks
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ def find_checks(words: Sequence[str] = ()) -> list[Check]:
     kernels = (
         Check(case.name, dtype, partial(kernel_error, case, dtype), bound)
         for case in kernel_cases()
-        for dtype, bound in case.bounds.items()
+        for dtype, bound in bounds(case.bound, case.half).items()
         if not on_cpu or dtype in case.on_cpu
     )
-    full = full_size_checks(on_cpu)
-    checks = chain(kernels, network_checks(on_cpu), picture_checks(), full, kernel_times(on_cpu))
+    checks = chain(kernels, network_checks(on_cpu), full_size_checks(on_cpu), kernel_times(on_cpu))
     return [check for check in checks if all(word in check.name for word in words)]
 
 

@@ -29,13 +29,11 @@ from ..pipeline import StableDiffusion
 from ..weights.catalog import ALIASES
 from ..weights.load import build, read_weights
 from . import memory
-from .check_kernels import TYPES, half_bounds, largest_error
+from .check_kernels import TYPES, bounds, largest_error
 
 RELATIVE, PLANNED, SECONDS = "of the largest value", "of the plan", "s"  # units
 _FULL = 3e-2  # a UNet in float16 some of whose convolutions may be Winograd's
-MODULES = {mx.float32: 1e-4} | half_bounds(1e-2)
-_ROWS = {mx.float32: 1e-5} | half_bounds(5e-3)
-_SLICES = {mx.float32: 1e-5} | half_bounds(1e-2)
+_MODULES, _ROWS, _SLICES = bounds(1e-4, 1e-2), bounds(1e-5, 5e-3), bounds(1e-5, 1e-2)
 _GOLDEN_PROMPT, _GOLDEN_SEED = "a red circle on a blue background", 1
 _MEMORY_OF_XL = 14e9  # bytes: 5.2 GB of weights, as much again while they are made, and a step
 
@@ -121,7 +119,6 @@ def _inputs(module: nn.Module, dtype: mx.Dtype, side: int, rows: int) -> list[mx
 
 
 def _call(module: nn.Module, dtype: mx.Dtype, x: mx.array, *rest: mx.array) -> mx.array:
-    """Run a network in ``dtype``."""
     if isinstance(module, CLIPTextModel):
         output = module(x)
         return output.pooled_output if "text_projection" in module else output.last_hidden_state
@@ -139,9 +136,7 @@ def _network_error(name: str, dtype: mx.Dtype, side: int, rows: int) -> float:
     inputs = _inputs(module, dtype, side, rows)
     ours = _call(module, dtype, *inputs)
     mx.eval(ours)
-    on_gpu = mx.default_device() != mx.cpu
-    if on_gpu:
-        mx.disable_compile()  # for a CPU it needs Apple's command line tools, and asks for them where they are missing
+    mx.disable_compile()  # for a CPU it needs Apple's command line tools, and asks for them where they are missing
     try:
         with mx.stream(mx.cpu):
             twin = build(*_NETWORKS[name])
@@ -150,9 +145,8 @@ def _network_error(name: str, dtype: mx.Dtype, side: int, rows: int) -> float:
             del twin  # or all of its weights would stay in memory: each is converted when it is used
             mx.eval(reference)
     finally:
-        if on_gpu:
-            mx.enable_compile()
-    return largest_error(ours, np.array(reference, np.float64))
+        mx.enable_compile()
+    return largest_error(ours, reference)
 
 
 def _batch_error(name: str, dtype: mx.Dtype, side: int) -> float:
@@ -160,20 +154,19 @@ def _batch_error(name: str, dtype: mx.Dtype, side: int) -> float:
     module = _random_network(name, dtype)
     inputs = _inputs(module, dtype, side, rows=3)
     alone, together = (_call(module, dtype, *(x[:n] for x in inputs))[:1] for n in (1, 3))
-    return largest_error(together, np.array(alone.astype(mx.float32), np.float64))
+    return largest_error(together, alone)
 
 
 def _slices_error(name: str, dtype: mx.Dtype, side: int) -> float:
     """Return the largest difference between decoding in slices and decoding as one graph, over the largest value."""
     module = _random_network(name, dtype)
     (z,) = _inputs(module, dtype, side, rows=1)
-    whole = module.decode(z)
     slices = module.decode(z, lambda x: tiling.in_slices(module.decoder.layers, x, 3))
-    return largest_error(slices, np.array(whole.astype(mx.float32), np.float64))
+    return largest_error(slices, module.decode(z))
 
 
 def network_checks(on_cpu: bool) -> Iterator[Check]:
-    """Yield the small networks: against the CPU, rows of a batch against one row, and slices against one graph."""
+    """Yield the small networks, rows of a batch and slices among their checks, and the bundled model's picture."""
     types = TYPES[:2] if on_cpu else TYPES
     side = 16 if on_cpu else 48  # below and, in a batch, above the 4096 positions from which Winograd computes
     more = {"unet": ("a row in a batch and alone", _batch_error, _ROWS)}
@@ -181,21 +174,16 @@ def network_checks(on_cpu: bool) -> Iterator[Check]:
     for name, (part, _) in _NETWORKS.items():
         if name.startswith("small"):
             for dtype in types:
-                yield Check(f"{name}, 2 rows", dtype, partial(_network_error, name, dtype, 16, rows=2), MODULES[dtype])
-            about, error, bounds = more.get(part, ("", None, {}))
+                yield Check(f"{name}, 2 rows", dtype, partial(_network_error, name, dtype, 16, rows=2), _MODULES[dtype])
+            about, error, highest = more.get(part, ("", None, {}))
             for dtype in types if error else ():
-                yield Check(f"{name}, {about}", dtype, partial(error, name, dtype, side), bounds[dtype])
-
-
-def picture_checks() -> Iterator[Check]:
-    """Yield the checks of the bundled model's picture."""
+                yield Check(f"{name}, {about}", dtype, partial(error, name, dtype, side), highest[dtype])
     for dtype in TYPES[:2]:
         measure = partial(_golden_difference, dtype)
         yield Check(f"bundled model: {_GOLDEN_PROMPT}", dtype, measure, 8, "levels of 255")
 
 
 def _golden_difference(dtype: mx.Dtype) -> float:
-    """Return the largest difference of the bundled model's picture from the one that it comes with."""
     sd = StableDiffusion("tiny", dtype=dtype)
     for x_t in sd.generate_latents(_GOLDEN_PROMPT, seed=_GOLDEN_SEED):
         mx.eval(x_t)
@@ -215,18 +203,18 @@ def full_size_checks(on_cpu: bool) -> Iterator[Check]:
     yield Check(f"{unet}, 1 row", mx.float16, measure, _FULL)
     fits_xl = not on_cpu and mx.device_info().get("memory_size", 0) >= _MEMORY_OF_XL
     for name in (unet, "UNet of SDXL")[: 1 + fits_xl]:
-        step = f"a step of the {name}, {_rows(rows)} of"
+        step = f"a step of the {name}, {rows} row{'s' * (rows > 1)} of"
         for size, limit in product((16, 32) if on_cpu else (64,), limits):
             measure = partial(_step_memory, name, dtype, size, rows, limit)
             about = f"memory of {step} {_pixels(size)}" + ", MLX not working ahead" * (limit == 0)
             yield Check(about, dtype, measure, 1.25, PLANNED, least)
-        measure = partial(_seconds, partial(_step, name, dtype, side, rows))
+        measure = partial(_seconds, partial(_prepare, name, dtype, side, rows))
         yield Check(f"time of {step} {_pixels(side)}", dtype, measure, unit=SECONDS)
     for side in (16,) if on_cpu else (8, 32, 56, 128):
         about, measure = f"memory of decoding {_pixels(side)}", partial(_decoding_memory, vae, side)
         yield Check(f"{about}, MLX not working ahead", mx.float32, measure, 1.25, PLANNED, least)
     side = 16 if on_cpu else 64
-    measure = partial(_seconds, partial(_decode, vae, side))
+    measure = partial(_seconds, partial(_prepare, vae, mx.float32, side, rows=1))
     yield Check(f"time of decoding {_pixels(side)}", mx.float32, measure, unit=SECONDS)
 
 
@@ -234,24 +222,13 @@ def _pixels(side: int) -> str:
     return f"{8 * side} x {8 * side} pixels"
 
 
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
-def _step(name: str, dtype: mx.Dtype, side: int, rows: int) -> Callable[[], mx.array]:
-    """Return a step of a UNet, whose inputs are in memory."""
+def _prepare(name: str, dtype: mx.Dtype, side: int, rows: int) -> Callable[[], mx.array]:
+    """Return a step of a UNet, or a decoding as the memory plan chooses it, whose inputs are in memory."""
     module = _random_network(name, dtype)
     inputs = _inputs(module, dtype, side, rows)
     mx.eval(inputs)
-    return partial(_call, module, dtype, *inputs)
-
-
-def _decode(name: str, side: int) -> Callable[[], mx.array]:
-    """Return a decoding in float32, as the memory plan chooses it."""
-    module = _random_network(name, mx.float32)
-    (z,) = _inputs(module, mx.float32, side, rows=1)
-    mx.eval(z)
-    return partial(tiling.decode, module, z)
+    run = partial(tiling.decode, module) if isinstance(module, AutoencoderKL) else partial(_call, module, dtype)
+    return partial(run, *inputs)
 
 
 def _step_memory(name: str, dtype: mx.Dtype, side: int, rows: int, limit: int | None) -> float:
@@ -260,13 +237,14 @@ def _step_memory(name: str, dtype: mx.Dtype, side: int, rows: int, limit: int | 
     model = SimpleNamespace(unet_config=config, rows_at_once=None, dtype=dtype)
     shape = memory.RunShape(1, (side, side), rows=rows)
     planned = partial(memory.step_bytes, model, shape, shape.size)
-    return _peak_over(planned, _step(name, dtype, side, rows), limit)
+    return _peak_over(planned, _prepare(name, dtype, side, rows), limit)
 
 
 def _decoding_memory(name: str, side: int) -> float:
     """Return the peak of a decoding beside the weights, over the planned one, MLX not working ahead."""
     config = _random_network(name, mx.float32).config
-    return _peak_over(lambda: tiling.plan(config, "decoder", (1, side, side, 4)).peak, _decode(name, side), 0)
+    decode = _prepare(name, mx.float32, side, rows=1)
+    return _peak_over(lambda: tiling.plan(config, "decoder", (1, side, side, 4)).peak, decode, 0)
 
 
 def _peak_over(planned: Callable[[], float], compute: Callable[[], mx.array], limit: int | None) -> float:

@@ -49,10 +49,6 @@ def _schedule(text: str) -> str | None:
     return None if text.lower() == "automatic" else read_schedule(text)
 
 
-def _limit(text: str) -> float | None:
-    return None if float(text) in (0, math.inf) else float(text)
-
-
 def _size(text: str) -> tuple[int, int]:
     width, height = text.split("x")
     return int(width), int(height)
@@ -82,7 +78,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Eta": ("eta", float, number),
     "Sigma churn": ("s_churn", float, number),
     "Sigma tmin": ("s_tmin", float, number),
-    "Sigma tmax": ("s_tmax", _limit, number),
+    "Sigma tmax": ("s_tmax", lambda text: None if float(text) in (0, math.inf) else float(text), number),
     "Sigma noise": ("s_noise", float, number),
     "RNG": (
         "noise_source",
@@ -98,16 +94,14 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
 
 
 def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out.
-
-    "Hashes" is an object of JSON, which stands as it is.
-    """
+    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out."""
     if "hires" in fields:
         fields = {**fields, "strength": fields["hires_strength"]}
     rows = [(name, to_text, fields.get(field)) for name, (field, _, to_text) in _FIELDS.items()]
     settings = {name: to_text(value) for name, to_text, value in rows if value is not None}
     settings |= {name: value for name, value in others.items() if value is not None}
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
+    # "Hashes" is JSON already.
     pairs = ((name, value if name == "Hashes" else _quoted(value)) for name, value in settings.items())
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs))
     return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
@@ -133,13 +127,8 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
     return "\n".join(lines[:start]).strip(), negative.strip(), settings
 
 
-def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a text's values by the names of a request's fields, and the settings that are none or cannot be read."""
-    return to_arguments(*read(text))
-
-
 def to_arguments(prompt: str, negative: str, settings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return prompts and settings as :func:`as_arguments` does."""
+    """Return values by the names of a request's fields, and the settings that are none or cannot be read."""
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
     for name, text in settings.items():

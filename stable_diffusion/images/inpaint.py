@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from .files import BLACK, open_image
 from .image import MULTIPLE, SMALLEST_SIDE, fit, target_size
@@ -108,9 +108,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
 
 def adjust_mask(mask: Image.Image, invert: bool = False, blur: float = 0) -> Image.Image:
     """Swap black and white of a mask, and blur it by a Gaussian of ``blur`` pixels' standard deviation."""
-    if invert:
-        mask = Image.eval(mask, lambda level: 255 - level)
-    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+    mask = ImageOps.invert(mask) if invert else mask
+    return mask.filter(ImageFilter.GaussianBlur(blur))
 
 
 def add_borders(image: Image.Image, mask: Image.Image | None, borders: Box) -> tuple[Image.Image, Image.Image]:

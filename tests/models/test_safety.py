@@ -21,7 +21,7 @@ from stable_diffusion import StableDiffusion
 from stable_diffusion.app.engine import Result
 from stable_diffusion.app.request import Request, Sweep, expand
 from stable_diffusion.app.results import OutputSettings, ResultWriter
-from stable_diffusion.images.clip import clip_pixels
+from stable_diffusion.images.image import clip_pixels
 from stable_diffusion.planning import RunDefaults
 from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.load import build, fill
