@@ -1,4 +1,4 @@
-"""What decoding and encoding a picture costs: time and peak memory, beside mlx-examples.
+"""Measure time and peak memory of decoding and encoding a picture, beside mlx-examples.
 
     python -m benchmarks.vae [--sizes 512 1024] [--encode] [--repeats 3] [--mlx-examples DIR] [--seam]
 
@@ -32,7 +32,7 @@ _ROWS = 16  # height of a slice, where tiles are compared with the whole
 
 
 def theirs(folder: Path) -> Any:
-    """The autoencoder of mlx-examples, whose package has the name of this one."""
+    """Return the autoencoder of mlx-examples, whose package has the name of this one."""
     inner = folder / "stable_diffusion"
     sys.path.insert(0, str(inner if (inner / "txt2image.py").exists() else folder))
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "stable_diffusion"}
@@ -46,7 +46,7 @@ def theirs(folder: Path) -> Any:
 
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
-    """Levels of 255 between tiles and the whole, and the largest mean steps between rows at seams and elsewhere."""
+    """Describe how tiles differ from the whole, in levels of 255, and the largest mean steps at seams and elsewhere."""
     whole = vae.decode(z, lambda z: in_slices(vae.decoder.layers, z, _ROWS))
     tiled = vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, _ROWS, side), 1, 8))
     steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()

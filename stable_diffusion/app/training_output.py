@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.whole import new_file
 from ..images.files import open_image, read_text, save
-from ..lora.metadata import describe
+from ..lora.save import describe
 from ..training.trainer import LoRATrainer, TrainingStep
 
 Event = dict[str, Any]  # of a run, as it is printed in JSON; "kind" is step, checkpoint, preview or lora
@@ -178,7 +178,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def header_texts(trainer: LoRATrainer, trigger: str | None = None, title: str = "") -> dict[str, str]:
-    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
+    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.save.describe`."""
     settings, sd, data = trainer.settings, trainer.sd, trainer.data
     pictures, group = data.sets[0].pictures, trainer.group
     texts = describe(

@@ -4,6 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -16,13 +17,11 @@ _HEADER = 2**20  # bytes in which it stands
 
 
 def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> Path:
-    """Find a LoRA in folders and their sub-folders by its name.
+    """Find a LoRA in folders and their sub-folders by its name; ValueError where there is none, or several.
 
     The name is a file's, with or without suffix, or that of a folder that diffusers or PEFT wrote, or the end of its
     path. The file at this very path in a folder comes first, then one in a sub-folder, then names in other case, then
-    the name that kohya's scripts noted in a file. Only files of weights count, and no hidden ones. Links are followed.
-
-    Raises ValueError where there is none, or several.
+    the name that kohya's scripts noted in a file. Hidden files do not count. Links are followed.
     """
     folders = [folders] if isinstance(folders, str | os.PathLike) else folders
     roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
@@ -72,12 +71,10 @@ def _fold(text: str) -> str:
 
 
 def _output_name(file: Path) -> str | None:
-    try:
-        with file.open("rb") as opened:
-            match = _OUTPUT_NAME.search(opened.read(_HEADER)) if file.suffix == SUFFIXES[0] else None
-    except OSError:
-        return None
-    return match[1].decode(errors="replace") if match else None
+    with suppress(OSError), file.open("rb") as opened:
+        if file.suffix == SUFFIXES[0] and (match := _OUTPUT_NAME.search(opened.read(_HEADER))):
+            return match[1].decode(errors="replace")
+    return None
 
 
 def _only(found: Sequence[Path], name: str) -> Path:

@@ -19,8 +19,7 @@ from stable_diffusion.app.training_output import header_texts
 from stable_diffusion.images.folders import Picture
 from stable_diffusion.lora.create import new_lora
 from stable_diffusion.lora.layers import attach
-from stable_diffusion.lora.metadata import describe
-from stable_diffusion.lora.save import write_lora
+from stable_diffusion.lora.save import describe, write_lora
 from stable_diffusion.training.dataset import Dataset
 from stable_diffusion.training.save import save_lora
 from stable_diffusion.training.settings import TrainingSettings
