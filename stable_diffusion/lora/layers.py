@@ -108,8 +108,7 @@ def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
     """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
-    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, _LAYERS))
-    layers = {path.removesuffix(".base"): layer for path, layer in layers}
+    layers = {path.removesuffix(".base"): m for path, m in network.named_modules() if isinstance(m, _LAYERS)}
     paths = layer_names(layers)
     pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
     return [(path, layers[path], delta) for path, delta in pairs]
@@ -174,9 +173,7 @@ class AttachedLoRA:
             network._trainable = tuple(key for key, _ in tree_flatten(network.trainable_parameters()))
             network.freeze()
         for path, layer, delta in pairs:
-            if path not in wrappers:
-                wrappers[path] = LoRALayer(layer)
-            wrappers[path].loras.append(delta)
+            wrappers.setdefault(path, LoRALayer(layer)).loras.append(delta)
         network.update_modules(tree_unflatten(list(wrappers.items())))
         self._networks[name] = ref(network)
 
