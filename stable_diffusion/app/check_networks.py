@@ -103,19 +103,19 @@ def _random_network(name: str, dtype: mx.Dtype) -> nn.Module:
     return module
 
 
-def _inputs(module: nn.Module, dtype: mx.Dtype, side: int, rows: int) -> list[mx.array]:
-    """Draw what a network is called with, in ``dtype``: token ids, or latents and a UNet's embeddings of prompts."""
-    keys = mx.random.split(mx.random.key(1), 3)
+def _drawn(name: str, dtype: mx.Dtype, side: int, rows: int) -> tuple[nn.Module, list[mx.array]]:
+    """Return a random network and its inputs in ``dtype``: token ids, or latents and a UNet's embeddings of prompts."""
+    module, keys = _random_network(name, dtype), mx.random.split(mx.random.key(1), 3)
     if isinstance(module, CLIPTextModel):
-        return [mx.random.randint(0, 49408, (rows, 77), key=keys[0])]
+        return module, [mx.random.randint(0, 49408, (rows, 77), key=keys[0])]
     x, config = mx.random.normal((rows, side, side, 4), key=keys[0]), module.config
     if isinstance(module, AutoencoderKL):
-        return [(x * config.scaling_factor).astype(dtype)]
+        return module, [(x * config.scaling_factor).astype(dtype)]
     arrays = [x, mx.random.normal((rows, 77, config.cross_attention_dim[0]), key=keys[1])]
     if config.addition_embed_type is not None:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         arrays.append(mx.random.normal((rows, pooled), key=keys[2]))
-    return [array.astype(dtype) for array in arrays]
+    return module, [array.astype(dtype) for array in arrays]
 
 
 def _call(module: nn.Module, dtype: mx.Dtype, x: mx.array, *rest: mx.array) -> mx.array:
@@ -132,8 +132,7 @@ def _call(module: nn.Module, dtype: mx.Dtype, x: mx.array, *rest: mx.array) -> m
 
 def _network_error(name: str, dtype: mx.Dtype, side: int, rows: int) -> float:
     """Return the largest difference from the same weights and inputs in float32 on the CPU, over the largest value."""
-    module = _random_network(name, dtype)
-    inputs = _inputs(module, dtype, side, rows)
+    module, inputs = _drawn(name, dtype, side, rows)
     ours = _call(module, dtype, *inputs)
     mx.eval(ours)
     mx.disable_compile()  # for a CPU it needs Apple's command line tools, and asks for them where they are missing
@@ -151,16 +150,14 @@ def _network_error(name: str, dtype: mx.Dtype, side: int, rows: int) -> float:
 
 def _batch_error(name: str, dtype: mx.Dtype, side: int) -> float:
     """Return the largest difference between the first row of a batch and that row alone, over the largest value."""
-    module = _random_network(name, dtype)
-    inputs = _inputs(module, dtype, side, rows=3)
+    module, inputs = _drawn(name, dtype, side, rows=3)
     alone, together = (_call(module, dtype, *(x[:n] for x in inputs))[:1] for n in (1, 3))
     return largest_error(together, alone)
 
 
 def _slices_error(name: str, dtype: mx.Dtype, side: int) -> float:
     """Return the largest difference between decoding in slices and decoding as one graph, over the largest value."""
-    module = _random_network(name, dtype)
-    (z,) = _inputs(module, dtype, side, rows=1)
+    module, (z,) = _drawn(name, dtype, side, rows=1)
     slices = module.decode(z, lambda x: tiling.in_slices(module.decoder.layers, x, 3))
     return largest_error(slices, module.decode(z))
 
@@ -224,8 +221,7 @@ def _pixels(side: int) -> str:
 
 def _prepare(name: str, dtype: mx.Dtype, side: int, rows: int) -> Callable[[], mx.array]:
     """Return a step of a UNet, or a decoding as the memory plan chooses it, whose inputs are in memory."""
-    module = _random_network(name, dtype)
-    inputs = _inputs(module, dtype, side, rows)
+    module, inputs = _drawn(name, dtype, side, rows)
     mx.eval(inputs)
     run = partial(tiling.decode, module) if isinstance(module, AutoencoderKL) else partial(_call, module, dtype)
     return partial(run, *inputs)

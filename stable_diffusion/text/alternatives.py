@@ -164,7 +164,6 @@ class _Reader:
         self.open: list[str] = []  # the wildcards being read
 
     def read(self, text: str) -> _Items:
-        """Read a text: what is as it was typed, and choices."""
         text = COMMENT.sub("", text)
         items: _Items = []
         opened: dict[str, list[_Place]] = {"{": [], "[": []}

@@ -179,7 +179,6 @@ class _Group:
 
     @cached_property
     def depth(self) -> int:
-        """Count the brackets within each other."""
         depths = (item.depth for branch in self.branches for item in branch if isinstance(item, _Group))
         return 1 + max(depths, default=0)
 
