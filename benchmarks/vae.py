@@ -22,7 +22,7 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.models.tiling import VAEPlan, decode, encode, in_slices, in_tiles, plan, spans
+from stable_diffusion.models.tiling import blend_tiles, decode, encode, in_slices, plan, spans
 from stable_diffusion.models.vae import AutoencoderKL
 
 from .long_prompts import cost, random_module
@@ -47,8 +47,8 @@ def theirs(folder: Path) -> Any:
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
     """Describe how tiles differ from the whole, in levels of 255, and the largest mean steps at seams and elsewhere."""
-    whole = vae.decode(z, lambda z: in_slices(vae.decoder.layers, z, _ROWS))
-    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, _ROWS, side), 1, 8))
+    run = partial(in_slices, vae.decoder.layers, rows=_ROWS)
+    whole, tiled = vae.decode(z, run), vae.decode(z, lambda z: blend_tiles(run, z, side, 1, 8))
     steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()
     edges = {8 * e - 1 for start, end in spans(z.shape[1], side) for e in (start, end)} & set(range(len(steps)))
     at, elsewhere = max(steps[e] for e in edges), max(s for i, s in enumerate(steps) if i not in edges)

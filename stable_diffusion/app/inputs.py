@@ -104,7 +104,7 @@ def controls(
     # Of each there is one for each network, or one for all.
     scales = [scale for _, scale in request.controlnet]
     starts, ends = cycle(request.control_start or (0.0,)), cycle(request.control_end or (1.0,))
-    unions = [getattr(network, "is_union", False) for network in networks]
+    unions = ["task_embedding" in network for network in networks]
     kinds = cycle(request.control_type or (None,))
     if any(unions):  # a type says nothing to the networks beside
         kinds = (kind if is_union else None for kind, is_union in zip(kinds, unions, strict=False))

@@ -49,8 +49,7 @@ class Control:
     @property
     def type_number(self) -> int | None:
         """Return the number of the image's kind in a union ControlNet; other networks have none."""
-        is_union = getattr(self.network, "is_union", False)
-        return self.network.config.type_number(self.kind) if is_union else None
+        return self.network.config.type_number(self.kind) if "task_embedding" in self.network else None
 
     def strength(self, step: int, steps: int) -> float:
         """Return the scale in a step: 0 where not all of it lies between start and end."""

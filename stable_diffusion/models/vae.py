@@ -3,6 +3,7 @@
 Encoder and decoder are a list of layers each, run one after the other. ``tiling`` runs the same lists on parts of maps.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -85,6 +86,11 @@ class Half(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def with_no_variance(z: mx.array) -> tuple[mx.array, mx.array]:
+    """Return latents without a posterior to sample from, and the logarithm of its variance: minus infinity."""
+    return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
 
 class AutoencoderKL(nn.Module):
