@@ -317,6 +317,7 @@ class AutoencoderConfig(Config):
     }
     per_block: ClassVar[Mapping[str, Any]] = {"down_block_types": None, "up_block_types": None}
     ignored: ClassVar[Collection[str]] = _IGNORED
+    moments: ClassVar[int] = 2  # that the encoder writes for each channel of latents: mean and log variance
 
     block_out_channels: tuple[int, ...]
     in_channels: int = 3
@@ -338,11 +339,6 @@ class AutoencoderConfig(Config):
             if values is not None and (len(values) != self.latent_channels or 0 in (self.latents_std or (0,))):
                 text = f"latents_mean={self.latents_mean} and latents_std={self.latents_std}"
                 raise ValueError(f"vae config: {text} must be {self.latent_channels} numbers each, and none of them 0")
-
-    @property
-    def encoded_channels(self) -> int:
-        """Return the channels that the encoder writes: mean and log variance of latents."""
-        return 2 * self.latent_channels
 
     @property
     def scale(self) -> int:

@@ -55,7 +55,7 @@ class AutoencoderBlock(nn.Module):
 
 
 class Half(nn.Module):
-    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents [B, h, w, encoded_channels].
+    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents, [B, h, w, 2 C].
 
     Or the decoder: latents -> pixels, with the widths in reverse and one more resnet in each block.
     """
@@ -63,7 +63,7 @@ class Half(nn.Module):
     def __init__(self, config: AutoencoderConfig, half: str):
         super().__init__()
         groups, widths, count = config.norm_num_groups, config.block_out_channels, config.layers_per_block
-        into, out, resample = config.in_channels, config.encoded_channels, "down"
+        into, out, resample = config.in_channels, config.moments * config.latent_channels, "down"
         self.mid_block = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
         if half == "decoder":
             into, out, resample = config.latent_channels, config.out_channels, "up"

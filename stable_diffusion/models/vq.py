@@ -21,6 +21,7 @@ class VQConfig(AutoencoderConfig):
 
     kind: ClassVar[str] = "vq"
     supported: ClassVar[Supported] = AutoencoderConfig.supported | {"norm_type": ("group", None)}
+    moments: ClassVar[int] = 1
 
     layers_per_block: int = 1
     latent_channels: int = 3
@@ -29,11 +30,6 @@ class VQConfig(AutoencoderConfig):
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
     lookup_from_codebook: bool = False  # which decides nothing where latents are quantized
-
-    @property
-    def encoded_channels(self) -> int:
-        """Return the channels that the encoder writes."""
-        return self.latent_channels
 
 
 class VQModel(AutoencoderKL):
