@@ -224,7 +224,7 @@ class EncoderConfig(Config):
         "center_input_sample": (False,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
-        "downsample_padding": (1,),
+        "downsample_padding": (1, None),
         "mid_block_only_cross_attention": (None, False),
         "mid_block_scale_factor": (1, 1.0),
         "only_cross_attention": (False, None),
