@@ -116,7 +116,6 @@ def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
-    """Write a network, and return a line about it."""
     details = [f"{network.size / 1e6:,.1f} MB"]  # its tensors are taken as they are written
     folder.mkdir()
     write_json(folder / "config.json", network.config)

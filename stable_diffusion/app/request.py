@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora.delta import Scale
 from ..options import NUMBERS as OPTION_NUMBERS
-from ..options import Number, Options, SettingError
+from ..options import Number, Options, SettingError, check_choice
 from ..planning import image_seeds
 from ..text.alternatives import expand as expand_prompt
 from ..text.encode import SizeConditioning
@@ -167,9 +167,7 @@ class Request:
                 # Seeds that are counted on may come above the largest that can be chosen.
                 (_SEED if name == "seed" and self.variant is not None else number).check(name, one)
         for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) is not None and value not in choices:
-                text = f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
-                raise SettingError(text, name)
+            check_choice(name, getattr(self, name), (None, *choices))
         method = self.hires_upscaler
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
         mistakes = {

@@ -256,9 +256,9 @@ def name(read: Callable[[str], Any], value: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def sampler(value: str) -> str:
-    """Return the name of a sampler, with the schedule that it may name."""
-    name(read_name, value)
+def known(read: Callable[[str], Any], value: str) -> str:
+    """Return a value as it is written, if ``read`` can read it."""
+    name(read, value)
     return value
 
 
@@ -313,12 +313,6 @@ def pictures(value: str) -> tuple[str, ...]:
     return (value,) if os.path.isfile(value) else tuple(value.split(","))
 
 
-def blocks(value: str) -> str:
-    """Return the parts of the UNet that an image prompt acts on."""
-    name(read_scales, value)
-    return value
-
-
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
@@ -340,7 +334,7 @@ _TYPES |= {
     "negative_prompt": text,
     "prompt_2": text,
     "negative_prompt_2": text,
-    "sampler": sampler,
+    "sampler": partial(known, read_name),
     "schedule": partial(name, read_schedule),
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
     "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
@@ -348,7 +342,7 @@ _TYPES |= {
     "detail_prompt": text,
     "detail": partial(name, read_places),
     "ip_image": pictures,
-    "ip_blocks": blocks,
+    "ip_blocks": partial(known, read_scales),
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }
 _SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"

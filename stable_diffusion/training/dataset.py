@@ -173,7 +173,6 @@ class Dataset:
         self._cache.exchange(captions + latents, group)
 
     def _work(self) -> tuple[list[CacheEntry], list[CacheEntry]]:
-        """Return what is to be encoded: captions and latents."""
         shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
         texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
         texts = () if self.settings.trains_text else texts

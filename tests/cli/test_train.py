@@ -390,6 +390,6 @@ def test_without_a_reader_of_stdout_all_is_written(train, tmp_path, monkeypatch)
     def closed(text: str) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("stable_diffusion.cli.train.say", closed)
+    monkeypatch.setattr("stable_diffusion.cli.streams.say", closed)
     done = train(*SHORT, "--json").succeeded()
     assert "stdout cannot be written to" in done.err and "me.safetensors" in out(tmp_path)
