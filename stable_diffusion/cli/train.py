@@ -159,10 +159,10 @@ def make_parser(prog: str | None = None) -> Parser:
         description="Train a LoRA: a small file that teaches a model a new thing or style.",
         epilog=_EPILOG,
     )
-    parser.counterparts = TRAINING_COUNTERPARTS
+    parser.types, parser.choices, parser.counterparts = _TYPES, _CHOICES, TRAINING_COUNTERPARTS
     parser.add_argument("pictures", nargs="?", type=text, help="a folder of pictures, best with captions")
     for title, flags in FLAGS.items():
-        parser.add_flags(title, ABOUT[title], flags, types=_TYPES, choices=_CHOICES)
+        parser.add_flags(title, ABOUT[title], flags)
     return parser
 
 
