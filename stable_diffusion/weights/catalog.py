@@ -117,10 +117,8 @@ def find(model: str) -> Entry:
     if not _HUB_ID.fullmatch(model):
         similar = get_close_matches(model.lower(), ALIASES, n=3)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-        raise ValueError(
-            f"unknown model {model!r}: {guess}known names are {', '.join(ALIASES)}; "
-            "a Hub id (owner/name) or a folder in diffusers layout works too"
-        )
+        others = "a Hub id (owner/name) or a folder in diffusers layout works too"
+        raise ValueError(f"unknown model {model!r}: {guess}known names are {', '.join(ALIASES)}; {others}")
     mirrors = MOVED.get(model, ())
     known = next((entry for entry in ALIASES.values() if {model, *mirrors} & {*entry.repos}), Entry())
     return replace(known, repos=(*mirrors, model), removed=model if mirrors else None)

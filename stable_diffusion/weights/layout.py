@@ -58,9 +58,8 @@ def check_noise(scheduler: Mapping, where: str) -> None:
         kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"
     else:
         return
-    raise ValueError(
-        f"{where} is {kind}, which is not supported: it would need {needed}; take a model of SD 1, 2 or XL"
-    )
+    text = f"{where} is {kind}, which is not supported: it would need {needed}"
+    raise ValueError(f"{text}; take a model of SD 1, 2 or XL")
 
 
 def check_suffix(path: str | os.PathLike) -> None:
@@ -128,10 +127,8 @@ class Listing:
         if pipeline in UNCONDITIONAL:
             raise ValueError(f"{self.where} is a {pipeline}, which reads no prompt: UnconditionalDiffusion runs it")
         if not _PIPELINES.fullmatch(pipeline):
-            raise ValueError(
-                f"{self.where} is a {pipeline}, which is not supported: "
-                "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
-            )
+            known = "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
+            raise ValueError(f"{self.where} is a {pipeline}, which is not supported: {known}")
         present = []
         for part, classes in _CLASSES.items():
             entry = index.get(part)

@@ -63,10 +63,8 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None
     if isinstance(mode, str) and MODES.get(mode) == (bits, group_size):
         return mode, group_size
     if mode != "affine" or bits not in BITS or group_size not in _MLX_GROUP_SIZES:
-        raise ValueError(
-            f"quantization={value!r} is not one that this library reads: bits of {', '.join(map(str, BITS))} "
-            f"and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}; convert the model again"
-        )
+        known = f"bits of {', '.join(map(str, BITS))} and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}"
+        raise ValueError(f"quantization={value!r} is not one that this library reads: {known}; convert the model again")
     return bits, group_size
 
 
@@ -87,10 +85,9 @@ def remaining_quantization(component: Component, bits: int | str | None) -> tupl
     if stored is None:
         return bits, MODES[bits][1] if bits in MODES else PARTS[component.name].group_size
     if stored[0] != bits:
-        raise ValueError(
-            f"{component.name} of {component.files[0].parent}: its weights are stored in {in_words(stored[0])}, "
-            f"not in {bits}: leave them as they are, or take the model that they were made from"
-        )
+        remedy = "leave them as they are, or take the model that they were made from"
+        which = f"{component.name} of {component.files[0].parent}: its weights are stored"
+        raise ValueError(f"{which} in {in_words(stored[0])}, not in {bits}: {remedy}")
     return None
 
 

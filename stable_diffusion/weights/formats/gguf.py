@@ -15,11 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .safetensors import Row, damaged, load_copy, loading_stream
+from .safetensors import MAX_LENGTH, Row, damaged, load_copy, loading_stream
 
 _MAX_HEADER = 1 << 24  # bytes; the header of XL has 150,000
 _MAX_TENSORS, _MAX_KEYS, _MAX_DIMENSIONS = 20_000, 20_000, 4
-_MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
 GROUP = 32  # values of a block
 
 # Each type's name, the values of a block, and its bytes.
@@ -90,7 +89,7 @@ def _check_header(path: Path) -> tuple[dict[str, Row], dict[str, tuple[int, tupl
         blocks, rest = divmod(math.prod(shape), values)
         total += (n_bytes := blocks * size_of_block)
         is_inside = 0 <= start <= size - offset - n_bytes and total <= size
-        if rest or math.prod(shape) > _MAX_LENGTH or not is_inside or name in rows:
+        if rest or math.prod(shape) > MAX_LENGTH or not is_inside or name in rows:
             raise damaged(path, f"its {size} bytes have no place for {name:.60}")
         rows[name] = code, shape, start + offset, n_bytes
         if values > 1:

@@ -184,10 +184,8 @@ def rename_module(path: str, modules: Mapping[str, str], inner_names: Mapping[st
 
 def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
     """Map the modules of one side of the UNet: {"input_blocks.1.0": "down_blocks.0.resnets.0", ...}."""
-    kinds = {}
-    for name in names:
-        if (match := _BLOCK.match(name)) and match[1] == side:
-            kinds[int(match[2]), int(match[3])] = match[4]
+    matches = [match for name in names if (match := _BLOCK.match(name)) and match[1] == side]
+    kinds = {(int(match[2]), int(match[3])): match[4] for match in matches}
     modules, level, layer = {}, 0, -1
     for (n, k), kind in sorted(kinds.items()):
         here = f"{side}_blocks.{n}.{k}"

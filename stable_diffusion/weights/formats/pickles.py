@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .safetensors import BITS, ITEM_SIZES, cast_bits, load_copy, loading_stream
+from .safetensors import BITS, ITEM_SIZES, MAX_LENGTH, cast_bits, load_copy, loading_stream
 
 _MAX_STEPS = 1_000_000  # instructions; a checkpoint of 2,000 tensors takes 60,000
 _MAX_READ = 1 << 24  # bytes of a pickle, or of a zip archive's list of entries
-_MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
 _MAX_REUSE = 4  # times the size of the file that all tensors may have together: a few share their storage
 _SLACK = 1 << 20  # bytes that tensors may have beyond that
 
@@ -104,7 +103,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
     dtype = storage.dtype or _DTYPES.get(getattr(rest[2], "path", None) if len(rest) > 2 else None)
     _need(dtype is not None, "it builds a tensor of an unknown type")
     (offset,), shape, strides = _counts([offset]), _counts(shape), _counts(strides)
-    _need(max(math.prod(shape), *shape, 0) <= _MAX_LENGTH, f"it describes a tensor of over {_MAX_LENGTH:,} values")
+    _need(max(math.prod(shape), *shape, 0) <= MAX_LENGTH, f"it describes a tensor of over {MAX_LENGTH:,} values")
     end = offset + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     _need(0 in shape or end * _SIZES[dtype] <= storage.size, "it describes a tensor that reaches beyond its storage")
     return _Tensor(storage, dtype, 0 if 0 in shape else offset, shape, strides)

@@ -19,6 +19,7 @@ ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 
 BITS = {"F64": mx.uint64, "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8}
 _MAX_HEADER = 1 << 24  # bytes; the header of SDXL has 300,000, those of LoRAs list all tags of the training
 _MAX_TENSORS = 20_000  # SDXL has 2,500, a LoRA for all of its layers 4,000
+MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits, and does not check
 _MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
 _CHUNK = 1 << 20  # bytes that are copied at once
 
@@ -108,7 +109,7 @@ def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
     for first, end, name, dtype, shape in spans:
         if dtype not in ITEM_SIZES:
             raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
-        in_range = not shape or (min(shape) >= 0 and max(shape) < 2**31)  # MLX counts in 32 bits, and does not check
+        in_range = not shape or (min(shape) >= 0 and max(shape) <= MAX_LENGTH)
         if first != position or end - first != math.prod(shape) * ITEM_SIZES[dtype] or not in_range:
             raise damaged(path, f"its header gives the wrong place for {name:.60}", is_weights=True)
         rows[name] = dtype, shape, 8 + length + first, end - first

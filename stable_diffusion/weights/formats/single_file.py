@@ -282,9 +282,8 @@ def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measu
     biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
     spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0
     prediction = "v_prediction" if spread > 0.09 else "epsilon"
-    _log.warning(
-        "%s does not say what it predicts, by its weights %s; the argument prediction overrules", where, prediction
-    )
+    text = "%s does not say what it predicts, by its weights %s; the argument prediction overrules"
+    _log.warning(text, where, prediction)
     return prediction
 
 
