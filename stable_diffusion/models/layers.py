@@ -183,7 +183,7 @@ class GroupNorm(nn.Module):
 
     def normalize(self, x: mx.array, mean: mx.array, variance: mx.array, kernel: Kernel = scaled) -> mx.array:
         """Normalize ``x``, a map or a part of it, by the moments of its map."""
-        return kernel(x, mean, self.weight * mx.rsqrt(variance + self._eps), self.bias)
+        return kernel(x, mean, _scale(self.weight, variance, mx.array(self._eps)), self.bias)
 
     def _mean(self, x: mx.array) -> mx.array:
         """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups.
@@ -199,6 +199,11 @@ class GroupNorm(nn.Module):
 @mx.compile
 def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x - mean)
+
+
+@mx.compile
+def _scale(weight: mx.array, variance: mx.array, eps: mx.array) -> mx.array:
+    return weight * mx.rsqrt(variance + eps)
 
 
 class LayerNorm(nn.LayerNorm):
