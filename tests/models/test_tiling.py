@@ -50,7 +50,7 @@ def sliced(monkeypatch):
     monkeypatch.setattr(tiling, "_SLICE", dict.fromkeys(tiling._SLICE, 1))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 9, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 3)])
 @pytest.mark.parametrize("name", ["sd", "no-attention", "bundled", "tiny"])
 def test_slices_are_exact(name, shape, sliced):
     vae = autoencoder(name)
@@ -152,6 +152,6 @@ def test_memory_stays_below_the_budget():
 
 def test_where_no_tile_fits_the_smallest_are_taken(caplog):
     vae = autoencoder("sd")
-    pixels = decode(vae, mx.zeros((1, 32, 32, 4)), 1e6)
-    assert pixels.shape == (1, 256, 256, 3)
+    pixels = decode(vae, mx.zeros((1, 24, 24, 4)), 1e6)
+    assert pixels.shape == (1, 192, 192, 3)
     assert "memory is short: the autoencoder needs 0.0" in caplog.text
