@@ -27,7 +27,7 @@ from ..app.preview import PreviewSettings, PreviewWriter
 from ..app.processes import join
 from ..app.progress import ProgressBar
 from ..app.request import Request, expand
-from ..app.results import ResultWriter, Written
+from ..app.results import ResultWriter, Written, line_of
 from ..app.sharing import Ranks
 from ..models import cpu
 from .arguments import Command, read
@@ -179,13 +179,13 @@ class Script:
 
     def _generate(self) -> None:
         ranks, steals = self._ranks, self._sharing.share == "steal" and self._ranks.size() > 1
-        order = ranks.take(self._engine.numbers) if steals else None
+        order = ranks.take([batch.numbers for batch in self._engine.batches]) if steals else None
         for result in self._engine.run(self._on_step, order) if self._numbers else ():
             self._unet_peak, self._n_images = self._unet_peak or mx.get_peak_memory(), self._n_images + 1
             self._bar.close()
             if self._model.group is not None and ranks.rank() > 0:
                 continue
-            number = self._numbers[result.number]
+            number = self._numbers[result.batch.numbers[result.index]]
             for written in self._writer.add(result, self._model, number):
                 self._print(written)
             if self._writer.error is None and not result.partial:
@@ -229,21 +229,20 @@ class Script:
         preview = self._previews(step)
         if preview is not None and self._json:
             record = {"kind": "preview", "path": str(preview), "step": step.number, "steps": step.total}
-            self._print(Written("", record))
+            self._print(record)
         return self._stop.is_due or self._writer.error is not None
 
     def _write_animation(self, result: Result) -> None:
         try:
-            numbers = range(result.number - result.index, result.number + 1)  # of the batch
-            is_shown = self._writer.withheld.isdisjoint(self._numbers[number] for number in numbers)
+            is_shown = self._writer.withheld.isdisjoint(self._numbers[number] for number in result.batch.numbers)
             if (path := self._previews.finish(result, is_shown)) is not None:
-                self._print(Written(str(path), {"kind": "animation", "path": str(path)}))
+                self._print({"kind": "animation", "path": str(path)})
         except OSError as error:
             self._writer.error = self._writer.error or error
 
-    def _print(self, written: Written) -> None:
-        record = written.record | ({"rank": self._ranks.rank()} if self._ranks.size() > 1 else {})
-        say_if_read(json.dumps(record) if self._json else written.line, "the images are")
+    def _print(self, record: Written) -> None:
+        rank = {"rank": self._ranks.rank()} if self._ranks.size() > 1 else {}
+        say_if_read(json.dumps(record | rank) if self._json else line_of(record), "the images are")
 
 
 def _lost(missing: Sequence[Request]) -> str:

@@ -29,7 +29,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
         raise ValueError(f"there is no folder {missing[0]} with LoRAs; give one that is there")
     files = {file: root for root in roots for file in _files(root)}
     wanted = tuple(re.split(r"[/\\]", name))
-    for spell in (str, _fold):
+    for spell in (str, fold):
         spelled = tuple(map(spell, wanted))
         named = {f: n for f in files if (n := [n for n in _names(f, spell) if n[-len(spelled) :] == spelled])}
         at_path = [f for f, n in named.items() if any(len(x) == len(files[f].parts) + len(spelled) for x in n)]
@@ -65,7 +65,7 @@ def _names(file: Path, spell: Callable[[str], str]) -> list[tuple[str, ...]]:
     return [*names, tuple(parents)] if file.name in FOLDER_FILES else names
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
     """Return a name as file systems compare it that ignore case; those of Macs decompose accents."""
     return unicodedata.normalize("NFC", text).casefold()
 

@@ -185,7 +185,7 @@ def rows(monkeypatch) -> list[int]:
 
 def engine_for(sd: StableDiffusion, n_images: int, **resources) -> Engine:
     request = Request(prompt=PROMPT, seed=1, n_images=n_images, width=64, height=64, steps=2, cfg=4.0)
-    return Engine(sd, expand([(request, {})]), Resources(keeps_networks=True, **resources))
+    return Engine(sd, expand([(request, {})]), Resources(**resources))
 
 
 OUT_OF_MEMORY = [
