@@ -30,6 +30,8 @@ from .request import SIZES, Request
 
 _log = logging.getLogger("stable_diffusion")
 
+_NO_TEXTS_2 = {"prompt_2": None, "negative_prompt_2": None}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -91,7 +93,7 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
         if key not in chunks:
             chunks[key] = max(model.count_chunks(*pair, **reading) for pair in (texts[::2], texts[1::2]))
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
-        same = same.without_texts_2().with_values(variation_seed=None)
+        same = same.with_values(**_NO_TEXTS_2, variation_seed=None)
         present = tuple(None if text is None else bool(text) for text in texts[1:])
         settings.append((same, present, request.prompt_loras, chunks[key]))
     pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
@@ -99,10 +101,7 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
 
 
 def prepare(
-    model: StableDiffusion,
-    requests: tuple[Request, ...],
-    inputs: Inputs,
-    beside: Mapping[str, Sequence[Any]],
+    model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, beside: Mapping[str, Sequence[Any]]
 ) -> Batch:
     """Encode the prompts of images of one setting and decide their size and inputs; see ``load_beside``.
 
@@ -285,7 +284,7 @@ def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, imag
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
     """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
     has_two = "text_encoder_2" in refiner.sources
-    requests = batch.requests if has_two else tuple(request.without_texts_2() for request in batch.requests)
+    requests = batch.requests if has_two else tuple(one.with_values(**_NO_TEXTS_2) for one in batch.requests)
     text, negative_text = _encode(refiner, requests)
     batch = replace(batch, text=text, negative_text=negative_text)
     keywords = _keywords(batch, denoising_start=batch.request.refiner_start, latents=x)
@@ -304,5 +303,5 @@ def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
         "num_steps": request.steps,
         "cfg_weight": request.cfg,
         "seed": batch.seeds,
-        "options": replace(request.without_texts_2().options, **options),  # the texts are encoded
+        "options": replace(request.options, **_NO_TEXTS_2, **options),  # the texts are encoded
     }

@@ -279,10 +279,6 @@ class Request:
         """Return the files of upscaler networks."""
         return {self.upscale, self.hires_upscaler if self.hires else None} - {None, *UPSCALERS}
 
-    def without_texts_2(self) -> "Request":
-        """Return the request for a model with one text encoder."""
-        return self.with_values(prompt_2=None, negative_prompt_2=None)
-
     @property
     def reading(self) -> dict[str, Any]:
         """Return the keywords of ``encode_prompt``."""
