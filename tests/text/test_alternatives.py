@@ -223,7 +223,7 @@ def test_wildcards_within_wildcards_have_limits(seeds):
         ("{a|b|c|d|e|f|g|h|i|j}" * 12, 10**12),
         ("{a|b}" * 1000, 10**15),  # more are not told apart
         ("{1-2$$" + "|".join(map(str, range(101))) + "}", 101 + 101 * 100),
-        ("{8$$" + "|" * 50_000 + "}", 10**15),
+        ("{8$$" + "|" * 12_000 + "}", 10**15),
     ],
 )
 def test_too_many_prompts_are_refused(text, count):
@@ -247,7 +247,7 @@ def test_random_text_is_expanded_or_refused():
         "$$",
     ]
     generator, refused = random.Random(0), 0
-    for number in range(3_000):
+    for number in range(1_500):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
         wildcards = lists if number % 2 else None
         try:
@@ -257,7 +257,7 @@ def test_random_text_is_expanded_or_refused():
             known = "nested more than", "at most 10000", "there is no", "are the same", "grow beyond"
             assert any(words in str(error) for words in known)
             refused += 1
-    assert refused < 900
+    assert refused < 450
 
 
 LONG = ["{" * 50_000, "{a}" * 12_000, "{[" * 12_000 + "}" * 25_000, "[" * 12_000 + "]" * 12_000, "{2$$" * 12_000]
