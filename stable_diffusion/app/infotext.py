@@ -28,6 +28,7 @@ _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 # Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
 _SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
 _SCHEDULE_TITLES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
+_GENERATORS = {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}  # whose noise a value of RNG names
 
 
 def number(value: Any) -> str:
@@ -80,11 +81,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Sigma tmin": ("s_tmin", float, number),
     "Sigma tmax": ("s_tmax", lambda text: None if float(text) in (0, math.inf) else float(text), number),
     "Sigma noise": ("s_noise", float, number),
-    "RNG": (
-        "noise_source",
-        lambda text: {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}[text.lower()],
-        {"torch": "CPU", "cuda": "NV"}.__getitem__,
-    ),
+    "RNG": ("noise_source", lambda text: _GENERATORS[text.lower()], {"torch": "CPU", "cuda": "NV"}.__getitem__),
     "ENSD": ("eta_noise_seed_delta", int, number),
     "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder, a name of our own
     "Negative prompt 2": ("negative_prompt_2", str, str),
