@@ -209,7 +209,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# XL has one more encoder and other names in the UNet, which "all" holds too.
+@pytest.mark.parametrize(
+    "folder, case", [*(("sd1", case) for case in CASES), ("xl", "all"), ("xl", "dora")], indirect=["folder"]
+)
 def test_a_file_draws_the_trained_picture(folder, sd, pipe, case, tmp_path):
     """Here attached and fused, and in diffusers, which reads no lengths of DoRA under kohya's names."""
     before, trainer, again = draw(sd), trainer_of(sd, **CASES[case]), StableDiffusion(folder)
