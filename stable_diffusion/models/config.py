@@ -139,7 +139,6 @@ def _fits(value: Any, kind: Any, least: int, most: int, longest: int) -> bool:
 
 
 def _leaves(kind: Any) -> set[Any]:
-    """Return the types that a type is made of."""
     return {kind}.union(*map(_leaves, get_args(kind)))
 
 

@@ -267,17 +267,14 @@ class Conv2d(nn.Conv2d):
 
 @dataclass
 class Context:
-    """Cache the keys and values that each layer makes of an encoded prompt [B, M, D], the same in all steps of a run.
+    """Cache the keys and values that each layer makes of an encoded prompt, the same in all steps of a run."""
 
-    Layers in training mode project it at every call.
-    """
-
-    encoded: mx.array
+    encoded: mx.array  # [B, M, D]
     v_encoded: mx.array | None = None  # what values are made of, where it is not the same
     is_perturbed: mx.array | None = None  # [B]: 1 for rows whose positions attend to themselves alone
     perturbed_layers: Collection[int] = ()  # numbers of the self-attentions in which they do
     images: Sequence[Any] = ()  # image tokens that act beside the prompt, see ``ip_adapter.ImageTokens``
-    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)  # of layers that are not in training
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
         """Return a layer's keys and values, both [B, heads, M, C / heads]."""

@@ -19,11 +19,7 @@ from .vae import Network, with_no_variance
 
 @dataclass(frozen=True)
 class AutoencoderTinyConfig(Config):
-    """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
-
-    Widths and numbers of residual blocks are those of the stages, finest first in the encoder and last in the decoder.
-    A decoder alone has an encoder of no stages.
-    """
+    """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's."""
 
     kind: ClassVar[str] = "tiny vae"
     supported: ClassVar[Supported] = {
@@ -34,9 +30,9 @@ class AutoencoderTinyConfig(Config):
     }
     ignored: ClassVar[Collection[str]] = ("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
 
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of stages, finest first; none: a decoder alone
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # finest last
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # residual blocks of each stage
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     in_channels: int = 3
     out_channels: int = 3
