@@ -1,4 +1,4 @@
-"""What the approximations save, and what the pictures lose by them.
+"""Measure what the approximations save, and what the pictures lose by them.
 
     python -m benchmarks.approximations [--captions 60]
     python -m benchmarks.approximations --steps-of sd15 sdxl [--latents 64]
@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Draw:
-    """Draws captions in one way and notes what each takes; ``exact`` are the latents to compare with, if there are."""
+    """Draw captions with ``options`` and note what each takes; ``exact`` are the latents to compare with, if any."""
 
     def __init__(self, sd: StableDiffusion, options: dict[str, Any], exact: list[mx.array]):
         self._sd, self._options, self._exact = sd, options, exact
@@ -57,7 +57,7 @@ class Draw:
         self.seconds = 0.0
 
     def __call__(self, captions: list[str], seeds: list[int]) -> np.ndarray:
-        """uint8 [n, 64, 64, 3]."""
+        """Return pictures, uint8 [n, 64, 64, 3]."""
         pixels, start = [], time.process_time()
         for caption, seed in zip(captions, seeds, strict=True):
             for x in self._sd.generate_latents(caption, seed=seed, **self._options):
@@ -68,7 +68,7 @@ class Draw:
         return (np.stack(pixels) * 255 + 0.5).astype(np.uint8)
 
     def distance(self) -> float:
-        """Mean over the captions of the relative distance to the exact latents."""
+        """Return the mean over the captions of the relative distance to the exact latents."""
         pairs = zip(self.latents, self._exact or self.latents, strict=True)
         return float(np.mean([math.sqrt((mx.mean((a - b) ** 2) / mx.mean(b**2)).item()) for a, b in pairs]))
 
@@ -89,7 +89,7 @@ def quality(captions: int) -> None:
 
 
 def steps_of(shape: str, side: int, clock: Callable[[], float]) -> None:
-    """A whole step, one with kept maps, and whole ones with merged positions, in turns."""
+    """Print the time of a whole step, one with kept maps, and whole ones with merged positions, measured in turns."""
     step = step_of(random_module("unet", UNETS[shape]), 2, 8 * side)
     cache: list[mx.array] = []
     mx.eval(step(cache=cache), cache)  # what a run computes once is there

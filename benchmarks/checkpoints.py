@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, shape: str, weights: bool = True) -> None:
             _write_weights(folder / name, "model" if is_text else "diffusion_pytorch_model", build(name, config))
         if is_text:
             tokenizer = name.replace("text_encoder", "tokenizer")
-            shutil.copytree(open_checkpoint("tiny").folder / "tokenizer", folder / tokenizer)
+            shutil.copytree(open_checkpoint("tiny").tokenizers["tokenizer"], folder / tokenizer)
             index[tokenizer] = ["transformers", "CLIPTokenizer"]
     (folder / "scheduler").mkdir()
     _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)

@@ -35,7 +35,7 @@ COLUMNS = {
 }
 SIZES = {"sd15": 512, "sdxl": 1024, "tiny": 64}
 PARTS = ("unet", "vae-decode")
-_TURNS, _SECONDS = 10, 10.0  # of a line: at most so many, and none begins after so many seconds
+_TURNS, _SECONDS = 10, 10.0  # of a line: the most turns, and the seconds after which none begins
 
 
 def run(case: Case, column: str, device: str) -> dict[str, float]:

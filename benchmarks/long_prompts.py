@@ -1,4 +1,4 @@
-"""What long prompts cost: time and peak memory of encoding them, and of the UNet that is told so much.
+"""Measure long prompts: time and peak memory of encoding them, and of the UNet that reads them.
 
     python -m benchmarks.long_prompts
 
@@ -33,7 +33,7 @@ Cost = tuple[float, float]  # seconds, bytes
 
 
 def cost(compute: Callable[[], Any], clock: Callable[[], float], repeats: int) -> Cost:
-    """Median time and peak memory of ``compute()``, whose arrays are evaluated."""
+    """Return the median time and peak memory of ``compute()``, whose arrays are evaluated."""
     times, peaks = [], []
     for _ in range(repeats):
         mx.clear_cache()
@@ -60,7 +60,7 @@ Work = Iterator[Callable[[], Any]]  # what to measure, one for each length
 
 
 def encoding(sd: StableDiffusion, texts: Sequence[str], configs: Sequence[dict[str, Any]]) -> Work:
-    """Encode each text with one encoder, or as XL does with two."""
+    """Yield the encoding of each text with one encoder, or as XL does with two."""
     encoders = [(sd.tokenizer, random_module("text_encoder", config)) for config in configs]
     xl = len(encoders) > 1
     for text in texts:
@@ -68,7 +68,7 @@ def encoding(sd: StableDiffusion, texts: Sequence[str], configs: Sequence[dict[s
 
 
 def unet_step(size: int, chunks: Sequence[int]) -> Work:
-    """Ask SD 1.5's UNet once about latents of ``size`` x ``size``, told so many chunks."""
+    """Yield one call of SD 1.5's UNet for latents of ``size`` x ``size`` and each number of chunks."""
     unet = random_module("unet", UNETS["sd15"])
     x, temb = mx.random.normal((1, size, size, 4), key=mx.random.key(0)), unet.embed_time(500.0, mx.float32)
     for count in chunks:

@@ -1,4 +1,4 @@
-"""How fast the deterministic samplers come to the solution of the ODE: steps against distance, on the bundled model.
+"""Measure how fast the deterministic samplers approach the solution of the ODE, by steps, on the bundled model.
 
     python -m benchmarks.sampler_convergence --output benchmarks/sampler_convergence.png
 

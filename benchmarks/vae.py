@@ -1,4 +1,4 @@
-"""What decoding and encoding a picture costs: time and peak memory, beside mlx-examples.
+"""Measure time and peak memory of decoding and encoding a picture, beside mlx-examples.
 
     python -m benchmarks.vae [--sizes 512 1024] [--encode] [--repeats 3] [--mlx-examples DIR] [--seam]
 
@@ -22,7 +22,7 @@ from stable_diffusion import StableDiffusion  # noqa: F401, before MLX: it bring
 # isort: split
 import mlx.core as mx
 
-from stable_diffusion.models.tiling import VAEPlan, decode, encode, in_slices, in_tiles, plan, spans
+from stable_diffusion.models.tiling import blend_tiles, decode, encode, in_slices, plan, spans
 from stable_diffusion.models.vae import AutoencoderKL
 
 from .long_prompts import cost, random_module
@@ -32,7 +32,7 @@ _ROWS = 16  # height of a slice, where tiles are compared with the whole
 
 
 def theirs(folder: Path) -> Any:
-    """The autoencoder of mlx-examples, whose package has the name of this one."""
+    """Return the autoencoder of mlx-examples, whose package has the name of this one."""
     inner = folder / "stable_diffusion"
     sys.path.insert(0, str(inner if (inner / "txt2image.py").exists() else folder))
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "stable_diffusion"}
@@ -46,9 +46,9 @@ def theirs(folder: Path) -> Any:
 
 
 def seam(vae: AutoencoderKL, z: mx.array, side: int) -> str:
-    """Levels of 255 between tiles and the whole, and the largest mean steps between rows at seams and elsewhere."""
-    whole = vae.decode(z, lambda z: in_slices(vae.decoder.layers, z, _ROWS))
-    tiled = vae.decode(z, lambda z: in_tiles(vae.decoder.layers, z, VAEPlan(0, _ROWS, side), 1, 8))
+    """Describe how tiles differ from the whole, in levels of 255, and the largest mean steps at seams and elsewhere."""
+    run = partial(in_slices, vae.decoder.layers, rows=_ROWS)
+    whole, tiled = vae.decode(z, run), vae.decode(z, lambda z: blend_tiles(run, z, side, 1, 8))
     steps = mx.abs(tiled[:, 1:] - tiled[:, :-1]).mean(axis=(0, 2, 3)).tolist()
     edges = {8 * e - 1 for start, end in spans(z.shape[1], side) for e in (start, end)} & set(range(len(steps)))
     at, elsewhere = max(steps[e] for e in edges), max(s for i, s in enumerate(steps) if i not in edges)

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from .diffusion.sample import step_of
-from .images.clip import clip_pixels
 from .images.depth import estimate_depth
+from .images.image import clip_pixels
 from .lora.control import load_controlnet
 from .lora.delta import Scale
 from .lora.files import LoRAWeights, read_lora
@@ -196,10 +196,7 @@ class Networks:
     def _encode_pair(
         self, texts: tuple[Prompt, Prompt], texts_2: Sequence[Any], **reading: Any
     ) -> tuple[Conditioning, Conditioning]:
-        """Encode a prompt and a negative prompt; ``texts_2`` are those of the second encoder, or None."""
-        positive, negative = (
-            self._encode(text, texts_2=second, **reading) for text, second in zip(texts, texts_2, strict=True)
-        )
+        positive, negative = map(partial(self._encode, **reading), texts, texts_2)
         if self._zero_empty_prompt and texts[1] == "" and not texts_2[1]:
             negative = negative.map(mx.zeros_like)
         if len(negative) not in (1, len(positive)):
@@ -277,7 +274,7 @@ class Networks:
         try:
             return compute()
         except FloatingPointError as error:
-            if self.sources[network].dtype == mx.float32:
+            if network not in self.sources or self.sources[network].dtype == mx.float32:
                 raise
             _log.warning("%s: the %s computes in float32 from now on", error, network)
         self.to_float32(network)
@@ -289,8 +286,7 @@ class Networks:
         The estimator is read for this and freed. Raises ValueError or OSError where the checkpoint has none.
         """
         half = self.dtype != mx.float32
-        part = open_part(self.source, "depth_estimator", float16=half, revision=self._revision)
-        estimator = load_component(part)
+        estimator = load_component(open_part(self.source, "depth_estimator", float16=half, revision=self._revision))
         self._use(beside=[estimator])
         return estimate_depth(estimator, image)
 
@@ -300,12 +296,9 @@ class Networks:
         ``safety_model`` is the folder, file or Hub id of one; None is the checkpoint's own. It is read at the first
         call, and freed after each in low memory. Pictures are paths, PIL images or arrays [H, W, 3] in [-1, 1].
         """
-        half = self.dtype != mx.float32
+        source, revision = (self.source, self._revision) if safety_model is None else (safety_model, None)
         try:
-            if safety_model is None:
-                part = open_part(self.source, "safety_checker", float16=half, revision=self._revision)
-            else:
-                part = open_part(safety_model, "safety_checker", float16=half)
+            part = open_part(source, "safety_checker", float16=self.dtype != mx.float32, revision=revision)
         except ValueError as error:
             remedy = "safety_model names another one, such as CompVis/stable-diffusion-safety-checker"
             raise SettingError(f"{error}; {remedy}", "safety_model") from error
@@ -328,9 +321,9 @@ class Networks:
         """Run a LoRA (Hu et al. 2021) beside the weights: a file, a folder or a Hub id with one, or "id:file".
 
         The ``scale`` of the result, one number or (text encoders, UNet), may be changed between two runs, and
-        ``detach()`` removes it. LoRAs given to the
-        class are added to its weights instead: they cost no time, and stay. A LoRA for few steps also changes the
-        defaults of a run while its scale is not 0. ``partial`` takes what fits; else ValueError names what does not.
+        ``detach()`` removes it. LoRAs given to the class are added to its weights instead: they cost no time, and stay.
+        A LoRA for few steps also changes the defaults of a run while its scale is not 0. ``partial`` takes what fits;
+        else ValueError names what does not.
         """
         lora = read_lora(source)
         with self._lock:
@@ -344,7 +337,6 @@ class Networks:
         return result
 
     def _add_defaults(self, lora: LoRAWeights, handle: AttachedLoRA | None) -> None:
-        """Adopt the sampler, steps and guidance with which the authors of a LoRA for few steps run it."""
         if settings := few_step_settings(lora.path.as_posix(), lora.metadata):
             _log.warning(describe_settings(lora.path.name, settings))
             self._few_step.append((handle, RunDefaults(**settings)))
@@ -398,7 +390,6 @@ class Networks:
         return words[0]
 
     def _add_words(self, words: Sequence[str], vectors: Sequence[mx.array], where: str) -> None:
-        """Let each of ``words`` stand for vectors [n, C] of the text encoders; ``where`` is their file, for errors."""
         vectors = vectors[-len(self._encoders) :]  # XL's refiner reads with OpenCLIP-G alone
         if len(vectors) != (count := len(self._encoders)):
             raise ValueError(f"{where} has vectors for {len(vectors)} text encoders; this model has {count}")

@@ -66,6 +66,12 @@ class SettingError(ValueError):
         self.names = names
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Raise SettingError, with the ``choices``, for a value that is none of them."""
+    if value not in choices:
+        raise SettingError(f"{name} {value!r} is unknown; choose one of {', '.join(filter(None, choices))}", name)
+
+
 _SIZES_OF = ("", "negative_")
 NUMBERS = {
     "eta": Number(float, 0, 1),
@@ -201,16 +207,12 @@ class Options:
             read_schedule(self.schedule)
         if self.spacing not in (None, *SPACINGS):
             raise ValueError(f"spacing {self.spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
-        if self.noise_source not in NOISE_SOURCES:
-            text = f"noise_source {self.noise_source!r} is unknown; choose one of {', '.join(NOISE_SOURCES)}"
-            raise SettingError(text, "noise_source")
+        check_choice("noise_source", self.noise_source, NOISE_SOURCES)
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             text = f"guidance_interval {interval} must be fractions of the steps, 0 <= start <= end <= 1"
             raise SettingError(text, "guidance_interval")
-        if self.seamless not in (None, *SEAMLESS):
-            text = f"seamless {self.seamless!r} is unknown; choose one of {', '.join(SEAMLESS)}"
-            raise SettingError(text, "seamless")
+        check_choice("seamless", self.seamless, (None, *SEAMLESS))
         layers = self.pag_layers
         if not isinstance(layers, tuple) or not layers or not all(isinstance(one, str) and one for one in layers):
             raise SettingError(f"pag_layers {layers!r:.80} are no tuple of names; give ('mid',)", "pag_layers")

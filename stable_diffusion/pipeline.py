@@ -24,7 +24,7 @@ from .images.image import mask_of, pixels_of, to_images
 from .lora.delta import Scale
 from .models import check_mlx, cpu
 from .models.seamless import seamlessly
-from .models.unet import UNet2DConditionModel, timestep_embedding
+from .models.unet import timestep_embedding
 from .networks import Networks
 from .options import Number, OptionKeywords, Options, Prompt, Prompts
 from .planning import RunDefaults, image_seeds, plan_run, schedule_of
@@ -108,14 +108,15 @@ class StableDiffusion(Networks):
         self._zero_empty_prompt = bool(checkpoint.index.get("force_zeros_for_empty_prompt", False))
         self.scores_aesthetics = bool(checkpoint.index.get("requires_aesthetics_score", False))
         self._read_configs()
+        size = self.unet_config.sample_size or 64
+        self.default_latent_size = (size, size) if isinstance(size, int) else tuple(size)
 
     def _read_configs(self) -> None:
         """Derive from the networks' configs how a run goes; ValueError for parts that do not fit together."""
         self.unet_config, self.vae_config = self.unet.config, self.autoencoder.config
         self.is_xl = self.unet_config.addition_embed_type == "text_time"
+        self._kind = f"Stable Diffusion {'XL' if self.is_xl else '1 or 2'}"
         self.pixels_per_latent, self._latent_channels = self.vae_config.scale, self.autoencoder.latent_channels
-        size = 64 if self.unet_config.sample_size is None else self.unet_config.sample_size
-        self.default_latent_size = (size, size) if isinstance(size, int) else tuple(size)
         channels = self.unet_config.in_channels - self._latent_channels
         if channels not in MODES:
             raise ValueError(f"a UNet with {channels} channels beside the latents is not supported")
@@ -129,10 +130,9 @@ class StableDiffusion(Networks):
             raise ValueError(f"{text}; take parts of one family of models")
 
     def __repr__(self) -> str:
-        family = "XL" if self.is_xl else "1 or 2"
         bits = [f"{name} in {in_words(s.quantization[0])}" for name, s in self.sources.items() if s.quantization]
-        details = ", ".join([self.dtype_name, self.sampler or "no sampler", *bits, *["low memory"] * self.low_memory])
-        return f"{type(self).__name__}({str(self.source)!r}, Stable Diffusion {family}, {details})"
+        details = [self._kind, self.dtype_name, self.sampler or "no sampler", *bits, *["low memory"] * self.low_memory]
+        return f"{type(self).__name__}({str(self.source)!r}, {', '.join(details)})"
 
     @property
     def dtype_name(self) -> str:
@@ -305,8 +305,8 @@ class StableDiffusion(Networks):
     def _check_shapes(self, options: Options, run: Run, size: tuple[int, int]) -> None:
         """Raise ValueError for latents and control images of other shapes than a run needs."""
         shape = (len(run.seeds), *size, self._latent_channels)
-        if options.latents is not None and getattr(options.latents, "shape", None) != shape:
-            actual = getattr(options.latents, "shape", type(options.latents).__name__)
+        actual = getattr(options.latents, "shape", type(options.latents).__name__)
+        if options.latents is not None and actual != shape:
             raise ValueError(f"latents of shape {actual} do not fit: this run needs {shape}")
         height, width = (self.pixels_per_latent * side for side in size)
         for control in options.controls:
@@ -341,8 +341,6 @@ class StableDiffusion(Networks):
         images = [prompt.encoded(self.encode_image_prompt) for prompt in options.image_prompts if prompt.scale != 0]
         positive, negative, uncond_image = tables = self._condition(prompts, options, first, run.sampler.cfg_pp)
         yield [*arrays, *(table.arrays() for table in tables if table is not None)]
-        beside = [*(control.network for control in options.controls), *(image.adapter for image in images)]
-        (unet,) = self._use("unet", beside=beside)
         batches = guidance_batches(
             len(run.steps),
             len(run.seeds),
@@ -357,21 +355,17 @@ class StableDiffusion(Networks):
             keeps_uncond=run.sampler.cfg_pp,
             steps_before=run.steps.total - len(run.steps) if options.denoising_start else 0,
         )
-        denoise = self._denoiser(unet, run, first, replace(options, image_prompts=images), batches)
+        denoise = self._denoiser(run, first, replace(options, image_prompts=images), batches)
         try:
             yield from sample(denoise, run, first)
         finally:
             cpu.all_cores()
 
     def _denoiser(
-        self,
-        unet: UNet2DConditionModel,
-        run: Run,
-        first: InitialLatents,
-        options: Options,
-        batches: Sequence[GuidanceBatch],
+        self, run: Run, first: InitialLatents, options: Options, batches: Sequence[GuidanceBatch]
     ) -> DenoiseStep:
-        """Make D(x, sigma) of a run, with its wrappers."""
+        beside = [control.network for control in options.controls] + [one.adapter for one in options.image_prompts]
+        (unet,) = self._use("unet", beside=beside)
         settings: dict[str, Any] = {"controls": options.controls, "rows_at_once": self.rows_at_once}
         settings |= {"group": self.group, "deep_cache": options.deep_cache, "image_prompts": options.image_prompts}
         settings |= {"unet_options": {"tome_ratio": options.token_merging, "freeu_scales": options.freeu}}
@@ -388,7 +382,7 @@ class StableDiffusion(Networks):
         """Encode the prompts of a run and, where guidance needs them, the negative ones, with and without the image."""
         dim = self.unet_config.time_cond_proj_dim
         texts, seconds = (prompts.text, prompts.negative_text), (options.prompt_2, options.negative_prompt_2)
-        if (prompts.cfg_weight > 1 or keeps_uncond) and not dim:
+        if (prompts.cfg_weight > 1 or keeps_uncond) and self._encoders and not dim:
             positive, negative = self._encode_pair(texts, seconds, clip_skip=options.clip_skip)
         else:
             positive, negative = self._encode(texts[0], seconds[0], clip_skip=options.clip_skip), None

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .diffusion.choice import read_name
 from .diffusion.sample import Latents, Run
 from .diffusion.samplers import SAMPLERS
-from .options import OptionKeywords, Options, Prompt, Prompts, SettingError
+from .options import OptionKeywords, Options, Prompt, SettingError
 from .pipeline import StableDiffusion
 from .planning import image_seeds, plan_run, schedule_of
 from .text.encode import Conditioning
@@ -60,18 +60,13 @@ class UnconditionalDiffusion(StableDiffusion):
     def _read_configs(self) -> None:
         self.unet_config, self.is_xl, self.mode = self.unet.config, False, "text"
         self.vae_config = self.autoencoder.config if "autoencoder" in self.sources else None
+        self._kind = "latents" if self.vae_config else "pixels"
         self.pixels_per_latent = self.vae_config.scale if self.vae_config else 1
         config, self._latent_channels = self.unet_config, self.unet_config.in_channels
         fitting = (self.autoencoder.latent_channels,) if self.vae_config else (1, 3)
         if config.out_channels != config.in_channels or config.in_channels not in fitting:
             text = f"a UNet that makes {config.out_channels} channels of {config.in_channels} is not supported here"
             raise ValueError(f"{text}: they would have to be the same, {' or '.join(map(str, fitting))}")
-        size = config.sample_size or 64
-        self.default_latent_size = (size, size) if isinstance(size, int) else tuple(size)
-
-    def __repr__(self) -> str:
-        kind = f"{'pixels' if self.vae_config is None else 'latents'}, {self.dtype_name}"
-        return f"{type(self).__name__}({str(self.source)!r}, {kind}, {self.sampler or 'no sampler'})"
 
     def generate_latents(
         self,
@@ -123,9 +118,6 @@ class UnconditionalDiffusion(StableDiffusion):
             raise ValueError(f"latent_size {size} does not fit the UNet; choose multiples of {unit}")
         super()._check_shapes(options, run, size)
 
-    def _condition(self, prompts: Prompts, *_: Any) -> tuple[Conditioning, None, None]:
-        return self._encode(prompts.text), None, None
-
     def _encode(self, text: Prompt, texts_2: Any = None, **_: Any) -> Conditioning:
         return Conditioning(mx.zeros((1, 0, 1)))
 
@@ -137,7 +129,3 @@ class UnconditionalDiffusion(StableDiffusion):
         if self.vae_config is not None:
             return super()._autoencode(half, inputs)
         return mx.repeat(inputs, 3 // self._latent_channels, axis=-1)
-
-    def decode_checked(self, x_t: mx.array) -> mx.array:
-        """Decode latents as :meth:`decode` does, once more in float32 where pixels are not finite; see ``check``."""
-        return self.check(self.decode(x_t)) if self.vae_config is None else super().decode_checked(x_t)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import diffusers
@@ -64,6 +65,11 @@ class Model:
                 if name == "text_encoder_2":
                     outputs["pooled"] = result.pooled_output
         return {name: np.array(value.astype(mx.float32)) for name, value in outputs.items()}
+
+    @cached_property
+    def unchanged(self) -> dict[str, np.ndarray]:
+        """Outputs of every network here without a LoRA, for a model that is put back after each test."""
+        return self.ours()
 
     def our_noise(self) -> mx.array:
         """Output of the UNet here, NHWC."""

@@ -1,4 +1,4 @@
-"""A program that makes images all day: what is in use after the hundredth run is what was after the second."""
+"""A program that makes images all day: what is in use after many runs is what was after the second."""
 
 import gc
 
@@ -35,7 +35,7 @@ def assert_steady(counts: list[tuple[int, int]]) -> None:
 def test_runs_of_the_api(sd1_folder):
     sd = StableDiffusion(sd1_folder)
     counts = []
-    for seed in range(100):
+    for seed in range(40):
         *_, x = sd.generate_latents(PROMPT, num_steps=1, latent_size=(8, 8), seed=seed)
         mx.eval(sd.decode(x))
         del x
@@ -45,7 +45,7 @@ def test_runs_of_the_api(sd1_folder):
 
 def test_models_that_come_and_go(sd1_folder):
     counts, (before, _) = [], held()
-    for _ in range(10):
+    for _ in range(6):
         sd = StableDiffusion(sd1_folder)
         sd.ensure_models_are_loaded()
         del sd
@@ -56,7 +56,7 @@ def test_models_that_come_and_go(sd1_folder):
 
 @pytest.mark.parametrize(
     "count, options",
-    [(10, ()), (10, ("--low_memory", "--hires", 1.25)), (5, ("--steps", 2000))],
+    [(6, ()), (6, ("--low_memory", "--hires", 1.25)), (5, ("--steps", 2000))],
     ids=["plain", "two passes", "refused"],
 )
 def test_runs_of_the_script(run, sd1_folder, tmp_path, count, options):

@@ -31,7 +31,7 @@ def test_text_to_image(tmp_path, family, prediction, sampler):
     pipe = make(tmp_path / "sd", family, scheduler_class(**SCALED, prediction_type=prediction, **options))
     sd = StableDiffusion(tmp_path / "sd")
     assert sd.sampler == sampler
-    both(pipe, sd, n_images=2, added=True)
+    both(pipe, sd, steps=4, n_images=2, added=True)
 
 
 def test_an_old_offset_is_read_as_diffusers_reads_it(tmp_path):
@@ -75,7 +75,7 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
     given = {"original_size": (100, 200), "crops_coords_top_left": (3, 4)}
     micro = SizeConditioning(original_size=(100, 200), crop=(3, 4))
     sd = StableDiffusionXL(tmp_path / "xl")
-    both(pipe, sd, steps=4, guidance=guidance, negative_text=negative, micro=micro, theirs=given)
+    both(pipe, sd, steps=2, guidance=guidance, negative_text=negative, micro=micro, theirs=given)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_xl_text_to_image(tmp_path, guidance, negative):
 def test_a_prompt_for_the_second_encoder(tmp_path, negative, seconds):
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
     pipe = make(tmp_path / "xl", "xl", scheduler, force_zeros_for_empty_prompt=True)
-    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=3, negative_text=negative, theirs=seconds, **seconds)
+    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=2, negative_text=negative, theirs=seconds, **seconds)
 
 
 @pytest.mark.parametrize("family", ["sd1", "xl"])
@@ -98,7 +98,7 @@ def test_freeu(tmp_path, family):
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1)
     pipe = make(tmp_path / "sd", family, scheduler)
     pipe.enable_freeu(b1=1.5, b2=1.6, s1=0.9, s2=0.2)
-    both(pipe, StableDiffusion(tmp_path / "sd"), steps=3, n_images=2, freeu=(1.5, 1.6, 0.9, 0.2))
+    both(pipe, StableDiffusion(tmp_path / "sd"), steps=2, n_images=2, freeu=(1.5, 1.6, 0.9, 0.2))
 
 
 def test_sizes_of_the_negative_prompt(tmp_path):
@@ -109,7 +109,7 @@ def test_sizes_of_the_negative_prompt(tmp_path):
     theirs = sizes | negative
     theirs |= {"crops_coords_top_left": (3, 4), "negative_crops_coords_top_left": (5, 6)}
     ours = SizeConditioning(**sizes, **negative, crop=(3, 4), negative_crop=(5, 6))
-    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=3, size_conditioning=ours, theirs=theirs)
+    both(pipe, StableDiffusionXL(tmp_path / "xl"), steps=2, size_conditioning=ours, theirs=theirs)
 
 
 def picture() -> Image.Image:

@@ -113,4 +113,4 @@ def test_a_feature_beside_another(opened, tmp_path, family, beside, feature):
             pipe.enable_freeu(**dict(zip(("b1", "b2", "s1", "s2"), ours["freeu"], strict=True)))
             stack.callback(pipe.disable_freeu)
         sd = StableDiffusion(folder, loras=[(lora, 1.0)] if beside == "lora" else [])
-        both(pipe, sd, steps=4 if "image" in ours else 3, theirs=theirs, **ours)
+        both(pipe, sd, steps=3 if "image" in ours else 2, theirs=theirs, **ours)

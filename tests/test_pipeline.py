@@ -39,8 +39,8 @@ def test_the_generator_costs_nothing_until_it_is_evaluated(sd, calls):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(sd, sampler):
-    together = last(sd.generate_latents(PROMPT, n_images=3, seed=7, sampler=sampler, **SMALL))
-    for i in range(3):
+    together = last(sd.generate_latents(PROMPT, n_images=2, seed=7, sampler=sampler, **SMALL))
+    for i in range(2):
         alone = last(sd.generate_latents(PROMPT, seed=7 + i, sampler=sampler, **SMALL))
         assert relative_error(together[i : i + 1], alone) <= 1e-4
     assert relative_error(together[:1], together[1:2]) > 0.1

@@ -1,4 +1,4 @@
-"""What is measured: the cases, their names, and the shapes that every column gives its networks."""
+"""List the cases that are measured, their names, and the shapes that every column gives its networks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ STEPS = 2  # of a whole image
 GUIDANCE = 7.5
 PROMPT = " ".join(["red"] * 75)  # so long that every column reads all positions
 
-# What each part is varied over; in the rest the first of what is asked for, or the default, stands for all.
+# What each part is varied over; in the others the first choice stands for all.
 PARTS = {
     "unet": ("shape", "size", "dtype", "rows", "weights"),
     "text": ("shape", "dtype", "weights"),
@@ -79,13 +79,13 @@ class Case:
         return ", ".join([_TITLES[self.part], *filter(None, (said[axis] for axis in PARTS[self.part]))])
 
 
-def cases(parts: Sequence[str], asked: Mapping[str, Sequence[Any]]) -> list[Case]:
-    """Every combination of the ``asked`` values, by the names of Case's fields, in which the parts differ."""
+def cases(parts: Sequence[str], choices: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """Return every combination of ``choices``, by the names of Case's fields, in which the parts differ."""
     made: dict[Case, None] = {}
     for part in parts:
-        axes = {"shape": asked["shape"], "size": asked["size"]}
+        axes = {"shape": choices["shape"], "size": choices["size"]}
         axes = {axis: values if axis in PARTS[part] else values[:1] for axis, values in axes.items()}
-        axes |= {axis: asked[axis] for axis in PARTS[part] if axis not in axes}
+        axes |= {axis: choices[axis] for axis in PARTS[part] if axis not in axes}
         for values in product(*axes.values()):
             case = Case(part, **dict(zip(axes, values, strict=True)))
             if not (case.needs_files and case.dtype == "bfloat16"):  # no script of any column loads as that

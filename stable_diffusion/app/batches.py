@@ -1,19 +1,21 @@
 """From requests to batches: the images that are generated together, their encoded prompts, sizes, inputs and passes."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 import mlx.core as mx
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from ..diffusion.choice import guidance_scale, is_cfg_pp
 from ..diffusion.controls import Control
 from ..diffusion.image_prompts import ImagePrompt
 from ..diffusion.sample import Latents
+from ..images.canny import canny
+from ..images.image import fit, to_array
 from ..images.inpaint import Canvas, make_canvas
 from ..models.seamless import seamlessly
 from ..options import SettingError
@@ -22,11 +24,13 @@ from ..planning import RunDefaults
 from ..text.encode import Conditioning
 from ..weights.load import size_in_bytes
 from .detail import detail_masks
-from .inputs import ControlNets, Inputs, controls, depth_map, image_canvas, image_prompts, upscale
+from .inputs import Inputs, depth_map, image_canvas, upscale
 from .memory import RunShape
 from .request import SIZES, Request
 
 _log = logging.getLogger("stable_diffusion")
+
+_NO_TEXTS_2 = {"prompt_2": None, "negative_prompt_2": None}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Batch:
     details: tuple[Image, ...] = ()
     detail_texts: tuple[Conditioning, Conditioning | str] | None = None
     index: str = ""  # "2/3", among several batches
+    numbers: range = range(0)  # of its images, among those of all batches
 
     @property
     def request(self) -> Request:
@@ -63,6 +68,16 @@ class Batch:
         """Return the seed of each image."""
         return tuple(request.seed for request in self.requests)
 
+    def part(self, part: slice) -> "Batch":
+        """Return the batch of some of the images."""
+        texts = [text.select(part) if len(text) > 1 else text for text in (self.text, self.negative_text)]
+        return replace(self, requests=self.requests[part], text=texts[0], negative_text=texts[1])
+
+    def after(self, steps: int) -> "Batch":
+        """Return the batch for a later pass, in which prompts that change count on after ``steps``."""
+        texts = [text if isinstance(text, str) else text.after(steps) for text in (self.text, self.negative_text)]
+        return replace(self, text=texts[0], negative_text=texts[1])
+
 
 def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
     """Group requests for one image each, in order, into those that can be generated together.
@@ -73,27 +88,22 @@ def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Req
     chunks: dict[tuple, int] = {}
     settings = []
     for request in requests:
-        reading = request.reading
-        prompts = tuple(zip((request.text, request.negative_text), request.texts_2, strict=True))
-        key = (*prompts, *reading.values())
+        reading, texts = request.reading, request.texts
+        key = (*texts, *reading.values())
         if key not in chunks:
-            chunks[key] = max(model.count_chunks(*texts, **reading) for texts in prompts)
+            chunks[key] = max(model.count_chunks(*pair, **reading) for pair in (texts[::2], texts[1::2]))
         same = replace(request, prompt="", resolved_prompt=None, negative_prompt="", seed=0, variant=None)
-        same = same.without_texts_2().with_values(variation_seed=None)
-        present = bool(request.negative_text), *(None if text is None else bool(text) for text in request.texts_2)
+        same = same.with_values(**_NO_TEXTS_2, variation_seed=None)
+        present = tuple(None if text is None else bool(text) for text in texts[1:])
         settings.append((same, present, request.prompt_loras, chunks[key]))
     pairs = groupby(zip(settings, requests, strict=True), lambda pair: pair[0])
     return [tuple(request for _, request in images) for _, images in pairs]
 
 
 def prepare(
-    model: StableDiffusion,
-    requests: tuple[Request, ...],
-    inputs: Inputs,
-    networks: ControlNets,
-    prompts: Sequence[ImagePrompt] = (),
+    model: StableDiffusion, requests: tuple[Request, ...], inputs: Inputs, beside: Mapping[str, Sequence[Any]]
 ) -> Batch:
-    """Encode the prompts of images of one setting and decide their size and inputs; image ``prompts`` are encoded.
+    """Encode the prompts of images of one setting and decide their size and inputs; see ``load_beside``.
 
     Raises ValueError for settings that do not go together with the model.
     """
@@ -112,18 +122,33 @@ def prepare(
             _check_refiner(model, request, strength)
     for remark in _unused_sizes(model, request):
         _log.warning(remark)
-    steered = controls(request, networks, inputs, size, canvas) if networks else ()
-    prompts = image_prompts(prompts, request, inputs, size, canvas)
     texts = _encode(model, requests)
-    batch = Batch(requests, size, *texts, model.defaults, canvas, strength, depth, steered, prompts)
+    batch = _steered(Batch(requests, size, *texts, model.defaults, canvas, strength, depth, **beside), inputs)
     return _with_details(model, batch, inputs) if request.detail else batch
+
+
+def _steered(batch: Batch, inputs: Inputs) -> Batch:
+    """Return a batch with its conditioning images, and the masks of its image prompts, in its size."""
+    request, canvas = batch.request, batch.canvas
+
+    def arrays(images: Sequence[Image], are_edges: bool = False) -> Iterator[mx.array]:
+        for image in images:
+            image = fit(image, *batch.size, request.resize) if canvas is None else canvas.crop(image, request.resize)
+            image = fromarray(canny(image)).convert("RGB") if are_edges else image
+            yield mx.array(to_array(image) / 2 + 0.5)
+
+    images = cycle(arrays(inputs.control_images, request.canny))
+    masks = cycle([mask[..., 0] for mask in arrays(inputs.image_prompt_masks)] or [None])
+    controls = [replace(one, image=image) for one, image in zip(batch.controls, images, strict=False)]
+    prompts = [replace(one, mask=mask) for one, mask in zip(batch.image_prompts, masks, strict=False)]
+    return replace(batch, controls=tuple(controls), image_prompts=tuple(prompts))
 
 
 def _with_details(model: StableDiffusion, batch: Batch, inputs: Inputs) -> Batch:
     """Find the places of the finished images that are worked on again, and encode the prompt for them."""
     request, size, unit, texts = batch.request, batch.size, model.pixels_per_latent, None
     if request.hires:
-        size = tuple(unit * max(1, round(side // unit * request.hires)) for side in size)
+        size = tuple(unit * round(side // unit * request.hires) for side in size)
     elif batch.canvas is not None and not request.no_composite:
         size = batch.canvas.image.size
     if request.detail_prompt is not None:
@@ -137,14 +162,14 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     options = request.options
     guidance, is_guided = _guidance(model.defaults, request)
     unused = {
-        "the negative prompt": request.negative_text or request.texts_2[1],
+        "the negative prompt": request.texts[1] or request.texts[3],
         "guidance_rescale": options.guidance_rescale,
         "guidance_interval": options.guidance_interval != (0, 1) and not options.pag_scale,
         **{name: model.is_xl and name.startswith("negative") for name in SIZES if name in request.to_dict()},
     }
     for name in (name for name, is_given in unused.items() if is_given and not is_guided):
         _log.warning("%s has no effect at a guidance scale of %g; it needs more than 1", name, guidance)
-    rows = [(image.text, image.negative_text, *image.texts_2) for image in requests]
+    rows = [image.texts for image in requests]
     columns = map(list, zip(*(rows[:1] if len(set(rows)) == 1 else rows), strict=True))
     texts, negatives, *seconds = (None if column[0] is None else column for column in columns)
     if not is_guided:
@@ -187,8 +212,9 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
     _, is_guided = _guidance(batch.defaults, request)
     adapters = {id(prompt.adapter): prompt.adapter for prompt in batch.image_prompts}.values()
-    larger = (round(height * request.hires), round(width * request.hires)) if request.hires else None
-    larger = larger or (model.default_latent_size if request.detail else None)
+    larger = model.default_latent_size if request.detail else None
+    if request.hires:
+        larger = round(height * request.hires), round(width * request.hires)
     return RunShape(
         len(batch.requests),
         (height, width),
@@ -198,9 +224,7 @@ def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
         adapters=[size_in_bytes(adapter) for adapter in adapters],
         image_encoder=max((adapter.encoder.size for adapter in adapters), default=0),
         larger=larger,
-        encodes=batch.canvas is not None
-        or bool(request.detail)
-        or (larger is not None and request.hires_upscaler != "latents"),
+        encodes=bool(batch.canvas or request.detail or (request.hires and request.hires_upscaler != "latents")),
     )
 
 
@@ -211,8 +235,7 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     """Begin the run of a batch; nothing is computed here."""
     request, unit, canvas = batch.request, model.pixels_per_latent, batch.canvas
     end = request.refiner_start if request.refiner else 1.0
-    steered = {"controls": batch.controls, "image_prompts": batch.image_prompts}
-    keywords = _keywords(batch, **steered, denoising_end=end)
+    keywords = _keywords(batch, controls=batch.controls, image_prompts=batch.image_prompts, denoising_end=end)
     if canvas is None:
         # The method of models with prompts; those without read none, and have one with fewer arguments.
         size = batch.size[1] // unit, batch.size[0] // unit
@@ -227,20 +250,17 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     )
 
 
-def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs, networks: ControlNets) -> Latents:
+def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs) -> Latents:
     """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
-    height, width = (max(1, round(side * request.hires)) for side in x.shape[1:3])
-    steps = model.number_of_steps(request.steps, batch.strength, options=request.options)
-    texts = [text if isinstance(text, str) else text.after(steps) for text in (batch.text, batch.negative_text)]
-    batch = replace(batch, text=texts[0], negative_text=texts[1])
-    size = width * unit, height * unit
-    prompts = image_prompts(batch.image_prompts, request, inputs, size)
-    keywords = _keywords(batch, controls=controls(request, networks, inputs, size), image_prompts=prompts)
+    height, width = (round(side * request.hires) for side in x.shape[1:3])
+    batch = batch.after(model.number_of_steps(request.steps, batch.strength, options=request.options))
+    batch = _steered(replace(batch, size=(width * unit, height * unit), canvas=None), inputs)
+    keywords = _keywords(batch, controls=batch.controls, image_prompts=batch.image_prompts)
     keywords["num_steps"] = request.steps if request.hires_steps is None else request.hires_steps
-    larger = seamlessly(request.options.seamless, upscale)(
-        model, x, (height, width), request.hires_upscaler, inputs.hires_upscaler
-    )
+    method = request.hires_upscaler
+    enlarge = seamlessly(request.options.seamless, upscale)
+    larger = enlarge(model, x, (height, width), method, inputs.upscalers.get(method))
     return model.generate_latents_from_image(larger, strength=request.hires_strength, **keywords)
 
 
@@ -251,19 +271,20 @@ def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, imag
     """
     request, native = batch.requests[i], max(model.default_latent_size) * model.pixels_per_latent
     canvas = make_canvas(image, mask, None, None, native, padding=request.detail_padding)
-    done = 0.0 if request.has_only_details else batch.strength
-    steps = model.number_of_steps(request.steps, done, options=request.options)
-    texts = [text if isinstance(text, str) else text.after(steps) for text in (batch.text, batch.negative_text)]
-    texts = [text.select(slice(i, i + 1)) if len(text) > 1 else text for text in batch.detail_texts or texts]
     depth = depth_map(model, request, replace(inputs, image=image), canvas)
-    one = replace(batch, requests=(request,), size=canvas.size, text=texts[0], negative_text=texts[1])
-    return replace(one, canvas=canvas, strength=request.detail_strength, depth=depth, controls=(), image_prompts=())
+    if batch.detail_texts is None:
+        done = 0.0 if request.has_only_details else batch.strength
+        batch = batch.after(model.number_of_steps(request.steps, done, options=request.options))
+    else:
+        batch = replace(batch, text=batch.detail_texts[0], negative_text=batch.detail_texts[1])
+    one = replace(batch.part(slice(i, i + 1)), size=canvas.size, canvas=canvas, depth=depth)
+    return replace(one, strength=request.detail_strength, controls=(), image_prompts=())
 
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
     """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
     has_two = "text_encoder_2" in refiner.sources
-    requests = batch.requests if has_two else tuple(request.without_texts_2() for request in batch.requests)
+    requests = batch.requests if has_two else tuple(one.with_values(**_NO_TEXTS_2) for one in batch.requests)
     text, negative_text = _encode(refiner, requests)
     batch = replace(batch, text=text, negative_text=negative_text)
     keywords = _keywords(batch, denoising_start=batch.request.refiner_start, latents=x)
@@ -282,5 +303,5 @@ def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
         "num_steps": request.steps,
         "cfg_weight": request.cfg,
         "seed": batch.seeds,
-        "options": replace(request.without_texts_2().options, **options),  # the texts are encoded
+        "options": replace(request.options, **_NO_TEXTS_2, **options),  # the texts are encoded
     }

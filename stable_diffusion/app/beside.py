@@ -1,18 +1,21 @@
-"""The networks that a request has beside its model, and how often their settings are given."""
+"""The networks that a request has beside its model, and their settings: given once for each, or once for all."""
 
+from itertools import cycle
 from typing import Any
 
-# A field of networks, the one of what they are shown, and those of their other settings.
-_FIELDS = (
-    ("controlnet", "control_image", "control_start", "control_end", "control_type"),
-    ("ip_adapter", "ip_image", "ip_start", "ip_end", "ip_blocks", "ip_mask"),
-)
+# A field of networks, and the fields of their settings by the arguments of ``Control`` and ``ImagePrompt``, the one of
+# what they are shown first.
+_FIELDS = {
+    "controlnet": {"image": "control_image", "start": "control_start", "end": "control_end", "kind": "control_type"},
+    "ip_adapter": {"image": "ip_image", "start": "ip_start", "end": "ip_end", "scales": "ip_blocks", "mask": "ip_mask"},
+}
 
 
 def mistakes_of_networks(request: Any) -> dict[str, bool]:
     """Return messages for settings that are not given once for each network or once for all, and whether each holds."""
     mistakes = {}
-    for network, image, *others in _FIELDS:
+    for network, fields in _FIELDS.items():
+        image, *others = fields.values()
         count, images = len(getattr(request, network)), len(getattr(request, image))
         each = f"once for each {network}, or once for all"
         mistakes |= {
@@ -23,3 +26,13 @@ def mistakes_of_networks(request: Any) -> dict[str, bool]:
             ),
         }
     return mistakes
+
+
+def settings_of_networks(request: Any, network: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the source of each network of a field, and those of its settings that are given."""
+    fields = _FIELDS[network].items()
+    given = {name: cycle(values) for name, field in fields if (values := getattr(request, field))}
+    return [
+        (source, {"scale": scale} | {name: next(values) for name, values in given.items()})
+        for source, scale in getattr(request, network)
+    ]

@@ -19,7 +19,7 @@ from ..lora.layers import check_fit, fuse
 from ..weights import catalog, layout
 from ..weights.files import Checkpoint, open_checkpoint, open_part, read_tensors, with_few_steps
 from ..weights.load import load_component
-from ..weights.parts import PARTS
+from ..weights.parts import PARTS, STEMS
 from ..weights.quantize import in_words, quantization_config, quantize, read_quantization, remaining_quantization
 from ..weights.save import stored_tensors, write_json, write_weights
 from .engine import chosen_networks
@@ -116,11 +116,10 @@ def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
-    """Write a network, and return a line about it."""
     details = [f"{network.size / 1e6:,.1f} MB"]  # its tensors are taken as they are written
     folder.mkdir()
     write_json(folder / "config.json", network.config)
-    files = write_weights(folder, PARTS[network.name].stem, network.tensors, max_shard_size)
+    files = write_weights(folder, STEMS[PARTS[network.name].library], network.tensors, max_shard_size)
     if quantization := read_quantization(network.config):
         details.append(in_words(quantization[0]))
     if len(files) > 1:

@@ -26,8 +26,7 @@ def detail_masks(request: Request, inputs: Inputs, size: tuple[int, int]) -> lis
     masks = []
     for place in request.detail:
         if place == "mask":
-            mask = inputs.mask if inputs.mask.size == size else inputs.mask.resize(size)
-            masks += mask_parts(mask)
+            masks += mask_parts(inputs.mask.resize(size))
             continue
         for box in place.split(";"):
             x, y, width, height = (int(number) for number in box.split(","))

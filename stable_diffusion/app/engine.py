@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..weights.files import open_checkpoint
 from ..weights.parts import NETWORKS
 from . import memory
 from .batches import Batch, detail_batch, first_pass, group, hires_pass, prepare, refiner_pass, run_shape
-from .inputs import Inputs, encode_image_prompts, enlarged, read_inputs
+from .inputs import Inputs, enlarged, load_beside, read_inputs
 from .lora_tags import remarks
 from .request import Request
 from .sources import split_embedding
@@ -45,15 +45,13 @@ TEXT_BITS, UNET_BITS = 4, 8  # of ``Request.quantize``
 class Resources:
     """Hold how a machine is used, which decides nothing about the images.
 
-    ``memory_limit`` is in bytes, None is most of the machine's memory. ``batch_size`` None is what fits. A server keeps
-    its networks (``keeps_networks``), a script frees each after its last use in a run.
+    ``memory_limit`` is in bytes, None is most of the machine's memory. ``batch_size`` None is what fits.
     """
 
     low_memory: bool = False
     memory_limit: float | None = None
     batch_size: int | None = None
     decoding_batch_size: int = 1
-    keeps_networks: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,13 @@ class Result:
     """Hold a finished image, or what there is of it where a run was stopped (``partial``: "step 3 of 20").
 
     ``seconds`` are the image's share of its batch. ``latents`` [n, h, w, 4] are those of the batch, ``index`` the
-    image's place in it. ``number`` is that of its request.
+    image's place in it.
     """
 
     request: Request
     image: Image
     batch: Batch
     index: int
-    number: int
     seconds: float
     partial: str
     latents: mx.array | None  # None where only details of a given image were worked on
@@ -140,13 +137,9 @@ def open_model(request: Request, low_memory: bool = False, reads_prompts: bool =
 
 @dataclass
 class _Run:
-    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step.
-
-    ``numbers`` are those of its images.
-    """
+    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step."""
 
     batch: Batch
-    numbers: range
     prepared: Latents | None = None
     latents: mx.array | None = None
     seconds: float = 0.0
@@ -179,21 +172,18 @@ class Engine:
         self.model, self._resources, self._request = model, resources, requests[0]
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
-        paths = [path for path, _ in self._request.controlnet]
-        loaded = {path: model.load_controlnet(path) for path in dict.fromkeys(paths)}  # a union ControlNet once
-        self._controlnets = [loaded[path] for path in paths]
-        self._image_prompts = encode_image_prompts(model, self._request, self._inputs)
+        self._beside = load_beside(model, self._request, self._inputs)
         for line in remarks(dict.fromkeys(r.all_text for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
         self._loras = {name: _attach(model, name, request) for name, request in named.items()}
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]
-        count = len(batches)
-        indices = [f"{i}/{count}" if count > 1 else "" for i in range(1, count + 1)]
-        ends = accumulate(len(batch.requests) for batch in batches)
-        numbers = [range(end - len(batch.requests), end) for batch, end in zip(batches, ends, strict=True)]
-        rows = zip(batches, indices, numbers, strict=True)
-        self._runs = [_Run(replace(batch, index=index), images) for batch, index, images in rows]
+        self._runs: list[_Run] = []
+        first, count = 0, len(batches)
+        for i, batch in enumerate(batches, start=1):
+            index, numbers = f"{i}/{count}" if count > 1 else "", range(first, first + len(batch.requests))
+            self._runs.append(_Run(replace(batch, index=index, numbers=numbers)))
+            first = numbers.stop
         shapes = [run_shape(model, batch) for batch in batches]
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
         self._rows_at_once = model.rows_at_once  # restored at the end of the run
@@ -211,25 +201,17 @@ class Engine:
         """Return the batches in their order."""
         return [run.batch for run in self._runs]
 
-    @property
-    def numbers(self) -> list[range]:
-        """Return the numbers of the images of each batch, which are those of their requests."""
-        return [run.numbers for run in self._runs]
-
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
         """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
         self._scale_loras(requests[0])  # prompts are encoded with them
-        batch = prepare(self.model, requests, self._inputs, self._controlnets, self._image_prompts)
+        batch = prepare(self.model, requests, self._inputs, self._beside)
         most = self._resources.batch_size
         if most is None:
             most = memory.images_that_fit(self.model, run_shape(self.model, batch), self._limit)
         for first in range(0, len(requests), most):
-            part = slice(first, first + most)
-            texts = [t.select(part) if len(t) > 1 else t for t in (batch.text, batch.negative_text)]
-            yield replace(batch, requests=requests[part], text=texts[0], negative_text=texts[1])
+            yield batch.part(slice(first, first + most))
 
     def _scale_loras(self, request: Request) -> None:
-        """Give the LoRAs that prompts name the scales that this one asks for."""
         for name, lora in self._loras.items():
             lora.scale = dict(request.prompt_loras).get(name, 0.0)
 
@@ -246,14 +228,14 @@ class Engine:
         if self._on_step is not None:
             raise ValueError("this engine has run already; make another one of the same model")
         self._on_step, self._order = on_step, order
-        self._release("unet", "autoencoder")
+        self.model.release(("unet", "autoencoder"))
         base, request, inputs = self.model, self._request, self._inputs
         try:
             for runs in [self._runs] if request.refiner else self._groups():
                 if not request.has_only_details:
                     self._pass(runs, lambda run: first_pass(base, run.batch))
                 if request.hires:
-                    self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs, self._controlnets))
+                    self._pass(runs, lambda run: hires_pass(base, run.batch, run.latents, inputs))
                 if not request.refiner:
                     yield from self._decoded(runs)
             if request.refiner:
@@ -273,26 +255,21 @@ class Engine:
             return ([self._runs[number]] for number in self._order)
         return [[run] for run in self._runs] if self._finishes_each else [self._runs]
 
-    def _release(self, *keep: str) -> None:
-        if not self._resources.keeps_networks:
-            self.model.release(keep)
-
     def _drop_controls(self) -> None:
         """Let go of the ControlNets and IP-Adapters, which are not needed after the last step."""
-        self._controlnets, self._image_prompts = [], []
+        self._beside = dict.fromkeys(self._beside, ())
         for run in self._runs:
-            run.batch = replace(run.batch, controls=(), image_prompts=())
+            run.batch = replace(run.batch, **self._beside)
 
     def _change_to_refiner(self) -> None:
         """Open the refiner in place of the model, of which it takes the autoencoder alone."""
         self._drop_controls()
-        self._release()
+        self.model.release()
         request, chosen = self._request, chosen_networks(self._request)
         chosen["parts"] = {name: source for name, source in chosen["parts"].items() if name == "vae"}
-        options = chosen | {"low_memory": self.model.low_memory}
-        on_layer = self.model.on_layer
-        self.model = StableDiffusion(request.refiner, dtype=dtype_of(request), **options)
-        self.model.on_layer = on_layer
+        chosen |= {"dtype": dtype_of(request), "low_memory": self.model.low_memory}
+        refiner = StableDiffusion(request.refiner, **chosen)
+        refiner.on_layer, self.model = self.model.on_layer, refiner
         batch = replace(self.batches[0], defaults=self.model.defaults)
         shape = replace(run_shape(self.model, batch), larger=None, encodes=False)
         self._finishes_each &= memory.fit(self.model, shape, self._limit, is_strict=False)
@@ -348,7 +325,8 @@ class Engine:
     def _steps(self, run: _Run, begin: Begin) -> None:
         """Make the steps of a pass; a retry begins with the first one."""
         is_retry = run.prepared is None
-        beside = [*self._controlnets, *(prompt.adapter for prompt in self._image_prompts)]
+        controls, prompts = self._beside.values()
+        beside = [*(control.network for control in controls), *(prompt.adapter for prompt in prompts)]
         for network in beside if is_retry else ():
             network.set_dtype(self.model.dtype)
         # Nothing else holds a pass that is over, or its networks would stay in memory.
@@ -376,15 +354,16 @@ class Engine:
         if not self._finishes_each:
             if self._order is None:
                 self._drop_controls()
-            self._release("autoencoder")
+            self.model.release(("autoencoder",))
         keeps = self._request.has_only_details and not self._stopped
         for run in (run for run in runs if keeps or run.latents is not None):
             for i, image in enumerate(self._images(run)):
-                batch, number = run.batch, run.numbers[i]
+                batch = run.batch
                 image = self._detailed(run, i, image)
-                image = seamlessly(batch.request.options.seamless, enlarged)(self.model, image, self._inputs.upscaler)
+                upscaler = self._inputs.upscalers.get(batch.request.upscale)
+                image = seamlessly(batch.request.options.seamless, enlarged)(self.model, image, upscaler)
                 seconds = round(run.seconds / len(batch.requests), 3)
-                yield Result(batch.requests[i], image, batch, i, number, seconds, run.partial, run.latents, self.model)
+                yield Result(batch.requests[i], image, batch, i, seconds, run.partial, run.latents, self.model)
 
     def _images(self, run: _Run) -> Iterator[Image]:
         """Decode the images of a run; what is kept of a given image has its own pixels."""
@@ -403,7 +382,7 @@ class Engine:
         masks = run.batch.details
         for number, mask in enumerate(masks, start=1):
             batch, name = detail_batch(self.model, run.batch, i, mask, image, self._inputs), f"detail {number}"
-            part = _Run(replace(batch, index=", ".join(filter(None, (batch.index, name)))), range(0))
+            part = _Run(replace(batch, index=", ".join(filter(None, (batch.index, name)))))
             self._pass([part], lambda part: first_pass(self.model, part.batch))
             run.seconds += part.seconds
             if part.latents is None or part.partial:
@@ -414,7 +393,6 @@ class Engine:
 
 
 def _attach(model: StableDiffusion, name: str, request: Request) -> AttachedLoRA:
-    """Attach a LoRA that a prompt names, without effect yet. ValueError for a name without a file."""
     if request.lora_dir is None:
         raise SettingError(f"the prompt asks for the LoRA {name}; say where LoRAs are: lora_dir DIR", "lora_dir")
     return model.load_lora(find_in(request.lora_dir, name), 0.0, partial=request.lora_partial)

@@ -81,7 +81,7 @@ def _read(texts: Mapping[str, str]) -> Arguments | None:
             prompt = {"prompt": texts.get("Description", "")} if key == "Comment" else {}  # of NovelAI
             found = _arguments(prompt | objects[key])
         else:
-            found = infotext.as_arguments(texts[key])
+            found = infotext.to_arguments(*infotext.read(texts[key]))
         arguments, other = found
         if arguments.keys() - {"prompt", "negative_prompt"} or (arguments["prompt"] and (other or key in objects)):
             return found
@@ -105,7 +105,6 @@ def _object(text: str | None) -> dict[str, Any]:
 
 
 def _arguments(values: Mapping[str, Any]) -> Arguments:
-    """Translate the keys of an object, and read its values."""
     match values.get("v2"):
         case {"separateOpenClipG": True, "openClipGText": str(text)}:  # of Draw Things
             values = {**values, "prompt_2": text}
@@ -115,8 +114,6 @@ def _arguments(values: Mapping[str, Any]) -> Arguments:
     known = {name: texts.pop(key) for name, keys in _KEYS.items() for key in keys if key in texts}
     if "Sampler" not in known and "Schedule type" in known:  # of InvokeAI and diffusers it is the sampler
         known["Sampler"] = known.pop("Schedule type")
-    if "Sampler" in known:  # ComfyUI has variants for a GPU, InvokeAI writes dpmpp_2m_k
-        known["Sampler"] = re.sub(r"_k$", " karras", known["Sampler"].removesuffix("_gpu"))
     if len(sides := re.findall(r"\d+", known.get("Size", ""))) == 2:
         known["Size"] = "x".join(sides)
     elif {"width", "height"} <= texts.keys():
@@ -143,7 +140,6 @@ def _text(value: Any) -> str:
 
 
 def _loras(by_key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the weight of each LoRA, in the forms of several programs."""
     names, weights = (
         next((value if isinstance(value, list) else [value] for key in keys if (value := by_key.get(key))), [])
         for keys in (_LORAS, _LORA_WEIGHTS)
@@ -163,10 +159,7 @@ def _loras(by_key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _read_graph(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of a ComfyUI graph with one KSampler, and those for XL by the names of a request's fields.
-
-    Raises ValueError for another graph.
-    """
+    """Return the settings of a ComfyUI graph with one KSampler, and those for XL by the names of a request's fields."""
     nodes = {
         key: node for key, node in graph.items() if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
     }

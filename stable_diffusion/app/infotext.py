@@ -28,6 +28,7 @@ _FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
 # Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
 _SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
 _SCHEDULE_TITLES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
+_GENERATORS = {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}  # whose noise a value of RNG names
 
 
 def number(value: Any) -> str:
@@ -47,10 +48,6 @@ def schedule_name(schedule: str) -> str:
 
 def _schedule(text: str) -> str | None:
     return None if text.lower() == "automatic" else read_schedule(text)
-
-
-def _limit(text: str) -> float | None:
-    return None if float(text) in (0, math.inf) else float(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -82,13 +79,9 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Eta": ("eta", float, number),
     "Sigma churn": ("s_churn", float, number),
     "Sigma tmin": ("s_tmin", float, number),
-    "Sigma tmax": ("s_tmax", _limit, number),
+    "Sigma tmax": ("s_tmax", lambda text: None if float(text) in (0, math.inf) else float(text), number),
     "Sigma noise": ("s_noise", float, number),
-    "RNG": (
-        "noise_source",
-        lambda text: {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}[text.lower()],
-        {"torch": "CPU", "cuda": "NV"}.__getitem__,
-    ),
+    "RNG": ("noise_source", lambda text: _GENERATORS[text.lower()], {"torch": "CPU", "cuda": "NV"}.__getitem__),
     "ENSD": ("eta_noise_seed_delta", int, number),
     "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder, a name of our own
     "Negative prompt 2": ("negative_prompt_2", str, str),
@@ -98,16 +91,14 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
 
 
 def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out.
-
-    "Hashes" is an object of JSON, which stands as it is.
-    """
+    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out."""
     if "hires" in fields:
         fields = {**fields, "strength": fields["hires_strength"]}
     rows = [(name, to_text, fields.get(field)) for name, (field, _, to_text) in _FIELDS.items()]
     settings = {name: to_text(value) for name, to_text, value in rows if value is not None}
     settings |= {name: value for name, value in others.items() if value is not None}
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
+    # "Hashes" is JSON already.
     pairs = ((name, value if name == "Hashes" else _quoted(value)) for name, value in settings.items())
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs))
     return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
@@ -133,13 +124,8 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
     return "\n".join(lines[:start]).strip(), negative.strip(), settings
 
 
-def as_arguments(text: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a text's values by the names of a request's fields, and the settings that are none or cannot be read."""
-    return to_arguments(*read(text))
-
-
 def to_arguments(prompt: str, negative: str, settings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return prompts and settings as :func:`as_arguments` does."""
+    """Return values by the names of a request's fields, and the settings that are none or cannot be read."""
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
     for name, text in settings.items():

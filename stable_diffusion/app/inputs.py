@@ -1,31 +1,29 @@
 """The images that a request works from: read and checked before any model, then fitted to the size of the run."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import cycle
 from typing import Any
 
 import mlx.core as mx
-from PIL.Image import Image, fromarray
+from PIL.Image import Image
 
 from ..diffusion.controls import Control
 from ..diffusion.image_prompts import ImagePrompt, read_scales
-from ..images.canny import canny
 from ..images.depth import crop_depth, read_depth
 from ..images.files import BLACK, open_image
 from ..images.image import fit, from_array, to_array
 from ..images.inpaint import EMPTY_MASK, Canvas, add_borders, adjust_mask, make_canvas, read_mask
-from ..models.lllite import ControlNetwork
 from ..models.resample import resample
 from ..options import SettingError
 from ..pipeline import StableDiffusion
 from ..upscaling import Upscaler, load_upscaler
+from .beside import settings_of_networks
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
-
-ControlNets = Sequence[ControlNetwork]
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Inputs:
     mask: Image | None = None
     control_images: Sequence[Image] = ()
     depth: Any = None
-    upscaler: Upscaler | None = None
-    hires_upscaler: Upscaler | None = None
+    upscalers: Mapping[str, Upscaler] = field(default_factory=dict)  # by their files
     image_prompts: Sequence[Sequence[Image]] = ()  # the pictures of each
     image_prompt_masks: Sequence[Image] = ()
 
@@ -58,12 +55,11 @@ def read_inputs(request: Request) -> Inputs:
                 raise ValueError(EMPTY_MASK)
             if "mask" not in request.detail:  # which is refused when its parts are looked for
                 _log.warning("the mask is black everywhere: the image is kept as it is")
-    networks = {source: load_upscaler(source) for source in request.upscalers}
+    upscalers = {source: load_upscaler(source) for source in request.upscalers}
     images = [open_image(path) for path in request.control_image]
-    upscalers = networks.get(request.upscale), networks.get(request.hires_upscaler)
     prompts = [[open_image(path) for path in paths] for paths in request.ip_image]
     masks = [open_image(path, BLACK).convert("L").convert("RGB") for path in request.ip_mask]
-    return Inputs(image, mask, images, depth, *upscalers, prompts, masks)
+    return Inputs(image, mask, images, depth, upscalers, prompts, masks)
 
 
 def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Canvas:
@@ -92,57 +88,27 @@ def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: 
         raise SettingError(f"{error}; give a depth map: depth FILE", "depth") from error
 
 
-def controls(
-    request: Request, networks: ControlNets, inputs: Inputs, size: tuple[int, int], canvas: Canvas | None = None
-) -> tuple[Control, ...]:
-    """Return the controls of a run at ``size`` (width, height): each network with its conditioning image."""
-    images = []
-    for image in inputs.control_images:
-        image = fit(image, *size, mode=request.resize) if canvas is None else canvas.crop(image, mode=request.resize)
-        image = fromarray(canny(image)).convert("RGB") if request.canny else image
-        images.append(mx.array(to_array(image) / 2 + 0.5))
-    # Of each there is one for each network, or one for all.
-    scales = [scale for _, scale in request.controlnet]
-    starts, ends = cycle(request.control_start or (0.0,)), cycle(request.control_end or (1.0,))
-    unions = [getattr(network, "is_union", False) for network in networks]
-    kinds = cycle(request.control_type or (None,))
-    if any(unions):  # a type says nothing to the networks beside
-        kinds = (kind if is_union else None for kind, is_union in zip(kinds, unions, strict=False))
-    settings = zip(networks, cycle(images), scales, starts, ends, cycle([request.guess_mode]), kinds, strict=False)
-    return tuple(Control(*setting) for setting in settings)
+def load_beside(model: StableDiffusion, request: Request, inputs: Inputs) -> dict[str, tuple[Any, ...]]:
+    """Load the ControlNets and IP-Adapters of a request, each once: the options ``controls`` and ``image_prompts``.
 
-
-def encode_image_prompts(model: StableDiffusion, request: Request, inputs: Inputs) -> list[ImagePrompt]:
-    """Read the IP-Adapters of a request, each once, and encode their pictures; image encoders are freed."""
-    if not request.ip_adapter:
-        return []
-    adapters = {path: model.load_ip_adapter(path) for path in dict.fromkeys(path for path, _ in request.ip_adapter)}
-    # Of each there is one for each adapter, or one for all.
-    starts, ends = cycle(request.ip_start or (0.0,)), cycle(request.ip_end or (1.0,))
-    scales = cycle([read_scales(text) for text in request.ip_blocks] or [None])
-    settings = zip(request.ip_adapter, cycle(inputs.image_prompts), starts, ends, scales, strict=False)
-    prompts = [
-        ImagePrompt(adapters[path], images, scale, start, end, scales=of_parts).encoded(model.encode_image_prompt)
-        for (path, scale), images, start, end, of_parts in settings
-    ]
-    for adapter in adapters.values():
+    Pictures of image prompts are encoded, and image encoders freed. Conditioning images and masks are added when the
+    size of a run is known.
+    """
+    load, load_adapter = cache(model.load_controlnet), cache(model.load_ip_adapter)
+    networks = [(load(source), settings) for source, settings in settings_of_networks(request, "controlnet")]
+    has_union, controls, prompts = any("task_embedding" in network for network, _ in networks), [], []
+    for network, settings in networks:
+        if has_union and "task_embedding" not in network:  # a type says nothing to the networks beside
+            settings["kind"] = None
+        controls.append(Control(network, guess=request.guess_mode, **settings | {"image": None}))
+    adapters = [(load_adapter(source), settings) for source, settings in settings_of_networks(request, "ip_adapter")]
+    for (adapter, settings), pictures in zip(adapters, cycle(inputs.image_prompts), strict=False):
+        scales = read_scales(settings["scales"]) if "scales" in settings else None
+        prompt = ImagePrompt(adapter, **settings | {"image": pictures, "mask": None, "scales": scales})
+        prompts.append(prompt.encoded(model.encode_image_prompt))
+    for adapter, _ in adapters:
         adapter.encoder.network = None
-    return prompts
-
-
-def image_prompts(
-    prompts: Sequence[ImagePrompt],
-    request: Request,
-    inputs: Inputs,
-    size: tuple[int, int],
-    canvas: Canvas | None = None,
-) -> tuple[ImagePrompt, ...]:
-    """Return image prompts with the masks of a run at ``size`` (width, height)."""
-    masks: list[mx.array | None] = []
-    for mask in inputs.image_prompt_masks:
-        mask = fit(mask, *size, mode=request.resize) if canvas is None else canvas.crop(mask, mode=request.resize)
-        masks.append(mx.array(to_array(mask))[..., 0] / 2 + 0.5)
-    return tuple(replace(prompt, mask=mask) for prompt, mask in zip(prompts, cycle(masks or [None]), strict=False))
+    return {"controls": tuple(controls), "image_prompts": tuple(prompts)}
 
 
 def enlarged(model: StableDiffusion, image: Image, network: Upscaler | None) -> Image:

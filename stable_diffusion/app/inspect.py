@@ -30,9 +30,7 @@ from ..weights.quantize import read_quantization
 
 Report = dict[str, Any]  # what JSON can hold
 
-_LAYERS = re.compile(
-    r"(attn1|attn2|self_attn|ff|mlp|proj_in|proj_out|resnets|downsamplers|upsamplers|conv_in|conv_out|time_emb)"
-)
+_LAYERS = re.compile(r"attn[12]|self_attn|ff|mlp|(proj|conv)_(in|out)|resnets|(down|up)samplers|time_emb")
 _LORA_KINDS = {"hada": "LoHa", "lokr": "LoKr", "diff": "whole differences"}  # by the beginning of a factor's role
 _METADATA = ("modelspec.title", "modelspec.architecture", "modelspec.trigger_phrase", "ss_base_model_version")
 

@@ -165,7 +165,7 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
 
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
-    """Return the bytes of the networks that a batch needs after its prompts are encoded."""
+    """Return the bytes of the networks after the prompts are encoded."""
     beside = sum(shape.controls) + sum(shape.adapters)
     return sum(model.sources[name].size for name in {"unet", "autoencoder"} & {*model.sources}) + beside
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from .batches import Batch
 from .fingerprints import HASHES, fingerprint, lora_hash, model_hash
 from .lora_tags import write_tag
 from .request import KINDS, Request
-from .sources import map_sources, short_names, split_embedding
+from .sources import PICTURES, map_sources, short_names
 
 _open_part, _open_ip_adapter = cache(open_part), cache(open_ip_adapter)
 
@@ -76,10 +75,7 @@ def read_record(path: str | os.PathLike) -> Record:
 
 
 def for_model(record: Record, requests: Sequence[Request], model: StableDiffusion) -> list[Request]:
-    """Return requests that repeat a picture as the program that recorded it draws with such a model.
-
-    The web UI's clip skip acts on Stable Diffusion 1 alone.
-    """
+    """Return requests that repeat a picture with such a model: the web UI's clip skip acts on Stable Diffusion 1."""
     skip, family = record.arguments.get("clip_skip"), family_of(model.sources["unet"].component.config)
     if record.details or not skip or family is FAMILIES["sd1"]:
         return list(requests)
@@ -232,31 +228,29 @@ def _lora_name(source: str) -> str:
 
 def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -> dict[str, Path]:
     """Return the files that decided an image, by their names in the record: ``names`` stand for paths."""
+    files, half = {}, model.dtype != mx.float32
     parts = [source.component for source in model.sources.values()]
     networks = [(getattr(request, part.name, None) or request.model, part) for part in parts]
     others = [(source, "controlnet") for source, _ in request.controlnet]
     others += [(source, "upscaler") for source in request.upscalers] + [(request.refiner, "unet")]
     for source, kind in (other for other in others if other[0]):
         with suppress(ValueError, OSError):
-            networks.append((source, _open_part(source, kind, float16=model.dtype != mx.float32)))
-    files, encoders = {}, []
+            networks.append((source, _open_part(source, kind, float16=half)))
     for source, _ in request.ip_adapter:
         with suppress(ValueError, OSError):
-            adapter, encoder = _open_ip_adapter(source, float16=model.dtype != mx.float32)
-            networks.append((source, adapter))
-            encoders.append((source, encoder))
-    for source, part in [*networks, *encoders]:
+            networks += [(source, part) for part in _open_ip_adapter(source, float16=half)]
+    for source, part in networks:
         # What is not the file itself, also what lies beside it, is named by its place in a folder or repository.
         file = Path(os.path.expanduser(source))
         name = names.get(source, source)
         files |= {name if path == file else f"{name} {part.name}/{path.name}": path for path in part.files}
-    embeddings = [split_embedding(embedding)[0] for embedding in request.embedding]
-    inputs = [
-        *(path for path in (request.image, request.mask, request.depth) if path),
-        *chain(request.control_image, *request.ip_image, request.ip_mask, embeddings),
-    ]
     files |= {name: path for _, name, path in _loras(request, names)}
-    files |= {names.get(path, path): Path(path).expanduser() for path in inputs}
+
+    def add(field: str, source: str) -> str:
+        files[names.get(source, source)] = Path(source).expanduser()
+        return source
+
+    map_sources(request, add, (*PICTURES, "embedding"))
     if request.tokenizer:
         folder, name = Path(request.tokenizer).expanduser(), names.get(request.tokenizer, request.tokenizer)
         files |= {f"{name} {file}": folder / file for file in VOCABULARY}
@@ -264,10 +258,7 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
 
 
 def _loras(request: Request, names: Mapping[str, str]) -> Iterator[tuple[str, str, Path]]:
-    """Yield (name in a tag, name in the record, file) of the LoRAs of a request.
-
-    The record has "style.safetensors", or for one that a prompt names its place in a folder, "loras people/bob.pt".
-    """
+    """Yield (name in a tag, name in the record, file); the record has a prompt's LoRA as "loras people/bob.pt"."""
     for source, _ in request.lora:
         with suppress(ValueError, OSError):
             yield _lora_name(source), names.get(source, source), locate(source)

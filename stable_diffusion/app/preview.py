@@ -197,7 +197,6 @@ def write_animation(frames: Sequence[Image], path: Path) -> None:
 
 
 def _check_preview(path: str) -> Path:
-    """Return the file or folder for previews; a missing folder is made."""
     path = os.path.expanduser(path)
     if not path.strip() or (Path(path).suffix and not path.endswith(os.sep) and not os.path.isdir(path)):
         return check_output(path)

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora.delta import Scale
 from ..options import NUMBERS as OPTION_NUMBERS
-from ..options import Number, Options, SettingError
+from ..options import Number, Options, SettingError, check_choice
 from ..planning import image_seeds
 from ..text.alternatives import expand as expand_prompt
 from ..text.encode import SizeConditioning
@@ -167,9 +167,7 @@ class Request:
                 # Seeds that are counted on may come above the largest that can be chosen.
                 (_SEED if name == "seed" and self.variant is not None else number).check(name, one)
         for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) is not None and value not in choices:
-                text = f"{name} {value!r} is unknown; choose one of {', '.join(choices)}"
-                raise SettingError(text, name)
+            check_choice(name, getattr(self, name), (None, *choices))
         method = self.hires_upscaler
         adjusts, paints = self.mask_blur or self.mask_padding is not None, self.mask or self.expand
         mistakes = {
@@ -179,7 +177,9 @@ class Request:
             "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
                 self.depth and self.expand
             ),
-            "seamless does not go with mask_padding or detail: a part has edges": self.tiles_a_part,
+            "seamless does not go with mask_padding or detail: a part has edges": (
+                self.options.seamless and (self.mask_padding is not None or self.detail)
+            ),
             f"hires_upscaler {method!r} is unknown; choose latents, pixels or a file": not method.endswith(_METHODS),
             "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
             "detail and refiner do not go together: run one after the other": self.refiner and self.detail,
@@ -202,10 +202,10 @@ class Request:
     # --- records -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], base: "Request | None" = None) -> tuple["Request", list[str]]:
+    def from_dict(cls, record: Mapping[str, Any]) -> tuple["Request", list[str]]:
         """Read a request from plain values by the names of fields and options; returns it and the unknown names.
 
-        ``base`` has the values of all other fields. Raises ValueError for a value of the wrong kind.
+        Raises ValueError for a value of the wrong kind.
         """
         settings = {}
         for name, value in record.items():
@@ -214,7 +214,7 @@ class Request:
                     settings[name] = _converted(value, KINDS[name])
                 except (TypeError, OverflowError):  # a float of hundreds of digits
                     raise SettingError(f"{name} {value!r} is of the wrong kind", name) from None
-        return (cls() if base is None else base).with_values(**settings), sorted(record.keys() - settings.keys())
+        return cls().with_values(**settings), sorted(record.keys() - settings.keys())
 
     def with_values(self, **settings: Any) -> "Request":
         """Return the request with other values of its fields, its options and its sizes."""
@@ -250,14 +250,18 @@ class Request:
         return self.prompt if self.resolved_prompt is None else self.resolved_prompt
 
     @cached_property
-    def text(self) -> str:
-        """Return the prompt for the text encoders: resolved, without the tags of LoRAs."""
-        return TAG.sub("", self.tagged_text)
+    def texts(self) -> tuple[str, str, str | None, str | None]:
+        """Return what the text encoders read, without the tags of LoRAs: the prompt and the negative prompt.
 
-    @cached_property
-    def negative_text(self) -> str:
-        """Return the negative prompt for the text encoders."""
-        return TAG.sub("", self.negative_prompt)
+        Then come those for XL's second text encoder, of which None is that of the first.
+        """
+        texts = self.tagged_text, self.negative_prompt, self.options.prompt_2, self.options.negative_prompt_2
+        return tuple(None if text is None else TAG.sub("", text) for text in texts)
+
+    @property
+    def text(self) -> str:
+        """Return the prompt for the text encoders."""
+        return self.texts[0]
 
     @cached_property
     def prompt_loras(self) -> tuple[tuple[str, Scale], ...]:
@@ -271,24 +275,9 @@ class Request:
         return tuple("\n".join(filter(None, pair)) for pair in pairs)
 
     @property
-    def texts_2(self) -> tuple[str | None, str | None]:
-        """Return the prompt and the negative prompt for XL's second text encoder; None is that of the first."""
-        pair = self.options.prompt_2, self.options.negative_prompt_2
-        return tuple(None if text is None else TAG.sub("", text) for text in pair)
-
-    @property
-    def tiles_a_part(self) -> bool:
-        """Return whether a part of the picture alone would have edges that meet."""
-        return bool(self.options.seamless and (self.mask_padding is not None or self.detail))
-
-    @property
     def upscalers(self) -> set[str]:
         """Return the files of upscaler networks."""
         return {self.upscale, self.hires_upscaler if self.hires else None} - {None, *UPSCALERS}
-
-    def without_texts_2(self) -> "Request":
-        """Return the request for a model with one text encoder."""
-        return self.with_values(prompt_2=None, negative_prompt_2=None)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -299,15 +288,14 @@ class Request:
 
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))
 SIZES = tuple(field.name for field in fields(SizeConditioning))  # the names of XL's size conditioning
-_NOT_RECORDED = {"options", "variant", "size_conditioning", "controls", "latents", "noise"}
+_NOT_RECORDED = {"options", "variant", "size_conditioning", "controls", "image_prompts", "latents", "noise"}
 # The types of the fields and options that are recorded: texts, numbers, truths, and tuples of them.
 KINDS: dict[str, Any] = {
     name: kind
-    for name, kind in (get_type_hints(Request) | get_type_hints(Options) | get_type_hints(SizeConditioning)).items()
-    if name in (*Request.__dataclass_fields__, *_OPTION_NAMES, *SIZES) and name not in _NOT_RECORDED
+    for record in (Request, Options, SizeConditioning)
+    for name, kind in get_type_hints(record).items()
+    if name not in _NOT_RECORDED and not name.startswith("_")
 }
-
-
 # A request has one prompt, and one seed to begin with.
 KINDS |= {"prompt_2": str | None, "negative_prompt_2": str | None, "variation_seed": int | None}
 
@@ -385,13 +373,11 @@ def expand(lines: Sequence[tuple[Request, Sweep]], random: Random | None = None)
 
 
 def _varied(image: Request, number: int) -> Request:
-    """Return the request of an image with its variation seed, if it has a strength of that."""
     options = image.options
     return image.with_values(variation_seed=options.variation_seed + number) if options.variation_strength else image
 
 
 def _drawn(seed: int | None, random: Random) -> int:
-    """Return a seed, a random one for None and -1."""
     return random.getrandbits(32) if seed in (None, -1) else image_seeds(seed, 1)[0]
 
 

@@ -13,13 +13,11 @@ A run takes the next number where any file of another one has its own: after cat
 single image is cat-2.png. A name is taken by the finished file only, so two processes may write into one folder.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 import tempfile
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,13 +32,17 @@ from PIL.Image import Image, frombytes, new
 from ..diffusion.choice import guidance_scale
 from ..images.files import SUFFIXES, WHITE, check_output, save
 from ..images.image import grid
+from ..lora.folders import fold
 from ..pipeline import StableDiffusion
 from .engine import Result
+from .fingerprints import fingerprint
 from .metadata import describe
 from .plots import compare, draw
 from .request import Request
 
 _log = logging.getLogger("stable_diffusion")
+
+Written = dict[str, Any]  # the record of a file, for programs
 
 FIELDS = ("i", "seed", "prompt", "steps", "cfg", "sampler", "width", "height", "model", "date", "time")
 
@@ -69,18 +71,10 @@ class OutputSettings:
 
 
 @dataclass(frozen=True)
-class Written:
-    """Hold what to say of a file: a line for people and a record for programs."""
-
-    line: str
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Made:
     """Hold what is known of an image that has been made; its pixels, where they are needed again."""
 
-    record: dict[str, Any]
+    record: Written
     text: dict[str, str] | None
     image: Image | None
 
@@ -98,9 +92,8 @@ class ResultWriter:
         for i, request in enumerate(requests, start=1):
             model = re.sub(r"\.(safetensors|ckpt)$", "", Path(request.model).name)
             fields = {"i": i, "seed": request.seed, "prompt": request.text, "model": model}
-            chosen = {name: getattr(request, name) for name in ("steps", "cfg", "width", "height")}
-            chosen["sampler"] = request.options.sampler
-            self._fields.append(fields | {name: value for name, value in chosen.items() if value is not None})
+            chosen = {name: value for name in _UNKNOWN if (value := request.value(name)) is not None}
+            self._fields.append(fields | chosen)
         if settings.n_rows > 1 and (settings.no_grid or len(requests) == 1):
             _log.warning("n_rows %d has no effect: there is no grid", settings.n_rows)
         self._outputs = Outputs(settings.output, self._fields, settings.overwrite, began)
@@ -117,19 +110,18 @@ class ResultWriter:
         """
         lowest: list[int] = []
         while True:
-            numbers = self._outputs.free_numbers(self._fields, lowest)
+            numbers = self._outputs.free_numbers(lowest)
             of_all = [json.loads(data) for data in gather(json.dumps(numbers).encode())]
             if of_all.count(numbers) == len(of_all):
                 break
             lowest = [max(of_image) for of_image in zip(*of_all, strict=True)]
         self._outputs.numbers = numbers
 
-    def add(self, result: Result, model: StableDiffusion, number: int | None = None) -> Iterator[Written]:
-        """Write an image. ``model`` is the one of the request, also where a refiner finished the image.
+    def add(self, result: Result, model: StableDiffusion, number: int) -> Iterator[Written]:
+        """Write an image, the given ``number`` of ``requests``.
 
-        ``number`` is that of the image among ``requests``; None is the result's.
+        ``model`` is the one of the request, also where a refiner finished the image.
         """
-        number = result.number if number is None else number
         request, image, settings = result.request, result.image, self._settings
         chosen = result.batch.defaults
         cfg = guidance_scale(request.options.sampler or chosen.sampler, None, chosen.cfg_weight)
@@ -151,8 +143,7 @@ class ResultWriter:
         record |= {"partial": result.partial} if result.partial else {}
         self._made[number] = _Made(record, text, image if self.keeps_images else None)
         if path is not None:
-            ending = f" partial: {result.partial}" if result.partial else ""
-            yield Written(f"{path} seed {request.seed}{ending}", record)
+            yield record
 
     def _withhold(self, number: int, size: tuple[int, int]) -> None:
         """Put a white image without a file in the place of one that is flagged."""
@@ -181,7 +172,7 @@ class ResultWriter:
         """Return an image of this rank in bytes, with all that :meth:`_unpack` needs."""
         made = self._made[number]
         header = {"number": number, "record": made.record, "text": made.text, "size": made.image.size}
-        header |= {"hash": None if number in self.withheld else _hash(made.record["path"])}
+        header |= {"file": {} if number in self.withheld else fingerprint(Path(made.record["path"]))}
         return json.dumps(header).encode() + b"\n" + made.image.tobytes()
 
     def _unpack(self, data: bytes) -> Iterator[Written]:
@@ -194,11 +185,11 @@ class ResultWriter:
             return self._withhold(number, tuple(values["size"]))
         record, text, image = values["record"], values["text"], frombytes("RGB", tuple(values["size"]), pixels)
         self._made[number] = _Made(record, text, image)
-        if values["hash"] is not None and values["hash"] == _hash(record["path"]):
+        if values["file"] and values["file"] == fingerprint(Path(record["path"])):
             return
         mark = record["kind"].replace("image", "")
         record["path"] = str(self._outputs.write(image, record, mark, text=text, quality=self._settings.quality))
-        yield Written(f"{record['path']} seed {record['seed']}", record)
+        yield record
 
     def finish(self) -> Iterator[Written]:
         """Draw the grids: those that compare swept settings, or the grid of several images of one size."""
@@ -218,15 +209,13 @@ class ResultWriter:
                 options = {"text": made[shown[0]].text, "quality": self._settings.quality}
                 path = self._outputs.write(image, made[shown[0]].record, mark, **options)
                 record = {"kind": "grid", "path": str(path), "width": image.width, "height": image.height}
-                yield Written(str(path), record | {"images": [made[i].record["path"] for i in shown]})
+                yield record | {"images": [made[i].record["path"] for i in shown]}
 
 
-def _hash(path: str) -> str | None:
-    """Return the SHA-256 of a file, None where there is none."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return None
+def line_of(record: Written) -> str:
+    """Return what to say of a file to people: its path, and the seed of an image."""
+    line = f"{record['path']} seed {record['seed']}" if "seed" in record else record["path"]
+    return f"{line} partial: {record['partial']}" if "partial" in record else line
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -277,9 +266,9 @@ class Outputs:
         self._began = began or datetime.now()
         self.numbers: Sequence[int] = ()  # of the images, where they were chosen together
         self._written: set[str] = set()
-        images = [_UNKNOWN | dict(fields) for fields in images]
+        self._images = [_UNKNOWN | dict(fields) for fields in images]
         try:
-            paths = [self._path(fields) for fields in images]
+            paths = [self._path(fields) for fields in self._images]
         except ValueError as error:
             raise ValueError(f"the output {output} is no pattern: {error}") from None
         for path in paths if self._is_pattern else [Path(output), *paths]:
@@ -294,27 +283,27 @@ class Outputs:
         self._folder = path.parent
         self._number = 1 if self._is_pattern or overwrite else self._first_free()
 
-    def free_numbers(self, images: Sequence[Mapping[str, Any]], lowest: Sequence[int] = ()) -> list[int]:
+    def free_numbers(self, lowest: Sequence[int] = ()) -> list[int]:
         """Return the first number of each image whose name is free, from ``lowest`` on; of a file, the run's number."""
         if not self._is_pattern:
             self._number = self._first_free(*lowest) if not self._overwrite else 1
             return [self._number]
         numbers, taken = [], set()
-        for fields, first in zip(images, lowest or [1] * len(images), strict=True):
+        for fields, first in zip(self._images, lowest or [1] * len(self._images), strict=True):
             for number in count(first):
-                path = self._path(_UNKNOWN | dict(fields), number=number)
-                if _one_spelling(str(path)) not in taken and (self._overwrite or not os.path.lexists(path)):
+                path = self._path(fields, number=number)
+                if fold(str(path)) not in taken and (self._overwrite or not os.path.lexists(path)):
                     break
             numbers.append(number)
-            taken.add(_one_spelling(str(path)))
+            taken.add(fold(str(path)))
         return numbers
 
     def _first_free(self, lowest: int = 1) -> int:
         """Return the first number of which no run has left a file: a single image would look like another's grid."""
-        stem, suffix = (re.escape(_one_spelling(part)) for part in os.path.splitext(os.path.basename(self._output)))
+        stem, suffix = (re.escape(fold(part)) for part in os.path.splitext(os.path.basename(self._output)))
         of_a_run = re.compile(rf"{stem}(?:-(\d+))?(?:_(?:grid_)?\d+)?(?:_partial)?{suffix}")
         with suppress(OSError):  # a folder that is new, or whose files may not be listed
-            matches = filter(None, (of_a_run.fullmatch(_one_spelling(name)) for name in os.listdir(self._folder)))
+            matches = filter(None, (of_a_run.fullmatch(fold(name)) for name in os.listdir(self._folder)))
             taken = {int(match[1] or 1) for match in matches}
             return next(number for number in count(lowest) if number not in taken)
         return lowest
@@ -344,7 +333,7 @@ class Outputs:
         first = self.numbers[fields["i"] - 1] if is_chosen else self._number
         for number in count(first):
             path = self._path(fields, mark, number)
-            name = _one_spelling(str(path))
+            name = fold(str(path))
             if name in self._written or (not self._overwrite and os.path.lexists(path)):
                 continue
             with suppress(FileExistsError):  # another process was faster
@@ -386,25 +375,24 @@ class _Filler(Formatter):
         return _cut(_UNSAFE.sub("_", text).strip(_EDGES), _LONGEST_FIELD).rstrip(_EDGES) or "_"
 
 
-def _one_spelling(name: str) -> str:
-    """Return a name in the one form of all that mean the same file on a Mac."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
 def _cut(text: str, limit: int) -> str:
-    """Cut text between letters to at most ``limit`` bytes."""
     return text.encode(errors="surrogateescape")[:limit].decode(errors="ignore") if len(text) * 4 > limit else text
 
 
 def _keep(image: Image, name: str, options: Mapping[str, Any]) -> Path | None:
-    """Write an image to the current folder or the temporary one, and return its path."""
     for folder in (os.getcwd, tempfile.gettempdir):
         with suppress(OSError, ValueError):
-            for path in numbered(Path(folder(), name)):
-                with suppress(FileExistsError):
-                    save(image, path, overwrite=False, **options)
-                    return path
+            return save_numbered(image, Path(folder(), name), **options)
     return None
+
+
+def save_numbered(image: Image, path: Path, **options: Any) -> Path:
+    """Write an image, with the first number behind its name that is free; returns its path. See ``numbered``."""
+    for free in numbered(path):
+        with suppress(FileExistsError):
+            save(image, free, overwrite=False, **options)
+            break
+    return free
 
 
 def numbered(path: Path) -> Iterator[Path]:

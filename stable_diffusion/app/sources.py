@@ -20,8 +20,8 @@ from .fingerprints import HASHES, fingerprint
 from .request import UPSCALERS, Request
 
 _NETWORKS = ("model", "refiner", *NETWORKS, "controlnet", "ip_adapter", "lora", "upscale", "hires_upscaler")
-_PICTURES = ("image", "mask", "depth", "control_image", "ip_image", "ip_mask")
-FIELDS = (*_NETWORKS, *_PICTURES, "embedding", "tokenizer", "lora_dir", "wildcards")
+PICTURES = ("image", "mask", "depth", "control_image", "ip_image", "ip_mask")
+FIELDS = (*_NETWORKS, *PICTURES, "embedding", "tokenizer", "lora_dir", "wildcards")
 
 
 def split_embedding(embedding: str) -> tuple[str, str | None]:

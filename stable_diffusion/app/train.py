@@ -190,7 +190,9 @@ class TrainingRun:
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def prepare(self) -> Iterator[tuple[str, int, int]]:
-        """Draw prior pictures, encode the preview's prompt, pictures and captions; yields (what, number done, of)."""
+        """Write the settings, draw prior pictures, encode prompts and pictures; yields (what, number done, of)."""
+        if self.is_first:
+            write_settings(self.request, self.files.settings, resolution=self._side, dtype=self.sd.dtype_name)
         if self.request.drawn_prior is not None:
             yield from self._draw_prior()
             self._prior = self._read_drawn()
@@ -205,7 +207,6 @@ class TrainingRun:
         self._free()
 
     def _drawn(self) -> list[Path]:
-        """Return the paths of the prior pictures that are drawn."""
         return [self.files.prior / f"{seed:04d}.png" for seed in range(self.request.drawn_prior or 0)]
 
     def _read_drawn(self) -> list[Picture]:
@@ -239,10 +240,6 @@ class TrainingRun:
         if not self.is_first:
             save(Image.fromarray(np.asarray(pixels)), path)
 
-    def write_settings(self) -> None:
-        """Write all settings beside the output, see :func:`stable_diffusion.app.training_request.write_settings`."""
-        write_settings(self.request, self.files.settings, resolution=self._side, dtype=self.sd.dtype_name)
-
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     @property
@@ -256,22 +253,22 @@ class TrainingRun:
         if self.is_first and request.overwrite and request.resume is None:
             for state in self.files.states():
                 state.unlink()
-        with LossTable(self.files.table, trainer.step) as self._table:
-            if self.is_first and trainer.step == 0:
-                if request.measure_every:
-                    self._table.write(None, self.measure())
+        self._table = LossTable(self.files.table, trainer.step)
+        if self.is_first and trainer.step == 0:
+            if request.measure_every:
+                self._table.write(None, self.measure())
+            yield from self._preview(stopped)
+        for step in () if processes.any_of(stopped(), self.group) else trainer:
+            if self.is_first:
+                measured = self.measure() if self._is_due(request.measure_every) else None
+                self._table.write(step, measured)
+                yield _event(step, measured)
+                if self._is_due(request.save_every):
+                    yield from self._save_state()
+            if processes.any_of(stopped(), self.group):
+                break
+            if self.is_first and self._is_due(request.preview_every):
                 yield from self._preview(stopped)
-            for step in () if processes.any_of(stopped(), self.group) else trainer:
-                if self.is_first:
-                    measured = self.measure() if self._is_due(request.measure_every) else None
-                    self._table.write(step, measured)
-                    yield _event(step, measured)
-                    if self._is_due(request.save_every):
-                        yield from self._save_state()
-                if processes.any_of(stopped(), self.group):
-                    break
-                if self.is_first and self._is_due(request.preview_every):
-                    yield from self._preview(stopped)
 
     def finish(self) -> Iterator[Event]:
         """Write the LoRA, a checkpoint where the run is not done, and the curve; yields what is written."""
@@ -334,10 +331,5 @@ def _event(step: TrainingStep, measured: float | None) -> Event:
 
 
 def _too_long(sd: StableDiffusion, pictures: Sequence[Picture]) -> list[str]:
-    """Return a line about each caption of which the text encoder reads a part only."""
-    lines = []
-    for picture in pictures:
-        chunks = sd.count_chunks(picture.caption, emphasis="none")
-        if chunks > 1:
-            lines.append(f"{picture.path}: its caption has more than 75 tokens, and the rest is not read; shorten it")
-    return lines
+    paths = [picture.path for picture in pictures if sd.count_chunks(picture.caption, emphasis="none") > 1]
+    return [f"{path}: its caption has more than 75 tokens, and the rest is not read; shorten it" for path in paths]

@@ -3,8 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.whole import new_file
 from ..images.files import open_image, read_text, save
-from ..lora.metadata import describe
+from ..lora.save import describe
 from ..training.trainer import LoRATrainer, TrainingStep
 
 Event = dict[str, Any]  # of a run, as it is printed in JSON; "kind" is step, checkpoint, preview or lora
@@ -25,7 +24,6 @@ SMOOTHING = 0.05  # share of a new loss in the mean that is shown
 _STEPS = "steps"  # keyword of the text in a sheet that names its rows
 
 
-@dataclass(frozen=True)
 class RunFiles:
     """Name the files of a run after its output NAME.safetensors.
 
@@ -33,32 +31,10 @@ class RunFiles:
     generated prior pictures, NAME-000500.state.safetensors a checkpoint.
     """
 
-    lora: Path
-
-    @property
-    def settings(self) -> Path:
-        """Return the path of the resolved settings."""
-        return self.lora.with_suffix(".toml")
-
-    @property
-    def table(self) -> Path:
-        """Return the path of the losses."""
-        return self.lora.with_suffix(".csv")
-
-    @property
-    def curve(self) -> Path:
-        """Return the path of the curve of the losses."""
-        return self.lora.with_name(f"{self.lora.stem}-loss.png")
-
-    @property
-    def sheet(self) -> Path:
-        """Return the path of the previews."""
-        return self.lora.with_suffix(".png")
-
-    @property
-    def prior(self) -> Path:
-        """Return the folder of generated prior pictures."""
-        return self.lora.with_name(f"{self.lora.stem}-prior")
+    def __init__(self, lora: Path):
+        self.lora = lora
+        self.settings, self.table, self.sheet = (lora.with_suffix(suffix) for suffix in (".toml", ".csv", ".png"))
+        self.curve, self.prior = (lora.with_name(f"{lora.stem}{end}") for end in ("-loss.png", "-prior"))
 
     def state(self, step: int) -> Path:
         """Return the path of a checkpoint."""
@@ -82,20 +58,16 @@ class LossTable:
     COLUMNS = ("step", "loss", "learning_rate", "seconds", "measured")
 
     def __init__(self, path: Path, step: int):
-        self.rows: list[list[str]] = []
+        self._path, self.rows = path, []
         if step and path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 rows = [row for row in csv.reader(file) if len(row) == len(self.COLUMNS) and row[0].isdigit()]
             self.rows = [row for row in rows if int(row[0]) <= step]
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        self._writer.writerows([self.COLUMNS, *self.rows])
+        self._write("w", [self.COLUMNS, *self.rows])
 
-    def __enter__(self) -> "LossTable":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+    def _write(self, mode: str, rows: Iterable[Sequence[str]]) -> None:
+        with self._path.open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
     def write(self, step: TrainingStep | None, measured: float | None) -> None:
         """Add a step; None is the measurement before the first one."""
@@ -103,8 +75,7 @@ class LossTable:
         texts = ("" if value is None else f"{value:.6g}" for value in (*values, measured))
         row = ["0" if step is None else str(step.number), *texts]
         self.rows.append(row)
-        self._writer.writerow(row)
-        self._file.flush()
+        self._write("a", [row])
 
     @staticmethod
     def can_draw() -> bool:
@@ -178,7 +149,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def header_texts(trainer: LoRATrainer, trigger: str | None = None, title: str = "") -> dict[str, str]:
-    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.metadata.describe`."""
+    """Return the texts in the header of a LoRA or embedding, see :func:`stable_diffusion.lora.save.describe`."""
     settings, sd, data = trainer.settings, trainer.sd, trainer.data
     pictures, group = data.sets[0].pictures, trainer.group
     texts = describe(

@@ -19,25 +19,22 @@ class TrainingProgress:
         # A launcher reads what processes print, and hands it on to a terminal.
         self._off = None if run.group is None else not run.is_first
         self._bar: tqdm | None = None
-        self._label = ""
         self._mean: float | None = None
         self._measured = ""
 
-    def __enter__(self) -> "TrainingProgress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the bar that is shown."""
         if self._bar is not None:
             self._bar.close()
 
     def prepare(self) -> None:
         """Make the run ready."""
         for label, done, total in self._run.prepare():
-            if label != self._label:
-                self.__exit__()
-                self._bar, self._label = tqdm(total=total, desc=label, disable=self._off, leave=False), label
-            self._bar.update(done - self._bar.n)
-        self.__exit__()
+            if done == 1:
+                self.close()
+                self._bar = tqdm(total=total, desc=label, disable=self._off, leave=False)
+            self._bar.update()
+        self.close()
         total, step = self._run.request.settings.steps, self._run.trainer.step
         self._bar = tqdm(total=total, initial=step, desc="training", disable=self._off, dynamic_ncols=True)
         mx.reset_peak_memory()

@@ -1,7 +1,7 @@
 """What a training is asked for, and what is checked and written of that before anything is computed."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def write_settings(request: TrainingRequest, path: Path, **resolved: Any) -> Non
         return
     left_out = {"settings", "config", "overwrite", "resume"}
     values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in left_out}
-    values |= request.settings.as_dict() | resolved
+    values |= asdict(request.settings) | resolved
     values["device"] = "gpu" if mx.default_device() == mx.gpu else "cpu"
     if request.prior is not None and request.drawn_prior is None:
         values["prior"] = Path(request.prior).expanduser()

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..images.files import check_output, read_text, save
+from ..images.files import check_output, read_text
 from ..upscaling import load_upscaler
-from .results import numbered
+from .results import save_numbered
 
 
 def upscale(paths: Sequence[str], upscaler: str, output: str | None, limit: float) -> Iterator[Path]:
@@ -21,22 +20,17 @@ def upscale(paths: Sequence[str], upscaler: str, output: str | None, limit: floa
     """
     texts = [read_text(path) for path in paths]
     network = load_upscaler(upscaler)
-    places = [_place(Path(path), output, network.scale) for path in paths]
-    if output is not None and len(paths) > 1 and not os.path.isdir(os.path.expanduser(output)):
+    stems = [Path(path).stem for path in paths]
+    if output is None:
+        places = [Path(f"{stem}_x{network.scale}.png") for stem in stems]
+    elif os.path.isdir(place := os.path.expanduser(output)):
+        places = [Path(place, f"{stem}.png") for stem in stems]
+    elif len(paths) > 1:
         raise ValueError(f"the output {output} is one file for {len(paths)} images; give a folder that exists")
+    else:
+        places = [Path(place)]
     for place in places:
         check_output(place)
     for path, place, text in zip(paths, places, texts, strict=True):
         image = network(path, max(limit - mx.get_active_memory(), 0.0))
-        for free in numbered(place):
-            with suppress(FileExistsError):
-                save(image, free, text, overwrite=False)
-                yield free
-                break
-
-
-def _place(path: Path, output: str | None, scale: int) -> Path:
-    output = None if output is None else os.path.expanduser(output)
-    if output is None:
-        return Path(f"{path.stem}_x{scale}.png")
-    return Path(output, f"{path.stem}.png") if os.path.isdir(output) else Path(output)
+        yield save_numbered(image, place, text=text)

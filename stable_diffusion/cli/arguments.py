@@ -23,7 +23,8 @@ from ..unconditional import UnconditionalDiffusion
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
-# A flag without effect is refused where another flag is missing, and remarked where the prompts are the reason.
+# A flag without effect is refused where another flag is missing, here and in the record of --from_image, and remarked
+# where the prompts are the reason.
 _NEEDED = {
     **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end", "control_type"), "controlnet"),
     **dict.fromkeys(("ip_start", "ip_end", "ip_blocks", "ip_mask"), "ip_adapter"),
@@ -119,7 +120,6 @@ def _check(arguments: Mapping[str, Any]) -> None:
 
 
 def _check_needed(script: str, arguments: Mapping[str, Any], base: Request) -> None:
-    """Refuse flags that do nothing without another one, which a record of --from_image may have too."""
     for name in _NEEDED.keys() & arguments.keys():
         needed = _NEEDED[name].split()
         if not any(flag in arguments or (flag in KINDS and base.value(flag)) for flag in needed):
@@ -128,7 +128,6 @@ def _check_needed(script: str, arguments: Mapping[str, Any], base: Request) -> N
 
 
 def _unused(arguments: Mapping[str, Any], lines: Sequence[tuple[Request, Sweep]]) -> Iterator[str]:
-    """Yield remarks on flags that no prompt makes use of."""
     prompts = [text for request, _ in lines for text in (request.prompt, *request.all_text)]
     for name, (mark, example) in _NEEDED_IN_PROMPTS.items():
         if name in arguments and not any(mark in prompt for prompt in prompts):

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
-from ..app.check import Measurement, find_checks, findings, measure
-from ..app.check_networks import SECONDS
+from ..app.check import SECONDS, Measurement, find_checks, findings, measure
 from ..app.memory import set_limits
 from ..models import cpu
 from .parser import Parser

@@ -10,7 +10,7 @@ from ..models import cpu
 from .arguments import line_of
 from .flags import FLAGS
 from .parser import Parser
-from .streams import remark, say
+from .streams import remark, say_if_read
 
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -55,8 +55,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.fail(1, f"the conversion failed ({str(error) or 'out of memory'}); nothing was written")
     except KeyboardInterrupt:
         parser.fail(130, "interrupted; nothing was written")
-    try:
-        say(str(path))
-    except OSError as error:
-        remark(f"stdout cannot be written to ({error.strerror}); {path} is written all the same")
+    say_if_read(str(path), f"{path} is", warn=remark)
     return 0

@@ -11,10 +11,8 @@ _NAMES = {  # ours, or what to do: theirs
     "--width": "W img_width image_width",
     "--height": "H img_height image_height",
     "--width and --height": "size resolution image_size image_dim dims d",
-    "--n_images": (
-        "n_samples num_samples num_images num_images_per_prompt n_iter batch_count iterations number count b "
-        "auto_seeds repeat num_outputs"
-    ),
+    "--n_images": "n_samples num_samples num_images num_images_per_prompt n_iter batch_count iterations number count b "
+    "auto_seeds repeat num_outputs",
     "--batch_size": "bsize bs",
     "--seed": "S rng_seed manual_seed global_seed seeds",
     "--variation_seed": "subseed",
@@ -59,26 +57,21 @@ _NAMES = {  # ours, or what to do: theirs
     "--hires_upscaler": "hr_upscaler",
     "--refiner": "refiner_checkpoint refiner_model",
     "--refiner_start": "refiner_switch_at high_noise_frac",
-    "--model": (
-        "m ckpt checkpoint ckpt_path ckpt_dir checkpoint_path model_path model_id model_name model_dir repo "
-        "repo_id pretrained_model_name_or_path weights sd_version base_model sd_model path"
-    ),
+    "--model": "m ckpt checkpoint ckpt_path ckpt_dir checkpoint_path model_path model_id model_name model_dir repo "
+    "repo_id pretrained_model_name_or_path weights sd_version base_model sd_model path",
     "--unet": "unet_weights unet_path diffusion_model",
     "--vae": "vae_weights vae_path",
     "--text_encoder": "clip_weights clip_l",
     "--text_encoder_2": "clip2_weights clip_g",
-    "--lora FILE:SCALE": (
-        "lora_paths lora_path lora_weights lora_model loras lora_scales lora_scale lora_name lora_repo_id"
-    ),
+    "--lora FILE:SCALE": "lora_paths lora_path lora_weights lora_model loras lora_scales lora_scale lora_name "
+    "lora_repo_id",
     "--lora_dir": "lora_model_dir lora_directory lora_path_dir",
     "--embedding": "embd_dir embeddings embeddings_dir embedding_path textual_inversion",
     "--prediction": "prediction_type parameterization v_parameterization",
     "--unet_bits": "bits load_in_8bit load_in_4bit qtype",
-    "--low_memory": (
-        "low_ram lowram low_vram lowvram medvram medvram_sdxl vae_tiling offload_to_cpu vae_on_cpu "
-        "clip_on_cpu control_net_cpu sliced_attention_size attention_slicing enable_attention_slicing "
-        "enable_model_cpu_offload cpu_offload"
-    ),
+    "--low_memory": "low_ram lowram low_vram lowvram medvram medvram_sdxl vae_tiling offload_to_cpu vae_on_cpu "
+    "clip_on_cpu control_net_cpu sliced_attention_size attention_slicing enable_attention_slicing "
+    "enable_model_cpu_offload cpu_offload",
     "--memory_limit": "mlx_cache_limit_gb cache_limit max_memory",
     "--device gpu": "cuda mps metal gpu",
     "--cpu": "use_cpu",
@@ -93,15 +86,12 @@ _NAMES = {  # ours, or what to do: theirs
     "--preview": "preview_path intermediary_images stepwise_image_output_dir save_intermediates",
     "--preview_every": "preview_interval preview_steps",
     "--preview_vae": "taesd tae",
-    'give the image as the first word: image2image IMAGE "prompt"': (
-        "i I init init_img init_image image image_path img img2img image_paths input input_image"
-    ),
+    'give the image as the first word: image2image IMAGE "prompt"': "i I init init_img init_image image image_path "
+    "img img2img image_paths input input_image",
     "programs differ in what it means; write --n_images or --negative_prompt": "n",
     "programs differ in what it means; write --seed or --steps": "s",
-    "leave it out, memory and speed are decided here": (
-        "turbo unet_bs xformers use_flash_attn flash_attn fa diffusion_fa t opt_sdp_attention "
-        "opt_split_attention threads mmap tracing channels_last"
-    ),
+    "leave it out, memory and speed are decided here": "turbo unet_bs xformers use_flash_attn flash_attn fa "
+    "diffusion_fa t opt_sdp_attention opt_split_attention threads mmap tracing channels_last",
     "leave it out, the model decides it": "config C f laion400m",
     "leave it out, there is no safety checker": "safety_checker disable_safety_checker no_nsfw_filter nsfw_checker",
     "leave it out, images always say how they were made": "metadata save_metadata",

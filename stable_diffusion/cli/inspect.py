@@ -22,16 +22,15 @@ def _lines(report: Report) -> Iterator[str]:
     for name, text in rows:
         start = f"{name:{indent}}"
         if len(name) > _LONGEST_NAME:  # a file: it has lines of its own
-            yield from _wrap(name, _WIDTH)
+            yield from _wrap(name)
             start = "    "
         for line in text.splitlines():
-            for part in _wrap(line, _WIDTH - len(start)) or [""]:
-                yield f"{start}{part}".rstrip()
-                start = " " * len(start)
+            yield from _wrap(line, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+            start = " " * len(start)
 
 
-def _wrap(line: str, width: int) -> list[str]:
-    return textwrap.wrap(line, width, break_on_hyphens=False, replace_whitespace=False)
+def _wrap(line: str, **indents: str) -> list[str]:
+    return textwrap.wrap(line, _WIDTH, break_on_hyphens=False, replace_whitespace=False, **indents)
 
 
 def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -9,9 +9,10 @@ on stdout are complete.
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,34 +27,22 @@ from ..app.preview import PreviewSettings, PreviewWriter
 from ..app.processes import join
 from ..app.progress import ProgressBar
 from ..app.request import Request, expand
-from ..app.results import ResultWriter, Written
+from ..app.results import ResultWriter, Written, line_of
 from ..app.sharing import Ranks
 from ..models import cpu
 from .arguments import Command, read
 from .signals import Stop, signals
-from .streams import open_closed, remark, say, show_log
+from .streams import open_closed, remark, say_if_read, show_log
 
 _log = logging.getLogger("stable_diffusion")
 _progress = _log.getChild("progress")  # what a run does and has taken, for a terminal
 
 
-def txt2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run ``txt2image.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
-    return _run("txt2image", argv, prog)
+def _run(script: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a script with the arguments ``argv`` (None: the process's), alone or as one of several ranks.
 
-
-def image2image(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run ``image2image.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
-    return _run("image2image", argv, prog)
-
-
-def unconditional(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run ``unconditional.py`` with the arguments ``argv`` (None: the process's); returns the exit code."""
-    return _run("unconditional", argv, prog)
-
-
-def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
-    """Carry out a command, alone or as one of several ranks; a mistake shows before its first step."""
+    A mistake shows before its first step. Returns the exit code.
+    """
     open_closed()
     name = prog or Path(sys.argv[0]).name
     with signals(_log.warning) as stop:
@@ -67,6 +56,9 @@ def _run(script: str, argv: Sequence[str] | None, prog: str | None) -> int:
         except KeyboardInterrupt:
             remark(f"{name}: error: interrupted; nothing was done")
             return stop.code or 130
+
+
+txt2image, image2image, unconditional = (partial(_run, name) for name in ("txt2image", "image2image", "unconditional"))
 
 
 def _run_as(ranks: Ranks, stop: Stop, command: Command) -> int:
@@ -186,14 +178,14 @@ class Script:
         _progress.info("%s in %.1f s, %.2f s/step, peak memory: %s", images, seconds, step, memory)
 
     def _generate(self) -> None:
-        """Generate the images that are made here, and write each."""
-        ranks = self._ranks
-        for result in self._results():
+        ranks, steals = self._ranks, self._sharing.share == "steal" and self._ranks.size() > 1
+        order = ranks.take([batch.numbers for batch in self._engine.batches]) if steals else None
+        for result in self._engine.run(self._on_step, order) if self._numbers else ():
             self._unet_peak, self._n_images = self._unet_peak or mx.get_peak_memory(), self._n_images + 1
             self._bar.close()
             if self._model.group is not None and ranks.rank() > 0:
                 continue
-            number = self._numbers[result.number]
+            number = self._numbers[result.batch.numbers[result.index]]
             for written in self._writer.add(result, self._model, number):
                 self._print(written)
             if self._writer.error is None and not result.partial:
@@ -204,12 +196,6 @@ class Script:
         if count := len(self._writer.withheld):
             text = "%d of %d images not written: the safety check flagged them; it errs too, another seed may pass"
             _log.warning(text, count, len(self._numbers))
-
-    def _results(self) -> Iterator[Result]:
-        if not self._numbers:
-            return iter(())
-        steals = self._sharing.share == "steal" and self._ranks.size() > 1
-        return self._engine.run(self._on_step, self._ranks.take(self._engine.numbers) if steals else None)
 
     def _meet(self) -> None:
         """Gather the images and wait for all ranks. Raises ConnectionError where one is lost with some of them."""
@@ -235,8 +221,7 @@ class Script:
         steps = each(lambda batch: batch.request.steps or batch.defaults.num_steps)
         sampler = each(lambda batch: batch.request.options.sampler or batch.defaults.sampler)
         device = "gpu" if mx.default_device() == mx.gpu else "cpu"
-        dtype = str(self._model.dtype).removeprefix("mlx.core.")
-        return f"{batches[0].request.model}, {size}, {steps} steps of {sampler}, {device}, {dtype}"
+        return f"{batches[0].request.model}, {size}, {steps} steps of {sampler}, {device}, {self._model.dtype_name}"
 
     def _on_step(self, step: Step) -> bool:
         if self._ranks.rank() == 0:
@@ -244,27 +229,20 @@ class Script:
         preview = self._previews(step)
         if preview is not None and self._json:
             record = {"kind": "preview", "path": str(preview), "step": step.number, "steps": step.total}
-            self._print(Written("", record))
+            self._print(record)
         return self._stop.is_due or self._writer.error is not None
 
     def _write_animation(self, result: Result) -> None:
         try:
-            numbers = range(result.number - result.index, result.number + 1)  # of the batch
-            is_shown = self._writer.withheld.isdisjoint(self._numbers[number] for number in numbers)
-            path = self._previews.finish(result, is_shown)
+            is_shown = self._writer.withheld.isdisjoint(self._numbers[number] for number in result.batch.numbers)
+            if (path := self._previews.finish(result, is_shown)) is not None:
+                self._print({"kind": "animation", "path": str(path)})
         except OSError as error:
             self._writer.error = self._writer.error or error
-            return
-        if path is not None:
-            self._print(Written(str(path), {"kind": "animation", "path": str(path)}))
 
-    def _print(self, written: Written) -> None:
-        """Print a line on stdout. Nothing of a run is given up because nobody reads it."""
-        try:
-            record = written.record | ({"rank": self._ranks.rank()} if self._ranks.size() > 1 else {})
-            say(json.dumps(record) if self._json else written.line)
-        except OSError as error:
-            _log.warning("stdout cannot be written to (%s); the images are written all the same", error.strerror)
+    def _print(self, record: Written) -> None:
+        rank = {"rank": self._ranks.rank()} if self._ranks.size() > 1 else {}
+        say_if_read(json.dumps(record | rank) if self._json else line_of(record), "the images are")
 
 
 def _lost(missing: Sequence[Request]) -> str:

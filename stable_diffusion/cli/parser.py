@@ -63,13 +63,15 @@ _SCRIPTS = {  # the words of their usage, and what they do
 class Parser(argparse.ArgumentParser):
     """Parse flags that are named with underscores and may be given with hyphens.
 
-    Only flags that are given are in the result. An error begins with ``where`` the arguments come from.
+    Only flags that are given are in the result. An error begins with ``where`` the arguments come from. ``types`` and
+    ``choices`` are those of flags by name.
     """
 
     where = ""
     counterparts: Mapping[str, str] = COUNTERPARTS  # names of flags in other programs -> flags here
 
     def __init__(self, **options: Any) -> None:
+        self.types, self.choices = _TYPES, _CHOICES
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first of a list: --seed -1,5
@@ -77,21 +79,8 @@ class Parser(argparse.ArgumentParser):
             version = f"stable-diffusion-mlx {__version__}"
             self.add_argument("--version", action="version", version=version, help="print the version and leave")
 
-    def add_flags(
-        self,
-        title: str,
-        about: str,
-        flags: Mapping[str, str],
-        *,
-        left_out: Collection[str] = (),
-        types: Mapping[str, Callable[[str], Any]] | None = None,
-        choices: Mapping[str, Sequence] | None = None,
-    ) -> None:
-        """Add a group of flags (usage -> help), except those with the names ``left_out``.
-
-        ``types`` and ``choices`` are by name; None are those of the scripts.
-        """
-        types, choices = _TYPES if types is None else types, _CHOICES if choices is None else choices
+    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str] = ()) -> None:
+        """Add a group of flags (usage -> help), except those with the names ``left_out``."""
         group = None
         for usage, help_text in flags.items():
             words = usage.removesuffix(" ...").split()
@@ -99,10 +88,10 @@ class Parser(argparse.ArgumentParser):
             name = names[0].removeprefix("--")
             if name in left_out:
                 continue
-            options = {"type": types.get(name), "choices": choices.get(name)}
+            options = {"type": self.types.get(name), "choices": self.choices.get(name)}
             if len(words) > len(names):
                 options |= {"metavar": words[-1], "action": "append" if usage.endswith(" ...") else "store"}
-            elif name not in choices:
+            elif name not in self.choices:
                 options = {"action": "store_true"}
             if name in _CONSTANTS:
                 dest, const = _CONSTANTS[name]
@@ -256,9 +245,9 @@ def name(read: Callable[[str], Any], value: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def sampler(value: str) -> str:
-    """Return the name of a sampler, with the schedule that it may name."""
-    name(read_name, value)
+def known(read: Callable[[str], Any], value: str) -> str:
+    """Return a value as it is written, if ``read`` can read it."""
+    name(read, value)
     return value
 
 
@@ -313,12 +302,6 @@ def pictures(value: str) -> tuple[str, ...]:
     return (value,) if os.path.isfile(value) else tuple(value.split(","))
 
 
-def blocks(value: str) -> str:
-    """Return the parts of the UNet that an image prompt acts on."""
-    name(read_scales, value)
-    return value
-
-
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
@@ -340,7 +323,7 @@ _TYPES |= {
     "negative_prompt": text,
     "prompt_2": text,
     "negative_prompt_2": text,
-    "sampler": sampler,
+    "sampler": partial(known, read_name),
     "schedule": partial(name, read_schedule),
     "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
     "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
@@ -348,7 +331,7 @@ _TYPES |= {
     "detail_prompt": text,
     "detail": partial(name, read_places),
     "ip_image": pictures,
-    "ip_blocks": blocks,
+    "ip_blocks": partial(known, read_scales),
     "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
 }
 _SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"

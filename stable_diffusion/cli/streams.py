@@ -8,10 +8,12 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
 
 from ..app.progress import TqdmHandler
+
+_log = logging.getLogger("stable_diffusion")
 
 # Control characters, marks that hide or turn the direction of text, and halves of characters.
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -51,7 +53,7 @@ def show_log(start: str, *, errors_only: bool = False) -> logging.Handler:
     handler = TqdmHandler()
     handler.setFormatter(LineFormatter(f"{start}: %(message)s"))
     handler.setLevel(logging.ERROR if errors_only else logging.NOTSET)
-    logging.getLogger("stable_diffusion").handlers = [handler]
+    _log.handlers = [handler]
     return handler
 
 
@@ -66,20 +68,23 @@ def open_closed() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8", closefd=False))
 
 
-def drop(stream: TextIO) -> None:
-    """Send to nowhere what a stream still holds and gets, or Python complains of it at its end."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def say(text: str, end: str = "\n") -> None:
     """Print on stdout, in its encoding. Raises OSError where that cannot be written to; all that follows is dropped."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(printable(text).encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except OSError:
-        drop(sys.stdout)
+        with suppress(OSError):  # or Python complains at its end of what stdout still holds
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def say_if_read(text: str, what: str, warn: Callable[[str], None] = _log.warning) -> None:
+    """Print on stdout. Nothing is given up because nobody reads it: a warning says that ``what`` is written."""
+    try:
+        say(text)
+    except OSError as error:
+        warn(f"stdout cannot be written to ({error.strerror}); {what} written all the same")
 
 
 def remark(text: str) -> None:

@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -35,7 +35,7 @@ from ..training.settings import TrainingSettings
 from .foreign_flags import TRAINING_COUNTERPARTS
 from .parser import Parser, number, text
 from .signals import Stop, signals
-from .streams import remark, say, show_log
+from .streams import remark, say_if_read, show_log
 
 _log = logging.getLogger("stable_diffusion")
 
@@ -159,10 +159,10 @@ def make_parser(prog: str | None = None) -> Parser:
         description="Train a LoRA: a small file that teaches a model a new thing or style.",
         epilog=_EPILOG,
     )
-    parser.counterparts = TRAINING_COUNTERPARTS
+    parser.types, parser.choices, parser.counterparts = _TYPES, _CHOICES, TRAINING_COUNTERPARTS
     parser.add_argument("pictures", nargs="?", type=text, help="a folder of pictures, best with captions")
     for title, flags in FLAGS.items():
-        parser.add_flags(title, ABOUT[title], flags, types=_TYPES, choices=_CHOICES)
+        parser.add_flags(title, ABOUT[title], flags)
     return parser
 
 
@@ -193,7 +193,7 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
     parser.where = f"{path}: "
     read = vars(parser.parse_args(words))
     parser.where = ""
-    return {key: value for key, value in read.items() if value is not None}
+    return read
 
 
 def request_of(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingRequest:
@@ -241,7 +241,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if run.is_first:
                 for line in describe(run.plan()).splitlines():
                     remark(line)
-                run.write_settings()
             _train(fail, run, stop, "json" in values)
         except (ArithmeticError, ValueError, OSError) as error:
             fail(code, error)
@@ -266,13 +265,13 @@ def _start(
     with ExitStack() as silence:
         for redirect in () if is_first else (redirect_stdout, redirect_stderr):
             silence.enter_context(redirect(StringIO()))
-        given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+        given = vars(parser.parse_args(argv))
     return group, parser.fail if is_first else lambda code, _: sys.exit(code), given
 
 
 def _train(fail: Callable[[int, str], NoReturn], run: TrainingRun, stop: Stop, as_json: bool) -> None:
     """Make a run, and print what it does. What there is of it is saved where it is stopped, diverges or is alone."""
-    with TrainingProgress(run) as progress:
+    with closing(TrainingProgress(run)) as progress:
         progress.prepare()
         stop.is_expected, failure, lost = True, None, False
         try:
@@ -298,11 +297,7 @@ def _train(fail: Callable[[int, str], NoReturn], run: TrainingRun, stop: Stop, a
 
 
 def _print(run: TrainingRun, event: Event, as_json: bool) -> None:
-    """Print what was written, and in JSON each step. Nothing of a run is given up because nobody reads it."""
-    try:
-        if as_json:
-            say(json.dumps(event if run.group is None else {"rank": run.group.rank()} | event))
-        elif event["kind"] == "lora":
-            say(event["path"])
-    except OSError as error:
-        _log.warning("stdout cannot be written to (%s); the files are written all the same", error.strerror)
+    if as_json:
+        say_if_read(json.dumps(event if run.group is None else {"rank": run.group.rank()} | event), "the files are")
+    elif event["kind"] == "lora":
+        say_if_read(event["path"], "the files are")

@@ -1,7 +1,7 @@
 """Brownian motion over sigma, of which other programs take the noise of SDE samplers: that of the library torchsde."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -62,14 +62,3 @@ class BrownianMotion:
 
 def _rounded(time: float) -> float:
     return round(float(np.float32(time)), _DIGITS)
-
-
-def draw_increments(motions: Sequence[BrownianMotion], time: float, later: float, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw unit normal noise [n, *shape] from a motion for each image: its increments, per root of their length.
-
-    Of an image (h, w, C) the values are in the order C, h, w.
-    """
-    height, width, channels = shape
-    images = [one.increment(time, later, math.prod(shape)).reshape(channels, height, width) for one in motions]
-    noise = np.stack(images) / math.sqrt(abs(time - later))
-    return noise.transpose(0, 2, 3, 1).astype(np.float32)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
+
 from ..models.config import listed
-from .limits import Clip, clip_of
 from .multistep import singlestep_orders
 from .samplers import SAMPLERS, Sampler, States
 from .schedule import SCHEDULES, Schedule, Steps
 from .schedule_config import ScheduleConfig
+from .transitions import threshold
 
 # Names in other programs (A1111's web UI, ComfyUI, InvokeAI, stable-diffusion.cpp), as `_key` writes them.
 _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2m"}
@@ -115,7 +118,6 @@ def _scheduler_sampler(config: ScheduleConfig) -> str | None:
 
 
 def _scheduler_options(config: ScheduleConfig) -> dict[str, Any]:
-    """Return the settings of a checkpoint's scheduler as options of its sampler, those that are not None."""
     algorithm, is_unipc = config.algorithm_type or "", config.class_name.startswith("UniPC")
     variant = "bh1" if is_unipc else "heun"  # any other name means the default one
     is_on_noise = algorithm in ("dpmsolver", "sde-dpmsolver", "noise_prediction")
@@ -136,9 +138,17 @@ def describe(config: ScheduleConfig) -> str:
     return listed((config.class_name, *config.missing), most=4)
 
 
-def clip_for(sampler: Sampler, config: ScheduleConfig) -> Clip | None:
-    """Return the limit of x0 in a checkpoint's scheduler, for the sampler that computes it."""
-    return clip_of(config) if _is_own(sampler, config) else None
+def clip_for(sampler: Sampler, config: ScheduleConfig) -> Callable[[mx.array], mx.array] | None:
+    """Return the limit of x0 in a checkpoint's scheduler, for the sampler that computes it: of two the threshold.
+
+    They are meant for pixels in [-1, 1]. UniPC has a threshold only where it predicts x0, as in diffusers.
+    """
+    if not _is_own(sampler, config):
+        return None
+    if config.thresholding and config.predict_x0:
+        return partial(threshold, ratio=config.dynamic_thresholding_ratio, highest=config.sample_max_value)
+    highest = config.clip_sample_range
+    return partial(mx.clip, a_min=-highest, a_max=highest) if config.clip_sample else None
 
 
 def _is_own(sampler: Sampler, config: ScheduleConfig) -> bool:

@@ -12,8 +12,28 @@ from ..models.lllite import ControlNetLLLite, ControlNetwork
 from ..models.unet import Residuals, UNet2DConditionModel
 
 
+class Acting:
+    """Act with a ``scale`` in the steps between ``start`` and ``end``, shares of a run."""
+
+    scale: float
+    start: float
+    end: float
+
+    def check_strength(self, network: str) -> None:
+        """Raise ValueError unless the scale is finite and the shares of the steps are in order."""
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the scale {self.scale} of {network} is not a finite number")
+        if not 0 <= self.start < self.end <= 1:
+            text = f"{network} cannot act from {self.start} to {self.end}"
+            raise ValueError(f"{text}; give shares, 0 <= start < end <= 1")
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Return whether all of a step lies between start and end."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
 @dataclass(frozen=True)
-class Control:
+class Control(Acting):
     """Describe how a ControlNet or T2I-Adapter steers a run.
 
     Args:
@@ -39,7 +59,7 @@ class Control:
     kind: str | int | None = None
 
     def __post_init__(self) -> None:
-        check_strength("a ControlNet", self.scale, self.start, self.end)
+        self.check_strength("a ControlNet")
         if self.guess and isinstance(self.network, T2IAdapter | ControlNetLLLite):
             kind = "T2I-Adapter" if isinstance(self.network, T2IAdapter) else "ControlNet-LLLite"
             raise ValueError(f"a {kind} has no guess mode, since it does not read the prompt; leave it out")
@@ -49,20 +69,7 @@ class Control:
     @property
     def type_number(self) -> int | None:
         """Return the number of the image's kind in a union ControlNet; other networks have none."""
-        is_union = getattr(self.network, "is_union", False)
-        return self.network.config.type_number(self.kind) if is_union else None
-
-    def strength(self, step: int, steps: int) -> float:
-        """Return the scale in a step: 0 where not all of it lies between start and end."""
-        return self.scale if step / steps >= self.start and (step + 1) / steps <= self.end else 0.0
-
-
-def check_strength(network: str, scale: float, start: float, end: float) -> None:
-    """Raise ValueError unless the scale is finite and the shares of the steps are in order."""
-    if not math.isfinite(scale):
-        raise ValueError(f"the scale {scale} of {network} is not a finite number")
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"{network} cannot act from {start} to {end}; give shares, 0 <= start < end <= 1")
+        return self.network.config.type_number(self.kind) if "task_embedding" in self.network else None
 
 
 @dataclass
@@ -72,63 +79,50 @@ class ControlGroup:
     controls: list[Control]
     embedded: list[mx.array | list[mx.array] | dict[str, mx.array]]
 
-    def strengths(self, step: int, steps: int) -> list[float]:
-        """Return the scale of each control in a step."""
-        return [control.strength(step, steps) for control in self.controls]
-
 
 def embed_controls(controls: Sequence[Control], dtype: mx.Dtype) -> list[ControlGroup]:
     """Embed the images of controls whose scale is not 0; those of one union ControlNet form a group.
 
     Raises ValueError where some of a group are in guess mode and others are not.
     """
-    groups: list[ControlGroup] = []
-    for control in (control for control in controls if control.scale != 0):
-        number, embedded = control.type_number, control.network.embed(control.image[None].astype(dtype))
-        same = [group for group in groups if number is not None and group.controls[0].network is control.network]
-        if not same:
-            groups.append(ControlGroup([control], [embedded]))
+    groups: dict[int, ControlGroup] = {}
+    for number, control in enumerate(controls):
+        if control.scale == 0:
             continue
-        if same[0].controls[0].guess != control.guess:
+        group = groups.setdefault(number if control.type_number is None else id(control.network), ControlGroup([], []))
+        group.controls.append(control)
+        group.embedded.append(control.network.embed(control.image[None].astype(dtype)))
+        if group.controls[0].guess != control.guess:
             raise ValueError("the controls of one union ControlNet are all in guess mode, or none; set guess alike")
-        same[0].controls.append(control)
-        same[0].embedded.append(embedded)
-    return groups
+    return list(groups.values())
 
 
-def changed_unet(
-    unet: UNet2DConditionModel, acting: Sequence[tuple[ControlGroup, Sequence[float]]]
-) -> UNet2DConditionModel:
-    """Return the UNet with the inputs that the acting ControlNet-LLLites change; it shares all weights."""
-    for group, scales in acting:
-        if isinstance(network := group.controls[0].network, ControlNetLLLite):
-            unet = network.applied(unet, group.embedded[0], scales[0])
-    return unet
-
-
-def control_outputs(
+def apply_controls(
+    unet: UNet2DConditionModel,
     acting: Sequence[tuple[ControlGroup, Sequence[float]]],
     x: mx.array,
     t: float,
     text_time: tuple[mx.array, mx.array] | None,
     context: Context,
     is_cond: mx.array,
-) -> tuple[Residuals | None, list[mx.array]]:
-    """Return the sums of the ControlNets' residuals and of the adapters' features that a step adds to the UNet.
+) -> tuple[UNet2DConditionModel, Residuals | None, list[mx.array]]:
+    """Return the UNet as ControlNet-LLLites change it, and the sums of residuals and features that a step adds to it.
 
     ``acting`` has groups with the scales of the step. ``x`` [B, h, w, 4] is the UNet's input, without the extra
     channels of some checkpoints. The other arguments are of the same rows, see ``UNet2DConditionModel`` and
-    ``GuidanceBatch``.
+    ``GuidanceBatch``. The changed UNet shares all weights.
     """
     residuals: Residuals | None = None
     features: list[mx.array] = []
     for group, scales in acting:
         first, embedded, scale = group.controls[0], group.embedded[0], scales[0]
         network, added = first.network, None
+        if isinstance(network, ControlNetLLLite):
+            unet = network.applied(unet, embedded, scale)
+            continue
         if isinstance(network, T2IAdapter):
             scaled = [scale * feature for feature in embedded]
             features = _sums(features, scaled) if features else scaled
-        if isinstance(network, T2IAdapter | ControlNetLLLite):
             continue
         if first.type_number is not None:  # one scale is on the residuals, several are on the images
             numbers = [control.type_number for control in group.controls]
@@ -140,7 +134,7 @@ def control_outputs(
             of_cond = is_cond.astype(x.dtype)[:, None, None, None]
             down, middle = [of_cond * residual for residual in down], of_cond * middle
         residuals = (_sums(residuals[0], down), residuals[1] + middle) if residuals else (down, middle)
-    return residuals, features
+    return unet, residuals, features
 
 
 def _sums(first: Sequence[mx.array], second: Sequence[mx.array]) -> list[mx.array]:

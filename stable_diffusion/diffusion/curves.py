@@ -71,7 +71,6 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 
 def _ramp(count: int) -> list[float]:
-    """Return ``count`` even numbers from 0 to 1; a single one is 0."""
     return [i / (count - 1) for i in range(count)] if count > 1 else [0.0]
 
 

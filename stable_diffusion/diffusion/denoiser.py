@@ -15,13 +15,12 @@ from ..models.layers import Context
 from ..models.lllite import ControlNetLLLite
 from ..models.unet import UNet2DConditionModel, find_attentions
 from .choice import clip_for
-from .controls import Control, changed_unet, control_outputs, embed_controls
+from .controls import Control, apply_controls, embed_controls
 from .guidance import GuidanceBatch
 from .image_prompts import ImagePrompt
-from .limits import clipped
-from .preconditioning import Preconditioning
 from .samplers import Sampler
 from .schedule import Schedule, Sigma, Steps
+from .schedule_config import ScheduleConfig
 
 DenoiseStep = Callable[[mx.array, float, int], mx.array]  # D, and the sampler's step in which it is evaluated
 
@@ -41,13 +40,10 @@ class Denoiser:
     """Estimate the clean latents from noisy ones: D(x, sigma), with guidance and controls, for one run.
 
     Args:
-        unet: the network.
-        schedule: the noise levels that it was trained on.
-        steps: the run.
         dtype: type in which the networks compute.
         batches: from ``guidance_batches``.
-        controls: ControlNets and T2I-Adapters; each embeds its image once.
-        image_prompts: pictures that cross-attention reads beside the prompt, with their tokens.
+        controls: each embeds its image once.
+        image_prompts: with their tokens.
         rows_at_once: run at most this number of rows of a batch at once, part after part, which takes less memory.
         deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
             only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
@@ -76,7 +72,6 @@ class Denoiser:
         group: mx.distributed.Group | None = None,
     ):
         self._unet, self._schedule, self._steps, self._dtype = unet, schedule, steps, dtype
-        self._preconditioning = Preconditioning.of(schedule.config)
         self._unet_options = unet_options or {}
         self._controls, self._image_prompts = embed_controls(controls, dtype), image_prompts
         merges = self._unet_options.get("tome_ratio", 0)
@@ -106,7 +101,7 @@ class Denoiser:
                 part.context, part.images = self._read_by(part.rows)
             self._current = next(entry for entry in self._batches if step in entry[0].steps)
         batch, parts = self._current
-        x_in = self._preconditioning.scale_input(x, sigma).astype(self._dtype)
+        x_in = (x / math.sqrt(sigma**2 + self._schedule.config.data_variance)).astype(self._dtype)
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
             if self._rows_at_once is not None and outputs:
@@ -118,11 +113,9 @@ class Denoiser:
         if len(output) < len(batch.images):
             gather = getattr(self._group, "all_gather", partial(mx.distributed.all_gather, group=self._group))
             output = gather(output)
-        prediction = batch.combine(output.astype(mx.float32))
-        return self._preconditioning.to_x0(prediction, x, sigma)
+        return to_x0(self._schedule.config, batch.combine(output.astype(mx.float32)), x, sigma)
 
     def _read_by(self, rows: GuidanceBatch) -> tuple[Context, list[ImageTokens]]:
-        """Return what cross-attention reads for some rows: the prompts, and the tokens of each image prompt."""
         conditioning = rows.conditioning
         context = Context(conditioning.context, conditioning.v_context, rows.is_perturbed, self._perturbed)
         return context, [prompt.of_rows(rows, self._unet, self._dtype) for prompt in self._image_prompts]
@@ -138,28 +131,37 @@ class Denoiser:
         rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.c_noise(sigma)
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
         temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
-        prompts = zip(self._image_prompts, part.images, strict=True)
-        part.context.images = [tokens for prompt, tokens in prompts if prompt.acts(step, len(self._steps))]
-        residuals, features, cache = None, (), None
-        groups = [(group, group.strengths(step, len(self._steps))) for group in self._controls]
+        count, prompts = len(self._steps), zip(self._image_prompts, part.images, strict=True)
+        part.context.images = [tokens for prompt, tokens in prompts if prompt.acts(step, count)]
+        unet, residuals, features, cache = self._unet, None, (), None
+        groups = [(group, [one.scale * one.acts(step, count) for one in group.controls]) for group in self._controls]
         if acting := [(group, scales) for group, scales in groups if any(scales)]:
             inputs = x, timestep, text_time, part.context, rows.is_cond
-            residuals, features = control_outputs(acting, *inputs)
+            unet, residuals, features = apply_controls(unet, acting, *inputs)
         if self._deep_cache > 1:
             if step - part.full_step >= self._deep_cache:  # a full step fills an empty list
                 part.full_step, part.maps = step, []
             cache = part.maps
         if conditioning.channels is not None:
             x = mx.concatenate([x, conditioning.channels.astype(x.dtype)], axis=-1)
-        return changed_unet(self._unet, acting)(
-            x,
-            temb,
-            part.context,
-            residuals=residuals,
-            features=features,
-            cache=cache,
-            **self._unet_options,
-        )
+        added = {"residuals": residuals, "features": features, "cache": cache}
+        return unet(x, temb, part.context, **added, **self._unet_options)
+
+
+def to_x0(config: ScheduleConfig, output: mx.array, x: mx.array, sigma: float) -> mx.array:
+    """Return D, the clean latents, from a network's output for ``x = x0 + sigma * noise`` (Karras et al. 2022).
+
+    "epsilon" is the noise (Ho et al. 2020), "v_prediction" is ``(noise - sigma * x0) / sqrt(sigma^2 + 1)`` (Salimans &
+    Ho 2022), "sample" is x0 itself. A model of EDM, with ``sigma_data``, means by "epsilon" the negative of its v.
+    """
+    if config.prediction_type == "sample":
+        return output
+    if config.prediction_type == "epsilon" and config.sigma_data is None:
+        return x - sigma * output
+    variance = sigma**2 + config.data_variance
+    c_out = sigma * math.sqrt(config.data_variance) / math.sqrt(variance)
+    sign = 1 if config.prediction_type == "epsilon" else -1
+    return x / (variance / config.data_variance) + sign * c_out * output
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,13 @@ def inpainting(denoise: DenoiseStep, mask: InpaintMask) -> DenoiseStep:
 
 def for_sampler(denoise: DenoiseStep, sampler: Sampler, schedule: Schedule) -> DenoiseStep:
     """Wrap D as a sampler needs it: limited as in the checkpoint's scheduler, and as a consistency model."""
-    clip = clip_for(sampler, schedule.config)
-    if clip is not None and "clip" not in sampler.option_names:  # DDIM limits x0 itself
-        denoise = clipped(denoise, clip)
-    return consistency(denoise, schedule) if sampler.consistency else denoise
+    clip = None if "clip" in sampler.option_names else clip_for(sampler, schedule.config)  # DDIM limits x0 itself
+
+    def limited(x: mx.array, sigma: float, step: int = 0) -> mx.array:
+        x0 = denoise(x, sigma, step)
+        return x0 if clip is None else clip(x0)
+
+    return consistency(limited, schedule) if sampler.consistency else limited
 
 
 def consistency(denoise: DenoiseStep, schedule: Schedule) -> DenoiseStep:

@@ -5,7 +5,7 @@ with the polynomials of the Cephes library, fused as processors of x86 with AVX2
 torch for other processors take the functions of their C library, and differ by up to 2e-6.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -87,7 +87,6 @@ def _polynomial(x: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    """Return the logarithm of positive float32 values."""
     fraction, exponent = np.frexp(x)
     is_low = fraction < _FLOAT(np.sqrt(0.5))
     fraction, exponent = np.where(is_low, 2 * fraction, fraction) - 1, (exponent - is_low).astype(_FLOAT)
@@ -146,12 +145,13 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarr
     return [a, b, c, d]
 
 
+Source = Callable[[int], np.ndarray]  # returns a number of values
 GENERATORS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 NOISE_SOURCES = ("mlx", *GENERATORS)
 
 
-def draw(generators: Sequence[TorchGenerator | CudaGenerator], shape: tuple[int, ...]) -> np.ndarray:
-    """Draw unit normal noise [n, *shape] with a generator for each image: of (h, w, C) values in the order C, h, w."""
+def draw(sources: Sequence[Source], shape: tuple[int, ...]) -> np.ndarray:
+    """Draw noise [n, *shape] from a source for each image, which returns as many values: those of C, h, w in order."""
     height, width, channels = shape
-    images = [one.normal(channels * height * width).reshape(channels, height, width) for one in generators]
+    images = [source(channels * height * width).reshape(channels, height, width) for source in sources]
     return np.stack(images).transpose(0, 2, 3, 1)

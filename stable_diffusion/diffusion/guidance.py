@@ -61,10 +61,9 @@ class GuidanceBatch:
         return mx.stack([guided, _weighted_sums(self.uncond_weights, outputs)])
 
     def _guided(self, outputs: mx.array) -> mx.array:
-        """Combine the outputs with ``weights``, and rescale them.
+        """Combine the outputs with ``weights``, and rescale them (Lin et al. 2024, eq. 15 and 16).
 
-        ``rescale`` is phi of Lin et al. 2024, eq. 15 and 16: the guided prediction, brought back to the standard
-        deviation of the conditional one, has this share of the result.
+        The share ``rescale`` of the result has the standard deviation of the conditional prediction.
         """
         if self.weights is None:
             return outputs
@@ -84,9 +83,7 @@ def _weighted_sums(weights: mx.array, outputs: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class _Row:
-    """Hold one row of a batch: the ``index`` of its conditioning, its image and its weights."""
-
-    index: int
+    index: int  # of its conditioning
     image: int
     weight: float
     uncond_weight: float = 0.0
@@ -119,7 +116,7 @@ def guidance_batches(
         uncond_image: conditioning without prompt and image, for ``image_guidance`` (Brooks et al. 2023, eq. 3):
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
         interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
-        rescale: see :meth:`GuidanceBatch.combine`; 0 is off, and so it is without a ``negative`` conditioning.
+        rescale: see :meth:`GuidanceBatch._guided`; 0 is off, and so it is without a ``negative`` conditioning.
         pag_scale: perturbed-attention guidance (Ahn et al. 2024) adds ``pag_scale * (positive - perturbed)``; 0 is off.
         keeps_uncond: combine the outputs also into the unconditional ones, those of the ``negative`` conditioning.
         steps_before: steps that another model has made of the same run; prompts that change count them too.
@@ -156,16 +153,9 @@ def _alike(
 
 
 def _rows(
-    image: int,
-    cond: Weighted,
-    *unconds: Weighted,
-    scales: tuple[float, float, float] | None,
-    rescales: bool,
+    image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float, float] | None, rescales: bool
 ) -> list[_Row]:
-    """Weigh the rows of an image, those of the prompt first.
-
-    ``scales`` are those of text, image and perturbed attention; None is no guidance.
-    """
+    """Weigh the rows of an image by the ``scales`` of text, image and perturbed attention; None is no guidance."""
     guidance, image_guidance, pag_scale = scales or (1.0, 1.0, 0.0)
     if scales is None or not unconds:
         guidance, cond = 1.0, _mean(cond)
@@ -181,7 +171,6 @@ def _rows(
 
 
 def _mean(rows: Weighted) -> Weighted:
-    """Scale the weights of rows to a sum of 1."""
     total = sum(weight for _, weight in rows)
     if abs(total) < 1e-6:
         raise ValueError(

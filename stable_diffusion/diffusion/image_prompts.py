@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..models.ip_adapter import ImageTokens, IPAdapter
 from ..models.unet import UNet2DConditionModel, attentions, find_attentions
-from .controls import check_strength
+from .controls import Acting
 from .guidance import GuidanceBatch
 
 Tokens = tuple[mx.array, mx.array]
@@ -33,7 +33,7 @@ def read_scales(text: str) -> Mapping[str, float] | str:
 
 
 @dataclass(frozen=True)
-class ImagePrompt:
+class ImagePrompt(Acting):
     """Describe how a picture acts in a run, beside the prompt; several add up.
 
     Args:
@@ -62,7 +62,7 @@ class ImagePrompt:
     tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
-        check_strength("an IP-Adapter", self.scale, self.start, self.end)
+        self.check_strength("an IP-Adapter")
         if self.image is None and self.tokens is None:
             raise ValueError("an image prompt needs a picture: ImagePrompt(adapter, image)")
         if self.mask is not None and getattr(self.mask, "ndim", 0) != 2:
@@ -84,10 +84,6 @@ class ImagePrompt:
             return self
         tokens, negative = encode(self.adapter, self.image)
         return replace(self, image=None, tokens=(tokens.flatten(0, 1)[None], negative))
-
-    def acts(self, step: int, steps: int) -> bool:
-        """Return whether all of a step lies between start and end."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
 
     def layers(self, unet: UNet2DConditionModel) -> dict[int, tuple[nn.Linear, nn.Linear, float]]:
         """Return the projections and the scale of each cross-attention in which the picture has an effect, by number.

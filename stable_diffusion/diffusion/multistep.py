@@ -354,6 +354,5 @@ def er_sde(
 
 
 def _prediction(denoise: Denoise, x: mx.array, sigma: float, predict_x0: bool) -> mx.array:
-    """Return D, or the noise in x."""
     x0 = denoise(x, sigma)
     return x0 if predict_x0 else (x - x0) / sigma

@@ -2,18 +2,18 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..models import cpu
 from ..models.resample import resample
-from .brownian import BrownianMotion, draw_increments
+from .brownian import BrownianMotion
 from .denoiser import DenoiseStep, InpaintMask
-from .generators import GENERATORS, CudaGenerator, TorchGenerator, draw
+from .generators import GENERATORS, Source, draw
 from .samplers import Noise, Sampler
 from .schedule import Schedule, Steps
 from .transitions import guided_and_uncond
@@ -58,32 +58,30 @@ class Run:
     variation_seeds: tuple[int, ...] = ()
     variation_strength: float = 0.0
 
+    def _sources_of(self, seeds: Sequence[int]) -> list[Source]:
+        return [GENERATORS[self.noise_source](seed).normal for seed in seeds]
+
     @cached_property
-    def _generators(self) -> list[TorchGenerator | CudaGenerator]:
-        return [GENERATORS[self.noise_source](seed) for seed in self.seeds]
+    def _sources(self) -> list[Source]:
+        return self._sources_of(self.seeds)
 
     @property
     def _step_seeds(self) -> list[int]:
         return [(seed + self.eta_noise_seed_delta) % 2**64 for seed in self.seeds]
 
     @cached_property
-    def _step_generators(self) -> list[TorchGenerator | CudaGenerator]:
-        if not self.eta_noise_seed_delta:
-            return self._generators
-        return [GENERATORS[self.noise_source](seed) for seed in self._step_seeds]
+    def _step_sources(self) -> list[Source]:
+        return self._sources_of(self._step_seeds) if self.eta_noise_seed_delta else self._sources
 
     def initial_noise(self, shape: tuple[int, ...]) -> mx.array:
         """Draw unit-normal noise [n, *shape], float32."""
         if self.latents is not None:
             return self.latents.astype(mx.float32)
-        if self.noise_source != "mlx":
-            others = [GENERATORS[self.noise_source](seed) for seed in self.variation_seeds]
-            noises = [mx.array(draw(generators, shape)) for generators in (self._generators, others) if generators]
+        if self.noise_source == "mlx":
+            noises = [_mlx_noise(seeds, 0, 0, shape) for seeds in (self.seeds, self.variation_seeds) if seeds]
         else:
-            noises = []
-            for seeds in filter(None, (self.seeds, self.variation_seeds)):
-                keys = [mx.random.split(mx.random.key(seed))[0] for seed in seeds]
-                noises.append(mx.stack([mx.random.normal(shape, key=key) for key in keys]))
+            both = self._sources, self._sources_of(self.variation_seeds)
+            noises = [mx.array(draw(sources, shape)) for sources in both if sources]
         return noises[0] if len(noises) == 1 else slerp(*noises, self.variation_strength)
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
@@ -93,11 +91,9 @@ class Run:
         elif self.noise_source in self.sampler.brownian:
             noise = self._brownian_noise(step, shape[1:])
         elif self.noise_source != "mlx":
-            noise = mx.array(draw(self._step_generators, shape[1:]))
+            noise = mx.array(draw(self._step_sources, shape[1:]))
         else:
-            counter = mx.array([0, step], dtype=mx.uint32)
-            keys = [mx.random.split(mx.random.key(seed))[1] + counter for seed in self._step_seeds]
-            noise = mx.stack([mx.random.normal(shape[1:], key=key) for key in keys])
+            noise = _mlx_noise(self._step_seeds, 1, step, shape[1:])
         return self.s_noise * noise
 
     @cached_property
@@ -112,12 +108,20 @@ class Run:
         step, part = divmod(number, self.sampler.evaluations)
         sigma, target = self.steps.sigmas[step : step + 2]
         ratio = (target / sigma) ** (1 / self.sampler.evaluations)
-        return mx.array(draw_increments(self._motions, sigma * ratio**part, sigma * ratio ** (part + 1), shape))
+        start, end = sigma * ratio**part, sigma * ratio ** (part + 1)
+        noise = draw([partial(motion.increment, start, end) for motion in self._motions], shape)
+        return mx.array(noise / math.sqrt(abs(start - end)), dtype=mx.float32)
 
     def pass_encoding(self, shape: tuple[int, ...]) -> None:
         """Draw what diffusers draws with torch to encode an image; here its latents are the mean of their posterior."""
         if self.noise_source == "torch":
-            draw(self._generators, shape)
+            draw(self._sources, shape)
+
+
+def _mlx_noise(seeds: Sequence[int], stream: int, step: int, shape: tuple[int, ...]) -> mx.array:
+    """Draw noise [n, *shape] from one of two random streams of each seed."""
+    keys = [mx.random.split(mx.random.key(seed))[stream] + mx.array([0, step], dtype=mx.uint32) for seed in seeds]
+    return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
 
 def slerp(a: mx.array, b: mx.array, share: float) -> mx.array:

@@ -36,18 +36,7 @@ from .multistep import (
     sa_solver,
     unipc,
 )
-from .transitions import (
-    Denoise,
-    Noise,
-    Sigmas,
-    States,
-    ancestral,
-    churned,
-    guided_and_uncond,
-    noised,
-    relabel,
-    toward,
-)
+from .transitions import Denoise, Noise, Sigmas, States, ancestral, churned, guided_and_uncond, noised, relabel, toward
 
 
 def euler(

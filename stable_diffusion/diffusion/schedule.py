@@ -1,4 +1,4 @@
-"""The noise schedule: betas -> sigma table, the steps of a run, and sigma <-> t. Python floats, no arrays.
+"""The noise schedule: betas -> sigma table, the steps of a run, and sigma <-> t. Runs are Python floats, no arrays.
 
 A noisy latent is ``x = x0 + sigma * noise`` (Karras et al. 2022). A model trained on ``sqrt(a) * x0 + sqrt(1 - a) *
 noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with ``a`` the cumulative product of
@@ -6,12 +6,12 @@ noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with
 """
 
 import math
-import operator
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
+
+import numpy as np
 
 from .curves import CURVES, TABLES, log_linear
 from .schedule_config import SPACINGS, ScheduleConfig
@@ -84,7 +84,6 @@ class Sigma(float):
     timestep: float
 
     def __new__(cls, sigma: float, step: int = 0, timestep: float = 0.0) -> "Sigma":
-        """Make the level ``sigma`` of one step."""
         self = super().__new__(cls, sigma)
         self.step, self.timestep = step, timestep
         return self
@@ -139,13 +138,13 @@ class Schedule:
         if self.is_edm:
             self.sigmas = tuple(log_linear((config.sigma_min, config.sigma_max), config.num_train_timesteps))
         else:
-            self.alphas_cumprod = tuple(_alphas_cumprod(config))
-            complements = array("f", (1 - a for a in self.alphas_cumprod))
-            pairs = zip(self.alphas_cumprod, complements, strict=True)
-            odds = array("f", (b / a if a > 0 else _INFINITE**2 for a, b in pairs))
-            self.sigmas = tuple(array("f", map(math.sqrt, odds)))
+            products = _alphas_cumprod(config)
+            odds = np.full_like(products, _INFINITE**2)
+            with np.errstate(over="ignore"):
+                np.divide(1 - products, products, out=odds, where=products > 0)
+            self.alphas_cumprod, self.sigmas = tuple(products.tolist()), tuple(np.sqrt(odds).tolist())
         self._finite = tuple(_CAPPED if sigma == _INFINITE else sigma for sigma in self.sigmas)
-        self._logs = tuple(array("f", map(math.log, self._finite)))
+        self._logs = _rounded(map(math.log, self._finite))
         clipped = -math.inf if config.lambda_min_clipped is None else config.lambda_min_clipped
         self._last = config.num_train_timesteps - sum(-log < clipped for log in self._logs)  # that runs may start at
 
@@ -309,7 +308,7 @@ class Schedule:
         else:
             ratio = (last - 1) / (points - 1) if points > 1 else 0.0
             ascending = [i * ratio for i in range(points - 1)] + [float(last - 1) if points > 1 else 0.0]
-            ascending = [float(round(t)) for t in ascending] if rule.integer_linspace else list(array("f", ascending))
+            ascending = [float(round(t)) for t in ascending] if rule.integer_linspace else _rounded(ascending)
         return ascending[points - count :][::-1]
 
     def _run_along(self, schedule: str, count: int, rule: SpacingRule, ends: tuple[float, float]) -> Steps:
@@ -349,33 +348,34 @@ class Schedule:
         return Steps((*map(Sigma, sigmas, range(count), timesteps), end), count, stride)
 
 
-def _alphas_cumprod(config: ScheduleConfig) -> array:
+def _rounded(values: Iterable[float]) -> list[float]:
+    return np.array(list(values), np.float32).tolist()
+
+
+def _alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     """Return the cumulative products of 1 - beta, in float32 with a float64 accumulator as in training."""
     count, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
     if config.trained_betas is not None:
-        betas = array("f", config.trained_betas)
+        betas = np.array(config.trained_betas, np.float32)
     elif config.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17, with beta capped at 0.999
         curve = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        betas = array("f", (min(1 - b / a, 0.999) for a, b in pairwise(curve)))
+        betas = np.array([min(1 - b / a, 0.999) for a, b in pairwise(curve)], np.float32)
     else:
         scaled = config.beta_schedule == "scaled_linear"  # even roots of beta (Rombach et al. 2022)
-        first, last = array("f", map(math.sqrt, ends) if scaled else ends)
+        first, last = _rounded(map(math.sqrt, ends) if scaled else ends)
         # From both ends to the middle, as the training code's linspace rounds.
-        step, half = array("f", [(last - first) / max(count - 1, 1)])[0], max(count // 2, 1)
-        even = array("f", (first + step * i if i < half else last - step * (count - 1 - i) for i in range(count)))
-        betas = array("f", (root * root for root in even)) if scaled else even
-    products = array("f", accumulate(array("f", (1 - beta for beta in betas)), operator.mul))
+        (step,), i = _rounded([(last - first) / max(count - 1, 1)]), np.arange(count)
+        even = np.where(i < max(count // 2, 1), first + step * i, last - step * (count - 1 - i)).astype(np.float32)
+        betas = even**2 if scaled else even
+    products = np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
     return _zero_terminal_snr(products) if config.rescale_betas_zero_snr else products
 
 
-def _zero_terminal_snr(products: array) -> array:
+def _zero_terminal_snr(products: np.ndarray) -> np.ndarray:
     """Rescale cumulative products: their roots start where they did and end in 0 (Lin et al. 2024, algorithm 1)."""
-    roots = array("f", map(math.sqrt, products))
-    shifted = array("f", (root - roots[-1] for root in roots))
-    factor = array("f", [roots[0] / shifted[0]])[0]
-    rescaled = array("f", (root * factor for root in shifted))
-    squares = array("f", (root * root for root in rescaled))
-    ratios = array("f", (b / a for a, b in pairwise(squares)))
-    # Through betas and back, as the schedulers do: two more roundings.
-    betas = array("f", (1 - a for a in (squares[0], *ratios)))
-    return array("f", accumulate(array("f", (1 - beta for beta in betas)), operator.mul))
+    roots = np.sqrt(products)
+    shifted = roots - roots[-1]
+    squares = (shifted * (float(roots[0]) / float(shifted[0]))) ** 2
+    ratios = [b / a for a, b in pairwise(squares.tolist())]
+    betas = 1 - np.array([squares[0], *ratios], np.float32)  # and back, as the schedulers do: two more roundings
+    return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)

@@ -24,60 +24,37 @@ _NOISE_SETTINGS: Mapping[str, tuple] = {
 # another class's values as its only one. An absent setting is one of the values, or in _CLASS_DEFAULTS.
 _THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False, True)}
 _CLIPPED = _THRESHOLDED | {"clip_sample": (False, True)}
-_SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
-_DPM_SOLVER: Mapping[str, tuple] = _THRESHOLDED | {
-    "solver_order": (1, 2, 3),
-    "solver_type": _SOLVER_TYPES,
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "deis"),
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
+_SOLVER = _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")}
+_VARIANCES = {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")}
+_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "deis", "dpmsolver", "sde-dpmsolver")
 _EDM: Mapping[str, tuple] = {"sigma_schedule": ("karras", "exponential")}
 _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "DDIMScheduler": _CLIPPED,
-    "DDPMScheduler": _CLIPPED | {"variance_type": _DPM_SOLVER["variance_type"]},
-    "DEISMultistepScheduler": _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": _SOLVER_TYPES},
-    "DPMSolverMultistepScheduler": _DPM_SOLVER | {"algorithm_type": (*_DPM_SOLVER["algorithm_type"], "sde-dpmsolver")},
-    "DPMSolverSinglestepScheduler": _DPM_SOLVER,
-    "EDMDPMSolverMultistepScheduler": _THRESHOLDED
-    | _EDM
-    | {
-        "solver_order": (1, 2, 3),
-        "solver_type": _SOLVER_TYPES,
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-    },
+    "DDPMScheduler": _CLIPPED | _VARIANCES,
+    "DEISMultistepScheduler": _SOLVER,
+    "DPMSolverMultistepScheduler": _SOLVER | _VARIANCES | {"algorithm_type": _ALGORITHMS},
+    "DPMSolverSinglestepScheduler": _SOLVER | _VARIANCES | {"algorithm_type": _ALGORITHMS[:4]},
+    "EDMDPMSolverMultistepScheduler": _SOLVER | _EDM | {"algorithm_type": _ALGORITHMS[:3]},
     "EDMEulerScheduler": _EDM,
     "EulerDiscreteScheduler": {"interpolation_type": ("linear", "log_linear")},
     "HeunDiscreteScheduler": {"clip_sample": (False, True)},
     "LCMScheduler": _CLIPPED,
     "SASolverScheduler": _THRESHOLDED
-    | {
-        "predictor_order": (1, 2, 3, 4),
-        "corrector_order": (1, 2, 3, 4),
-        "tau_func": (),
-        "algorithm_type": ("data_prediction", "noise_prediction"),
-        "variance_type": _DPM_SOLVER["variance_type"],
-    },
-    "UniPCMultistepScheduler": _THRESHOLDED
-    | {
-        "solver_order": (1, 2, 3, 4),
-        "solver_type": _SOLVER_TYPES,
-        "solver_p": (),
-    },
+    | _VARIANCES
+    | dict.fromkeys(("predictor_order", "corrector_order"), (1, 2, 3, 4))
+    | {"tau_func": (), "algorithm_type": ("data_prediction", "noise_prediction")},
+    "UniPCMultistepScheduler": _SOLVER | {"solver_order": (1, 2, 3, 4), "solver_p": ()},
 }
 
 # Settings of where the steps lie, and the classes that read them.
 _DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 _OF_EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 _PLACEMENT: Mapping[str, tuple[str, ...]] = {
-    "interpolation_type": ("EulerDiscreteScheduler",),
     "lambda_min_clipped": (*_DPM, "SASolverScheduler"),
-    "sigma_max": ("EulerDiscreteScheduler", "UniPCMultistepScheduler", *_OF_EDM),
-    "sigma_min": ("EulerDiscreteScheduler", "UniPCMultistepScheduler", *_OF_EDM),
-    "timestep_type": ("EulerDiscreteScheduler",),
     "use_lu_lambdas": _DPM[:1],
-    "rho": _OF_EDM,
-    "sigma_data": _OF_EDM,
-    "sigma_schedule": _OF_EDM,
+    **dict.fromkeys(("interpolation_type", "timestep_type"), ("EulerDiscreteScheduler",)),
+    **dict.fromkeys(("sigma_max", "sigma_min"), ("EulerDiscreteScheduler", "UniPCMultistepScheduler", *_OF_EDM)),
+    **dict.fromkeys(("rho", "sigma_data", "sigma_schedule"), _OF_EDM),
 }
 
 # What an absent setting is for a class, where it is not the first value above or the default of the field below.
@@ -165,6 +142,11 @@ class ScheduleConfig(Config):
     variance_type: str = "fixed_small"
     skip_prk_steps: bool = True
     missing: tuple[str, ...] = ()
+
+    @property
+    def data_variance(self) -> float:
+        """Return the variance of the clean latents in c_in and c_skip of Karras et al. 2022, table 1."""
+        return 1.0 if self.sigma_data is None else self.sigma_data**2
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], pipeline: str = "") -> Self:

@@ -57,6 +57,19 @@ def reverse_sde(sigma: float, target: float, eta: float) -> tuple[float, float]:
     return target * ratio, target * math.sqrt(1 - ratio**2)
 
 
+def threshold(x0: mx.array, ratio: float, highest: float) -> mx.array:
+    """Clip each image of ``x0`` [n, h, w, C] to its own range and scale that to [-1, 1] (Saharia et al. 2022, 2.3).
+
+    The range reaches to the quantile ``ratio`` of its absolute values, at least to 1 and at most to ``highest``.
+    """
+    ordered = mx.sort(mx.abs(x0).reshape(len(x0), -1), axis=1)
+    place = ratio * (ordered.shape[1] - 1)
+    low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+    ends = low + (place - math.floor(place)) * (high - low)
+    ends = mx.clip(ends, 1.0, highest).reshape(-1, *[1] * (x0.ndim - 1))
+    return mx.clip(x0, -ends, ends) / ends
+
+
 def relabel(x: mx.array, sigma: float, level: float) -> mx.array:
     """Rescale a latent at ``sigma`` to ``level`` so that it stays the same in variance-preserving scale."""
     return x if sigma == level else x * math.sqrt((1 + level**2) / (1 + sigma**2))

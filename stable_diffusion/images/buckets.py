@@ -6,36 +6,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Crop:
-    """Describe how a picture becomes one of a size: resized to ``resized``, then cut at ``left`` and ``top``.
-
-    All sizes are (width, height) in pixels.
-    """
+    """Describe how a picture becomes one of a size, (width, height): resized to ``resized``, then cut at ``corner``."""
 
     size: tuple[int, int]
     resized: tuple[int, int]
 
     @property
-    def left(self) -> int:
-        """Return what is cut off on the left."""
-        return (self.resized[0] - self.size[0]) // 2
-
-    @property
-    def top(self) -> int:
-        """Return what is cut off above."""
-        return (self.resized[1] - self.size[1]) // 2
+    def corner(self) -> tuple[int, int]:
+        """Return what is cut off on the left and above."""
+        return (self.resized[0] - self.size[0]) // 2, (self.resized[1] - self.size[1]) // 2
 
 
-def bucket_sizes(
-    resolution: int, unit: int = 64, smallest: int | None = None, largest: int | None = None
-) -> list[tuple[int, int]]:
+def bucket_sizes(resolution: int, unit: int = 64) -> list[tuple[int, int]]:
     """Return the sizes (width, height) in multiples of ``unit`` with at most the area of a square, sorted.
 
-    For each width the height is the largest of that area. ``smallest`` and ``largest`` are of the sides; without them
-    a half and twice the side of the square, as kohya's scripts have them for 512 pixels.
+    For each width the height is the largest of that area. Sides are from a half to twice the side of the square, as
+    kohya's scripts have them for 512 pixels.
     """
-    smallest = max(resolution // 2 // unit, 1) * unit if smallest is None else smallest
-    largest = 2 * resolution // unit * unit if largest is None else largest
-    side = resolution // unit * unit
+    side, largest = (factor * resolution // unit * unit for factor in (1, 2))
+    smallest = max(resolution // 2 // unit, 1) * unit
     sizes = {(side, side)}
     for width in range(smallest, largest + 1, unit):
         height = min(largest, resolution**2 // width // unit * unit)

@@ -16,14 +16,10 @@ from .inpaint import Canvas
 
 
 def estimate_depth(model: Any, image: Any) -> mx.array:
-    """Estimate the depth map [S, S] of an image; S is the estimator's size (384), for any aspect ratio.
+    """Estimate the depth map [S, S] of an image by a DPT; S is the estimator's size (384), for any aspect ratio.
 
-    Args:
-        model: a :class:`stable_diffusion.models.dpt.DPTForDepthEstimation`.
-        image: a path, a PIL image, or an array [H, W, 3] in [-1, 1].
-
-    The image is resized as by the feature extractor of the published checkpoints: 8-bit, bilinear. The map is evaluated
-    here, so that the estimator can be freed before the UNet needs its memory.
+    ``image`` is a path, a PIL image, or an array [H, W, 3] in [-1, 1]. It is resized as by the feature extractor of the
+    published checkpoints: 8-bit, bilinear. The map is evaluated here, so that the estimator can be freed.
     """
     side = model.config.image_size
     pixels = mx.array(to_array(picture_of(image).resize((side, side), Image.Resampling.BILINEAR)))
@@ -54,9 +50,7 @@ def read_depth(path: str | os.PathLike) -> np.ndarray:
 def crop_depth(depth: Any, image_size: tuple[int, int], canvas: Canvas, resize: str) -> Any:
     """Return the part of an image's depth map [H, W] that shows the canvas's box; its border values continue outside.
 
-    Args:
-        image_size: (width, height) of the image before it was fitted to the canvas.
-        resize: the mode of that fit, "crop", "pad" or "stretch".
+    ``image_size`` is (width, height) of the image before it was fitted to the canvas by ``resize``, a mode of ``fit``.
     """
     scales = [side / original for side, original in zip(canvas.image.size, image_size, strict=True)]
     scales = {"crop": [max(scales)] * 2, "pad": [min(scales)] * 2}.get(resize, scales)

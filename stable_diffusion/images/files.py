@@ -37,6 +37,7 @@ _BYTE, _UNDEFINED = 1, 7  # types of EXIF values
 _READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 # The beginnings of files that are often taken for images, or renamed to look like one.
 _REFUSED = {
+    "empty": rb"\Z",
     "a PostScript file (EPS)": rb"%!PS|\xc5\xd0\xd3\xc6",
     "a PDF": rb"%PDF",
     "a Photoshop file (PSD)": rb"8BPS",
@@ -97,12 +98,10 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 def _kind(path: str) -> str:
-    """Describe a file that Pillow does not know, by its first bytes."""
     with open(path, "rb") as file:
         start = file.read(1000)
-    known = (name for name, pattern in _REFUSED.items() if re.match(pattern, start, re.DOTALL | re.IGNORECASE))
-    name = "empty" if not start else next(known, None)
-    return "not an image that can be read" if name is None else f"{name}, not an image that can be read"
+    known = [name for name, pattern in _REFUSED.items() if re.match(pattern, start, re.DOTALL | re.IGNORECASE)]
+    return ", ".join([*known[:1], "not an image that can be read"])
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
@@ -158,9 +157,8 @@ def check_output(path: str | os.PathLike) -> Path:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"the output folder {path.parent} is not writable; choose another one")
     try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
+        with suppress(FileNotFoundError):
+            path.lstat()
     except OSError as error:
         raise OSError(f"the output {path} could not be written ({error.strerror}); choose another name") from None
     return path
@@ -209,7 +207,6 @@ def _write(image: Image.Image, file: IO[bytes], options: dict[str, Any]) -> None
 
 
 def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | None) -> dict[str, Any]:
-    """Return the keywords of Pillow's ``save`` for a file of this name."""
     options = _OPTIONS[path.suffix.lower()]
     is_png = options["format"] == "PNG"
     if quality is not None:

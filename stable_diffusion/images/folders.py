@@ -139,7 +139,6 @@ def _entries(folder: Path, default: Picture, named: set[str], lines: list[str]) 
 
 
 def _listed(listing: Path, named: set[str], lines: list[str]) -> Iterator[tuple[Path, str | None]]:
-    """Iterate over the pictures that a list names, with their captions."""
     folder = os.path.abspath(listing.parent)
     try:
         rows = read_text(listing).split("\n")

@@ -18,6 +18,8 @@ MULTIPLE = 8  # of pixels: the VAE halves three times
 SMALLEST_SIDE = 64
 _LARGEST_ASPECT = 32
 _GAP = 8  # pixels between the images of a grid
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of the pictures that CLIP was trained on
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def target_size(image_size: tuple[int, int], width: int | None, height: int | None, native: int) -> tuple[int, int]:
@@ -54,12 +56,9 @@ def fit(
 ) -> Image.Image:
     """Resize an image to exactly ``width`` x ``height`` pixels.
 
-    Args:
-        image: mode RGB, resized with LANCZOS, or L (a mask), resized linearly, which does not ring. Other modes are
-            converted to RGB.
-        mode: "crop" fills the size and cuts what sticks out on both sides; "pad" shows all of the image, centred on
-            ``background``; "stretch" changes the aspect ratio.
-        background: a colour in the mode of the image.
+    RGB is resized with LANCZOS, L (a mask) linearly, which does not ring; other modes become RGB. The mode "crop" fills
+    the size and cuts what sticks out on both sides; "pad" shows all of the image, centred on ``background``, a colour
+    in its mode; "stretch" changes the aspect ratio.
     """
     if width < 1 or height < 1:
         raise ValueError(f"the size {width}x{height} is not positive")
@@ -90,6 +89,28 @@ def picture_of(image: Any) -> Image.Image:
     """Return an image, the path of one, or an array [H, W, 3] in [-1, 1] as a PIL image of mode RGB."""
     image = read_if_path(image)
     return to_rgb(image) if isinstance(image, Image.Image) else from_array(mx.array(image) / 2 + 0.5)
+
+
+def clip_pixels(images: Any, size: int) -> mx.array:
+    """Return one or several pictures as pixels [n, size, size, 3] for CLIP's image encoder, normalised as in training.
+
+    Each is a path, a PIL image or an array [H, W, 3] in [-1, 1]. The short side is resized to ``size``, and the middle
+    is taken. Raises ValueError for a picture that cannot be read, or is more than 32 times as long as wide.
+    """
+    several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    return mx.array(np.stack([_for_clip(picture_of(image), size) for image in several]))
+
+
+def _for_clip(image: Image.Image, size: int) -> np.ndarray:
+    short, long = min(image.size), max(image.size)
+    if long > _LARGEST_ASPECT * short:
+        text = f"{image.width} x {image.height} pixels is too narrow to be seen as a square"
+        raise ValueError(f"a picture of {text}: cut out a part of it")
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
+    return (pixels - _CLIP_MEAN) / _CLIP_STD
 
 
 def pixels_of(image: Any, unit: int) -> mx.array:

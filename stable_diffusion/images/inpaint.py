@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from .files import BLACK, open_image
 from .image import MULTIPLE, SMALLEST_SIDE, fit, target_size
@@ -82,9 +82,12 @@ def make_canvas(
         size = target_size(image.size, width, height, native)
         return Canvas(fit(image, *size, mode=resize), None, (0, 0, *size), size)
     if padding is not None:
-        box = _padded_box(mask, padding, (width or native) / (height or native))
-        area = (width or native) * (height or native)
-        return Canvas(image, mask, box, _sides(box[2] - box[0], box[3] - box[1], area))
+        width, height = width or native, height or native
+        box = _padded_box(mask, padding, width / height)
+        sides = box[2] - box[0], box[3] - box[1]
+        scale = math.sqrt(width * height / math.prod(sides))
+        sides = tuple(max(SMALLEST_SIDE, round(side * scale / MULTIPLE) * MULTIPLE) for side in sides)
+        return Canvas(image, mask, box, sides)
     if width is not None or height is not None:
         size = target_size(image.size, width, height, native)
         image, mask = fit(image, *size, mode=resize), fit(mask, *size, mode=resize, background=0)
@@ -108,9 +111,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
 
 def adjust_mask(mask: Image.Image, invert: bool = False, blur: float = 0) -> Image.Image:
     """Swap black and white of a mask, and blur it by a Gaussian of ``blur`` pixels' standard deviation."""
-    if invert:
-        mask = Image.eval(mask, lambda level: 255 - level)
-    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+    mask = ImageOps.invert(mask) if invert else mask
+    return mask.filter(ImageFilter.GaussianBlur(blur))
 
 
 def add_borders(image: Image.Image, mask: Image.Image | None, borders: Box) -> tuple[Image.Image, Image.Image]:
@@ -170,9 +172,3 @@ def _padded_box(mask: Image.Image, padding: int, aspect: float) -> Box:
         spans.append((start, start + length))
     (left, right), (top, bottom) = spans
     return left, top, right, bottom
-
-
-def _sides(width: int, height: int, area: int) -> tuple[int, int]:
-    """Return sides that the model can process, of about this ``area`` and aspect ratio."""
-    scale = math.sqrt(area / (width * height))
-    return tuple(max(SMALLEST_SIDE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (width, height))

@@ -22,10 +22,9 @@ from .delta import LoRADelta, shape_of, weight_of
 def load_controlnet(
     source: str | PathLike, dtype: mx.Dtype, config: UNetConfig, build_unet: Callable[[], UNet2DConditionModel]
 ) -> ControlNetwork:
-    """Load what steers a UNet with this ``config`` from a file, a folder or a Hub id.
+    """Load what steers a UNet of this ``config``, see ``Networks.load_controlnet``.
 
-    ``build_unet`` builds it, without LoRAs beside its weights. Raises ValueError or OSError, one line, for what cannot
-    be found or read, or is for another family of models.
+    ``build_unet`` builds that UNet, without LoRAs beside its weights.
     """
     component = open_part(source, "controlnet", float16=dtype != mx.float32)
     if component.config.get("_class_name") == "ControlLoRA":
@@ -43,11 +42,10 @@ def load_controlnet(
 
 def check_layers(network: ControlNetLLLite, unet: UNet2DConditionModel) -> None:
     """Raise ValueError unless the UNet has the layers of a ControlNet-LLLite, with inputs that are positions."""
-    layers = {path.replace(".", "_"): layer for path, layer in unet.named_modules() if isinstance(layer, nn.Module)}
     widths = {
-        name: shape_of(layer)[1]
-        for name, layer in layers.items()
-        if "attentions" in name and getattr(layer, "weight", mx.zeros(0)).ndim == 2
+        path.replace(".", "_"): shape_of(layer)[1]
+        for path, layer in unet.named_modules()
+        if "attentions" in path and isinstance(layer, nn.Linear | nn.QuantizedLinear)
     }
     wanted = zip(network.config.layers, network.config.widths, strict=True)
     wrong = [n for n, width in wanted if widths.get(n) != width or n.endswith(("attn2_to_k", "attn2_to_v"))]
@@ -64,8 +62,9 @@ def build_control_lora(component: Component, unet: UNet2DConditionModel, dtype: 
     layers = dict(unet.named_modules())
     try:
         with mx.stream(loading_stream(mx.cpu)):
-            network, stored = build("controlnet", config | {"_class_name": "ControlNetModel"}), read_tensors(component)
-            tensors = {name: value for name, value in stored.items() if name != "lora_controlnet"}
+            network = build("controlnet", config | {"_class_name": "ControlNetModel"})
+            tensors = dict(read_tensors(component))
+            tensors.pop("lora_controlnet", None)
             for name, _ in tree_flatten(network.parameters()):
                 path, kind = name.rsplit(".", 1)
                 if name in tensors or path not in layers:

@@ -12,14 +12,14 @@ import mlx.nn as nn
 from .delta import LoRADelta, shape_of, weight_of
 from .files import LoRAWeights
 
-# Matrices by their path. Those of text encoders have the same roles under other names.
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj"
 _FEED_FORWARD = r"ff\.net\.0\.proj|ff\.net\.2|mlp\.fc1|mlp\.fc2"
-TARGETS = {
+TARGETS = {  # matrices by their path; those of text encoders have the same roles under other names
     "attention": rf"\.({_ATTENTION})$",
     "attention+ff": rf"\.({_ATTENTION}|{_FEED_FORWARD})$",
     "all": r"\.(attentions|self_attn|mlp)\.",
 }
+_KNOWN = ", ".join(TARGETS)
 _KERNELS = r"\.(conv1|conv2|conv)$"  # of resnets, downsamplers and upsamplers
 _RESNET_MATRICES = r"\.(time_emb_proj|conv_shortcut)$"
 
@@ -54,14 +54,10 @@ def new_lora(
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"alpha {alpha} is not above 0, so that the LoRA would change nothing; give its rank, or half")
     layers = list(_layers(networks, ranks, targets, conv_rank))
-    for network in networks:
-        if ranks.get(network, 0) and not any(
-            name == network and layer.weight.ndim == 2 for name, _, _, layer in layers
-        ):
-            known = ", ".join(TARGETS)
-            raise ValueError(
-                f"targets {targets!r:.60} match no layer of the {network}; choose {known} or another pattern"
-            )
+    matched = {network for network, _, _, layer in layers if layer.weight.ndim == 2}
+    if missed := [network for network in networks if ranks.get(network, 0) and network not in matched]:
+        problem = f"targets {targets!r:.60} match no layer of the {missed[0]}"
+        raise ValueError(f"{problem}; choose {_KNOWN} or another pattern")
     for network, rank, path, layer in sorted(layers, key=lambda row: min(shape_of(row[3])[:2])):
         width = min(shape_of(layer)[:2])
         if rank > width:
@@ -73,17 +69,15 @@ def new_lora(
 def _layers(
     networks: Mapping[str, nn.Module], ranks: Mapping[str, int], targets: str, conv_rank: int
 ) -> Iterator[tuple[str, int, str, nn.Module]]:
-    """Iterate over (network, rank, path, layer) of the layers that are trained. Raises ValueError for a bad pattern."""
+    """Iterate over (network, rank, path, layer) of the layers that are trained."""
     pattern = TARGETS.get(targets, targets)
     if targets == "all" and conv_rank:
         pattern = f"{pattern}|{_RESNET_MATRICES}"
     try:
         matrices, kernels = re.compile(pattern), re.compile(_KERNELS)
     except re.error as error:
-        known = ", ".join(TARGETS)
-        raise ValueError(
-            f"targets {targets!r:.60} are no regular expression ({error}); choose {known}, or mend it"
-        ) from None
+        problem = f"targets {targets!r:.60} are no regular expression ({error})"
+        raise ValueError(f"{problem}; choose {_KNOWN}, or mend it") from None
     for network, module in networks.items():
         rank = ranks.get(network, 0)
         for path, layer in module.named_modules() if rank else ():

@@ -47,9 +47,9 @@ def rank_of(factors: Mapping[str, mx.array]) -> int | None:
 class LoRADelta(nn.Module):
     """Hold the factors of one layer's change as parameters.
 
-    They have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]. ``multiplier`` is
-    alpha / rank, ``layer`` the name in the file with underscores, ``lora`` the attached LoRA whose ``scale`` counts.
-    The lengths "dora_scale" have one axis if they are PEFT's, else the axes of the weight.
+    They have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]; the lengths
+    "dora_scale" have one axis if they are PEFT's. ``multiplier`` is alpha / rank, ``layer`` the name in the file with
+    underscores, ``lora`` the attached LoRA whose ``scale`` counts.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class LoRADelta(nn.Module):
         return m.reshape(norm.shape) / mx.stop_gradient(norm) * weight  # a constant for gradients: sec. 4.3
 
     def _product(self, shape: tuple[int, ...]) -> mx.array:
-        """Return ΔW without DoRA, for a weight of ``shape`` in the layout of files."""
         f = {role: factor.astype(mx.float32) for role, factor in self.items()}
         try:
             if "diff" in f:

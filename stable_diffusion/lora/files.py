@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +15,7 @@ from ..weights.embeddings import vectors_of
 from ..weights.files import read_file
 from ..weights.formats.safetensors import loading_stream
 from .delta import LoRADelta, is_complete, rank_of
-from .names import BUNDLED, UNUSED, not_supported, read_key
+from .names import BUNDLED, PEFT_LENGTHS, UNUSED, not_supported, read_key
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers, of PEFT
 _PEFT_CONFIG = "adapter_config.json"
@@ -44,14 +43,10 @@ class LoRAWeights:
 
 
 def read_lora(source: str | os.PathLike) -> LoRAWeights:
-    """Read a LoRA; its tensors stay lazy.
+    """Read a LoRA, lazily: a file, a folder as diffusers or PEFT save it, or a Hub id, owner/name or owner/name:file.
 
-    Args:
-        source: a file, a folder as diffusers or PEFT save them, or a Hub id, ``owner/name`` or ``owner/name:file``.
-
-    Raises:
-        ValueError: the file is damaged, is no LoRA, or lacks a factor of a change.
-        OSError: no such file, or it cannot be downloaded.
+    Raises ValueError for a file that is damaged, is no LoRA, or lacks a factor of a change, and OSError for one that is
+    not there or cannot be downloaded.
     """
     path = locate(source)
     tensors, metadata = read_file(path)
@@ -74,7 +69,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
             raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
         if role == "dora_scale":  # PEFT's lengths, always those of rows, get one axis, and others at least two
-            shape = (-1,) if "lora_magnitude_vector" in name else (len(tensor), *(tensor.shape[1:] or (1,)))
+            shape = (-1,) if PEFT_LENGTHS in name else (len(tensor), *(tensor.shape[1:] or (1,)))
             tensor = mx.reshape(tensor, shape, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not is_complete(factors)]:
@@ -125,21 +120,19 @@ def _delta(path: Path, network: str, layer: str, factors: dict[str, mx.array], s
     rank, alpha = rank_of(factors), factors.pop("alpha", None)
     if rank is None:
         return LoRADelta(network, layer, factors)
-
-    def setting(key: str) -> Any:
-        return settings.get(f"{network}.{key}", settings.get(key))
-
+    own = {key.removeprefix(f"{network}."): value for key, value in settings.items() if key.startswith(f"{network}.")}
+    settings = {**settings, **own}
     if alpha is not None:
         alpha = alpha.item() if alpha.size == 1 else math.nan
     else:
-        alpha = setting("lora_alpha")
-        if not isinstance(patterns := setting("alpha_pattern") or {}, dict):
+        alpha = settings.get("lora_alpha")
+        if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
             raise ValueError(f"the alpha_pattern of {path} is {patterns!r:.60} and no object; take it from its source")
         for pattern, value in patterns.items():
             flat = pattern.strip("^$").replace(".", "_")
             alpha = value if layer == flat or layer.endswith(f"_{flat}") else alpha
     try:
-        multiplier = 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if setting("use_rslora") else rank)
+        multiplier = 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     except (TypeError, ValueError, OverflowError):  # JSON holds texts, lists and integers of any size
         multiplier = math.nan
     if not math.isfinite(multiplier):

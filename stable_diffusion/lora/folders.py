@@ -4,6 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -16,13 +17,11 @@ _HEADER = 2**20  # bytes in which it stands
 
 
 def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> Path:
-    """Find a LoRA in folders and their sub-folders by its name.
+    """Find a LoRA in folders and their sub-folders by its name; ValueError where there is none, or several.
 
     The name is a file's, with or without suffix, or that of a folder that diffusers or PEFT wrote, or the end of its
     path. The file at this very path in a folder comes first, then one in a sub-folder, then names in other case, then
-    the name that kohya's scripts noted in a file. Only files of weights count, and no hidden ones. Links are followed.
-
-    Raises ValueError where there is none, or several.
+    the name that kohya's scripts noted in a file. Hidden files do not count. Links are followed.
     """
     folders = [folders] if isinstance(folders, str | os.PathLike) else folders
     roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
@@ -30,7 +29,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
         raise ValueError(f"there is no folder {missing[0]} with LoRAs; give one that is there")
     files = {file: root for root in roots for file in files_in(root)}
     wanted = tuple(re.split(r"[/\\]", name))
-    for spell in (str, _fold):
+    for spell in (str, fold):
         spelled = tuple(map(spell, wanted))
         named = {f: n for f in files if (n := [n for n in _names(f, spell) if n[-len(spelled) :] == spelled])}
         at_path = [f for f, n in named.items() if any(len(x) == len(files[f].parts) + len(spelled) for x in n)]
@@ -66,18 +65,16 @@ def _names(file: Path, spell: Callable[[str], str]) -> list[tuple[str, ...]]:
     return [*names, tuple(parents)] if file.name in FOLDER_FILES else names
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
     """Return a name as file systems compare it that ignore case; those of Macs decompose accents."""
     return unicodedata.normalize("NFC", text).casefold()
 
 
 def _output_name(file: Path) -> str | None:
-    try:
-        with file.open("rb") as opened:
-            match = _OUTPUT_NAME.search(opened.read(_HEADER)) if file.suffix == SUFFIXES[0] else None
-    except OSError:
-        return None
-    return match[1].decode(errors="replace") if match else None
+    with suppress(OSError), file.open("rb") as opened:
+        if file.suffix == SUFFIXES[0] and (match := _OUTPUT_NAME.search(opened.read(_HEADER))):
+            return match[1].decode(errors="replace")
+    return None
 
 
 def _only(found: Sequence[Path], name: str) -> Path:

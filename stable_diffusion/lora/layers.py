@@ -29,8 +29,6 @@ _log = logging.getLogger("stable_diffusion")
 
 _Model = Mapping[str, nn.Module]  # its networks by name
 _Scaled = list[tuple[LoRADelta, float]]  # changes of a layer with their scales, which are not 0
-
-
 _LAYERS = (nn.Linear, nn.QuantizedLinear, nn.Conv2d, GroupNorm, LayerNorm)
 
 
@@ -72,13 +70,11 @@ class LoRALayer(nn.Module):
         return y, mx.zeros(y.shape[-1], y.dtype)
 
     def _scaled(self, *, factored: bool) -> _Scaled:
-        """Return the changes that have an effect, with their scales: those of two factors, or all others."""
         kinds = ((delta, delta.keys() == {"down", "up"} and self.weight.ndim > 1) for delta in self.loras)
         scales = ((delta, scale_of(delta.lora.scale, delta.network)) for delta, kind in kinds if kind == factored)
         return [(delta, scale) for delta, scale in scales if scale != 0]
 
     def _changed(self) -> Callable[[mx.array], mx.array]:
-        """Return the layer with all changes but those of two factors in its parameters."""
         parameters = _changed_parameters(self.base, self._scaled(factored=False))
         if not parameters:
             return self.base
@@ -88,7 +84,6 @@ class LoRALayer(nn.Module):
         return copy(self.base).update(parameters)
 
     def _apply(self, x: mx.array, weight: mx.array) -> mx.array:
-        """Apply another weight as the layer applies its own, without a bias."""
         if isinstance(self.base, nn.Conv2d):
             return conv2d(x, weight, self.base.stride, self.base.padding)
         return x @ weight.T
@@ -113,18 +108,16 @@ def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
     """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
-    layers = ((path, m) for path, m in network.named_modules() if isinstance(m, _LAYERS))
-    layers = {path.removesuffix(".base"): layer for path, layer in layers}
+    layers = {path.removesuffix(".base"): m for path, m in network.named_modules() if isinstance(m, _LAYERS)}
     paths = layer_names(layers)
     pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
     return [(path, layers[path], delta) for path, delta in pairs]
 
 
 def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) -> None:
-    """Raise ValueError unless a LoRA can be attached or fused at this scale.
+    """Raise ValueError for a LoRA of another family, with wrong shapes, or with parts that are not in the model.
 
-    Refused are LoRAs of another family of models, shapes that do not fit and parts that are not in the model, all of
-    them named. ``partial`` accepts a LoRA of which the model lacks some parts, and logs them, but not all.
+    ``partial`` accepts a LoRA of which the model lacks some parts, but not all, and logs them.
     """
     if isinstance(scale, tuple) and len(scale) != 2:
         raise ValueError(f"the scale {scale} of a LoRA has {len(scale)} numbers; give (text encoders, UNet)")
@@ -159,8 +152,8 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) 
 class AttachedLoRA:
     """Control a LoRA that runs beside the weights. ``deltas`` hold the factors as they are now.
 
-    ``scale`` may be set between runs, to a number or to two: (text encoders, UNet). Within a run, values computed once
-    for all steps keep the old one.
+    ``scale``, a number or (text encoders, UNet), may be set between runs. Within one, values that are computed once for
+    all steps keep the old one.
     """
 
     def __init__(self, lora: LoRAWeights, scale: Scale):
@@ -180,9 +173,7 @@ class AttachedLoRA:
             network._trainable = tuple(key for key, _ in tree_flatten(network.trainable_parameters()))
             network.freeze()
         for path, layer, delta in pairs:
-            if path not in wrappers:
-                wrappers[path] = LoRALayer(layer)
-            wrappers[path].loras.append(delta)
+            wrappers.setdefault(path, LoRALayer(layer)).loras.append(delta)
         network.update_modules(tree_unflatten(list(wrappers.items())))
         self._networks[name] = ref(network)
 
@@ -203,11 +194,10 @@ class AttachedLoRA:
 
 
 def attach(networks: _Model, lora: LoRAWeights, scale: Scale = 1.0, *, partial: bool = False) -> AttachedLoRA:
-    """Run a LoRA beside the weights: a layer computes W x + scale ΔW x, the second term from the factors.
+    """Run a LoRA beside the weights, or raise ValueError as :func:`check_fit` does.
 
-    The factors become the only trainable parameters of the networks that the LoRA changes, until it is detached. They
-    take memory as they are in the file. LoHa, LoKr, Tucker factors and diff compute ΔW in each call and drop it.
-    Raises ValueError as :func:`check_fit` does, with the model unchanged.
+    Its factors become the only trainable parameters of the networks that it changes, until it is detached. They take
+    memory as in the file; LoHa, LoKr, Tucker factors and diff compute ΔW in each call and drop it.
     """
     check_fit(networks, lora, scale, partial)
     result = AttachedLoRA(lora, scale)
@@ -217,21 +207,18 @@ def attach(networks: _Model, lora: LoRAWeights, scale: Scale = 1.0, *, partial: 
 
 
 def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, Scale]]) -> None:
-    """Add LoRAs, which :func:`check_fit` has accepted, to the weights: W becomes W + Σ scale ΔW.
+    """Add LoRAs, which :func:`check_fit` has accepted, to the weights; ValueError for a quantized layer.
 
     The sum is float32, cast back to the type of W. Nothing is computed before a weight is used: quantizing or saving
-    matrix by matrix afterwards never holds more than one matrix in float32. ``loras`` come with their scales; 0 leaves
-    every bit as it is. Raises ValueError, with the model unchanged, for a quantized layer.
+    matrix by matrix afterwards never holds more than one matrix in float32. A scale of 0 leaves every bit as it is.
     """
     changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
     for name, network in networks.items():
-        for lora, scale in loras:
-            factor = scale_of(scale, name)
-            for path, layer, delta in target_layers(name, network, lora.deltas) if factor != 0 else ():
-                changes.setdefault((name, path), (layer, []))[1].append((delta, factor))
-    for path, (layer, _) in changes.items():
-        if isinstance(layer, nn.QuantizedLinear):
-            raise ValueError(f"{'.'.join(path)} is quantized: fuse before quantizing, or attach the LoRA instead")
+        for lora, scale in ((lora, scale_of(scale, name)) for lora, scale in loras):
+            for path, layer, delta in target_layers(name, network, lora.deltas) if scale != 0 else ():
+                if isinstance(layer, nn.QuantizedLinear):
+                    raise ValueError(f"{name}.{path} is quantized: fuse before quantizing, or attach the LoRA instead")
+                changes.setdefault((name, path), (layer, []))[1].append((delta, scale))
     with mx.stream(loading_stream(mx.default_device().type)):  # so that any thread can evaluate them
         for layer, scaled in changes.values():
             layer.update(_changed_parameters(layer, scaled))

@@ -25,16 +25,15 @@ PREFIXES = {
     "kohya-xl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
     "peft": {"unet": "unet.", "text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2."},
 }
+PEFT_LENGTHS = "lora_magnitude_vector"
 _FACTORS = [f"{kind}_{part}{i}" for kind in ("hada", "lokr") for i in "12" for part in "wt"]
 _LYCORIS = ["alpha", "dora_scale", "diff", "diff_b", *_FACTORS, *(f"{f}_{side}" for f in _FACTORS for side in "ab")]
-_PEFT_LENGTHS = "lora_magnitude_vector"
-_KOHYA_ROLES = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "bias": "lora_up.bias"}
+_LOCON = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "bias": "lora_up.bias"}
 ROLES = {
-    "kohya": _KOHYA_ROLES | {role: role for role in _LYCORIS},
-    "peft": {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", "dora_scale": _PEFT_LENGTHS},
+    "kohya": _LOCON | {role: role for role in _LYCORIS},
+    "peft": {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", "dora_scale": PEFT_LENGTHS},
     "norms": {"diff": "w_norm", "diff_b": "b_norm"},
 }
-ROLES["kohya-xl"] = ROLES["kohya"]
 
 _NETWORK = re.compile(
     r"(?P<text_encoder_2>lora_te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.(transformer\.)?)"
@@ -108,21 +107,17 @@ def layer_names(paths: Collection[str]) -> dict[str, str]:
     return names
 
 
-# The names that diffusers gave to the projections of text encoders while it replaced them itself.
-_OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-
-
 def _aliases(path: str, blocks: Mapping[str, str]) -> Iterator[str]:
     block, _, projection = path.rpartition(".")
     if projection in _OLD_TEXT:
         yield f"{block}.{_OLD_TEXT[projection]}"
     yield path.removeprefix("text_model.")  # transformers 5 has no such level
-    for name in filter(None, (path, rename_module(path, blocks, _RESNET))):
-        yield name
-        if name.endswith("to_out.0"):
-            yield name.removesuffix(".0")
+    for name in (path, rename_module(path, blocks, _RESNET) or path):
+        yield from (name, name.replace("to_out.0", "to_out"))
 
 
+# The names that diffusers gave to the projections of text encoders while it replaced them itself.
+_OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 _RESNET = {ours: original for original, ours in RESNET_NAMES.items()}
 _FIRST_CONV = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.resnets\.\d+\.conv1")
 
@@ -138,10 +133,9 @@ def _original_blocks(paths: Collection[str]) -> Mapping[str, str]:
                 names[f"{block}.resnets.{i}"] = f"{original}.{number}.0"
                 names[f"{block}.attentions.{i}"] = f"{original}.{number}.1"
                 number += 1
-            if side == "down_blocks":
-                names[f"{block}.downsamplers.0.conv"] = f"{original}.{number}.0.op"
-                number += 1
-            else:  # in the block of the last resnet, after its attention if it has one
-                position = 2 if any(path.startswith(f"{block}.attentions.") for path in paths) else 1
-                names[f"{block}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
+            # An upsampler is in the block of the last resnet, after its attention if it has one.
+            position = 2 if any(path.startswith(f"{block}.attentions.") for path in paths) else 1
+            names[f"{block}.upsamplers.0.conv"] = f"{original}.{number - 1}.{position}.conv"
+            names[f"{block}.downsamplers.0.conv"] = f"{original}.{number}.0.op"
+            number += side == "down_blocks"
     return names

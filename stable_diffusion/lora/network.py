@@ -26,9 +26,7 @@ class NetworkSource:
     dtype: mx.Dtype
     quantization: tuple[int | str, int] | None  # (bits or mode, group size)
     attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
-    fused: Sequence[
-        tuple[str | PathLike, Scale]
-    ] = ()  # LoRAs in the weights, with their scales: read again for each build
+    fused: Sequence[tuple[str | PathLike, Scale]] = ()  # files of LoRAs in the weights, with their scales
     words: list[mx.array] = field(default_factory=list)  # the vectors [n, C] of words added to a text encoder
     size: int = 0  # bytes of the weights in memory
     _arrays: list | None = None  # of the network that was built

@@ -1,9 +1,14 @@
-"""Write an attached LoRA, trained or not, to a file that other programs read."""
+"""Write an attached LoRA, trained or not, to a file that other programs read, and describe it in the header.
+
+Keys that begin with "ss_" are those of kohya's scripts: AUTOMATIC1111's web UI finds the family of models, the name of
+the LoRA and its tags there. "modelspec." is the model metadata specification 1.0.1 of Stability AI. There are no dates:
+the same training writes the same file.
+"""
 
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,15 @@ from .delta import LoRADelta, rank_of
 from .layers import AttachedLoRA, wrapped_layers
 from .names import ROLES, write_keys
 
+_FAMILIES = {  # width of the encoded prompt, predicts v: names in kohya's scripts and in the specification
+    (768, False): ("sd_v1", "stable-diffusion-v1"),
+    (768, True): ("sd_v1_v", "stable-diffusion-v1"),
+    (1024, False): ("sd_v2", "stable-diffusion-v2-512"),
+    (1024, True): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    (2048, False): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    (2048, True): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+
 
 def write_lora(
     path: str | os.PathLike,
@@ -29,10 +43,8 @@ def write_lora(
 ) -> None:
     """Write the factors of an attached LoRA as they are now; the file appears complete or not at all.
 
-    The same factors and texts make the same bytes.
-
     Args:
-        path: of the file, which ends in .safetensors.
+        path: of the .safetensors file.
         networks: those of the model that it is attached to, by name.
         naming: "kohya", or "peft" for the names of PEFT and diffusers. Those have no alpha, so "up" is multiplied by
             alpha / rank there, and no other kinds than LoRA and DoRA.
@@ -42,7 +54,9 @@ def write_lora(
     Raises ValueError for a kind of change that PEFT's names cannot express, and for a factor with values that are not
     finite or too large for ``dtype``.
     """
-    table = "kohya-xl" if naming == "kohya" and _is_xl(networks) else naming
+    unet = networks.get("unet")
+    is_xl = "text_encoder_2" in networks or (unet is not None and unet.config.addition_embed_type == "text_time")
+    table = "kohya-xl" if naming == "kohya" and is_xl else naming
     tensors: dict[str, mx.array] = {}
     ranks: dict[str, dict[str, int]] = {}
     for network, module in networks.items():
@@ -52,11 +66,11 @@ def write_lora(
             for delta in (delta for delta in layer.loras if delta.lora is lora):
                 ranks.setdefault(network, {})[name] = rank_of(delta)
                 for role, factor in _stored(delta, naming, convolution).items():
-                    if role not in ROLES[table]:
+                    if role not in ROLES[naming]:
                         raise ValueError(f"{naming} has no name for {role} of {name}: choose kohya's names")
                     stored = factor if dtype is None else factor.astype(dtype)
                     _check_finite(stored, factor, f"{network}.{name}")
-                    tensors[f"{names[name]}.{ROLES[table][role]}"] = stored
+                    tensors[f"{names[name]}.{ROLES[naming][role]}"] = stored
     texts = dict(metadata or {})
     if naming == "peft":
         texts["lora_adapter_metadata"] = json.dumps(_adapter_settings(ranks, tensors), sort_keys=True)
@@ -65,18 +79,12 @@ def write_lora(
 
 
 def _check_finite(stored: mx.array, factor: mx.array, layer: str) -> None:
-    """Raise ValueError for a factor with values that its type in the file does not hold."""
     if not mx.isfinite(stored).all().item():
         largest, kind = mx.abs(factor).max().item(), str(stored.dtype).removeprefix("mlx.core.")
         raise ValueError(
             f"the LoRA has values up to {largest:.3g} in {layer}, which {kind} does not hold; its training diverged: "
             "choose a smaller learning rate"
         )
-
-
-def _is_xl(networks: Mapping[str, nn.Module]) -> bool:
-    unet = networks.get("unet")
-    return "text_encoder_2" in networks or (unet is not None and unet.config.addition_embed_type == "text_time")
 
 
 def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.array]:
@@ -113,3 +121,57 @@ def _adapter_settings(ranks: Mapping[str, Mapping[str, int]], names: Mapping[str
         values["use_dora"] = any(name.endswith(ROLES["peft"]["dora_scale"]) for name in own)
         settings |= {f"{network}.{key}": value for key, value in values.items()}
     return settings
+
+
+def describe(
+    lora: AttachedLoRA | None,
+    context_width: int,
+    prediction: str,
+    *,
+    resolution: int,
+    title: str,
+    trigger: str | None = None,
+    captions: Iterable[tuple[str, str]] = (),
+) -> dict[str, str]:
+    """Return the texts in the header of a LoRA of two factors for each layer, or with None of a textual inversion.
+
+    Args:
+        context_width: of the encoded prompt, by which families of models differ.
+        prediction: "epsilon" or "v_prediction", of the model.
+        resolution: side in pixels of a square with the area of the pictures.
+        trigger: the word that a prompt needs.
+        captions: (folder, caption) of each picture. Their parts between commas are counted as tags.
+    """
+    tags: dict[str, Counter[str]] = defaultdict(Counter)
+    for folder, caption in captions:
+        tags[folder].update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+    is_v = prediction == "v_prediction"
+    version, architecture = _FAMILIES.get((context_width, is_v), ("unknown", "unknown"))
+    texts = ({} if lora is None else _network_texts(lora)) | {
+        "ss_output_name": title,
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_tag_frequency": json.dumps({folder: dict(counts.most_common()) for folder, counts in tags.items()}),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/{'textual-inversion' if lora is None else 'lora'}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+    }
+    return texts | ({"modelspec.trigger_phrase": trigger} if trigger else {})
+
+
+def _network_texts(lora: AttachedLoRA) -> dict[str, str]:
+    """Return what describes the factors: the UNet's ranks and alphas, and LyCORIS as the module of a DoRA."""
+    deltas = [delta for delta in lora.deltas if delta.network == "unet"] or lora.deltas
+    is_dora = any("dora_scale" in delta for delta in deltas)
+    texts = {"ss_network_module": "lycoris.kohya" if is_dora else "networks.lora"}
+    arguments = {"algo": "lora", "dora_wd": "True"} if is_dora else {}
+    for target, kind, axes in ((texts, "ss_network", 2), (arguments, "conv", 4)):
+        found = next((delta for delta in deltas if delta["down"].ndim == axes), None)
+        if found is not None:
+            rank = rank_of(found)
+            target.update({f"{kind}_dim": str(rank), f"{kind}_alpha": f"{found.multiplier * rank:g}"})
+    return texts | ({"ss_network_args": json.dumps(arguments)} if arguments else {})

@@ -94,12 +94,10 @@ class BitBottleneck(nn.Module):
         if first:
             conv = WeightStandardizedConv2d(in_channels, out_channels, 1, stride)
             self.downsample = Group(conv=conv, norm=GroupNorm(groups, out_channels, _NORM_EPS))
-        self.conv1 = WeightStandardizedConv2d(in_channels, narrow, 1)
-        self.norm1 = GroupNorm(groups, narrow, _NORM_EPS)
-        self.conv2 = WeightStandardizedConv2d(narrow, narrow, 3, stride)
-        self.norm2 = GroupNorm(groups, narrow, _NORM_EPS)
-        self.conv3 = WeightStandardizedConv2d(narrow, out_channels, 1)
-        self.norm3 = GroupNorm(groups, out_channels, _NORM_EPS)
+        shapes = [(in_channels, narrow, 1), (narrow, narrow, 3, stride), (narrow, out_channels, 1)]
+        for i, (into, out, *kernel) in enumerate(shapes, start=1):
+            self[f"conv{i}"] = WeightStandardizedConv2d(into, out, *kernel)
+            self[f"norm{i}"] = GroupNorm(groups, out, _NORM_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = nn.relu(self.norm1(self.conv1(x)))

@@ -6,23 +6,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import CLIPTextConfig, CLIPVisionConfig
-from .layers import Group, LayerNorm
+from .layers import Group, LayerNorm, multi_head_attention
 
 ACTIVATIONS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
 
 
 @dataclass
 class CLIPOutput:
-    """Hold the outputs of a text encoder.
+    """Hold the outputs of a text encoder."""
 
-    ``last_hidden_state`` [B, N, C] is normalised; ``hidden_states`` holds the embeddings and every layer's output,
-    none of them normalised; ``pooled_output`` [B, C or projection_dim] is the state at the end-of-text token,
-    projected if the checkpoint has a projection.
-    """
-
-    last_hidden_state: mx.array
-    hidden_states: list[mx.array]
-    pooled_output: mx.array
+    last_hidden_state: mx.array  # [B, N, C], normalised
+    hidden_states: list[mx.array]  # the embeddings and every layer's output, none of them normalised
+    pooled_output: mx.array  # [B, C or projection_dim]: the state at the end-of-text token, projected if it can be
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -33,9 +28,8 @@ class CLIPEncoderLayer(nn.Module):
         dim, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         if dim % config.num_attention_heads:
             raise ValueError(f"{config.kind} width {dim} does not divide into {config.num_attention_heads} heads")
-        projections = {name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
         self.layer_norm1 = LayerNorm(dim, eps=eps)
-        self.self_attn = Group(**projections)
+        self.self_attn = Group(**{name: nn.Linear(dim, dim) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.layer_norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Group(fc1=nn.Linear(dim, inner), fc2=nn.Linear(inner, dim))
         self._heads = config.num_attention_heads
@@ -43,15 +37,10 @@ class CLIPEncoderLayer(nn.Module):
         self._mask = mask
 
     def __call__(self, x: mx.array) -> mx.array:
-        (b, n, c), attn, mlp = x.shape, self.self_attn, self.mlp
-        y = self.layer_norm1(x)
-        q, k, v = (
-            project(y).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
-            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._heads) ** -0.5, mask=self._mask)
-        x = x + attn.out_proj(y.transpose(0, 2, 1, 3).reshape(b, n, c))
-        return x + mlp.fc2(self._activation(mlp.fc1(self.layer_norm2(x))))
+        attn, y = self.self_attn, self.layer_norm1(x)
+        y = multi_head_attention(attn.q_proj(y), attn.k_proj(y), attn.v_proj(y), self._heads, self._mask)
+        x = x + attn.out_proj(y)
+        return x + self.mlp.fc2(self._activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class CLIPEmbeddings(nn.Module):

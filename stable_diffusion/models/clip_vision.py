@@ -8,22 +8,6 @@ from .config import CLIPVisionConfig
 from .layers import Conv2d, Group, LayerNorm
 
 
-class CLIPVisionEmbeddings(nn.Module):
-    """Embed pixels [B, S, S, 3] as a class token and a token for each patch, with their positions: -> [B, N + 1, C]."""
-
-    def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
-        width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = mx.zeros(width)
-        self.patch_embedding = Conv2d(3, width, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
-
-    def __call__(self, pixels: mx.array) -> mx.array:
-        patches = self.patch_embedding(pixels.astype(self.patch_embedding.weight.dtype)).flatten(1, 2)
-        first = mx.broadcast_to(self.class_embedding, (len(patches), 1, patches.shape[-1]))
-        return mx.concatenate([first, patches], axis=1) + self.position_embedding.weight
-
-
 class CLIPVisionModelWithProjection(nn.Module):
     """Encode pixels [B, S, S, 3], see ``images/clip.py``; S is ``config.image_size``.
 
@@ -34,9 +18,13 @@ class CLIPVisionModelWithProjection(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.config = config
-        width, eps = config.hidden_size, config.layer_norm_eps
+        width, patch, eps = config.hidden_size, config.patch_size, config.layer_norm_eps
         self.vision_model = Group(
-            embeddings=CLIPVisionEmbeddings(config),
+            embeddings=Group(
+                class_embedding=mx.zeros(width),
+                patch_embedding=Conv2d(3, width, patch, stride=patch, bias=False),
+                position_embedding=nn.Embedding((config.image_size // patch) ** 2 + 1, width),
+            ),
             pre_layrnorm=LayerNorm(width, eps=eps),  # the checkpoints' spelling
             encoder=Group(layers=[CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]),
             post_layernorm=LayerNorm(width, eps=eps),
@@ -47,7 +35,11 @@ class CLIPVisionModelWithProjection(nn.Module):
         model, size = self.vision_model, self.config.image_size
         if pixels.shape[1:] != (size, size, 3):
             raise ValueError(f"the image encoder takes pixels [B, {size}, {size}, 3], not {pixels.shape}; resize them")
-        states = [model.pre_layrnorm(model.embeddings(pixels))]
+        embed = model.embeddings.patch_embedding
+        patches = embed(pixels.astype(embed.weight.dtype)).flatten(1, 2)
+        first = mx.broadcast_to(model.embeddings.class_embedding, (len(patches), 1, patches.shape[-1]))
+        tokens = mx.concatenate([first, patches], axis=1) + model.embeddings.position_embedding.weight
+        states = [model.pre_layrnorm(tokens)]
         for layer in model.encoder.layers:
             states.append(layer(states[-1]))
         return self.visual_projection(model.post_layernorm(states[-1][:, 0])), states

@@ -139,7 +139,6 @@ def _fits(value: Any, kind: Any, least: int, most: int, longest: int) -> bool:
 
 
 def _leaves(kind: Any) -> set[Any]:
-    """Return the types that a type is made of."""
     return {kind}.union(*map(_leaves, get_args(kind)))
 
 
@@ -179,10 +178,7 @@ class CLIPTextConfig(Config):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read a text encoder's ``config.json``, whose class says whether there is a projection."""
-        with_projection = raw.get("architectures") in (
-            ["CLIPTextModelWithProjection"],
-            ("CLIPTextModelWithProjection",),
-        )
+        with_projection = _as_tuple(raw.get("architectures")) == ("CLIPTextModelWithProjection",)
         return super().from_dict({**raw, "with_projection": with_projection})
 
 
@@ -214,12 +210,7 @@ class CLIPVisionConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(Config):
-    """Hold the config of a UNet's first half, which a ControlNet copies. Tuples run from the finest block on.
-
-    ``num_attention_heads`` is the number of heads; checkpoints store it under the misleading name
-    ``attention_head_dim``. ``transformer_layers_per_block`` holds an int, or a tuple with one entry per attention of
-    the block.
-    """
+    """Hold the config of a UNet's first half, which a ControlNet copies. Tuples run from the finest block on."""
 
     # Of diffusers' options outside the family, only the value that means "off" is computed here.
     supported: ClassVar[Supported] = {
@@ -232,7 +223,7 @@ class EncoderConfig(Config):
         "center_input_sample": (False,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
-        "downsample_padding": (1,),
+        "downsample_padding": (1, None),
         "mid_block_only_cross_attention": (None, False),
         "mid_block_scale_factor": (1, 1.0),
         "only_cross_attention": (False, None),
@@ -254,15 +245,16 @@ class EncoderConfig(Config):
     layers_per_block: tuple[int, ...]
     down_block_types: tuple[str, ...]
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    num_attention_heads: tuple[int, ...]
+    num_attention_heads: tuple[int, ...]  # which checkpoints store under the misleading name attention_head_dim
     cross_attention_dim: tuple[int, ...]
-    transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    transformer_layers_per_block: tuple[int | tuple[int, ...], ...]  # of a block, or of each of its attentions
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False
     upcast_attention: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    downsample_padding: int = 1  # on all sides; 0 pads below and to the right
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
@@ -286,10 +278,7 @@ class EncoderConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(EncoderConfig):
-    """Hold the config of a ``UNet2DConditionModel`` of the Stable Diffusion family.
-
-    ``reverse_transformer_layers_per_block`` gives the transformers' layers for the up path, coarsest block first.
-    """
+    """Hold the config of a ``UNet2DConditionModel`` of the Stable Diffusion family."""
 
     kind: ClassVar[str] = "unet"
     supported: ClassVar[Supported] = EncoderConfig.supported | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
@@ -301,7 +290,7 @@ class UNetConfig(EncoderConfig):
     out_channels: int = 4
     sample_size: int | tuple[int, ...] | None = None
     up_block_types: tuple[str, ...]
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...]  # of the up path, coarsest block first
     time_cond_proj_dim: int | None = None
 
     @classmethod
@@ -317,10 +306,7 @@ class UNetConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """Hold the config of an ``AutoencoderKL`` (Rombach et al. 2022). ``scaling_factor`` multiplies latents.
-
-    Before, ``latents_mean`` is subtracted and they are divided by ``latents_std``, each one number for each channel.
-    """
+    """Hold the config of an ``AutoencoderKL`` (Rombach et al. 2022)."""
 
     kind: ClassVar[str] = "vae"
     supported: ClassVar[Supported] = {
@@ -330,6 +316,7 @@ class AutoencoderConfig(Config):
     }
     per_block: ClassVar[Mapping[str, Any]] = {"down_block_types": None, "up_block_types": None}
     ignored: ClassVar[Collection[str]] = _IGNORED
+    moments: ClassVar[int] = 2  # that the encoder writes for each channel of latents: mean and log variance
 
     block_out_channels: tuple[int, ...]
     in_channels: int = 3
@@ -337,9 +324,9 @@ class AutoencoderConfig(Config):
     latent_channels: int = 4
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    scaling_factor: float = 0.18215  # multiplies latents, last of all
+    latents_mean: tuple[float, ...] | None = None  # of each channel; it is subtracted
+    latents_std: tuple[float, ...] | None = None  # of each channel; it divides the rest
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -351,11 +338,6 @@ class AutoencoderConfig(Config):
             if values is not None and (len(values) != self.latent_channels or 0 in (self.latents_std or (0,))):
                 text = f"latents_mean={self.latents_mean} and latents_std={self.latents_std}"
                 raise ValueError(f"vae config: {text} must be {self.latent_channels} numbers each, and none of them 0")
-
-    @property
-    def encoded_channels(self) -> int:
-        """Return the channels that the encoder writes: mean and log variance of latents."""
-        return 2 * self.latent_channels
 
     @property
     def scale(self) -> int:

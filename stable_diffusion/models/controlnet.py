@@ -16,19 +16,15 @@ import mlx.nn as nn
 
 from .config import Config, EncoderConfig, Supported, UNetConfig
 from .layers import Context, Conv2d, Group, LayerNorm
-from .unet import Encoder, Residuals, TimestepEmbedding, timestep_embedding
+from .resample import pixel_unshuffle
+from .unet import Encoder, Residuals, TimestepEmbedding
 
 UNION_TYPES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "repaint")  # in their order
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(EncoderConfig):
-    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image.
-
-    ``conditioning_embedding_out_channels`` are the widths of the embedding's stages; all but the first halve the image.
-    ``global_pool_conditions`` means that only the mean of each result counts ("shuffle"). ``num_control_type`` is the
-    number of kinds of images that a union ControlNet tells apart, None in all others.
-    """
+    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image."""
 
     kind: ClassVar[str] = "controlnet"
     supported: ClassVar[Supported] = EncoderConfig.supported | {
@@ -41,10 +37,10 @@ class ControlNetConfig(EncoderConfig):
     ignored |= {"num_trans_head"}
 
     conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # all but the first halve the image
     controlnet_conditioning_channel_order: str = "rgb"
-    global_pool_conditions: bool = False
-    num_control_type: int | None = None
+    global_pool_conditions: bool = False  # only the mean of each result counts ("shuffle")
+    num_control_type: int | None = None  # kinds of images that a union ControlNet tells apart; None in all others
     num_trans_layer: int = 1
 
     @classmethod
@@ -55,8 +51,7 @@ class ControlNetConfig(EncoderConfig):
 
     def type_number(self, kind: str | int | None) -> int:
         """Return the number of a kind of images in a union ControlNet; ValueError where it does not know it."""
-        names = [str(i) for i in range(self.num_control_type)]
-        names[: len(UNION_TYPES)] = UNION_TYPES[: len(names)]
+        names = [*UNION_TYPES, *map(str, range(len(UNION_TYPES), self.num_control_type))][: self.num_control_type]
         if str(kind) in names:
             return names.index(str(kind))
         if str(kind).isdecimal() and int(kind) < len(names):
@@ -84,9 +79,8 @@ class ControlNetConfig(EncoderConfig):
 
 def misfit(network: str, reason: str) -> ValueError:
     """Return the error for a ControlNet or T2I-Adapter of another family than the model's."""
-    return ValueError(
-        f"the {network} does not fit the model: {reason}; take one that was trained for this family (SD 1, SD 2 or XL)"
-    )
+    remedy = "take one that was trained for this family (SD 1, SD 2 or XL)"
+    return ValueError(f"the {network} does not fit the model: {reason}; {remedy}")
 
 
 class UnionBlock(nn.Module):
@@ -157,18 +151,10 @@ class ControlNetModel(Encoder):
             x = nn.silu(conv(x))
         return embedding.conv_out(x)
 
-    @property
-    def is_union(self) -> bool:
-        """Return whether this is a union ControlNet."""
-        return "task_embedding" in self
-
     def embed_types(self, numbers: Collection[int], dtype: mx.Dtype) -> mx.array:
         """Embed the kinds of a union ControlNet's images: -> [1, T], for ``embed_time`` to add."""
-        config = self.config
-        flags = mx.array([float(i in numbers) for i in range(config.num_control_type)])
-        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        embedded = timestep_embedding(flags, config.addition_time_embed_dim, **waves)
-        return self.control_add_embedding(embedded.reshape(1, -1).astype(dtype))
+        flags = mx.array([[float(i in numbers) for i in range(self.config.num_control_type)]])
+        return self.control_add_embedding(self._waves(flags, self.config.addition_time_embed_dim, dtype))
 
     def fuse(self, embedded: Sequence[mx.array], numbers: Sequence[int], scales: Sequence[float]) -> mx.array:
         """Join the embedded images [1, h, w, C] of several kinds, each at its scale: -> [1, h, w, C]."""
@@ -186,9 +172,8 @@ class ControlNetModel(Encoder):
         if image_embedding.shape[1:3] != x.shape[1:3]:
             scale = self.config.scale
             actual, needed = ((scale * h, scale * w) for _, h, w, _ in (image_embedding.shape, x.shape))
-            raise ValueError(
-                f"the control image's size is {actual}, the output's {needed} (height, width): resize the control image"
-            )
+            sizes = f"the control image's size is {actual}, the output's {needed} (height, width)"
+            raise ValueError(f"{sizes}: resize the control image")
         context = context if isinstance(context, Context) else Context(context)
         skips, middle = self.encode(self.conv_in(x) + image_embedding, temb, context)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
@@ -231,9 +216,8 @@ class T2IAdapterConfig(Config):
         xl = unet.down_block_types[0] == "DownBlock2D"
         needed = unet.block_out_channels + unet.block_out_channels[-1:] * xl
         if widths != needed or (self.adapter_type == "full_adapter_xl") != xl:
-            raise misfit(
-                "T2I-Adapter", f"its features ({self.adapter_type}) have widths {widths}, the model's {needed}"
-            )
+            reason = f"its features ({self.adapter_type}) have widths {widths}, the model's {needed}"
+            raise misfit("T2I-Adapter", reason)
 
 
 class AdapterBlock(nn.Module):
@@ -296,9 +280,7 @@ class T2IAdapter(nn.Module):
         if image.ndim != 4 or image.shape[-1] != channels or image.shape[1] % factor or image.shape[2] % factor:
             sides = f"with sides that are multiples of {factor}"
             raise ValueError(f"this adapter takes control images [B, H, W, {channels}] {sides}, not {image.shape}")
-        x, f = image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype), factor
-        b, h, w, c = x.shape
-        x = x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // f, w // f, c * f * f)
+        x = pixel_unshuffle(image.astype(self.adapter.body[0].resnets[0].block1.weight.dtype), factor)
         if "conv_in" in self.adapter:
             x = self.adapter.conv_in(x)
         features = []

@@ -144,10 +144,9 @@ def for_float32(kernel: Callable[..., mx.array], otherwise: Callable[..., mx.arr
 def convolve(x: mx.array, weight: mx.array, stride: Sequence[int], padding: Sequence[int]) -> mx.array:
     """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C], large ones by Winograd's algorithm.
 
-    The gradient of the maps is a product, too.
-
-    For that gradient MLX (0.32) copies the weights twice, up to eleven times the cost of the product where maps are
-    small, and at stride 2 it takes a loop that is forty times slower. Here they are copied once, where maps are large.
+    The gradient of the maps is a product, too. MLX (0.32) copies the weights twice for it, up to eleven times the cost
+    of the product where maps are small, and at stride 2 it takes a loop that is forty times slower. Here they are
+    copied once, where maps are large.
     """
     return _convolution(tuple(stride), tuple(padding))(x, weight)
 

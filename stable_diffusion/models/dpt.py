@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from .bit import BitBackbone, BitConfig
 from .config import Config, Supported
-from .layers import Group
+from .layers import Group, multi_head_attention
 from .resample import resample
 
 _PATCH = 16  # pixels per token: what the backbone reduces
@@ -22,10 +22,7 @@ _PATCH = 16  # pixels per token: what the backbone reduces
 
 @dataclass(frozen=True)
 class DPTConfig(Config):
-    """Hold the config of a hybrid depth estimator; names and defaults of transformers' ``DPTConfig``.
-
-    ``backbone_out_indices`` are the two layers whose states are read: the last two of a file's four.
-    """
+    """Hold the config of a hybrid depth estimator; names and defaults of transformers' ``DPTConfig``."""
 
     kind: ClassVar[str] = "depth estimator"
     supported: ClassVar[Supported] = {
@@ -49,7 +46,7 @@ class DPTConfig(Config):
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
     image_size: int = 384
-    backbone_out_indices: tuple[int, ...] = (8, 11)
+    backbone_out_indices: tuple[int, ...] = (8, 11)  # layers whose states are read: the last two of a file's four
     neck_hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
     fusion_hidden_size: int = 256
 
@@ -95,14 +92,9 @@ class ViTLayer(nn.Module):
         self._heads = config.num_attention_heads
 
     def __call__(self, x: mx.array) -> mx.array:
-        (b, n, c), project = x.shape, self.attention.attention
-        y = self.layernorm_before(x)
-        q, k, v = (
-            linear(y).reshape(b, n, self._heads, -1).transpose(0, 2, 1, 3)
-            for linear in (project.query, project.key, project.value)
-        )
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        x = x + self.attention.output.dense(y.transpose(0, 2, 1, 3).reshape(b, n, c))
+        project, y = self.attention.attention, self.layernorm_before(x)
+        y = multi_head_attention(project.query(y), project.key(y), project.value(y), self._heads)
+        x = x + self.attention.output.dense(y)
         return x + self.output.dense(nn.gelu(self.intermediate.dense(self.layernorm_after(x))))
 
 

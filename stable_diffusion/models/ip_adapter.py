@@ -6,6 +6,7 @@ reads beside it, by keys and values of its own.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import mlx.nn as nn
 from .clip_vision import CLIPVisionModelWithProjection
 from .config import Config, Supported, UNetConfig
 from .controlnet import misfit
-from .layers import Group, LayerNorm, gelu
+from .layers import Group, LayerNorm, gelu, multi_head_attention, split_heads
 from .resample import resample
 
 _HEAD_WIDTH = 64  # channels of a head of the resampler, in all published files
@@ -22,24 +23,25 @@ _HEAD_WIDTH = 64  # channels of a head of the resampler, in all published files
 
 @dataclass(frozen=True)
 class IPAdapterConfig(Config):
-    """Hold what the tensors of a file say of an IP-Adapter, which has no config.json.
-
-    ``image_proj`` is "linear" (plain, light), "mlp" (full face) or "resampler" (Plus). ``attention_widths`` are the
-    channels of the UNet's cross-attentions: down blocks, up blocks, middle.
-    """
+    """Hold what the tensors of a file say of an IP-Adapter, which has no config.json."""
 
     kind: ClassVar[str] = "IP-Adapter"
     supported: ClassVar[Supported] = {"image_proj": ("linear", "mlp", "resampler")}
 
-    image_proj: str
+    image_proj: str  # "linear" (plain, light), "mlp" (full face) or "resampler" (Plus)
     image_width: int  # of the features that are read
     context_width: int  # of the tokens, as the encoded prompt's
-    attention_widths: tuple[int, ...]
+    attention_widths: tuple[int, ...]  # channels of the UNet's cross-attentions: down blocks, up blocks, middle
     num_tokens: int = 1  # made of an embedding, or by the resampler
     hidden_size: int = 768  # of the resampler, like all below
     attention_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.attention_size % _HEAD_WIDTH:
+            text = f"attention_size={self.attention_size} (supported: multiples of {_HEAD_WIDTH})"
+            raise ValueError(f"{self.kind} config: {text}")
 
     @property
     def reads_hidden_states(self) -> bool:
@@ -86,9 +88,8 @@ class MLPProjection(nn.Module):
 
     def __init__(self, config: IPAdapterConfig):
         super().__init__()
-        first = nn.Linear(config.image_width, config.image_width)
-        last = nn.Linear(config.image_width, config.context_width)
-        self.proj = [first, nn.Identity(), last, LayerNorm(config.context_width)]  # slot 1 is the activation
+        width, out = config.image_width, config.context_width
+        self.proj = [nn.Linear(width, width), nn.Identity(), nn.Linear(width, out), LayerNorm(out)]  # 1: the activation
 
     def __call__(self, x: mx.array) -> mx.array:
         first, _, last, norm = self.proj
@@ -108,11 +109,9 @@ class PerceiverAttention(nn.Module):
 
     def __call__(self, x: mx.array, latents: mx.array) -> mx.array:
         latents = self.norm2(latents)
-        b, m, _ = latents.shape
-        rows = self.to_q(latents), *mx.split(self.to_kv(mx.concatenate([self.norm1(x), latents], axis=1)), 2, axis=-1)
-        q, k, v = (y.reshape(b, y.shape[1], -1, _HEAD_WIDTH).transpose(0, 2, 1, 3) for y in rows)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=_HEAD_WIDTH**-0.5)
-        return self.to_out(y.transpose(0, 2, 1, 3).reshape(b, m, -1))
+        q = self.to_q(latents)
+        k, v = mx.split(self.to_kv(mx.concatenate([self.norm1(x), latents], axis=1)), 2, axis=-1)
+        return self.to_out(multi_head_attention(q, k, v, q.shape[-1] // _HEAD_WIDTH))
 
 
 class Resampler(nn.Module):
@@ -120,18 +119,13 @@ class Resampler(nn.Module):
 
     def __init__(self, config: IPAdapterConfig):
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner, linear = config.hidden_size, config.intermediate_size, partial(nn.Linear, bias=False)
         self.latents = mx.zeros((1, config.num_tokens, width))
         self.proj_in = nn.Linear(config.image_width, width)
         self.layers = [
             [
                 PerceiverAttention(width, config.attention_size),
-                [
-                    LayerNorm(width),
-                    nn.Linear(width, inner, bias=False),
-                    nn.Identity(),
-                    nn.Linear(inner, width, bias=False),
-                ],
+                [LayerNorm(width), linear(width, inner), nn.Identity(), linear(inner, width)],
             ]
             for _ in range(config.num_hidden_layers)
         ]
@@ -190,15 +184,11 @@ class IPAdapter(nn.Module):
 
 @dataclass
 class ImageTokens:
-    """Cache the keys and values that cross-attentions make of image tokens [B, M, D], the same in all steps of a run.
+    """Cache the keys and values that cross-attentions make of image tokens, the same in all steps of a run."""
 
-    ``layers`` are the projections to keys and values, and the scale, of each attention that reads the tokens, by its
-    number. ``mask`` [H, W], in the size of the picture or its latents, is 1 where they act, and 0 where they do not.
-    """
-
-    tokens: mx.array
-    layers: Mapping[int, tuple[nn.Linear, nn.Linear, float]]
-    mask: mx.array | None = None
+    tokens: mx.array  # [B, M, D]
+    layers: Mapping[int, tuple[nn.Linear, nn.Linear, float]]  # by number: to keys, to values, scale
+    mask: mx.array | None = None  # [H, W], of the picture or its latents: 1 where the tokens act, 0 where they do not
     _cache: dict[tuple[int, int], tuple[mx.array, mx.array, float | mx.array]] = field(default_factory=dict)
 
     def keys_and_values(self, number: int, q: mx.array) -> tuple[mx.array, mx.array, float | mx.array]:
@@ -210,14 +200,10 @@ class ImageTokens:
         if (number, width) not in self._cache:
             *projections, scale = self.layers[number]
             weight = scale if self.mask is None else scale * self._mask(positions).astype(q.dtype)
-            pair = [self._heads(project(self.tokens), heads, width).astype(q.dtype) for project in projections]
+            pair = [split_heads(project(self.tokens), len(self.tokens), heads) for project in projections]
+            pair = [mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]).astype(q.dtype) for x in pair]
             self._cache[number, width] = *pair, weight
         return self._cache[number, width]
-
-    @staticmethod
-    def _heads(x: mx.array, heads: int, width: int) -> mx.array:
-        x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-        return mx.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
 
     def _mask(self, positions: int) -> mx.array:
         """Resize the mask to the map of so many positions: the UNet, as the autoencoder, halves sides and rounds up."""

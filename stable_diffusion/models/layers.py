@@ -18,7 +18,7 @@ Kernel = Callable[..., mx.array]
 # Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
 # seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
-_WINOGRAD = 4096  # positions of the input from which Metal takes Winograd's algorithm
+WINOGRAD_POSITIONS = 4096  # positions, in all rows of the input, from which Metal takes Winograd's algorithm (MLX 0.32)
 _QUERIES = 128  # at least in a product with all keys on a CPU: 32 reach 2/3 of its rate, at 16,384 and 65,536 keys
 _SCORES = 2**22  # bytes of attention in a gradient, which has them several times
 
@@ -55,7 +55,7 @@ def _scaled_silu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) 
 scaled_silu = cpu.for_float32(cpu.scaled_silu, _scaled_silu)
 
 
-_attend = mx.custom_function(cpu.for_float32(cpu.attention, gpu.attention))
+_attend = cpu.for_float32(cpu.attention, gpu.attention)
 
 
 @mx.compile
@@ -85,21 +85,16 @@ def _attention_gradients(
     return tuple(mx.concatenate(xs).reshape(x.shape) for xs, x in zip(zip(*parts, strict=True), inputs, strict=True))
 
 
-_attend.vjp(_attention_gradients)
-_attend_upcast = mx.custom_function(lambda q, k, v: _attend(q, k, v))  # scores of its gradient are float32, too
-_attend_upcast.vjp(partial(_attention_gradients, upcast=True))
-
-
 _after = mx.custom_function(lambda x, done: mx.depends(x, done))  # in gradients the other way round
 _after.vjp(lambda inputs, change, _: (change, mx.depends(mx.zeros_like(inputs[1]), change)))
 
 
 @cache
-def _attend_widened(dim: int, upcast: bool) -> Kernel:
-    """Attend with heads of ``dim`` that were widened with zeros."""
-    attend = mx.custom_function(partial(gpu.attention, dim=dim))
-    attend.vjp(partial(_attention_gradients, upcast=upcast, dim=dim))
-    return attend
+def _attention_kernel(upcast: bool, dim: int | None) -> Kernel:
+    """Attend, with scores of the gradient in float32 if ``upcast``; ``dim`` is the width of heads that were widened."""
+    kernel = mx.custom_function(partial(gpu.attention, dim=dim) if dim else lambda q, k, v: _attend(q, k, v))
+    kernel.vjp(partial(_attention_gradients, upcast=upcast, dim=dim))
+    return kernel
 
 
 def attention(
@@ -126,9 +121,7 @@ def attention(
         limit = min(limit, _LONGEST / (2 * gpu.fused_width(width)))
     scores = math.prod(q.shape[:3]) * k.shape[2]
     if axis > 2 or scores <= limit:
-        upcast = upcast and q.dtype != mx.float32
-        attend = _attend_upcast if upcast else _attend
-        return (attend if dim in (None, width) else _attend_widened(dim, upcast))(q, k, v)
+        return _attention_kernel(upcast and q.dtype != mx.float32, None if dim == width else dim)(q, k, v)
     length = q.shape[axis]
     step = max(int(length * limit // scores), _QUERIES if on_cpu and axis == 2 else 1)
     cuts = list(range(step, length, step))
@@ -140,6 +133,18 @@ def attention(
         q = _after(q, results[-1]) if results else q
         results.append(attention(q, *kv, largest, axis + 1, upcast=upcast, dim=dim))
     return mx.concatenate(results, axis=axis)
+
+
+def split_heads(x: mx.array, b: int, heads: int) -> mx.array:
+    """Part channels into heads: [B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
+    return x.reshape(b, -1, heads, x.shape[-1] // heads).transpose(0, 2, 1, 3)
+
+
+def multi_head_attention(q: mx.array, k: mx.array, v: mx.array, heads: int, mask: str | None = None) -> mx.array:
+    """Compute attention of several heads by MLX's kernel: q [B, N, C], k and v [B, M, C] -> [B, N, C]."""
+    q, k, v = (split_heads(x, len(x), heads) for x in (q, k, v))
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+    return y.transpose(0, 2, 1, 3).flatten(2)
 
 
 class GroupNorm(nn.Module):
@@ -208,15 +213,8 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def may_be_winograd(size: Sequence[int], weight: Sequence[int], stride: Sequence[int] = (1, 1)) -> bool:
-    """Return whether Metal may convolve a map of ``size`` (h, w) by Winograd's algorithm, by MLX's rules (0.32).
-
-    ``weight`` is the shape [O, kh, kw, C] of the weights. The rule counts the positions of all rows of a batch.
-    """
-    return _suits_winograd(weight, stride) and math.prod(size) >= _WINOGRAD
-
-
-def _suits_winograd(weight: Sequence[int], stride: Sequence[int]) -> bool:
+def suits_winograd(weight: Sequence[int], stride: Sequence[int] = (1, 1)) -> bool:
+    """Return whether Metal convolves large maps by Winograd's algorithm with weights of this shape [O, kh, kw, C]."""
     o, *kernel, c = weight
     return kernel == [3, 3] and tuple(stride) == (1, 1) and c % 32 == o % 32 == 0 and c + o >= 256
 
@@ -231,8 +229,8 @@ def rows_alike(
     of the output on channels that fit no tile are padded.
     """
     (_, *size, c), (o, *kernel, _) = x, weight
-    if _suits_winograd(weight, stride):
-        positions, threshold = math.prod(size), _WINOGRAD
+    if suits_winograd(weight, stride):
+        positions, threshold = math.prod(size), WINOGRAD_POSITIONS
     elif (c > 4 and c % 16) or (o > 16 and o % 16):
         sides = zip(size, kernel, stride, padding, strict=True)
         positions, threshold = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in sides), 256
@@ -269,19 +267,14 @@ class Conv2d(nn.Conv2d):
 
 @dataclass
 class Context:
-    """Cache the keys and values that each layer makes of an encoded prompt [B, M, D], the same in all steps of a run.
+    """Cache the keys and values that each layer makes of an encoded prompt, the same in all steps of a run."""
 
-    Layers in training mode project it at every call. Values come from ``v_encoded`` where it is given. In the
-    self-attentions with ``perturbed_layers`` as their numbers, the rows in which ``is_perturbed`` [B] is 1 attend to
-    their own positions alone. ``images`` are image tokens that act beside the prompt, see ``ip_adapter.ImageTokens``.
-    """
-
-    encoded: mx.array
-    v_encoded: mx.array | None = None
-    is_perturbed: mx.array | None = None
-    perturbed_layers: Collection[int] = ()
-    images: Sequence[Any] = ()
-    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    encoded: mx.array  # [B, M, D]
+    v_encoded: mx.array | None = None  # what values are made of, where it is not the same
+    is_perturbed: mx.array | None = None  # [B]: 1 for rows whose positions attend to themselves alone
+    perturbed_layers: Collection[int] = ()  # numbers of the self-attentions in which they do
+    images: Sequence[Any] = ()  # image tokens that act beside the prompt, see ``ip_adapter.ImageTokens``
+    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)  # of layers that are not in training
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
         """Return a layer's keys and values, both [B, heads, M, C / heads]."""
@@ -366,7 +359,7 @@ class Attention(nn.Module):
         """[B, N, C] or [B * N, C] -> a product for each of the layers with these names, [B, heads, N, C / heads]."""
         products = []
         for y in self._joined.rows(names, [self[name] for name in names], x):
-            y = y.reshape(b, -1, self._heads, y.shape[-1] // self._heads).transpose(0, 2, 1, 3)
+            y = split_heads(y, b, self._heads)
             products.append(y.astype(mx.float32) if self._upcast and not gpu.is_fused(y.shape[-1]) else y)
         return products
 

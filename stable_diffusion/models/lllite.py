@@ -26,19 +26,15 @@ _KERNELS = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}  # of what embeds the image for 
 
 @dataclass(frozen=True, kw_only=True)
 class LLLiteConfig(Config):
-    """Hold the shapes of a ControlNet-LLLite: the ``layers`` of the UNet, the ``widths`` of their inputs, their depths.
-
-    ``depths`` say how far the UNet has halved the image there, from 1 for maps of a half of the latents on;
-    ``cond_emb_dim`` and ``mlp_dim`` are the widths inside.
-    """
+    """Hold the shapes of a ControlNet-LLLite: the ``layers`` of the UNet, and what belongs to each."""
 
     kind: ClassVar[str] = "controlnet"
     ignored: ClassVar[Collection[str]] = ()
 
     layers: tuple[str, ...]
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    cond_emb_dim: int
+    widths: tuple[int, ...]  # of the layers' inputs
+    depths: tuple[int, ...]  # how far the UNet has halved the image there: 1 for maps of a half of the latents
+    cond_emb_dim: int  # the widths inside
     mlp_dim: int
 
 

@@ -1,9 +1,16 @@
-"""Resize maps as torch's ``interpolate`` does."""
+"""Resize maps as torch's ``interpolate`` and ``pixel_unshuffle`` do."""
 
 import math
 from array import array
 
 import mlx.core as mx
+
+
+def pixel_unshuffle(x: mx.array, side: int) -> mx.array:
+    """Take squares of positions as one, channels first: [B, H, W, C] -> [B, H / side, W / side, C * side²]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // side, side, w // side, side, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(b, h // side, w // side, c * side**2)
 
 
 def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_corners: bool = False) -> mx.array:

@@ -6,7 +6,6 @@ Every convolution pads so within the context :func:`seamless`, which belongs to 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 import mlx.core as mx
@@ -28,13 +27,7 @@ def seamless(axes: str) -> Iterator[None]:
 
 def seamlessly(axes: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that runs in the context of ``axes``; itself for none."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with seamless(axes):
-            return function(*args, **kwargs)
-
-    return run if axes else function
+    return seamless(axes)(function) if axes else function
 
 
 def is_seamless(axis: str) -> bool:

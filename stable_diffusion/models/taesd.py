@@ -4,7 +4,6 @@ It was distilled from the large autoencoder for the same latents: 3×3 convoluti
 costs a fraction of the time and the memory, for previews and wherever these are short.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,16 +14,12 @@ import mlx.nn as nn
 from .config import Config, Supported
 from .layers import Conv2d
 from .upsampling import UpsampledConv2d
-from .vae import Network
+from .vae import Network, with_no_variance
 
 
 @dataclass(frozen=True)
 class AutoencoderTinyConfig(Config):
-    """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's.
-
-    Widths and numbers of residual blocks are those of the stages, finest first in the encoder and last in the decoder.
-    A decoder alone has an encoder of no stages.
-    """
+    """Hold the config of diffusers' ``AutoencoderTiny``; the defaults are TAESD's and TAESDXL's."""
 
     kind: ClassVar[str] = "tiny vae"
     supported: ClassVar[Supported] = {
@@ -35,9 +30,9 @@ class AutoencoderTinyConfig(Config):
     }
     ignored: ClassVar[Collection[str]] = ("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
 
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of stages, finest first; none: a decoder alone
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # finest last
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # residual blocks of each stage
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     in_channels: int = 3
     out_channels: int = 3
@@ -48,9 +43,8 @@ class AutoencoderTinyConfig(Config):
         for side in ("encoder", "decoder"):
             widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
             if len(widths) != len(blocks) or len(set(widths)) > 1 or not (widths or side == "encoder"):
-                raise ValueError(
-                    f"tiny vae config: {side}_block_out_channels={widths} must be one width for each of {blocks}"
-                )
+                text = f"{side}_block_out_channels={widths} must be one width for each of {blocks}"
+                raise ValueError(f"tiny vae config: {text}")
         if len(self.num_encoder_blocks) not in (0, len(self.num_decoder_blocks)):
             raise ValueError("tiny vae config: its encoder and its decoder differ in their number of stages")
 
@@ -61,7 +55,7 @@ class AutoencoderTinyConfig(Config):
 
     def widest(self, half: str) -> float:
         """Return the channels of a block's three maps in a half ("encoder" or "decoder"), per pixel."""
-        return 3 * (self.encoder_block_out_channels if half == "encoder" else self.decoder_block_out_channels)[0]
+        return 3 * getattr(self, f"{half}_block_out_channels")[0]
 
 
 class TinyBlock(nn.Module):
@@ -80,10 +74,7 @@ class TinyBlock(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them, as ``AutoencoderKL`` does.
-
-    The networks within know pixels in [0, 1].
-    """
+    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them; the networks within know [0, 1]."""
 
     def __init__(self, config: AutoencoderTinyConfig):
         super().__init__()
@@ -106,12 +97,8 @@ class AutoencoderTiny(nn.Module):
         self.decoder = nn.Sequential(*layers, Conv2d(width, config.out_channels, 3, padding=1))
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
-        """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4].
-
-        There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
-        """
-        z = (encoder or self.encoder)((x + 1) / 2) * self.config.scaling_factor
-        return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
+        """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, H / 8, W / 8, 4]."""
+        return with_no_variance((encoder or self.encoder)((x + 1) / 2) * self.config.scaling_factor)
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
         """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""

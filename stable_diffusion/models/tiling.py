@@ -47,14 +47,11 @@ _SMALLEST_TILE = 16  # latents: less would show nothing of what is around
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """Describe how an encoder or decoder runs, and its peak of memory in bytes beside the weights.
+    """Describe how an encoder or decoder runs, and its peak of memory."""
 
-    ``rows`` is the height of a slice, None for one graph; ``tile`` is the side of tiles in latents, None for none.
-    """
-
-    peak: float
-    rows: int | None = None
-    tile: int | None = None
+    peak: float  # bytes beside the weights
+    rows: int | None = None  # of a slice; None for one graph
+    tile: int | None = None  # side of tiles in latents; None for none
 
 
 def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None = None, itemsize: int = 4) -> VAEPlan:
@@ -63,9 +60,7 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     ``budget`` is in bytes beside the weights, by default a quarter of the machine's memory; ``itemsize`` of a number.
     """
     device, scale = mx.default_device().type, config.scale
-    if budget is None:
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    room = budget / _MARGIN
+    room = (default_budget() if budget is None else budget) / _MARGIN
     n, *sides = shape[:3]
     height, width = (side * scale for side in sides) if half == "decoder" else sides
     channels = config.widest(half)
@@ -90,6 +85,11 @@ def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None
     return VAEPlan(peak(side**2, side * scale) + blended, rows, side)
 
 
+def default_budget() -> float:
+    """Return a quarter of the machine's memory, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+
+
 def _transformed_weights(config: Config, half: str, maps: float) -> float:
     """Return the bytes of transformed weights that are in memory beside ``maps``, the bytes of the largest maps.
 
@@ -97,17 +97,12 @@ def _transformed_weights(config: Config, half: str, maps: float) -> float:
     """
     if isinstance(config, AutoencoderConfig):
         return max(2 * winograd.weight_bytes(max(config.block_out_channels)) - maps / 3, 0)
-    is_encoder = half == "encoder"
-    widths = config.encoder_block_out_channels if is_encoder else config.decoder_block_out_channels
-    blocks = config.num_encoder_blocks if is_encoder else config.num_decoder_blocks
+    widths, blocks = getattr(config, f"{half}_block_out_channels"), getattr(config, f"num_{half}_blocks")
     return sum(3 * count * winograd.weight_bytes(width) for count, width in zip(blocks, widths, strict=True))
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:
-    """Decode latents as ``vae.decode`` does: small pictures as one lazy graph, others at once, one after the other.
-
-    ``budget`` is as in ``plan``.
-    """
+    """Decode latents as ``vae.decode`` does within a ``budget``, see :func:`plan`: small pictures as one lazy graph."""
     return vae.decode(z, partial(_run, vae, "decoder", budget))
 
 
@@ -128,12 +123,7 @@ def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.a
     if chosen.tile is None:
         return in_slices(network.layers, x, chosen.rows)
     down, up = (vae.config.scale, 1) if half == "encoder" else (1, vae.config.scale)
-    return in_tiles(network.layers, x, chosen, down, up)
-
-
-def in_tiles(layers: list[Network], x: mx.array, chosen: VAEPlan, down: int, up: int) -> mx.array:
-    """Run ``layers`` on tiles of x [1, H, W, C], each in slices; see :func:`blend_tiles`."""
-    return blend_tiles(lambda tile: in_slices(layers, tile, chosen.rows), x, chosen.tile, down, up)
+    return blend_tiles(partial(in_slices, network.layers, rows=chosen.rows), x, chosen.tile, down, up)
 
 
 def blend_tiles(network: Network, x: mx.array, side: int, down: int, up: int, margin: int = 0) -> mx.array:
@@ -232,10 +222,7 @@ def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
 
 
 def _height(conv: Conv2d, width: int, rows: int) -> int:
-    """Return how many rows of a map of a ``width`` to convolve at once.
-
-    These are ``rows``, or for Winograd's algorithm as many more as pay for the transform of weights, in whole tiles.
-    """
+    """Return ``rows``, or for Winograd's algorithm as many more, in whole tiles, as pay for transforming weights."""
     if not winograd.suits(conv.weight, conv.stride):
         return rows
     return math.ceil(max(rows, winograd.fewest_positions(len(conv.weight)) / width) / winograd.TILE) * winograd.TILE

@@ -18,17 +18,7 @@ from mlx.nn.utils import checkpoint
 
 from . import gpu
 from .config import EncoderConfig, UNetConfig
-from .layers import (
-    Attention,
-    Context,
-    Conv2d,
-    Downsample2D,
-    Group,
-    GroupNorm,
-    LayerNorm,
-    ResnetBlock2D,
-    gelu,
-)
+from .layers import Attention, Context, Conv2d, Downsample2D, Group, GroupNorm, LayerNorm, ResnetBlock2D, gelu
 from .token_merging import attend_merged
 from .upsampling import Upsample2D
 
@@ -100,13 +90,13 @@ class Transformer2DModel(nn.Module):
 
     recomputes = False
 
-    def __init__(self, config: EncoderConfig, dim: int, heads: int, context_dim: int, layers: int):
+    def __init__(self, config: EncoderConfig, level: int, layers: int):
         super().__init__()
+        dim, heads = config.block_out_channels[level], config.num_attention_heads[level]
+        options = dim, heads, config.cross_attention_dim[level], config.upcast_attention
         self.norm = GroupNorm(config.norm_num_groups, dim, eps=1e-6)
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = [
-            BasicTransformerBlock(dim, heads, context_dim, config.upcast_attention) for _ in range(layers)
-        ]
+        self.transformer_blocks = [BasicTransformerBlock(*options) for _ in range(layers)]
         self.proj_out = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array, context: Context, tome_ratio: float = 0.0) -> mx.array:
@@ -137,6 +127,8 @@ class UNetBlock(nn.Module):
         resample: "down" or "up" where the block changes the size at its end.
     """
 
+    attention: type[nn.Module] = Transformer2DModel
+
     def __init__(
         self,
         config: EncoderConfig,
@@ -146,15 +138,14 @@ class UNetBlock(nn.Module):
         resample: str | None = None,
     ):
         super().__init__()
-        heads, context_dim = config.num_attention_heads[level], config.cross_attention_dim[level]
         width, temb_dim = config.block_out_channels[level], 4 * config.block_out_channels[0]
         groups, eps = config.norm_num_groups, config.norm_eps
         self.resnets = [ResnetBlock2D(i, o, groups=groups, eps=eps, temb_dim=temb_dim) for i, o in channels]
         if layers is not None:
             depths = layers if isinstance(layers, tuple) else (layers,) * len(self.resnets)
-            self.attentions = [Transformer2DModel(config, width, heads, context_dim, depth) for depth in depths]
+            self.attentions = [self.attention(config, level, depth) for depth in depths]
         if resample == "down":
-            self.downsamplers = [Downsample2D(width)]
+            self.downsamplers = [Downsample2D(width, pad_end=config.downsample_padding == 0)]
         elif resample == "up":
             self.upsamplers = [Upsample2D(width)]
 
@@ -208,18 +199,20 @@ class Encoder(nn.Module):
             guidance: LCM's guidance embedding [B, time_cond_proj_dim].
             added: another embedding of the result's shape, to add before the SiLU.
         """
-        config = self.config
-        waves = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
         t = t if isinstance(t, mx.array) else mx.array([t])
-        temb = self.time_embedding(timestep_embedding(t, config.block_out_channels[0], **waves).astype(dtype), guidance)
+        temb = self.time_embedding(self._waves(t[:, None], self.config.block_out_channels[0], dtype), guidance)
         if "add_embedding" in self:
             if text_time is None:
                 raise ValueError("this network needs text_time = (pooled prompt, time ids)")
             pooled, ids = text_time
-            sizes = timestep_embedding(ids.reshape(-1), config.addition_time_embed_dim, **waves)
-            sizes = sizes.reshape(ids.shape[0], -1).astype(dtype)
+            sizes = self._waves(ids, self.config.addition_time_embed_dim, dtype)
             temb = temb + self.add_embedding(mx.concatenate([pooled, sizes], axis=-1))
         return nn.silu(temb if added is None else temb + added)
+
+    def _waves(self, numbers: mx.array, dim: int, dtype: mx.Dtype) -> mx.array:
+        """[B, N] -> [B, N * dim], as this network embeds timesteps."""
+        waves = {"flip_sin_to_cos": self.config.flip_sin_to_cos, "freq_shift": self.config.freq_shift}
+        return timestep_embedding(numbers.reshape(-1), dim, **waves).reshape(len(numbers), -1).astype(dtype)
 
     def encode(
         self, x: mx.array, temb: mx.array, context: Context, features: Sequence[mx.array] = (), tome_ratio: float = 0.0
@@ -360,9 +353,8 @@ def find_attentions(unet: UNet2DConditionModel, names: Sequence[str], kind: str 
         inside = {number for path, number in layers.items() if words and path[: len(words)] == words}
         if not inside:
             blocks = sorted({".".join(path[: 1 + path[1].isdigit()]) for path in layers})
-            raise ValueError(
-                f"the UNet has no {kind}-attention in {name!r}; choose from {', '.join(blocks)}, or parts of them"
-            )
+            remedy = f"choose from {', '.join(blocks)}, or parts of them"
+            raise ValueError(f"the UNet has no {kind}-attention in {name!r}; {remedy}")
         found |= inside
     return found
 

@@ -3,24 +3,21 @@
 It is the UNet of Stable Diffusion with plain self-attentions in the place of transformers: no prompt is read.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
 from .config import Supported, UNetConfig
-from .layers import Context, Downsample2D
+from .layers import Context
 from .unet import UNet2DConditionModel, UNetBlock
 from .vae import SpatialAttention
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNet2DConfig(UNetConfig):
-    """Hold the config of a ``UNet2DModel``.
-
-    ``downsample_padding`` 0 pads maps below and to the right before they are halved, 1 on all sides.
-    """
+    """Hold the config of a ``UNet2DModel``."""
 
     supported: ClassVar[Supported] = UNetConfig.supported | {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -35,45 +32,34 @@ class UNet2DConfig(UNetConfig):
 
     in_channels: int = 3
     out_channels: int = 3
-    downsample_padding: int = 1
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Read ``config.json``, where ``attention_head_dim`` is the width of a head: 8 if absent, null is all."""
         widths, head = raw.get("block_out_channels") or (), raw.get("attention_head_dim", 8)
         cls._check("attention_head_dim", head, int | None)
-        wrong = [width for width in widths if head and width % head]
-        if wrong:
+        if wrong := [width for width in widths if head and width % head]:
             raise ValueError(f"unet config: attention_head_dim={head} does not divide the width {wrong[0]}")
         heads = [width // head if head else 1 for width in widths]
         middle = {"mid_block_type": "UNetMidBlock2DCrossAttn"} if raw.get("mid_block_type", "") is not None else {}
         return super().from_dict({**raw, **middle, "num_attention_heads": heads})
 
 
+class PlainAttention(SpatialAttention):
+    """Compute self-attention in the place of the transformer of a level, which reads no prompt."""
+
+    def __init__(self, config: UNet2DConfig, level: int, layers: int):
+        options = {"heads": config.num_attention_heads[level], "eps": config.norm_eps}
+        super().__init__(config.block_out_channels[level], config.norm_num_groups, **options)
+
+    def __call__(self, x: mx.array, context: Context, tome_ratio: float) -> mx.array:
+        return super().__call__(x)
+
+
 class UNet2DBlock(UNetBlock):
-    """Hold the layers of a block: resnets, and where ``layers`` is not None a self-attention after each."""
+    """Hold resnets, and where the block attends a self-attention after each."""
 
-    def __init__(
-        self,
-        config: UNet2DConfig,
-        level: int,
-        channels: Iterable[tuple[int, int]],
-        layers: int | tuple[int, ...] | None,
-        resample: str | None = None,
-    ):
-        super().__init__(config, level, channels, None, resample)
-        width, groups = config.block_out_channels[level], config.norm_num_groups
-        if layers is not None:
-            options = {"heads": config.num_attention_heads[level], "eps": config.norm_eps}
-            count = len(layers) if isinstance(layers, tuple) else len(self.resnets)
-            self.attentions = [SpatialAttention(width, groups, **options) for _ in range(count)]
-        if resample == "down":
-            self.downsamplers = [Downsample2D(width, pad_end=config.downsample_padding == 0)]
-
-    def layer(self, i: int, x: mx.array, temb: mx.array, context: Context, tome_ratio: float) -> mx.array:
-        """Run resnet ``i``, with its attention if there is one."""
-        x = self.resnets[i](x, temb)
-        return self.attentions[i](x) if "attentions" in self else x
+    attention = PlainAttention
 
 
 class UNet2DModel(UNet2DConditionModel):

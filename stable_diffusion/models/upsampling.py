@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import winograd
-from .layers import Conv2d, conv2d, may_be_winograd
+from .layers import WINOGRAD_POSITIONS, Conv2d, conv2d, suits_winograd
 
 _FEWEST = 64  # positions of a map: with fewer, summing the weights takes the time that it saves (measured on a CPU)
 
@@ -62,7 +62,7 @@ def sums_pay(size: Sequence[int], conv: nn.Module) -> bool:
         return False
     if mx.default_device() == mx.cpu:
         return not (winograd.suits(conv.weight) and 4 * h * w >= winograd.fewest_positions(len(conv.weight)))
-    return not may_be_winograd((2 * h, 2 * w), conv.weight.shape)
+    return not (suits_winograd(conv.weight.shape) and 4 * h * w >= WINOGRAD_POSITIONS)
 
 
 def sum_taps(weight: mx.array) -> mx.array:

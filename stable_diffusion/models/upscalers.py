@@ -4,7 +4,6 @@ They read and write pixels [B, H, W, 3] in [0, 1], and have no other input: a pi
 """
 
 import math
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,8 @@ import mlx.nn as nn
 
 from .config import Config
 from .layers import Conv2d
-from .tiling import blend_tiles
+from .resample import pixel_unshuffle
+from .tiling import blend_tiles, default_budget
 from .upsampling import UpsampledConv2d
 
 # Bytes for each value of the largest map. CPU: measured, which unfolds the inputs of convolutions. GPU: computed, not
@@ -25,10 +25,7 @@ _SMALLEST_TILE, _LARGEST_TILE = 128, 512  # pixels: they overlap by a quarter, o
 
 @dataclass(frozen=True)
 class RRDBNetConfig(Config):
-    """Hold what the tensors of a file say of an ``RRDBNet``.
-
-    ``unshuffle`` is the side of the squares of pixels that it reads as one position.
-    """
+    """Hold what the tensors of a file say of an ``RRDBNet``."""
 
     kind: ClassVar[str] = "upscaler"
 
@@ -36,7 +33,7 @@ class RRDBNetConfig(Config):
     num_block: int = 23
     num_grow_ch: int = 32
     num_upsampling: int = 2
-    unshuffle: int = 1
+    unshuffle: int = 1  # side of the squares of pixels that it reads as one position
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4) or self.num_upsampling > 4 or 2**self.num_upsampling % self.unshuffle:
@@ -108,10 +105,7 @@ class RRDBNet(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, H, W, 3] -> [B, H * scale, W * scale, 3], of sides that are multiples of ``unshuffle``."""
-        b, h, w, _ = x.shape
-        if (r := self.config.unshuffle) > 1:
-            x = x.reshape(b, h // r, r, w // r, r, 3).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // r, w // r, -1)
-        x = y = self.conv_first(x)
+        x = y = self.conv_first(pixel_unshuffle(x, self.config.unshuffle))
         for block in self.body:
             y = block(y)
         x = x + self.conv_body(y)
@@ -160,9 +154,7 @@ def upscale(network: Upscaler, x: mx.array, budget: float | None = None) -> mx.a
 
 def tile_side(network: Upscaler, budget: float | None = None) -> int:
     """Return the side in pixels of the largest tiles that are computed in ``budget`` bytes."""
-    if budget is None:
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    config = network.config
+    budget, config = default_budget() if budget is None else budget, network.config
     maps = config.scale**2 if isinstance(network, RRDBNet) else _SRVGG_MAPS
     each = _WORK[mx.default_device().type] * config.num_feat * maps
     return min(max(int(math.sqrt(budget / each)), _SMALLEST_TILE), _LARGEST_TILE) // 8 * 8

@@ -3,6 +3,7 @@
 Encoder and decoder are a list of layers each, run one after the other. ``tiling`` runs the same lists on parts of maps.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -54,7 +55,7 @@ class AutoencoderBlock(nn.Module):
 
 
 class Half(nn.Module):
-    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents [B, h, w, encoded_channels].
+    """Run the encoder: pixels [B, H, W, 3] -> mean and log variance of latents, [B, h, w, 2 C].
 
     Or the decoder: latents -> pixels, with the widths in reverse and one more resnet in each block.
     """
@@ -62,7 +63,7 @@ class Half(nn.Module):
     def __init__(self, config: AutoencoderConfig, half: str):
         super().__init__()
         groups, widths, count = config.norm_num_groups, config.block_out_channels, config.layers_per_block
-        into, out, resample = config.in_channels, config.encoded_channels, "down"
+        into, out, resample = config.in_channels, config.moments * config.latent_channels, "down"
         self.mid_block = AutoencoderBlock([widths[-1]] * 3, groups, attends=config.mid_block_add_attention)
         if half == "decoder":
             into, out, resample = config.latent_channels, config.out_channels, "up"
@@ -85,6 +86,11 @@ class Half(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def with_no_variance(z: mx.array) -> tuple[mx.array, mx.array]:
+    """Return latents without a posterior to sample from, and the logarithm of its variance: minus infinity."""
+    return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
 
 class AutoencoderKL(nn.Module):

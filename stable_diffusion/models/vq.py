@@ -1,6 +1,5 @@
 """The autoencoder with a codebook (van den Oord et al. 2017; Esser et al. 2021), named as diffusers' ``VQModel``."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +8,7 @@ import mlx.nn as nn
 
 from .config import AutoencoderConfig, Supported
 from .layers import Group
-from .vae import AutoencoderKL, Network
+from .vae import AutoencoderKL, Network, with_no_variance
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class VQConfig(AutoencoderConfig):
 
     kind: ClassVar[str] = "vq"
     supported: ClassVar[Supported] = AutoencoderConfig.supported | {"norm_type": ("group", None)}
+    moments: ClassVar[int] = 1
 
     layers_per_block: int = 1
     latent_channels: int = 3
@@ -30,11 +30,6 @@ class VQConfig(AutoencoderConfig):
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
     lookup_from_codebook: bool = False  # which decides nothing where latents are quantized
-
-    @property
-    def encoded_channels(self) -> int:
-        """Return the channels that the encoder writes."""
-        return self.latent_channels
 
 
 class VQModel(AutoencoderKL):
@@ -48,12 +43,8 @@ class VQModel(AutoencoderKL):
         self.quantize = Group(embedding=nn.Embedding(config.num_vq_embeddings, outer))
 
     def encode(self, x: mx.array, encoder: Network | None = None) -> tuple[mx.array, mx.array]:
-        """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, h, w, C], before the codebook.
-
-        There is no posterior to sample from: the variance is zero, its logarithm minus infinity.
-        """
-        z = self.quant_conv((encoder or self.encoder)(x)) * self.config.scaling_factor
-        return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
+        """Encode pixels [B, H, W, 3] to (latents, log variance), each [B, h, w, C], before the codebook."""
+        return with_no_variance(self.quant_conv((encoder or self.encoder)(x)) * self.config.scaling_factor)
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
         """Decode latents [B, h, w, C] to pixels [B, H, W, 3], about [-1, 1] and not clipped."""

@@ -15,7 +15,9 @@ TILE = 4  # positions of the result, in each direction
 _FEWEST_CHANNELS = 64  # with fewer, the transforms take what they save (measured)
 _a, _b = 0.5**0.5, 2**0.5
 
-# Rows are the points 0, √½, -√½, √2, -√2 and infinity.
+_POINTS = (0, _a, -_a, _b, -_b)  # and infinity
+
+# The first two have a row for each point, the last one for each power.
 _OF_MAP = [
     [1, 0, -2.5, 0, 1, 0],
     [0, -2 * _a, -2, _a, 1, 0],
@@ -24,20 +26,9 @@ _OF_MAP = [
     [0, _b / 2, -0.5, -_b, 1, 0],
     [0, 1, 0, -2.5, 0, 1],
 ]
-_OF_WEIGHT = [
-    [1, 0, 0],
-    [-2 / 3, -2 / 3 * _a, -1 / 3],
-    [-2 / 3, 2 / 3 * _a, -1 / 3],
-    [1 / 6, _b / 6, 1 / 3],
-    [1 / 6, -_b / 6, 1 / 3],
-    [0, 0, 1],
-]
-_TO_RESULT = [
-    [1, 1, 1, 1, 1, 0],
-    [0, _a, -_a, _b, -_b, 0],
-    [0, 0.5, 0.5, 2, 2, 0],
-    [0, _a / 2, -_a / 2, 2 * _b, -2 * _b, 1],
-]
+_OF_WEIGHT = [[n * p**i for i in range(3)] for p, n in zip(_POINTS, (1, -2 / 3, -2 / 3, 1 / 6, 1 / 6), strict=True)]
+_OF_WEIGHT += [[0, 0, 1]]
+_TO_RESULT = [[*(p**i for p in _POINTS), i == 3] for i in range(4)]
 
 
 def suits(weight: mx.array, stride: Sequence[int] = (1, 1)) -> bool:

@@ -30,7 +30,6 @@ _COUNTED = 10**15  # prompts; more are not told apart
 _LONGEST = 100_000  # characters that alternatives may grow to
 _PARTNERS = {"]": "[", "}": "{"}
 COMMENT = re.compile(r"(?:^[^\S\n]*#|(?<!\s)\s+#(?=[\s#]|$)).*", re.MULTILINE)
-_MEANING = re.compile(r"[{#$]|__")  # text without any of these has no alternatives
 _TOKEN = re.compile(
     r"(?P<brace>\$\{(?=\s*[A-Za-z_-][\w-]*\s*[?=:}])|%\{(?=[^{}|]*\$\$)|\{)"
     r"(?:\s*(?P<method>[~!@]))?(?:\s*(?P<bounds>\d{1,6}-\d{0,6}|-?\d{1,6})\s*\$\$(?:(?P<separator>[^${}]*)\$\$)?)?"
@@ -98,7 +97,6 @@ class _Choice:
         return _Size(min(self._count(prompts), _COUNTED), length, 1 + max(depths))
 
     def _count(self, prompts: Sequence[int]) -> int:
-        """Count the prompts, where ``prompts`` are those of each option."""
         if self.highest >= 8:  # 8! orders are more than are expanded
             return _COUNTED
         sets = [1, *[0] * self.highest]  # by the number of options in them
@@ -166,10 +164,7 @@ class _Reader:
         self.open: list[str] = []  # the wildcards being read
 
     def read(self, text: str) -> _Items:
-        """Read a text: what is as it was typed, and choices."""
         text = COMMENT.sub("", text)
-        if not _MEANING.search(text):
-            return [text]
         items: _Items = []
         opened: dict[str, list[_Place]] = {"{": [], "[": []}
         bars: list[_Place] = []
@@ -201,8 +196,7 @@ class _Reader:
         if opening["brace"] in _NO_EFFECT:
             _remark(opening["brace"])
             return text
-        if opening["method"]:
-            _remark(opening["method"])
+        _remark(opening["method"])
         if opening["bounds"] is None:
             return self._check(_Choice(*_weigh(options)))
         inside = _TOKEN.fullmatch(text[len(opening[0]) : -1])
@@ -217,16 +211,11 @@ class _Reader:
         return self._check(_Choice(options, weights, *bounds, separator))
 
     def _wildcard(self, token: re.Match) -> str | _Choice:
-        """Return the lines of a wildcard as options."""
+        unread = "__" if self.lines is None else "${" if token["variables"] else None
+        _remark(unread or token["draw"])
+        if unread:
+            return token[0]
         name = token["name"]
-        if self.lines is None:
-            _remark("__")
-            return token[0]
-        if token["variables"]:
-            _remark("${")
-            return token[0]
-        if token["draw"]:
-            _remark(token["draw"])
         if name in self.open:
             circle = " -> ".join([*self.open[self.open.index(name) :], name])
             raise ValueError(f"the wildcard __{name}__ leads back to itself ({circle}); take it out of one of these")
@@ -259,7 +248,6 @@ class _Reader:
 
 
 def _pop_after(start: _Place, places: list[_Place]) -> list[_Place]:
-    """Remove and return the places behind ``start``."""
     after = []
     while places and places[-1][0] > start[0]:
         after.append(places.pop())
@@ -279,5 +267,6 @@ def _weigh(options: list[_Items], strip: bool = False) -> tuple[list[_Items], li
     return result, weights
 
 
-def _remark(sign: str) -> None:
-    _log.warning("%s", _NO_EFFECT[sign])
+def _remark(sign: str | None) -> None:
+    if sign:
+        _log.warning("%s", _NO_EFFECT[sign])

@@ -237,7 +237,6 @@ def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[tuple[in
 
 
 def _log_chunks(tokenizer: Tokenizer, read: Sequence[Part], truncate: bool) -> None:
-    """Log how prompts were read: their chunks, tokens with the weights that are not 1, and what is cut off."""
     for pieces in (pieces for part in read for pieces in dict.fromkeys(part.of_encoders)):
         first, *others = chunks = _chunks(tokenizer, pieces)
         if truncate and others:

@@ -35,7 +35,6 @@ _WEIGHT_AT_END = re.compile(rf":\s*({_NUMBER})\s*")
 _WEIGHT_AFTER = re.compile(rf":({_NUMBER})(?![\w.])")
 _WHEN = re.compile(rf"\s*({_NUMBER})\s*")
 _KEYWORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
-_MEANING = re.compile(r"[()\[\]\\]|AND|BREAK")  # text without any of these is one piece
 _TOKEN = re.compile(r"\\.|[()\[\]|:]|[^()\[\]|:\\]+|\\", re.DOTALL)
 _END_OF_BLOCK = re.compile(rf":({_NUMBER})(?=\s|$)")
 
@@ -136,7 +135,7 @@ def _joined_parts(text: str, emphasis: str, weight_blocks: bool) -> list[list[Pa
     """Read a prompt: for each AND or block, the texts that it changes through."""
     if weight_blocks:
         return [[part] for part in _blocks(text)]
-    if emphasis == "none" or not _MEANING.search(text):
+    if emphasis == "none":
         return [[Part((Piece(text),))]]
     result, prompts = [], _split(_read(text), "AND")
     for items in prompts:
@@ -152,11 +151,8 @@ def _joined_parts(text: str, emphasis: str, weight_blocks: bool) -> list[list[Pa
 
 
 def _blocks(text: str) -> list[Part]:
-    blocks, end = [], 0
-    for match in _END_OF_BLOCK.finditer(text):
-        blocks.append((text[end : match.start()].strip(), float(match[1])))
-        end = match.end()
-    rest = text[end:].strip()
+    *ended, rest = map(str.strip, _END_OF_BLOCK.split(text))  # text, weight, text, weight, ..., text
+    blocks = [(block, float(weight)) for block, weight in zip(ended[::2], ended[1::2], strict=True)]
     if rest or not blocks:
         blocks.append((rest, 1.0))
     total = sum(weight for _, weight in blocks)
@@ -183,7 +179,6 @@ class _Group:
 
     @cached_property
     def depth(self) -> int:
-        """Count the brackets within each other."""
         depths = (item.depth for branch in self.branches for item in branch if isinstance(item, _Group))
         return 1 + max(depths, default=0)
 
@@ -192,7 +187,6 @@ _Items = list[str | _Group]
 
 
 def _read(text: str) -> _Items:
-    """Read a text as its signs and words, and groups."""
     items: _Items = []
     opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their places in the items
     for token in _TOKEN.findall(text):
@@ -255,7 +249,6 @@ def _weigh(items: _Items) -> _Items:
 
 
 def _groups(items: _Items) -> Iterator[_Group]:
-    """Yield all groups, also those within others."""
     for item in items:
         if isinstance(item, _Group):
             yield item
@@ -280,7 +273,6 @@ def _spans(items: _Items) -> list[Span]:
 
 
 def _pieces(items: _Items, span: Span, weight: float = 1.0) -> Iterator[Piece]:
-    """Yield the pieces of the items as they read in a span of the run."""
     for item in items:
         if item == "BREAK":
             yield Piece(None)

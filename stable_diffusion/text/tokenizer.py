@@ -242,7 +242,6 @@ class _JsonFile(dict[str, Any]):
         super().__init__((key, value) for key, value in self.content.items() if value not in (None, "", [], {}))
 
     def read(self, key: str, parse: Callable[[Any], Any], default: Any = None) -> Any:
-        """Parse a field where it is present."""
         try:
             return parse(self[key]) if key in self else default
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

@@ -132,7 +132,7 @@ class Dataset:
         )
         time_ids = conditioning = None
         if self.sd.is_xl:  # (height, width) of the picture, (top, left) of the crop, (height, width) of the result
-            ids = [[*p.size[::-1], c.top, c.left, *c.size[::-1]] for p, c, _ in chosen]
+            ids = [[*p.size[::-1], *c.corner[::-1], *c.size[::-1]] for p, c, _ in chosen]
             time_ids = mx.array(ids, dtype=mx.float32)
         if not self.settings.trains_text:
             encoded = concatenate([Conditioning(**self._cache.get(self._caption(text))) for text in captions])
@@ -173,7 +173,6 @@ class Dataset:
         self._cache.exchange(captions + latents, group)
 
     def _work(self) -> tuple[list[CacheEntry], list[CacheEntry]]:
-        """Return what is to be encoded: captions and latents."""
         shown = [pair for s in self.sets for pair in zip(s.pictures, s.crops, strict=True)]
         texts = dict.fromkeys(["", *(picture.caption or "" for picture, _ in shown)])
         texts = () if self.settings.trains_text else texts
@@ -183,7 +182,7 @@ class Dataset:
 
     def _latents(self, picture: Picture, crop: Crop, flip: bool) -> CacheEntry:
         """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, which is mirrored before it is cut."""
-        (width, height), left, top = crop.size, crop.left, crop.top
+        (width, height), (left, top) = crop.size, crop.corner
 
         def encode() -> dict[str, mx.array]:
             image = open_image(picture.path).resize(crop.resized, 1)  # Lanczos

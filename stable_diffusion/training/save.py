@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +79,4 @@ def _identity(trainer: LoRATrainer) -> dict[str, Any]:
         if name not in trained:
             total = array.reshape(-1).view(mx.uint16).astype(mx.uint32).sum()
             digest.update(f"{name} {array.dtype} {total.item()} ".encode())
-    return trainer.settings.as_dict() | {"model": digest.hexdigest()[:16], "pictures": trainer.data.digest}
+    return asdict(trainer.settings) | {"model": digest.hexdigest()[:16], "pictures": trainer.data.digest}

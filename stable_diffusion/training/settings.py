@@ -2,17 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ..options import Number
-
-LOSSES, OPTIMIZERS, SCHEDULES, CHECKPOINTING = (
-    ("mse", "huber"),
-    ("adamw", "adafactor", "lion"),
-    ("constant", "cosine"),
-    ("auto", "on", "off"),
-)
+from ..options import Number, check_choice
 
 _WORD = re.compile(r"[^\s:,|()\[\]{}\\]+(:[0-9]+)?")
 _VECTORS, _LONGEST_WORD = 4, 75  # vectors of a word; a prompt has 75 places
@@ -87,21 +80,19 @@ class TrainingSettings:
         "alpha": Number(float, 0, 1e6, excludes_lowest=True),
     }
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "loss": LOSSES,
-        "optimizer": OPTIMIZERS,
-        "lr_schedule": SCHEDULES,
-        "checkpointing": CHECKPOINTING,
+        "loss": ("mse", "huber"),
+        "optimizer": ("adamw", "adafactor", "lion"),
+        "lr_schedule": ("constant", "cosine"),
+        "checkpointing": ("auto", "on", "off"),
     }
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-4 if self.embedding is None else 2e-3)
         for name, number in self.NUMBERS.items():
-            if getattr(self, name) is not None:
-                number.check(name, getattr(self, name))
+            number.check(name, getattr(self, name))
         for name, known in self.CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if self.embedding is not None:
             self._check_embedding()
         elif self.initial_word is not None:
@@ -137,7 +128,3 @@ class TrainingSettings:
         if self.lr_schedule == "constant":
             return self.learning_rate
         return self.learning_rate * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1))) / 2
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all settings by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}

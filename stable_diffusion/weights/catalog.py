@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .layout import UNCONDITIONAL
 from .parts import family_of_pipeline
 
 
@@ -116,10 +117,8 @@ def find(model: str) -> Entry:
     if not _HUB_ID.fullmatch(model):
         similar = get_close_matches(model.lower(), ALIASES, n=3)
         guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-        raise ValueError(
-            f"unknown model {model!r}: {guess}known names are {', '.join(ALIASES)}; "
-            "a Hub id (owner/name) or a folder in diffusers layout works too"
-        )
+        others = "a Hub id (owner/name) or a folder in diffusers layout works too"
+        raise ValueError(f"unknown model {model!r}: {guess}known names are {', '.join(ALIASES)}; {others}")
     mirrors = MOVED.get(model, ())
     known = next((entry for entry in ALIASES.values() if {model, *mirrors} & {*entry.repos}), Entry())
     return replace(known, repos=(*mirrors, model), removed=model if mirrors else None)
@@ -152,10 +151,9 @@ def describe_settings(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
-    """Return (steps, guidance) for a model that the catalog does not know.
-
-    They follow from ``pipeline``, the class in model_index.json, and ``scheduler``, its scheduler_config.json.
-    """
+    """Return (steps, guidance) of any other model, by its class in model_index.json and its scheduler_config.json."""
+    if pipeline in UNCONDITIONAL:
+        return scheduler.get("num_train_timesteps", 1000) if pipeline == "DDPMPipeline" else 50, 0.0
     sampler = scheduler.get("_class_name", "")
     if pipeline.startswith("LatentConsistencyModel"):
         return 4, 8.5  # the guidance is an input of the UNet here, not a second pass (Luo et al. 2023)

@@ -6,27 +6,52 @@ opened without a network call; a folder never needs the client.
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..models.config import listed, readable, short
+from ..models.config import listed, readable
 from . import catalog, hub, layout
 from .formats.gguf import read_gguf
 from .formats.kinds import kind_of
 from .formats.original import name_half, to_diffusers
 from .formats.pickles import read_pickle
 from .formats.safetensors import read_safetensors
-from .formats.single_file import find, read_checkpoint, read_config, with_run
-from .layout import Checkpoint, Component, Listing, files_in, read_json
+from .formats.single_file import find, read_checkpoint, read_config, with_run, within
+from .layout import Checkpoint, Component, Index, Listing, files_in, read_json
 from .parts import PARTS, family_of_pipeline
 
 _log = logging.getLogger("stable_diffusion")
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Say where files are: at a path of this machine, or on the Hub by an entry of the catalog."""
+
+    name: str  # for messages
+    path: Path | None
+    entry: catalog.Entry | None
+    float16: bool
+    revision: str | None
+
+    def find(self, read: Callable[[Listing], Index], **spec: Any) -> tuple[Path, Index]:
+        """Return a folder and what ``read`` finds in it; what is missing is downloaded as a DownloadSpec says."""
+        path = self.path
+        if path is None:
+            spec["missing_files"] = lambda *place: read(Listing(*place, self.float16)).missing
+            repo, path = hub.fetch(self.entry.repos, hub.DownloadSpec(**spec), self.revision)
+            first = self.entry.removed or self.entry.repos[0]
+            if repo != first and layout.INDEX in spec["entries"]:
+                _log.warning("%s is no longer on the Hub: using its mirror %s", first, repo)
+        index = read(Listing(path, files_in(path), self.name, self.float16))
+        if index.missing:
+            raise ValueError(f"{self.name} is not complete: {path} has no {listed(index.missing)}")
+        return path, index
 
 
 def open_checkpoint(
@@ -54,17 +79,19 @@ def open_checkpoint(
     """
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
-    name, (path, entry) = os.fspath(model), _locate(model, revision)
-    replaced = {kind: open_part(source, kind, float16=float16) for kind, source in (parts or {}).items()}
-    if float16 and entry and entry.half_vae and "vae" not in replaced:
-        replaced |= _half_vae(entry.half_vae)
+    source = _locate(model, float16, revision)
+    name, path = source.name, source.path
+    replaced = {kind: open_part(part, kind, float16=float16) for kind, part in (parts or {}).items()}
+    if float16 and source.entry and source.entry.half_vae and "vae" not in replaced:
+        replaced |= _half_vae(source.entry.half_vae)
     if path is not None and path.is_file():
         with readable(name):  # also configs of parts
             checkpoint = read_checkpoint(path, name, *read_file(path), replaced, prediction)
         if tokenizer is None:  # both kinds of CLIP have one vocabulary, which is not in the file
             tokenizer = hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     else:
-        checkpoint = _read_folder(path or _from_hub(entry, float16, revision, replaced), name, float16, entry, replaced)
+        remedy = "connect once, or use a local folder or the bundled model, tiny"
+        checkpoint = _read_folder(source, lambda listing: listing.read_index(replaced), replaced, remedy=remedy)
     _check_vae(checkpoint)
     checkpoint = _as_its_unet_is_run(checkpoint, os.fspath((parts or {}).get("unet", model)))
     if prediction is not None:
@@ -76,52 +103,20 @@ def open_checkpoint(
 
 def open_unconditional(model: str | os.PathLike, *, float16: bool = False, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint that makes pictures without prompts, as ``open_checkpoint`` does: a folder or a Hub id."""
-    name, (path, entry) = os.fspath(model), _locate(model, revision)
-    if path is None:
-        spec = hub.DownloadSpec(
-            what="a checkpoint in diffusers layout",
-            entries=(layout.INDEX,),
-            missing_files=lambda *place: Listing(*place, float16).read_unconditional().missing,
-            remedy="connect once, or use a local folder",
-            best_files=layout.best_files(float16),
-        )
-        path = hub.fetch(entry.repos, spec, revision)[1]
-    if not (path / layout.INDEX).is_file():
-        raise ValueError(f"{name} is not a checkpoint in diffusers layout: there is no {path / layout.INDEX}")
-    index = Listing(path, files_in(path), name, float16).read_unconditional()
-    if index.missing:
-        raise ValueError(f"{name} is not complete: {path} has no {listed(index.missing)}")
-    pipeline, entry_of = index.contents["_class_name"], index.contents.get("scheduler")
-    with readable(str(path / layout.INDEX)):
-        scheduler = {"_class_name": entry_of[-1]}
-    place = path / layout.SCHEDULER
-    scheduler |= read_json(place if place.is_file() else path / place.name)
-    scheduler |= {"_class_name": layout.UNCONDITIONAL[pipeline] or scheduler["_class_name"]}
-    layout.check_noise(scheduler, name)
-    steps = scheduler.get("num_train_timesteps", 1000) if pipeline == "DDPMPipeline" else 50
-    return Checkpoint(
-        name=name,
-        folder=path,
-        pipeline=pipeline,
-        index=index.contents,
-        scheduler=scheduler,
-        components=index.components,
-        tokenizers={},
-        steps=steps,
-        guidance=0.0,
-    )
+    source = _locate(model, float16, revision)
+    return _read_folder(source, Listing.read_unconditional, {}, remedy="connect once, or use a local folder")
 
 
 def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
-    """Find one network by itself: a VAE, a ControlNet, the UNet of another checkpoint, ...
+    """Find one network by itself, of a ``kind`` of PARTS; all else is as for ``open_checkpoint``.
 
     ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a file of weights.
     A folder may hold the two files of a TAESD, and one of them stands for both.
-    ``kind`` is one of PARTS. All else is as for ``open_checkpoint``.
     """
     if kind not in PARTS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
-    name, (path, entry) = os.fspath(source), _locate(source, revision)
+    found = _locate(source, float16, revision)
+    name, path = found.name, found.path
     path = _decoder_in(path) if kind == "vae" and path is not None and path.is_dir() else path
     if path is not None and path.is_file():
         tensors, metadata = read_file(path)
@@ -131,19 +126,12 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
             config["global_pool_conditions"] = True
         component = Component(kind, config, files, prefix)
-        return with_run(component, tensors, metadata) if kind == "unet" else component
-    if path is None:
-        spec = hub.DownloadSpec(
-            what=f"a repository of a {kind}",
-            entries=(f"{kind}/config.json", "config.json"),
-            missing_files=lambda *place: Listing(*place, float16).find_part(kind)[1],
-            remedy="connect once, or use a local folder",
-        )
-        path = hub.fetch(entry.repos, spec, revision)[1]
-    components, missing = Listing(path, files_in(path), name, float16).find_part(kind)
-    if missing:
-        raise ValueError(f"{name} is not complete: {path} has no {listed(missing)}")
-    return with_run(components[kind], {}, {}) if kind == "unet" else components[kind]
+    else:
+        tensors, metadata, entries = {}, {}, (f"{kind}/config.json", "config.json")
+        about = {"what": f"a repository of a {kind}", "remedy": "connect once, or use a local folder"}
+        _, index = found.find(lambda listing: listing.find_part(kind), entries=entries, **about)
+        component = index.components[kind]
+    return with_run(component, tensors, metadata) if kind == "unet" else component
 
 
 def _check_vae(checkpoint: Checkpoint) -> None:
@@ -166,10 +154,7 @@ def _decoder_in(folder: Path) -> Path:
 
 
 def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, ...], dict[str, mx.array]]:
-    """Return the files and tensors of a VAE. Where ``path`` is half a TAESD, the other half is the file beside it.
-
-    A decoder may be alone. Raises ValueError for an encoder that is.
-    """
+    """Return the files and tensors of a VAE: for half a TAESD also those of the half beside it."""
     here, other = ("encoder", "decoder") if "encoder.layers.0.weight" in tensors else ("decoder", "encoder")
     if f"{here}.layers.0.weight" not in tensors or f"{other}.layers.0.weight" in tensors:
         return (path,), tensors
@@ -202,11 +187,8 @@ def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Check
     return replace(checkpoint, scheduler=scheduler, steps=steps, guidance=guidance, few_steps=rest)
 
 
-def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | None, catalog.Entry | None]:
-    """Return (the folder or file that ``source`` is, the catalog's entry for it); a file on the Hub is downloaded.
-
-    Raises OSError for a path that is not there, ValueError for an unknown name or a file that holds no weights.
-    """
+def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _Source:
+    """Find the folder or file that ``source`` is, or the catalog's entry for it; a file on the Hub is downloaded."""
     name = os.fspath(source)
     path = os.path.expanduser(name)
     entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
@@ -225,32 +207,16 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path | Non
             raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
         remedy = "connect once, or give a file on this machine"
         spec = hub.DownloadSpec(f"a repository with the file {file}", (file,), lambda *place: [], remedy)
-        return hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file, None
+        path = hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file
+        return _Source(name, path, None, float16, revision)
     else:
-        return None, catalog.find(name)
+        local, entry = None, catalog.find(name)
     if local is not None and revision is not None:
         raise ValueError(f"{local} is on this machine and has no revision {revision!r}: leave it out")
-    return local, entry
-
-
-def _from_hub(entry: catalog.Entry, float16: bool, revision: str | None, replaced: Mapping[str, Component]) -> Path:
-    """Bring a checkpoint into the Hub's cache, except for networks that come from elsewhere; return its folder."""
-    spec = hub.DownloadSpec(
-        what="a checkpoint in diffusers layout",
-        entries=(layout.INDEX,),
-        missing_files=lambda *place: Listing(*place, float16).read_index(replaced).missing,
-        remedy="connect once, or use a local folder or the bundled model, tiny",
-        best_files=layout.best_files(float16),
-    )
-    repo, folder = hub.fetch(entry.repos, spec, revision)
-    first = entry.removed or entry.repos[0]
-    if repo != first:
-        _log.warning("%s is no longer on the Hub: using its mirror %s", first, repo)
-    return folder
+    return _Source(name, local, entry, float16, revision)
 
 
 def _half_vae(repo: str) -> dict[str, Component]:
-    """Return the VAE for half precision, or nothing when it cannot be opened."""
     try:
         return {"vae": open_part(repo, "vae", float16=True)}
     except (ValueError, OSError) as error:
@@ -259,31 +225,29 @@ def _half_vae(repo: str) -> dict[str, Component]:
 
 
 def _read_folder(
-    folder: Path, name: str, float16: bool, entry: catalog.Entry | None, replaced: Mapping[str, Component]
+    source: _Source, read: Callable[[Listing], Index], replaced: Mapping[str, Component], **spec: Any
 ) -> Checkpoint:
     """Read the configuration of a complete folder and choose its weight files."""
-    listing = Listing(folder, files_in(folder), name, float16)
-    if layout.INDEX not in listing.names:
-        kind = read_json(folder / "config.json").get("_class_name") if "config.json" in listing.names else None
-        alone = f", but is a {short(kind)} alone: give a whole model, and this as a part of it" if kind else ""
-        raise ValueError(f"{name} is not a checkpoint in diffusers layout: {folder} has no {layout.INDEX}{alone}")
-    index = listing.read_index(replaced)
-    if index.missing:
-        raise ValueError(f"{name} is not complete: {folder} has no {listed(index.missing)}")
-    scheduler = {"_class_name": index.contents["scheduler"][-1]} | read_json(folder / layout.SCHEDULER)
+    what, best_files = "a checkpoint in diffusers layout", layout.best_files(source.float16)
+    folder, index = source.find(read, what=what, entries=(layout.INDEX,), best_files=best_files, **spec)
+    name, entry = source.name, source.entry
+    pipeline, place = index.contents["_class_name"], folder / layout.SCHEDULER
+    with readable(str(folder / layout.INDEX)):
+        scheduler = {"_class_name": index.contents.get("scheduler")[-1]}
+    scheduler |= read_json(place if place.is_file() else folder / place.name)
+    scheduler |= {"_class_name": layout.UNCONDITIONAL.get(pipeline) or scheduler["_class_name"]}
     layout.check_noise(scheduler, name)
     if entry is not None and entry.steps is not None:
         steps, guidance, few_steps = entry.steps, entry.guidance, {}
     else:
-        steps, guidance = catalog.defaults_for(index.contents["_class_name"], scheduler)
+        steps, guidance = catalog.defaults_for(pipeline, scheduler)
         with readable(str(folder / layout.INDEX)):
             stored = index.contents.get("_defaults", {})  # what a conversion noted of its source
             steps, guidance = stored.get("steps", steps) + 0, stored.get("guidance", guidance) + 0.0
             few_steps = {key: stored[key] for key in ("spacing", "eta", "timesteps") if key in stored}
     return Checkpoint(
         name=name,
-        folder=folder,
-        pipeline=index.contents["_class_name"],
+        pipeline=pipeline,
         index=index.contents,
         scheduler=scheduler,
         components={**replaced, **index.components},
@@ -314,19 +278,14 @@ def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def read_tensors(component: Component) -> Mapping[str, mx.array]:
-    """Return the tensors of a component under diffusers' names. They are read from the disk when they are evaluated.
-
-    Raises ValueError for a damaged file, or two files with the same tensor.
-    """
+    """Return a component's lazy tensors under diffusers' names; ValueError for damaged or repeated ones."""
     tensors: dict[str, mx.array] = {}
     for path in component.files:
         contents, _ = read_file(path)
         if repeated := sorted(tensors.keys() & contents.keys()):
             raise ValueError(f"{path} repeats tensors of another file of {component.name}: {listed(repeated)}")
         tensors.update(contents)
-    if prefix := component.prefix:
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    named = to_diffusers(component.name, tensors)
+    named = to_diffusers(component.name, within(tensors, component.prefix))
     if component.config.get("architectures") == ["CLIPTextModel"]:  # which has none, whatever is in its file
         named.pop("text_projection.weight", None)
     return named

@@ -95,10 +95,7 @@ def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path |
 
 
 def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
-    """Bring what is missing of one repository into the cache: first the small files, then the weights they call for.
-
-    Without a network the cache serves, with weights of either precision.
-    """
+    """Bring what is missing of a repository into the cache: the small files, then the weights that they call for."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -146,9 +143,8 @@ def one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise ValueError(f"{repo} is gated: accept its licence at {page} and run `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
-        raise NotOnHub(
-            f"{repo} is no folder here and not on the Hub, or is private: check {page}, or run `hf auth login`"
-        ) from error
+        reason = f"{repo} is no folder here and not on the Hub, or is private"
+        raise NotOnHub(f"{reason}: check {page}, or run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: see the list at {page}/tree/main") from error
     except Exception as error:

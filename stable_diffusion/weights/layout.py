@@ -16,12 +16,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ..files.text import read_json
 from ..models.config import short
 from .formats.kinds import kind_of
 from .formats.safetensors import damaged
-from .parts import NETWORKS, PARTS
+from .parts import NETWORKS, PARTS, STEMS
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -40,7 +41,6 @@ UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a class m
     "PNDMPipeline": "PNDMScheduler",
     "LDMPipeline": None,
 }
-_STEMS = ("diffusion_pytorch_model", "model")  # of the names of weight files, either in the folder of any network
 SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
 _CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
@@ -58,9 +58,8 @@ def check_noise(scheduler: Mapping, where: str) -> None:
         kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"
     else:
         return
-    raise ValueError(
-        f"{where} is {kind}, which is not supported: it would need {needed}; take a model of SD 1, 2 or XL"
-    )
+    text = f"{where} is {kind}, which is not supported: it would need {needed}"
+    raise ValueError(f"{text}; take a model of SD 1, 2 or XL")
 
 
 def check_suffix(path: str | os.PathLike) -> None:
@@ -87,7 +86,6 @@ class Checkpoint:
     """Describe a checkpoint whose files are all on this machine."""
 
     name: str  # for messages
-    folder: Path  # of the checkpoint; the one that a single file is in
     pipeline: str  # `_class_name` of model_index.json
     index: dict  # model_index.json
     scheduler: dict  # scheduler_config.json
@@ -101,12 +99,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Index:
-    """Hold a model_index.json and its parts that are used; all else in it (a safety checker...) is not."""
+    """Hold the networks of a folder that are used, and its model_index.json; all else in it is not."""
 
-    contents: dict
-    tokenizers: list[str]
     components: dict[str, Component]  # where nothing is missing
     missing: list[str]  # needed files that are not on this machine: small ones, or where these are there, weights
+    contents: dict = field(default_factory=dict)  # none of a part by itself
+    tokenizers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,13 @@ class Listing:
         Networks in ``replaced`` come from elsewhere: they may be missing or of any class, and are left out.
         Raises ValueError for a pipeline or class that is not supported, or a missing part.
         """
-        index = read_json(self.folder / INDEX)
-        pipeline = index.get("_class_name")
-        if isinstance(pipeline, str) and pipeline in UNCONDITIONAL:
+        index = self._read_contents()
+        pipeline = str(index.get("_class_name"))
+        if pipeline in UNCONDITIONAL:
             raise ValueError(f"{self.where} is a {pipeline}, which reads no prompt: UnconditionalDiffusion runs it")
-        if not isinstance(pipeline, str) or not _PIPELINES.fullmatch(pipeline):
-            raise ValueError(
-                f"{self.where} is a {pipeline}, which is not supported: "
-                "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
-            )
+        if not _PIPELINES.fullmatch(pipeline):
+            known = "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
+            raise ValueError(f"{self.where} is a {pipeline}, which is not supported: {known}")
         present = []
         for part, classes in _CLASSES.items():
             entry = index.get(part)
@@ -151,58 +147,55 @@ class Listing:
             is_single = f"{name}/{VOCABULARY[0]}" not in self.names and f"{name}/tokenizer.json" in self.names
             small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
             small += [f"{name}/{file}" for file in SPECIAL_TOKENS if f"{name}/{file}" in self.names]
-        return Index(index, tokenizers, *self._find({part: f"{part}/" for part in present if part in NETWORKS}, small))
+        networks = {part: f"{part}/" for part in present if part in NETWORKS}
+        return self._find(networks, small, contents=index, tokenizers=tokenizers)
 
     def read_unconditional(self) -> Index:
-        """Read the model_index.json of a model without prompts: a UNet and a scheduler, and for latents a VQ-VAE.
-
-        The oldest have their UNet and scheduler in the root. Raises ValueError for a pipeline that is not supported.
-        """
-        index = read_json(self.folder / INDEX)
-        pipeline = index.get("_class_name")
-        if not isinstance(pipeline, str) or pipeline not in UNCONDITIONAL:
-            text = f"{self.where} is a {short(pipeline)}, which is not supported without prompts"
+        """Read the model_index.json of a model without prompts, of which the oldest have no subfolders."""
+        index = self._read_contents()
+        if str(index.get("_class_name")) not in UNCONDITIONAL:
+            text = f"{self.where} is a {short(index.get('_class_name'))}, which is not supported without prompts"
             raise ValueError(f"{text}; what is supported is {', '.join(UNCONDITIONAL)}")
         in_folder = "unet/config.json" in self.names
         networks = {"unet": "unet/" if in_folder else ""} | ({"vae": "vqvae/"} if index.get("vqvae") else {})
         scheduler = SCHEDULER if SCHEDULER in self.names else Path(SCHEDULER).name
         small = [scheduler, *(f"{place}config.json" for place in networks.values())]
         if missing := [file for file in small if file not in self.names]:
-            return Index(index, [], {}, missing)
-        return Index(index, [], *self._find(networks, [scheduler]))
+            return Index({}, missing)
+        return self._find(networks, [scheduler], contents=index)
 
-    def find_part(self, kind: str) -> tuple[dict[str, Component], list[str]]:
-        """Return ({kind: network}, []), or ({}, missing files), of a part in a folder ``kind`` or by itself.
-
-        Raises ValueError where there is none, or none of its weights.
-        """
+    def find_part(self, kind: str) -> Index:
+        """Find a part in a folder ``kind`` or by itself; ValueError where there is none, or none of its weights."""
         place = next((place for place in (f"{kind}/", "") if f"{place}config.json" in self.names), None)
         if place is None:
             folder = f"{self.folder} holds neither {kind}/config.json nor config.json"
             raise ValueError(f"{self.where} has no {kind}: {folder}")
         return self._find({kind: place}, [])
 
-    def _find(self, networks: Mapping[str, str], small: list[str]) -> tuple[dict[str, Component], list[str]]:
-        """Return (components, missing files) of {network: its subfolder}, and of small files beside theirs."""
+    def _read_contents(self) -> dict:
+        if INDEX in self.names:
+            return read_json(self.folder / INDEX)
+        kind = read_json(self.folder / "config.json").get("_class_name") if "config.json" in self.names else None
+        alone = f", but is a {short(kind)} alone: give a whole model, and this as a part of it" if kind else ""
+        raise ValueError(f"{self.where} is not a checkpoint in diffusers layout: {self.folder} has no {INDEX}{alone}")
+
+    def _find(self, networks: Mapping[str, str], small: list[str], **contents: Any) -> Index:
         weights = {kind: self._weight_files(kind, place) for kind, place in networks.items()}
         needed = [*small, *(f"{place}config.json" for place in networks.values()), *chain(*weights.values())]
         if missing := [file for file in needed if not (self.folder / file).is_file()]:
-            return {}, [file for file in missing if file.endswith((".json", ".txt"))] or missing
+            return Index({}, [file for file in missing if file.endswith((".json", ".txt"))] or missing, **contents)
         components = {}
         for kind, files in weights.items():
             config = read_json(self.folder / networks[kind] / "config.json")
             if PARTS[kind].tokenizer and isinstance(config.get("text_config"), dict):  # of a whole CLIP model
                 config = config["text_config"] | {"architectures": ["CLIPTextModelWithProjection"]}
             components[kind] = Component(kind, config, tuple(self.folder / file for file in files))
-        return components, []
+        return Index(components, [], **contents)
 
     def _weight_files(self, network: str, place: str) -> list[str]:
-        """Return the best files for a network, or the index of its shards where this is not on this machine.
-
-        Safetensors of either precision come before pickles. Raises ValueError where there are none, or the index of
-        shards is damaged.
-        """
-        stems, choices = sorted(_STEMS, key=lambda stem: stem != PARTS[network].stem), []
+        """Return the best files for a network, or the index of its shards where this is not on this machine."""
+        # Either name may be in the folder of any network; its own comes first.
+        stems, choices = sorted(STEMS.values(), key=lambda stem: stem != STEMS[PARTS[network].library]), []
         for suffix in (".safetensors", ".bin"):
             for half in (".fp16", "") if self.float16 else ("", ".fp16"):
                 for stem in stems:
@@ -229,7 +222,7 @@ class Listing:
 def best_files(float16: bool) -> frozenset[str]:
     """Return the files that a repository at best has: where these are at hand, no listing could offer better ones."""
     half = ".fp16" if float16 else ""
-    weights = {f"{network}/{PARTS[network].stem}{half}.safetensors" for network in NETWORKS}
+    weights = {f"{network}/{STEMS[PARTS[network].library]}{half}.safetensors" for network in NETWORKS}
     return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in SPECIAL_TOKENS})
 
 

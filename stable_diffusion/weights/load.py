@@ -21,8 +21,7 @@ _READING = threading.Lock()
 def read_weights(network: Any, on_layer: Callable[[int, int], None] = lambda number, total: None) -> None:
     """Read, and quantize, the weights of a module that are still in its files, a layer and a thread at a time.
 
-    ``on_layer`` is called with the number of layers that have been read, and of all. A function in the place of a
-    network has none.
+    ``on_layer`` is called with the number of layers read, and of all. A function in place of a network has none.
     """
     with _READING:
         layers = [layer for _, layer in network.named_modules()] if isinstance(network, nn.Module) else []
@@ -100,11 +99,9 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     weights, misshapen, mistyped = {}, [], []
     for name in parameters.keys() & tensors.keys():
         stored, parameter = tensors[name], parameters[name]
-        weight = stored
-        if stored.ndim == 4:
-            weight = stored.transpose(0, 2, 3, 1)
-            if parameter.ndim == 2 and weight.shape[1:3] == (1, 1):
-                weight = weight.reshape(weight.shape[0], -1)
+        weight = stored.transpose(0, 2, 3, 1) if stored.ndim == 4 else stored
+        if parameter.ndim == 2 and stored.shape[2:] == (1, 1):
+            weight = weight.reshape(weight.shape[0], -1)
         is_float = mx.issubdtype(weight.dtype, mx.floating)
         if weight.shape != parameter.shape:
             expected = parameter.shape

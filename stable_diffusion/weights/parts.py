@@ -19,15 +19,16 @@ from ..models.upscalers import RRDBNet, RRDBNetConfig, SRVGGConfig, SRVGGNetComp
 from ..models.vae import AutoencoderKL
 from ..models.vq import VQConfig, VQModel
 
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of weight files' names, by library
+
 
 @dataclass(frozen=True)
 class Part:
     """Describe a network of a checkpoint: its classes, and how its files and tensors are named."""
 
-    label: str  # in messages
     classes: Mapping[str, tuple[Any, Any]]  # {class in its config: (config, module) here}, the usual one first
+    label: str | None = None  # in messages about what a model lacks
     library: str = "diffusers"  # or transformers
-    stem: str = "diffusion_pytorch_model"  # of its weight files' names, the usual one
     original: str | None = None  # a tensor that only files in the original code's names have
     signs: tuple[str, ...] = ()  # other tensors by which it is known in a file without other networks
     prefixes: tuple[str, ...] = ()  # of its tensors' names in files of several networks; the last is diffusers'
@@ -39,7 +40,6 @@ _TEXT_ENCODER = Part(
     label="a text encoder",
     classes=dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), (CLIPTextConfig, CLIPTextModel)),
     library="transformers",
-    stem="model",
     original="positional_embedding",
     signs=("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
     prefixes=(
@@ -81,7 +81,6 @@ PARTS: dict[str, Part] = {
         tokenizer="tokenizer_2",
     ),
     "controlnet": Part(
-        label="a ControlNet",
         classes={
             **dict.fromkeys(("ControlNetModel", "ControlNetUnionModel"), (ControlNetConfig, ControlNetModel)),
             "T2IAdapter": (T2IAdapterConfig, T2IAdapter),
@@ -92,33 +91,25 @@ PARTS: dict[str, Part] = {
         prefixes=("lllite_unet_", "control_model."),
     ),
     "depth_estimator": Part(
-        label="a depth estimator",
         classes={"DPTForDepthEstimation": (DPTConfig, DPTForDepthEstimation)},
         library="transformers",
-        stem="model",
     ),
     "ip_adapter": Part(
-        label="an IP-Adapter",
         classes={"IPAdapter": (IPAdapterConfig, IPAdapter)},
         original="adapter_modules.1.to_k_ip.weight",
         signs=("ip_adapter.1.to_k_ip.weight",),
     ),
     "image_encoder": Part(
-        label="an image encoder",
         classes={"CLIPVisionModelWithProjection": (CLIPVisionConfig, CLIPVisionModelWithProjection)},
         library="transformers",
-        stem="model",
         signs=("vision_model.embeddings.class_embedding",),
     ),
     "safety_checker": Part(
-        label="a safety checker",
         classes={"StableDiffusionSafetyChecker": (CLIPVisionConfig, StableDiffusionSafetyChecker)},
         library="transformers",
-        stem="model",
         signs=("concept_embeds",),
     ),
     "upscaler": Part(
-        label="an upscaler",
         classes={"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGConfig, SRVGGNetCompact)},
         signs=("conv_first.weight", "model.0.weight", "body.0.weight"),
     ),

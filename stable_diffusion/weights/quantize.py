@@ -58,15 +58,13 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None
     value = config.get("quantization")
     if value is None:
         return None
-    bits, group_size = (value.get("bits"), value.get("group_size")) if isinstance(value, dict) else (None, None)
-    mode = value.get("mode", "affine") if isinstance(value, dict) else None
+    values = value if isinstance(value, dict) else {"mode": None}
+    bits, group_size, mode = values.get("bits"), values.get("group_size"), values.get("mode", "affine")
     if isinstance(mode, str) and MODES.get(mode) == (bits, group_size):
         return mode, group_size
     if mode != "affine" or bits not in BITS or group_size not in _MLX_GROUP_SIZES:
-        raise ValueError(
-            f"quantization={value!r} is not one that this library reads: bits of {', '.join(map(str, BITS))} "
-            f"and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}; convert the model again"
-        )
+        known = f"bits of {', '.join(map(str, BITS))} and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}"
+        raise ValueError(f"quantization={value!r} is not one that this library reads: {known}; convert the model again")
     return bits, group_size
 
 
@@ -87,10 +85,9 @@ def remaining_quantization(component: Component, bits: int | str | None) -> tupl
     if stored is None:
         return bits, MODES[bits][1] if bits in MODES else PARTS[component.name].group_size
     if stored[0] != bits:
-        raise ValueError(
-            f"{component.name} of {component.files[0].parent}: its weights are stored in {in_words(stored[0])}, "
-            f"not in {bits}: leave them as they are, or take the model that they were made from"
-        )
+        remedy = "leave them as they are, or take the model that they were made from"
+        which = f"{component.name} of {component.files[0].parent}: its weights are stored"
+        raise ValueError(f"{which} in {in_words(stored[0])}, not in {bits}: {remedy}")
     return None
 
 
@@ -109,11 +106,8 @@ def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config
         width = layer.weight.shape[-1]
         bits, rest = divmod(32 * packed.shape[1], width)
         if kind in MODES and f"{path}.biases" not in tensors:
-            return (
-                width % group_size == 0
-                and bits == MODES[kind][0]
-                and {"bits": bits, "group_size": group_size, "mode": kind}
-            )
+            fits = width % group_size == 0 and bits == MODES[kind][0]
+            return fits and {"bits": bits, "group_size": group_size, "mode": kind}
         size = max(group_size, _MLX_GROUP_SIZES[0])
         return not rest and width % size == 0 and bits in BITS and {"bits": bits, "group_size": size}
 

@@ -52,22 +52,26 @@ def spoil(spec: dict, rank: str) -> None:
     results.save = full if rank == str(spec.get("full")) else save
 
 
-def guidance() -> dict[str, float]:
-    """Return how far the latents of each sampler are from those of one rank, over their largest value.
+def guidance(rank: str) -> dict[str, float]:
+    """Return how far the latents of each sampler are from those of rank 0 alone, over their largest value.
 
-    That one computes a row after the other, as two cores do side by side: two rows together are rounded otherwise.
+    That one computes a row after the other, as two cores do side by side: two rows together are rounded otherwise. It
+    does so when the other one, which would wait as a busy loop, has left.
     """
-    sd, differences = StableDiffusion("tiny"), {}
+    sd = StableDiffusion("tiny")
     sd.rows_at_once = 1
-    for name in SAMPLERS:
-        results = []
-        for group in (None, mx.distributed.init()):
-            sd.group = group
-            *_, x_t = sd.generate_latents("a red circle", num_steps=3, seed=1, sampler=name)
-            mx.eval(x_t)
-            results.append(x_t)
-        differences[name] = (mx.abs(results[0] - results[1]).max() / mx.abs(results[0]).max()).item()
-    return differences
+    results = []
+    for group in (mx.distributed.init(), None)[: 2 if rank == "0" else 1]:
+        sd.group = group
+        results.append({name: last(sd, name) for name in SAMPLERS})
+    together, alone = results[0], results[-1]
+    return {name: (mx.abs(alone[name] - x).max() / mx.abs(alone[name]).max()).item() for name, x in together.items()}
+
+
+def last(sd: StableDiffusion, sampler: str) -> mx.array:
+    *_, x_t = sd.generate_latents("a red circle", num_steps=3, seed=1, sampler=sampler)
+    mx.eval(x_t)
+    return x_t
 
 
 def run(folder: Path, spec: dict) -> None:
@@ -80,7 +84,7 @@ def run(folder: Path, spec: dict) -> None:
     for script, *arguments in spec["commands"]:
         start = time.perf_counter()
         try:
-            codes.append(guidance() if script == "guidance" else getattr(main, script)(arguments, script))
+            codes.append(guidance(rank) if script == "guidance" else getattr(main, script)(arguments, script))
         except SystemExit as leaving:
             codes.append(leaving.code)
         seconds.append(time.perf_counter() - start)

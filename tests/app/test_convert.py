@@ -82,7 +82,7 @@ def test_the_bundled_model_and_its_small_files(tmp_path):
     assert same(made, StableDiffusion("tiny", True, unet_bits=4))
     assert (made.defaults.num_steps, made.defaults.cfg_weight) == (20, 4.0)  # noted for the folder
     assert json.loads((folder / "unet" / "config.json").read_text())["quantization"] == {"bits": 4, "group_size": 32}
-    for path in (open_checkpoint("tiny").folder / "tokenizer").iterdir():
+    for path in (open_checkpoint("tiny").tokenizers["tokenizer"]).iterdir():
         assert (folder / "tokenizer" / path.name).read_bytes() == path.read_bytes()
     index = folder / "model_index.json"
     contents = json.loads(index.read_text())

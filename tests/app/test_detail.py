@@ -9,7 +9,7 @@ from PIL import Image
 
 from stable_diffusion import Options
 from stable_diffusion.app.detail import read_places
-from stable_diffusion.app.engine import Engine, Step, open_model
+from stable_diffusion.app.engine import Engine, Resources, Step, open_model
 from stable_diffusion.app.request import Request, expand
 from stable_diffusion.images.inpaint import box_mask, mask_parts
 
@@ -50,6 +50,9 @@ def test_what_is_outside_of_the_boxes_stays_to_the_bit(tiny):
         assert np.abs(pixels(alone)[0] - other).max() <= 1
         again = Request.from_dict(result.request.to_dict())[0]
         assert again.detail == request.detail and again.detail_prompt == "a green star"
+    low = Engine(open_model(request, low_memory=True), expand([(request, {})]), Resources(low_memory=True))
+    for one, other in zip(pixels(low.run()), pixels(results), strict=True):
+        assert np.abs(one - other).max() <= 1
     larger = pixels(draw(tiny, replace(request, hires=1.5, detail=("50,50,40,40",))))[0]
     assert larger.shape == (96, 96, 3)
 

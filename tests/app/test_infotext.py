@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stable_diffusion import SAMPLERS
-from stable_diffusion.app.infotext import as_arguments, number, read, sampler_name, schedule_name, write
+from stable_diffusion.app.infotext import number, read, sampler_name, schedule_name, to_arguments, write
 from stable_diffusion.diffusion.schedule import SCHEDULES
 
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the web UI's own
@@ -25,6 +25,10 @@ def as_others_read(text: str) -> tuple[str, str, dict[str, str]]:
             side, line = 1, line.removeprefix("Negative prompt:").strip()
         sides[side].append(line)
     return "\n".join(sides[0]), "\n".join(sides[1]), settings
+
+
+def as_arguments(text: str) -> tuple[dict, dict[str, str]]:
+    return to_arguments(*read(text))
 
 
 FIELDS = {"steps": 20, "sampler": "dpmpp_2m", "cfg": 7.5, "seed": 1, "size": (512, 768)}

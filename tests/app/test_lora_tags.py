@@ -49,7 +49,7 @@ def test_remarks(prompt, negative, wanted):
     lines = remarks([(prompt, negative)] * 2, {})
     assert len(lines) == len(wanted) and all(part in line for part, line in zip(wanted, lines, strict=True))
     request = Request(prompt=prompt, negative_prompt=negative)
-    assert "<" not in request.text + request.negative_text
+    assert "<" not in "".join(request.texts[:2])
 
 
 @pytest.mark.parametrize(

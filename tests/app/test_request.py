@@ -72,9 +72,8 @@ def test_every_field_comes_back_from_plain_values():
 
 
 def test_unknown_names_are_returned_and_others_kept():
-    base = Request(prompt="x", cfg=2.0)
-    request, unknown = Request.from_dict({"steps": 3, "aura": 1}, base)
-    assert (request.steps, request.cfg, request.prompt, unknown) == (3, 2.0, "x", ["aura"])
+    request, unknown = Request.from_dict({"steps": 3, "aura": 1, "image_prompts": [1]})
+    assert (request, unknown) == (Request(steps=3), ["aura", "image_prompts"])
 
 
 WRONG_KINDS = {"steps": True, "cfg": "7", "canny": "yes", "lora": [["a"]], "expand": [1, 2, 3], "prompt": None}
@@ -112,7 +111,7 @@ def test_fields_that_exclude_each_other():
 def test_prompts_of_the_second_encoder_have_alternatives(how, count):
     options = Options(prompt_2="{red|blue} <lora:ink>", negative_prompt_2="{a|b}")
     images = expand([(Request(prompt="cat", seed=1, n_images=1, options=options, alternatives=how), {})])
-    texts = {image.texts_2 for image in images}
+    texts = {image.texts[2:] for image in images}
     assert len(images) == len(texts) == count and texts <= set(product(("red", "blue"), ("a", "b")))
     assert {image.prompt_loras for image in images} == {(("ink", 1.0),)}
 

@@ -10,12 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from checkpoints import as_single_file
+from image_prompts import image_encoder, random_adapter, write_adapter
 from stable_diffusion.app.processes import share
 from stable_diffusion.app.sharing import Ranks
 from stable_diffusion.cli import main
@@ -75,6 +77,9 @@ def files_of(folder: Path) -> dict[str, str]:
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     Image.effect_noise((64, 64), 60).convert("RGB").save(folder / "photo.png")
+    image_encoder(folder / "image_encoder")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(ROOT / "stable_diffusion" / "tiny" / "unet")
+    write_adapter(folder / "plus.safetensors", random_adapter(unet, "plus"))
     (folder / "prompts.txt").write_text("a red circle\na blue heart --seed 9\n\na green star --steps 3\n")
     return folder
 
@@ -82,6 +87,7 @@ def inputs(tmp_path_factory) -> Path:
 # --- what is made -----------------------------------------------------------------------------------------------------
 
 LORA = ["--lora_dir", str(ROOT / "stable_diffusion" / "tiny" / "lora")]
+IMAGE_PROMPT = ["--ip_adapter", "IN/plus.safetensors", "--ip_image", "IN/photo.png"]
 COMMANDS = {
     "five": ["txt2image", "a red circle", "--seed", "1-5"],
     "one": ["txt2image", "a red circle", "--seed", "7", "--n_images", "1"],
@@ -91,7 +97,7 @@ COMMANDS = {
     "file": ["txt2image", "--prompt_file", "IN/prompts.txt", "--n_images", "2", "--seed", "3"],
     "image": ["image2image", "IN/photo.png", "a red heart", "--seed", "4-6", "--output", "OUT/x.png"],
     "lora": ["txt2image", "a green ohwx {<lora:arrow>|<lora:arrow:0.5>}", *LORA, "--seed", "2"],
-    "guidance": ["txt2image", "a red circle", "--seed", "5", "--n_images", "2", "--share", "guidance"],
+    "guidance": ["txt2image", "a red circle", "--seed", "5,6", "--share", "guidance", *IMAGE_PROMPT],
 }
 
 
@@ -221,28 +227,19 @@ def share_of(count: int, rank: int) -> list[int]:
     return list(range(1, count + 1))[rank::2]
 
 
-@pytest.mark.parametrize("words", [["--stepps", "3"], ["--model", "home.safetensors"]], ids=["flag", "model"])
-def test_a_mistake_ends_all_ranks_and_is_said_once(words, tmp_path):
+def test_a_mistake_ends_all_ranks_and_is_said_once(tmp_path):
     """Also where it is one of a single rank: there is no such model in its folder."""
-    (tmp_path / "home-0").mkdir()
-    (tmp_path / "home-1").mkdir()
-    mx.save_safetensors(
-        str(tmp_path / "home-0" / "home.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny")
-    )
-    command = [
-        "txt2image",
-        "a red circle",
-        "--seed",
-        "1-4",
-        "--steps",
-        "2",
-        *words,
-        "--output",
-        f"{tmp_path}/out/x.png",
-    ]
-    written, _, errors = launch(2, tmp_path, [command])
-    assert [rank["codes"] for rank in written] == [[2], [2]]
-    assert errors.count("error") == 1 and not (tmp_path / "out").exists(), errors
+    homes = [tmp_path / "home-0", tmp_path / "home-1"]
+    for home in homes:
+        home.mkdir()
+    mx.save_safetensors(str(homes[0] / "home.safetensors"), as_single_file(ROOT / "stable_diffusion" / "tiny"))
+    command = ["txt2image", "a red circle", "--seed", "1-4", "--steps", "2", "--output", f"{tmp_path}/out/x.png"]
+    tokenizer = ["--tokenizer", str(ROOT / "stable_diffusion" / "tiny" / "tokenizer")]
+    mistakes = [["--stepps", "3"], ["--model", "home.safetensors", *tokenizer]]
+    written, _, errors = launch(2, tmp_path, [[*command, *words] for words in mistakes])
+    assert [rank["codes"] for rank in written] == [[2, 2]] * 2 and not (tmp_path / "out").exists()
+    first, second = (line for line in errors.splitlines() if "error" in line)
+    assert "--stepps" in first and "home.safetensors" in second, errors
 
 
 def test_a_full_disk_ends_one_rank_alone(tmp_path):

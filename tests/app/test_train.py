@@ -2,6 +2,7 @@
 
 import io
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,11 +43,11 @@ def step(number: int) -> TrainingStep:
 
 
 def write(path: Path, first: int, last: int) -> LossTable:
-    with LossTable(path, first - 1) as table:
-        if first == 1:
-            table.write(None, 0.7)
-        for number in range(first, last + 1):
-            table.write(step(number), 0.5 if number % 2 == 0 else None)
+    table = LossTable(path, first - 1)
+    if first == 1:
+        table.write(None, 0.7)
+    for number in range(first, last + 1):
+        table.write(step(number), 0.5 if number % 2 == 0 else None)
     return table
 
 
@@ -140,7 +141,7 @@ def test_the_bar(monkeypatch, caplog):
         "measured": None,
         "skipped": False,
     }
-    with TrainingProgress(run) as progress:
+    with closing(TrainingProgress(run)) as progress:
         progress.prepare()
         progress(event)
         progress(event | {"step": 4, "loss": None, "skipped": True})

@@ -45,7 +45,7 @@ finally:
 MEMORY, SECONDS = 500_000_000, 10  # above a run that does nothing; of the processor, as others may use it too
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def end(forked) -> Callable[[list[str], Path], tuple[Ended, int]]:
     """Run a command in ``folder/here``, which is its home too, with a PATH that begins with ``folder/bin``.
 
@@ -61,7 +61,7 @@ def end(forked) -> Callable[[list[str], Path], tuple[Ended, int]]:
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def baseline(end, tmp_path_factory) -> int:
     """Bytes of a run that finds nothing."""
     folder = tmp_path_factory.mktemp("nothing")

@@ -20,8 +20,10 @@ from models.test_controlnet_union import unions
 from models.test_upscalers import write as write_upscaler
 from oracle import perturb
 from stable_diffusion import StableDiffusion
+from stable_diffusion.app.engine import open_model
 from stable_diffusion.app.metadata import read_record
-from stable_diffusion.cli import upscale
+from stable_diffusion.app.request import Request
+from stable_diffusion.cli import main, upscale
 from stable_diffusion.cli.flags import FLAGS
 from test_parity_images import control_nets
 
@@ -105,9 +107,23 @@ def write_lora(path: Path, *more: str, seed: int = 0) -> None:
     save_file(tensors, path)
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[tuple, StableDiffusion]:
+    """Models that are open, by what decides their networks: several runs may have one, as in a server."""
+    return {}
+
+
 @pytest.fixture
-def draw_all(run, files, tmp_path) -> Callable[..., list[np.ndarray]]:
+def draw_all(run, files, tmp_path, models, monkeypatch) -> Callable[..., list[np.ndarray]]:
     """Run a script in two steps without guidance, or as the options say; {} is ``files``. Returns its images."""
+    names = [usage.split()[0][2:] for usage in FLAGS["model"]]
+
+    def opened(request: Request, *settings: bool) -> StableDiffusion:
+        key = (*settings, *map(request.value, names))
+        models[key] = models.get(key) or open_model(request, *settings)
+        return models[key]
+
+    monkeypatch.setattr(main, "open_model", opened)
 
     def call(script: str, words: list, *options, model: str = "sd") -> list[np.ndarray]:
         size = ["--strength", 0.5] if script == "image2image" else ["--width", 64, "--height", 64]

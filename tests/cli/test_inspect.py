@@ -77,7 +77,7 @@ def test_a_lora_in_words(capsys, offline, tmp_path):
 
 def test_a_repository_in_the_cache_and_one_that_is_not(tmp_path):
     snapshot = tmp_path / "models--some--one" / "snapshots" / ("0" * 40)
-    shutil.copytree(open_checkpoint("tiny").folder, snapshot)
+    shutil.copytree(open_checkpoint("tiny").tokenizers["tokenizer"].parent, snapshot)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)

@@ -60,10 +60,13 @@ def test_a_run_is_that_of_the_paper(tmp_path, scale):
     assert max(relative_error(a, b) for a, b in zip(have, want, strict=True)) <= 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("keywords", [{}, {"guidance_interval": (0.3, 0.8)}, {"pag_scale": 2.0}], ids=str)
+RUNS = [(name, {}) for name in NAMES]
+RUNS += [("euler_cfg_pp", {"guidance_interval": (0.3, 0.8)}), ("dpmpp_2m_cfg_pp", {"pag_scale": 2.0})]
+
+
+@pytest.mark.parametrize("name, keywords", RUNS)
 def test_runs_do_not_depend_on_their_batch(sd, name, keywords, monkeypatch):
-    run = SMALL | keywords | {"sampler": name, "negative_text": "blue"}
+    run = SMALL | keywords | {"num_steps": 3, "sampler": name, "negative_text": "blue"}
     latents = sd.generate_latents(PROMPT, n_images=2, **run)
     together = last(latents)
     assert latents.predicted.shape == (2, 6, 8, 4)

@@ -81,23 +81,23 @@ def test_names_of_layers(sd):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+OF_BATCHES = [
+    {"n_images": 2},
+    {"text": ["a red cat AND the blue", "the (red:1.5) cat AND a cat"]},
+    {"n_images": 2, "cfg_weight": 1.0},
+    {"deep_cache": 2, "n_images": 2},
+    {"token_merging": 0.5, "guidance_rescale": 0.7},
+    {"guidance_interval": (0.25, 0.75)},
+]
+
+
 @pytest.mark.parametrize(
-    "keywords",
-    [
-        {"n_images": 2},
-        {"n_images": 2, "cfg_weight": 1.0},
-        {"text": ["a red cat AND the blue", "the (red:1.5) cat AND a cat"]},
-        {"deep_cache": 2, "n_images": 2},
-        {"token_merging": 0.5, "guidance_rescale": 0.7},
-        {"guidance_interval": (0.25, 0.75)},
-    ],
-    ids=str,
+    "model, keywords", [*(("sd", keywords) for keywords in OF_BATCHES), *(("xl", k) for k in OF_BATCHES[:2])], ids=str
 )
-@pytest.mark.parametrize("model", ["sd", "xl"])
 def test_runs_do_not_depend_on_their_batch(request, model, keywords, monkeypatch):
     """Row by row, and each image alone, come the same latents, which are others than without."""
     sd = request.getfixturevalue(model)
-    run = {"text": PROMPT, "cfg_weight": 5.0, "negative_text": "blue"} | SMALL | PAG | keywords
+    run = {"text": PROMPT, "cfg_weight": 5.0, "negative_text": "blue"} | SMALL | {"num_steps": 3} | PAG | keywords
     together, plain = last(sd.generate_latents(**run)), last(sd.generate_latents(**run | {"pag_scale": 0.0}))
     assert relative_error(plain, together) > 1e-2
     texts = run.pop("text") if isinstance(run["text"], list) else [run.pop("text")] * run.pop("n_images", 1)
@@ -129,8 +129,14 @@ RUNS = {  # pipelines of diffusers, and keywords of both
 }
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-@pytest.mark.parametrize("name", RUNS)
+WITHOUT_GUIDANCE = (
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionControlNetPAGPipeline",
+)
+
+
+@pytest.mark.parametrize("name, guidance", [*((n, 5.0) for n in RUNS), *((n, 1.0) for n in WITHOUT_GUIDANCE)])
 def test_pipelines(tmp_path, name, guidance):
     family, run, given, more = "xl" if "XL" in name else "sd1", RUNS[name], {"pag_scale": 3.0}, {}
     if "ControlNet" in name:

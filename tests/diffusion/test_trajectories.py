@@ -18,9 +18,8 @@ import torch
 
 from oracle import normal, relative_error
 from stable_diffusion.diffusion.choice import run_options
-from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler
+from stable_diffusion.diffusion.denoiser import Denoiser, for_sampler, to_x0
 from stable_diffusion.diffusion.guidance import guidance_batches
-from stable_diffusion.diffusion.preconditioning import Preconditioning
 from stable_diffusion.diffusion.samplers import SAMPLERS
 from stable_diffusion.diffusion.schedule import SPACING_RULES, SPACINGS, Schedule, ScheduleConfig
 from stable_diffusion.text.encode import Conditioning
@@ -674,7 +673,7 @@ def test_churn(name, curve, prediction, churn):
     def denoise(x, sigma):
         z = x / math.sqrt(sigma**2 + 1)
         output = model(mx if isinstance(x, mx.array) else np, z, schedule.timestep(sigma))
-        return Preconditioning(1.0, prediction).to_x0(output, x, sigma)
+        return to_x0(schedule.config, output, x, sigma)
 
     for count in COUNTS:
         for spacing in SPACINGS[: None if curve == "default" else 1]:

@@ -15,14 +15,13 @@ TOLERANCE = 1e-4
 
 def check(model, path, wanted, scale=1.0, unchanged=()):
     """Both ways of applying the file give ``wanted``."""
-    before = model.ours()
     with loras.attached(model, path, scale):
         outputs = model.ours()
     with loras.fused(model, (read_lora(path), scale)):
         for result in (outputs, model.ours()):
             for name, value in result.items():
                 assert relative_error(value, wanted[name]) <= TOLERANCE, name
-    for name, value in before.items():
+    for name, value in model.unchanged.items():
         assert name in unchanged or relative_error(value, wanted[name]) > 100 * TOLERANCE, f"{name} hardly changes"
 
 
@@ -78,7 +77,7 @@ def test_dora_of_peft_keeps_its_lengths_at_any_scale(request, family, tmp_path):
             saved[f"{network}_lora_adapter_metadata"] = module.peft_config["it"].to_dict()
             layers += [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
         wanted = {}
-        for scale in (0.3, 1.0, 1.7, -0.5):
+        for scale in (0.3, 1.7, -0.5):  # 1 is that of the trainings below
             for layer in layers:
                 layer.set_scale("it", scale)
             wanted[scale] = model.theirs()

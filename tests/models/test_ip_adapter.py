@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from configs import REAL_UNETS, UNETS
 from image_prompts import KINDS, flat, image_encoder, random_adapter
 from oracle import SCALES, nchw, nhwc, normal, relative_error, tensors
-from stable_diffusion.images.clip import clip_pixels
+from stable_diffusion.images.image import clip_pixels
 from stable_diffusion.models.config import UNetConfig
 from stable_diffusion.models.ip_adapter import IPAdapterConfig, attention_widths
 from stable_diffusion.weights.formats.original import to_diffusers

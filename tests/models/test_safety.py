@@ -21,7 +21,7 @@ from stable_diffusion import StableDiffusion
 from stable_diffusion.app.engine import Result
 from stable_diffusion.app.request import Request, Sweep, expand
 from stable_diffusion.app.results import OutputSettings, ResultWriter
-from stable_diffusion.images.clip import clip_pixels
+from stable_diffusion.images.image import clip_pixels
 from stable_diffusion.planning import RunDefaults
 from stable_diffusion.weights.formats.original import to_diffusers
 from stable_diffusion.weights.load import build, fill
@@ -162,13 +162,13 @@ def test_an_image_that_another_mac_withholds_is_not_written_after_gathering(tmp_
         writer.is_flagged = lambda image: image.getpixel((0, 0)) == (0, 0, 0)
         image, batch = Image.new("RGB", (8, 8), (level,) * 3), Mock()
         batch.defaults = RunDefaults("euler", 2, 1.0)
-        list(writer.add(Result(requests[number], image, batch, 0, number, 1.0, "", None, None), None))
+        list(writer.add(Result(requests[number], image, batch, 0, 1.0, "", None, None), None, number))
     sent = []
     list(writers[1].gather(lambda data: [b"", sent.append(data) or data], False))
     assert list(writers[0].gather(lambda data: [data, sent.pop(0)], True)) == []
     assert writers[0].has_all and writers[0].withheld == writers[1].withheld == {1}
     (grid,) = writers[0].finish()
-    assert grid.record["images"] == [str(tmp_path / "1_1.png")] and sorted(os.listdir(tmp_path)) == ["1.png", "1_1.png"]
+    assert grid["images"] == [str(tmp_path / "1_1.png")] and sorted(os.listdir(tmp_path)) == ["1.png", "1_1.png"]
 
 
 @pytest.mark.parametrize(

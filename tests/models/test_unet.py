@@ -54,7 +54,7 @@ def run_ours(unet: UNet2DConditionModel, given: dict, t: list[float] | float, co
 @pytest.mark.parametrize("name", UNETS)
 def test_equals_diffusers(name):
     ours, oracle = unets(name)
-    for i, (scale, size) in enumerate(zip(SCALES, [(8, 16), (7, 9), (10, 13)], strict=True)):
+    for i, (scale, size) in enumerate(zip(SCALES, [(8, 13), (7, 9), (4, 6)], strict=True)):
         given = inputs(name, i + 1, *size, scale)
         t = [999.0, 500.0, 1.0][: i + 1]
         assert relative_error(run_ours(ours, given, t), nhwc(run_oracle(oracle, given, t))) <= 1e-4
@@ -78,7 +78,7 @@ def test_gradients_of_all_parameters_equal_torch(name):
 @pytest.mark.parametrize("name", ["sd1", "lcm", "refiner"])
 def test_one_timestep_and_one_context_serve_a_batch_and_all_calls(name):
     unet, _ = unets(name)
-    given = inputs(name, 2, 8, 16)
+    given = inputs(name, 2, 4, 8)
     context = Context(mx.array(given["context"]))
     for t in (500.25, 999.0, 1.0):
         assert relative_error(run_ours(unet, given, t, context), run_ours(unet, given, [t, t])) <= 1e-6

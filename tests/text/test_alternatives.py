@@ -223,7 +223,7 @@ def test_wildcards_within_wildcards_have_limits(seeds):
         ("{a|b|c|d|e|f|g|h|i|j}" * 12, 10**12),
         ("{a|b}" * 1000, 10**15),  # more are not told apart
         ("{1-2$$" + "|".join(map(str, range(101))) + "}", 101 + 101 * 100),
-        ("{8$$" + "|" * 50_000 + "}", 10**15),
+        ("{8$$" + "|" * 12_000 + "}", 10**15),
     ],
 )
 def test_too_many_prompts_are_refused(text, count):
@@ -247,7 +247,7 @@ def test_random_text_is_expanded_or_refused():
         "$$",
     ]
     generator, refused = random.Random(0), 0
-    for number in range(3_000):
+    for number in range(1_500):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
         wildcards = lists if number % 2 else None
         try:
@@ -257,12 +257,12 @@ def test_random_text_is_expanded_or_refused():
             known = "nested more than", "at most 10000", "there is no", "are the same", "grow beyond"
             assert any(words in str(error) for words in known)
             refused += 1
-    assert refused < 900
+    assert refused < 450
 
 
-LONG = ["{" * 200_000, "{a}" * 50_000, "{[" * 50_000 + "}" * 100_000, "[" * 50_000 + "]" * 50_000, "{2$$" * 50_000]
-LONG += ["__a" * 50_000, "_" * 200_000, "{" + "|" * 90_000 + "}", "{30000$$" + "a|" * 40_000 + "}", "%{" * 50_000]
-LONG += ["{" + "[a|" * 30_000 + "]" * 30_000 + "}", "${a=" * 40_000, " " * 200_000, "\n" * 200_000, " #a" * 50_000]
+LONG = ["{" * 50_000, "{a}" * 12_000, "{[" * 12_000 + "}" * 25_000, "[" * 12_000 + "]" * 12_000, "{2$$" * 12_000]
+LONG += ["__a" * 12_000, "_" * 50_000, "{" + "|" * 22_000 + "}", "{8000$$" + "a|" * 10_000 + "}", "%{" * 12_000]
+LONG += ["{" + "[a|" * 8_000 + "]" * 8_000 + "}", "${a=" * 10_000, " " * 50_000, "\n" * 50_000, " #a" * 12_000]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:9])
@@ -271,4 +271,4 @@ def test_long_text_takes_linear_time(text):
     for seeds in (None, [0]):
         with suppress(ValueError):
             expand(text, seeds, lambda name: [name])
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2.5

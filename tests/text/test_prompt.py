@@ -132,7 +132,7 @@ def test_random_text_is_read_or_refused():
     letters = [*"()[]{}|:\\ aB1.5-é\n猫😀_", "BREAK", " AND ", "((", "))", ":1.2)", "\\(", "0000", "99999"]
     letters += ["[a:b:0.5]", "[a|b]", "[a:2]"]
     generator = random.Random(0)
-    for _ in range(3_000):
+    for _ in range(1_500):
         text = "".join(generator.choice(letters) for _ in range(generator.choice([3, 10, 10, 40, 40, 200])))
         with suppress(ValueError):  # of weights that sum to 0
             parts(text, weight_blocks=True)
@@ -142,8 +142,8 @@ def test_random_text_is_read_or_refused():
         assert min(read) == max(read) >= 1  # one text for each AND
 
 
-LONG = ["(" * 200_000, "(a)" * 50_000, "([" * 60 + "x" * 100_000, "{[" * 50_000 + ")" * 100_000]
-LONG += ["[a:" + "1" * 100_000 + "x]", "__a" * 50_000, "_" * 200_000]
+LONG = ["(" * 50_000, "(a)" * 12_000, "([" * 60 + "x" * 25_000, "{[" * 12_000 + ")" * 25_000]
+LONG += ["[a:" + "1" * 25_000 + "x]", "__a" * 12_000, "_" * 50_000]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:9])
@@ -151,4 +151,4 @@ def test_long_text_takes_linear_time(text):
     start = time.process_time()
     parts(text)
     parts(text, weight_blocks=True)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 5

@@ -215,10 +215,10 @@ def test_long_words(sd1, unit):
     """They are merged as in the reference up to 512 bytes, and in runs of these beyond, so that they end fast."""
     ours, theirs = sd1
     assert_equal_ids(ours, theirs, [unit * (length // len(unit.encode())) for length in (100, 512)])
-    text = unit * (100_000 // len(unit.encode()))
+    text = unit * (25_000 // len(unit.encode()))
     start = time.process_time()
     ids = ours.encode(text)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 1.25
     assert ours.decode(ids) == unicodedata.normalize("NFC", text)
 
 

@@ -19,8 +19,7 @@ from stable_diffusion.app.training_output import header_texts
 from stable_diffusion.images.folders import Picture
 from stable_diffusion.lora.create import new_lora
 from stable_diffusion.lora.layers import attach
-from stable_diffusion.lora.metadata import describe
-from stable_diffusion.lora.save import write_lora
+from stable_diffusion.lora.save import describe, write_lora
 from stable_diffusion.training.dataset import Dataset
 from stable_diffusion.training.save import save_lora
 from stable_diffusion.training.settings import TrainingSettings
@@ -210,7 +209,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# XL has one more encoder and other names in the UNet, which "all" holds too.
+@pytest.mark.parametrize(
+    "folder, case", [*(("sd1", case) for case in CASES), ("xl", "all"), ("xl", "dora")], indirect=["folder"]
+)
 def test_a_file_draws_the_trained_picture(folder, sd, pipe, case, tmp_path):
     """Here attached and fused, and in diffusers, which reads no lengths of DoRA under kohya's names."""
     before, trainer, again = draw(sd), trainer_of(sd, **CASES[case]), StableDiffusion(folder)

@@ -1,15 +1,12 @@
 """The parts of a training step against their published formulas, and the trainer as a library."""
 
-import textwrap
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import diffusers
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from PIL import Image
 
 from checkpoints import SCALED
 from oracle import normal
@@ -181,21 +178,3 @@ def test_other_loras_stay_and_detach_gives_the_model_back(tmp_path):
     assert np.array_equal(draw(), before)
     trainer.lora.detach()
     assert np.array_equal(draw(), before)
-
-
-def test_the_example(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("photos").mkdir()
-    for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(f"photos/{number}.png")
-    lines = training.__doc__[training.__doc__.index("    from pathlib") :]
-    for here, small in (('"sd15"', '"tiny"'), ("512", "64"), ("steps=1000", "steps=2")):
-        assert here in lines
-        lines = lines.replace(here, small)
-    names: dict = {}
-    exec(textwrap.dedent(lines), names)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
-    assert (
-        Path("me.safetensors").is_file() and names["image"].size == (64, 64) and not names["trainer"].lora.is_attached
-    )

@@ -39,7 +39,7 @@ def refused(model, **options) -> str:
 def test_folder_is_read(tmp_path, files):
     write(tmp_path, files)
     checkpoint = open_checkpoint(tmp_path)
-    assert (checkpoint.name, checkpoint.folder) == (str(tmp_path), tmp_path)
+    assert checkpoint.name == str(tmp_path)
     assert checkpoint.pipeline == checkpoint.index["_class_name"] == "StableDiffusionPipeline"
     assert checkpoint.scheduler == {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000}
     assert checkpoint.tokenizers == {"tokenizer": tmp_path / "tokenizer"}
@@ -270,7 +270,7 @@ def test_relative_folder_and_home(tmp_path, monkeypatch, files):
     for model in ("models/mine", "~/models/mine"):
         assert open_checkpoint(model).name == model
     monkeypatch.chdir(tmp_path / "models" / "mine")
-    assert open_checkpoint(".").folder == Path(".")
+    assert open_checkpoint(".").tokenizers["tokenizer"] == Path("tokenizer")
 
 
 def test_alias_wins_over_a_folder_that_is_no_checkpoint(tmp_path, monkeypatch, files):
@@ -279,10 +279,10 @@ def test_alias_wins_over_a_folder_that_is_no_checkpoint(tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     checkpoint = open_checkpoint("tiny")
-    assert checkpoint.folder == tmp_path / "bundled"
+    assert checkpoint.tokenizers["tokenizer"].parent == tmp_path / "bundled"
     assert (checkpoint.steps, checkpoint.guidance) == (20, 4.0)
     write(tmp_path / "tiny", files)
-    assert open_checkpoint("tiny").folder == Path("tiny")
+    assert open_checkpoint("tiny").tokenizers["tokenizer"].parent == Path("tiny")
 
 
 def test_revision_is_for_the_hub(tmp_path, files):

@@ -33,7 +33,7 @@ try:
     else:
         checkpoint = open_checkpoint(sys.argv[1], **options)
         components = checkpoint.components
-        result = {"folder": str(checkpoint.folder), "defaults": [checkpoint.steps, checkpoint.guidance]}
+        result = {"defaults": [checkpoint.steps, checkpoint.guidance]}
         result["tokenizers"] = {name: str(folder) for name, folder in checkpoint.tokenizers.items()}
     files = [path.as_posix() for part in components.values() for path in part.files]
     result["files"] = sorted(file.partition("/snapshots/")[2].partition("/")[2] or file for file in files)
@@ -234,12 +234,12 @@ def test_repository_that_changes_during_the_download_is_not_mixed(hub, client):
     hub.add(REPO, old)
     hub.afterwards["model_index.json"] = lambda: hub.repos[REPO].update(main=new, before=old)
     found = client(REPO)
-    assert found["mark"] == 1.0 and Path(found["folder"]).name == hub.commit(old)
+    assert found["mark"] == 1.0 and Path(found["tokenizers"]["tokenizer"]).parent.name == hub.commit(old)
 
 
 def test_damaged_file_in_the_cache_is_named_and_can_be_replaced(hub, client):
     hub.add(REPO, checkpoint_files())
-    snapshot = Path(client(REPO)["folder"])
+    snapshot = Path(client(REPO)["tokenizers"]["tokenizer"]).parent
     blob = (snapshot / "vae/diffusion_pytorch_model.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-10])
     error = client(REPO)["error"]
@@ -252,7 +252,7 @@ def test_damaged_file_in_the_cache_is_named_and_can_be_replaced(hub, client):
 
 def test_cache_filled_by_a_client_that_keeps_no_listing(hub, client):
     hub.add(REPO, checkpoint_files(halves=("", ".fp16")))
-    snapshot = Path(client(REPO)["folder"])
+    snapshot = Path(client(REPO)["tokenizers"]["tokenizer"]).parent
     for note in (snapshot.parents[1] / "trees").iterdir():
         note.unlink()
     hub.requests.clear()

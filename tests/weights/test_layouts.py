@@ -1,6 +1,7 @@
 """Weights lie in memory as kernels read them. Metal copies others at every call of a convolution."""
 
 import json
+from itertools import product
 
 import mlx.core as mx
 import pytest
@@ -14,7 +15,7 @@ from stable_diffusion import StableDiffusion, networks
 from stable_diffusion.diffusion.controls import Control
 from stable_diffusion.models.controlnet import ControlNetModel
 from stable_diffusion.weights.load import load_component, read_weights, size_in_bytes
-from weights.formats.test_single_file import made, opened, single  # noqa: F401
+from weights.formats.test_single_file import opened
 from weights.test_load import write
 
 
@@ -48,7 +49,7 @@ def test_the_cpu_reads_for_a_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
-def test_of_a_file_in_the_original_layout(single, family):  # noqa: F811
+def test_of_a_file_in_the_original_layout(single, family):
     for component in opened(single(family)).components.values():
         assert strided(load_component(component, mx.float16)) == []
 
@@ -56,8 +57,10 @@ def test_of_a_file_in_the_original_layout(single, family):  # noqa: F811
 OPTIONS = [{}, {"low_memory": True}, {"dtype": mx.float16}, {"dtype": mx.bfloat16}, {"unet_bits": 8, "text_bits": 8}]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", ["lora", "locon-tucker", "loha", None])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [*((options, "lora") for options in OPTIONS), *product(OPTIONS[::4], (None, "loha")), ({}, "locon-tucker")],
+)
 def test_of_a_model(sd1_folder, tmp_path, options, kind):
     """With a LoRA in its weights or without."""
     files = []

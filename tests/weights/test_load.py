@@ -66,8 +66,8 @@ def test_misshapen_convolutions_are_told_in_the_files_layout():
 
 
 # Wide and shallow, so that one layer is a small part of the whole and activations do not count.
-WIDE = UNETS["sd2"] | {"block_out_channels": [256, 256, 512], "cross_attention_dim": 512, "norm_num_groups": 32}
-WIDE |= {"attention_head_dim": [4, 4, 8], "transformer_layers_per_block": 3}
+WIDE = UNETS["sd2"] | {"block_out_channels": [128, 128, 256], "cross_attention_dim": 256, "norm_num_groups": 32}
+WIDE |= {"attention_head_dim": [2, 2, 4], "transformer_layers_per_block": 3}
 
 
 @pytest.mark.parametrize("bits", [b if b == 4 else pytest.param(b, marks=pytest.mark.slow) for b in BITS])

@@ -30,7 +30,7 @@ def in_a_thread(function, *args):
 
 @pytest.fixture(scope="module")
 def component(tmp_path_factory) -> Component:
-    return write(tmp_path_factory.mktemp("threads"), "unet", UNETS["xl"])
+    return write(tmp_path_factory.mktemp("threads"), "unet", UNETS["sd1"])
 
 
 def values(module: nn.Module) -> dict[str, np.ndarray]:

@@ -8,18 +8,17 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .safetensors import damaged, load_copy, loading_stream
+from .safetensors import MAX_LENGTH, Row, damaged, load_copy, loading_stream
 
 _MAX_HEADER = 1 << 24  # bytes; the header of XL has 150,000
 _MAX_TENSORS, _MAX_KEYS, _MAX_DIMENSIONS = 20_000, 20_000, 4
-_MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
-_CHUNK = 1 << 20  # bytes that are copied at once
 GROUP = 32  # values of a block
 
 # Each type's name, the values of a block, and its bytes.
@@ -32,31 +31,20 @@ _PREFIXES = (("te.1.", "text_encoder_2."), ("te.", "text_encoder."))  # of a fol
 _SHAPE = "comfy.gguf.orig_shape."  # in metadata: that of a tensor which was reshaped to be quantized
 
 
-class _Header:
-    """Read the values of a header one after the other; struct.error and ValueError where they make no sense."""
+def _take(header: BytesIO, kinds: str) -> tuple:
+    return struct.unpack(f"<{kinds}", header.read(struct.calcsize(f"<{kinds}")))
 
-    def __init__(self, data: bytes):
-        self.data, self.position = data, 0
 
-    def take(self, kinds: str) -> tuple:
-        values = struct.unpack_from(f"<{kinds}", self.data, self.position)
-        self.position += struct.calcsize(f"<{kinds}")
-        return values
+def _text(header: BytesIO) -> str:
+    (length,) = _take(header, "Q")
+    return _take(header, f"{length}s")[0].decode()
 
-    def text(self) -> str:
-        (length,) = self.take("Q")
-        if length > len(self.data) - self.position:
-            raise ValueError("a text that is longer than the header")
-        self.position += length
-        return self.data[self.position - length : self.position].decode()
 
-    def value(self) -> Any:
-        (kind,) = self.take("I")
-        inner, length = self.take("IQ") if kind == _LIST else (kind, 1)
-        if length > len(self.data) - self.position:
-            raise ValueError("a list that is longer than the header")
-        values = [self.text() for _ in range(length)] if inner == _TEXT else self.take(f"{length}{_KEY_TYPES[inner]}")
-        return values if kind == _LIST else values[0]
+def _value(header: BytesIO) -> Any:
+    (kind,) = _take(header, "I")
+    inner, length = _take(header, "IQ") if kind == _LIST else (kind, 1)
+    values = [_text(header) for _ in range(length)] if inner == _TEXT else _take(header, f"{length}{_KEY_TYPES[inner]}")
+    return values if kind == _LIST else values[0]
 
 
 def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -65,73 +53,63 @@ def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     A quantized matrix NAME.weight comes as MLX's packed values, with NAME.scales and NAME.biases. Raises ValueError for
     a file that is damaged, or has types that are not read here.
     """
-    infos = _check_header(path)
-    rows = {}
-    for name, (kind, shape, _, size) in infos.items():
-        code, values, size_of_block = _TYPES[kind]
-        rows[name] = (code, shape, size) if values == 1 else ("U8", (size // size_of_block, size_of_block), size)
-    copied = load_copy(rows, _pieces(path, [(start, size) for _, _, start, size in infos.values()]))
-    tensors: dict[str, mx.array] = {}
-    with mx.stream(loading_stream(mx.cpu)):
-        for name, (kind, shape, _, _) in infos.items():
-            tensors |= {name: copied[name]} if _TYPES[kind][1] == 1 else _unpacked(name, kind, shape, copied[name])
+    rows, quantized = _check_header(path)
+    with path.open("rb") as file, mx.stream(loading_stream(mx.cpu)):
+        tensors = load_copy(file, rows)
+        for name, (kind, shape) in quantized.items():
+            tensors |= _unpacked(name, kind, shape, tensors.pop(name))
         if any("label_emb." in name for name in tensors):  # XL's matrices are 1x1 convolutions for stable-diffusion.cpp
             for name in [n for n, v in tensors.items() if ".proj_" in n and v.shape[2:] == (1, 1)]:
                 tensors[name] = tensors[name].flatten(1)
     return tensors, {}
 
 
-def _check_header(path: Path) -> dict[str, tuple[int, tuple[int, ...], int, int]]:
-    """Return {name: (type, shape, first byte, bytes)} of a file's tensors, which all lie within the file."""
+def _check_header(path: Path) -> tuple[dict[str, Row], dict[str, tuple[int, tuple[int, ...]]]]:
+    """Return the rows of a file's tensors, quantized ones as blocks of bytes, and {name: (type, shape)} of these."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header = _Header(file.read(_MAX_HEADER))
+        header = BytesIO(file.read(_MAX_HEADER))
     try:
-        magic, version, n_tensors, n_keys = header.take("4sIQQ")
+        magic, version, n_tensors, n_keys = _take(header, "4sIQQ")
         if magic != b"GGUF" or version not in (2, 3) or n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             raise ValueError(f"version {version} with {n_tensors:,} tensors and {n_keys:,} keys")
-        keys = {header.text(): header.value() for _ in range(n_keys)}
-        rows = [_tensor(header, keys) for _ in range(n_tensors)]
-        start = -(-header.position // (alignment := int(keys.get("general.alignment", 32)))) * alignment
+        keys = {_text(header): _value(header) for _ in range(n_keys)}
+        infos = [_tensor(header, keys) for _ in range(n_tensors)]
+        start = -(-header.tell() // (alignment := int(keys.get("general.alignment", 32)))) * alignment
     except (struct.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0]
         raise damaged(path, f"its header is not that of a GGUF file: {reason:.80}") from error
-    infos, total = {}, 0
-    for name, kind, shape, offset in rows:
+    rows, quantized, total = {}, {}, 0
+    for name, kind, shape, offset in infos:
         if kind not in _TYPES:
             found = _REFUSED.get(kind, f"type {kind}")
             text = f"{path} holds {name:.60} as {found}, which is not read"
             raise ValueError(f"{text}: take a file of Q8_0, Q4_0, Q4_1, F16 or F32")
-        _, values, size_of_block = _TYPES[kind]
+        code, values, size_of_block = _TYPES[kind]
         blocks, rest = divmod(math.prod(shape), values)
         total += (n_bytes := blocks * size_of_block)
         is_inside = 0 <= start <= size - offset - n_bytes and total <= size
-        if rest or math.prod(shape) > _MAX_LENGTH or not is_inside or name in infos:
+        if rest or math.prod(shape) > MAX_LENGTH or not is_inside or name in rows:
             raise damaged(path, f"its {size} bytes have no place for {name:.60}")
-        infos[name] = kind, shape, start + offset, n_bytes
-    return infos
+        rows[name] = code, shape, start + offset, n_bytes
+        if values > 1:
+            rows[name] = "U8", (blocks, size_of_block), start + offset, n_bytes
+            quantized[name] = kind, shape
+    return rows, quantized
 
 
-def _tensor(header: _Header, keys: dict[str, Any]) -> tuple[str, int, tuple[int, ...], int]:
+def _tensor(header: BytesIO, keys: dict[str, Any]) -> tuple[str, int, tuple[int, ...], int]:
     """Read (name, type, shape, offset) of a tensor. The shape is stored from the last dimension to the first."""
-    name, (dimensions,) = header.text(), header.take("I")
+    name, (dimensions,) = _text(header), _take(header, "I")
     name = next((new + name.removeprefix(old) for old, new in _PREFIXES if name.startswith(old)), name)
     if dimensions > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {dimensions} dimensions")
-    shape = header.take(f"{dimensions}Q")[::-1]
-    kind, offset = header.take("IQ")
+    shape = _take(header, f"{dimensions}Q")[::-1]
+    kind, offset = _take(header, "IQ")
     original = tuple(keys.get(f"{_SHAPE}{name}", shape))
     if math.prod(original) != math.prod(shape) or not all(type(n) is int and n >= 0 for n in original):
         raise ValueError(f"{name:.40} was {original} before it was reshaped")
     return name, kind, original, offset
-
-
-def _pieces(path: Path, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-    """Read spans of a file (first byte, bytes) one behind the other."""
-    with path.open("rb") as file:
-        for start, size in spans:
-            file.seek(start)
-            yield from (file.read(min(_CHUNK, size - done)) for done in range(0, size, _CHUNK))
 
 
 def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) -> dict[str, mx.array]:
@@ -157,25 +135,16 @@ def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) ->
     return {name: mx.dequantize(weight, scales, biases, group_size=GROUP, bits=bits).reshape(shape)}
 
 
-def _packed_layers(tensors: Mapping[str, mx.array]) -> Iterator[tuple[str, int]]:
-    """Iterate over (layer, bits) of matrices that are packed as ``read_gguf`` does it."""
+def unpack(tensors: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], int | None]:
+    """Return tensors with packed matrices in float16, and the bits of most (None where there are none); all is lazy."""
+    plain, found = dict(tensors), []
     for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")]
-        weight, rows = parts[0], None if parts[1] is None else parts[1].shape
-        if all(part is not None and part.ndim == 2 for part in parts) and parts[2].shape == rows:
-            yield from ((layer, bits) for bits in (4, 8) if weight.shape == (rows[0], bits * rows[1]))
-
-
-def packed_bits(tensors: Mapping[str, mx.array]) -> int | None:
-    """Return the bits of most packed matrices; None where there are none."""
-    found = [bits for _, bits in _packed_layers(tensors)]
-    return max(set(found), key=found.count, default=None)
-
-
-def unpack(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Return tensors with their packed matrices in float16 and their own shape; all stays lazy."""
-    plain = dict(tensors)
-    for layer, bits in _packed_layers(tensors):
-        parts = plain[f"{layer}.weight"], plain.pop(f"{layer}.scales"), plain.pop(f"{layer}.biases")
-        plain[f"{layer}.weight"] = mx.dequantize(*parts, group_size=GROUP, bits=bits)
-    return plain
+        if any(part is None or part.ndim != 2 for part in parts) or parts[1].shape != parts[2].shape:
+            continue
+        rows, groups = parts[1].shape
+        if bits := next((bits for bits in (4, 8) if parts[0].shape == (rows, bits * groups)), None):
+            del plain[f"{layer}.scales"], plain[f"{layer}.biases"]
+            plain[f"{layer}.weight"] = mx.dequantize(*parts, group_size=GROUP, bits=bits)
+            found.append(bits)
+    return plain, max(set(found), key=found.count, default=None)

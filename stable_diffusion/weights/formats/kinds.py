@@ -7,8 +7,7 @@ from pathlib import Path
 _OTHERS = (
     (b"version https://git-lfs", "only a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
     (b"<", "a web page, not the file behind it: download it again, perhaps after a login"),
-    (b"{", "JSON text, perhaps the error message of a server: download the file again"),
-    (b"[", "JSON text, perhaps the error message of a server: download the file again"),
+    ((b"{", b"["), "JSON text, perhaps the error message of a server: download the file again"),
     (b"\x89HDF\r\n", "an HDF5 file (Keras): take the model as .safetensors"),
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
@@ -26,10 +25,7 @@ _OTHERS = (
 
 
 def kind_of(path: Path) -> str:
-    """Return "safetensors", "pickle", "gguf", or "" for a file that is neither by its first bytes.
-
-    Raises ValueError, one line, for a file that is empty or known to be something else.
-    """
+    """Return "safetensors", "pickle", "gguf" or "" by the first bytes of a file; ValueError for other known kinds."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:

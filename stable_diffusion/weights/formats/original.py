@@ -63,31 +63,33 @@ _VAE_UP = re.compile(r"^decoder\.up\.(\d+)\.")
 _NOT_OF_VAE = ("loss.", "model_ema.")  # the discriminator that it was trained against, and its running averages
 
 _OPEN_CLIP = {
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^transformer\.resblocks\.(\d+)\.": r"text_model.encoder.layers.\1.",
+    r"(\.layers\.\d+)\.ln_([12])\.": r"\1.layer_norm\2.",
+    r"(\.layers\.\d+)\.attn\.": r"\1.self_attn.",
+    r"(\.layers\.\d+\.mlp)\.c_fc\.": r"\1.fc1.",
+    r"(\.layers\.\d+\.mlp)\.c_proj\.": r"\1.fc2.",
 }
-_OPEN_CLIP_LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)\.(\w+)$")
-_OPEN_CLIP_PARTS = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+_OPEN_CLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the last but one, which is normed in place of it
 
 # ESRGAN's names (Wang et al. 2018): of its first files, which are a list, and of its second ones.
-_ESRGAN = {"model.0": "conv_first", "trunk_conv": "conv_body", "HRconv": "conv_hr"}
-_ESRGAN |= {f"upconv{i}": f"conv_up{i}" for i in range(1, 4)}
+_ESRGAN = {
+    r"^(?:model\.1\.sub|RRDB_trunk)\.(\d+)\.RDB([123])\.conv(\d)\.(?:0\.)?": r"body.\1.rdb\2.conv\3.",
+    r"^model\.0\.": "conv_first.",
+    r"^trunk_conv\.": "conv_body.",
+    r"^HRconv\.": "conv_hr.",
+    r"^upconv([123])\.": r"conv_up\1.",
+}
 _ESRGAN_LIST = re.compile(r"model\.(\d+)\.")
 _ESRGAN_BODY = re.compile(r"model\.1\.sub\.(\d+)\.")
-_ESRGAN_BLOCK = re.compile(r"^(?:model\.1\.sub|RRDB_trunk)\.(\d+)\.RDB([123])\.conv(\d)\.(?:0\.)?")
 
 # The autoencoder's attention had other names before diffusers 0.18, and files written then keep them.
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
+_IP_ADAPTER = {r"^adapter_modules\.": "ip_adapter.", r"^image_proj_model\.": "image_proj."}  # as training saves it
 
 # Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
 NOT_OF_TEXT_ENCODER = r"((position_ids|logit_scale|logit_bias|attn_mask)$|(visual|vision_model|visual_projection)\.)"
@@ -182,10 +184,8 @@ def rename_module(path: str, modules: Mapping[str, str], inner_names: Mapping[st
 
 def _blocks(names: Iterable[str], side: str, blocks: str) -> dict[str, str]:
     """Map the modules of one side of the UNet: {"input_blocks.1.0": "down_blocks.0.resnets.0", ...}."""
-    kinds = {}
-    for name in names:
-        if (match := _BLOCK.match(name)) and match[1] == side:
-            kinds[int(match[2]), int(match[3])] = match[4]
+    matches = [match for name in names if (match := _BLOCK.match(name)) and match[1] == side]
+    kinds = {(int(match[2]), int(match[3])): match[4] for match in matches}
     modules, level, layer = {}, 0, -1
     for (n, k), kind in sorted(kinds.items()):
         here = f"{side}_blocks.{n}.{k}"
@@ -204,35 +204,29 @@ def _vae(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename an autoencoder. Its decoder counts levels from the finest, diffusers in the order of computation."""
     last = max((int(match[1]) for name in tensors if (match := _VAE_UP.match(name))), default=0)
 
-    def renamed(name: str) -> str:
+    def new_name(name: str) -> str:
         name = _VAE_UP.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name)
-        for pattern, replacement in _VAE_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        return name
+        return _substitute(_VAE_NAMES, name)
 
-    return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, renamed)
-
-
-def _ip_adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Rename an IP-Adapter that its training saved."""
-    names = {"adapter_modules": "ip_adapter", "image_proj_model": "image_proj"}
-    return _rename(tensors, lambda name: rename_module(name, names, {}) or name)
+    return _rename({n: v for n, v in tensors.items() if not n.startswith(_NOT_OF_VAE)}, new_name)
 
 
 def _upscaler(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename an ESRGAN of either older naming to Real-ESRGAN's; ``model`` is a list of its layers."""
     inner = {int(match[1]) for name in tensors if (match := _ESRGAN_BODY.match(name))}
     numbers = sorted({int(match[1]) for name in tensors if (match := _ESRGAN_LIST.match(name))} - {1})
-    ends = {**_ESRGAN, f"model.1.sub.{max(inner, default=0)}": "conv_body"}
+    names = {rf"^model\.1\.sub\.{max(inner, default=0)}\.(?=\w+$)": "conv_body."}
     if len(numbers) > 2:
-        ends |= {f"model.{n}": name for n, name in zip(numbers[-2:], ("conv_hr", "conv_last"), strict=True)}
-        ends |= {f"model.{n}": f"conv_up{i}" for i, n in enumerate(numbers[1:-2], start=1)}
+        *ups, high, last = [rf"^model\.{n}\." for n in numbers[1:]]
+        names |= {high: "conv_hr.", last: "conv_last."} | {up: f"conv_up{i}." for i, up in enumerate(ups, start=1)}
+    return _rename(tensors, partial(_substitute, _ESRGAN | names))
 
-    def new_name(name: str) -> str:
-        path, _, parameter = _ESRGAN_BLOCK.sub(r"body.\1.rdb\2.conv\3.", name).rpartition(".")
-        return f"{ends.get(path, path)}.{parameter}"
 
-    return _rename(tensors, new_name)
+def _substitute(names: Mapping[str, str], name: str) -> str:
+    """Replace each pattern of ``names`` in a name."""
+    for pattern, replacement in names.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
@@ -248,23 +242,18 @@ def _open_clip(tensors: Mapping[str, mx.array], layers: int | None = None) -> di
     """Rename an OpenCLIP text tower: ``layers`` of it and no projection (Stable Diffusion 2), or all (None: XL)."""
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
-        if match := _OPEN_CLIP_LAYER.match(name):
-            number, part, parameter = match.groups()
-            here = f"text_model.encoder.layers.{number}"
-            if layers is not None and int(number) >= layers:
-                continue
-            if parameter.startswith("in_proj_"):
-                for letter, third in zip("qkv", mx.split(value, 3), strict=True):
-                    named[f"{here}.self_attn.{letter}_proj.{parameter.removeprefix('in_proj_')}"] = third
-            else:
-                named[f"{here}.{_OPEN_CLIP_PARTS.get(part, part)}.{parameter}"] = value
-        elif name in ("text_projection", "text_projection.weight"):
-            if layers is None:  # the original multiplies by it from the right
-                # Copied, since products with a matrix that is only seen as transposed are rounded otherwise.
-                named["text_projection.weight"] = mx.contiguous(value.T) if name == "text_projection" else value
+        match = _OPEN_CLIP_LAYER.match(name)
+        if layers is not None and (int(match[1]) >= layers if match else name.startswith("text_projection")):
+            continue
+        if match and ".in_proj_" in name:
+            for letter, third in zip("qkv", mx.split(value, 3), strict=True):
+                named[name.replace("in_proj_", f"{letter}_proj.")] = third
+        elif name == "text_projection":  # the original multiplies by it from the right
+            # Copied, since products with a matrix that is only seen as transposed are rounded otherwise.
+            named["text_projection.weight"] = mx.contiguous(value.T)
         else:
-            named[_OPEN_CLIP.get(name, name)] = value
-    return named
+            named[name] = value
+    return _rename(named, partial(_substitute, _OPEN_CLIP))
 
 
 _CONVERTERS: dict[str, Callable[[Mapping[str, mx.array]], dict[str, mx.array]]] = {
@@ -273,5 +262,5 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, mx.array]], dict[str, mx.array]]] 
     "vae": _vae,
     "text_encoder": partial(_open_clip, layers=_SD2_LAYERS),
     "text_encoder_2": _open_clip,
-    "ip_adapter": _ip_adapter,
+    "ip_adapter": partial(_rename, new_name=partial(_substitute, _IP_ADAPTER)),
 }

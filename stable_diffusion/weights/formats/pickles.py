@@ -15,25 +15,24 @@ import struct
 import zipfile
 import zlib
 from collections import namedtuple
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .safetensors import cast_bits, load_copy, loading_stream
+from .safetensors import BITS, ITEM_SIZES, MAX_LENGTH, cast_bits, load_copy, loading_stream
 
 _MAX_STEPS = 1_000_000  # instructions; a checkpoint of 2,000 tensors takes 60,000
 _MAX_READ = 1 << 24  # bytes of a pickle, or of a zip archive's list of entries
-_MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits
 _MAX_REUSE = 4  # times the size of the file that all tensors may have together: a few share their storage
-_CHUNK = 1 << 20  # bytes that are copied at once
+_SLACK = 1 << 20  # bytes that tensors may have beyond that
 
-# Each type's code in a safetensors header, and its bytes. Those that MLX does not read are taken as bits, and cast.
-_CASTS = {"float64": ("F64", mx.uint64), "float8_e4m3fn": ("F8_E4M3", mx.uint8), "float8_e5m2": ("F8_E5M2", mx.uint8)}
-_TYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float64": ("U64", 8)}
-_TYPES |= {f"{sign}int{8 * n}": (f"{sign or 'i'}{8 * n}".upper(), n) for sign in ("", "u") for n in (1, 2, 4, 8)}
-_TYPES |= {"bool": ("BOOL", 1), "": ("U8", 1), "float8_e4m3fn": ("U8", 1), "float8_e5m2": ("U8", 1)}
+# Each type's code in a safetensors header.
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "bool": "BOOL", "": "U8"}
+_TYPES |= {f"{sign}int{8 * n}": f"{sign or 'i'}{8 * n}".upper() for sign in ("", "u") for n in (1, 2, 4, 8)}
+_TYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_SIZES = {dtype: ITEM_SIZES[code] for dtype, code in _TYPES.items()}
 _STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Double": "float64", "Bool": "bool"}
 _STORAGES |= {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"}
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()}
@@ -56,7 +55,7 @@ _REPLACED = {"EMPTY_DICT": b"c_\ndict\n)R", "FRAME": b""}  # every dict is an _O
 _ERRORS = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RuntimeError, OSError)
 _ERRORS += (struct.error, pickle.PickleError, zipfile.BadZipFile)  # of damaged files, by the standard library
 
-_Storage = namedtuple("_Storage", "dtype code size length key")  # size in bytes; dtype "" is typed by the tensor
+_Storage = namedtuple("_Storage", "dtype size length key")  # size in bytes; dtype "" is typed by the tensor
 _Tensor = namedtuple("_Tensor", "storage dtype offset shape strides")  # counted in values
 
 
@@ -104,9 +103,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
     dtype = storage.dtype or _DTYPES.get(getattr(rest[2], "path", None) if len(rest) > 2 else None)
     _need(dtype is not None, "it builds a tensor of an unknown type")
     (offset,), shape, strides = _counts([offset]), _counts(shape), _counts(strides)
-    _need(max(math.prod(shape), *shape, 0) <= _MAX_LENGTH, f"it describes a tensor of over {_MAX_LENGTH:,} values")
+    _need(max(math.prod(shape), *shape, 0) <= MAX_LENGTH, f"it describes a tensor of over {MAX_LENGTH:,} values")
     end = offset + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    _need(0 in shape or end * _TYPES[dtype][1] <= storage.size, "it describes a tensor that reaches beyond its storage")
+    _need(0 in shape or end * _SIZES[dtype] <= storage.size, "it describes a tensor that reaches beyond its storage")
     return _Tensor(storage, dtype, 0 if 0 in shape else offset, shape, strides)
 
 
@@ -133,7 +132,7 @@ class _Reader(pickle.Unpickler):
         fits = fits and isinstance(pid[1], _Name) and pid[1].path in _STORAGES and isinstance(pid[2], str)
         _need(fits, "it asks for something outside the file")
         dtype, (length,) = _STORAGES[pid[1].path], _counts([pid[4]])
-        storage = _Storage(dtype, _TYPES[dtype][0], length * _TYPES[dtype][1], length, pid[2])
+        storage = _Storage(dtype, length * _SIZES[dtype], length, pid[2])
         _need(self.storages.setdefault(pid[2], storage) == storage, "it gives one storage two types or sizes")
         return storage
 
@@ -210,26 +209,18 @@ def _read_row(file: _File) -> tuple[Any, dict[_Storage, int]]:
 
 
 def _copy(file: _File, storages: Collection[_Storage], places: dict[_Storage, int]) -> dict[_Storage, mx.array]:
-    """Copy storages to a temporary file, which vanishes with the arrays that are read from it."""
     size = file.seek(0, io.SEEK_END)
     fits = sum(s.size for s in storages) <= size and all(places[s] + s.size <= size for s in storages)
     _need(fits, "it ends within a storage")
-    rows = {str(i): (storage.code, [storage.length], storage.size) for i, storage in enumerate(storages)}
-
-    def pieces() -> Iterator[bytes]:
-        for storage in storages:
-            file.seek(places[storage])
-            for start in range(0, storage.size, _CHUNK):
-                yield file.read(min(_CHUNK, storage.size - start))
-
-    return dict(zip(storages, map(load_copy(rows, pieces()).get, rows), strict=True))
+    rows = {str(i): (_TYPES[s.dtype], [s.length], places[s], s.size) for i, s in enumerate(storages)}
+    return dict(zip(storages, map(load_copy(file, rows).get, rows), strict=True))
 
 
 def _view(row: mx.array, tensor: _Tensor) -> mx.array:
-    stream = loading_stream(mx.cpu)
-    code, bits = _CASTS.get(tensor.dtype, (None, getattr(mx, tensor.dtype, mx.bool_)))
+    stream, code = loading_stream(mx.cpu), _TYPES[tensor.dtype]
+    bits = BITS.get(code) or getattr(mx, tensor.dtype, mx.bool_)
     array = mx.as_strided(row.view(bits, stream=stream), tensor.shape, tensor.strides, tensor.offset, stream=stream)
-    return array if code is None else cast_bits(array, code)
+    return cast_bits(array, code) if code in BITS else array
 
 
 def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -252,8 +243,8 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
                 inner = weights[key] if isinstance(weights[key], dict) else {}
                 weights = weights | {f"{key}.{k}": v for k, v in inner.items() if isinstance(k, str)}
             tensors = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, _Tensor)}
-            sizes = (math.prod(tensor.shape) * _TYPES[tensor.dtype][1] for tensor in tensors.values())
-            _need(sum(sizes) <= _MAX_REUSE * path.stat().st_size + _CHUNK, "its tensors are far larger than the file")
+            sizes = (math.prod(tensor.shape) * _SIZES[tensor.dtype] for tensor in tensors.values())
+            _need(sum(sizes) <= _MAX_REUSE * path.stat().st_size + _SLACK, "its tensors are far larger than the file")
             storages = _copy(file, dict.fromkeys(tensor.storage for tensor in tensors.values()), places)
             arrays = {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
         except _ERRORS as error:

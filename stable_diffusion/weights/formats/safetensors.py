@@ -9,27 +9,29 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
 # Bytes per value of each type. F64 and the 8-bit floats are those of ``cast_bits``; mx.load gives F8_E4M3 as its bits.
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-_ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
-_BITS = {"F64": "U64", "F8_E4M3": "U8", "F8_E5M2": "U8"}
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
+BITS = {"F64": mx.uint64, "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8}
 _MAX_HEADER = 1 << 24  # bytes; the header of SDXL has 300,000, those of LoRAs list all tags of the training
 _MAX_TENSORS = 20_000  # SDXL has 2,500, a LoRA for all of its layers 4,000
+MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits, and does not check
 _MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
 _CHUNK = 1 << 20  # bytes that are copied at once
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
-_TYPES |= {mx.uint8: "U8"}
+_TYPES |= {mx.uint8: "U8", mx.uint64: "U64"}
 # Signed and unsigned integers of a floating-point type's size, and the bits of its infinity.
 _INFINITIES = {
     mx.float32: (mx.int32, mx.uint32, 0x7F80_0000),
     mx.float16: (mx.int16, mx.uint16, 0x7C00),
     mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
 }
+Row = tuple[str, Sequence[int], int, int]  # a tensor's type, shape, first byte in the file, and bytes
 _CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
 
 
@@ -58,29 +60,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     float64 becomes float32; 8-bit floats become float16, times the scale that is stored beside them. Raises ValueError
     for a file that is damaged, or has other types.
     """
-    header, start = check_safetensors(path)
-    metadata = header.pop("__metadata__", None) or {}
-    types = {name: tensor["dtype"] for name, tensor in header.items()}
+    metadata, rows = check_safetensors(path)
+    types = {name: code for name, (code, *_) in rows.items()}
     try:
         if {"F64", "F8_E5M2"}.isdisjoint(types.values()):
-            tensors, metadata = mx.load(
-                str(path), format="safetensors", return_metadata=True, stream=loading_stream(mx.cpu)
-            )
-        else:  # which mx.load refuses, so it gets a copy of the file that calls them integers
-            spans = {name: tensor["data_offsets"] for name, tensor in header.items()}
-            names = sorted(spans, key=spans.get)
-            rows = {n: (_BITS.get(types[n], types[n]), header[n]["shape"], spans[n][1] - spans[n][0]) for n in names}
+            tensors = mx.load(str(path), format="safetensors", stream=loading_stream(mx.cpu))
+        else:  # which mx.load refuses
             with path.open("rb") as file:
-                file.seek(start)
-                tensors = load_copy(rows, iter(lambda: file.read(_CHUNK), b""))
+                tensors = load_copy(file, rows)
     except RuntimeError as error:
         raise damaged(path, str(error).partition("\n")[0], is_weights=True) from error
-    tensors |= {name: cast_bits(tensors[name], code) for name, code in types.items() if code in _BITS}
+    tensors |= {name: cast_bits(tensors[name], code) for name, code in types.items() if code in BITS}
     return _scaled(path, tensors, {name for name, code in types.items() if code.startswith("F8")}), metadata
 
 
-def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header and the number of bytes before the values, which are exactly those that the header describes.
+def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
+    """Return the metadata and the rows of a file's header, which describe exactly the values behind it.
 
     MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run. Raises ValueError
     for any other file, for more than a checkpoint has, and for types that are not read here.
@@ -99,28 +94,29 @@ def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
             if text.count(b"[") + text.count(b"{") > _MAX_LISTS:
                 raise ValueError("too many lists")
             header = json.loads(text)
-            if not all(isinstance(value, str) for value in (header.get("__metadata__") or {}).values()):
+            metadata = header.pop("__metadata__", None) or {}
+            if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("metadata that are no texts")
             for name, tensor in header.items():
-                if name != "__metadata__":
-                    first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
-                    spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
+                first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
+                spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
             spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise damaged(path, "its header is not that of a safetensors file") from error
     if len(spans) > _MAX_TENSORS:
         raise ValueError(f"{path} holds {len(spans):,} tensors, of which at most {_MAX_TENSORS:,} are read")
-    position = 0
+    position, rows = 0, {}
     for first, end, name, dtype, shape in spans:
-        if dtype not in _ITEM_SIZES:
+        if dtype not in ITEM_SIZES:
             raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
-        in_range = not shape or (min(shape) >= 0 and max(shape) < 2**31)  # MLX counts in 32 bits, and does not check
-        if first != position or end - first != math.prod(shape) * _ITEM_SIZES[dtype] or not in_range:
+        in_range = not shape or (min(shape) >= 0 and max(shape) <= MAX_LENGTH)
+        if first != position or end - first != math.prod(shape) * ITEM_SIZES[dtype] or not in_range:
             raise damaged(path, f"its header gives the wrong place for {name:.60}", is_weights=True)
+        rows[name] = dtype, shape, 8 + length + first, end - first
         position = end
     if 8 + length + position != size:
         raise damaged(path, f"it has {size} bytes and should have {8 + length + position}", is_weights=True)
-    return header, 8 + length
+    return metadata, rows
 
 
 def cast_bits(bits: mx.array, code: str) -> mx.array:
@@ -158,22 +154,26 @@ def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -
     return tensors
 
 
-def load_copy(rows: Mapping[str, tuple[str, Sequence[int], int]], pieces: Iterable[bytes]) -> dict[str, mx.array]:
-    """Load tensors, see ``header_of``, from a temporary file, which vanishes with the arrays that are read from it."""
+def load_copy(file: BinaryIO, rows: Mapping[str, Row]) -> dict[str, mx.array]:
+    """Load tensors by a temporary copy, which vanishes with their arrays; those of a type in BITS come as bits."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
-        copy.write(header_of(rows))
-        copy.writelines(pieces)
+        copy.write(_header_of(rows))
+        for _, _, first, size in rows.values():
+            file.seek(first)
+            for done in range(0, size, _CHUNK):
+                copy.write(file.read(min(_CHUNK, size - done)))
         copy.flush()
         return mx.load(copy.name, stream=loading_stream(mx.cpu))
 
 
-def header_of(rows: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the beginning of a file whose tensors follow in this order: {name: (type, shape, bytes)}."""
+def _header_of(rows: Mapping[str, Row], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the beginning of a file whose tensors follow in this order; the places that they had do not matter."""
     texts = {"format": "pt"} | dict(metadata or {})  # the layout is the one of torch's programs
     header: dict[str, Any] = {"__metadata__": texts}
     position = 0
-    for name, (dtype, shape, size) in rows.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+    for name, (code, shape, _, size) in rows.items():
+        code = _TYPES[BITS[code]] if code in BITS else code
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the values begin at a multiple of their size
@@ -204,9 +204,9 @@ def write_safetensors(
 
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """
-    rows = {name: (_TYPES[tensors[name].dtype], tensors[name].shape, tensors[name].nbytes) for name in names}
+    rows = {name: (_TYPES[tensors[name].dtype], tensors[name].shape, 0, tensors[name].nbytes) for name in names}
     with path.open("wb") as file:
-        file.write(header_of(rows, metadata))
+        file.write(_header_of(rows, metadata))
         freed = 0
         for name in names:
             value = mx.contiguous(tensors.pop(name))

@@ -25,7 +25,6 @@ def _one_for_all(numbers: list) -> Any:
 
 
 def _depths(tensors: Tensors, block: str) -> list[int]:
-    """List the layers of each transformer of a block."""
     transformers = range(count(tensors, rf"{block}\.attentions\.(\d+)\."))
     return [count(tensors, rf"{block}\.attentions\.{i}\.transformer_blocks\.(\d+)\.") for i in transformers]
 
@@ -36,7 +35,6 @@ def _levels(tensors: Tensors, side: str) -> list[list[int]]:
 
 
 def _half_unet(tensors: Tensors) -> dict[str, Any]:
-    """Read what a UNet and a ControlNet share."""
     down, middle = _levels(tensors, "down"), _depths(tensors, "mid_block")
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(down) or 1)]
     contexts = [value.shape[1] for name, value in tensors.items() if name.endswith(".attn2.to_k.weight")]

@@ -18,7 +18,7 @@ from ...models.config import listed
 from .. import catalog
 from ..layout import Checkpoint, Component
 from ..parts import FAMILIES, PARTS, Family, family_of
-from .gguf import GROUP, packed_bits, unpack
+from .gguf import GROUP, unpack
 from .original import NOT_OF_TEXT_ENCODER, to_diffusers
 from .shapes import READERS, Tensors
 
@@ -128,7 +128,6 @@ def read_checkpoint(
         components["unet"] = with_run(components["unet"], tensors, metadata)
     return Checkpoint(
         name=where,
-        folder=path.parent,
         pipeline=pipeline,
         index={"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **family.options},
         scheduler=scheduler,
@@ -188,13 +187,11 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
 
 
 def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[str, Any]:
-    """Return the config of one network of a file, as its ``config.json`` would say it.
-
-    Raises ValueError for a network that is cut short, or that is of another family.
-    """
-    network = _network(tensors, prefix)
+    """Return the config.json of one network of a file; ValueError where it is cut short, or of another family."""
+    network = within(tensors, prefix)
     try:
-        config = READERS[kind](unpack(to_diffusers(kind, network)))
+        plain, bits = unpack(to_diffusers(kind, network))
+        config = READERS[kind](plain)
     except KeyError as error:
         raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
     except (ValueError, IndexError) as error:
@@ -202,7 +199,7 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     if kind == "vae" and "edm_mean" in tensors and "edm_std" in tensors:
         config |= {f"latents_{name}": tensors[f"edm_{name}"].flatten().tolist() for name in ("mean", "std")}
         config["scaling_factor"] = _PLAYGROUND_SCALING
-    if bits := packed_bits(network):
+    if bits:
         config["quantization"] = {"bits": bits, "group_size": GROUP}
     if kind == "text_encoder":
         config["architectures"] = ["CLIPTextModel"]  # nothing reads its projection
@@ -211,7 +208,8 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     return config
 
 
-def _network(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
+def within(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
+    """Return the tensors whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -219,7 +217,6 @@ def _network(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
 
 
 def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
-    """Return the ``_class_name`` of model_index.json."""
     if (channels := unet.get("in_channels", 4)) not in _MODES:
         raise ValueError(f"{where} has a UNet that reads {channels} channels; supported are those of 4, 5, 8 and 9")
     if family is FAMILIES["refiner"]:
@@ -258,7 +255,6 @@ def with_run(unet: Component, names: Tensors, metadata: Mapping[str, str]) -> Co
 
 
 def _is_flag(tensor: str, key: str, names: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Return whether an empty tensor or the metadata of a trainer says yes."""
     return tensor in names or metadata.get(key, "").lower() == "true"
 
 
@@ -274,21 +270,20 @@ def _stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> s
 
 
 def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
-    """Return what the UNet predicts.
+    """Return what the UNet predicts: what the file says, or the noise.
 
-    Where the file does not say it, the UNet of Stable Diffusion 2 with the prefix ``measured`` shows it, by the spread
+    A UNet of Stable Diffusion 2, with the prefix ``measured``, shows it where the file does not say it, by the spread
     of its last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which
     predicts the velocity. Other programs that read such files look at the same tensor, with the same bound.
     """
     if (stated := _stated_prediction(tensors, metadata)) or measured is None:
         return stated or "epsilon"
-    unet = to_diffusers("unet", _network(tensors, measured))
+    unet = to_diffusers("unet", within(tensors, measured))
     biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
     spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0
     prediction = "v_prediction" if spread > 0.09 else "epsilon"
-    _log.warning(
-        "%s does not say what it predicts, by its weights %s; the argument prediction overrules", where, prediction
-    )
+    text = "%s does not say what it predicts, by its weights %s; the argument prediction overrules"
+    _log.warning(text, where, prediction)
     return prediction
 
 

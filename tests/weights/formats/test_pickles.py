@@ -143,7 +143,7 @@ def test_without_checksums(tmp_path):
 
 
 def large(path: Path, zipped: bool) -> dict[str, torch.Tensor]:
-    tensors = {f"t{i}": torch.arange(i, i + 500_000, dtype=torch.float32).reshape(500, 1000) for i in range(10)}
+    tensors = {f"t{i}": torch.arange(i, i + 250_000, dtype=torch.float32).reshape(500, 500) for i in range(10)}
     tensors["transposed"] = tensors["t3"].T
     save(path, tensors, zipped)
     return tensors
@@ -159,7 +159,7 @@ def test_nothing_is_read_before_it_is_needed(tmp_path, zipped):
     assert len(os.listdir("/dev/fd")) == descriptors + 1  # one file is open, whatever the number of tensors
     os.unlink(tmp_path / "x.ckpt")  # what is open can still be read
     mx.eval(ours["t5"])
-    assert 2_000_000 <= mx.get_active_memory() - before < 2_100_000
+    assert 1_000_000 <= mx.get_active_memory() - before < 1_100_000
     assert_same(ours["t5"], tensors["t5"])
     assert_same(ours["transposed"], tensors["transposed"])
     del ours

@@ -1,7 +1,6 @@
 """Single files in the original layout: read back bit for bit, and what is missing, left over or of another kind."""
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -51,13 +50,7 @@ def _with(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {prefix + name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """`made(family)`: (folder in diffusers layout, the same as tensors of a single file), made once."""
-    return cache(lambda family: _make(tmp_path_factory.mktemp(family), family))
-
-
-def _make(folder: Path, family: str) -> tuple[Path, dict[str, np.ndarray]]:
+def make_both(folder: Path, family: str) -> tuple[Path, dict[str, np.ndarray]]:
     config, names, _ = FAMILIES[family]
     is_open_clip = family in ("sd2", "depth")  # of which the last layer is not used
     encoders = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 23 if is_open_clip else 2}
@@ -83,16 +76,6 @@ def _make(folder: Path, family: str) -> tuple[Path, dict[str, np.ndarray]]:
 def saved(path: Path, tensors: dict[str, np.ndarray], metadata: dict | None = None) -> Path:
     save_file(tensors, path, metadata)
     return path
-
-
-@pytest.fixture
-def single(tmp_path, made):
-    """`single(family, more tensors, metadata)`: a file of a checkpoint, perhaps with other tensors."""
-
-    def write(family: str, more: dict | None = None, metadata: dict | None = None) -> Path:
-        return saved(tmp_path / "model.safetensors", made(family)[1] | (more or {}), metadata)
-
-    return write
 
 
 def opened(path: Path, **options):
