@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     request = Request(model="tiny", prompt=PROMPT, resolved_prompt=PROMPT, steps=args.steps, n_images=1, seed=1)
-    model, resources = open_model(request), Resources(keeps_networks=True)
+    model, resources = open_model(request), Resources()
     alone = timed(lambda: list(Engine(model, expand([(request, {})]), resources).run()), args.repeats)
     words = [sys.executable, "-m", "stable_diffusion", "serve", "--model", "tiny", "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:

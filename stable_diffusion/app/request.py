@@ -202,10 +202,10 @@ class Request:
     # --- records -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> tuple["Request", list[str]]:
+    def from_dict(cls, record: Mapping[str, Any], base: "Request | None" = None) -> tuple["Request", list[str]]:
         """Read a request from plain values by the names of fields and options; returns it and the unknown names.
 
-        Raises ValueError for a value of the wrong kind.
+        ``base`` has the values of all other fields. Raises ValueError for a value of the wrong kind.
         """
         settings = {}
         for name, value in record.items():
@@ -214,7 +214,7 @@ class Request:
                     settings[name] = _converted(value, KINDS[name])
                 except (TypeError, OverflowError):  # a float of hundreds of digits
                     raise SettingError(f"{name} {value!r} is of the wrong kind", name) from None
-        return cls().with_values(**settings), sorted(record.keys() - settings.keys())
+        return (base or cls()).with_values(**settings), sorted(record.keys() - settings.keys())
 
     def with_values(self, **settings: Any) -> "Request":
         """Return the request with other values of its fields, its options and its sizes."""

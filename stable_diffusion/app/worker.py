@@ -188,7 +188,7 @@ class Worker:
     def _free(self) -> None:
         """Free the networks unless a job came meanwhile; the next one reads them again."""
         if not self.jobs and not self._is_closing:
-            self._thread.submit(self._model.release)
+            self._thread.submit(self._release)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
@@ -214,6 +214,11 @@ class Worker:
         if self._is_closing:
             raise CancelledError
 
+    def _release(self) -> None:
+        pinned = self._model.pinned.pop(self, set())
+        self._model.release()
+        self._model.pinned[self] = pinned
+
     def _open(self, request: Request) -> None:
         """Open the model of a request; one that cannot be opened leaves the other in use."""
         key = tuple(request.value(name) for name in _OF_MODEL)
@@ -222,6 +227,8 @@ class Worker:
         model = open_model(request, self._resources.low_memory)
         preview = preview_decoder(model)
         check = model.load_safety_checker(self._safety_model) if self._safety_check else None
+        if not self._resources.low_memory:
+            model.pinned[self] = set(model.sources)
         self._model, self._preview, self._check, self._key = model, preview, check, key
         self.words = [word for words in model.embeddings.values() for word in words]
         cpu.clear_cache()  # of the model before
@@ -245,4 +252,4 @@ class Worker:
         image, is_flagged = result.image, bool(self._check and any(self._check(result.image)))
         text = describe(self._model, result.batch, result.index, result.partial)
         image = new("RGB", image.size, WHITE) if is_flagged else image
-        return Picture(image, result.request, text, result.number, result.partial, is_flagged)
+        return Picture(image, result.request, text, result.batch.numbers[result.index], result.partial, is_flagged)

@@ -75,8 +75,9 @@ def make_parser(prog: str | None = None) -> Parser:
         description="Draw for programs that speak AUTOMATIC1111's or OpenAI's API, and for a page in the browser.",
         epilog=_EXAMPLES,
     )
+    parser.types, parser.choices = parser.types | _TYPES, parser.choices | {"log": ("text", "json")}
     for title, flags in FLAGS.items():
-        parser.add_flags(title, _ABOUT[title], flags, types=_TYPES, choices={"log": ("text", "json")})
+        parser.add_flags(title, _ABOUT[title], flags)
     for title, wanted in _GROUPS.items():
         names = [word.removeprefix("--") for usage in OF_SCRIPTS[title] for word in usage.split()[:1]]
         left_out = set() if wanted is None else set(names) - wanted
@@ -116,7 +117,7 @@ def _settings(args: Mapping[str, Any]) -> Any:
         base=base,
         library=Library(**sources, lora_folders=base.lora_dir or ()),
         limits=Limits(**limits),
-        resources=Resources(**resources, keeps_networks=True),
+        resources=Resources(**resources),
         api_key=args.get("api_key", os.environ.get(_KEY)),
         **{name: args[name] for name in names if name in args},
     )

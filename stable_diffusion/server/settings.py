@@ -48,7 +48,7 @@ class Settings:
     base: Request
     library: Library = field(default_factory=Library)
     limits: Limits = field(default_factory=Limits)
-    resources: Resources = field(default_factory=lambda: Resources(keeps_networks=True))
+    resources: Resources = field(default_factory=Resources)
     host: str = "127.0.0.1"
     port: int = 7860  # 0 is any that is free
     api_key: str | None = None
