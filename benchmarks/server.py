@@ -69,9 +69,8 @@ def main() -> None:
     print(f"engine alone   {median(alone):7.1f} ms for {args.steps} steps, {min(alone):.1f} ... {max(alone):.1f}")
     print(f"over HTTP      {median(served):7.1f} ms, {min(served):.1f} ... {max(served):.1f}")
     print(f"the server adds{median(served) - median(alone):7.1f} ms")
-    print(
-        f"progress       {median(answers):7.1f} ms, {min(answers):.1f} ... {max(answers):.1f}, beside steps of {step:.2f} s"
-    )
+    spread = f"{min(answers):.1f} ... {max(answers):.1f}"
+    print(f"progress       {median(answers):7.1f} ms, {spread}, beside steps of {step:.2f} s")
 
 
 def _progress(url: str) -> dict[str, Any]:
