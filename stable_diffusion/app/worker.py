@@ -123,6 +123,7 @@ class Worker:
         self._safety_check, self._safety_model = safety_check, safety_model
         self._thread, self._is_closing = ThreadPoolExecutor(1, "mlx"), False
         self._begin = partial(self._open_first, base, device, preload_models)
+        self._stop_timer: Callable[[], None] = lambda: None  # after which networks are freed
         self._model: Any = None
         self._key: tuple = ()
 
@@ -145,9 +146,10 @@ class Worker:
         try:
             if self._is_closing:
                 raise StoppedError("the server is stopping")
-            if len(self.jobs) > self._queue:
-                raise BusyError(len(self.jobs) - 1, self.jobs[0].seconds_left)
+            if (waiting := sum(not job.is_cancelled for job in self.jobs[1:])) >= self._queue and self.jobs:
+                raise BusyError(waiting, self.jobs[0].seconds_left)
             self.jobs.append(job)
+            self._stop_timer()
             future = self._thread.submit(self._run, job, tell)
             future.add_done_callback(lambda future: tell(None))
             try:
@@ -160,8 +162,10 @@ class Worker:
                 job.is_cancelled = True
                 future.cancel()
                 self.jobs.remove(job)
+                self._stop_timer()
                 if self._idle is not None:
-                    loop.call_later(self._idle, self._free)
+                    timer = loop.call_later(self._idle, self._free)
+                    self._stop_timer = timer.cancel
         finally:
             if job.folder is not None:
                 job.folder.cleanup()

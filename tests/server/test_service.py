@@ -121,6 +121,23 @@ def test_two_thousand_bodies_and_a_thousand_requests(server):
     assert max(memory[50:]) <= 1.03 * memory[50]
 
 
+def test_who_leaves_while_waiting_gives_up_the_place():
+    body = json.dumps(LONG).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving("--queue", 1) as server:
+        start(server, LONG)
+        wait(lambda: jobs(server) == 1)
+        with server.raw(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body):
+            wait(lambda: jobs(server) == 2)
+            assert server(TEXT, ONE).status == 503
+        time.sleep(0.3)  # it is noticed ten times a second
+        answers = start(server, ONE)
+        wait(lambda: jobs(server) == 3)
+        server("/sdapi/v1/interrupt", {})
+        wait(lambda: answers)
+        assert answers[0].status == 200
+
+
 def test_a_full_queue_says_when_to_try_again():
     with serving("--queue", 1) as server:
         first, second = start(server, LONG), []
