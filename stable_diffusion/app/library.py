@@ -46,11 +46,13 @@ class Library:
 def list_sources(places: Sequence[str]) -> dict[str, str]:
     """Return the sources by name that ``places`` stand for: aliases, Hub ids, files, folders of files and of models.
 
+    Paths are absolute, of which an answer to another machine can leave out the folders.
+
     Raises ValueError for a place that is none of these, or has nothing.
     """
     sources: dict[str, str] = {}
     for place in places:
-        path = Path(place).expanduser()
+        path = Path(place).expanduser().absolute()
         if place.lower() in catalog.ALIASES or not path.exists():
             catalog.find(place)
             sources[place] = place

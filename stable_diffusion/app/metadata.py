@@ -75,11 +75,17 @@ def read_record(path: str | os.PathLike) -> Record:
 
 
 def for_model(record: Record, requests: Sequence[Request], model: StableDiffusion) -> list[Request]:
-    """Return requests that repeat a picture with such a model: the web UI's clip skip acts on Stable Diffusion 1."""
-    skip, family = record.arguments.get("clip_skip"), family_of(model.sources["unet"].component.config)
-    if record.details or not skip or family is FAMILIES["sd1"]:
+    """Return requests that repeat a picture with such a model, without settings that the web UI has for others.
+
+    These are clip skip, for Stable Diffusion 1, and image guidance, for models that follow instructions.
+    """
+    if record.details:
         return list(requests)
-    return [r.with_values(clip_skip=0) if r.options.clip_skip == skip else r for r in requests]
+    unused = {} if family_of(model.sources["unet"].component.config) is FAMILIES["sd1"] else {"clip_skip": 0}
+    unused |= {} if model.mode == "instructions" else {"image_cfg": None}
+    return [
+        r.with_values(**{k: v for k, v in unused.items() if r.value(k) == record.arguments.get(k)}) for r in requests
+    ]
 
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:

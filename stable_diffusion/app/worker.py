@@ -61,13 +61,15 @@ class Job:
     """Hold a request and what has come of it so far.
 
     A ``task`` is run in place of drawing, with the model of the request; its ``outcome`` is kept. ``shows`` says that
-    every step has a preview. ``folder`` holds the files that the request names, until the job ends.
+    every step has a preview. ``folder`` holds the files that the request names, until the job ends. ``adapt`` makes
+    requests for the model in use of those for any.
     """
 
     request: Request
     task: Callable[[Any], Any] | None = None
     shows: bool = False
     folder: TemporaryDirectory | None = None
+    adapt: Callable[[Sequence[Request], Any], Sequence[Request]] | None = None
     requests: Sequence[Request] = ()
     pictures: list[Picture] = field(default_factory=list)
     preview: Image | None = None
@@ -211,7 +213,8 @@ class Worker:
         if job.task is not None:
             job.outcome = job.task(self._model)
         else:
-            engine = Engine(self._model, job.requests, self._resources)
+            requests = job.requests if job.adapt is None else job.adapt(job.requests, self._model)
+            engine = Engine(self._model, requests, self._resources)
             for result in engine.run(lambda step: self._on_step(job, step, tell)):
                 job.pictures.append(self._picture(result))
                 tell(job.pictures[-1])

@@ -109,13 +109,19 @@ def _settings(args: Mapping[str, Any]) -> Any:
 
     base, _ = line_of(Request(n_images=1), args)
     sources = {kind: list_sources(args.get(kind, ())) for kind in ("models", "vaes", "controlnets", "upscalers")}
-    sources["models"] = list_sources([base.model]) | sources["models"]
+    for kind, name in (("models", "model"), ("vaes", "vae")):
+        if (source := base.value(name)) is not None:  # may be named too
+            own = list_sources([source]) if name == "model" or os.path.exists(source) else {source: source}
+            sources[kind] = own | sources[kind] | own
+            base = base.with_values(**{name: next(iter(own.values()))})
+    folders = tuple(os.path.abspath(os.path.expanduser(folder)) for folder in base.lora_dir or ())
+    base = base.with_values(lora_dir=folders or None)
     limits = {name: args[f"most_{name}"] for name in ("steps", "pixels", "images") if f"most_{name}" in args}
     resources = {name: args[name] for name in ("low_memory", "memory_limit", "batch_size") if name in args}
     names = ("host", "port", "cors", "queue", "idle", "device", "safety_check", "safety_model", "preload_models")
     return Settings(
         base=base,
-        library=Library(**sources, lora_folders=base.lora_dir or ()),
+        library=Library(**sources, lora_folders=folders),
         limits=Limits(**limits),
         resources=Resources(**resources),
         api_key=args.get("api_key", os.environ.get(_KEY)),

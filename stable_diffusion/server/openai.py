@@ -97,15 +97,15 @@ def _request(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: body[name] for name in _EXTRA if body.get(name) is not None}
     values |= {"prompt": body.get("prompt", ""), "n_images": body.get("n") or 1}
     loras = body.get("lora") or []
-    for lora in [loras] if isinstance(loras, str) else loras:
-        values["prompt"] += f" <lora:{lora}>"
+    for lora in loras if isinstance(loras, list) else [loras]:
+        values["prompt"] = f"{values['prompt']} <lora:{lora}>"
     size = body.get("size") or "auto"
     if size != "auto":
         width, _, height = str(size).partition("x")
         if not (width.isdecimal() and height.isdecimal()):
             raise ValueError(f"size {size!r:.80} is none; give one like 512x512, or auto")
         values |= {"width": int(width), "height": int(height)}
-    if body.get("model") in service.settings.library.models:
+    if str(body.get("model")) in service.settings.library.models:
         values["model"] = service.settings.library.find("models", body["model"])
     return values
 

@@ -103,9 +103,10 @@ class Service:
 
         Raises ValueError or OSError for a model that cannot be opened; the other one stays in use.
         """
-        base = self.base.with_values(**values)
-        await self.draw(connection, Job(base, task=lambda model: None))
-        self.base = base
+        job = Job(self.base.with_values(**values), task=lambda model: True)
+        await self.draw(connection, job)
+        if job.outcome:  # it may be interrupted before it begins
+            self.base = self.base.with_values(**values)
 
     async def call(self, connection: Connection, task: Callable[[StableDiffusion], Any]) -> Any:
         """Return the result of a function of the model in use, which runs in the worker's thread in its turn."""
