@@ -1,4 +1,4 @@
-"""What a program may name of this machine's models: those of folders that were listed for it. It names no files.
+"""What a program that serves others lets them name and ask for: models of listed folders, sizes up to limits.
 
 A name is that of a file without its suffix, of a folder, an alias or a Hub id.
 """
@@ -11,6 +11,7 @@ from ..lora.folders import files_in
 from ..models.config import listed
 from ..weights import catalog
 from ..weights.layout import SUFFIXES
+from .request import Request
 
 _KINDS = {"models": "model", "vaes": "autoencoder", "controlnets": "ControlNet", "upscalers": "upscaler"}
 
@@ -41,6 +42,29 @@ class Library:
     def loras(self) -> dict[str, Path]:
         """Return the files of LoRAs by their names in prompts."""
         return {path.stem: path for folder in self.lora_folders for path in files_in(Path(folder).expanduser())}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Hold the most that a request may ask for; ``pixels`` is a side of what is drawn."""
+
+    steps: int = 150
+    pixels: int = 2048
+    images: int = 16
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, with the limit, for a request that asks for more."""
+        factor = request.hires or 1
+        rows = [("steps", steps or 0, self.steps) for steps in (request.steps, request.hires_steps)]
+        rows += [(name, (getattr(request, name) or 0) * factor, self.pixels) for name in ("width", "height")]
+        for row in (*rows, ("n_images", request.n_images or 1, self.images)):
+            check_most(*row)
+
+
+def check_most(name: str, value: float, most: float) -> None:
+    """Raise ValueError for a value above the most that is taken."""
+    if value > most:
+        raise ValueError(f"{name} {value:g} is too much for this server; at most {most:g}")
 
 
 def list_sources(places: Sequence[str]) -> dict[str, str]:

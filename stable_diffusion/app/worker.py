@@ -5,7 +5,7 @@ and brings back events: steps, previews, pictures.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,10 +17,12 @@ from typing import Any
 import mlx.core as mx
 from PIL.Image import Image, new
 
+from ..images.encoded import keep
 from ..images.files import WHITE
 from ..images.image import to_images
 from ..models import cpu
 from .engine import Engine, Resources, Result, Step, open_model
+from .library import Limits
 from .metadata import describe
 from .preview import preview_decoder
 from .request import Request, expand
@@ -91,6 +93,36 @@ class Job:
     def seconds_left(self) -> float:
         """Return the time that the remaining steps will take, as those before did; 0 before the first."""
         return (perf_counter() - self.began) / self.done * self.left if self.done else 0.0
+
+
+def make_job(
+    base: Request, values: Mapping[str, Any], pictures: Mapping[str, Any], limits: Limits, **options: Any
+) -> Job:
+    """Make a job of a request that differs from ``base`` in ``values``, by the names of fields.
+
+    Networks are sources. ``pictures`` are bytes or base64 by the fields that name files, a list where there may be
+    several; None is none. The prompt is text: another program's braces are no alternatives. ``options`` are those of
+    :class:`Job`. Raises ValueError for values that are no request's, and beyond the ``limits``.
+    """
+    folder = TemporaryDirectory(prefix="stable-diffusion-")
+    try:
+        files = {name: _kept(name, one, folder.name) for name, one in pictures.items() if one is not None}
+        request, unknown = Request.from_dict({**values, **files}, base)
+        if unknown:
+            raise ValueError(f"there is no setting {', '.join(unknown):.80}")
+        limits.check(request)
+        text = request.resolved_prompt or request.prompt
+        return Job(request.with_values(resolved_prompt=text), folder=folder, **options)
+    except BaseException:
+        folder.cleanup()
+        raise
+
+
+def _kept(name: str, picture: Any, folder: str) -> Any:
+    """Write the pictures of a field into a folder, and return their paths in the form of the field."""
+    if isinstance(picture, list):
+        return tuple(keep(one, folder, f"{name}_{number}") for number, one in enumerate(picture, start=1))
+    return keep(picture, folder, name)
 
 
 class Worker:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..app.engine import Resources
-from ..app.library import Library, list_sources
+from ..app.library import Library, Limits, list_sources
 from ..app.request import COUNT, Request
 from ..models import cpu
 from ..options import Number
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _settings(args: Mapping[str, Any]) -> Any:
     """Return the settings of the server that flags stand for. Raises ValueError for those that do not go together."""
-    from ..server.settings import Limits, Settings
+    from ..server.settings import Settings
 
     base, _ = line_of(Request(n_images=1), args)
     sources = {kind: list_sources(args.get(kind, ())) for kind in ("models", "vaes", "controlnets", "upscalers")}

@@ -20,17 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..app import infotext, webui
 from ..app.inputs import enlarged
+from ..app.library import check_most
 from ..app.metadata import Record, for_model
-from ..app.worker import Job
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SCHEDULES
+from ..images.encoded import keep, to_base64
 from ..images.files import open_image, read_text
 from ..images.image import fit
 from ..upscaling import load_upscaler
-from .pictures import MOST_SIDE, decoded, keep, to_base64
 from .service import Fields, Service
-from .settings import check_most
 
+_MOST_SIDE = 8192  # of an enlarged picture
 _COUNT = Annotated[int, Field(ge=1)]
 # The types of fields. Of what cannot be done a Literal takes the values that ask for nothing.
 _OF_TEXT = {
@@ -105,15 +105,12 @@ def _drawing(kind: type[_Body]) -> Callable[..., Any]:
     async def draw(service: Service, body: kind, connection: Connection) -> dict[str, Any]:
         given = body.model_dump(exclude_unset=True)
 
-        def make() -> Job:
-            values, pictures = webui.read_request(given, service.settings.library)
-            values.setdefault("clip_skip", service.base.options.clip_skip)
-            return service.job(values, pictures, adapt=partial(for_model, Record("", values)))
-
-        job = await run_in_threadpool(make)
+        values, pictures = webui.read_request(given, service.settings.library)
+        values.setdefault("clip_skip", service.base.options.clip_skip)
+        job = await service.job(values, pictures, adapt=partial(for_model, Record("", values)))
         pictures = await service.draw(connection, job)
         sent = pictures if given.get("send_images", True) else []
-        images = [await run_in_threadpool(to_base64, picture) for picture in sent]
+        images = [await run_in_threadpool(to_base64, one.image, one.text) for one in sent]
         info = json.dumps(webui.describe(pictures, job.requests))
         echo = {name: value for name, value in given.items() if isinstance(value, str | int | float) and name != "mask"}
         return {"images": images, "parameters": echo, "info": info}
@@ -128,7 +125,7 @@ async def _extra_single_image(service: Service, body: _Extras, connection: Conne
 
     def read() -> Image:
         with TemporaryDirectory() as folder:
-            return open_image(keep(decoded(given.get("image")), folder, "picture"))
+            return open_image(keep(given.get("image"), folder, "picture"))
 
     image = await run_in_threadpool(read)
     is_size, wanted = given.get("resize_mode") == 1, [given.get(f"upscaling_resize_{axis}", 512) for axis in "wh"]
@@ -136,9 +133,9 @@ async def _extra_single_image(service: Service, body: _Extras, connection: Conne
     crops = is_size and given.get("upscaling_crop", True)
     size = wanted if crops else [max(1, round(side * factor)) for side in image.size]
     for side in size:
-        check_most("the side", side, MOST_SIDE)
+        check_most("the side", side, _MOST_SIDE)
     if source is not None:
-        check_most("the side of what a network enlarges", max(image.size), MOST_SIDE / 4)
+        check_most("the side of what a network enlarges", max(image.size), _MOST_SIDE / 4)
         image = await service.call(connection, lambda model: enlarged(model, image, load_upscaler(source)))
     image = image if name == "None" else await run_in_threadpool(fit, image, *size)
     return {"html_info": "", "image": await run_in_threadpool(to_base64, image)}
@@ -146,7 +143,7 @@ async def _extra_single_image(service: Service, body: _Extras, connection: Conne
 
 def _png_info(service: Service, body: Fields) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        texts = read_text(keep(decoded(body.get("image")), folder, "picture"))
+        texts = read_text(keep(body.get("image"), folder, "picture"))
     prompt, negative, settings = infotext.read(text := texts.get("parameters", ""))
     return {"info": text, "items": texts, "parameters": {"Prompt": prompt, "Negative prompt": negative} | settings}
 

@@ -14,7 +14,7 @@ from ..app.metadata import read_record
 from ..app.worker import Picture
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SCHEDULES
-from .pictures import decoded, keep, to_base64
+from ..images.encoded import keep, to_base64
 from .service import Fields, Service
 
 # What a request of the page may say, beside its pictures and the model.
@@ -47,14 +47,14 @@ def routes(service: Service) -> APIRouter:
         values = {name: body[name] for name in _FIELDS if body.get(name) is not None}
         if body.get("model"):
             values["model"] = service.settings.library.find("models", body["model"])
-        job = service.job(values, {name: body.get(name) for name in ("image", "mask")}, shows=True)
+        job = await service.job(values, {name: body.get(name) for name in ("image", "mask")}, shows=True)
 
         def translate(event: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             if isinstance(event, Picture):
                 made = {"seed": event.request.seed, "text": event.text["parameters"], "partial": event.partial}
-                yield "picture", {"image": to_base64(event), "withheld": event.is_flagged} | made
+                yield "picture", {"image": to_base64(event.image, event.text), "withheld": event.is_flagged} | made
             else:
-                image = to_base64(job.preview, ".jpg", 80)
+                image = to_base64(job.preview, None, "jpg", 80)
                 yield "step", {"step": job.done, "steps": job.done + job.left, "preview": image}
 
         return await service.stream(connection, job, translate)
@@ -62,7 +62,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/record", summary="Read how a picture was made, by the names of fields")
     async def record(body: Fields) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
-            arguments = read_record(keep(decoded(body.get("image")), folder, "picture")).arguments
+            arguments = read_record(keep(body.get("image"), folder, "picture")).arguments
         return {name: value for name, value in arguments.items() if name in _FIELDS}
 
     return router

@@ -8,6 +8,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -15,11 +16,11 @@ from starlette.types import ASGIApp
 from .. import __version__
 from ..app.worker import BusyError, StoppedError, Worker
 from . import a1111, openai, page
-from .pictures import MOST_BYTES
 from .security import Guard, error_response
 from .service import Service
 from .settings import Settings
 
+MOST_BYTES = 64 * 2**20  # of a body
 _STATUS = {BusyError: 503, StoppedError: 503, ValueError: 400, OSError: 400, Exception: 500}
 
 
@@ -29,7 +30,7 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Stable Diffusion in MLX", version=__version__, max_body_size=MOST_BYTES)
     for part in (a1111, openai, page):
         app.include_router(part.routes(service))
-    for kind in (HTTPException, RequestValidationError, *_STATUS):
+    for kind in (HTTPException, RequestValidationError, ValidationError, *_STATUS):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     return Guard(app, settings)
@@ -40,7 +41,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     status, message = next((status for kind, status in _STATUS.items() if isinstance(error, kind))), str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
-    elif isinstance(error, RequestValidationError):
+    elif isinstance(error, RequestValidationError | ValidationError):
         status = 422
         message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
     elif status == 500:

@@ -1,20 +1,18 @@
-"""What all interfaces of the server share: names and limits of requests, jobs and their pictures, the model in use."""
+"""What all interfaces of the server share: jobs for clients that may leave, streams of events, the model in use."""
 
 import asyncio
 import json
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Body
 from fastapi import Request as Connection
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from ..app.request import Request
-from ..app.worker import Job, Picture, Worker
+from ..app.worker import Job, Picture, Worker, make_job
 from ..pipeline import StableDiffusion
-from .pictures import decoded, keep
 from .security import in_one_line
 from .settings import Settings
 
@@ -33,29 +31,9 @@ class Service:
         models = self.settings.library.models
         return next((name for name, source in models.items() if source == self.base.model), self.base.model)
 
-    def job(self, values: Mapping[str, Any], pictures: Mapping[str, Any] | None = None, **options: Any) -> Job:
-        """Make a job of values by the names of a request's fields.
-
-        Networks are already sources, see ``Library``. ``pictures`` are bytes or base64 by the fields that name files; a
-        field with several has a list. The prompt is text: another program's braces are no alternatives.
-
-        Raises ValueError for values that are no request's, and beyond the limits.
-        """
-        folder = tempfile.TemporaryDirectory(prefix="stable-diffusion-")
-        try:
-            files = {
-                name: _kept(name, value, folder.name) for name, value in (pictures or {}).items() if value is not None
-            }
-            request, unknown = Request.from_dict({**values, **files}, self.base)
-            if unknown:
-                raise ValueError(f"there is no setting {', '.join(unknown):.80}")
-            if request.resolved_prompt is None:
-                request = request.with_values(resolved_prompt=request.prompt)
-            self.settings.limits.check(request)
-            return Job(request, folder=folder, **options)
-        except BaseException:
-            folder.cleanup()
-            raise
+    async def job(self, values: Mapping[str, Any], pictures: Mapping[str, Any] | None = None, **options: Any) -> Job:
+        """Make a job of values by the names of a request's fields, see :func:`stable_diffusion.app.worker.make_job`."""
+        return await run_in_threadpool(make_job, self.base, values, pictures or {}, self.settings.limits, **options)
 
     async def draw(self, connection: Connection, job: Job) -> list[Picture]:
         """Run a job and return its pictures; a client that is gone cancels it. Raises what ended it."""
@@ -113,14 +91,6 @@ class Service:
         job = Job(self.base, task=task)
         await self.draw(connection, job)
         return job.outcome
-
-
-def _kept(name: str, value: Any, folder: str) -> Any:
-    """Write the pictures of a field into a folder, and return their paths in the form of the field."""
-    if isinstance(value, list):
-        paths = tuple(_kept(f"{name}_{number}", one, folder) for number, one in enumerate(value, start=1))
-        return tuple((path,) for path in paths) if name == "ip_image" else paths
-    return keep(value if isinstance(value, bytes) else decoded(value), folder, name)
 
 
 async def _cancel_when_gone(connection: Connection, job: Job) -> None:

@@ -4,33 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..app.engine import Resources
-from ..app.library import Library
+from ..app.library import Library, Limits
 from ..app.request import Request
 
 LOCAL = {"127.0.0.1", "localhost", "::1"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Hold the most that a request may ask for; ``pixels`` is a side of what is drawn."""
-
-    steps: int = 150
-    pixels: int = 2048
-    images: int = 16
-
-    def check(self, request: Request) -> None:
-        """Raise ValueError, with the limit, for a request that asks for more."""
-        factor = request.hires or 1
-        rows = [("steps", steps or 0, self.steps) for steps in (request.steps, request.hires_steps)]
-        rows += [(name, (getattr(request, name) or 0) * factor, self.pixels) for name in ("width", "height")]
-        for row in (*rows, ("n_images", request.n_images or 1, self.images)):
-            check_most(*row)
-
-
-def check_most(name: str, value: float, most: float) -> None:
-    """Raise ValueError for a value above the most that the server takes."""
-    if value > most:
-        raise ValueError(f"{name} {value:g} is too much for this server; at most {most:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,54 @@
+"""Pictures in base64: those that come are checked before they are read, and those that go are whole files."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import ImageChops
+from PIL.Image import Image
+
+from .files import encode, opened
+
+MOST_PIXELS = 40_000_000
+
+
+def to_base64(
+    image: Image, text: Mapping[str, str] | None = None, form: str = "png", quality: int | None = None
+) -> str:
+    """Return the file of an image in base64. ``form`` is its suffix, the rest as for :func:`save`."""
+    return base64.b64encode(encode(image, f"image.{form}", text, quality)).decode()
+
+
+def keep(picture: object, folder: str, name: str) -> str:
+    """Write a picture, bytes or base64 or a data URL, into a folder, and return its path: ``name`` and a suffix.
+
+    Raises ValueError for what is no picture, and for one of more than 40 megapixels, which is not decoded.
+    """
+    path = Path(folder, name)
+    path.write_bytes(picture if isinstance(picture, bytes) else _decoded(picture))
+    with opened(path) as image:
+        (width, height), suffix = image.size, image.format.lower()
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"a picture of {width}x{height} is too large; at most {MOST_PIXELS / 1e6:.0f} megapixels")
+    return str(path.rename(path.with_suffix(f".{suffix}")))
+
+
+def _decoded(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError("a picture is no text; give it in base64")
+    head, comma, _ = text[:100].partition(",")
+    try:
+        return base64.b64decode(text[len(head) + 1 :] if comma and head.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"a picture that begins with {text[:20]!r} is not base64; give it without blanks") from None
+
+
+def repainted(data: bytes) -> bytes | None:
+    """Return a mask, white where a picture is transparent, as the file of one; None for a picture without alpha."""
+    with TemporaryDirectory() as folder, opened(keep(data, folder, "mask")) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = image.convert("RGBA").getchannel("A")
+    return encode(ImageChops.invert(alpha), "mask.png")
