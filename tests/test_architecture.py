@@ -52,7 +52,7 @@ def test_files_and_functions_are_short(file):
             assert node.end_lineno - node.lineno < 45, node.name
 
 
-@pytest.mark.parametrize(("files", "most"), [("training/*.py", 900), ("app/sharing.py", 250)])
+@pytest.mark.parametrize(("files", "most"), [("training/*.py", 900), ("app/sharing.py", 250), ("server/*.py", 700)])
 def test_what_must_stay_small_does(files, most):
     assert sum(path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.glob(files)) <= most
 

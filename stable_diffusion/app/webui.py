@@ -5,12 +5,17 @@ Prompts have the meaning that they have here, which is close to that there.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import mlx.core as mx
+
 from .. import __version__
 from ..diffusion.choice import read_name, read_schedule
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedule import SCHEDULES
 from . import infotext
 from .library import Library
 from .request import Request
@@ -63,6 +68,12 @@ _OF_CANNY = {"threshold_a": (100, 64, -1), "threshold_b": (200, 64, -1)}  # and 
 _INFO = {"restore_faces": False, "face_restoration_model": None, "sd_vae_hash": None, "styles": []}
 _INFO |= {"seed_resize_from_w": 0, "seed_resize_from_h": 0, "index_of_first_image": 0, "version": __version__}
 _INFO |= {"extra_generation_params": {}, "is_using_inpainting_conditioning": False}
+
+SIMPLE = ["None", "Lanczos"]  # without a network
+_SCRIPTS = ["controlnet", "controlnet m2m"]  # by the second webuiapi knows that there is the first
+# Keys of the web UI's that say nothing here.
+_NO_HASH, _NO_PLACE = {"hash": None, "sha256": None, "config": None}, {"model_path": None, "model_url": None}
+_NO_RHO = {"aliases": None, "default_rho": -1.0, "need_inner_model": False}
 
 
 def read_request(fields: Mapping[str, Any], library: Library) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -223,3 +234,34 @@ def describe(pictures: Sequence[Picture], requests: Sequence[Request]) -> dict[s
 def timestamp() -> str:
     """Return the time as the web UI writes it."""
     return datetime.now().strftime("%Y%m%d%H%M%S")
+
+
+def lists(library: Library, words: Sequence[str]) -> dict[str, Any]:
+    """Return what there is to choose of, by the path that answers it. Nothing has a path on this machine.
+
+    ``words`` are those that embeddings give to prompts.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    used = mx.get_active_memory() + mx.get_cache_memory()
+    schedulers = {"automatic": "Automatic"} | {name: infotext.schedule_name(name) for name in SCHEDULES}
+    upscalers = [*SIMPLE, *library.upscalers]
+    unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
+    listed = {
+        "sd-models": [{"title": name, "model_name": name, "filename": name, **_NO_HASH} for name in library.models],
+        "sd-vae": [{"model_name": name, "filename": name} for name in library.vaes],
+        "samplers": [{"name": infotext.sampler_name(name), "aliases": [name], "options": {}} for name in SAMPLERS],
+        "schedulers": [{"name": name, "label": label, **_NO_RHO} for name, label in schedulers.items()],
+        "loras": [{"name": name, "alias": name, "path": name, "metadata": {}} for name in library.loras()],
+        "embeddings": {"loaded": dict.fromkeys(words, unknown), "skipped": {}},
+        "upscalers": [{"name": name, "model_name": name, "scale": 4, **_NO_PLACE} for name in upscalers],
+        "latent-upscale-modes": [{"name": "Latent"}],
+        "scripts": {"txt2img": _SCRIPTS, "img2img": _SCRIPTS},
+        "memory": {"ram": {"free": total - used, "used": used, "total": total}, "cuda": {"error": "unavailable"}},
+        "cmd-flags": {},
+    }
+    return {f"/sdapi/v1/{name}": value for name, value in listed.items()} | {
+        "/controlnet/model_list": {"model_list": [*library.controlnets]},
+        "/controlnet/module_list": {"module_list": ["none", "canny"]},
+        "/controlnet/version": {"version": 3},
+        "/internal/ping": {},
+    }

@@ -2,15 +2,17 @@
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from PIL import ImageChops
 from PIL.Image import Image
 
 from .files import encode, opened
 
+T = TypeVar("T")
 MOST_PIXELS = 40_000_000
 
 
@@ -35,6 +37,12 @@ def keep(picture: object, folder: str, name: str) -> str:
     return str(path.rename(path.with_suffix(f".{suffix}")))
 
 
+def read_by(read: Callable[[str], T], picture: object) -> T:
+    """Return what ``read`` makes of the path of a picture, bytes or base64. Raises ValueError as :func:`keep` does."""
+    with TemporaryDirectory() as folder:
+        return read(keep(picture, folder, "picture"))
+
+
 def _decoded(text: object) -> bytes:
     if not isinstance(text, str):
         raise ValueError("a picture is no text; give it in base64")
@@ -47,8 +55,10 @@ def _decoded(text: object) -> bytes:
 
 def repainted(data: bytes) -> bytes | None:
     """Return a mask, white where a picture is transparent, as the file of one; None for a picture without alpha."""
-    with TemporaryDirectory() as folder, opened(keep(data, folder, "mask")) as image:
-        if not image.has_transparency_data:
-            return None
-        alpha = image.convert("RGBA").getchannel("A")
-    return encode(ImageChops.invert(alpha), "mask.png")
+
+    def mask(path: str) -> bytes | None:
+        with opened(path) as image:
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        return None if alpha is None else encode(ImageChops.invert(alpha), "mask.png")
+
+    return read_by(mask, data)

@@ -4,33 +4,26 @@ As there, null and empty texts are the default of a field, and fields that are n
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import truediv
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
-import mlx.core as mx
 from fastapi import APIRouter
 from fastapi import Request as Connection
 from fastapi.concurrency import run_in_threadpool
-from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..app import infotext, webui
 from ..app.inputs import enlarged
 from ..app.library import check_most
 from ..app.metadata import Record, for_model
-from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import SCHEDULES
-from ..images.encoded import keep, to_base64
+from ..images.encoded import read_by, to_base64
 from ..images.files import open_image, read_text
 from ..images.image import fit
 from ..upscaling import load_upscaler
 from .service import Fields, Service
 
-_MOST_SIDE = 8192  # of an enlarged picture
 _COUNT = Annotated[int, Field(ge=1)]
 # The types of fields. Of what cannot be done a Literal takes the values that ask for nothing.
 _OF_TEXT = {
@@ -92,7 +85,10 @@ _Text, _Image, _Extras = _body("txt2img", _OF_TEXT), _body("img2img", _OF_IMAGE)
 def routes(service: Service) -> APIRouter:
     """Return the routes of this interface."""
     router = APIRouter(tags=["AUTOMATIC1111's API"])
-    lists = [("GET", path, partial(_list, path), "List what there is to choose of") for path in _lists(service)]
+    lists = [
+        ("GET", path, partial(_list, path), "List what there is to choose of")
+        for path in webui.lists(service.settings.library, ())
+    ]
     for method, path, answer, summary in (*_ROUTES, *lists):
         options = {"methods": [method], "name": path.rpartition("/")[2], "response_model": None}
         router.add_api_route(path, partial(answer, service), summary=summary, description=summary, **options)
@@ -121,29 +117,24 @@ def _drawing(kind: type[_Body]) -> Callable[..., Any]:
 async def _extra_single_image(service: Service, body: _Extras, connection: Connection) -> dict[str, Any]:
     """Enlarge a picture by a network or by Lanczos; "None" returns it as it is."""
     given, name = body.model_dump(exclude_unset=True), body.upscaler_1 or "None"
-    source = None if name in _SIMPLE else service.settings.library.find("upscalers", name)
+    source = None if name in webui.SIMPLE else service.settings.library.find("upscalers", name)
 
-    def read() -> Image:
-        with TemporaryDirectory() as folder:
-            return open_image(keep(given.get("image"), folder, "picture"))
-
-    image = await run_in_threadpool(read)
+    image = await run_in_threadpool(read_by, open_image, given.get("image"))
     is_size, wanted = given.get("resize_mode") == 1, [given.get(f"upscaling_resize_{axis}", 512) for axis in "wh"]
     factor = max(map(truediv, wanted, image.size)) if is_size else given.get("upscaling_resize", 2.0)
     crops = is_size and given.get("upscaling_crop", True)
     size = wanted if crops else [max(1, round(side * factor)) for side in image.size]
     for side in size:
-        check_most("the side", side, _MOST_SIDE)
+        check_most("the side", side, 4 * service.settings.limits.pixels)
     if source is not None:
-        check_most("the side of what a network enlarges", max(image.size), _MOST_SIDE / 4)
+        check_most("the side of what a network enlarges", max(image.size), service.settings.limits.pixels)
         image = await service.call(connection, lambda model: enlarged(model, image, load_upscaler(source)))
     image = image if name == "None" else await run_in_threadpool(fit, image, *size)
     return {"html_info": "", "image": await run_in_threadpool(to_base64, image)}
 
 
 def _png_info(service: Service, body: Fields) -> dict[str, Any]:
-    with TemporaryDirectory() as folder:
-        texts = read_text(keep(body.get("image"), folder, "picture"))
+    texts = read_by(read_text, body.get("image"))
     prompt, negative, settings = infotext.read(text := texts.get("parameters", ""))
     return {"info": text, "items": texts, "parameters": {"Prompt": prompt, "Negative prompt": negative} | settings}
 
@@ -183,42 +174,9 @@ async def _progress(service: Service, skip_current_image: bool = False) -> dict[
 
 
 def _list(path: str, service: Service) -> Any:
-    return _lists(service)[path]
+    return webui.lists(service.settings.library, service.worker.words)[path]
 
 
-def _lists(service: Service) -> dict[str, Any]:
-    """Return what there is to choose of, by the path that answers it. Nothing has a path on this machine."""
-    library, total = service.settings.library, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    used = mx.get_active_memory() + mx.get_cache_memory()
-    schedulers = {"automatic": "Automatic"} | {name: infotext.schedule_name(name) for name in SCHEDULES}
-    upscalers = [*_SIMPLE, *library.upscalers]
-    unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
-    listed = {
-        "sd-models": [{"title": name, "model_name": name, "filename": name, **_NO_HASH} for name in library.models],
-        "sd-vae": [{"model_name": name, "filename": name} for name in library.vaes],
-        "samplers": [{"name": infotext.sampler_name(name), "aliases": [name], "options": {}} for name in SAMPLERS],
-        "schedulers": [{"name": name, "label": label, **_NO_RHO} for name, label in schedulers.items()],
-        "loras": [{"name": name, "alias": name, "path": name, "metadata": {}} for name in library.loras()],
-        "embeddings": {"loaded": dict.fromkeys(service.worker.words, unknown), "skipped": {}},
-        "upscalers": [{"name": name, "model_name": name, "scale": 4, **_NO_PLACE} for name in upscalers],
-        "latent-upscale-modes": [{"name": "Latent"}],
-        "scripts": {"txt2img": _SCRIPTS, "img2img": _SCRIPTS},
-        "memory": {"ram": {"free": total - used, "used": used, "total": total}, "cuda": {"error": "unavailable"}},
-        "cmd-flags": {},
-    }
-    return {f"/sdapi/v1/{name}": value for name, value in listed.items()} | {
-        "/controlnet/model_list": {"model_list": [*library.controlnets]},
-        "/controlnet/module_list": {"module_list": ["none", "canny"]},
-        "/controlnet/version": {"version": 3},
-        "/internal/ping": {},
-    }
-
-
-_SIMPLE = ["None", "Lanczos"]  # without a network
-_SCRIPTS = ["controlnet", "controlnet m2m"]  # by the second webuiapi knows that there is the first
-# Keys of the web UI's that say nothing here.
-_NO_HASH, _NO_PLACE = {"hash": None, "sha256": None, "config": None}, {"model_path": None, "model_url": None}
-_NO_RHO = {"aliases": None, "default_rho": -1.0, "need_inner_model": False}
 _ROUTES = [
     ("POST", "/sdapi/v1/txt2img", _drawing(_Text), "Draw from a prompt"),
     ("POST", "/sdapi/v1/img2img", _drawing(_Image), "Draw from a picture"),

@@ -20,7 +20,7 @@ from .service import Service
 
 _USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 _USAGE |= {"input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
-_OURS = ("steps", "cfg", "seed", "sampler", "schedule", "negative_prompt", "strength")
+_OURS = {"steps", "cfg", "seed", "sampler", "schedule", "negative_prompt", "strength"}
 
 
 class _Body(BaseModel):
@@ -101,10 +101,8 @@ async def _draw(
     job = await service.job(_values(service, body), pictures, shows=bool(body.stream and count))
     if body.stream:
         return await service.stream(connection, job, translate)
-    made = [
-        await run_in_threadpool(to_base64, picture.image, picture.text, form, quality)
-        for picture in await service.draw(connection, job)
-    ]
+    drawn = await service.draw(connection, job)
+    made = [await run_in_threadpool(to_base64, one.image, one.text, form, quality) for one in drawn]
     is_url = body.response_format == "url"
     data = [{"url": f"data:image/{form};base64,{one}"} if is_url else {"b64_json": one} for one in made]
     return {"created": int(time.time()), "data": data, "output_format": form}
@@ -112,7 +110,7 @@ async def _draw(
 
 def _values(service: Service, body: _Body) -> dict[str, Any]:
     """Return the values of a request."""
-    values = {name: value for name in _OURS if (value := getattr(body, name)) is not None}
+    values = body.model_dump(include=_OURS, exclude_none=True)
     loras = [body.lora] if isinstance(body.lora, str) else body.lora or []
     values |= {"prompt": body.prompt + "".join(f" <lora:{lora}>" for lora in loras), "n_images": body.n or 1}
     if body.size not in (None, "auto"):

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as Connection
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from .. import __version__
@@ -14,7 +14,7 @@ from ..app.metadata import read_record
 from ..app.worker import Picture
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SCHEDULES
-from ..images.encoded import keep, to_base64
+from ..images.encoded import read_by, to_base64
 from .service import Fields, Service
 
 # What a request of the page may say, beside its pictures and the model.
@@ -61,8 +61,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/record", summary="Read how a picture was made, by the names of fields")
     async def record(body: Fields) -> dict[str, Any]:
-        with TemporaryDirectory() as folder:
-            arguments = read_record(keep(body.get("image"), folder, "picture")).arguments
+        arguments = (await run_in_threadpool(read_by, read_record, body.get("image"))).arguments
         return {name: value for name, value in arguments.items() if name in _FIELDS}
 
     return router

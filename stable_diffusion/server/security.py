@@ -12,8 +12,6 @@ import logging
 import re
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +20,7 @@ from .settings import LOCAL, Settings
 
 _log = logging.getLogger("stable_diffusion.server")
 
+_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 _FOLDERS, _LONGEST = re.compile(r"(?<![\w:/.])/(?:[^\s/]+/)+(?=[^\s/])"), 300
 
 
@@ -32,7 +31,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings):
-        self._app, self._names = app, LOCAL if settings.host in LOCAL else None
+        self._app, self._is_local = app, settings.host in LOCAL
         self._key, self._origins = settings.api_key, settings.cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,20 +57,13 @@ class Guard:
     def _refusal(self, headers: Mapping[str, str], method: str) -> ASGIApp | None:
         """Return the answer to a request that is not allowed."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._names is not None and _host_name(host) not in self._names:
+        if self._is_local and not _LOCAL_HOST.fullmatch(host):
             return error_response(403, f"the host {host!r:.80} is not this machine; use 127.0.0.1 or localhost")
         if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:
             return error_response(403, f"pages of {origin!r:.80} may not call; allow them: --cors {origin:.80}")
         if self._key is not None and method != "OPTIONS" and not _has_key(headers.get("authorization", ""), self._key):
             message = "the API key is missing or wrong; send it as Bearer, or as Basic's password"
             return error_response(401, message, {"www-authenticate": 'Basic realm="stable-diffusion"'})
-        return None
-
-
-def _host_name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:  # of brackets without an address
         return None
 
 
@@ -93,7 +85,6 @@ def in_one_line(message: object) -> str:
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an error of one line: ``detail`` for clients of AUTOMATIC1111's API, ``error`` for those of OpenAI's."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    line = in_one_line(message)
-    error: dict[str, Any] = {"message": line, "type": kind, "code": status, "param": None}
+    line, kind = in_one_line(message), "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": line, "type": kind, "code": status, "param": None}
     return JSONResponse({"detail": line, "error": error}, status, headers)

@@ -68,9 +68,8 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
     Raises ValueError or OSError for an address that cannot be used and a model that cannot be opened.
     """
     with _listen(settings.host, settings.port) as listener:
-        names = ("queue", "idle", "device", "preload_models", "safety_check", "safety_model")
-        options = {name: getattr(settings, name) for name in names}
-        worker = Worker(settings.base, settings.resources, **options)
+        names = ("base", "resources", "queue", "idle", "device", "preload_models", "safety_check", "safety_model")
+        worker = Worker(**{name: getattr(settings, name) for name in names})
         config = uvicorn.Config(create_app(Service(settings, worker)), log_level="warning", access_log=False)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda number, frame: None)

@@ -57,7 +57,7 @@ class Service:
     ) -> StreamingResponse:
         """Run a job and send its events as server-sent ones: what ``translate`` makes of each, names and JSON.
 
-        What goes wrong before the first step is raised, later it is an event "error".
+        Errors before the first step are raised, later ones are events.
         """
         events = self.events(connection, job)
         first = await anext(events, None)
