@@ -69,7 +69,7 @@ class Control(Acting):
     @property
     def type_number(self) -> int | None:
         """Return the number of the image's kind in a union ControlNet; other networks have none."""
-        return self.network.config.type_number(self.kind) if "task_embedding" in self.network else None
+        return self.network.config.type_number(self.kind) if hasattr(self.network, "task_embedding") else None
 
 
 @dataclass
