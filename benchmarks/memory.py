@@ -2,12 +2,14 @@
 
     python -m benchmarks.memory [--shape tiny sd15 sdxl] [--sides 32 64] [--rows 1 2] [--ahead]
     python -m benchmarks.memory --macs
+    python -m benchmarks.memory --models
 
 The weights are random and in float32, and memory is the peak beside them; of the bundled model it is that of a whole
 run. MLX's memory limit is 0, as in --low_memory; with --ahead it is the machine's, and MLX works ahead of the device.
 A CPU's constants of ``app/memory.py`` and ``models/tiling.py`` come from here.
 
-With --macs nothing is measured: the plan's largest stage on Macs of several sizes is printed as a table.
+With --macs and --models nothing is measured: they print the plan's largest stage on Macs of several sizes, and for all
+models with a name.
 """
 
 import argparse
@@ -30,9 +32,24 @@ from stable_diffusion.weights.quantize import quantize
 
 from .growth import step_of
 from .long_prompts import cost, random_module
-from .shapes import SHAPES
+from .shapes import SHAPES, UNETS
 
 MACS = (8, 16, 24, 32)  # GB
+QUANTIZED = {"unet": 8, "text_encoder": 4, "text_encoder_2": 4}  # as by -q
+OPTIONS: dict[str, dict[str, int]] = {"none": {}, "`-q`": QUANTIZED, "`-q --low_memory`": QUANTIZED}
+_XL = SHAPES["sdxl"]
+_REFINER = {"unet": UNETS["sdxl-refiner"], "vae": _XL["vae"], "text_encoder_2": _XL["text_encoder_2"]}
+NAMED = {  # names of models: configurations of the parts, pixels, rows of the UNet for one image
+    ("sd14", "sd15"): (SHAPES["sd15"], 512, 2),
+    ("sd",): (SHAPES["sd21"], 512, 2),
+    ("sd21",): (SHAPES["sd21"], 768, 2),
+    ("sd-turbo",): (SHAPES["sd21"], 512, 1),
+    ("sdxl", "sdxl-turbo"): (_XL, 512, 1),
+    ("sdxl-base",): (_XL, 1024, 2),
+    ("sdxl-refiner",): (_REFINER, 1024, 2),
+    ("ssd-1b",): (_XL | {"unet": UNETS["ssd-1b"]}, 1024, 2),
+    ("lcm",): (SHAPES["sd15"] | {"unet": UNETS["lcm-dreamshaper-v7"]}, 768, 1),
+}
 MODELS = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
 
 
@@ -58,9 +75,9 @@ def run_of_tiny(rows: int, side: int) -> Callable[[], mx.array]:
     return run
 
 
-def half_precision(shape: str, bits: dict[str, int]) -> SimpleNamespace:
+def half_precision(parts: dict[str, dict], bits: dict[str, int]) -> SimpleNamespace:
     """Return what the plan reads of a model in half precision, its autoencoder in float32, quantized to ``bits``."""
-    sources, networks = {}, {part: build(part, config) for part, config in SHAPES[shape].items()}
+    sources, networks = {}, {part: build(part, config) for part, config in parts.items()}
     for part, network in networks.items():
         name, dtype = ("autoencoder", mx.float32) if part == "vae" else (part, mx.float16)
         network.set_dtype(dtype)
@@ -71,13 +88,13 @@ def half_precision(shape: str, bits: dict[str, int]) -> SimpleNamespace:
     return SimpleNamespace(dtype=mx.float16, sources=sources, **configs)
 
 
-def largest_stage(model: SimpleNamespace, pixels: int, mac: int) -> str:
-    """Return the largest stage of one picture with guidance on a Mac of ``mac`` GB, as a cell of the table.
+def largest_stage(model: SimpleNamespace, pixels: int, mac: int, rows: int = 2) -> str:
+    """Return the largest stage of one image on a Mac of ``mac`` GB, as a cell of the table; 2 rows are guidance.
 
     Below 36 GB Metal recommends two thirds of the memory.
     """
     info = {"memory_size": mac * 2**30, "max_recommended_working_set_size": mac * 2**31 // 3}
-    run, shape = SimpleNamespace(**vars(model)), RunShape(1, (pixels // 8, pixels // 8))
+    run, shape = SimpleNamespace(**vars(model)), RunShape(1, (pixels // 8, pixels // 8), rows=rows)
     run.rows_at_once = 1 if run.low_memory else None
     with patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)), patch.object(mx, "device_info", lambda: info):
         limit = set_limits(None, run.low_memory)
@@ -93,14 +110,24 @@ def macs(shapes: Iterable[str]) -> Iterator[str]:
     """Yield the lines of the table of what fits which Mac."""
     yield "| one picture | options | pixels | " + " | ".join(f"{mac} GB" for mac in MACS) + " |"
     yield "| --- " * (3 + len(MACS)) + "|"
-    quantized = {"unet": 8, "text_encoder": 4, "text_encoder_2": 4}
     for shape in shapes:
-        for options, bits in (("none", {}), ("`-q`", quantized), ("`-q --low_memory`", quantized)):
-            model = half_precision(shape, bits)
+        for options, bits in OPTIONS.items():
+            model = half_precision(SHAPES[shape], bits)
             model.low_memory = "low_memory" in options
             for pixels in (512, 768, 1024):
                 cells = [largest_stage(model, pixels, mac) for mac in MACS]
                 yield f"| {MODELS[shape]} | {options} | {pixels} | {' | '.join(cells)} |"
+
+
+def rows_of_models() -> Iterator[tuple[str, int, list[str]]]:
+    """Yield (name, pixels, its largest stage for each of ``OPTIONS``), on a Mac that has memory enough."""
+    for names, (parts, pixels, rows) in NAMED.items():
+        cells = []
+        for options, bits in OPTIONS.items():
+            model = half_precision(parts, bits)
+            model.low_memory = "low_memory" in options
+            cells.append(f"{largest_stage(model, pixels, MACS[-1], rows)} GB")
+        yield from ((name, pixels, cells) for name in names)
 
 
 def main() -> None:
@@ -110,7 +137,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", choices=[1, 2], default=[1, 2], help="of the UNet's batch (1 2)")
     parser.add_argument("--ahead", action="store_true", help="let MLX work ahead of the device")
     parser.add_argument("--macs", action="store_true", help="print what fits Macs of several sizes")
+    parser.add_argument("--models", action="store_true", help="print what each model with a name takes")
     args = parser.parse_args()
+    if args.models:
+        print(*(f"| `{name}` | {pixels} | {' | '.join(cells)} |" for name, pixels, cells in rows_of_models()), sep="\n")
+        return
     if args.macs:
         print(*macs(MODELS), sep="\n")
         return

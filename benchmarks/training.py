@@ -128,7 +128,7 @@ def metal(rank: int) -> Iterator[str]:
         layers = [layer for path, layer in unet.named_modules() if path.endswith(tuple(_TARGETS))]
         factors = 4 * rank * sum(sum(layer.weight.shape) for layer in layers)
         for options, bits in (("none", {}), ("`-q`", {"unet": 8})):
-            beside = half_precision(shape, bits).sources["unet"].size + 4 * factors  # gradient and two moments
+            beside = half_precision(SHAPES[shape], bits).sources["unet"].size + 4 * factors  # gradient and two moments
             with patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
                 steps = [beside + training_bytes(unet, 1, (side, side), recomputes) for recomputes in (False, True)]
             yield f"| {title} | {options} | {' | '.join(f'{step / 1e9:.1f} GB' for step in steps)} |"

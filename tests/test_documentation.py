@@ -31,6 +31,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks import memory
 from checkpoints import as_single_file
 from command_line import ROOT, SCRIPTS
 from ggufs import write_gguf
@@ -50,7 +51,6 @@ from weights.formats.test_first_names import write_halves
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {document.relative_to(ROOT).as_posix(): document.read_text(encoding="utf-8") for document in DOCUMENTS}
-README = TEXTS["README.md"]
 
 _BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKS = {"", "download", "minutes", "install", "server", "file"}
@@ -278,23 +278,20 @@ def messages() -> list[str]:
 
 
 def test_troubles_are_those_of_the_program():
-    section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
-    quoted = re.findall(r"^\* \*\*`(.+?)`\*\*", section, re.MULTILINE)
+    quoted = re.findall(r"^\* \*\*`(.+?)`\*\*", TEXTS["docs/troubleshooting.md"], re.MULTILINE)
     assert len(quoted) >= 8
     known = messages()
-    for message in quoted:
+    for message in (text.replace("...", "…") for text in quoted):
         assert any(message in text for text in known), f"no message of the program holds {message!r}"
 
 
 def test_exit_codes():
-    said = set(re.findall(r"(?:is|;) (\d+) (?:when|for)", README.split("\n## Troubleshooting\n")[1]))
     listed = set(re.findall(r"^\| (\d+) \|", TEXTS["docs/command-line.md"], re.MULTILINE))
-    assert said == listed and {"0", "1", "2", "130"} <= listed
+    assert listed == {"0", "1", "2", "130", "143"}
 
 
 def test_the_models():
-    section = README.split("\n## Models\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?`) \| (.+?) \| (\d+) \| (.+?), (.+?) \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \| (\d+) \| (.+?), (.+?) \|$", TEXTS["docs/models.md"], re.MULTILINE)
     listed = {}
     for names, repo, _, steps, guidance in rows:
         listed |= {name: (repo, int(steps), float(guidance)) for name in re.findall(r"`(.+?)`", names)}
@@ -303,6 +300,22 @@ def test_the_models():
         entry = catalog.find(name)
         assert repo == entry.repos[0] if entry.repos else "comes with" in repo
         assert entry.steps in (None, steps) and entry.guidance in (None, guidance), name
+    for name, steps in re.findall(r"^\| `([\w-]+)` \|.*? \| (\d+), \d+ \|", TEXTS["README.md"], re.MULTILINE):
+        assert int(steps) == listed[name][1], name
+
+
+def test_the_memory_of_the_models():
+    rows = list(memory.rows_of_models())
+    assert {name for name, *_ in rows} == {*catalog.ALIASES} - {"tiny"}
+    details = re.findall(r"^\| (`.+?) \| \S+ GB \| (\d+) \| (.+?) \|$", TEXTS["docs/models.md"], re.MULTILINE)
+    listed = {}
+    for names, pixels, cells in details:
+        listed |= dict.fromkeys(re.findall(r"[\w-]+", names), (int(pixels), cells.split(" | ")))
+    short = dict(re.findall(r"^\| `([\w-]+)` \| \S+ GB \| (\S+ GB \| \S+ GB) \|", TEXTS["README.md"], re.MULTILINE))
+    assert len(short) >= 5
+    for name, pixels, cells in rows:
+        assert listed[name] == (pixels, cells), name
+        assert short.get(name, " | ".join(cells[:2])) == " | ".join(cells[:2]), name
 
 
 def test_the_samplers():
@@ -337,7 +350,7 @@ def test_places_in_the_architecture_exist():
 
 
 def test_the_names_in_diffusers():
-    section = README.split("\n## Coming from another program\n")[1].split("\n## ")[0]
+    section = TEXTS["docs/other-programs.md"].split("\n## The arguments\n")[1]
     cells = [row.split("|")[4] for row in section.replace("\\|", "").splitlines() if row.startswith("| ")]
     names = set(re.findall(r"`(\w+)[=`]", " ".join(cells[1:])))
     assert len(names) >= 20

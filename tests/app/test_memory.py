@@ -99,7 +99,7 @@ def test_a_small_picture_on_metal_is_decoded_as_one_graph(gpu, pixels, computed)
 
 def test_xl_at_1024_fits_a_mac_of_8_gb(gpu):
     """Macs below 36 GB recommend two thirds of their memory: a run may take 5.15 GB, and a fifth is left of it."""
-    model = half_precision("sdxl", {"unet": 8, "text_encoder": 4, "text_encoder_2": 4})
+    model = half_precision(SHAPES["sdxl"], {"unet": 8, "text_encoder": 4, "text_encoder_2": 4})
     model.low_memory, model.rows_at_once = True, 1
     limit = set_limits(None, low_memory=True)
     assert limit == pytest.approx(5.15e9, rel=0.01)
