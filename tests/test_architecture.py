@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tools import draw_architecture
 
 PACKAGE = Path(__file__).parents[1] / "stable_diffusion"
 LIBRARY = {"files", "models", "images", "text", "diffusion", "weights", "lora"}
@@ -64,3 +67,14 @@ def test_what_is_rarely_needed_is_not_imported():
     loaded = set(done.stdout.split())
     assert "stable_diffusion.pipeline" in loaded
     assert not loaded & {"huggingface_hub", "tqdm", "torch", "requests", "httpx", "multiprocessing", "argparse"}
+
+
+def test_the_picture_shows_the_imports_of_today():
+    with Image.open(draw_architecture.PICTURE) as picture:
+        assert picture.text["architecture"] == draw_architecture.described(), "run python -m tools.draw_architecture"
+
+
+def test_the_picture_omits_arrows_that_follow_from_others():
+    arrows = {"top": {"middle", "bottom"}, "middle": {"bottom"}, "bottom": set()}
+    assert draw_architecture.direct(arrows) == {"top": {"middle"}, "middle": {"bottom"}, "bottom": set()}
+    assert draw_architecture.layers(draw_architecture.direct(arrows)) == [(("top",),), (("middle",),), (("bottom",),)]
