@@ -12,28 +12,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import flags
+
 ROOT = Path(__file__).parents[1]
 LONGEST = 20  # words in a sentence of a document, on average
 
-AVOIDED = {
-    "so many": r"so many",
-    "of its own": r"of its own",
-    "but for": r"but for",
-    "anew": r"anew",
-    "let go of": r"le(?:t|ts|tting) go of",
-    "told": r"told",
-    "asked": r"asked",
-    "share, for a fraction": r"shares? of|(?-i:SHARE)",
-    "leave, for exit": r"(?:and|then) leaves?|leaves? (?:with|at once|now)",
-    "left out": r"left out",
-    "as it was": r"as it was",
-    "the way": r"the way",
-    "its very": r"its very",
-    "none is": r"none is",
-    "there is none": r"there (?:is|are|was) none",
-    "misshapen": r"misshapen",
-}
-_PATTERN = re.compile("|".join(rf"(?P<w{i}>\b(?:{text})\b)" for i, text in enumerate(AVOIDED.values())), re.IGNORECASE)
+# Words that are not used here. Plainer ones: omitted for "left out", FRACTION for "share of", exit for "leave".
+AVOIDED = (
+    "so many",
+    "of its own",
+    "but for",
+    "anew",
+    "le(?:t|ts|tting) go of",
+    "told",
+    "asked",
+    "shares? of",
+    "(?-i:SHARE)",
+    "and leaves?",
+    "leaves (?:with|at once)",
+    "left out",
+    "as it was",
+    "the way",
+    "its very",
+    "none is",
+    "there (?:is|are) none",
+    "misshapen",
+)
+_PATTERN = re.compile(rf"\b(?:{'|'.join(AVOIDED)})\b".replace(" ", r"\s+"), re.IGNORECASE)
 QUESTIONS = ("What", "How", "Where", "Whether", "Which", "If")  # no docstring of a function begins with one
 
 # First words of docstrings. A verb that is missing here only lowers the figure.
@@ -95,23 +100,22 @@ def sentences(document: str) -> list[str]:
     for block in blocks:
         text = re.sub(r"\b(et al|e\.g|i\.e|vs|sec|eq|alg|fig)\.", r"\1", " ".join(block.split()))
         found += re.split(r"(?<=[.!?])[)\"'*]*\s+(?=\S)", text)
-    return [sentence for sentence in found if _words(sentence) > 1]
+    return [sentence for sentence in found if count_words(sentence) > 1]
 
 
-def _words(sentence: str) -> int:
+def count_words(sentence: str) -> int:
+    """Count the words of a sentence; a sign by itself is none."""
     return sum(bool(re.search(r"\w", word)) for word in sentence.split())
 
 
 def words_a_sentence(document: str) -> float:
     """Return the average number of words in a sentence of a document."""
-    counts = [_words(sentence) for sentence in sentences(document)]
+    counts = [count_words(sentence) for sentence in sentences(document)]
     return sum(counts) / max(1, len(counts))
 
 
-def helps(root: Path = ROOT) -> Iterator[Text]:
+def helps() -> Iterator[Text]:
     """Yield the texts of ``--help`` of all commands."""
-    from tools import flags
-
     for title, parsers in flags.COMMANDS.items():
         for parser in parsers.values():
             yield from _help_of(parser, f"{title} --help")
@@ -129,22 +133,18 @@ def _help_of(parser: argparse.ArgumentParser, place: str) -> Iterator[Text]:
 
 
 def messages(root: Path = ROOT) -> Iterator[Text]:
-    """Yield the texts in calls that raise an error, write to the log or print."""
+    """Yield the texts in the code of the package, such as those of errors and of the log; docstrings are not here."""
     for path in sorted((root / "stable_diffusion").rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _reports(node)):
-                for part in ast.walk(node):
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                        yield Text(f"{path.relative_to(root).as_posix()}:{part.lineno}", part.value)
+        yield from messages_of(path.read_text(encoding="utf-8"), path.relative_to(root).as_posix())
 
 
-def _reports(call: ast.Call) -> bool:
-    function = call.func
-    if isinstance(function, ast.Name):
-        return function.id == "print" or function.id.endswith(("Error", "fail", "refuse", "warn"))
-    names = ("debug", "info", "warning", "error", "exception", "critical", "write")
-    return isinstance(function, ast.Attribute) and function.attr in names
+def messages_of(code: str, place: str) -> Iterator[Text]:
+    """Yield the texts in a program."""
+    tree = ast.parse(code)
+    statements = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # a docstring is one
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in statements:
+            yield Text(f"{place}:{node.lineno}", node.value)
 
 
 def docstrings(root: Path = ROOT) -> Iterator[tuple[Text, bool]]:
@@ -179,7 +179,7 @@ def main() -> None:
     found = documents()
     for name, text in found.items():
         print(f"{words_a_sentence(text):5.1f} words a sentence  {name}")
-    whole = [_words(sentence) for text in found.values() for sentence in sentences(text)]
+    whole = [count_words(sentence) for text in found.values() for sentence in sentences(text)]
     print(f"{sum(whole) / len(whole):5.1f} words a sentence in all documents")
     texts = [text.text for text, _ in docstrings()]
     verbs = sum(map(begins_with_verb, texts))
