@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from .cli import check, convert, inspect, main, serve, train, upscale
 from .cli.parser import Parser
@@ -10,15 +11,15 @@ from .cli.streams import open_closed
 
 # Description and function of each command: (arguments, name of the program) -> exit code.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
-    "txt2image": ("make images from a prompt", main.txt2image),
+    "txt2image": ("draw images from a prompt", main.txt2image),
     "image2image": ("change an image towards a prompt", main.image2image),
-    "unconditional": ("make images with a model that reads no prompt", main.unconditional),
-    "convert": ("write a model as a folder that loads at once", convert.main),
-    "inspect": ("say what a model, a part of one or a LoRA is, or how an image was made", inspect.main),
-    "upscale": ("enlarge pictures by a network", upscale.main),
+    "unconditional": ("draw images with a model that reads no prompt", main.unconditional),
+    "convert": ("convert a model to a folder that loads at once", convert.main),
+    "inspect": ("describe a model, network or LoRA, or the settings of an image", inspect.main),
+    "upscale": ("enlarge pictures by an upscaler network", upscale.main),
     "train": ("train a LoRA from a few pictures", train.main),
-    "serve": ("draw for other programs and a page in the browser", serve.main),
-    "check": ("compare what this machine computes with references", check.main),
+    "serve": ("serve images to other programs and to a page in the browser", serve.main),
+    "check": ("compare the results of this machine with references", check.main),
 }
 
 
@@ -32,9 +33,12 @@ def run(argv: Sequence[str] | None = None) -> int:
         prog=prog,
         usage=f"{prog} command ...",
         description="Stable Diffusion for Apple Silicon in pure MLX.",
-        epilog="commands:\n" + "\n".join(f"  {name:15}{about}" for name, (about, _) in _COMMANDS.items()),
+        epilog="\n".join(["commands:", *(f"  {name:15}{about}" for name, (about, _) in _COMMANDS.items()), "", ""]),
+        examples=('txt2image "a red circle" --model tiny', "txt2image --help"),
+        codes="",
     )
-    parser.add_argument("command", choices=_COMMANDS, metavar="command", help="what to do; with --help, how")
+    parser.hint = fill(f"commands: {', '.join(_COMMANDS)}", 80, subsequent_indent="  ")
+    parser.add_argument("command", choices=_COMMANDS, metavar="command", help="one of the commands below")
     command = parser.parse_args(words[:1]).command
     return _COMMANDS[command][1](words[1:], f"{prog} {command}")
 

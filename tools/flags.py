@@ -1,7 +1,7 @@
 """Write the flags of all commands into the documentation: python -m tools.flags
 
-The tables are those of the parsers and stand in docs/command-line.md between two comments, <!-- flags --> and
-<!-- end of flags -->; what is around them is written by hand.
+The tables are made from the parsers. They stand in docs/command-line.md between two comments, <!-- flags --> and
+<!-- end of flags -->; the text around them is written by hand.
 """
 
 import argparse
@@ -56,15 +56,15 @@ def _groups(parsers: Parsers) -> Iterator[str]:
             if groups[0].description:
                 yield from ("", _plain(groups[0].description))
         yield from ("", "| | |", "|---|---|") if rows else ()
-        for flag, told in rows:
-            having = [name for name, parser in parsers.items() if any((flag, told) in _row(a) for a in parser._actions)]
+        for flag, text in rows:
+            having = [name for name, parser in parsers.items() if any((flag, text) in _row(a) for a in parser._actions)]
             only = "" if len(having) == len(parsers) else f"*{having[0]} only:* "
-            yield f"| {flag} | {only}{told} |"
+            yield f"| {flag} | {only}{text} |"
 
 
 def _row(action: argparse.Action) -> list[tuple[str, str]]:
-    """Return [(flag with its value, what it does)]; nothing of --help."""
-    if isinstance(action, argparse._HelpAction):
+    """Return [(flag with its value, its help)], or [] for --help and --help_all."""
+    if action.dest in ("help", "help_all"):
         return []
     value = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
     value = " ".join(value) if isinstance(value, tuple) else value

@@ -146,7 +146,7 @@ def line_of(base: Request, arguments: Mapping[str, Any]) -> tuple[Request, Sweep
 
 
 def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: Request) -> list[tuple[Request, Sweep]]:
-    """Read a file of prompts: a prompt on each line, and flags of the groups "picture", "prompt" and "sizes"."""
+    """Read a file of prompts: a prompt on each line, and flags of the groups "image", "prompt" and "sizes"."""
     path = Path(os.path.expanduser(arguments["prompt_file"]))
     try:
         lines = read_text(path).split("\n")
@@ -154,7 +154,7 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
         raise ValueError(f"the prompt file {path} cannot be read ({error.strerror}); give a text file") from error
     line_parser = Parser(prog=parser.prog, add_help=False)
     left_out = FOREIGN[script] | {"prompt", "prompt_file", "from_image", "without", "trust", "wildcards", "fixed_seed"}
-    line_parser.add_flags("", "", FLAGS["picture"] | FLAGS["prompt"] | FLAGS["sizes"], left_out=left_out)
+    line_parser.add_flags("", "", FLAGS["image"] | FLAGS["prompt"] | FLAGS["sizes"], left_out=left_out)
     requests = []
     for number, line in enumerate(lines, start=1):
         line = COMMENT.sub("", line)

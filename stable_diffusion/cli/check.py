@@ -18,11 +18,15 @@ def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of this command line, under the name ``prog``."""
     parser = Parser(
         prog=prog or "python -m stable_diffusion check",
-        description="Compare what this machine computes with references, in a table.",
-        epilog="exit codes:\n  0 all within the bounds; 1 something is not; 2 no such check",
+        usage="%(prog)s [word ...] [flags]",
+        description="Compare the results of this machine with references, and print a table.",
+        examples=("silu", "--json"),
+        codes="exit codes:\n  0 all within the bounds; 1 some are not; 2 unknown check\n",
     )
-    parser.add_argument("words", nargs="*", default=[], help="only the checks whose names contain all of these words")
-    parser.add_argument("--json", action="store_true", default=False, help="print it as JSON")
+    parser.add_argument(
+        "words", nargs="*", default=[], metavar="word", help="run only checks whose names contain all of these words"
+    )
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
     return parser
 
 

@@ -20,15 +20,16 @@ def make_parser(prog: str | None = None) -> Parser:
     parser = Parser(
         prog=prog or "python -m stable_diffusion convert",
         usage="%(prog)s model dest [flags]",
-        description="Write a model as a folder that loads at once.",
+        description="Convert a model to a folder that loads at once.",
+        examples=("sd15 sd15-small -q", "model.safetensors model/ --dtype float32"),
     )
-    parser.add_argument("model", help="what to convert: a name, a Hub id, a folder or a file")
-    parser.add_argument("dest", help="the folder to write, in diffusers layout; it must not exist")
-    about = "Beside the model, and of what precision it becomes."
-    parser.add_flags("what is read", about, FLAGS["model"], left_out={"model", "lora_dir", "embedding"})
-    add = parser.add_argument_group("what is written", "The form of the files.").add_argument
-    add("--dtype", choices=CHOICES["dtype"], help="of the UNet and the text encoders (float16)")
-    about = "of a file of weights, beyond which there are several (5GB)"
+    parser.add_argument("model", help="model to convert: a name, a Hub id, a folder or a file")
+    parser.add_argument("dest", help="new folder to write, in diffusers layout")
+    about = "Choose parts, LoRAs and quantization."
+    parser.add_flags("input", about, FLAGS["model"], left_out={"model", "lora_dir", "embedding"})
+    add = parser.add_argument_group("files", "Set precision and size of the files.").add_argument
+    add("--dtype", choices=CHOICES["dtype"], help="number format of the UNet and text encoders (default: float16)")
+    about = "split files of weights above this size (default: 5GB)"
     add("--max_shard_size", type=file_size, default=MAX_SHARD_SIZE, metavar="SIZE", help=about)
     return parser
 

@@ -2,8 +2,8 @@
 
 A flag has the name of a field of ``Request``, ``Options``, ``Resources``, ``OutputSettings``, ``PreviewSettings`` or
 ``SharingSettings``, or is read in ``arguments`` alone, such as --prompt_file. Its type, limits and choices are in the
-tables at the end of ``parser``. "--flag VALUE ..." may be given again. A flag without a value is a switch, or has
-choices there.
+tables at the end of ``values``. "--flag VALUE ..." may be repeated. A flag without a value is a switch, or has
+choices there. A default ends the help text, as "(default: 4)"; "the model's" is the value in the checkpoint.
 """
 
 from ..app.engine import TEXT_BITS, UNET_BITS
@@ -12,185 +12,200 @@ from ..models.controlnet import UNION_TYPES
 from ..weights import catalog
 from ..weights.parts import NETWORKS
 
+# --help lists these, --help_all all flags.
+EVERYDAY = ("model", "negative_prompt", "seed", "steps", "cfg", "width", "height", "n_images", "output", "quantize")
+
 ABOUT = {
-    "picture": "What to show and how to make it. What is not given, the model decides.",
-    "prompt": "How prompts are read: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, ...",
-    "sizes": "SDXL draws as if cut from a picture of such a size; others read none of it.",
-    "a part of the image": "Make only that anew, or more around it.",
-    "ControlNet": "Steer by another image: its edges, its depth, a pose.",
-    "image prompts": "Show what to draw, beside the prompt, by an IP-Adapter for SD 1.5 or SDXL.",
-    "second pass": "Work again on the result.",
-    "model": "What makes the picture, and from which files.",
-    "memory and time": "How to run it where there is little of either.",
-    "output": "Where the images go, and what is said of them.",
-    "preview": "What a run has come to, while it goes on and from step to step.",
-    "several Macs": "Share the images among the processes that mlx.launch starts.",
+    "image": "Set noise, guidance, sampler and input image.",
+    "prompt": "Read prompts: (a:1.3), {one|other}, [from:to:0.4], AND, BREAK, ...",
+    "sizes": "Condition SDXL on the size of a training picture. Other models ignore these.",
+    "a part of the image": "Repaint a part of the image, or paint borders around it.",
+    "ControlNet": "Fix the composition by a control image: edges, a depth map, a pose.",
+    "image prompts": "Use a picture as a prompt, by an IP-Adapter for SD 1.5 or SDXL.",
+    "second pass": "Refine, enlarge or repair the image.",
+    "model": "Choose the model and its files.",
+    "memory and time": "Save memory and time, choose device and precision.",
+    "output": "Set names, formats and metadata of the files, and messages.",
+    "preview": "Watch the image during the run.",
+    "several Macs": "Distribute the images over the processes that mlx.launch starts.",
 }
 FLAGS = {
-    "picture": {
-        "--negative_prompt TEXT": "what to steer away from",
-        "--width PIXELS": "a multiple of 8",
-        "--height PIXELS": "a multiple of 8",
-        "--n_images N": "images of each prompt (4), and of each setting of lists (1)",
-        "--seed N": "of the first image, the others count on from it (-1, random); or of each image, as a list: 1,2,3 "
-        "or 1-20. --steps, --cfg, --sampler and image2image's strength take lists too: a grid shows every combination",
-        "--noise_source --rng": "where a seed's noise is from, for the same picture as another program: torch is "
-        "diffusers' and ComfyUI's, cuda AUTOMATIC1111's (mlx)",
-        "--eta_noise_seed_delta --ensd N": "added to the seed for the noise that samplers add, as A1111's ENSD (0)",
-        "--variation_strength SHARE": "how far to turn the noise of the seed towards that of another one, 0 to 1, to "
-        "vary a picture; all images have the same --seed then, and their variation seeds count on (0); or a list",
-        "--variation_seed N": "of the first image, the others count on from it (random); or a list",
-        "--fixed_seed": "start every prompt from the same seed, not from the next one",
-        "--steps N": "sampler steps",
-        "--cfg SCALE": "how closely to follow the prompt; 1 and below is no guidance",
-        "--guidance_interval START,END": "shares of the steps with guidance; the others take half the time (0,1)",
-        "--guidance_rescale FRACTION": "bring the contrast of guided images back, 0 to 1 (0.7 for models with zero "
-        "terminal SNR and v-prediction, 0 for others)",
-        "--pag_scale SCALE": "of perturbed-attention guidance, such as 3, with --cfg or alone; a half more time (0)",
-        "--pag_layers NAME,...": "parts of the UNet that it perturbs: mid, down, up_blocks.0 ... (mid)",
-        "--freeu B1,B2,S1,S2": "factors of FreeU for the UNet's backbone and its skips, such as "
-        "1.5,1.6,0.9,0.2 with SD 1 (off)",
-        "--deep_cache N": "faster, inexact: whole UNet every N steps (1)",
-        "--token_merging SHARE": "of positions, up to 0.75, that large self-attentions merge: faster, inexact (0)",
-        "--seamless": "axes along which the edges of the picture meet, for patterns",
-        "--sampler NAME": "how to denoise, see --list_samplers",
-        "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may name one too",
-        "--eta SHARE": "of fresh noise, 0 to 1, for the samplers that have one",
-        "--s_churn N": "noise that euler and heun add before each step: N / steps of what there is, up to 0.41 (0)",
-        "--s_tmin SIGMA": "the lowest noise level at which they do (0)",
-        "--s_tmax SIGMA": "the highest (no limit)",
-        "--s_noise FACTOR": "on all noise that samplers add (1)",
-        "--order N": "order of the method, 1 to 4, for the samplers that have several (the sampler's own)",
-        "--resize": "how a given image comes to the size: cut to fill it, fitted into it, or stretched (crop)",
-        "--strength SHARE": "how far to go from the image: above 0, where little changes, to 1, where nothing is left "
-        "of it (0.9; 1 with --expand and for models made for masks or instructions)",
-        "--image_cfg SCALE": "the same as --cfg for the image, for models for instructions (1.5)",
+    "image": {
+        "--negative_prompt TEXT": "content to avoid; works with guidance only (--cfg above 1)",
+        "--width PIXELS": "width, a multiple of 8 (default: the model's, or the input image's)",
+        "--height PIXELS": "height, a multiple of 8 (default: the model's, or the input image's)",
+        "--n_images N": "images per prompt (default: 4, or 1 per combination of lists)",
+        "--seed N": "seed of the first image; the next ones use seed+1, ...; a list gives one image per seed: 1,2,3 or "
+        "1-20 (default: -1, random)",
+        "--noise_source --rng": "draw the noise of a seed as another program does: torch for diffusers and ComfyUI, "
+        "cuda for AUTOMATIC1111 (default: mlx)",
+        "--eta_noise_seed_delta --ensd N": "add N to the seed for the noise that samplers add, as A1111's ENSD "
+        "(default: 0)",
+        "--variation_strength FRACTION": "vary one image: turn its noise by this fraction, 0 to 1, towards that of the "
+        "variation seed; all images then have the same --seed; or a list (default: 0)",
+        "--variation_seed N": "variation seed of the first image; the next ones use N+1, ...; or a list (default: "
+        "random)",
+        "--fixed_seed": "start every prompt from the same seed",
+        "--steps N": "denoising steps; a grid compares those of a list such as 4,8 (default: the model's)",
+        "--cfg SCALE": "classifier-free guidance scale: higher values follow the prompt more closely, 1 and below turn "
+        "guidance off; or a list (default: the model's)",
+        "--guidance_interval START,END": "limit guidance to these fractions of the steps; the other steps take half "
+        "the time (default: 0,1)",
+        "--guidance_rescale FRACTION": "restore the contrast of guided images, 0 to 1 (default: 0.7 for models with "
+        "zero terminal SNR and v-prediction, 0 for others)",
+        "--pag_scale SCALE": "scale of perturbed-attention guidance (PAG), such as 3, with --cfg or alone; takes 50 %% "
+        "more time (default: 0)",
+        "--pag_layers NAME,...": "perturb these parts of the UNet: mid, down, up_blocks.0 ... (default: mid)",
+        "--freeu B1,B2,S1,S2": "scale the UNet's backbone (B) and skip connections (S) by FreeU, such as "
+        "1.5,1.6,0.9,0.2 with SD 1 (default: off)",
+        "--deep_cache N": "run the full UNet every N steps and reuse its deep features in between (DeepCache): faster, "
+        "inexact (default: 1)",
+        "--token_merging FRACTION": "merge this fraction of similar tokens, up to 0.75, in the large self-attentions "
+        "(ToMe): faster, inexact (default: 0)",
+        "--seamless": "make a pattern: opposite edges match along these axes",
+        "--sampler NAME": "sampler, see --list_samplers; or a list (default: the model's)",
+        "--schedule NAME": f"curve of the noise levels: {', '.join(SCHEDULES)}; a sampler's name may include it "
+        "(default: the model's)",
+        "--eta FRACTION": "fraction of fresh noise, 0 to 1, for samplers with eta (default: the sampler's)",
+        "--s_churn N": "raise the noise level before each step of euler and heun by the fraction N / steps, at most "
+        "0.41 (default: 0)",
+        "--s_tmin SIGMA": "lowest noise level for --s_churn (default: 0)",
+        "--s_tmax SIGMA": "highest noise level for --s_churn (default: no limit)",
+        "--s_noise FACTOR": "scale all noise that samplers add (default: 1)",
+        "--order N": "order of the method, 1 to 4, for samplers with several (default: the sampler's)",
+        "--resize": "resize input images: crop to fill the size, pad to fit into it, or stretch (default: crop)",
+        "--strength FRACTION": "how much to change the image, above 0 to 1: 0.3 keeps most of it, 1 ignores it; or a "
+        "list (default: 0.9; 1 with --expand and for inpainting and instruction models)",
+        "--image_cfg SCALE": "guidance scale towards the image, for instruction models (default: 1.5)",
     },
     "prompt": {
-        "--prompt -p TEXT": "the prompt, in place of the one without a flag",
-        "--prompt_2 TEXT": "the prompt for XL's second text encoder (the same)",
-        "--negative_prompt_2 TEXT": "the negative prompt for XL's second text encoder (the same)",
-        "--clip_skip N": "layers to leave out at the encoder's end (0)",
-        "--emphasis": "how weights act: on the encoded words, keeping their mean; on what is taken from them; or "
-        "brackets are text (mean)",
+        "--prompt -p TEXT": "give the prompt as a flag",
+        "--prompt_2 TEXT": "prompt for XL's second text encoder (default: the prompt)",
+        "--negative_prompt_2 TEXT": "negative prompt for XL's second text encoder (default: the negative prompt)",
+        "--clip_skip N": "omit the last N layers of the text encoder (default: 0)",
+        "--emphasis": "apply weights such as (a:1.3): mean scales the embeddings and restores their mean, values "
+        "scales the attention values, none reads brackets as text (default: mean)",
         "--weight_blocks": 'read "a red:2 cat:1" as blocks with weights',
         "--truncate": "cut a prompt after its first 75 tokens",
-        "--alternatives": 'of "a {red|blue} cat": make every one, or one that the seed chooses (all)',
-        "--prompt_file FILE": "a prompt on each line, with options of its own if it likes",
-        "--from_image FILE": "make this picture again; flags, and a prompt, take the place of what it says",
-        "--without FLAG ...": "leave out this flag of --from_image's picture, such as lora; may be given again",
-        "--trust": "with --from_image: use all files and models that the picture names, also those that it does not "
-        "prove to know by a hash and those that have to be downloaded",
-        "--wildcards DIR": "read __name__ in prompts as the lines of DIR/name.txt",
+        "--alternatives": 'expand "a {red|blue} cat" into all prompts, or one chosen by the seed (default: all)',
+        "--prompt_file FILE": "read a prompt from each line; flags of a line, such as --steps 30, are for that prompt",
+        "--from_image FILE": "repeat the run that this image records; flags and a prompt override the record",
+        "--without FLAG ...": "ignore this recorded flag of --from_image, such as lora; repeatable",
+        "--trust": "with --from_image: use all recorded models and files, even downloads and files without a matching "
+        "hash",
+        "--wildcards DIR": "replace __name__ in prompts by the lines of DIR/name.txt",
     },
     "sizes": {
-        "--original_size WIDTHxHEIGHT": "size of that picture before it was resized (the image's)",
-        "--crop LEFT,TOP": "the upper left corner of the cut (0,0)",
-        "--target_size WIDTHxHEIGHT": "its size after it was resized (the image's)",
-        "--negative_original_size WIDTHxHEIGHT": "for the negative prompt (--original_size)",
-        "--negative_crop LEFT,TOP": "for the negative prompt (--crop)",
-        "--negative_target_size WIDTHxHEIGHT": "for the negative prompt (--target_size)",
-        "--aesthetic_score SCORE": "for SDXL's refiner: how beautiful, about 1 to 10 (6)",
-        "--negative_aesthetic_score SCORE": "for the negative prompt (2.5)",
+        "--original_size WIDTHxHEIGHT": "size of that picture before resizing (default: the image's)",
+        "--crop LEFT,TOP": "upper left corner of its crop (default: 0,0)",
+        "--target_size WIDTHxHEIGHT": "its size after resizing (default: the image's)",
+        "--negative_original_size WIDTHxHEIGHT": "same for the negative prompt (default: --original_size)",
+        "--negative_crop LEFT,TOP": "same for the negative prompt (default: --crop)",
+        "--negative_target_size WIDTHxHEIGHT": "same for the negative prompt (default: --target_size)",
+        "--aesthetic_score SCORE": "aesthetic score for SDXL's refiner, about 1 to 10 (default: 6)",
+        "--negative_aesthetic_score SCORE": "same for the negative prompt (default: 2.5)",
     },
     "a part of the image": {
-        "--mask FILE": "make anew what is white in this image, keep what is black, blend grey",
-        "--invert_mask": "make anew what is black",
-        "--mask_blur PIXELS": "soften the edges of the mask (0)",
-        "--mask_padding PIXELS": "work on the mask and so much around it, at the model's own size (on all of it)",
-        "--no_composite": "write what the model made, also where the image is kept",
-        "--expand L,T,R,B": "paint borders of so many pixels around the image",
-        "--depth FILE": "depth map for models made for it, lighter is nearer (estimated)",
+        "--mask FILE": "repaint the white areas of this image, keep the black ones, blend grey",
+        "--invert_mask": "repaint the black areas and keep the white ones",
+        "--mask_blur PIXELS": "soften the edges of the mask (default: 0)",
+        "--mask_padding PIXELS": "crop the masked region with this padding and repaint it at the model's own size "
+        "(default: repaint without a crop)",
+        "--no_composite": "write the model's output unchanged, also in the kept areas",
+        "--expand L,T,R,B": "paint borders of this many pixels around the image",
+        "--depth FILE": "depth map for depth models, lighter is nearer (default: estimated)",
     },
     "ControlNet": {
-        "--controlnet NET[:SCALE] ...": "id, folder or file of a ControlNet, how strong it is (1); may be given again",
-        "--control_image FILE ...": "what it is shown; once for each, or for all",
-        "--canny": "show it the edges of that image",
-        "--control_start SHARE ...": "of the steps, when it begins (0)",
-        "--control_end SHARE ...": "of the steps, when it ends (1)",
-        "--control_type TYPE ...": f"what a union ControlNet is shown: {', '.join(UNION_TYPES)}, or its number; once "
-        "for each, or for all",
-        "--guess_mode": "let it steer without the help of the prompt",
+        "--controlnet NET[:SCALE] ...": "use this ControlNet (Hub id, folder or file) at this strength; repeatable "
+        "(default: 1)",
+        "--control_image FILE ...": "control image; once per ControlNet, or one for all",
+        "--canny": "detect the edges of the control image first (Canny)",
+        "--control_start FRACTION ...": "start control after this fraction of the steps (default: 0)",
+        "--control_end FRACTION ...": "end control after this fraction of the steps (default: 1)",
+        "--control_type TYPE ...": f"kind of control image, for a union ControlNet: {', '.join(UNION_TYPES)}, or its "
+        "number; once per ControlNet, or one for all",
+        "--guess_mode": "ControlNet guess mode: ignore the prompt",
     },
     "image prompts": {
-        "--ip_adapter NET[:SCALE] ...": "file or ID:FILE of an IP-Adapter, how strong it is (1); may be given again",
-        "--ip_image FILE[,FILE] ...": "the picture that it is shown, or several together; once for each, or for all",
-        "--ip_start SHARE ...": "of the steps, when it begins (0)",
-        "--ip_end SHARE ...": "of the steps, when it ends (1)",
-        "--ip_blocks PARTS ...": "parts of the UNet that it acts on: style, layout or style+layout for SDXL, or parts "
-        "with factors, such as up_blocks.0=1,mid=0.5 (all)",
-        "--ip_mask FILE ...": "act where this image is white; once for each, or for all",
+        "--ip_adapter NET[:SCALE] ...": "use this IP-Adapter (file or ID:FILE) at this strength; repeatable (default: "
+        "1)",
+        "--ip_image FILE[,FILE] ...": "picture for the IP-Adapter, or several together; once per adapter, or one for "
+        "all",
+        "--ip_start FRACTION ...": "start the image prompt after this fraction of the steps (default: 0)",
+        "--ip_end FRACTION ...": "end the image prompt after this fraction of the steps (default: 1)",
+        "--ip_blocks PARTS ...": "limit the adapter to parts of the UNet: style, layout or style+layout for SDXL, or "
+        "parts with factors, such as up_blocks.0=1,mid=0.5 (default: all)",
+        "--ip_mask FILE ...": "limit the adapter to the white area of this image; once per adapter, or one for all",
     },
     "second pass": {
-        "--refiner MODEL": "a model that does the last steps, such as sdxl-refiner",
-        "--refiner_start SHARE": "of the noise that is gone when it begins (0.8)",
-        "--hires FACTOR": "enlarge the image so much and work on it again",
-        "--hires_strength SHARE": "how much that changes it (0.5)",
-        "--hires_steps N": "sampler steps, of which it takes that share (--steps)",
-        "--hires_upscaler METHOD": "what is enlarged: latents, or the decoded pixels, which changes less; or the file "
-        "of a network that enlarges these, as for --upscale (latents)",
+        "--refiner MODEL": "denoise the last steps with this model, such as sdxl-refiner",
+        "--refiner_start FRACTION": "switch to the refiner after this fraction of the denoising (default: 0.8)",
+        "--hires FACTOR": "enlarge the image by this factor and denoise it again",
+        "--hires_strength FRACTION": "how much the second pass may change (default: 0.5)",
+        "--hires_steps N": "steps of the second pass before --hires_strength is applied (default: --steps)",
+        "--hires_upscaler METHOD": "enlarge latents, or pixels, which changes less, or by the network in a file, as "
+        "for --upscale (default: latents)",
         "--upscale FILE": "enlarge the finished image by this network: an ESRGAN, Real-ESRGAN or SRVGG",
-        "--detail PLACE ...": "work again on a box X,Y,W,H of the finished picture, on the parts of the mask (mask) or "
-        "on the boxes in a detector's file of JSON; without --strength all else of a given image stays; may be given "
-        "again",
-        "--detail_prompt TEXT": "what to show there (the prompt)",
-        "--detail_strength SHARE": "how much that changes it (0.4)",
-        "--detail_padding PIXELS": "what is seen around it (32)",
+        "--detail PLACE ...": "redraw a box X,Y,W,H of the finished image, the parts of the mask (mask), or the boxes "
+        "in a detector's JSON file; without --strength the rest of an input image is kept; repeatable",
+        "--detail_prompt TEXT": "prompt for the details (default: the prompt)",
+        "--detail_strength FRACTION": "how much to change the details (default: 0.4)",
+        "--detail_padding PIXELS": "context around each detail (default: 32)",
     },
     "model": {
-        "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, a folder or a file with a checkpoint (sdxl)",
-        "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
-        "--lora LORA[:SCALE] ...": "file, folder or id of a LoRA, and how much of it to add (1), also as "
-        "TEXT_ENCODERS:UNET; may be given again",
-        "--lora_partial": "take what fits of a LoRA, where some of it does not",
-        **{f"--{name} PART": f"an id, folder or file with another {name}" for name in NETWORKS},
-        "--tokenizer DIR": "a folder with vocab.json and merges.txt, for a file that has none",
-        "--prediction": "what the UNet predicts (what the checkpoint says)",
-        "--quantize -q": f"text encoders to {TEXT_BITS} bits, the UNet to {UNET_BITS}",
-        "--unet_bits": "quantize the UNet to so many bits",
-        "--text_bits": "quantize the text encoders to so many bits",
-        "--lora_dir DIR ...": "a folder with LoRAs, also in its sub-folders, for <lora:name:0.8> in prompts; may be "
-        "given again",
-        "--embedding FILE[=WORD] ...": "a textual inversion, and its word in prompts (its own); may be given again",
+        "--model MODEL": f"one of {', '.join(catalog.ALIASES)}; a Hub id, folder or checkpoint file (default: sdxl)",
+        "--revision REVISION": "branch, tag or commit of a Hub repository (default: main)",
+        "--lora LORA[:SCALE] ...": "add a LoRA (file, folder or Hub id) at this scale, or at TEXT_ENCODERS:UNET; "
+        "repeatable (default: 1)",
+        "--lora_partial": "apply the matching layers of a LoRA and skip the rest",
+        **{f"--{name} PART": f"use another {name}: a Hub id, folder or file" for name in NETWORKS},
+        "--tokenizer DIR": "folder with vocab.json and merges.txt, for a checkpoint without a tokenizer",
+        "--prediction": "prediction type of the UNet (default: the checkpoint's)",
+        "--quantize -q": f"quantize the UNet to {UNET_BITS} bits and the text encoders to {TEXT_BITS}: less memory",
+        "--unet_bits": "quantize the UNet to this many bits",
+        "--text_bits": "quantize the text encoders to this many bits",
+        "--lora_dir DIR ...": "folder of LoRAs, also in subfolders, for <lora:name:0.8> in prompts; repeatable",
+        "--embedding FILE[=WORD] ...": "add a textual inversion under this word; repeatable (default: its own word)",
     },
     "memory and time": {
-        "--low_memory": "keep only the networks in memory that are being used",
-        "--memory_limit GB": "memory to make do with (most of the machine's)",
-        "--batch_size N": "images to make at once, of several prompts too (as many as memory allows, up to 8)",
-        "--decoding_batch_size N": "images to decode at once (1)",
-        "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
-        "--cpu": "the same as --device cpu",
-        "--dtype": "in which type; bfloat16 does not overflow, but rounds 8 times as much as float16 (float16 on a "
-        "GPU, float32 on a CPU)",
-        "--no_float16": "the same as --dtype float32",
-        "--exact": "half precision without Winograd's convolutions on a Mac: slower, a 36th of their rounding error",
-        "--preload_models": "read all weights before the first step",
+        "--low_memory": "load each network only while it is needed",
+        "--memory_limit GB": "memory budget in GB (default: 75 %% of RAM, at most 90 %% of Metal's recommendation)",
+        "--batch_size N": "images to denoise at once, also of several prompts (default: up to 8, as memory allows)",
+        "--decoding_batch_size N": "images to decode at once (default: 1)",
+        "--device": "device (default: SD_DEVICE in the environment, else a GPU if present)",
+        "--cpu": "same as --device cpu",
+        "--dtype": "number format; bfloat16 does not overflow, but rounds 8 times as much as float16 (default: float16 "
+        "on a GPU, float32 on a CPU)",
+        "--no_float16": "same as --dtype float32",
+        "--exact": "avoid Winograd convolutions in half precision on a Mac: slower, 1/36 of the rounding error",
+        "--preload_models": "load all weights before the first step",
     },
     "output": {
-        "--output PATH": "a file: several images are numbered, this is their grid; a folder; or a pattern of {i} "
+        "--output PATH": "a file (several images are numbered, and this is their grid), a folder, or a pattern of {i} "
         "{seed} {prompt} {steps} {cfg} {sampler} {width} {height} {model} {date} {time}, such as "
-        "cats/{seed}_{prompt}.png; a number follows where the name is taken (out.png)",
-        "--overwrite": "replace files that have the name",
-        "--no_grid": "write no grid of several images",
-        "--n_rows N": "rows of the grid (1)",
-        "--json": "print an object in JSON for each file, not its path and seed",
-        "--quality N": "of JPEG and WebP, 1 to 100 (95)",
-        "--no_metadata": "write nothing into the images of how they were made",
-        "--full_paths": "write the whole paths of files into the images, not their names alone",
-        "--safety_check": "write no image that the checkpoint's safety checker flags, and say how many these are",
-        "--safety_model PART": "an id, folder or file with another safety checker (the checkpoint's)",
-        "--verbose -v": "say what is chosen, and how much memory was used",
+        "cats/{seed}_{prompt}.png; a number is added to an existing name (default: out.png)",
+        "--overwrite": "overwrite existing files",
+        "--no_grid": "omit the grid of several images",
+        "--n_rows N": "rows of the grid (default: 1)",
+        "--json": "print a JSON object for each file, not its path and seed",
+        "--quality N": "quality of JPEG and WebP, 1 to 100 (default: 95)",
+        "--no_metadata": "omit the settings from the image files",
+        "--full_paths": "record the full paths of files in the images, not only their names",
+        "--safety_check": "omit images that the checkpoint's safety checker flags, and print their number",
+        "--safety_model PART": "use another safety checker: a Hub id, folder or file (default: the checkpoint's)",
+        "--verbose -v": "print the settings chosen and the memory used",
     },
     "preview": {
-        "--preview PATH": "a file to rewrite after some steps, or a folder for a file each time",
-        "--preview_every N": "steps between previews (5)",
-        "--preview_vae VAE": "decode previews by this TAESD; they are small and coarse without",
-        "--stepwise FILE": "a .gif or .webp to write, that shows the images after each step",
+        "--preview PATH": "write the current estimate of the image every few steps: to a file, or to a folder as a new "
+        "file each time",
+        "--preview_every N": "steps between previews (default: 5)",
+        "--preview_vae VAE": "decode previews by this TAESD; without it they are small and coarse",
+        "--stepwise FILE": "write an animation of all steps, .gif or .webp",
     },
     "several Macs": {
-        "--share": "even: each Mac makes every n-th image; steal: whichever is done takes the next batch; guidance: "
-        "all work on each image together; off: each makes all of them (even)",
-        "--gather": "write all images and their grid on the first Mac too",
+        "--share": "even: each Mac makes every n-th image; steal: each Mac takes the next batch when it is done; "
+        "guidance: all work on each image together; off: each makes all images (default: even)",
+        "--gather": "also write all images and their grid on the first Mac",
     },
 }
 
@@ -204,5 +219,14 @@ FOREIGN = {  # what a script does not have
     "unconditional": {flag.split()[0][2:] for title, flags in FLAGS.items() if title not in _OF_ALL for flag in flags}
     - _WITHOUT_PROMPTS
     | {"preview_vae"},
+}
+HELP_OF = {  # the help of flags that one script alone reads in another way
+    "unconditional": {
+        "--model MODEL": "Hub id, folder or file of a model without prompts (default: google/ddpm-cat-256)",
+        "--width PIXELS": "width, a multiple of 8 (default: the model's)",
+        "--height PIXELS": "height, a multiple of 8 (default: the model's)",
+        "--n_images N": "number of images (default: 4, or 1 per combination of lists)",
+        "--from_image FILE": "repeat the run that this image records; flags override the record",
+    }
 }
 SWEPT = {"seed", "variation_seed", "variation_strength", "steps", "cfg", "sampler", "strength"}  # what takes lists

@@ -1,8 +1,8 @@
-"""Flags of other programs and what is given here in place of them.
+"""Translate flags of other programs: name the flag here, or what to do instead.
 
-Those are CompVis' scripts and their optimized forks, diffusers' arguments, AUTOMATIC1111's API, InvokeAI,
-stable-diffusion.cpp, candle, mflux and the like, and programs that train.
-Names are written with underscores, without hyphens before them.
+The names are from CompVis' scripts and their forks, diffusers' arguments, AUTOMATIC1111's API, InvokeAI,
+stable-diffusion.cpp, candle, mflux and similar programs, and from programs that train.
+Names are written with underscores, without leading hyphens.
 """
 
 _NAMES = {  # ours, or what to do: theirs
@@ -32,7 +32,7 @@ _NAMES = {  # ours, or what to do: theirs
     "--schedule karras": "karras use_karras_sigmas karras_sigmas",
     "--eta": "ddim_eta",
     "--strength": "denoise denoising_strength denoise_strength img2img_strength prompt_strength",
-    "--strength (1 leaves nothing of the image)": "image_strength init_image_strength",
+    "--strength (1 ignores the image)": "image_strength init_image_strength",
     "--mask": "mask_image mask_path mask_img init_mask masked_image_path",
     "--mask_padding": "inpaint_full_res_padding inpaint_full_res padding_mask_crop",
     "--invert_mask": "inpainting_mask_invert",
@@ -88,13 +88,17 @@ _NAMES = {  # ours, or what to do: theirs
     "--preview_vae": "taesd tae",
     'give the image as the first word: image2image IMAGE "prompt"': "i I init init_img init_image image image_path "
     "img img2img image_paths input input_image",
-    "programs differ in what it means; write --n_images or --negative_prompt": "n",
-    "programs differ in what it means; write --seed or --steps": "s",
-    "leave it out, memory and speed are decided here": "turbo unet_bs xformers use_flash_attn flash_attn fa "
+    "programs differ in its meaning; write --n_images or --negative_prompt": "n",
+    "programs differ in its meaning; write --seed or --steps": "s",
+    "omit it, memory and speed are set automatically": "turbo unet_bs xformers use_flash_attn flash_attn fa "
     "diffusion_fa t opt_sdp_attention opt_split_attention threads mmap tracing channels_last",
-    "leave it out, the model decides it": "config C f laion400m",
-    "leave it out, there is no safety checker": "safety_checker disable_safety_checker no_nsfw_filter nsfw_checker",
-    "leave it out, images always say how they were made": "metadata save_metadata",
+    "omit it, the model sets it": "config C f laion400m",
+    "--safety_check": "safety_checker nsfw_checker nsfw_filter filter_nsfw",
+    "--safety_model": "safety_checker_path safety_checker_model",
+    "omit it, the safety check is off by default": "disable_safety_checker no_safety_checker skip_safety_checker "
+    "no_safety_check skip_safety_check no_nsfw_filter no_nsfw_checker disable_nsfw_checker allow_nsfw disable_safety",
+    "omit it, images record their settings by default": "metadata save_metadata",
+    "--no_metadata": "disable_metadata skip_metadata",
     "write it as the suffix of --output: .png, .jpg or .webp": "format image_format output_format",
 }
 _TRAINING_NAMES = {  # those of kohya's scripts, diffusers' examples, mlx-examples and mflux

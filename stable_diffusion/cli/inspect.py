@@ -71,11 +71,13 @@ def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of this command line, under the name ``prog``."""
     parser = Parser(
         prog=prog or "python -m stable_diffusion inspect",
-        description="Say what a model, a part of one or a LoRA is, or how an image was made.",
+        usage="%(prog)s path [flags]",
+        description="Describe a model, a network or a LoRA, or print the settings of an image.",
+        examples=("out.png", "model.safetensors", "sd15 --json"),
     )
-    parser.add_argument("path", help="a folder, a file, an image, an alias, or a Hub id that is in the cache")
-    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hub repository (main)")
-    parser.add_argument("--json", action="store_true", default=False, help="print it as JSON")
+    parser.add_argument("path", help="folder, file, image, alias, or Hub id in the cache")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a Hub repository (default: main)")
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
     return parser
 
 

@@ -4,60 +4,79 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
-from typing import Any, NoReturn, TypeVar
+from shutil import get_terminal_size
+from textwrap import wrap
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..app.detail import read_places
-from ..app.request import CHOICES, COUNT, FRACTION, MOST_IMAGES, NUMBERS, SIZES
-from ..app.sharing import SHARES
-from ..diffusion.choice import read_name, read_schedule, table
-from ..diffusion.generators import NOISE_SOURCES
-from ..diffusion.image_prompts import read_scales
-from ..lora.delta import Scale
+from ..diffusion.choice import table
 from ..models import check_mlx
-from ..models.cpu import DEVICES
-from ..models.seamless import SEAMLESS
-from ..options import Number, SettingError
-from ..weights.files import PREDICTIONS
-from ..weights.quantize import FORMATS
-from .flags import ABOUT, FLAGS, FOREIGN, SWEPT
+from ..options import SettingError
+from .flags import ABOUT, EVERYDAY, FLAGS, FOREIGN, HELP_OF
 from .foreign_flags import COUNTERPARTS
 from .streams import in_one_line, say
+from .values import CHOICES_OF_FLAGS, TYPES, text
 
-T = TypeVar("T")
 _HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
 _UNREAD = 141  # 128 and SIGPIPE, of which a command dies that knows nothing of it
-_EPILOG = """\
-Flags may also be written with hyphens: --n-images is --n_images.
-
-examples:
-{}
-
-exit codes:
-  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
-"""
-_EXAMPLES = {
-    "txt2image": """\
-  %(prog)s "a lighthouse in a storm, oil painting" --model sd15
-  %(prog)s "a red circle on a blue background" --model tiny --seed 7
-  %(prog)s "a harbour at dawn" -q --low_memory --output harbour.png""",
-    "image2image": """\
-  %(prog)s photo.jpg "a lit fireplace" --strength 0.5
-  %(prog)s photo.jpg "a green door" --mask door.png --mask_padding 32
-  %(prog)s photo.jpg "a wide beach" --expand 128,0,128,0 --seed 7""",
-    "unconditional": """\
-  %(prog)s --model google/ddpm-cat-256 --sampler ddim --steps 50
-  %(prog)s --model CompVis/ldm-celebahq-256 --output face.png""",
+_EXAMPLES = {  # the first one runs without a download
+    "txt2image": (
+        '"a red circle" --model tiny',
+        '"a lighthouse in a storm" --model sd15',
+        '"a harbour at dawn" -q --low_memory',
+    ),
+    "image2image": (
+        'photo.jpg "a fireplace" --strength 0.5',
+        'photo.jpg "a door" --mask door.png',
+        'photo.jpg "a lake" --expand 128,0,128,0',
+    ),
+    "unconditional": (
+        "--model google/ddpm-cat-256 --seed 7",
+        "--model CompVis/ldm-celebahq-256",
+    ),
 }
 _SCRIPTS = {  # the words of their usage, and what they do
-    "txt2image": (['"prompt"'], "Make images from a prompt."),
+    "txt2image": (['"prompt"'], "Draw images from a prompt."),
     "image2image": (["image", '"prompt"'], "Change an image towards a prompt."),
-    "unconditional": ([], "Make images with a model that reads no prompt."),
+    "unconditional": ([], "Draw images with a model that reads no prompt."),
 }
+EXIT_CODES = "exit codes:\n  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted\n"
+_ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
+_CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
+_EVERYDAY = "everyday flags"  # the group that --help shows, where there is one
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Format help for 80 columns: a script after "python", short flags first, the value once."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        options |= {"max_help_position": 26, "width": min(80, get_terminal_size().columns) - 2}
+        super().__init__(_command(prog), **options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(sorted(action.option_strings, key=len))
+        default = self._get_default_metavar_for_optional(action)
+        return names if action.nargs == 0 else f"{names} {self._format_args(action, default)}"
+
+
+def _command(prog: str) -> str:
+    """Return the words that a user types for the program ``prog``."""
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+class _HelpAll(argparse.Action):
+    """Print the help of all flags, and exit."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        parser.say(parser.format_help(has_all=True), end="")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,18 +87,39 @@ class Parser(argparse.ArgumentParser):
     """
 
     where = ""
+    hint = "--help: all flags"  # ends the usage that a command without arguments prints
     counterparts: Mapping[str, str] = COUNTERPARTS  # names of flags in other programs -> flags here
 
-    def __init__(self, **options: Any) -> None:
-        self.types, self.choices = _TYPES, _CHOICES
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
+    def __init__(self, *, examples: Sequence[str] = (), codes: str = EXIT_CODES, **options: Any) -> None:
+        self.types, self.choices, self.examples = TYPES, CHOICES_OF_FLAGS, examples
+        if examples:
+            lines = ["examples:", *(f"  %(prog)s {example}" for example in examples), "", codes]
+            options["epilog"] = options.get("epilog", "") + "\n".join(lines)
+        super().__init__(formatter_class=HelpFormatter, argument_default=argparse.SUPPRESS, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first of a list: --seed -1,5
         if self.add_help:
             version = f"stable-diffusion-mlx {__version__}"
-            self.add_argument("--version", action="version", version=version, help="print the version and leave")
+            self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
-    def add_flags(self, title: str, about: str, flags: Mapping[str, str], left_out: Collection[str] = ()) -> None:
+    def add_groups(
+        self,
+        groups: Mapping[str, Mapping[str, str]],
+        about: Mapping[str, str],
+        everyday: Sequence[str] = (),
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Add groups of flags, except those with the names ``left_out``; ``everyday`` ones are a group for --help."""
+        usages = {usage.split()[0][2:]: (usage, text) for flags in groups.values() for usage, text in flags.items()}
+        if everyday:
+            self.hint = "--help: everyday flags; --help_all: all of them"
+            self.add_argument("--help_all", action=_HelpAll, nargs=0, help="print all flags, by task, and exit")
+            self.add_flags(_EVERYDAY, None, dict(usages[name] for name in everyday), left_out)
+        for title, flags in groups.items():
+            self.add_flags(title, about[title], flags, {*left_out, *everyday})
+
+    def add_flags(
+        self, title: str, about: str | None, flags: Mapping[str, str], left_out: Collection[str] = ()
+    ) -> None:
         """Add a group of flags (usage -> help), except those with the names ``left_out``."""
         group = None
         for usage, help_text in flags.items():
@@ -101,9 +141,29 @@ class Parser(argparse.ArgumentParser):
             group = group or self.add_argument_group(title, about)
             group.add_argument(*names, help=help_text, **options)
 
+    def format_help(self, has_all: bool = False) -> str:
+        """Return the help: the everyday flags where there are some, else or with ``has_all`` all flags."""
+        formatter, groups = self._get_formatter(), [*self._action_groups]
+        groups.append(groups.pop(groups.index(self._optionals)))  # --help and --version stand last
+        is_short = not has_all and any(group.title == _EVERYDAY for group in groups)
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in groups:
+            if not is_short or group.title == _EVERYDAY or group in (self._positionals, self._optionals):
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+            if is_short and group.title == _EVERYDAY:
+                formatter.add_text("advanced: --help_all lists all flags, by task")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse arguments after hyphens in flags have become underscores."""
         words = list(sys.argv[1:] if args is None else args)
+        if not words and not self.where and self.examples and self._positionals._group_actions:
+            self.exit(2, self._brief_usage())
         end = words.index("--") if "--" in words else len(words)
         problems = [self._problem(word) for word in words[:end]]
         if found := [*dict.fromkeys(filter(None, problems))]:
@@ -130,6 +190,10 @@ class Parser(argparse.ArgumentParser):
         elif prompt is not None:
             text = f'words follow the prompt; put all of it in quotes: "{prompt[:100]} {words}"'
         self.error(text)
+
+    def _brief_usage(self) -> str:
+        """Return the usage in few lines, for a command without arguments."""
+        return f"{self.format_usage()}example: {_command(self.prog)} {self.examples[0]}\n{self.hint}\n"
 
     def _problem(self, word: str) -> str | None:
         """Return the name that a flag of another program has here, or one similar to an unknown flag."""
@@ -192,154 +256,19 @@ class _Once(argparse.Action):
 def script_parser(script: str, prog: str | None = None) -> Parser:
     """Return the parser of a script, a key of ``FOREIGN``, under the name ``prog`` (None: the process's)."""
     words, description = _SCRIPTS[script]
-    usage, epilog = " ".join(["%(prog)s", *words, "[flags]"]), _EPILOG.format(_EXAMPLES[script])
-    parser = Parser(prog=prog, usage=usage, description=description, epilog=epilog)
+    usage = " ".join(["%(prog)s", *words, "[flags]"])
+    parser = Parser(prog=prog, usage=usage, description=description, examples=_EXAMPLES[script])
     if "image" in words:
-        parser.add_argument("image", nargs="?", help="the image to start from (PNG, JPEG, WebP, ...)")
+        parser.add_argument("image", nargs="?", help="image to start from (PNG, JPEG, WebP, ...)")
     if '"prompt"' in words:
-        parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="what to show")
-    parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and leave")
-    for title, about in ABOUT.items():
-        parser.add_flags(title, about, FLAGS[title], left_out=FOREIGN[script])
+        parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="text to draw, in quotes")
+    parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and exit")
+    everyday = [name for name in EVERYDAY if name not in FOREIGN[script]]
+    texts = HELP_OF.get(script, {})
+    groups = {title: {usage: texts.get(usage, text) for usage, text in flags.items()} for title, flags in FLAGS.items()}
+    parser.add_groups(groups, ABOUT, everyday, FOREIGN[script])
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
     return parser
-
-
-# --- types: each reads a value from text, or says in one line what is wrong with it -----------------------------------
-
-
-def number(limits: Number, value: str) -> float:
-    """Return a number within limits."""
-    with suppress(ValueError):
-        if limits.accepts(read := limits.kind(value)):
-            return read
-    raise argparse.ArgumentTypeError(f"{value!r} is not {limits}")
-
-
-def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
-    """Return a value, or a tuple of those between commas: each once, or with ``ranges`` as given, 2-4 as 2, 3 and 4."""
-    result: list[T] = []
-    for part in value.split(","):
-        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
-        if ends is None:
-            result.append(one(part.strip()))
-            continue
-        first, last = map(one, ends.groups())
-        if first > last:
-            raise argparse.ArgumentTypeError(f"{part!r} goes down; write the smaller number first: {last}-{first}")
-        if last - first >= MOST_IMAGES:
-            raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_IMAGES} values; give fewer")
-        result += range(first, last + 1)
-    values = tuple(result if ranges else dict.fromkeys(result))
-    return values if len(values) > 1 else values[0]
-
-
-def name(read: Callable[[str], Any], value: str) -> Any:
-    """Return what ``read`` makes of a name, also as other programs write it."""
-    try:
-        return read(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def known(read: Callable[[str], Any], value: str) -> str:
-    """Return a value as it is written, if ``read`` can read it."""
-    name(read, value)
-    return value
-
-
-def text(value: str) -> str:
-    """Return text that is valid Unicode."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not valid Unicode; type it in UTF-8") from None
-    return value
-
-
-def gigabytes(value: str) -> float:
-    """Return bytes, from a number of GB such as 6."""
-    return 1e9 * number(_GIGABYTES, value)
-
-
-def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
-    """Return numbers within limits, as many as ``form`` has between commas or "x": "start,end in ...", for messages."""
-    with suppress(argparse.ArgumentTypeError):
-        parts = re.split("[x,]", value)
-        if len(parts) == len(re.split("[x,]", form.split()[0])):
-            return tuple(number(limits, part) for part in parts)
-    raise argparse.ArgumentTypeError(f"{value!r} is not {form}")
-
-
-def vertical_first(limits: Number, form: str, value: str) -> tuple[float, ...]:
-    """Return a size as (height, width), or a place as (top, left), from "width x height" or "left,top"."""
-    return numbers(limits, form, value)[::-1]
-
-
-def weighted(value: str) -> tuple[str, float]:
-    """Return a path and its weight: the number behind the last colon, or 1."""
-    path, weight = _WEIGHTED.fullmatch(value).groups()
-    return path, float(weight or 1)
-
-
-def lora(value: str) -> tuple[str, Scale]:
-    """Return a path and its scale: a number behind a colon, or two, for the text encoders and for the UNet."""
-    path, last = _WEIGHTED.fullmatch(value).groups()
-    path, first = _WEIGHTED.fullmatch(path).groups() if last else (path, None)
-    return path, float(last or 1) if first in (None, last) else (float(first), float(last))
-
-
-def bits(value: str) -> int | str:
-    """Return a number of bits, or the name of a quantization."""
-    return int(value) if value.isdecimal() else value
-
-
-def pictures(value: str) -> tuple[str, ...]:
-    """Return the paths between commas; a file whose name has commas is one."""
-    return (value,) if os.path.isfile(value) else tuple(value.split(","))
-
-
-_ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
-_CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
-_WEIGHTED = re.compile(r"(.*?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?", re.DOTALL)
-_RUN_NUMBERS = dict.fromkeys(("batch_size", "decoding_batch_size", "n_rows", "preview_every"), COUNT)
-_RUN_NUMBERS |= {"quality": Number(int, 1, 100)}
-_GIGABYTES = Number(float, 0, 9999, excludes_lowest=True)
-_CHOICES = CHOICES | {
-    "device": DEVICES,
-    "noise_source": NOISE_SOURCES,
-    "prediction": PREDICTIONS,
-    "seamless": SEAMLESS,
-    "share": SHARES,
-    "unet_bits": FORMATS,
-    "text_bits": FORMATS,
-}
-_TYPES = {name: partial(number, limits) for name, limits in (NUMBERS | _RUN_NUMBERS).items()}
-_TYPES |= {
-    "prompt": text,
-    "negative_prompt": text,
-    "prompt_2": text,
-    "negative_prompt_2": text,
-    "sampler": partial(known, read_name),
-    "schedule": partial(name, read_schedule),
-    "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
-    "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
-    "pag_layers": lambda value: tuple(value.split(",")),
-    "detail_prompt": text,
-    "detail": partial(name, read_places),
-    "ip_image": pictures,
-    "ip_blocks": partial(known, read_scales),
-    "expand": partial(numbers, NUMBERS["expand"], "left,top,right,bottom in pixels, such as 64,0,64,0"),
-}
-_SIZE, _PLACE = "WIDTHxHEIGHT in pixels, such as 1024x768", "left,top in pixels, such as 0,0"
-_TYPES |= {
-    name: partial(vertical_first, NUMBERS[name], _PLACE if "crop" in name else _SIZE)
-    for name in SIZES
-    if "score" not in name
-}
-_TYPES |= {name: partial(several, _TYPES[name], ranges=name == "seed") for name in SWEPT}
-_TYPES |= {"lora": lora, "controlnet": weighted, "ip_adapter": weighted, "memory_limit": gigabytes}
-_TYPES |= {"unet_bits": bits, "text_bits": bits}

@@ -8,41 +8,58 @@ from typing import Any
 
 from ..app.engine import Resources
 from ..app.library import Library, Limits, list_sources
-from ..app.request import COUNT, Request
+from ..app.request import COUNT, NUMBERS, Request
+from ..diffusion.choice import read_name
 from ..models import cpu
 from ..options import Number
 from .arguments import line_of
 from .flags import ABOUT
 from .flags import FLAGS as OF_SCRIPTS
-from .parser import Parser, number
+from .parser import Parser
 from .streams import remark, show_log
+from .values import known, number
 
 _log = logging.getLogger("stable_diffusion")
 
 _KEY = "SD_API_KEY"
+EVERYDAY = ("model", "models", "lora_dir", "host", "port", "api_key", "idle", "low_memory", "safety_check", "quantize")
 FLAGS = {
     "server": {
-        "--host ADDRESS": "address to listen on; another than the default demands --api_key (127.0.0.1)",
-        "--port N": "port to listen on (7860)",
-        "--api_key KEY": f"key that clients have to send, as Bearer or as Basic's password ({_KEY} in the environment)",
-        "--cors ORIGIN ...": "let pages of this origin call, such as http://localhost:3000; may be given again",
-        "--queue N": "jobs that may wait; further ones get 503 (32)",
-        "--idle SECONDS": "free the networks after this time without a job (never)",
-        "--most_steps N": "steps that a request may ask for (150)",
-        "--most_pixels N": "side of a picture that a request may ask for (2048)",
-        "--most_images N": "pictures that a request may ask for (16)",
-        "--log": "form of the log on stderr: text, or json with an object for each request (text)",
+        "--host ADDRESS": "address to listen on; any other than the default requires --api_key (default: 127.0.0.1)",
+        "--port N": "port to listen on (default: 7860)",
+        "--api_key KEY": f"require this key of clients, as Bearer or as Basic's password (default: {_KEY} in the "
+        "environment)",
+        "--cors ORIGIN ...": "allow requests from pages of this origin, such as http://localhost:3000; repeatable",
+        "--queue N": "jobs that may wait; the server refuses more with 503 (default: 32)",
+        "--idle SECONDS": "free the networks after this time without a job (default: never)",
+        "--most_steps N": "most steps per request (default: 150)",
+        "--most_pixels N": "longest side of an image per request (default: 2048)",
+        "--most_images N": "most images per request (default: 16)",
+        "--log": "format of the log on stderr: text, or json with one object per request (default: text)",
     },
     "names": {
-        "--models PLACE ...": "models that requests may name: a folder of models, a file, an alias or a Hub id; may be "
-        "given again",
-        "--vaes PLACE ...": "autoencoders that requests may name, likewise",
-        "--controlnets PLACE ...": "ControlNets that requests may name, likewise",
-        "--upscalers PLACE ...": "upscaler networks that requests may name, likewise",
+        "--models PLACE ...": "offer these models by name: folder of models, file, alias or Hub id; repeatable",
+        "--vaes PLACE ...": "offer these autoencoders by name, as --models",
+        "--controlnets PLACE ...": "offer these ControlNets by name, as --models",
+        "--upscalers PLACE ...": "offer these upscaler networks by name, as --models",
+    },
+    "defaults": {
+        "--negative_prompt TEXT": "negative prompt",
+        "--width PIXELS": "width, a multiple of 8 (default: the model's)",
+        "--height PIXELS": "height, a multiple of 8 (default: the model's)",
+        "--steps N": "denoising steps (default: the model's)",
+        "--cfg SCALE": "classifier-free guidance scale; 1 and below turn guidance off (default: the model's)",
+        "--sampler NAME": "sampler, see txt2image --list_samplers (default: the model's)",
+        "--schedule NAME": "curve of the noise levels, as for txt2image (default: the model's)",
     },
 }
-_ABOUT = {"server": "Who may ask, and for how much.", "names": "Requests name no files: these are what they choose of."}
-_OF_PICTURE = {"width", "height", "steps", "cfg", "sampler", "schedule", "negative_prompt"}  # defaults of requests
+_ABOUT = {"server": "Set address, access and limits.", "names": "Name the networks that clients may choose."}
+_ABOUT |= {
+    "defaults": "Set the values for requests that omit them.",
+    "model": ABOUT["model"],
+    "memory and time": ABOUT["memory and time"],
+}
+_ABOUT |= {"output": "Set safety check and messages."}
 _OF_RUN = {
     "low_memory",
     "memory_limit",
@@ -55,16 +72,16 @@ _OF_RUN = {
     "preload_models",
 }
 _OF_RUN |= {"safety_check", "safety_model", "verbose"}
-_GROUPS = {"picture": _OF_PICTURE, "model": None, "memory and time": _OF_RUN, "output": _OF_RUN}
+_GROUPS = {"model": None, "memory and time": _OF_RUN, "output": _OF_RUN}
 _NUMBERS = {"port": Number(int, 0, 65535), "idle": Number(float, 0, excludes_lowest=True)}
 _NUMBERS |= dict.fromkeys(("queue", "most_steps", "most_pixels", "most_images"), COUNT)
-_TYPES = {name: partial(number, limits) for name, limits in _NUMBERS.items()}
-_EXAMPLES = """\
-examples:
-  %(prog)s --model sd15
-  %(prog)s --model sdxl -q --models ~/models --lora_dir ~/loras --idle 600
-  %(prog)s --model sd15 --host 0.0.0.0 --api_key "$KEY"
-"""
+_NUMBERS |= {name: NUMBERS[name] for name in ("steps", "cfg")}  # no lists
+_TYPES = {name: partial(number, limits) for name, limits in _NUMBERS.items()} | {"sampler": partial(known, read_name)}
+_EXAMPLES = (
+    "--model sd15",
+    "--model sdxl -q --models ~/models --idle 600",
+    '--model sd15 --host 0.0.0.0 --api_key "$KEY"',
+)
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -72,16 +89,16 @@ def make_parser(prog: str | None = None) -> Parser:
     parser = Parser(
         prog=prog or "python -m stable_diffusion serve",
         usage="%(prog)s [flags]",
-        description="Draw for programs that speak AUTOMATIC1111's or OpenAI's API, and for a page in the browser.",
-        epilog=_EXAMPLES,
+        description="Serve programs with AUTOMATIC1111's or OpenAI's API, and a page in the browser.",
+        examples=_EXAMPLES,
+        codes="",
     )
     parser.types, parser.choices = parser.types | _TYPES, parser.choices | {"log": ("text", "json")}
-    for title, flags in FLAGS.items():
-        parser.add_flags(title, _ABOUT[title], flags)
+    groups = dict(FLAGS)
     for title, wanted in _GROUPS.items():
-        names = [word.removeprefix("--") for usage in OF_SCRIPTS[title] for word in usage.split()[:1]]
-        left_out = set() if wanted is None else set(names) - wanted
-        parser.add_flags(title, ABOUT[title], OF_SCRIPTS[title], left_out=left_out)
+        flags = OF_SCRIPTS[title].items()
+        groups[title] = {usage: text for usage, text in flags if wanted is None or usage.split()[0][2:] in wanted}
+    parser.add_groups(groups, _ABOUT, EVERYDAY)
     return parser
 
 

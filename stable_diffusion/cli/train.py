@@ -33,96 +33,99 @@ from ..options import Number
 from ..training.save import FORMATS
 from ..training.settings import TrainingSettings
 from .foreign_flags import TRAINING_COUNTERPARTS
-from .parser import Parser, number, text
+from .parser import Parser
 from .signals import Stop, signals
 from .streams import remark, say_if_read, show_log
+from .values import number, text
 
 _log = logging.getLogger("stable_diffusion")
 
-# A flag is a key of the file --config, and the name of a field. A flag without a value is a switch.
+# A flag is a key of the file --config, and the name of a field. A flag without a value is a switch. A default ends the
+# help text, as "(default: 4)". --help lists the everyday flags, --help_all all of them.
+EVERYDAY = ("model", "trigger", "steps", "rank", "learning_rate", "quantize", "preview", "output", "resume", "dry_run")
 FLAGS = {
     "pictures": {
-        "--trigger WORD": "word for the new thing, put before each caption that lacks it",
-        "--caption TEXT": "caption of pictures without one",
-        "--resolution PIXELS": "side of a square with the area of the pictures (the model's)",
+        "--trigger WORD": "name the new thing by this word; it is put before each caption without it",
+        "--caption TEXT": "caption of pictures without a caption",
+        "--resolution PIXELS": "train at the area of a square with this side (default: the model's)",
         "--flip": "mirror each picture half of the time",
-        "--cache DIR": "keep encoded pictures and captions there, so that the next run starts at once",
-        "--prior DIR|N": "pictures of the same kind of thing, which the model is not to forget: a folder, or a number "
-        "to generate first",
-        "--prior_prompt TEXT": "prompt and caption of these, such as: a photo of a dog",
-        "--prior_weight N": "weight of their loss (1)",
-        "--caption_dropout FRACTION": "fraction of pictures trained with the empty caption (0.05)",
+        "--cache DIR": "keep encoded pictures and captions in this folder; the next run starts at once",
+        "--prior DIR|N": "prior preservation: pictures of similar things that the model must not forget, as a folder "
+        "or a number to generate first",
+        "--prior_prompt TEXT": "prompt and caption of the prior pictures, such as: a photo of a dog",
+        "--prior_weight N": "weight of the prior loss (default: 1)",
+        "--caption_dropout FRACTION": "train this fraction of pictures with an empty caption (default: 0.05)",
     },
     "model": {
-        "--model MODEL": "base model to train for: a name, a Hub id, a folder or a file (sd15)",
-        "--revision REVISION": "branch, tag or commit of a Hub repository (main)",
+        "--model MODEL": "base model: a name, a Hub id, a folder or a checkpoint file (default: sd15)",
+        "--revision REVISION": "branch, tag or commit of a Hub repository (default: main)",
         "--quantize -q": "quantize the UNet to 8 bits and the text encoders to 4; the LoRA is float32 (QLoRA)",
-        "--dtype": "type in which the model computes (bfloat16 on a GPU, float32 on a CPU)",
-        "--low_memory": "compute with little working memory: slower",
-        "--device": "where to compute (SD_DEVICE in the environment, or a GPU where there is one)",
+        "--dtype": "number format of the model (default: bfloat16 on a GPU, float32 on a CPU)",
+        "--low_memory": "save working memory: slower",
+        "--device": "device (default: SD_DEVICE in the environment, else a GPU if present)",
     },
     "LoRA": {
-        "--rank N": "rank of the update of each layer: 4 for a style, 16 for a face, 64 for much (16)",
-        "--alpha N": "the update is multiplied by alpha / rank (the rank)",
+        "--rank N": "rank of the update of each layer: 4 for a style, 16 for a face, 64 for complex subjects (default: "
+        "16)",
+        "--alpha N": "scale the update by alpha / rank (default: the rank)",
         "--targets NAME|REGEX": f"layers to train: {', '.join(TARGETS)}, or a regular expression for their paths "
-        "(attention)",
-        "--conv_rank N": "rank for the 3x3 convolutions; 0 trains none (0)",
-        "--text_encoder_rank N": "rank for the text encoders; 0 trains none (0)",
-        "--dora": "train the magnitudes of the weights too (DoRA)",
-        "--embedding WORD[:N]": "train N vectors (4) for a new word and no LoRA (textual inversion)",
-        "--initial_word WORD": "known word that its vectors start from, such as toy (the mean of all words)",
+        "(default: attention)",
+        "--conv_rank N": "rank for the 3x3 convolutions; 0 trains none (default: 0)",
+        "--text_encoder_rank N": "rank for the text encoders; 0 trains none (default: 0)",
+        "--dora": "also train the magnitudes of the weights (DoRA)",
+        "--embedding WORD[:N]": "train N vectors (4 without N) for a new word and no LoRA (textual inversion)",
+        "--initial_word WORD": "start the vectors from this known word, such as toy (default: the mean of all words)",
     },
     "training": {
-        "--steps N": "number of updates (1000)",
-        "--batch_size N": "pictures in a batch (1)",
-        "--accumulate N": "batches for each update (1)",
-        "--learning_rate RATE": "highest learning rate (0.0001, of a new word 0.002)",
-        "--lr_schedule": "learning rate after the warm-up (constant)",
-        "--warmup FRACTION": "fraction of the steps in which the learning rate grows from 0 (0.05)",
-        "--optimizer": "optimizer (adamw)",
-        "--weight_decay DECAY": "weight decay of the optimizer (0.01)",
-        "--clip_norm NORM": "clip the gradients to this norm; 0 is off (1)",
-        "--loss": "squared error, or pseudo-Huber, which outliers move less (mse)",
-        "--min_snr GAMMA": "bound of the loss weights by signal to noise ratio (Min-SNR); 0 is off (5)",
-        "--noise_offset OFFSET": "noise shared by all pixels, for very dark and very bright pictures, such as 0.05 (0)",
-        "--ema DECAY": "save a moving average of the LoRA with this decay, such as 0.99; 0 is off (0)",
-        "--checkpointing": "recompute transformer blocks in the backward pass, for less memory (auto)",
-        "--seed N": "seed of everything random (0)",
+        "--steps N": "number of updates (default: 1000)",
+        "--batch_size N": "pictures per batch (default: 1)",
+        "--accumulate N": "batches per update (default: 1)",
+        "--learning_rate RATE": "highest learning rate (default: 0.0001; 0.002 for --embedding)",
+        "--lr_schedule": "learning rate after the warm-up (default: constant)",
+        "--warmup FRACTION": "raise the learning rate from 0 during this fraction of the steps (default: 0.05)",
+        "--optimizer": "optimizer (default: adamw)",
+        "--weight_decay DECAY": "weight decay of the optimizer (default: 0.01)",
+        "--clip_norm NORM": "clip the gradients to this norm; 0 is off (default: 1)",
+        "--loss": "squared error (mse), or pseudo-Huber (huber), which is less sensitive to outliers (default: mse)",
+        "--min_snr GAMMA": "limit the loss weights by the signal-to-noise ratio (Min-SNR); 0 is off (default: 5)",
+        "--noise_offset OFFSET": "add noise common to all pixels, such as 0.05, for very dark and very bright pictures "
+        "(default: 0)",
+        "--ema DECAY": "save a moving average of the LoRA with this decay, such as 0.99; 0 is off (default: 0)",
+        "--checkpointing": "recompute transformer blocks in the backward pass: less memory (default: auto)",
+        "--seed N": "seed of all random numbers (default: 0)",
     },
     "output": {
-        "--output FILE": "the LoRA to write, NAME.safetensors; other files of the run begin with NAME "
-        "(lora.safetensors)",
-        "--overwrite": "replace the files of another run with this name",
-        "--format": "names in the file: kohya for all programs, diffusers for PEFT (kohya)",
-        "--save_every N": "steps between checkpoints; 0 is off (250)",
-        "--keep N": "number of checkpoints to keep (3)",
-        "--resume FILE": "go on from a checkpoint; latest is the last one of this output",
-        "--preview TEXT": "a prompt to draw with fixed seeds before the first step and then regularly, in NAME.png",
-        "--preview_every N": "steps between previews (250)",
-        "--measure_every N": "steps between measurements of the loss with fixed pictures and noise; 0 is off (100)",
-        "--json": "print an object in JSON for each step and file",
+        "--output FILE": "write the LoRA to NAME.safetensors; other files of the run begin with NAME (default: "
+        "lora.safetensors)",
+        "--overwrite": "overwrite the files of another run with this name",
+        "--format": "names in the file: kohya for all programs, diffusers for PEFT (default: kohya)",
+        "--save_every N": "steps between checkpoints; 0 is off (default: 250)",
+        "--keep N": "number of checkpoints to keep (default: 3)",
+        "--resume FILE": "continue from a checkpoint; latest is the last one of this output",
+        "--preview TEXT": "draw this prompt with fixed seeds before the first step and regularly, in NAME.png",
+        "--preview_every N": "steps between previews (default: 250)",
+        "--measure_every N": "steps between measurements of the loss with fixed pictures and noise; 0 is off (default: "
+        "100)",
+        "--json": "print a JSON object for each step and file",
         "--dry_run": "report pictures, steps, time and memory after three steps, write nothing and exit",
-        "--config FILE": "a .toml file with flags as keys; flags given beside it win",
+        "--config FILE": "read flags from a .toml file, with flags as keys; flags of the command line override it",
     },
 }
 ABOUT = {
-    "pictures": "A folder: a.jpg with a.txt, metadata.jsonl, train.jsonl, or folders 10_name.",
-    "model": "What the LoRA is for.",
-    "LoRA": "What is trained.",
-    "training": "How it is trained.",
-    "output": "Files and reports.",
+    "pictures": "Read a folder: a.jpg with a.txt, metadata.jsonl, train.jsonl, or 10_name/.",
+    "model": "Choose the model to adapt.",
+    "LoRA": "Choose the layers to train.",
+    "training": "Set steps, optimizer and loss.",
+    "output": "Set files and reports.",
 }
-_EPILOG = """\
-examples:
-  %(prog)s photos/ --model sd15 --trigger ohwx
-  %(prog)s photos/ --trigger ohwx --preview "ohwx"
-  %(prog)s --config lora.toml --output b.safetensors
-
-exit codes:
-  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted
-"""
+_EXAMPLES = (
+    "photos/ --model sd15 --trigger ohwx",
+    'photos/ --trigger ohwx --preview "ohwx"',
+    "--config lora.toml --output b.safetensors",
+)
 _NEEDED = {"preview_every": "preview", "prior_prompt": "prior", "prior_weight": "prior"}  # a flag without effect alone
 _COMMANDS = {"dry_run", "json", "device"}  # not fields of a request
+_NO_KEYS = {"help", "help_all", "version", "config"}  # flags that are not keys of the file --config
 
 
 def pattern(value: str) -> str:
@@ -157,12 +160,11 @@ def make_parser(prog: str | None = None) -> Parser:
         prog=prog or "python -m stable_diffusion train",
         usage="%(prog)s pictures [flags]",
         description="Train a LoRA: a small file that teaches a model a new thing or style.",
-        epilog=_EPILOG,
+        examples=_EXAMPLES,
     )
     parser.types, parser.choices, parser.counterparts = _TYPES, _CHOICES, TRAINING_COUNTERPARTS
-    parser.add_argument("pictures", nargs="?", type=text, help="a folder of pictures, best with captions")
-    for title, flags in FLAGS.items():
-        parser.add_flags(title, ABOUT[title], flags)
+    parser.add_argument("pictures", nargs="?", type=text, help="folder of pictures, best with captions")
+    parser.add_groups(FLAGS, ABOUT, EVERYDAY)
     return parser
 
 
@@ -173,7 +175,7 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"the config {path} cannot be read as TOML ({reason}); see --help for its keys") from None
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "version", "config")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in _NO_KEYS}
     words = []
     for key, value in values.items():
         name = key.replace("-", "_")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from ..app.memory import set_limits
 from ..app.upscale import upscale
 from ..models import cpu
-from .parser import Parser, gigabytes
+from .parser import Parser
+from .values import gigabytes
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -13,14 +14,18 @@ def make_parser(prog: str | None = None) -> Parser:
     parser = Parser(
         prog=prog or "python -m stable_diffusion upscale",
         usage="%(prog)s image ... --upscaler FILE [flags]",
-        description="Enlarge pictures by a network.",
+        description="Enlarge pictures by an upscaler network.",
+        examples=(
+            "photo.jpg --upscaler RealESRGAN_x4plus.pth",
+            "*.png --upscaler 4x.pth --output large/",
+        ),
     )
-    parser.add_argument("images", nargs="+", metavar="image", help="the pictures to enlarge (PNG, JPEG, WebP, ...)")
-    about = "the network: a file of an ESRGAN, Real-ESRGAN or SRVGG, or one on the Hub as owner/name/file"
+    parser.add_argument("images", nargs="+", metavar="image", help="pictures to enlarge (PNG, JPEG, WebP, ...)")
+    about = "network: a file of an ESRGAN, Real-ESRGAN or SRVGG, or one on the Hub as owner/name/file"
     parser.add_argument("--upscaler", required=True, metavar="FILE", help=about)
-    about = "a file; or a folder, for several too (NAME_xSCALE.png, in the current folder)"
+    about = "file, or folder for several (default: NAME_xSCALE.png in the current folder)"
     parser.add_argument("--output", default=None, metavar="PATH", help=about)
-    about = "memory to make do with, in tiles (most of the machine's)"
+    about = "memory budget in GB, kept by tiles (default: 75 %% of RAM, at most 90 %% of Metal's recommendation)"
     parser.add_argument("--memory_limit", type=gigabytes, default=None, metavar="GB", help=about)
     return parser
 

@@ -153,7 +153,7 @@ def test_refused(run, no_model, tmp_path, options, words):
 
 
 def test_bad_prompts(run, no_model, tmp_path):
-    run("txt2image").refused("give a prompt, or --prompt_file")
+    run("txt2image", "--seed", 1).refused("give a prompt, or --prompt_file")
     run("image2image", "in.png").refused("give a prompt behind the image")
     run("txt2image", __file__, "a cat").refused("is a file; image2image")
     run("txt2image", "a \udcff").refused("'a \\udcff'", "Unicode")
@@ -212,7 +212,9 @@ FLAGS_OF_OTHERS = {
     "-H 512": "-H is --height here",
     "--size 512x512": "--size is --width and --height here",
     "--precision full": "--precision is --dtype float32, float16 or bfloat16 here",
-    "--turbo": "--turbo: leave it out",
+    "--turbo": "--turbo: omit it",
+    "--safety_checker": "--safety_checker is --safety_check here",
+    "--disable-safety-checker": "--disable-safety-checker: omit it, the safety check is off by default",
     "--init-img a.png": '--init-img: give the image as the first word: image2image IMAGE "prompt"',
     "--denoising-strength 0.5": "--denoising-strength is --strength of image2image",
     "--strength 0.5": "--strength is a flag of image2image",

@@ -1,6 +1,7 @@
 """What a shell sees: the commands under one name, their help, completion by argcomplete, and the installed package."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from command_line import ROOT, names, pixels
 from stable_diffusion import StableDiffusion, __main__, __version__
-from stable_diffusion.cli import arguments, check, convert, inspect, train, upscale
+from stable_diffusion.cli import arguments, check, convert, inspect, serve, train, upscale
 from stable_diffusion.cli.parser import script_parser
 from stable_diffusion.models import _OLDEST_MLX
 
@@ -24,8 +25,11 @@ PARSERS = {
     "inspect": inspect.make_parser(),
     "upscale": upscale.make_parser(),
     "train": train.make_parser(),
+    "serve": serve.make_parser(),
     "check": check.make_parser(),
 }
+HOW = {"strength", "hires_strength", "detail_strength"}  # whose help begins with "how much"
+EVERYDAY = ["model", "negative_prompt", "seed", "steps", "cfg", "width", "height", "n_images", "output", "quantize"]
 
 
 # --- one name for all ------------------------------------------------------------------------------------------------
@@ -47,7 +51,7 @@ def call(capsys):
 
 def test_the_commands_are_listed(call):
     code, out, _ = call("--help")
-    listed = [line.split()[0] for line in out.partition("commands:\n")[2].splitlines()]
+    listed = [line.split()[0] for line in out.split("commands:\n")[1].split("\n\n")[0].splitlines()]
     assert code == 0 and listed == list(PARSERS)
 
 
@@ -80,9 +84,17 @@ def test_the_requirements_ask_for_the_mlx_that_is_needed():
 
 
 def test_no_such_command(call):
-    for words, said in (([], "required: command"), (["draw"], "'draw' (choose from")):
-        code, out, err = call(*words)
-        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+    code, out, err = call("draw")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "'draw' (choose from" in err
+
+
+@pytest.mark.parametrize("command", ["", "txt2image", "image2image", "convert", "inspect", "upscale", "train"])
+def test_no_arguments_print_the_usage_and_an_example(call, command):
+    code, out, err = call(*command.split())
+    lines = err.splitlines()
+    assert (code, out) == (2, "") and len(lines) <= 4 and max(map(len, lines[:1] + lines[2:])) <= 80
+    start = f"python -m stable_diffusion {command}".strip()
+    assert lines[0].startswith(f"usage: {start} ") and lines[1].startswith(f"example: {start} ")
 
 
 # --- streams that are closed, full or read by nobody -----------------------------------------------------------------
@@ -118,17 +130,34 @@ def test_nothing_is_lost_because_nobody_reads(tmp_path, line, code, said, files)
 @pytest.mark.parametrize("command", PARSERS)
 def test_help_fits_into_a_terminal_and_leaves_no_flag_out(monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
-    assert [line for line in PARSERS[command].format_help().splitlines() if len(line) > 80] == []
-    assert [action.dest for action in PARSERS[command]._actions if not action.help] == []
+    parser = PARSERS[command]
+    lines = parser.format_help(has_all=True).splitlines()
+    assert [line for line in [*lines, *parser.format_help().splitlines()] if len(line) > 80] == []
+    shown = set(
+        re.findall(r"--\w+", "\n".join(line.strip().split("  ")[0] for line in lines if line.startswith("  -")))
+    )
+    assert shown >= {name for action in parser._actions for name in action.option_strings[:1] if name[:2] == "--"}
+    for action in parser._actions:
+        assert action.help and not re.search(r"\([^()]*default(?!: [^()]+\)$)", action.help), action.dest
+        assert not re.match(r"of |what |how |where |whether ", action.help) or action.dest in HOW, action.dest
+        assert "SHARE" not in str(action.metavar)
+
+
+def test_help_shows_the_everyday_flags_and_help_all_the_others(call):
+    for script in ("txt2image", "image2image"):
+        _, out, _ = call(script, "--help")
+        short, _, rest = out.partition("\nadvanced: --help_all")
+        assert re.findall(r"^  (?:-q, )?--(\w+)", short, re.MULTILINE) == EVERYDAY and rest
+        assert "--controlnet" not in out and "--controlnet" in call(script, "--help-all")[1]
 
 
 @pytest.mark.parametrize("command", ["txt2image", "image2image"])
 def test_the_examples_of_the_help_are_right(command):
     parser = PARSERS[command]
-    text = parser.format_help()
-    examples = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith(f"  {parser.prog} ")]
+    text, start = parser.format_help(), f"  python {parser.prog} "
+    examples = [line.removeprefix(start) for line in text.splitlines() if line.startswith(start)]
     assert len(examples) == 3
-    for _, words in examples:
+    for words in examples:
         ((request, _),) = arguments.read(command, shlex.split(words)).lines
         assert request.prompt.startswith("a ")
     assert all(code in text for code in (" 0 ", " 1 ", " 2 ", " 130 "))

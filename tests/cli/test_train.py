@@ -72,7 +72,7 @@ def test_every_flag_is_a_key_and_flags_win(tmp_path):
     config.write_text('pictures = "p"\nsteps = 7\nlearning-rate = 2e-5\nflip = true\ndora = false\nprior = 5\n')
     read = read_config(parser, str(config))
     assert read == {"pictures": "p", "steps": 7, "learning_rate": 2e-5, "flip": True, "prior": "5"}
-    actions = {action.dest for action in parser._actions} - {"help", "version", "pictures"}
+    actions = {action.dest for action in parser._actions} - {"help", "help_all", "version", "pictures"}
     assert actions == {usage.split()[0][2:] for flags in FLAGS.values() for usage in flags}
 
 
