@@ -42,7 +42,7 @@ _SCRIPTS = {  # the words of their usage, and what they do
     "image2image": (["image", '"prompt"'], "Change an image towards a prompt."),
     "unconditional": ([], "Draw images with a model that reads no prompt."),
 }
-EXIT_CODES = "exit codes:\n  0 done; 1 failed on the way; 2 refused, nothing was done; 130 interrupted\n"
+EXIT_CODES = "exit codes:\n  0 done; 1 failed during the run; 2 refused, nothing was done; 130 interrupted\n"
 _ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _EVERYDAY = "everyday flags"  # the group that --help shows, where there is one
