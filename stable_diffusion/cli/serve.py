@@ -117,6 +117,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         serve.run(_settings(args), lambda address: remark(f"{parser.prog}: listening on {address}"))
     except (ValueError, OSError) as error:
         parser.error(error)
+    except KeyboardInterrupt:  # while the model is opened, which another thread does and may take long
+        remark(f"{parser.prog}: error: interrupted; nothing was started")
+        os._exit(130)
     return 0
 
 

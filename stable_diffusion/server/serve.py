@@ -3,7 +3,6 @@
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -51,15 +50,15 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """Tell the worker of a signal at once, so that the requests that uvicorn waits for end with the step at hand."""
+    """Stop the worker first, so that the requests that uvicorn waits for end with the step at hand."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker):
         super().__init__(config)
         self._worker = worker
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop()
-        super().handle_exit(sig, frame)
+        await super().shutdown(sockets)
 
 
 def run(settings: Settings, announce: Callable[[str], None]) -> None:
@@ -71,10 +70,10 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
         names = ("base", "resources", "queue", "idle", "device", "preload_models", "safety_check", "safety_model")
         worker = Worker(**{name: getattr(settings, name) for name in names})
         config = uvicorn.Config(create_app(Service(settings, worker)), log_level="warning", access_log=False)
+        worker.start()
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda number, frame: None)
         try:
-            worker.start()
             host, port = listener.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             _Server(config, worker).run([listener])

@@ -3,6 +3,7 @@
 import base64
 import hmac
 import io
+import os
 import struct
 import zlib
 from contextlib import suppress
@@ -86,6 +87,17 @@ def test_settings_that_cannot_be_followed(capsys, flags, words):
         serve.main(["--model", "tiny", *flags])
     line = capsys.readouterr().err
     assert left.value.code == 2 and line.count("\n") == 1 and not [word for word in words if word not in line], line
+
+
+def test_ctrl_c_while_the_model_is_opened(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    left = []
+    monkeypatch.setattr("stable_diffusion.app.worker.Worker.start", interrupted)
+    monkeypatch.setattr(os, "_exit", left.append)
+    serve.main(["--model", "tiny", "--port", "0"])
+    assert left == [130] and "interrupted; nothing was started" in capsys.readouterr().err
 
 
 def test_without_its_packages_the_server_says_how_to_install_them(forked):
