@@ -87,13 +87,16 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
         followed = {name: value for name, value in record.arguments.items() if name not in arguments}
         record = replace(record, arguments=followed)
     if script == "image2image" and base.image is None and "image" not in arguments:
-        raise ValueError("give the image to start from, and a prompt")
+        raise ValueError('give the image to start from, then a prompt: image2image IMAGE "prompt"')
     _check_needed(script, arguments, base)
     has_file = "prompt_file" in arguments
     if has_file and "prompt" in arguments:
         raise ValueError("give a prompt or a file of them")
     if reads_prompts and not has_file and "prompt" not in arguments and record is None:
-        place = "give a prompt behind the image" if script == "image2image" else "give a prompt"
+        image = arguments.get("image", base.image) if script == "image2image" else None
+        if image is not None and not os.path.exists(image):
+            raise ValueError(f'there is no image at {image}; write image2image IMAGE "prompt"')
+        place = f'give a prompt after the image: image2image {image} "prompt"' if image else "give a prompt in quotes"
         raise ValueError(f"{place}, or --prompt_file FILE")
     lines = _prompt_lines(parser, script, arguments, base) if has_file else [line_of(base, arguments)]
     resources, output, preview, sharing = (

@@ -8,7 +8,7 @@ Names are written with underscores, without leading hyphens.
 _NAMES = {  # ours, or what to do: theirs
     "--prompt_file": "from_file prompts prompts_file batch_prompts_file file",
     "--negative_prompt": "uncond_prompt nprompt negprompt neg_prompt negative n_prompt negative_text",
-    "--width": "W img_width image_width",
+    "--width": "W w img_width image_width",
     "--height": "H img_height image_height",
     "--width and --height": "size resolution image_size image_dim dims d",
     "--n_images": "n_samples num_samples num_images num_images_per_prompt n_iter batch_count iterations number count b "
@@ -23,7 +23,7 @@ _NAMES = {  # ours, or what to do: theirs
     "--image_cfg": "img_cfg_scale image_cfg_scale image_guidance_scale cfg_image",
     "--guidance_rescale": "rescale_cfg cfg_rescale cfg_rescale_multiplier",
     "--sampler": "sampler_name sampling_method A",
-    "--sampler, and its curve --schedule": "scheduler",
+    "--sampler (with --schedule for its curve)": "scheduler",
     "--sampler ddim": "ddim",
     "--sampler pndm": "plms",
     "--sampler lms": "klms",
@@ -109,7 +109,7 @@ _TRAINING_NAMES = {  # those of kohya's scripts, diffusers' examples, mlx-exampl
     "--text_encoder_rank N": "train_text_encoder text_encoder_lr",
     "--dora": "use_dora",
     "--steps": "max_train_steps train_steps iterations n_steps num_steps iters",
-    "--steps, which counts updates": "num_train_epochs max_train_epochs epochs",
+    "--steps (number of updates)": "num_train_epochs max_train_epochs epochs",
     "--batch_size": "train_batch_size",
     "--accumulate": "gradient_accumulation_steps grad_accumulate",
     "--learning_rate": "lr unet_lr",

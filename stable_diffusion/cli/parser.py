@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import Any, NoReturn
@@ -16,8 +15,9 @@ from ..models import check_mlx
 from ..options import SettingError
 from .flags import ABOUT, EVERYDAY, FLAGS, FOREIGN, HELP_OF
 from .foreign_flags import COUNTERPARTS
+from .mistakes import explained, stray_words, unknown_choice, unknown_flag
 from .streams import in_one_line, say
-from .values import CHOICES_OF_FLAGS, TYPES, text
+from .values import CHOICES_OF_FLAGS, TYPES, prompt
 
 _HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
 _UNREAD = 141  # 128 and SIGPIPE, of which a command dies that knows nothing of it
@@ -43,7 +43,6 @@ _SCRIPTS = {  # the words of their usage, and what they do
     "unconditional": ([], "Draw images with a model that reads no prompt."),
 }
 EXIT_CODES = "exit codes:\n  0 done; 1 failed during the run; 2 refused, nothing was done; 130 interrupted\n"
-_ALL = {word for flags in FLAGS.values() for usage in flags for word in usage.split() if word.startswith("--")}
 _CONSTANTS = {"no_float16": ("dtype", "float32"), "cpu": ("device", "cpu")}
 _EVERYDAY = "everyday flags"  # the group that --help shows, where there is one
 
@@ -64,6 +63,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         names = ", ".join(sorted(action.option_strings, key=len))
         default = self._get_default_metavar_for_optional(action)
         return names if action.nargs == 0 else f"{names} {self._format_args(action, default)}"
+
+
+def _underscores(word: str) -> str:
+    """Return a flag with underscores in place of hyphens, or any other word unchanged."""
+    return _HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word)
 
 
 def _command(prog: str) -> str:
@@ -165,10 +169,11 @@ class Parser(argparse.ArgumentParser):
         if not words and not self.where and self.examples and self._positionals._group_actions:
             self.exit(2, self._brief_usage())
         end = words.index("--") if "--" in words else len(words)
-        problems = [self._problem(word) for word in words[:end]]
+        known = self._option_string_actions
+        problems = [unknown_flag(word, known, self.counterparts, not self.add_help) for word in words[:end]]
         if found := [*dict.fromkeys(filter(None, problems))]:
             self.error("; ".join(found[:3]))
-        words[:end] = [_HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word) for word in words[:end]]
+        words[:end] = map(_underscores, words[:end])
         result = super().parse_known_args(words, namespace)
         try:
             check_mlx()
@@ -181,41 +186,16 @@ class Parser(argparse.ArgumentParser):
         result, rest = self.parse_known_args(args, namespace)
         if not rest:
             return result
-        words, prompt = " ".join(rest)[:100], getattr(result, "prompt", None)
-        text = f"there are words too many: {words}"
-        if all(re.fullmatch(r"-?[\d.]+", word) for word in rest):
-            text = f"{words} belongs to no flag: lists have commas (--steps 4,8), and --unet_bits sets the bits of -q"
-        elif prompt is not None and os.path.isfile(prompt):
-            text = f"{prompt} is a file; image2image makes images from one"
-        elif prompt is not None:
-            text = f'words follow the prompt; put all of it in quotes: "{prompt[:100]} {words}"'
-        self.error(text)
+        words = [*map(_underscores, sys.argv[1:] if args is None else args)]
+        self.error(stray_words(words, rest, getattr(result, "prompt", None), self))
 
     def _brief_usage(self) -> str:
         """Return the usage in few lines, for a command without arguments."""
         return f"{self.format_usage()}example: {_command(self.prog)} {self.examples[0]}\n{self.hint}\n"
 
-    def _problem(self, word: str) -> str | None:
-        """Return the name that a flag of another program has here, or one similar to an unknown flag."""
-        match = re.fullmatch(r"(--?[A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
-        if match is None:
-            return None
-        name, known = match[1].lstrip("-").replace("-", "_"), self._option_string_actions
-        flag = f"--{name}" if match[1].startswith("--") else match[1]
-        counterpart = self.counterparts.get(name, "")
-        is_short = flag[:2] in known and not flag.startswith("--")  # also with its value, as in -pTEXT
-        if is_short or flag in known or (not counterpart and any(option.startswith(flag) for option in known)):
-            return None
-        needed = {f"--{one}" for one in re.findall(r"--(\w+)", counterpart or f"--{name}")}
-        if needed <= known.keys():
-            return f"{match[1]} is {counterpart} here" if counterpart[:2] == "--" else f"{match[1]}: {counterpart}"
-        if scripts := [script for script, lacking in FOREIGN.items() if needed <= _ALL - {f"--{x}" for x in lacking}]:
-            *others, last = scripts
-            owner = f"{', '.join(others)} and {last}" if others else last
-            owner = owner if self.add_help else "the command, not of a line"
-            return f"{match[1]} is {counterpart or 'a flag'} of {owner}"
-        similar = get_close_matches(f"--{name}", known, 1, 0.75)
-        return f"there is no flag {match[1]}; " + (f"did you mean {similar[0]}?" if similar else "see --help")
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown_choice(action.dest, value, [*action.choices]))
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print the result of a command, or exit: with 141 (SIGPIPE) where nobody reads it, else with 1 and a line."""
@@ -233,7 +213,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str | Exception) -> NoReturn:
         """Exit with code 2 and one line."""
-        self.fail(2, message)
+        self.fail(2, explained(message, self) if isinstance(message, str) else message)
 
     def fail(self, code: int, message: str | Exception) -> NoReturn:
         """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
@@ -261,7 +241,7 @@ def script_parser(script: str, prog: str | None = None) -> Parser:
     if "image" in words:
         parser.add_argument("image", nargs="?", help="image to start from (PNG, JPEG, WebP, ...)")
     if '"prompt"' in words:
-        parser.add_argument("prompt", type=text, nargs="?", action=_Once, help="text to draw, in quotes")
+        parser.add_argument("prompt", type=prompt, nargs="?", action=_Once, help="text to draw, in quotes")
     parser.add_argument("--list_samplers", action="version", version=table(), help="print the samplers and exit")
     everyday = [name for name in EVERYDAY if name not in FOREIGN[script]]
     texts = HELP_OF.get(script, {})

@@ -21,6 +21,7 @@ from ..options import Number
 from ..weights.files import PREDICTIONS
 from ..weights.quantize import FORMATS
 from .flags import SWEPT
+from .mistakes import file_as_prompt, number_remedy
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def number(limits: Number, value: str) -> float:
     with suppress(ValueError):
         if limits.accepts(read := limits.kind(value)):
             return read
-    raise argparse.ArgumentTypeError(f"{value!r} is not {limits}")
+    raise argparse.ArgumentTypeError(f"{value!r} is not {limits}{number_remedy(limits, value)}")
 
 
 def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
@@ -39,7 +40,10 @@ def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tu
     for part in value.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
         if ends is None:
-            result.append(one(part.strip()))
+            try:
+                result.append(one(part.strip()))
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{error}; a list is 1,2,3 or 1-20" if ranges else error) from None
             continue
         first, last = map(one, ends.groups())
         if first > last:
@@ -71,6 +75,13 @@ def text(value: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{value!r} is not valid Unicode; type it in UTF-8") from None
+    return value
+
+
+def prompt(value: str) -> str:
+    """Return a prompt, which is not the path of an image or of a file of prompts."""
+    if problem := file_as_prompt(text(value)):
+        raise argparse.ArgumentTypeError(problem)
     return value
 
 

@@ -86,7 +86,7 @@ def test_what_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, monkeypa
     "arguments, named",
     [
         (["no-such-model"], "unknown model 'no-such-model'"),
-        (["tiny", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["tiny", "--dtype", "int8"], "'int8' is unknown"),
         (["tiny", "--max_shard_size", "0.5"], "'0.5' is not a size such as 5GB or 500MB"),
         (["tiny", "--lora", "no-such.safetensors:0.5"], "there is no LoRA at no-such.safetensors"),
         (["tiny", "--revision", "main"], "revision"),

@@ -126,7 +126,7 @@ REFUSED = [
     ("--n_images 2 --overwrite --output {tmp}/taken.png", "{tmp}/taken_2.png is a folder"),
     ("--negative_prompt \udcff", "'\\udcff'", "Unicode"),
     ("a b --cfg 1", "in quotes", f'"{PROMPT} a b"'),
-    ("--cfg 1 4", "4 belongs to no flag", "commas"),
+    ("--cfg 1 4", "4 belongs to no flag", "commas: --cfg 1,4"),
     ("-p again", "given twice", f"{PROMPT!r}", "'again'"),
     ("--canny", "--canny has no effect without --controlnet"),
     ("--control_end 0.5", "--control_end has no effect without --controlnet"),
@@ -154,8 +154,9 @@ def test_refused(run, no_model, tmp_path, options, words):
 
 def test_bad_prompts(run, no_model, tmp_path):
     run("txt2image", "--seed", 1).refused("give a prompt, or --prompt_file")
-    run("image2image", "in.png").refused("give a prompt behind the image")
-    run("txt2image", __file__, "a cat").refused("is a file; image2image")
+    run("image2image", "in.png").refused("there is no image at in.png")
+    run("image2image", __file__).refused("give a prompt after the image")
+    run("txt2image", __file__, "a cat").refused("is a file; to change an image: image2image")
     run("txt2image", "a \udcff").refused("'a \\udcff'", "Unicode")
     run("txt2image", "{a|b|c|d|e|f|g|h|i|j}" * 9).refused("at most 10000")
     run("txt2image", "a", "--prompt_file", "prompts.txt").refused("a prompt or a file of them")
@@ -218,9 +219,9 @@ FLAGS_OF_OTHERS = {
     "--init-img a.png": '--init-img: give the image as the first word: image2image IMAGE "prompt"',
     "--denoising-strength 0.5": "--denoising-strength is --strength of image2image",
     "--strength 0.5": "--strength is a flag of image2image",
-    "--stesp 5": "there is no flag --stesp; did you mean --steps?",
-    "--nothing": "there is no flag --nothing; see --help",
-    "-z": "there is no flag -z",
+    "--stesp 5": "unknown flag --stesp; did you mean --steps?",
+    "--nothing": "unknown flag --nothing; see --help_all",
+    "-z": "unknown flag -z",
 }
 
 
