@@ -153,7 +153,7 @@ def test_refused(run, no_model, tmp_path, options, words):
 
 
 def test_bad_prompts(run, no_model, tmp_path):
-    run("txt2image", "--seed", 1).refused("give a prompt, or --prompt_file")
+    run("txt2image", "--seed", 1).refused("give a prompt in quotes, or --prompt_file")
     run("image2image", "in.png").refused("there is no image at in.png")
     run("image2image", __file__).refused("give a prompt after the image")
     run("txt2image", __file__, "a cat").refused("is a file; to change an image: image2image")
