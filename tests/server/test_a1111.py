@@ -30,6 +30,9 @@ from checkpoints import SCALED, make
 from command_line import ROOT
 from models.test_upscalers import write as write_upscaler
 from serving import Server, serving
+from stable_diffusion.app.library import Library
+from stable_diffusion.app.webui import read_request
+from stable_diffusion.models.controlnet import UNION_TYPES
 from stable_diffusion.server.a1111 import _OF_IMAGE
 
 PROMPT = "a red circle on a blue background"
@@ -517,6 +520,15 @@ def test_what_cannot_be_done_is_refused_in_one_line(server, files, fields, words
     body = json.dumps(ONE | fields).replace('"WIDE"', json.dumps(base64.b64encode(wide.getvalue()).decode()))
     body = json.loads(body.replace('"IN"', json.dumps(base64_of(files / "in.png"))))
     refused(server, IMAGE if "init_images" in fields else TEXT, body, *words)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("OpenPose", "openpose"), ("Soft Edge", "softedge"), ("Tile", "tile")])
+def test_what_union_controlnets_are_shown(kind, name):
+    library = Library(controlnets={"edges": "edges"})
+    fields = unit(image="AAAA", union_control_type=kind, resize_mode="Resize and Fill")
+    values, pictures = read_request(fields, library)
+    assert values["control_type"] == [str(UNION_TYPES.index(name))] and values["resize"] == "pad"
+    assert pictures["control_image"] == ["AAAA"]
 
 
 def test_no_answer_has_a_path(server, files):
