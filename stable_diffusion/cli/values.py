@@ -148,7 +148,7 @@ TYPES |= {
     "negative_prompt_2": text,
     "sampler": partial(known, read_name),
     "schedule": partial(name, read_schedule),
-    "guidance_interval": partial(numbers, FRACTION, "start,end in shares of the steps, such as 0.2,0.8"),
+    "guidance_interval": partial(numbers, FRACTION, "start,end as fractions of the steps, such as 0.2,0.8"),
     "freeu": partial(numbers, NUMBERS["freeu"], "b1,b2,s1,s2 from 0 to 10, such as 1.5,1.6,0.9,0.2"),
     "pag_layers": lambda value: tuple(value.split(",")),
     "detail_prompt": text,

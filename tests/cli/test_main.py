@@ -102,7 +102,7 @@ BAD_VALUES = {  # what is said: flags and their values
     "a whole number": "--mask_padding -1; --clip_skip -1; --deep_cache 0",
     "from 0 to 0.75": "--token_merging 0.8",
     "a number above 0 and at most 9999": "--memory_limit 0",
-    "start,end in shares of the steps, such as 0.2,0.8": "--guidance_interval 0.5; --guidance_interval 0.6,1.2",
+    "start,end as fractions of the steps, such as 0.2,0.8": "--guidance_interval 0.5; --guidance_interval 0.6,1.2",
     "left,top,right,bottom in pixels": "--expand 8,8,8; --expand 8,8,8,x; --expand 99999,0,0,0",
 }
 
