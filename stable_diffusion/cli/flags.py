@@ -143,8 +143,8 @@ FLAGS = {
         "--hires FACTOR": "enlarge the image by this factor and denoise it again",
         "--hires_strength FRACTION": "how much the second pass may change (default: 0.5)",
         "--hires_steps N": "steps of the second pass before --hires_strength is applied (default: --steps)",
-        "--hires_upscaler METHOD": "enlarge the latents, the pixels (changes less), or the pixels by the network in this "
-        "file, as --upscale (default: latents)",
+        "--hires_upscaler METHOD": "enlarge the latents, the pixels (changes less), or the pixels by the network in "
+        "this file, as --upscale (default: latents)",
         "--upscale FILE": "enlarge the finished image by this network: an ESRGAN, Real-ESRGAN or SRVGG",
         "--detail PLACE ...": "redraw a box X,Y,W,H of the finished image, the parts of the mask (mask), or the boxes "
         "in a detector's JSON file; without --strength the rest of an input image is kept; repeatable",
