@@ -118,7 +118,7 @@ class Networks:
                 if name in kept or name not in vars(self):
                     continue
                 if source.is_edited(vars(self)[name]):
-                    _log.warning("the %s was changed by hand and stays in memory; del frees it and its changes", name)
+                    _log.warning("the %s was modified and stays loaded; del frees it and discards the changes", name)
                 else:
                     delattr(self, name)
         cpu.clear_cache()
@@ -206,7 +206,7 @@ class Networks:
     def _encode(self, text: Prompt, texts_2: Any = None, **reading: Any) -> Conditioning:
         if isinstance(text, Conditioning):
             if texts_2 is not None:
-                raise ValueError("prompt_2 goes with a text: give both to encode_prompt")
+                raise ValueError("prompt_2 needs a text prompt: give both to encode_prompt")
             return text
         networks = self._use(*(encoder for _, encoder in self._encoders))
         tokenizers = [getattr(self, tokenizer) for tokenizer, _ in self._encoders]
@@ -276,7 +276,8 @@ class Networks:
         except FloatingPointError as error:
             if network not in self.sources or self.sources[network].dtype == mx.float32:
                 raise
-            _log.warning("%s: the %s computes in float32 from now on", error, network)
+            dtype, title = str(self.sources[network].dtype).rpartition(".")[2], network.replace("unet", "UNet")
+            _log.warning("%s overflow, %s: switching the %s to float32 and recomputing", dtype, error, title)
         self.to_float32(network)
         return compute()
 
@@ -300,7 +301,7 @@ class Networks:
         try:
             part = open_part(source, "safety_checker", float16=self.dtype != mx.float32, revision=revision)
         except ValueError as error:
-            remedy = "safety_model names another one, such as CompVis/stable-diffusion-safety-checker"
+            remedy = "set safety_model, for example to CompVis/stable-diffusion-safety-checker"
             raise SettingError(f"{error}; {remedy}", "safety_model") from error
         lazy = LazyNetwork(part, self.dtype)
 
@@ -403,4 +404,4 @@ class Networks:
                     for name in (f"embedding:{word}", *(f"embedding:{word}{suffix}" for suffix in SUFFIXES), word):
                         getattr(self, tokenizer).add(name, ids)
         except ValueError as error:
-            raise ValueError(f"{where} is for another family of models: {error}") from error
+            raise ValueError(f"{where} is for another model family: {error}") from error

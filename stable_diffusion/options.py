@@ -189,7 +189,7 @@ class Options:
         names = [field.name for field in fields(cls)]
         for name in keywords.keys() - set(names):
             similar = get_close_matches(name, names, n=1)
-            raise TypeError(f"there is no option {name!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
+            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {similar[0]}?" if similar else ""))
         return replace(_DEFAULT if options is None else options, **keywords)
 
     def of_sampler(self) -> dict[str, Any]:
@@ -215,13 +215,13 @@ class Options:
         check_choice("seamless", self.seamless, (None, *SEAMLESS))
         layers = self.pag_layers
         if not isinstance(layers, tuple) or not layers or not all(isinstance(one, str) and one for one in layers):
-            raise SettingError(f"pag_layers {layers!r:.80} are no tuple of names; give ('mid',)", "pag_layers")
+            raise SettingError(f"pag_layers {layers!r:.80} is not a tuple of names; give ('mid',)", "pag_layers")
         if self.freeu is not None and (not isinstance(self.freeu, tuple) or len(self.freeu) != 4):
-            raise SettingError(f"freeu {self.freeu!r} is no tuple of four factors; give (b1, b2, s1, s2)", "freeu")
+            raise SettingError(f"freeu {self.freeu!r} is not a tuple of four factors; give (b1, b2, s1, s2)", "freeu")
         for text in (self.prompt_2, self.negative_prompt_2):
             texts = [text] if text is None or isinstance(text, str) else text
             if not isinstance(texts, Sequence) or not all(one is None or isinstance(one, str) for one in texts):
-                raise ValueError(f"prompt_2 {text!r:.80} is no prompt; give a text, or a list of texts")
+                raise ValueError(f"prompt_2 {text!r:.80} is not a prompt; give a text, or a list of texts")
         for name, kind in (("controls", Control), ("image_prompts", ImagePrompt)):
             values = getattr(self, name)
             if not isinstance(values, Sequence) or not all(isinstance(one, kind) for one in values):
@@ -229,12 +229,12 @@ class Options:
                 raise ValueError(f"{name} must be a list of {kind.__name__}({form})")
         placed = [n for n in ("schedule", "spacing", "timesteps", "sigmas") if getattr(self, n) is not None]
         if len(placed) > 1 and not {"timesteps", "sigmas"}.isdisjoint(placed):
-            raise ValueError(f"{', '.join(placed)} each say where the steps lie; give one of them")
+            raise ValueError(f"{', '.join(placed)} each define the steps; give one of them")
         if self.denoising_start > self.denoising_end or self.denoising_end == 0:
             start, end = self.denoising_start, self.denoising_end
-            raise ValueError(f"a run cannot go from {start} to {end} of the noise; give 0 <= start <= end <= 1")
+            raise ValueError(f"a run cannot denoise from {start} to {end}; give fractions, 0 <= start <= end <= 1")
         if self.denoising_start and self.latents is None:
-            raise ValueError(f"denoising_start {self.denoising_start} needs the latents that the run before yielded")
+            raise ValueError(f"denoising_start {self.denoising_start} needs the latents of the previous run")
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -294,13 +294,13 @@ class Prompts:
     def __post_init__(self) -> None:
         for name in ("cfg_weight", "image_cfg_weight"):
             if not Number().accepts(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} is not a finite number; 1 and below is no guidance")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not a finite number; 1 or less turns guidance off")
         for name in ("text", "negative_text"):
             text = getattr(self, name)
             texts = [text] if isinstance(text, str) else text
             is_list = isinstance(texts, Sequence) and all(isinstance(one, str) for one in texts)
             if not is_list and not isinstance(text, Conditioning):
-                raise ValueError(f"{name} {text!r} is no prompt; give a text, a list of texts, or encoded prompts")
+                raise ValueError(f"{name} {text!r} is not a prompt; give a text, a list of texts, or encoded prompts")
 
     def count(self, n_images: int) -> int:
         """Return the number of images for ``n_images`` of each prompt; ValueError below 1."""

@@ -90,10 +90,10 @@ class StableDiffusion(Networks):
     ):
         check_mlx()
         if float16 and dtype is not None:
-            raise ValueError(f"float16=True and dtype={dtype} both choose the type; leave float16 out")
+            raise ValueError(f"float16=True and dtype={dtype} both choose the type; omit float16")
         dtype = (mx.float16 if float16 else mx.float32) if dtype is None else dtype
         if dtype not in _DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none to compute in; give mx.float16, mx.bfloat16 or mx.float32")
+            raise ValueError(f"dtype {dtype!r} is not supported; give mx.float16, mx.bfloat16 or mx.float32")
         self.rows_at_once = 1 if low_memory else None
         self.group: mx.distributed.Group | None = None  # computes the rows of the UNet's batch together
         self.memory_limit: float | None = None
@@ -119,15 +119,15 @@ class StableDiffusion(Networks):
         self.pixels_per_latent, self._latent_channels = self.vae_config.scale, self.autoencoder.latent_channels
         channels = self.unet_config.in_channels - self._latent_channels
         if channels not in MODES:
-            raise ValueError(f"a UNet with {channels} channels beside the latents is not supported")
+            raise ValueError(f"a UNet with {channels} input channels besides the latents is not supported")
         self.mode = MODES[channels]
         if self.schedule.is_edm and self.mode == "instructions":
-            raise ValueError("CosXL Edit, a model of EDM for instructions, is not supported; take CosXL itself")
+            raise ValueError("CosXL Edit, an EDM model for instructions, is not supported; use CosXL itself")
         read = max(self.unet_config.cross_attention_dim)
         written = sum(getattr(self, name).text_model.final_layer_norm.weight.shape[0] for _, name in self._encoders)
         if read != written:
-            text = f"the UNet reads prompts {read} wide and the text encoders write them {written} wide"
-            raise ValueError(f"{text}; take parts of one family of models")
+            text = f"the UNet needs prompts of width {read}, the text encoders give {written}"
+            raise ValueError(f"{text}; use parts of one model family")
 
     def __repr__(self) -> str:
         bits = [f"{name} in {in_words(s.quantization[0])}" for name, s in self.sources.items() if s.quantization]
@@ -273,7 +273,7 @@ class StableDiffusion(Networks):
         prompts = Prompts(text, negative_text, cfg_weight, 1.5 if image_cfg_weight is None else image_cfg_weight)
         run = self._plan(options, num_steps, seed, prompts.count(n_images), strength)
         if pixels.ndim == 4 and len(pixels) not in (1, len(run.seeds)):
-            raise ValueError(f"{len(pixels)} latents to work on for {len(run.seeds)} images; give one, or one for each")
+            raise ValueError(f"{len(pixels)} initial latents for {len(run.seeds)} images; give one, or one for each")
         self._check_shapes(options, run, size)
         depth_map = partial(self.estimate_depth, image) if depth is None else lambda: depth
         encode, factor = seamlessly(options.seamless, self.encode), self.vae_config.scaling_factor

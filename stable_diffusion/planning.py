@@ -115,8 +115,8 @@ def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | 
     Raises ValueError where none here computes the checkpoint's scheduler.
     """
     if options.sampler is None:
-        text = f"no method here computes what the checkpoint asks for, {describe(schedule.config)}"
-        raise SettingError(f"{text}; choose another: sampler NAME", "sampler")
+        text = f"the checkpoint's scheduler is not supported, {describe(schedule.config)}"
+        raise SettingError(f"{text}; choose a sampler: sampler NAME", "sampler")
     sampler, curve = find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
     return sampler, curve if options.schedule is None else read_schedule(options.schedule)
 
@@ -132,7 +132,7 @@ def _lay_steps(
     else:
         return schedule.steps(default_steps if num_steps is None else num_steps, rule, options.spacing, curve)
     if num_steps not in (None, len(steps)):
-        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; leave it out")
+        raise ValueError(f"num_steps {num_steps} does not fit the {len(steps)} steps of the options; omit it")
     return steps
 
 

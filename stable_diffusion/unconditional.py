@@ -65,8 +65,8 @@ class UnconditionalDiffusion(StableDiffusion):
         config, self._latent_channels = self.unet_config, self.unet_config.in_channels
         fitting = (self.autoencoder.latent_channels,) if self.vae_config else (1, 3)
         if config.out_channels != config.in_channels or config.in_channels not in fitting:
-            text = f"a UNet that makes {config.out_channels} channels of {config.in_channels} is not supported here"
-            raise ValueError(f"{text}: they would have to be the same, {' or '.join(map(str, fitting))}")
+            text = f"a UNet with {config.in_channels} input and {config.out_channels} output channels is not supported"
+            raise ValueError(f"{text}: both must be {' or '.join(map(str, fitting))}")
 
     def generate_latents(
         self,
@@ -98,13 +98,13 @@ class UnconditionalDiffusion(StableDiffusion):
 
     def generate_latents_from_image(self, *_: Any, **__: Any) -> Latents:
         """Raise ValueError: these models draw from noise alone."""
-        raise ValueError("a model without prompts does not change images; take StableDiffusion")
+        raise ValueError("a model without prompts cannot change images; use StableDiffusion")
 
     def _plan(self, options: Options, num_steps: int | None, seed: Any, count: int = 1, strength: float = 1.0) -> Run:
         """Plan a run with the checkpoint's schedule as diffusers reads it for the class of the sampler."""
         for name in _OF_PROMPTS:
             if getattr(options, name) != getattr(_DEFAULT, name):
-                raise SettingError(f"{name} needs a prompt, which this model does not read; leave it out", name)
+                raise SettingError(f"{name} needs a prompt, which this model does not take; omit it", name)
         schedule, chosen = self.schedule, options.sampler or self.sampler
         if isinstance(chosen, str) and (known := SAMPLERS[read_name(chosen)[0]].scheduler):
             scheduler = self._checkpoint.scheduler | {"_class_name": f"{known.partition(':')[0]}Scheduler"}

@@ -49,7 +49,7 @@ def test_image_to_image(tmp_path, name):
 
 def test_instructions_are_refused(tmp_path):
     make(tmp_path / "xl", "xl", SCHEDULERS["CosXL"], unet=UNETS["xl"] | {"in_channels": 8})
-    with pytest.raises(ValueError, match="CosXL Edit, a model of EDM for instructions, is not supported"):
+    with pytest.raises(ValueError, match="CosXL Edit, an EDM model for instructions, is not supported"):
         StableDiffusionXL(tmp_path / "xl")
 
 

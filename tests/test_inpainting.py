@@ -170,10 +170,10 @@ def test_enlarged(sd):
 
 BAD_FROM_IMAGE = [
     ({"mask": mx.zeros((HEIGHT, WIDTH + 8))}, r"mask of shape \(48, 72\) must be \(48, 64\)"),
-    ({"mask": flat(1.01)}, "values of a mask must be from 0"),
+    ({"mask": flat(1.01)}, "values of a mask must lie between 0"),
     ({"seed": [1, 2]}, "2 seeds for 1 images"),
     ({"latents": mx.zeros((2, *SMALL, 4))}, "do not fit"),
-    ({"denoising_end": 0.0}, "from 0.0 to 0.0 of the noise"),
+    ({"denoising_end": 0.0}, "cannot denoise from 0.0 to 0.0"),
     ({"denoising_end": 1.5}, "denoising_end 1.5 is not a number from 0 to 1"),
 ]
 
@@ -189,7 +189,7 @@ def test_bad_runs_are_refused_at_the_call(sd):
     for options, message in (
         ({"denoising_start": 0.5}, "denoising_start 0.5 needs the latents"),
         ({"denoising_start": 0.5, "latents": latents[:, :2]}, "do not fit"),
-        ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": latents}, "cannot go from 0.8 to 0.5"),
+        ({"denoising_start": 0.8, "denoising_end": 0.5, "latents": latents}, "cannot denoise from 0.8 to 0.5"),
         ({"seed": []}, "0 seeds for 1 images"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -199,7 +199,7 @@ def test_bad_runs_are_refused_at_the_call(sd):
 def test_a_mask_needs_an_image(sd):
     with pytest.raises(ValueError, match="a mask needs an image, not latents"):
         sd.generate_latents_from_image(mx.zeros((1, *SMALL, 4)), PROMPT, mask=flat(1))
-    with pytest.raises(ValueError, match="2 latents to work on for 3 images"):
+    with pytest.raises(ValueError, match="2 initial latents for 3 images"):
         sd.generate_latents_from_image(mx.zeros((2, *SMALL, 4)), PROMPT, n_images=3)
 
 

@@ -163,11 +163,11 @@ def test_grey_pictures(tmp_path):
 
 def test_what_is_refused(folder, sd, tmp_path):
     refused = [
-        (lambda: StableDiffusion(folder), "is a DDPMPipeline, which reads no prompt: UnconditionalDiffusion runs it"),
-        (lambda: UnconditionalDiffusion("tiny"), "is a 'StableDiffusionPipeline', which is not supported without"),
+        (lambda: StableDiffusion(folder), "is a DDPMPipeline, which takes no prompt: use UnconditionalDiffusion"),
+        (lambda: UnconditionalDiffusion("tiny"), "is a 'StableDiffusionPipeline', not a supported pipeline without"),
         (lambda: sd.generate_latents(latent_size=(6, 8)), "latent_size (6, 8) does not fit the UNet; choose multiples"),
         (lambda: sd.generate_latents(clip_skip=1), "clip_skip needs a prompt"),
-        (lambda: sd.generate_latents_from_image("cat.png"), "does not change images"),
+        (lambda: sd.generate_latents_from_image("cat.png"), "cannot change images"),
     ]
     scheduler = diffusers.DDPMScheduler(**_SCHEDULE, variance_type="learned_range")
     save(tmp_path / "learned", "DDPMPipeline", scheduler)
@@ -177,9 +177,9 @@ def test_what_is_refused(folder, sd, tmp_path):
     (tmp_path / "score" / "model_index.json").write_text('{"_class_name": "ScoreSdeVePipeline"}')
     for name, word in {
         "learned": "variance_type='learned_range'",
-        "six": "a UNet that makes 6 channels of 3 is not supported",
-        "cut": "is not complete",
-        "score": "is a 'ScoreSdeVePipeline', which is not supported without prompts; what is supported is DDPMPipeline",
+        "six": "a UNet with 3 input and 6 output channels is not supported",
+        "cut": "is incomplete",
+        "score": "is a 'ScoreSdeVePipeline', not a supported pipeline without prompts; supported: DDPMPipeline",
     }.items():
         refused.append((lambda name=name: UnconditionalDiffusion(tmp_path / name).generate_latents(), word))
     for act, word in refused:

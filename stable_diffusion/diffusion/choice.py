@@ -85,7 +85,7 @@ def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[S
         name, schedule = read_name(sampler)
         row = SAMPLERS[name]
     if unknown := {option for option, value in chosen.items() if value is not None} - row.option_names:
-        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; leave it out")
+        raise ValueError(f"sampler {name} takes no {', '.join(sorted(unknown))}; omit it")
     if (chosen.get("order") or 1) > row.highest_order:
         raise ValueError(f"sampler {name} has no order {chosen['order']}; choose 1 to {row.highest_order}")
     return row, schedule

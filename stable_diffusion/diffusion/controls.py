@@ -24,8 +24,8 @@ class Acting:
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale {self.scale} of {network} is not a finite number")
         if not 0 <= self.start < self.end <= 1:
-            text = f"{network} cannot act from {self.start} to {self.end}"
-            raise ValueError(f"{text}; give shares, 0 <= start < end <= 1")
+            text = f"{network} cannot act from {self.start} to {self.end} of the steps"
+            raise ValueError(f"{text}; give fractions, 0 <= start < end <= 1")
 
     def acts(self, step: int, steps: int) -> bool:
         """Return whether all of a step lies between start and end."""
@@ -62,9 +62,9 @@ class Control(Acting):
         self.check_strength("a ControlNet")
         if self.guess and isinstance(self.network, T2IAdapter | ControlNetLLLite):
             kind = "T2I-Adapter" if isinstance(self.network, T2IAdapter) else "ControlNet-LLLite"
-            raise ValueError(f"a {kind} has no guess mode, since it does not read the prompt; leave it out")
+            raise ValueError(f"a {kind} has no guess mode, because it does not use the prompt; omit it")
         if self.type_number is None and self.kind is not None:
-            raise ValueError(f"control type {self.kind!r} has no effect: this is no union ControlNet; leave it out")
+            raise ValueError(f"control type {self.kind!r} has no effect: this is not a union ControlNet; omit it")
 
     @property
     def type_number(self) -> int | None:
@@ -93,7 +93,7 @@ def embed_controls(controls: Sequence[Control], dtype: mx.Dtype) -> list[Control
         group.controls.append(control)
         group.embedded.append(control.network.embed(control.image[None].astype(dtype)))
         if group.controls[0].guess != control.guess:
-            raise ValueError("the controls of one union ControlNet are all in guess mode, or none; set guess alike")
+            raise ValueError("all controls of one union ControlNet share guess mode; give them the same guess")
     return list(groups.values())
 
 

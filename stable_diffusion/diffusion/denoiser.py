@@ -77,7 +77,7 @@ class Denoiser:
         merges = self._unet_options.get("tome_ratio", 0)
         if merges and any(isinstance(control.network, ControlNetLLLite) for control in controls):
             raise ValueError(
-                "token_merging and ControlNet-LLLites do not go together, since they need all positions; use one"
+                "token_merging cannot be combined with ControlNet-LLLite, which needs all positions; omit one"
             )
         self._rows_at_once, self._deep_cache, self._group = rows_at_once, deep_cache, group
         self._batches: list[tuple[GuidanceBatch, list[_Part]]] = []

@@ -174,7 +174,7 @@ def _mean(rows: Weighted) -> Weighted:
     total = sum(weight for _, weight in rows)
     if abs(total) < 1e-6:
         raise ValueError(
-            f"the weights of the prompt's parts sum to {total:g}, and their mean is needed; give them another sum"
+            f"the weights of the prompt's parts sum to {total:g}, so they have no mean; change the weights"
         )
     return [(index, weight / total) for index, weight in rows]
 

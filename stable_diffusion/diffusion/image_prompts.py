@@ -64,9 +64,9 @@ class ImagePrompt(Acting):
     def __post_init__(self) -> None:
         self.check_strength("an IP-Adapter")
         if self.image is None and self.tokens is None:
-            raise ValueError("an image prompt needs a picture: ImagePrompt(adapter, image)")
+            raise ValueError("an image prompt needs an image: ImagePrompt(adapter, image)")
         if self.mask is not None and getattr(self.mask, "ndim", 0) != 2:
-            raise ValueError("the mask of an image prompt is no array [H, W]; give one in [0, 1], of the output's size")
+            raise ValueError("an image prompt's mask is not an array [H, W]; give one in [0, 1], of the output's size")
         if isinstance(self.scales, str) and self.scales not in PRESETS:
             text = f"scales {self.scales!r} is unknown; give {', '.join(PRESETS)}"
             raise ValueError(f'{text} or names of parts with factors: {{"up_blocks.0": 1}}')
@@ -114,6 +114,6 @@ def check_image_prompts(
         prompt.adapter.config.check_fits(unet.config)
         prompt.layers(unet)
         if prompt.tokens is not None and len(prompt.tokens[0]) not in (1, n_images):
-            raise ValueError(f"tokens of {len(prompt.tokens[0])} pictures for {n_images} images; give one, or one each")
+            raise ValueError(f"{len(prompt.tokens[0])} image prompts for {n_images} images; give one, or one for each")
         if prompt.mask is not None and prompt.mask.shape != size:
             raise ValueError(f"a mask of shape {prompt.mask.shape} does not fit: this run needs {size}")

@@ -207,11 +207,11 @@ def depth_latents(depth: Any, size: tuple[int, int]) -> mx.array:
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"a depth map is an array [height, width], not {list(array.shape)}")
     if bad := array.size - mx.isfinite(array).sum().item():
-        raise ValueError(f"{bad} of {array.size} values of the depth map are not finite; give a map without them")
+        raise ValueError(f"{bad} of {array.size} values of the depth map are not finite; give a map with finite values")
     small = resample(array[None, :, :, None], size, cubic=True)
     low, high = small.min(), small.max()
     if not (high > low).item():
-        raise ValueError("the depth map is the same everywhere; give one that tells near from far")
+        raise ValueError("the depth map has one value everywhere; give one with near and far areas")
     return 2 * (small - low) / (high - low) - 1
 
 

@@ -222,7 +222,7 @@ class Schedule:
     def at_sigmas(self, sigmas: Sequence[float]) -> Steps:
         """Lay a run through descending noise levels, of which the last, usually 0, is where it ends."""
         if len(sigmas) < 2 or sigmas[-1] < 0 or any(a <= b for a, b in pairwise(sigmas)):
-            raise ValueError(f"sigmas {list(sigmas)} must descend and be at least two, of which the last is the end")
+            raise ValueError(f"sigmas {list(sigmas)} must descend and have at least two values, with the end last")
         *levels, end = sigmas
         return Steps((*map(Sigma, levels, range(len(levels)), map(self.timestep, levels)), float(end)), len(levels))
 

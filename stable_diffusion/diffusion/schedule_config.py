@@ -160,7 +160,7 @@ class ScheduleConfig(Config):
         raw = _CLASS_DEFAULTS.get(name, {}) | given | _PIPELINE_SETTINGS.get(pipeline, {})
         curves = [curve for flag, curve in _CURVE_FLAGS.items() if raw.get(flag)]
         if len(curves) > 1:
-            raise ValueError(f"scheduler config: only one of use_{'_sigmas, use_'.join(curves)}_sigmas can hold")
+            raise ValueError(f"scheduler config: only one of use_{'_sigmas, use_'.join(curves)}_sigmas can be true")
         for key, supported in _NOISE_SETTINGS.items():
             if raw.get(key) not in (None, *supported):
                 names = f" (supported: {', '.join(map(repr, supported))})"
@@ -181,11 +181,11 @@ class ScheduleConfig(Config):
             raise ValueError(f"scheduler config: sigma_data={config.sigma_data} and rho={config.rho} must be above 0")
         betas = (config.beta_start, config.beta_end, *(config.trained_betas or ()))
         if wrong := [beta for beta in betas if not 0 <= beta <= 1]:
-            raise ValueError(f"scheduler config: a beta of {wrong[0]} is no share of noise; take it from its source")
+            raise ValueError(f"scheduler config: beta {wrong[0]} must lie in 0 ... 1; download it again")
         ratio, highest = config.dynamic_thresholding_ratio, config.sample_max_value
         if config.thresholding and (not 0 <= ratio <= 1 or highest <= 0):
-            text = f"dynamic_thresholding_ratio={ratio} is no share, or sample_max_value={highest} no range"
-            raise ValueError(f"scheduler config: {text}; take them from their source")
+            text = f"dynamic_thresholding_ratio={ratio} must lie in 0 ... 1, sample_max_value={highest} above 0"
+            raise ValueError(f"scheduler config: {text}; download it again")
         return config
 
     @classmethod

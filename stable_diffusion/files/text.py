@@ -17,7 +17,7 @@ def read_text(path: Path) -> str:
     with path.open("rb") as file:
         data = file.read(_LARGEST + 1)
     if len(data) > _LARGEST:
-        raise ValueError(f"{path} has more than the {_LARGEST / 1e6:.0f} MB of such a file; take it from its source")
+        raise ValueError(f"{path} exceeds {_LARGEST / 1e6:.0f} MB, the limit for such a file; download it again")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
@@ -47,9 +47,9 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
             raise RecursionError
     except (ValueError, RecursionError) as error:
         problem = f"more than {_DEEPEST} levels" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{source} is not readable as JSON ({problem}); take it from its source") from None
+        raise ValueError(f"{source} is not readable as JSON ({problem}); download it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; take it from its source")
+        raise ValueError(f"{source} holds a {type(value).__name__}, not an object; download it again")
     return value
 
 

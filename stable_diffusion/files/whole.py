@@ -110,7 +110,7 @@ def check_new(path: Path) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose another name for the folder")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to make {path.name} in: make it, or choose another place")
+        raise ValueError(f"the folder {path.parent} for {path.name} does not exist: create it, or choose another place")
     return path
 
 
@@ -118,8 +118,8 @@ def check_space(path: Path, size: int) -> None:
     """Raise OSError when the disk of ``path`` has no room for ``size`` bytes."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        sizes = f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left"
-        raise OSError(f"{sizes}: make room, or choose another place")
+        sizes = f"{path} needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"
+        raise OSError(f"{sizes}: free disk space, or choose another place")
 
 
 def _sync(path: Path) -> None:

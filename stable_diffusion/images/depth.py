@@ -41,9 +41,9 @@ def read_depth(path: str | os.PathLike) -> np.ndarray:
             levels = np.asarray(image)[..., None]
     depth = levels[..., 0].astype(np.float32)
     if (levels != levels[..., :1]).any():
-        raise ValueError(f"{path} is a picture in colour; a depth map is grey, lighter where it is nearer")
+        raise ValueError(f"{path} is a colour image; a depth map is grey, lighter where it is nearer")
     if depth.min() == depth.max():
-        raise ValueError(f"the depth map {path} is {depth.max():g} everywhere; give one that tells near from far")
+        raise ValueError(f"the depth map {path} is {depth.max():g} everywhere; give one with near and far areas")
     return depth
 
 

@@ -33,7 +33,7 @@ def keep(picture: object, folder: str, name: str) -> str:
     with opened(path) as image:
         (width, height), suffix = image.size, image.format.lower()
     if width * height > MOST_PIXELS:
-        raise ValueError(f"a picture of {width}x{height} is too large; at most {MOST_PIXELS / 1e6:.0f} megapixels")
+        raise ValueError(f"an image of {width}x{height} is too large; the limit is {MOST_PIXELS / 1e6:.0f} megapixels")
     return str(path.rename(path.with_suffix(f".{suffix}")))
 
 
@@ -45,12 +45,12 @@ def read_by(read: Callable[[str], T], picture: object) -> T:
 
 def _decoded(text: object) -> bytes:
     if not isinstance(text, str):
-        raise ValueError("a picture is no text; give it in base64")
+        raise ValueError("an image is not a text; give it in base64")
     head, comma, _ = text[:100].partition(",")
     try:
         return base64.b64decode(text[len(head) + 1 :] if comma and head.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError(f"a picture that begins with {text[:20]!r} is not base64; give it without blanks") from None
+        raise ValueError(f"an image that begins with {text[:20]!r} is not base64; give it without spaces") from None
 
 
 def repainted(data: bytes) -> bytes | None:

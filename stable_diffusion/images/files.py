@@ -88,7 +88,7 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
             with Image.open(path, formats=_READ) as image:
                 yield image
     except Image.DecompressionBombError:
-        remedy = f"at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels are read; make it smaller first"
+        remedy = f"the limit is {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; make it smaller first"
         raise ValueError(f"the image {path} is too large: {remedy}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path} is {_kind(path)}; save it as PNG or JPEG") from None
@@ -211,7 +211,7 @@ def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | Non
     is_png = options["format"] == "PNG"
     if quality is not None:
         if is_png or not 1 <= quality <= 100:
-            raise ValueError(f"a quality of {quality} for {path.name}: it is 1 to 100, for JPEG and WebP")
+            raise ValueError(f"a quality of {quality} for {path.name}: give 1 to 100, for JPEG and WebP")
         options = options | {"quality": quality}
     if not text:
         return options
@@ -272,7 +272,7 @@ def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, A
         if limit is None or len(data) <= limit:
             break
     if missing := ", ".join(key for key in texts if key not in subset):
-        _log.warning("%s has no room for all metadata: %s is left out; a PNG has it", path.name, missing)
+        _log.warning("%s has no room for all metadata: %s is omitted; a PNG keeps it", path.name, missing)
     return {"exif": data} if subset else {}
 
 

@@ -52,7 +52,7 @@ def read_pictures(
     Raises ValueError, one line, for a folder without a picture that can be used.
     """
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder} with pictures; check the path")
+        raise ValueError(f"the picture folder {folder} does not exist; check the path")
     pictures, lines = [], []
     default = caption if caption is not None or trigger is None else ""
     entries, seen = list(_entries(folder, Picture(folder, default), set(), lines)), {}
@@ -67,7 +67,7 @@ def read_pictures(
                         raise ValueError(f"{picture.path} is the same picture as {first.name}")
                     pictures.append(replace(picture, caption=_with_trigger(picture.caption, trigger)))
                 except ValueError as error:
-                    lines.append(f"{error}; it is left out")
+                    lines.append(f"{error}; it is omitted")
     finally:
         pool.shutdown(cancel_futures=True)
     if not pictures:
@@ -111,29 +111,29 @@ def _entries(folder: Path, default: Picture, named: set[str], lines: list[str]) 
     try:
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     except OSError as error:
-        lines.append(f"{folder} cannot be read ({error.strerror}); it is left out")
+        lines.append(f"{folder} cannot be read ({error.strerror}); it is omitted")
         return
     if default.repeats == 0:
-        lines.append(f"{folder} is left out, as its name asks for 0 repeats")
+        lines.append(f"{folder} is omitted, because its name says 0 repeats")
         return
     images = [file for file in files if file.suffix.lower() in _READ + _REFUSED and not file.is_dir()]
     texts = {file.stem: file for suffix in _CAPTIONS[::-1] for file in files if file.suffix.lower() == suffix}
     names = {name for image in images for name in (image.stem, image.name)}  # also a.jpg.txt
-    lines += [f"{text} is the caption of no picture" for stem, text in texts.items() if stem not in names]
+    lines += [f"{text} is a caption without a picture" for stem, text in texts.items() if stem not in names]
     lists = [file for file in files if file.name in _LISTS]
     pairs: list[tuple[Path, Path | str | None]] = [pair for file in lists for pair in _listed(file, named, lines)]
     rest = [image for image in images if os.path.abspath(image) not in named]
     if pairs:
-        lines += [f"{image} is left out: {lists[0].name} does not name it" for image in rest]
+        lines += [f"{image} is omitted: {lists[0].name} does not name it" for image in rest]
     for image, text in pairs or [(image, texts.get(image.stem, texts.get(image.name))) for image in rest]:
         try:
             caption = read_text(text) if isinstance(text, Path) else text
             yield replace(default, path=image, caption=default.caption if caption is None else caption)
         except (OSError, ValueError) as error:
-            lines.append(f"{error}; {image.name} is left out")
+            lines.append(f"{error}; {image.name} is omitted")
     for child in (file for file in files if file.is_dir()):
         if child.is_symlink():
-            lines.append(f"{child} is a link to a folder and is left out; move the pictures here")
+            lines.append(f"{child} is a link to a folder and is omitted; move the pictures here")
         else:
             yield from _entries(child, default, named, lines)
 
@@ -143,7 +143,7 @@ def _listed(listing: Path, named: set[str], lines: list[str]) -> Iterator[tuple[
     try:
         rows = read_text(listing).split("\n")
     except (OSError, ValueError) as error:
-        lines.append(f"{error}; what it lists is read without it")
+        lines.append(f"{error}; this list is ignored")
         return
     for number, row in enumerate(rows, start=1):
         if not row.strip():
@@ -159,7 +159,7 @@ def _listed(listing: Path, named: set[str], lines: list[str]) -> Iterator[tuple[
             if not Path(path).is_relative_to(folder):
                 raise ValueError(f"{where} names {name:.80}, which is outside of the folder; move it into the folder")
             if path in named:
-                raise ValueError(f"{where} names {name:.80} again, which is left out")
+                raise ValueError(f"{where} names {name:.80} again; the second line is omitted")
         except ValueError as error:
             lines.append(str(error))
         else:

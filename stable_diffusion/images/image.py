@@ -75,7 +75,7 @@ def fit(
         canvas = Image.new(image.mode, (width, height), background)
         canvas.paste(image.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return canvas
-    raise ValueError(f"unknown way to fit an image {mode!r}; choose crop, pad or stretch")
+    raise ValueError(f"the fit {mode!r} is unknown; choose crop, pad or stretch")
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -104,8 +104,8 @@ def clip_pixels(images: Any, size: int) -> mx.array:
 def _for_clip(image: Image.Image, size: int) -> np.ndarray:
     short, long = min(image.size), max(image.size)
     if long > _LARGEST_ASPECT * short:
-        text = f"{image.width} x {image.height} pixels is too narrow to be seen as a square"
-        raise ValueError(f"a picture of {text}: cut out a part of it")
+        text = f"{image.width} x {image.height} pixels is too narrow for a square"
+        raise ValueError(f"an image of {text}: crop it")
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -120,7 +120,7 @@ def pixels_of(image: Any, unit: int) -> mx.array:
     """
     image = read_if_path(image)
     if image is None:
-        raise ValueError("there is no image; give a path, a PIL image or an array [H, W, 3]")
+        raise ValueError("the image is missing; give a path, a PIL image or an array [H, W, 3]")
     pixels = mx.array(to_array(image) if isinstance(image, Image.Image) else image, dtype=mx.float32)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.shape[0] % unit or pixels.shape[1] % unit:
         raise ValueError(f"image of shape {pixels.shape} must be [H, W, 3] with sides that are multiples of {unit}")
@@ -140,7 +140,7 @@ def mask_of(mask: Any, size: tuple[int, int]) -> mx.array:
     if mask.shape != tuple(size):
         raise ValueError(f"mask of shape {mask.shape} must be {tuple(size)}, the size of the image")
     if not mx.all((mask >= 0) & (mask <= 1)):
-        raise ValueError("the values of a mask must be from 0, keep, to 1, replace")
+        raise ValueError("the values of a mask must lie between 0 (keep) and 1 (repaint)")
     return mask.astype(mx.float32)
 
 
@@ -173,10 +173,10 @@ def grid(images: Sequence[Image.Image], rows: int) -> Image.Image:
     look like an image that failed. Raises ValueError for rows < 1, no images, or images of several sizes.
     """
     if rows < 1:
-        raise ValueError(f"a grid of {rows} rows cannot be drawn; it has at least 1")
+        raise ValueError(f"a grid of {rows} rows cannot be drawn; give at least 1")
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
-        raise ValueError(f"a grid is of images of one size, not of {sizes or 'no images'}")
+        raise ValueError(f"a grid needs images of one size, not {sizes or 'no images'}")
     width, height = sizes[0]
     columns = math.ceil(len(images) / rows)
     rows = math.ceil(len(images) / columns)

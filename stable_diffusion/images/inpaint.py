@@ -17,7 +17,7 @@ from .image import MULTIPLE, SMALLEST_SIDE, fit, target_size
 _CELL = 8  # pixels of the grid on which parts of a mask are told apart
 _LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of an image and its mask
 
-EMPTY_MASK = "the mask is black everywhere: there is nothing to crop to; leave out the padding"
+EMPTY_MASK = "the mask is black everywhere, so no area can be cropped; omit the padding"
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 

@@ -50,7 +50,8 @@ def check_layers(network: ControlNetLLLite, unet: UNet2DConditionModel) -> None:
     wanted = zip(network.config.layers, network.config.widths, strict=True)
     wrong = [n for n, width in wanted if widths.get(n) != width or n.endswith(("attn2_to_k", "attn2_to_v"))]
     if wrong:
-        raise misfit("ControlNet-LLLite", f"it changes {listed(wrong, most=1)}, which the model does not have so")
+        reason = f"it changes {listed(wrong, most=1)}, which the model lacks or has in another shape"
+        raise misfit("ControlNet-LLLite", reason)
 
 
 def build_control_lora(component: Component, unet: UNet2DConditionModel, dtype: mx.Dtype) -> ControlNetModel:

@@ -52,7 +52,7 @@ def new_lora(
     Raises ValueError for a pattern without a layer, a rank above the width of a layer, and an alpha of 0 or less.
     """
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha {alpha} is not above 0, so that the LoRA would change nothing; give its rank, or half")
+        raise ValueError(f"alpha {alpha} must be above 0, or the LoRA has no effect; give the rank, or half of it")
     layers = list(_layers(networks, ranks, targets, conv_rank))
     matched = {network for network, _, _, layer in layers if layer.weight.ndim == 2}
     if missed := [network for network in networks if ranks.get(network, 0) and network not in matched]:
@@ -76,8 +76,8 @@ def _layers(
     try:
         matrices, kernels = re.compile(pattern), re.compile(_KERNELS)
     except re.error as error:
-        problem = f"targets {targets!r:.60} are no regular expression ({error})"
-        raise ValueError(f"{problem}; choose {_KNOWN}, or mend it") from None
+        problem = f"targets {targets!r:.60} is not a regular expression ({error})"
+        raise ValueError(f"{problem}; choose {_KNOWN}, or correct it") from None
     for network, module in networks.items():
         rank = ranks.get(network, 0)
         for path, layer in module.named_modules() if rank else ():

@@ -106,7 +106,7 @@ class LoRADelta(nn.Module):
                 w1, w2 = _matrix(f, "lokr", 1), _matrix(f, "lokr", 2)
                 change = mx.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
         except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"{self.name}: its factors do not fit each other") from error
+            raise ValueError(f"{self.name}: the shapes of its factors do not match") from error
         if change.ndim == 4 and len(shape) == 2 and change.shape[2:] == (1, 1):
             change = change.reshape(change.shape[:2])
         elif change.ndim == 2 and change.shape == (shape[0], math.prod(shape[1:])):

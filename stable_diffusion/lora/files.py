@@ -67,13 +67,13 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
         if UNUSED.fullmatch(f"{network}.{layer}"):
             continue
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
-            raise ValueError(f"{path} is damaged: its {name} has the shape {tensor.shape}")
+            raise ValueError(f"{path} is damaged: {name} has the wrong shape, {tensor.shape}")
         if role == "dora_scale":  # PEFT's lengths, always those of rows, get one axis, and others at least two
             shape = (-1,) if PEFT_LENGTHS in name else (len(tensor), *(tensor.shape[1:] or (1,)))
             tensor = mx.reshape(tensor, shape, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
     if incomplete := [".".join(layer) for layer, factors in grouped.items() if not is_complete(factors)]:
-        raise ValueError(f"{path} lacks factors of its changes of {listed(incomplete)}")
+        raise ValueError(f"{path} is incomplete: factors are missing for {listed(incomplete)}")
     if not grouped:
         raise ValueError(f"{path} is not a LoRA: it holds {listed(unknown) or 'nothing'}")
     mx.eval([factors["alpha"] for factors in grouped.values() if "alpha" in factors])
@@ -127,7 +127,7 @@ def _delta(path: Path, network: str, layer: str, factors: dict[str, mx.array], s
     else:
         alpha = settings.get("lora_alpha")
         if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
-            raise ValueError(f"the alpha_pattern of {path} is {patterns!r:.60} and no object; take it from its source")
+            raise ValueError(f"the alpha_pattern of {path} is {patterns!r:.60}, not an object; download it again")
         for pattern, value in patterns.items():
             flat = pattern.strip("^$").replace(".", "_")
             alpha = value if layer == flat or layer.endswith(f"_{flat}") else alpha
@@ -136,5 +136,5 @@ def _delta(path: Path, network: str, layer: str, factors: dict[str, mx.array], s
     except (TypeError, ValueError, OverflowError):  # JSON holds texts, lists and integers of any size
         multiplier = math.nan
     if not math.isfinite(multiplier):
-        raise ValueError(f"the LoRA {path} has alpha {alpha!r:.60} for {network}.{layer}, which is no number")
+        raise ValueError(f"the LoRA {path} has alpha {alpha!r:.60} for {network}.{layer}, which is not a number")
     return LoRADelta(network, layer, factors, multiplier)

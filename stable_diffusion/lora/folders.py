@@ -26,7 +26,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
     folders = [folders] if isinstance(folders, str | os.PathLike) else folders
     roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
     if missing := [folder for folder, root in zip(folders, roots, strict=True) if not root.is_dir()]:
-        raise ValueError(f"there is no folder {missing[0]} with LoRAs; give one that is there")
+        raise ValueError(f"the LoRA folder {missing[0]} does not exist; check the path")
     files = {file: root for root in roots for file in files_in(root)}
     wanted = tuple(re.split(r"[/\\]", name))
     for spell in (str, fold):

@@ -120,30 +120,30 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) 
     ``partial`` accepts a LoRA of which the model lacks some parts, but not all, and logs them.
     """
     if isinstance(scale, tuple) and len(scale) != 2:
-        raise ValueError(f"the scale {scale} of a LoRA has {len(scale)} numbers; give (text encoders, UNet)")
+        raise ValueError(f"the scale {scale} of a LoRA has {len(scale)} numbers; give 1, or 2: (text encoders, UNet)")
     if not all(math.isfinite(scale_of(scale, name)) for name in ("text_encoder", "unet")):
-        raise ValueError(f"the scale {scale} of a LoRA is not a number; 1 is all of it, 0 is none")
+        raise ValueError(f"the scale {scale} of a LoRA is not a finite number; 1 is full strength, 0 is off")
     read = lora.context_width
     width = read if "unet" not in networks else max(networks["unet"].config.cross_attention_dim)
     if read not in (None, width):
         family, model = family_title(read), family_title(width)
         raise ValueError(f"{lora.path} is a LoRA for {family} and this model is {model}: choose one made for it")
-    matched, misshapen = set(), []
+    matched, wrong = set(), []
     for name, network in networks.items():
         for _, layer, delta in target_layers(name, network, lora.deltas):
             matched.add(delta.name)
             try:
                 delta.delta(layer)
             except ValueError as error:
-                misshapen.append(str(error))
-    if misshapen:
-        raise ValueError(f"{lora.path} does not fit this model: {len(misshapen)} misshapen: {listed(misshapen)}")
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{lora.path} does not fit this model: {len(wrong)} have the wrong shape: {listed(wrong)}")
     unmatched = (*lora.unknown, *(delta.name for delta in lora.deltas if delta.name not in matched))
-    total = f"its {len(lora.deltas) + len(lora.unknown)} parts"
+    total = f"{len(lora.deltas) + len(lora.unknown)} parts"
     if not matched:
-        raise ValueError(f"{lora.path} is for another kind of model: this one has none of {total}, {unmatched[0]}...")
+        raise ValueError(f"{lora.path} is for another kind of model: this one lacks all {total}, {unmatched[0]}...")
     if unmatched:
-        rest = f"{lora.path}: {len(unmatched)} of {total} are not in this model: {listed(unmatched)}"
+        rest = f"{lora.path}: {len(unmatched)} of its {total} are not in this model: {listed(unmatched)}"
         if not partial:
             raise ValueError(f"{rest}; apply the others with partial=True, or choose a LoRA made for this model")
         _log.warning("%s; applying the others", rest)

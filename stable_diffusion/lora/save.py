@@ -67,7 +67,7 @@ def write_lora(
                 ranks.setdefault(network, {})[name] = rank_of(delta)
                 for role, factor in _stored(delta, naming, convolution).items():
                     if role not in ROLES[naming]:
-                        raise ValueError(f"{naming} has no name for {role} of {name}: choose kohya's names")
+                        raise ValueError(f"{naming} has no name for {role} of {name}: choose the kohya naming")
                     stored = factor if dtype is None else factor.astype(dtype)
                     _check_finite(stored, factor, f"{network}.{name}")
                     tensors[f"{names[name]}.{ROLES[naming][role]}"] = stored
@@ -82,7 +82,7 @@ def _check_finite(stored: mx.array, factor: mx.array, layer: str) -> None:
     if not mx.isfinite(stored).all().item():
         largest, kind = mx.abs(factor).max().item(), str(stored.dtype).removeprefix("mlx.core.")
         raise ValueError(
-            f"the LoRA has values up to {largest:.3g} in {layer}, which {kind} does not hold; its training diverged: "
+            f"the LoRA has values up to {largest:.3g} in {layer}, which {kind} cannot hold; its training diverged: "
             "choose a smaller learning rate"
         )
 
@@ -99,7 +99,7 @@ def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.ar
         peft = (1, -1, *kernel) if convolution else (-1,)
         factors["dora_scale"] = m.reshape(peft if naming == "peft" else (-1, 1, *kernel))
     elif m is not None and naming == "peft":
-        raise ValueError(f"peft has no name for the lengths of columns of {delta.name}: choose kohya's names")
+        raise ValueError(f"peft has no name for the column norms of {delta.name}: choose the kohya naming")
     if naming == "peft":
         return factors | {role: delta.multiplier * factors[role] for role in ("up", "bias") if role in factors}
     return factors if rank is None else factors | {"alpha": mx.array(delta.multiplier * rank)}

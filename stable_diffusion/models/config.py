@@ -45,7 +45,7 @@ def readable(kind: str) -> Iterator[None]:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{kind}: a value is not what it should be ({reason}); take it from its source") from error
+        raise ValueError(f"{kind}: invalid value ({reason}); download it again") from error
 
 
 def listed(names: Iterable[Any], most: int = 3) -> str:
@@ -121,7 +121,7 @@ class Config:
         kinds = {int: f"a whole number from {least} to {most:,}", float: "a finite number", bool: "true or false"}
         names = [text for one, text in kinds.items() if one in _leaves(kind)] or ["a text"]
         text = f"a list of at most {longest}, each " * (get_origin(kind) is tuple) + " or ".join(names)
-        raise ValueError(f"{cls.kind} config: {key}={short(value)} must be {text}; take it from its source")
+        raise ValueError(f"{cls.kind} config: {key}={short(value)} must be {text}; download it again")
 
 
 def _fits(value: Any, kind: Any, least: int, most: int, longest: int) -> bool:
@@ -337,7 +337,7 @@ class AutoencoderConfig(Config):
         for values in (self.latents_mean, self.latents_std):
             if values is not None and (len(values) != self.latent_channels or 0 in (self.latents_std or (0,))):
                 text = f"latents_mean={self.latents_mean} and latents_std={self.latents_std}"
-                raise ValueError(f"vae config: {text} must be {self.latent_channels} numbers each, and none of them 0")
+                raise ValueError(f"vae config: {text} must have {self.latent_channels} numbers each, all nonzero")
 
     @property
     def scale(self) -> int:

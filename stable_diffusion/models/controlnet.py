@@ -56,7 +56,7 @@ class ControlNetConfig(EncoderConfig):
             return names.index(str(kind))
         if str(kind).isdecimal() and int(kind) < len(names):
             return int(kind)
-        hint = "; that one takes the promax variant" if kind in UNION_TYPES else ""
+        hint = "; that one needs the promax variant" if kind in UNION_TYPES else ""
         raise ValueError(f"a union ControlNet needs a control type: {', '.join(names)} or a number, not {kind}{hint}")
 
     @property
@@ -79,7 +79,7 @@ class ControlNetConfig(EncoderConfig):
 
 def misfit(network: str, reason: str) -> ValueError:
     """Return the error for a ControlNet or T2I-Adapter of another family than the model's."""
-    remedy = "take one that was trained for this family (SD 1, SD 2 or XL)"
+    remedy = "use one trained for this family (SD 1, SD 2 or XL)"
     return ValueError(f"the {network} does not fit the model: {reason}; {remedy}")
 
 

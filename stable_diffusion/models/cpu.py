@@ -70,7 +70,7 @@ def choose_device(name: str | None = None) -> None:
         if name not in DEVICES:
             raise ValueError(f"the device {name!r} is unknown; choose cpu or gpu")
         if not mx.is_available(device := mx.Device(getattr(mx, name))):
-            raise ValueError(f"MLX {mx.__version__} finds no {name} here; choose no device, also in SD_DEVICE")
+            raise ValueError(f"MLX {mx.__version__} finds no {name} here; omit the device, also in SD_DEVICE")
         mx.set_default_device(device)
     if sys.platform == "darwin" and mx.default_device() == mx.cpu:
         import subprocess

@@ -119,7 +119,8 @@ def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.a
     if len(x) > 1:
         return mx.concatenate([_now(_run(vae, half, budget, picture[None])) for picture in x])
     if budget is not None and chosen.peak > budget:
-        _log.warning("memory is short: the autoencoder needs %.2f of %.2f GB", chosen.peak / 1e9, budget / 1e9)
+        text = "memory is short: the autoencoder needs %.2f GB, the limit is %.2f GB"
+        _log.warning(text, chosen.peak / 1e9, budget / 1e9)
     if chosen.tile is None:
         return in_slices(network.layers, x, chosen.rows)
     down, up = (vae.config.scale, 1) if half == "encoder" else (1, vae.config.scale)

@@ -39,10 +39,10 @@ _TOKEN = re.compile(
 )
 _WEIGHT = re.compile(r"\s*(\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})\s*::")
 _NO_EFFECT = {
-    "${": "variables, as ${name=text}, are not supported: they are text",
-    **dict.fromkeys(("%{", "$$"), "$$ is text where it does not follow { and a number, and so are wrappers, %{a$$b}"),
-    "__": "wildcards, as __name__, are text without a folder of lists",
-    "#": r"a # that does not stand between blanks begins no comment: it is text; write \# to say so",
+    "${": "variables, as ${name=text}, are not supported and stay plain text",
+    **dict.fromkeys(("%{", "$$"), "$$ is plain text unless it follows { and a number; so are wrappers, %{a$$b}"),
+    "__": "wildcards, as __name__, are plain text without a wildcard folder",
+    "#": r"# begins a comment only between spaces, here it is plain text; write \# to say so",
     **dict.fromkeys("~!@", "the prefixes ~, ! and @ of alternatives and wildcards have no effect"),
 }
 
@@ -64,10 +64,10 @@ def expand(
         return [_draw(items, random.Random(seed)) for seed in seeds]
     count = _measure(items).prompts
     if count > _MOST_PROMPTS:
-        raise ValueError(f"the alternatives stand for {count} prompts; at most {_MOST_PROMPTS} are expanded")
+        raise ValueError(f"the alternatives give {count} prompts; the limit is {_MOST_PROMPTS}")
     prompts = list(dict.fromkeys(_write(items)))
     if not prompts:
-        raise ValueError("the alternatives that are to be combined are the same; give others, or combine fewer")
+        raise ValueError("the alternatives to combine are all the same; give others, or combine fewer")
     return prompts
 
 
@@ -218,12 +218,12 @@ class _Reader:
         name = token["name"]
         if name in self.open:
             circle = " -> ".join([*self.open[self.open.index(name) :], name])
-            raise ValueError(f"the wildcard __{name}__ leads back to itself ({circle}); take it out of one of these")
+            raise ValueError(f"the wildcard __{name}__ leads back to itself ({circle}); remove it from one of these")
         if name not in self.known:
             try:
                 lines = self.lines(name)
             except ValueError as error:
-                raise ValueError(f"{error}; __{self.open[-1]}__ asks for it" if self.open else str(error)) from error
+                raise ValueError(f"{error}; __{self.open[-1]}__ refers to it" if self.open else str(error)) from error
             if not lines:
                 raise ValueError(f"the wildcard __{name}__ has no lines; give it at least one")
             self.open.append(name)
@@ -235,7 +235,7 @@ class _Reader:
 
     def _check(self, choice: _Choice, place: str = "") -> _Choice:
         if choice.size.length > _LONGEST:
-            raise ValueError(f"the alternatives{place} grow beyond {_LONGEST} characters; use fewer within each other")
+            raise ValueError(f"the alternatives{place} exceed {_LONGEST} characters; nest fewer of them")
         self._check_depth(choice.size.depth)
         return choice
 

@@ -191,7 +191,7 @@ def encode(
     pairs = enumerate(zip(texts, _seconds(texts_2, len(texts), len(encoders)), strict=True))
     read = [(n, part) for n, (text, second) in pairs for part in parts(text, emphasis, weight_blocks, text_2=second)]
     if not read:
-        raise ValueError("there is no prompt; give one, which may be empty")
+        raise ValueError("the prompt is missing; give one, it may be empty")
     if truncate or _log.isEnabledFor(logging.INFO):
         _log_chunks(encoders[0][0], [part for _, part in read], truncate)
     encoded = cache(lambda texts: _encode_pieces(texts, encoders, xl, clip_skip, emphasis, truncate))

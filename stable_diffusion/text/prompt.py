@@ -126,7 +126,7 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False, *, tex
     seconds = _joined_parts(text_2, emphasis, weight_blocks)
     if len(seconds) not in (1, len(groups)):
         counts = f"the second encoder's prompt has {len(seconds)} parts and the first one's {len(groups)}"
-        raise ValueError(f"{counts}; give it one, or as many")
+        raise ValueError(f"{counts}; give it one part, or the same number")
     pairs = zip(groups, seconds * len(groups) if len(seconds) == 1 else seconds, strict=True)
     return [both for group, others in pairs for part, other in product(group, others) for both in part.beside(other)]
 
@@ -157,7 +157,7 @@ def _blocks(text: str) -> list[Part]:
         blocks.append((rest, 1.0))
     total = sum(weight for _, weight in blocks)
     if abs(total) < 1e-6:
-        raise ValueError(f"the weights of the blocks sum to {total:g}; their mean needs another sum")
+        raise ValueError(f"the weights of the blocks sum to {total:g}, so they have no mean; change the weights")
     return [Part((Piece(block),), weight / total) for block, weight in blocks]
 
 
@@ -263,7 +263,7 @@ def _spans(items: _Items) -> list[Span]:
     fractions, steps = (sorted({change for change in changes if isinstance(change, kind)}) for kind in (float, int))
     period = math.lcm(*(len(group.branches) for group in groups if group.kind == "turns"))
     if (count := (len(fractions) + 1) * (len(steps) + 1) * period) > _MOST_TEXTS:
-        raise ValueError(f"the prompt changes through {count} texts in a run; at most {_MOST_TEXTS} are encoded")
+        raise ValueError(f"prompt scheduling gives {count} texts in a run; the limit is {_MOST_TEXTS}")
     return [
         Span(start, end, first, last, phase, period)
         for start, end in pairwise([0.0, *fractions, math.inf])

@@ -72,7 +72,7 @@ class Tokenizer:
         special_tokens = {BOS: False, EOS: False, pad_token: False} if special_tokens is None else special_tokens
         for token in (BOS, EOS, pad_token, *special_tokens):
             if token not in vocab:
-                raise ValueError(f"the special token {token!r} is not in the vocabulary; give the tokenizer of a CLIP")
+                raise ValueError(f"the special token {token!r} is not in the vocabulary; give a CLIP tokenizer")
         if max_length < 2:
             raise ValueError(f"max_length {max_length} has no room for the start and end tokens; it is 77 for CLIP")
         self.vocab = vocab
@@ -105,7 +105,8 @@ class Tokenizer:
         folder = Path(os.path.expanduser(folder))
         vocab, merges, added = _read_vocabulary(folder)
         if (highest := max(vocab.values(), default=0)) >= (size or highest + 1):
-            raise ValueError(f"{folder} has the id {highest}, the text encoder {size} tokens; give its own tokenizer")
+            text = f"{folder} has the id {highest}, the text encoder only {size} tokens"
+            raise ValueError(f"{text}; give the encoder's tokenizer")
         config = _JsonFile(folder / "tokenizer_config.json", optional=True)
         files = [config, _JsonFile(folder / "special_tokens_map.json", optional=True)]
         if "added_tokens_decoder" in config:
@@ -117,7 +118,7 @@ class Tokenizer:
         if pad_token is not None:
             special["pad_token"] = {pad_token: False}
         if (count := len(added) + len(additional)) > _MOST_SPECIAL:
-            raise ValueError(f"{folder} names {count} special tokens; at most {_MOST_SPECIAL} are read")
+            raise ValueError(f"{folder} names {count} special tokens; the limit is {_MOST_SPECIAL}")
         for token in (*added, *additional):  # those that are new take the ids after the vocabulary
             vocab.setdefault(token, len(vocab))
         length = config.read("model_max_length", int, 77)

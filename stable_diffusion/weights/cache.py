@@ -39,7 +39,7 @@ class ArrayCache:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"the cache {folder} cannot be made ({error.strerror}); choose another folder") from None
+            raise OSError(f"the cache {folder} cannot be created ({error.strerror}); choose another folder") from None
 
     def check_room(self, entries: Iterable[CacheEntry]) -> None:
         """Raise OSError where the disk has no room for the entries that are not in the folder yet."""
@@ -58,7 +58,7 @@ class ArrayCache:
                 mx.eval(arrays)
                 return arrays
             except ValueError as error:
-                _log.warning("%s; it is made anew", error)
+                _log.warning("%s; computing it again", error)
         arrays = {name: array.astype(mx.float16) for name, array in entry.compute().items()}
         mx.eval(arrays)
         self._keep(entry, arrays)

@@ -147,7 +147,7 @@ def few_step_settings(path: str, metadata: Mapping[str, str]) -> dict[str, Any] 
 def describe_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Say that a model for few steps has defaults of its own, in a line for the log."""
     text = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"{name} was made for few steps: where nothing else is chosen it runs with {text}"
+    return f"{name} was distilled for few steps: its defaults are {text}"
 
 
 def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:

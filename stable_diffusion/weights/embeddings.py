@@ -56,10 +56,12 @@ def vectors_of(tensors: Mapping[str, mx.array], where: str) -> tuple[mx.array, .
     elif len(tensors) == 1:
         vectors = list(tensors.values())
     else:
-        raise ValueError(f"{where} is not an embedding: it holds {listed(sorted(tensors)) or 'no tensors'}")
+        held = listed(sorted(tensors)) or "no tensors"
+        raise ValueError(f"{where} is not an embedding: it holds {held}; give a textual inversion file")
     vectors = [v[None] if v.ndim == 1 else v for v in vectors]
     if any(v.ndim != 2 or len(v) < 1 for v in vectors) or len({len(v) for v in vectors}) != 1:
-        raise ValueError(f"{where} is not an embedding: its shapes are {listed(v.shape for v in vectors)}")
+        shapes = listed(v.shape for v in vectors)
+        raise ValueError(f"{where} is not an embedding: its vectors have the shapes {shapes}; they must be [n, width]")
     vectors = [v.astype(mx.float32) for v in vectors]
     mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
     return tuple(vectors)

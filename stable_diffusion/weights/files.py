@@ -50,7 +50,7 @@ class _Source:
                 _log.warning("%s is no longer on the Hub: using its mirror %s", first, repo)
         index = read(Listing(path, files_in(path), self.name, self.float16))
         if index.missing:
-            raise ValueError(f"{self.name} is not complete: {path} has no {listed(index.missing)}")
+            raise ValueError(f"{self.name} is incomplete: {path} has no {listed(index.missing)}")
         return path, index
 
 
@@ -78,7 +78,7 @@ def open_checkpoint(
     is not reached or the disk is full.
     """
     if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        raise ValueError(f"prediction {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
     source = _locate(model, float16, revision)
     name, path = source.name, source.path
     replaced = {kind: open_part(part, kind, float16=float16) for kind, part in (parts or {}).items()}
@@ -114,7 +114,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
     A folder may hold the two files of a TAESD, and one of them stands for both.
     """
     if kind not in PARTS:
-        raise ValueError(f"{kind!r} is not a part of a checkpoint; the parts are {', '.join(PARTS)}")
+        raise ValueError(f"{kind!r} is not a part of a checkpoint; choose one of {', '.join(PARTS)}")
     found = _locate(source, float16, revision)
     name, path = found.name, found.path
     path = _decoder_in(path) if kind == "vae" and path is not None and path.is_dir() else path
@@ -138,7 +138,7 @@ def _check_vae(checkpoint: Checkpoint) -> None:
     """Give a VAE that does not say its scale, as single files, that of its family; ValueError for a decoder alone."""
     vae = checkpoint.components["vae"]
     if vae.config.get("num_encoder_blocks") == []:
-        raise ValueError(f"{vae.files[0]} is the decoder of a TAESD, for previews alone: its encoder is not beside it")
+        raise ValueError(f"{vae.files[0]} is a TAESD decoder, only for previews: put its encoder beside it")
     if vae.config.get("scaling_factor", 1) is None:
         vae.config["scaling_factor"] = family_of_pipeline(checkpoint.pipeline).scaling_factor
 
@@ -149,7 +149,7 @@ def _decoder_in(folder: Path) -> Path:
     if not decoders or (folder / "config.json").is_file() or (folder / "vae/config.json").is_file():
         return folder
     if len(decoders) > 1:
-        raise ValueError(f"{folder} holds several decoders: name the file, one of {listed(sorted(decoders))}")
+        raise ValueError(f"{folder} holds several decoders; give the file of one: {listed(sorted(decoders))}")
     return next(iter(decoders.values()))
 
 
@@ -162,7 +162,7 @@ def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, 
     if beside != path and beside.is_file():
         return (path, beside), tensors | read_file(beside)[0]
     if here == "encoder":
-        raise ValueError(f"{path} is the encoder of a TAESD: its decoder is not beside it, under such a name")
+        raise ValueError(f"{path} is a TAESD encoder: put its decoder beside it, under the matching name")
     return (path,), tensors
 
 
@@ -200,11 +200,11 @@ def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _
     elif entry is not None:
         local = entry.folder
     elif isinstance(source, os.PathLike) or name.startswith(("./", "../", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder or file; give one that is there, or a model's name")
+        raise FileNotFoundError(f"{source}: no such folder or file; check the path, or give a model's name")
     elif name.endswith(layout.SUFFIXES):
         owner, repo, file = [*name.split("/", 2), "", ""][:3]
         if not file:
-            raise FileNotFoundError(f"{source}: no such folder or file; one on the Hub is owner/name/file")
+            raise FileNotFoundError(f"{source}: no such folder or file; for a file on the Hub write owner/name/file")
         remedy = "connect once, or give a file on this machine"
         spec = hub.DownloadSpec(f"a repository with the file {file}", (file,), lambda *place: [], remedy)
         path = hub.fetch((f"{owner}/{repo}",), spec, revision)[1] / file
@@ -212,7 +212,7 @@ def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _
     else:
         local, entry = None, catalog.find(name)
     if local is not None and revision is not None:
-        raise ValueError(f"{local} is on this machine and has no revision {revision!r}: leave it out")
+        raise ValueError(f"{local} is a local path and has no revision {revision!r}: omit it")
     return _Source(name, local, entry, float16, revision)
 
 
@@ -220,7 +220,7 @@ def _half_vae(repo: str) -> dict[str, Component]:
     try:
         return {"vae": open_part(repo, "vae", float16=True)}
     except (ValueError, OSError) as error:
-        _log.warning("%s; the model's own VAE is used in place of %s", error, repo)
+        _log.warning("%s; using the model's VAE instead of %s", error, repo)
         return {}
 
 
@@ -283,7 +283,7 @@ def read_tensors(component: Component) -> Mapping[str, mx.array]:
     for path in component.files:
         contents, _ = read_file(path)
         if repeated := sorted(tensors.keys() & contents.keys()):
-            raise ValueError(f"{path} repeats tensors of another file of {component.name}: {listed(repeated)}")
+            raise ValueError(f"{path} and another {component.name} file hold the same tensors: {listed(repeated)}")
         tensors.update(contents)
     named = to_diffusers(component.name, within(tensors, component.prefix))
     if component.config.get("architectures") == ["CLIPTextModel"]:  # which has none, whatever is in its file

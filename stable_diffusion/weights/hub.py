@@ -111,12 +111,12 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
                 folder = Path(hf_hub_download(repo, entry, revision=revision).removesuffix(entry))
         if entry is None:
             single = min((name for name in names if name.endswith((".safetensors", ".ckpt"))), default=None)
-            remedy = f"; its files can be given by themselves, such as {repo}/{single}" if single else ""
+            remedy = f"; give one of its files, such as {repo}/{single}" if single else ""
             raise ValueError(f"{repo} is not {spec.what}: it has no {' or '.join(spec.entries)}{remedy}")
         for _ in ("small files", "weights"):
             missing = spec.missing_files(folder, names, repo)
             if unknown := [file for file in missing if file not in names]:
-                raise ValueError(f"{repo} is not complete: it has no {listed(unknown)}")
+                raise ValueError(f"{repo} is incomplete: it has no {listed(unknown)}")
             if missing:
                 with one_line_errors(repo, revision):  # of one commit, so that all files belong together
                     patterns = [glob.escape(file) for file in missing]
@@ -126,7 +126,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
         folder, missing = _cached(repo, spec, revision)
         with suppress(ValueError):  # no weights of either precision
             if folder is not None and not spec.missing_files(folder, files_in(folder), repo):
-                _log.warning("%s: using the weights in the cache, which may be of the other precision", error)
+                _log.warning("%s: using the cached weights, which may have the other precision", error)
                 return folder
         remedy = f"the cache on this machine lacks {listed(missing)}: {spec.remedy}"
         raise ConnectionError(f"{error}; {remedy}") from error
@@ -143,7 +143,7 @@ def one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise ValueError(f"{repo} is gated: accept its licence at {page} and run `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
-        reason = f"{repo} is no folder here and not on the Hub, or is private"
+        reason = f"{repo} is neither a folder here nor a public repository on the Hub"
         raise NotOnHub(f"{reason}: check {page}, or run `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: see the list at {page}/tree/main") from error
@@ -153,10 +153,10 @@ def one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
             cause = cause.__cause__
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
-            remedy = "run `hf auth login` with a token that may read it"
+            remedy = "run `hf auth login` with a token that can read it"
             raise ValueError(f"{repo}: the Hub refuses access ({status}): {remedy}") from error
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            remedy = "make room, or set HF_HOME to another disk"
+            remedy = "free disk space, or set HF_HOME to another disk"
             reason = f"cannot be saved in {constants.HF_HUB_CACHE} ({error.strerror})"
             raise OSError(f"{repo} {reason}: {remedy}") from error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]

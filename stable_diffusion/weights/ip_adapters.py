@@ -34,12 +34,13 @@ def open_ip_adapter(
     if image_encoder is None:
         encoder = _beside(adapter.files[0].parent, needed, float16)
         if encoder is None and needed not in _ENCODERS:
-            raise ValueError(f"{name} reads features {needed[0]} wide, of an unknown image encoder: name it")
+            raise ValueError(f"{name} needs features of width {needed[0]}, of an unknown image encoder: give one")
         encoder = encoder or open_part(_ENCODERS[needed], "image_encoder", float16=float16)
     else:
         encoder = open_part(image_encoder, "image_encoder", float16=float16)
     if (width := _width(encoder, needed[1])) != needed[0]:
-        raise ValueError(f"{image_encoder} gives features {width} wide, {name} reads {needed[0]}: give its own encoder")
+        text = f"{image_encoder} gives features of width {width}, {name} needs {needed[0]}"
+        raise ValueError(f"{text}: give the encoder that it was trained with")
     return adapter, encoder
 
 

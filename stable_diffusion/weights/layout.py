@@ -51,22 +51,22 @@ def check_noise(scheduler: Mapping, where: str) -> None:
     """Raise ValueError, with the kind of model, for a scheduler_config.json of noise that is not computed here."""
     name = scheduler["_class_name"]
     if not isinstance(name, str):
-        raise ValueError(f"{where}: the class of its scheduler, {short(name)}, is no text; take it from its source")
+        raise ValueError(f"{where}: its scheduler class, {short(name)}, is not a text; download it again")
     if scheduler.get("sigma_data") is not None and not name.startswith("EDM"):
-        kind, needed = f"a model of EDM's noise with a {short(name)}", "an EDMEulerScheduler"
+        kind, needed = f"an EDM model with the scheduler {short(name)}", "an EDMEulerScheduler"
     elif "flow" in f"{name} {scheduler.get('prediction_type')}".lower() or scheduler.get("use_flow_sigmas"):
-        kind, needed = "a model of flow matching, as Stable Diffusion 3 and Flux", "its noise and its samplers"
+        kind, needed = "a flow matching model, like Stable Diffusion 3 and Flux", "their noise and samplers"
     else:
         return
-    text = f"{where} is {kind}, which is not supported: it would need {needed}"
-    raise ValueError(f"{text}; take a model of SD 1, 2 or XL")
+    text = f"{where} is {kind}, which is not supported: it needs {needed}"
+    raise ValueError(f"{text}; use a model of SD 1, 2 or XL")
 
 
 def check_suffix(path: str | os.PathLike) -> None:
     """Raise ValueError for a file that is none of weights by its name."""
     if not os.fspath(path).endswith(SUFFIXES):
         kind_of(Path(path))  # which says what some other files are
-        raise ValueError(f"{path} is no file of weights: these end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} is not a weights file: these end in {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Listing:
         index = self._read_contents()
         pipeline = str(index.get("_class_name"))
         if pipeline in UNCONDITIONAL:
-            raise ValueError(f"{self.where} is a {pipeline}, which reads no prompt: UnconditionalDiffusion runs it")
+            raise ValueError(f"{self.where} is a {pipeline}, which takes no prompt: use UnconditionalDiffusion")
         if not _PIPELINES.fullmatch(pipeline):
             known = "this library runs Stable Diffusion 1, 2 and XL pipelines and latent consistency models"
             raise ValueError(f"{self.where} is a {pipeline}, which is not supported: {known}")
@@ -135,12 +135,12 @@ class Listing:
             if part in replaced or not isinstance(entry, list) or not entry or entry[-1] is None:
                 continue
             if classes and entry[-1] not in classes:
-                raise ValueError(f"{self.where} has a {part} of class {entry[-1]}; supported is {' or '.join(classes)}")
+                raise ValueError(f"{self.where} has a {part} of class {entry[-1]}; supported: {' or '.join(classes)}")
             present.append(part)
         tokenizers = [name for encoder, name in _TOKENIZERS.items() if encoder in present or encoder in replaced]
         for part in ["unet", "vae", "scheduler", *(tokenizers or ["text_encoder"])]:
             if part not in present and part not in replaced:
-                raise ValueError(f"{self.where} is not complete: its {INDEX} names no {part}")
+                raise ValueError(f"{self.where} is incomplete: its {INDEX} names no {part}")
         small = [SCHEDULER]
         for name in tokenizers:
             # transformers 5 writes the vocabulary as tokenizer.json alone.
@@ -154,8 +154,8 @@ class Listing:
         """Read the model_index.json of a model without prompts, of which the oldest have no subfolders."""
         index = self._read_contents()
         if str(index.get("_class_name")) not in UNCONDITIONAL:
-            text = f"{self.where} is a {short(index.get('_class_name'))}, which is not supported without prompts"
-            raise ValueError(f"{text}; what is supported is {', '.join(UNCONDITIONAL)}")
+            text = f"{self.where} is a {short(index.get('_class_name'))}, not a supported pipeline without prompts"
+            raise ValueError(f"{text}; supported: {', '.join(UNCONDITIONAL)}")
         in_folder = "unet/config.json" in self.names
         networks = {"unet": "unet/" if in_folder else ""} | ({"vae": "vqvae/"} if index.get("vqvae") else {})
         scheduler = SCHEDULER if SCHEDULER in self.names else Path(SCHEDULER).name
@@ -176,7 +176,7 @@ class Listing:
         if INDEX in self.names:
             return read_json(self.folder / INDEX)
         kind = read_json(self.folder / "config.json").get("_class_name") if "config.json" in self.names else None
-        alone = f", but is a {short(kind)} alone: give a whole model, and this as a part of it" if kind else ""
+        alone = f", but is only a {short(kind)}: give a whole model, and this as a part of it" if kind else ""
         raise ValueError(f"{self.where} is not a checkpoint in diffusers layout: {self.folder} has no {INDEX}{alone}")
 
     def _find(self, networks: Mapping[str, str], small: list[str], **contents: Any) -> Index:
@@ -204,7 +204,7 @@ class Listing:
                     choices += [f"{place}{stem}{suffix}{half}.index.json", f"{place}{stem}{half}{suffix}.index.json"]
         chosen = next((choice for choice in choices if choice in self.names), None)
         if chosen is None:
-            raise ValueError(f"{self.where} is not complete: {place}{stems[0]}.safetensors is missing")
+            raise ValueError(f"{self.where} is incomplete: {place}{stems[0]}.safetensors is missing")
         path = self.folder / chosen
         if not chosen.endswith(".json") or not path.is_file():
             return [chosen]

@@ -58,7 +58,7 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
     Weights stay lazy: they are read when first needed, in any thread, and laid out and cast on the CPU, so that no
     command buffer of a GPU waits for a disk. ``dtype`` is the type that floating-point weights are cast to; None leaves
     them in theirs.
-    Raises ValueError that counts missing, unexpected and misshapen tensors and names the first of each.
+    Raises ValueError that counts missing, unexpected and wrongly shaped tensors and names the first of each.
     """
     try:
         with mx.stream(loading_stream(mx.cpu)):
@@ -96,7 +96,7 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     weight is flattened to one. Weights are row-contiguous, or MLX would copy those of a convolution at every call.
     """
     parameters = dict(tree_flatten(module.parameters()))
-    weights, misshapen, mistyped = {}, [], []
+    weights, wrong_shape, mistyped = {}, [], []
     for name in parameters.keys() & tensors.keys():
         stored, parameter = tensors[name], parameters[name]
         weight = stored.transpose(0, 2, 3, 1) if stored.ndim == 4 else stored
@@ -109,7 +109,7 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
                 expected = tuple(expected[i] for i in (0, 3, 1, 2))
             elif stored.ndim == 4:
                 expected = (*expected, 1, 1)
-            misshapen.append(f"{name} {stored.shape} instead of {expected}")
+            wrong_shape.append(f"{name} {stored.shape} instead of {expected}")
         if is_float != mx.issubdtype(parameter.dtype, mx.floating):
             mistyped.append(f"{name} of {weight.dtype}")
         weight = mx.contiguous(weight)
@@ -117,7 +117,7 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | N
     problems = {
         "missing": parameters.keys() - tensors.keys(),
         "unexpected": tensors.keys() - parameters.keys(),
-        "misshapen": misshapen,
+        "of the wrong shape": wrong_shape,
         "of the wrong type": mistyped,
     }
     if lines := [f"{len(names)} {kind}: {listed(sorted(names))}" for kind, names in problems.items() if names]:

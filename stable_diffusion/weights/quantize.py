@@ -32,7 +32,7 @@ def quantize(module: nn.Module, bits: int | str, group_size: int) -> nn.Module:
     Raises ValueError for a number of bits that MLX has no kernel for.
     """
     if bits not in FORMATS:
-        raise ValueError(f"quantization to {bits} bits is not possible; choose one of {', '.join(map(str, FORMATS))}")
+        raise ValueError(f"quantization to {bits} bits is not supported; choose one of {', '.join(map(str, FORMATS))}")
     mode = bits if bits in MODES else "affine"
     bits, group_size = MODES.get(bits, (bits, group_size))
 
@@ -63,8 +63,8 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None
     if isinstance(mode, str) and MODES.get(mode) == (bits, group_size):
         return mode, group_size
     if mode != "affine" or bits not in BITS or group_size not in _MLX_GROUP_SIZES:
-        known = f"bits of {', '.join(map(str, BITS))} and a group_size of {', '.join(map(str, _MLX_GROUP_SIZES))}"
-        raise ValueError(f"quantization={value!r} is not one that this library reads: {known}; convert the model again")
+        known = f"bits {', '.join(map(str, BITS))} with group_size {', '.join(map(str, _MLX_GROUP_SIZES))}"
+        raise ValueError(f"quantization={value!r} is not supported ({known}): convert the model again")
     return bits, group_size
 
 
@@ -85,7 +85,7 @@ def remaining_quantization(component: Component, bits: int | str | None) -> tupl
     if stored is None:
         return bits, MODES[bits][1] if bits in MODES else PARTS[component.name].group_size
     if stored[0] != bits:
-        remedy = "leave them as they are, or take the model that they were made from"
+        remedy = "omit the bits, or use the unquantized model"
         which = f"{component.name} of {component.files[0].parent}: its weights are stored"
         raise ValueError(f"{which} in {in_words(stored[0])}, not in {bits}: {remedy}")
     return None

@@ -99,7 +99,7 @@ def test_what_it_is_not_is_one_line(tmp_path, capsys, offline):
     (tmp_path / "evil.ckpt").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
     save(tmp_path / "flux.safetensors", **{f"double_blocks.{i}.img_attn.qkv.weight": mx.zeros(3) for i in range(3)})
     for name, said in (
-        ("notes.txt", "is no file of weights"),
+        ("notes.txt", "is not a weights file"),
         ("evil.ckpt", "evil.ckpt"),
         ("flux.safetensors", "is Flux, which is not supported"),
         (".", "has no model_index.json"),

@@ -116,7 +116,7 @@ def test_values_that_are_refused(run, said):
 
 REFUSED = [
     ("--low_memory --preload_models", "--low_memory", "--preload_models", "leave one out"),
-    ("--sampler euler --eta 0.5", "euler", "eta", "leave it out"),
+    ("--sampler euler --eta 0.5", "euler", "eta", "omit it"),
     ("--guidance_interval 0.6,0.2", "--guidance_interval (0.6, 0.2)", "start <= end"),
     ("--resize zoom", "'zoom'", "crop", "pad", "stretch"),
     ("--unet_bits 7", "--unet_bits", "7", "2, 3, 4, 5, 6, 8"),
@@ -387,7 +387,7 @@ def test_half_precision_only_on_a_gpu_unless_it_is_asked_for(monkeypatch, device
 def test_a_device_that_is_not_there(run, monkeypatch, no_model):
     available = mx.is_available
     monkeypatch.setattr(mx, "is_available", lambda device: device == mx.cpu and available(device))
-    run("txt2image", PROMPT, "--device", "gpu").refused("finds no gpu here", "choose no device")
+    run("txt2image", PROMPT, "--device", "gpu").refused("finds no gpu here", "omit the device")
     monkeypatch.setenv("SD_DEVICE", "gpu")
     run("txt2image", PROMPT).refused("finds no gpu here", "SD_DEVICE")
     monkeypatch.setenv("SD_DEVICE", "tpu")

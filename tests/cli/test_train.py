@@ -205,7 +205,7 @@ def write_config(folder: Path) -> Path:
 def test_no_space(train, tmp_path, no_steps, monkeypatch):
     usage = type("Usage", (), {"free": 10**5})
     monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: usage)
-    train(*SHORT).refused("make room, or choose another place")
+    train(*SHORT).refused("free disk space, or choose another place")
     assert out(tmp_path) == []
 
 

@@ -85,4 +85,4 @@ def test_what_is_refused(run, models):
         "cat": ["unexpected words: cat"],
     }.items():
         run("unconditional", *flags.split()).refused(*words)
-    run("txt2image", "a cat", "--model", models["ddpm"]).refused("reads no prompt: UnconditionalDiffusion runs it")
+    run("txt2image", "a cat", "--model", models["ddpm"]).refused("takes no prompt: use UnconditionalDiffusion")

@@ -223,8 +223,8 @@ REFUSED = {
     r"shape \(6, 8\) does not fit: this run needs \(48, 64\)": {"mask": mx.ones((6, 8))},
     "cannot act from 0.5 to 0.5": {"start": 0.5, "end": 0.5},
     "scale nan of an IP-Adapter": {"scale": float("nan")},
-    "needs a picture": {"image": None},
-    "tokens of 3 pictures for 1 images": {"tokens": (mx.zeros((3, 5, 32)), mx.zeros((1, 5, 32)))},
+    "needs an image": {"image": None},
+    "3 image prompts for 1 images": {"tokens": (mx.zeros((3, 5, 32)), mx.zeros((1, 5, 32)))},
     "must be a list of ImagePrompt": None,
 }
 

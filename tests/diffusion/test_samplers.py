@@ -278,7 +278,7 @@ def test_the_sampler_of_a_checkpoint(config, wanted):
 
 def test_options():
     for name, option in (("euler", "eta"), ("dpm2", "s_noise"), ("ddpm", "s_churn"), ("DPM++ 2M Karras", "eta")):
-        with pytest.raises(ValueError, match=f"sampler {read_name(name)[0]} takes no {option}; leave it out"):
+        with pytest.raises(ValueError, match=f"sampler {read_name(name)[0]} takes no {option}; omit it"):
             find_sampler(name, **{option: 0.5})
     for name, order, highest in (("dpmpp_2m", 4, 3), ("deis", 9, 3), ("lms", 5, 4)):
         with pytest.raises(ValueError, match=f"sampler {name} has no order {order}; choose 1 to {highest}$"):

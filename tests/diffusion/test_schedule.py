@@ -220,7 +220,7 @@ def test_timesteps_descend_within_the_training(bad):
 
 @pytest.mark.parametrize("bad", [[], [1.0], [1.0, 1.0], [1.0, -0.1]])
 def test_sigmas_descend_to_an_end(bad):
-    with pytest.raises(ValueError, match="must descend and be at least two"):
+    with pytest.raises(ValueError, match="must descend and have at least two"):
         schedule(**SCALED).at_sigmas(bad)
 
 
@@ -229,7 +229,10 @@ def test_sigmas_descend_to_an_end(bad):
 NONSENSE = ("timestep_type", "final_sigmas_type", "beta_schedule", "prediction_type")
 REFUSED = [
     *(({key: "nonsense"}, f"{key}='nonsense' is not supported") for key in (*NONSENSE, "timestep_spacing")),
-    ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas can hold"),
+    (
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        "only one of use_karras_sigmas, use_beta_sigmas can be",
+    ),
     ({"use_flow_sigmas": True}, "use_flow_sigmas=True is not supported"),
     ({"beta_start": "x"}, "beta_start='x' must be a finite number"),
     (
@@ -237,15 +240,15 @@ REFUSED = [
         "num_train_timesteps=9223372036854775808 must be a whole number from 1 to 100,000",
     ),
     ({"num_train_timesteps": [1000]}, "num_train_timesteps=.*must be a whole number"),
-    ({"beta_start": 5}, "a beta of 5 is no share of noise"),
+    ({"beta_start": 5}, "beta 5 must lie in 0"),
     ({"_class_name": "EulerDiscreteScheduler", "sigma_min": 0}, "sigma_min=0 must lie between 0 and sigma_max=None"),
     (
         {"_class_name": "UniPCMultistepScheduler", "sigma_min": 2.5, "sigma_max": 2},
         "sigma_min=2.5 must lie between 0 and sigma_max=2",
     ),
     ({"beta_schedule": "x" * 9**6}, "beta_schedule='x{56}... is not supported"),
-    ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5 is no share"),
-    ({"trained_betas": []}, "a value is not what it should be"),
+    ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5 must lie in 0"),
+    ({"trained_betas": []}, "invalid value"),
 ]
 
 

@@ -131,8 +131,8 @@ def test_a_run_with_a_scheduler_that_is_not_computed_needs_a_sampler(tmp_path, s
     sd, usual = StableDiffusion(tmp_path), StableDiffusion(TINY)
     assert sd.sampler is None and "no sampler" in repr(sd) and sd.schedule.sigmas == usual.schedule.sigmas
     missing = " ".join(f"{key}={value}" for key, value in setting.items() if key != "_class_name")
-    asked = re.escape(f"{setting.get('_class_name', raw['_class_name'])}{missing and ', ' + missing}")
-    with pytest.raises(SettingError, match=f"what the checkpoint asks for, {asked}; choose another: sampler NAME$"):
+    needed = re.escape(f"{setting.get('_class_name', raw['_class_name'])}{missing and ', ' + missing}")
+    with pytest.raises(SettingError, match=f"scheduler is not supported, {needed}; choose a sampler: sampler NAME$"):
         sd.generate_latents("a fox", num_steps=2)
     want = next(usual.generate_latents("a fox", num_steps=2, seed=1))
     assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1, sampler="ddim")), want)

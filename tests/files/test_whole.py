@@ -108,7 +108,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
-    for path, reason in {"full": "not empty", "file": "is a file", "no/where": "there is no folder"}.items():
+    for path, reason in {"full": "not empty", "file": "is a file", "no/where": "does not exist"}.items():
         with pytest.raises(ValueError, match=reason), new_folder(tmp_path / path):
             raise AssertionError("it was let in")
     with pytest.raises(ValueError, match="not empty"), new_folder(tmp_path / "new") as folder:
@@ -132,5 +132,5 @@ def test_two_runs_at_once(tmp_path):
 def test_the_disk_is_asked_before(tmp_path, monkeypatch):
     check_space(tmp_path / "new", 1)
     monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: type("", (), {"free": 2_000_000_000})())
-    with pytest.raises(OSError, match=r"needs 5.10 GB and its disk has 2.00 GB left: make room"):
+    with pytest.raises(OSError, match=r"needs 5.10 GB, the disk has 2.00 GB left: free disk space"):
         check_space(tmp_path / "new", 5_100_000_000)

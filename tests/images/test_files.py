@@ -417,7 +417,7 @@ def test_what_a_jpeg_has_no_room_for(tmp_path, caplog):
         assert read_text(path) == {name: texts[name] for name in kept}
         assert pixels(open_image(path)).shape == (8, 8, 3)
         left = [name for name in ("stable_diffusion", "parameters") if name not in kept]
-        lines = [f"a.jpg has no room for all metadata: {', '.join(left)} is left out; a PNG has it"] if left else []
+        lines = [f"a.jpg has no room for all metadata: {', '.join(left)} is omitted; a PNG keeps it"] if left else []
         assert caplog.messages == lines
     for name in ("a.png", "a.webp"):
         save(noise(8, 8), tmp_path / name, texts)

@@ -150,7 +150,7 @@ def test_images_and_masks_that_do_not_fit():
     with pytest.raises(ValueError, match=r"mask of shape \(16, 8\) must be \(8, 16\)"):
         mask_of(Image.new("L", (8, 16)), (8, 16))
     for level in (-0.01, 1.01, np.nan):
-        with pytest.raises(ValueError, match="values of a mask must be from 0"):
+        with pytest.raises(ValueError, match="values of a mask must lie between 0"):
             mask_of(np.full((8, 16), level), (8, 16))
     with pytest.raises(ValueError, match=r"no image at none\.png"):
         pixels_of("none.png", 8)

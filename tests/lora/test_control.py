@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path, message):
 def test_another_family_is_refused(made, request):
     family, _, _, file = made
     other = request.getfixturevalue("sd1_folder" if family == "xl" else "xl_folder")
-    with pytest.raises(ValueError, match=r"the Control-LoRA does not fit the model: .*take one that was trained for"):
+    with pytest.raises(ValueError, match=r"the Control-LoRA does not fit the model: .*use one trained for"):
         StableDiffusion(other).load_controlnet(file)
 
 

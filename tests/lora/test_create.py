@@ -150,7 +150,7 @@ BAD = {
         "targets": "attn1",
         "ranks": {"unet": 2, "text_encoder": 2},
     },
-    "alpha 0 is not above 0.*": {"alpha": 0},
+    "alpha 0 must be above 0.*": {"alpha": 0},
     "alpha nan is not above 0.*": {"alpha": math.nan},
 }
 

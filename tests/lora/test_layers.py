@@ -106,10 +106,7 @@ def test_a_lora_for_few_steps_changes_the_defaults_until_it_is_detached(sd1, sd1
     sd = StableDiffusion(sd1_folder)
     before = sd.defaults
     lora = sd.load_lora(path)
-    assert (
-        "was made for few steps: where nothing else is chosen it runs with sampler lcm, num_steps 4, cfg_"
-        in caplog.text
-    )
+    assert "was distilled for few steps: its defaults are sampler lcm, num_steps 4, cfg_" in caplog.text
     assert (sd.sampler, sd.generate_latents("a cat").n_steps, sd.defaults.cfg_weight) == ("lcm", 4, 1.0)
     lora.scale = 0.0
     assert sd.defaults == before
@@ -361,16 +358,16 @@ def test_another_family(sd1, xl, made_for, kind, write):
 @pytest.mark.parametrize("partial", [False, True])
 def test_other_models(sd1, partial, write):
     source = write(pair("lora_unet_other_blocks_0_attn_qkv", (4, 4), (4, 4)))
-    refused("another kind of model: this one has none of its 1 parts, unet", sd1.networks, source, partial=partial)
+    refused("another kind of model: this one lacks all 1 parts, unet", sd1.networks, source, partial=partial)
 
 
-def test_what_is_misshapen_is_listed(sd1, write):
+def test_wrong_shapes_are_listed(sd1, write):
     """A kernel of 1×1 may not pass for one of 3×3 with as many values."""
     tensors, _ = make(sd1)
     tensors |= pair("lora_unet_conv_in", (4, 36, 1, 1), (32, 4, 1, 1))
     wrong = sorted(name for name in tensors if "attn1_to_k.lora_up" in name)
     tensors |= {name: torch.ones(33, 4) for name in wrong}
-    message = refused(f"{len(wrong) + 1} misshapen", sd1.networks, write(tensors), partial=True)
+    message = refused(f"{len(wrong) + 1} have the wrong shape", sd1.networks, write(tensors), partial=True)
     assert "unet.conv_in (32, 36, 1, 1) instead of (32, 4, 3, 3)" in message
     assert "(33, 32) instead of (32, 32)" in message and message.endswith(f"and {len(wrong) - 1} more")
 
@@ -380,7 +377,7 @@ def test_half_a_change_is_refused(sd1, kind, write):
     tensors, _ = make(sd1, kind=kind, only=lambda network, path: path == f"{FIRST_BLOCK}.attn2.to_v")
     for left_out in (name for name in tensors if not name.endswith("alpha")):
         rest = {name: value for name, value in tensors.items() if name != left_out}
-        with pytest.raises(ValueError, match=r"lacks factors of its changes of .*attn2_to_v$"):
+        with pytest.raises(ValueError, match=r"is incomplete: factors are missing for .*attn2_to_v$"):
             read_lora(write(rest))
 
 

@@ -61,7 +61,7 @@ def test_peft_has_no_names_for_other_kinds(model, tmp_path):
     for kind, dora, what in (("loha", None, "hada_w1_a"), ("lora", "columns", "columns")):
         tensors, _ = make(model, kind=kind, dora=dora)
         attached = attach(model.networks, read_lora(write(tmp_path, tensors)))
-        with pytest.raises(ValueError, match=f"peft has no name for .*{what}.*choose kohya's names") as error:
+        with pytest.raises(ValueError, match=f"peft has no name for .*{what}.*choose the kohya naming") as error:
             write_lora(target, model.networks, attached, naming="peft")
         attached.detach()
         assert "\n" not in str(error.value) and not target.exists()

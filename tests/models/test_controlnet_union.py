@@ -129,7 +129,7 @@ def test_scales_of_0_add_nothing_and_one_network_is_run_once(xl_folder, monkeypa
     assert len(calls) == 2
     for other in (plain, one, draw({"kind": "depth"}, {"kind": "canny"})):
         assert relative_error(both_kinds, other) > 1e-3
-    with pytest.raises(ValueError, match="all in guess mode, or none"):
+    with pytest.raises(ValueError, match="share guess mode"):
         draw({"kind": "depth"}, {"kind": "tile", "guess": True})
 
 

@@ -203,6 +203,6 @@ def test_maps_are_read_upright_and_farthest_where_they_are_transparent(tmp_path)
 def test_files_without_depth_are_refused_in_one_line(tmp_path):
     picture(8, 8).save(tmp_path / "colour.png")
     Image.new("I;16", (4, 4), 300).save(tmp_path / "flat.png")
-    for name, message in {"colour.png": "a picture in colour", "flat.png": "is 300 everywhere"}.items():
+    for name, message in {"colour.png": "a colour image", "flat.png": "is 300 everywhere"}.items():
         with pytest.raises(ValueError, match=rf"^[^\n]*{name}[^\n]*{message}[^\n]*$"):
             read_depth(tmp_path / name)

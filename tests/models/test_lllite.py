@@ -163,7 +163,7 @@ def test_beside_others(tmp_path, xl_folder):
     assert relative_error(draw(Control(network, image, 0.5)), changed) > 1e-4
     sd.low_memory, sd.rows_at_once = True, 1
     assert relative_error(draw(Control(network, image)), changed) <= 1e-4
-    with pytest.raises(ValueError, match="token_merging and ControlNet-LLLites do not go together"):
+    with pytest.raises(ValueError, match="token_merging cannot be combined with ControlNet-LLLite"):
         draw(Control(network, image), token_merging=0.5)
     with pytest.raises(ValueError, match="a ControlNet-LLLite has no guess mode"):
         Control(network, image, guess=True)
@@ -194,7 +194,7 @@ REFUSED = {
     "changes down_blocks_1_attentions_1_transformer_blocks_1_attn2_to_k, which": ("xl", _of_context),
     "it changes convolutions, such as .*, which is not supported": ("xl", _of_convolutions),
     r"1 missing: .*attn1_to_q\.up\.0\.bias": ("xl", _without_a_bias),
-    r"1 misshapen: .*mid\.0\.weight \(2, 11\) instead of \(5, 11\)": ("xl", _cut),
+    r"1 have the wrong shape: .*mid\.0\.weight \(2, 11\) instead of \(5, 11\)": ("xl", _cut),
 }
 
 

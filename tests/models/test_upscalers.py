@@ -179,18 +179,18 @@ def test_other_networks_are_refused_by_name(name, tmp_path):
     save_file(
         {OTHERS[name]: torch.zeros(1), "conv_first.weight": torch.zeros((8, 3, 3, 3))}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(ValueError, match=f"an upscaler of {name}.*is not supported: take one of RRDB or SRVGG"):
+    with pytest.raises(ValueError, match=f"an upscaler of type {name}.*is not supported: use RRDB or SRVGG"):
         load_upscaler(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"conv_first.weight": (8, 1, 3, 3)}, "is not complete: there is no body.0.rdb1.conv1.weight"),
-        ({"body.0.weight": (8, 3, 3, 3), "body.2.weight": (48, 8, 3, 3)}, "without PReLU between"),
+        ({"conv_first.weight": (8, 1, 3, 3)}, "is incomplete: body.0.rdb1.conv1.weight is missing"),
+        ({"body.0.weight": (8, 3, 3, 3), "body.2.weight": (48, 8, 3, 3)}, "without PReLU,"),
         (
             {"body.0.weight": (8, 1, 3, 3), "body.1.weight": (8,), "body.2.weight": (16, 8, 3, 3)},
-            "only upscalers of RGB",
+            "only RGB upscalers",
         ),
         ({"body.0.weight": (8,)}, "without PReLU|has 1 axes"),
         ({"up_blocks.0.resnets.0.conv1.weight": (8, 8, 3, 3)}, "holds no upscaler, but unet"),

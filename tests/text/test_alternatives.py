@@ -81,7 +81,7 @@ def test_the_same_prompts_as_dynamicprompts(folder, caplog, text):
 def test_wildcards_without_lists_are_remarked_on_once(caplog):
     assert expand("a __colour__ {__animals/*__|cat}") == ["a __colour__ __animals/*__", "a __colour__ cat"]
     assert {record.message for record in caplog.records} == {
-        "wildcards, as __name__, are text without a folder of lists"
+        "wildcards, as __name__, are plain text without a wildcard folder"
     }
 
 
@@ -110,7 +110,7 @@ def test_alternatives_give_every_prompt_in_order():
     assert expand("({a|b}:1.5)") == ["(a:1.5)", "(b:1.5)"]
     assert expand("{a | b|c} | d") == ["a  | d", " b | d", "c | d"]
     assert expand("{2$${a|b}|a}") == ["b,a", "a,b"] and expand("{2$$$$a|b}") == ["ab", "ba"]
-    with pytest.raises(ValueError, match="are the same; give others, or combine fewer"):
+    with pytest.raises(ValueError, match="are all the same; give others, or combine fewer"):
         expand("{2$$a|a}")
 
 
@@ -186,7 +186,7 @@ def test_a_seed_chooses_every_prompt_and_repeats_its_choice():
         ("a __two__", r"__two__ leads back to itself \(two -> one-way -> two\)"),
         ("__self__", r"__self__ leads back to itself \(self -> self\)"),
         ("__absent__", r"^there is no absent$"),
-        ("__nested__", r"^there is no absent; __nested__ asks for it$"),
+        ("__nested__", r"^there is no absent; __nested__ refers to it$"),
         ("__none__", "__none__ has no lines"),
     ],
 )
@@ -208,8 +208,8 @@ def test_wildcards_within_wildcards_have_limits(seeds):
         # also where it was read nearer to the surface
         ("__0__ " + "{" * 10 + "__0__" + "}" * 10, chain("__{}__", "end", 60), "nested more than 64 deep"),
         ("__deep__ __0__", lambda n: deep.get(n) or chain("__{}__", "__deep__", 60)(n), "nested more than 64 deep"),
-        ("__0__", chain(repeated, "end", 62), "of __48__ grow beyond 100000 characters"),
-        ("__0__", chain(repeated, "{|}", 60), "of __46__ grow beyond 100000 characters"),
+        ("__0__", chain(repeated, "end", 62), "of __48__ exceed 100000 characters"),
+        ("__0__", chain(repeated, "{|}", 60), "of __46__ exceed 100000 characters"),
     ):
         with pytest.raises(ValueError, match=message):
             expand(text, seeds, read)
@@ -228,7 +228,7 @@ def test_wildcards_within_wildcards_have_limits(seeds):
 )
 def test_too_many_prompts_are_refused(text, count):
     table = {"a": [str(i) for i in range(100)], "b": ["__a__ __a__", "x"], "c": ["__b__"] * 10}.__getitem__
-    with pytest.raises(ValueError, match=f"stand for {count} prompts; at most 10000"):
+    with pytest.raises(ValueError, match=f"give {count} prompts; the limit is 10000"):
         expand(text, None, table)
     assert len(expand("__a__ __a__", None, table)) == 10_000 and len(expand(text, [0], table)) == 1
 
@@ -254,7 +254,7 @@ def test_random_text_is_expanded_or_refused():
             prompts = expand(text, None, wildcards)
             assert len(expand(text, [1, 1, 2], wildcards)) == 3 and all(map(parts, prompts[:5]))
         except ValueError as error:
-            known = "nested more than", "at most 10000", "there is no", "are the same", "grow beyond"
+            known = "nested more than", "limit is 10000", "there is no", "are all the same", "exceed"
             assert any(words in str(error) for words in known)
             refused += 1
     assert refused < 450

@@ -211,7 +211,7 @@ def test_encoded_prompts_take_the_place_of_text(name, request, monkeypatch):
 
 
 def test_options_out_of_range(sd):
-    with pytest.raises(ValueError, match="there is no prompt"):
+    with pytest.raises(ValueError, match="the prompt is missing"):
         sd.encode_prompt([])
     for clip_skip in (-1, 99):
         with pytest.raises(ValueError, match=f"clip_skip {clip_skip} is outside 0 ... "):
@@ -258,7 +258,7 @@ def test_parts_that_guide_together_have_a_second_text_each():
         ("b", "y", 0.5),
     ]
     assert [part.of_encoders[1][0].text for part in parts("a AND b", text_2="x")] == ["x", "x"]
-    with pytest.raises(ValueError, match="has 3 parts and the first one's 2; give it one, or as many"):
+    with pytest.raises(ValueError, match="has 3 parts and the first one's 2; give it one part, or the same number"):
         parts("a AND b", text_2="x AND y AND z")
 
 
@@ -269,7 +269,7 @@ def test_second_texts_that_are_refused(sd, xl):
         next(iter(sd.generate_latents("red", cfg_weight=3.0, negative_prompt_2="cat", num_steps=1)))
     with pytest.raises(ValueError, match="2 prompts of the second encoder for 1; give one, or one for each"):
         xl.encode_prompt("red", prompt_2=["cat", "blue"])
-    with pytest.raises(ValueError, match="goes with a text"):
+    with pytest.raises(ValueError, match="needs a text prompt"):
         next(iter(xl.generate_latents(xl.encode_prompt("red"), prompt_2="cat", num_steps=1)))
-    with pytest.raises(ValueError, match="prompt_2 3 is no prompt"):
+    with pytest.raises(ValueError, match="prompt_2 3 is not a prompt"):
         xl.generate_latents("red", prompt_2=3)

@@ -103,7 +103,7 @@ def test_texts_that_take_turns():
     ]
     assert pieces(r"(a|b) | [a\|b]")[0].text == "a|b"
     turns = "[a|b|c|d|e|f|g] [a|b|c|d|e|f|g|h|i] [a|b|c|d|e|f|g|h]"
-    with pytest.raises(ValueError, match="changes through 504 texts in a run; at most 500"):
+    with pytest.raises(ValueError, match="prompt scheduling gives 504 texts in a run; the limit is 500"):
         parts(turns)
     assert len(parts(turns.replace("|f|g|h]", "]").replace("|h|i]", "]"))) == 35
 

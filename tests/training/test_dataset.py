@@ -278,7 +278,7 @@ def test_a_damaged_file_of_the_cache_is_said_and_made_anew(sd, photos, tmp_path,
     prepared(dataset(sd, photos), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    said = [line for line in lines if line.endswith("it is made anew")]
+    said = [line for line in lines if line.endswith("computing it again")]
     assert len(said) == 2 and all(path.name in " ".join(said) for path in list(files)[2:4])
 
 
@@ -289,10 +289,10 @@ def test_a_disk_without_room_is_said_before_anything_is_encoded(sd, photos, tmp_
     prepared(dataset(sd, photos), tmp_path / "full")  # which needs none
     monkeypatch.setattr(sd, "_autoencode", None)
     monkeypatch.setattr(sd, "encode_prompt", lambda *args: None)
-    with pytest.raises(OSError, match=r"cache needs 0.00 GB and its disk has 0.00 GB left: make room"):
+    with pytest.raises(OSError, match=r"cache needs 0.00 GB, the disk has 0.00 GB left: free disk space"):
         prepared(dataset(sd, photos), tmp_path / "cache")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot be made .*choose another folder"):
+    with pytest.raises(OSError, match=r"cannot be created .*choose another folder"):
         prepared(dataset(sd, photos), tmp_path / "file")
 
 

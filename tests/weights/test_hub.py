@@ -109,7 +109,7 @@ def test_repository_of_single_files_says_how_to_give_one(hub, client):
     hub.add(REPO, {"b.safetensors": b"weights", "a.ckpt": b"weights", "README.md": b""})
     error = client(REPO)["error"]
     assert f"{REPO} is not a checkpoint in diffusers layout: it has no model_index.json" in error
-    assert f"its files can be given by themselves, such as {REPO}/a.ckpt" in error
+    assert f"give one of its files, such as {REPO}/a.ckpt" in error
     assert hub.fetched() == []
 
 
@@ -131,7 +131,7 @@ def test_unsupported_pipeline_is_refused_without_a_download(hub, client):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "is no folder here and not on the Hub, or is private"),
+        (None, "is neither a folder here nor a public repository on the Hub"),
         ((403, "GatedRepo"), "is gated: accept its licence at"),
         ((401, None), "the Hub refuses access (401)"),
     ],
@@ -243,7 +243,9 @@ def test_damaged_file_in_the_cache_is_named_and_can_be_replaced(hub, client):
     blob = (snapshot / "vae/diffusion_pytorch_model.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-10])
     error = client(REPO)["error"]
-    assert error.startswith("ValueError: ") and "is damaged" in error and f"delete {blob} and get it again" in error
+    assert (
+        error.startswith("ValueError: ") and "is damaged" in error and f"delete {blob} and download it again" in error
+    )
     blob.unlink()
     hub.requests.clear()
     assert client(REPO)["mark"] == 1.0
@@ -328,7 +330,7 @@ def test_vae_for_half_precision_that_cannot_be_had(hub, client):
     hub.add("stabilityai/sdxl-turbo", checkpoint_files(pipeline="StableDiffusionXLPipeline", parts=XL_PARTS))
     found = client("sdxl-turbo", float16=True)
     assert found["mark"] == 1.0
-    assert len(found["said"]) == 1 and f"the model's own VAE is used in place of {FIX}" in found["said"][0]
+    assert len(found["said"]) == 1 and f"using the model's VAE instead of {FIX}" in found["said"][0]
 
 
 @pytest.fixture

@@ -111,11 +111,15 @@ def test_the_published_encoder_is_known_by_its_width(kind, width, place, nested,
 
 _FACE = {"proj.0.weight": torch.zeros(64, 512), "proj.2.weight": torch.zeros(128, 64), "norm.weight": torch.ones(32)}
 _CHANGES = {
-    "faceid": (_FACE, {}, "a FaceID adapter, for which a face detector"),
+    "faceid": (_FACE, {}, "a FaceID adapter, which needs a face detector"),
     "faceid-lora": ({}, {"0.to_q_lora.down.weight": torch.zeros(4, 32)}, "a FaceID adapter"),
     "faceid-plus": (_FACE | {"perceiver_resampler.proj_in.weight": torch.zeros(32, 96)}, {}, "a FaceID adapter"),
     "instant-id": ({"proj.weight": torch.zeros(128, 512)}, {}, "a FaceID adapter"),
-    "other-encoder": ({"proj.weight": torch.zeros(128, 56)}, {}, "reads features 56 wide, of an unknown image encoder"),
+    "other-encoder": (
+        {"proj.weight": torch.zeros(128, 56)},
+        {},
+        "features of width 56, of an unknown image encoder",
+    ),
     "unknown": ({"pos_emb.weight": torch.zeros(9)}, {}, "1 unexpected: image_proj.pos_emb.weight"),
     "short": ({}, {"1.to_v_ip.weight": None}, "1 missing: ip_adapter.1.to_v_ip.weight"),
 }
@@ -139,12 +143,12 @@ def test_sources_that_are_no_adapter_or_do_not_fit(folder, sd, xl, tmp_path):
     for load, message in (
         (
             lambda: sd.load_ip_adapter(adapter, big),
-            "features 96 wide, .* reads 80",
+            "features of width 96, .* needs 80",
         ),
         (lambda: xl.load_ip_adapter(adapter), "its tokens have 32 channels, the model's prompts 64"),
         (lambda: sd.load_ip_adapter(models / "image_encoder" / "model.safetensors"), "holds no ip_adapter"),
         (lambda: sd.load_ip_adapter(models), "has no ip_adapter"),
-        (lambda: sd.load_controlnet(adapter), "an IP-Adapter, not a model: load it as one"),
+        (lambda: sd.load_controlnet(adapter), "an IP-Adapter, not a model: load it as an IP-Adapter"),
     ):
         with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
             load()

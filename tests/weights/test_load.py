@@ -30,7 +30,7 @@ def test_weights_are_cast(tmp_path):
         assert {value.dtype for _, value in tree_flatten(module.parameters())} == {dtype}
 
 
-@pytest.mark.parametrize("part", ["missing", "unexpected", "misshapen"])
+@pytest.mark.parametrize("part", ["missing", "unexpected", "of the wrong shape"])
 def test_tensors_that_do_not_fit_are_counted_and_the_first_are_named(part):
     module = build("vae", VAE)
     tensors = stored_tensors(module)
@@ -52,12 +52,12 @@ def test_tensors_that_do_not_fit_are_counted_and_the_first_are_named(part):
 def test_a_wrong_file_is_named(tmp_path):
     component = write(tmp_path, "unet", UNETS["sd1"])
     other = Component("unet", UNETS["sd2"] | {"cross_attention_dim": 48}, component.files)
-    message = r"unet \(.*unet\.safetensors\): the weights do not fit the config: .* misshapen"
+    message = r"unet \(.*unet\.safetensors\): the weights do not fit the config: .* of the wrong shape"
     with pytest.raises(ValueError, match=message):
         load_component(other)
 
 
-def test_misshapen_convolutions_are_told_in_the_files_layout():
+def test_wrong_shapes_of_convolutions_are_reported_in_the_files_layout():
     module = build("unet", UNETS["sd1"])
     tensors = stored_tensors(module)
     tensors["conv_in.weight"] = mx.zeros((32, 9, 3, 3))
@@ -108,7 +108,7 @@ def test_quantizing_twice_changes_nothing():
 
 
 def test_impossible_bits_are_refused():
-    with pytest.raises(ValueError, match="7 bits is not possible; choose one of 2, 3, 4, 5, 6, 8"):
+    with pytest.raises(ValueError, match="7 bits is not supported; choose one of 2, 3, 4, 5, 6, 8"):
         quantize(build("unet", UNETS["sd1"]), 7, 32)
 
 

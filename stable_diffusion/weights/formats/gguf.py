@@ -78,19 +78,19 @@ def _check_header(path: Path) -> tuple[dict[str, Row], dict[str, tuple[int, tupl
         start = -(-header.tell() // (alignment := int(keys.get("general.alignment", 32)))) * alignment
     except (struct.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
         reason = str(error).partition("\n")[0]
-        raise damaged(path, f"its header is not that of a GGUF file: {reason:.80}") from error
+        raise damaged(path, f"its GGUF header is invalid: {reason:.80}") from error
     rows, quantized, total = {}, {}, 0
     for name, kind, shape, offset in infos:
         if kind not in _TYPES:
             found = _REFUSED.get(kind, f"type {kind}")
-            text = f"{path} holds {name:.60} as {found}, which is not read"
-            raise ValueError(f"{text}: take a file of Q8_0, Q4_0, Q4_1, F16 or F32")
+            text = f"{path} holds {name:.60} as {found}, which is not supported"
+            raise ValueError(f"{text}: use a file of Q8_0, Q4_0, Q4_1, F16 or F32")
         code, values, size_of_block = _TYPES[kind]
         blocks, rest = divmod(math.prod(shape), values)
         total += (n_bytes := blocks * size_of_block)
         is_inside = 0 <= start <= size - offset - n_bytes and total <= size
         if rest or math.prod(shape) > MAX_LENGTH or not is_inside or name in rows:
-            raise damaged(path, f"its {size} bytes have no place for {name:.60}")
+            raise damaged(path, f"{name:.60} does not fit into its {size} bytes")
         rows[name] = code, shape, start + offset, n_bytes
         if values > 1:
             rows[name] = "U8", (blocks, size_of_block), start + offset, n_bytes
@@ -108,7 +108,7 @@ def _tensor(header: BytesIO, keys: dict[str, Any]) -> tuple[str, int, tuple[int,
     kind, offset = _take(header, "IQ")
     original = tuple(keys.get(f"{_SHAPE}{name}", shape))
     if math.prod(original) != math.prod(shape) or not all(type(n) is int and n >= 0 for n in original):
-        raise ValueError(f"{name:.40} was {original} before it was reshaped")
+        raise ValueError(f"{name:.40} has the wrong original shape, {original}")
     return name, kind, original, offset
 
 

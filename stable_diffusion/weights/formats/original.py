@@ -234,7 +234,7 @@ def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> 
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
         if named.setdefault(new_name(name), value) is not value:
-            raise ValueError(f"{new_name(name)} is there twice, in the original naming and in that of diffusers")
+            raise ValueError(f"{new_name(name)} is stored twice, under its original name and its diffusers name")
     return named
 
 

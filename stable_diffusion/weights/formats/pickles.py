@@ -68,7 +68,7 @@ class _Object(dict):
     """Stand for a dict, a ParameterDict, a set or a number of numpy: only items and parameters count."""
 
     def __init__(self, *args: Any):
-        _need(len(args) <= 10, "it makes an object of too many arguments")
+        _need(len(args) <= 10, "it creates an object with too many arguments")
 
     def __setitem__(self, key: Any, value: Any) -> None:
         # A tuple could take years to hash, and numbers beyond 64 bits can be made to collide.
@@ -124,13 +124,13 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
         if path not in _KNOWN and not path.startswith(_CALLBACKS):
-            raise ValueError(f"it asks for {path[:100]}, which a weights file does not need")
+            raise ValueError(f"it refers to {path[:100]}, which a weights file does not need")
         return _Object if path in _OBJECTS else _Name(path)
 
     def persistent_load(self, pid: Any) -> _Storage:
         fits = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,))
         fits = fits and isinstance(pid[1], _Name) and pid[1].path in _STORAGES and isinstance(pid[2], str)
-        _need(fits, "it asks for something outside the file")
+        _need(fits, "it refers to something outside the file")
         dtype, (length,) = _STORAGES[pid[1].path], _counts([pid[4]])
         storage = _Storage(dtype, length * _SIZES[dtype], length, pid[2])
         _need(self.storages.setdefault(pid[2], storage) == storage, "it gives one storage two types or sizes")
@@ -155,7 +155,7 @@ class _File(io.BufferedReader):
     """Refuse to read much at once, as zipfile does with a long list of entries."""
 
     def read(self, size: int | None = -1) -> bytes:
-        _need(size is None or size <= _MAX_READ, f"it has a part of {size:,} bytes that may have {_MAX_READ:,}")
+        _need(size is None or size <= _MAX_READ, f"it has a part of {size:,} bytes; the limit is {_MAX_READ:,}")
         return super().read(size)
 
 
@@ -178,9 +178,9 @@ def _read_archive(file: _File) -> tuple[Any, dict[_Storage, int]]:
 
         names = archive.namelist()
         roots = [n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
-        _need(len(roots) == 1, f"it is another archive, with {len(roots)} entries data.pkl instead of one")
+        _need(len(roots) == 1, f"its archive has {len(roots)} entries data.pkl instead of one")
         order = f"{roots[0]}byteorder"
-        _need(order not in names or content(order) == b"little", "its numbers have the byte order of other machines")
+        _need(order not in names or content(order) == b"little", "its numbers are big-endian, which is not supported")
         storages: dict[str, _Storage] = {}
         value, places = _Reader(io.BytesIO(content(f"{roots[0]}data.pkl")), storages).load(), {}
         for storage in storages.values():
@@ -196,14 +196,14 @@ def _read_row(file: _File) -> tuple[Any, dict[_Storage, int]]:
     magic, version, facts = (_Reader(stream, {}).load() for _ in range(3))
     is_little = isinstance(facts, dict) and facts.get("little_endian") is True
     is_torch = [magic, version, is_little] == [0x1950A86A20F9469CFC6C, 1001, True]
-    _need(is_torch, "it is not a pickle that torch wrote, or one of another byte order")
+    _need(is_torch, "it was not written by torch, or is big-endian")
     value, keys = _Reader(stream, storages).load(), _Reader(stream, {}).load()
     fits = isinstance(keys, list) and all(isinstance(key, str) for key in keys) and set(keys) == storages.keys()
-    _need(fits, "its list of storages is not the one of its tensors")
+    _need(fits, "its list of storages does not match its tensors")
     position = stream.tell()
     for storage in map(storages.get, keys):
         file.seek(position)
-        _need(file.read(8) == struct.pack("<q", storage.length), "a storage has not the length that its pickle gives")
+        _need(file.read(8) == struct.pack("<q", storage.length), "a storage has another length than its pickle says")
         places[storage], position = position + 8, position + 8 + storage.size
     return value, places
 
@@ -234,7 +234,7 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     with _File(path.open("rb", buffering=0)) as file:
         start = file.peek(4)[:4]
         try:
-            _need(start.startswith((b"PK\3\4", b"\x80")), "it does not begin as torch's files do")
+            _need(start.startswith((b"PK\3\4", b"\x80")), "it does not begin like a torch file")
             value, places = (_read_archive if start.startswith(b"PK") else _read_row)(file)
             weights = value = value if isinstance(value, dict) else {}
             for key in 3 * ("state_dict", "model", "string_to_param", "params_ema", "params", "adapter"):
@@ -249,6 +249,6 @@ def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             arrays = {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
         except _ERRORS as error:
             reason = ascii(str(error))[1:-1][:200]
-            raise ValueError(f"{path} is not loaded: {reason}; get it again, or as .safetensors") from error
+            raise ValueError(f"{path} is not loaded: {reason}; download it again, or use .safetensors") from error
     _need(bool(arrays), f"{path} holds no tensors with names")
     return arrays, {key: text for key, text in value.items() if isinstance(key, str) and isinstance(text, str)}

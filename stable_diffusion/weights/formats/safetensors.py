@@ -41,7 +41,7 @@ def damaged(path: Path, reason: str, *, is_weights: bool = False) -> ValueError:
     Only of what is a file of weights for certain it says what to delete: in the Hub's cache ``path`` is a link.
     """
     is_weights = is_weights and path.suffix == ".safetensors"
-    remedy = f"delete {path.resolve()} and get it again" if is_weights else "get it again, or choose another file"
+    remedy = f"delete {path.resolve()} and download it again" if is_weights else "download it again, or choose another"
     return ValueError(f"{path} is damaged ({reason}): {remedy}")
 
 
@@ -88,7 +88,7 @@ def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
         if not 2 <= length <= size - 8:
             raise damaged(path, f"its {size} bytes do not begin with a header")
         if length > _MAX_HEADER:
-            raise ValueError(f"{path} has a header of {length:,} bytes, of which at most {_MAX_HEADER:,} are read")
+            raise ValueError(f"{path} has a header of {length:,} bytes; the limit is {_MAX_HEADER:,}")
         try:
             text = file.read(length)
             if text.count(b"[") + text.count(b"{") > _MAX_LISTS:
@@ -96,26 +96,26 @@ def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
             header = json.loads(text)
             metadata = header.pop("__metadata__", None) or {}
             if not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError("metadata that are no texts")
+                raise ValueError("metadata that is not text")
             for name, tensor in header.items():
                 first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
                 spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
             spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise damaged(path, "its header is not that of a safetensors file") from error
+            raise damaged(path, "its safetensors header is invalid") from error
     if len(spans) > _MAX_TENSORS:
-        raise ValueError(f"{path} holds {len(spans):,} tensors, of which at most {_MAX_TENSORS:,} are read")
+        raise ValueError(f"{path} holds {len(spans):,} tensors; the limit is {_MAX_TENSORS:,}")
     position, rows = 0, {}
     for first, end, name, dtype, shape in spans:
         if dtype not in ITEM_SIZES:
-            raise ValueError(f"{path} holds {name} as {dtype}, which this library does not read: save it as F16 or F32")
+            raise ValueError(f"{path} holds {name} as {dtype}, which is not supported: save it as F16 or F32")
         in_range = not shape or (min(shape) >= 0 and max(shape) <= MAX_LENGTH)
         if first != position or end - first != math.prod(shape) * ITEM_SIZES[dtype] or not in_range:
-            raise damaged(path, f"its header gives the wrong place for {name:.60}", is_weights=True)
+            raise damaged(path, f"its header gives the wrong position for {name:.60}", is_weights=True)
         rows[name] = dtype, shape, 8 + length + first, end - first
         position = end
     if 8 + length + position != size:
-        raise damaged(path, f"it has {size} bytes and should have {8 + length + position}", is_weights=True)
+        raise damaged(path, f"it has {size} bytes instead of {8 + length + position}", is_weights=True)
     return metadata, rows
 
 
@@ -143,11 +143,11 @@ def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -
         layer, _, kind = name.rpartition(".")
         scale, weight = tensors.pop(name), f"{layer}.weight"
         if kind == "comfy_quant" and weight not in eights:
-            raise ValueError(f"{path} holds quantized values as {weight}, which are not read: take float16 or F8_E4M3")
+            raise ValueError(f"{path} holds {weight} in an unsupported quantization: use float16 or F8_E4M3")
         if not _SCALE.match(name):
             continue
         if weight not in eights or scale.size not in (1, *tensors[weight].shape[:1]):
-            raise ValueError(f"{path} holds {name}, which is no scale of F8 values: take the model in float16")
+            raise ValueError(f"{path} holds {name}, which does not scale F8 values: use the float16 version")
         with mx.stream(loading_stream(mx.cpu)):
             shape = (scale.size, *[1] * (tensors[weight].ndim - 1))
             tensors[weight] = tensors[weight] * scale.astype(mx.float32).reshape(shape)
@@ -211,7 +211,7 @@ def write_safetensors(
         for name in names:
             value = mx.contiguous(tensors.pop(name))
             if not all_finite(value):
-                raise ValueError(f"{name} is not finite in {_TYPES[value.dtype]}: take float32, or another source")
+                raise ValueError(f"{name} is not finite in {_TYPES[value.dtype]}: use float32, or another source")
             file.write(memoryview(value.reshape(-1).view(mx.uint8)))
             freed += value.nbytes
             if freed > _CLEAR_EVERY:

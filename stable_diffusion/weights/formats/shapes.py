@@ -84,7 +84,7 @@ def _lllite(tensors: Tensors) -> dict[str, Any]:
     layers = sorted({name.partition(".")[0] for name in tensors})
     down, second = ([tensors[f"{layer}.{part}.weight"] for layer in layers] for part in ("down.0", "conditioning1.2"))
     if convolutions := [layer for layer, weight in zip(layers, down, strict=True) if weight.ndim == 4]:
-        raise ValueError(f"it changes convolutions, such as {convolutions[0]}, which is not supported: take one for XL")
+        raise ValueError(f"it changes convolutions, such as {convolutions[0]}, which is not supported: use one for XL")
     thirds = [f"{layer}.conditioning1.4.weight" in tensors for layer in layers]
     return {
         "_class_name": "ControlNetLLLite",
@@ -138,7 +138,7 @@ def _vae(tensors: Tensors) -> dict[str, Any]:
     is_tiny = "decoder.layers.0.weight" in tensors
     latent = tensors[f"decoder.{'layers.0' if is_tiny else 'conv_in'}.weight"].shape[1]
     if latent != 4:
-        raise ValueError(f"the VAE makes latents of {latent} channels, those of Stable Diffusion 1, 2 and XL have 4")
+        raise ValueError(f"the VAE has {latent} latent channels; those of Stable Diffusion 1, 2 and XL have 4")
     if is_tiny:
         alone = {"encoder_block_out_channels": [], "num_encoder_blocks": []}  # the decoder
         return {"_class_name": "AutoencoderTiny"} | ({} if "encoder.layers.0.weight" in tensors else alone)
@@ -193,8 +193,8 @@ def _ip_adapter(tensors: Tensors) -> dict[str, Any]:
         config |= {"image_proj": "mlp", "image_width": shapes["proj.0.weight"][1]}
     is_face = any("_lora." in name or name.startswith("perceiver_resampler.") for name in shapes)
     if is_face or ("norm.weight" in shapes and "proj.0.weight" in shapes) or config["image_width"] == _FACE_WIDTH:
-        text = "it is a FaceID adapter, for which a face detector would be needed, which is not supported"
-        raise ValueError(f"{text}: take one for pictures, such as ip-adapter-plus-face")
+        text = "it is a FaceID adapter, which needs a face detector and is not supported"
+        raise ValueError(f"{text}: use one for images, such as ip-adapter-plus-face")
     return config
 
 
@@ -216,7 +216,7 @@ def _image_encoder(tensors: Tensors) -> dict[str, Any]:
 def _upscaler(tensors: Tensors) -> dict[str, Any]:
     def channels(name: str, axis: int) -> int:
         if (weight := tensors[name]).ndim != 4:
-            raise ValueError(f"{name} has {weight.ndim} axes, a convolution's 4")
+            raise ValueError(f"{name} has {weight.ndim} axes; a convolution has 4")
         return weight.shape[axis]
 
     if "conv_first.weight" in tensors:
@@ -232,13 +232,13 @@ def _upscaler(tensors: Tensors) -> dict[str, Any]:
     else:
         last = max(int(match[1]) for name in tensors if (match := re.match(r"body\.(\d+)\.", name)))
         if not any(tensors[name].ndim == 1 for name in tensors if re.fullmatch(r"body\.\d*[13579]\.weight", name)):
-            raise ValueError("it has convolutions in a row without PReLU between, which is not supported")
+            raise ValueError("it has consecutive convolutions without PReLU, which is not supported")
         side = math.isqrt(channels(f"body.{last}.weight", 0) // 3)
         config = {"_class_name": "SRVGGNetCompact", "num_feat": channels("body.0.weight", 0), "scale": side}
         config |= {"num_conv": last // 2 - 1}
         colours, written = channels("body.0.weight", 1), channels(f"body.{last}.weight", 0) / max(side, 1) ** 2
     if (colours, written) != (3, 3):
-        raise ValueError(f"it reads {colours:g} channels and writes {written:g}: only upscalers of RGB are supported")
+        raise ValueError(f"it has {colours:g} input and {written:g} output channels: only RGB upscalers are supported")
     return config
 
 

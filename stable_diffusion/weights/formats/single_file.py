@@ -52,9 +52,9 @@ _OTHER_KINDS = (
     (r"low_scale_model\.", "an upscaler, which is not supported"),
     (r"(.*\.)?joint_blocks\.", "Stable Diffusion 3, which is not supported"),
     (r"(.*\.)?(double|single)_blocks\.", "Flux, which is not supported"),
-    (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA, not a model: load it as one"),
-    (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as one"),
-    (r"(image_proj|ip_adapter)\.", "an IP-Adapter, not a model: load it as one"),
+    (r".*(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1|dora_scale)\b", "a LoRA, not a model: load it as a LoRA"),
+    (r"(emb_params|clip_[lg]|string_to_param.*|<.*>)$", "an embedding, not a model: load it as an embedding"),
+    (r"(image_proj|ip_adapter)\.", "an IP-Adapter, not a model: load it as an IP-Adapter"),
     (r"style_embedding$|spatial_feat_mapping\.", "a style adapter or a fuser of T2I-Adapters, which is not supported"),
     (r"(.*\.)?motion_modules\.", "an AnimateDiff model, which is not supported"),
     (r"(.*\.)?clip_(txt_|txt_pooled_)?mapper\.", "Stable Cascade, which is not supported"),
@@ -66,10 +66,10 @@ _OTHER_KINDS = (
     (r"(.*\.)?cap_embedder\.", "Lumina, which is not supported"),
     (r"(.*\.)?time_stack\.", "Stable Video Diffusion, which is not supported"),
     *(
-        (pattern, f"an upscaler of {name}, which is not supported: take one of RRDB or SRVGG, as Real-ESRGAN's")
+        (pattern, f"an upscaler of type {name}, which is not supported: use RRDB or SRVGG, as in Real-ESRGAN")
         for pattern, name in _OTHER_UPSCALERS.items()
     ),
-    (r".*\.(absmax|quant_map)$", "quantized by bitsandbytes, which is not supported: take it in float16"),
+    (r".*\.(absmax|quant_map)$", "quantized by bitsandbytes, which is not supported: use the float16 version"),
 )
 
 # The noise that all families were trained on.
@@ -143,13 +143,13 @@ def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str
     """Return the family and the networks that it needs. Raises ValueError where one of them is missing."""
     if "unet" not in configs:
         held = ", ".join(prefixes)
-        raise ValueError(f"{where} holds only {held} and no UNet: give a whole checkpoint, and this as a part of it")
+        raise ValueError(f"{where} holds only {held}, no UNet: give a whole checkpoint, and this as a part of it")
     family = family_of(configs["unet"])
     if family is FAMILIES["xl"] and prefixes.get("text_encoder_2", "").startswith("conditioner.embedders.0."):
         family = FAMILIES["refiner"]  # the second encoder is its only one
     needed = ["unet", "vae", *(kind for kind, part in PARTS.items() if part.tokenizer in family.pad_tokens)]
     if missing := [PARTS[kind].label for kind in needed if kind not in configs]:
-        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as the one of {family.repo}")
+        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as that from {family.repo}")
     return family, needed
 
 
@@ -179,7 +179,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
             raise ValueError(f"{where} holds no {kind}, but {contents}: give another file")
         return {kind: networks[kind]}
     if not networks:
-        raise ValueError(f"{where} is no model of Stable Diffusion: it holds {listed(sorted(tensors)) or 'no tensors'}")
+        raise ValueError(f"{where} is not a Stable Diffusion model: it holds {listed(sorted(tensors)) or 'no tensors'}")
     prefixes = tuple(networks.values())
     if unknown := sorted(name for name in weights if not name.startswith(prefixes)):
         raise ValueError(f"{where} holds {len(unknown)} tensors that this library does not know: {listed(unknown)}")
@@ -193,7 +193,7 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
         plain, bits = unpack(to_diffusers(kind, network))
         config = READERS[kind](plain)
     except KeyError as error:
-        raise ValueError(f"{where}: its {kind} is not complete: there is no {error.args[0]}") from error
+        raise ValueError(f"{where}: its {kind} is incomplete: {error.args[0]} is missing") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"{where}: its {kind} cannot be read: {error}") from error
     if kind == "vae" and "edm_mean" in tensors and "edm_std" in tensors:
@@ -218,7 +218,7 @@ def within(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
 
 def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
     if (channels := unet.get("in_channels", 4)) not in _MODES:
-        raise ValueError(f"{where} has a UNet that reads {channels} channels; supported are those of 4, 5, 8 and 9")
+        raise ValueError(f"{where} has a UNet with {channels} input channels; supported: 4, 5, 8 and 9")
     if family is FAMILIES["refiner"]:
         return "StableDiffusionXLImg2ImgPipeline"
     if family is FAMILIES["sd1"] and unet.get("time_cond_proj_dim") is not None:
@@ -282,7 +282,7 @@ def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measu
     biases = {(int(m[1]), int(m[2])): value for name, value in unet.items() if (m := _FIRST_BIAS.fullmatch(name))}
     spread = mx.std(biases[max(biases)].astype(mx.float32)).item() if biases else 0.0
     prediction = "v_prediction" if spread > 0.09 else "epsilon"
-    text = "%s does not say what it predicts, by its weights %s; the argument prediction overrules"
+    text = "%s does not record its prediction type; its weights suggest %s (override: prediction)"
     _log.warning(text, where, prediction)
     return prediction
 

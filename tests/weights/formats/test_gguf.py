@@ -118,14 +118,14 @@ def test_refused(tmp_path):
             path, good[:8] + struct.pack("<QQ", *wrong) + good[24:]
         )
     assert "version 9" in refused(path, good[:4] + struct.pack("<I", 9) + good[8:])
-    assert "no place for" in refused(path, good[:-40])
-    assert "not that of a GGUF file" in refused(path, good[:60])
-    assert "not that of a GGUF file" in refused(path, b"GGUF" + random.Random(1).randbytes(500))
+    assert "does not fit into" in refused(path, good[:-40])
+    assert "its GGUF header is invalid" in refused(path, good[:60])
+    assert "its GGUF header is invalid" in refused(path, b"GGUF" + random.Random(1).randbytes(500))
     length = good.index(b"a.weight") + 8
     shape = struct.pack("<IQQ", 2, 32, 4)
     assert good[length:].startswith(shape)
     for wrong in (struct.pack("<IQQ", 2, 1 << 63, 4), struct.pack("<IQQ", 2, 31, 4), struct.pack("<IQQ", 2, 32, 400)):
-        assert "no place for a.weight" in refused(path, good[:length] + wrong + good[length + len(shape) :])
+        assert "does not fit into a.weight" in refused(path, good[:length] + wrong + good[length + len(shape) :])
     code = length + len(shape)
     assert "holds a.weight as Q5_K, which is not read: take a file of Q8_0" in refused(
         path, good[:code] + struct.pack("<I", 13) + good[code + 4 :]

@@ -175,5 +175,5 @@ def test_a_disk_without_room_for_the_copy(tmp_path, monkeypatch):
     large(tmp_path / "x.ckpt", zipped=True)
     full = Path("/dev/full").open("w+b")  # noqa: SIM115  (the reader closes it)
     monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda **options: full)
-    with pytest.raises(ValueError, match=r"x\.ckpt is not loaded: .*No space left on device; get it again"):
+    with pytest.raises(ValueError, match=r"x\.ckpt is not loaded: .*No space left on device; download it again"):
         read_pickle(tmp_path / "x.ckpt")

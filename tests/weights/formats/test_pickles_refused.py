@@ -116,24 +116,27 @@ REBUILD = "torch._utils._rebuild_tensor_v2"
 
 # Python's own reader makes the canary of each of these, as the test shows. With what is said of it.
 EXECUTED = {
-    "os.system": (program(call("os.system", SHELL)), "asks for os.system, which"),
+    "os.system": (program(call("os.system", SHELL)), "refers to os.system, which"),
     "protocol 0": (b"cos\nsystem\n(S'touch canary'\ntR.", "uses the pickle instruction STRING"),
     "protocol 1": (b"cos\nsystem\n(U\x0ctouch canarytR.", "uses the pickle instruction"),
-    "protocol 4": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch canary\x85R.", "asks for os.system"),
-    "eval": (program(call("builtins.eval", CODE)), "asks for builtins.eval"),
+    "protocol 4": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch canary\x85R.", "refers to os.system"),
+    "eval": (program(call("builtins.eval", CODE)), "refers to builtins.eval"),
     "a dotted path": (
         b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93" + SHELL + b"\x85R.",
-        "asks for torch.serialization.os.system",
+        "refers to torch.serialization.os.system",
     ),
-    "a pickle in a pickle": (program(call("pickle.loads", b"C\x19cos\nmkdir\n(X\6\0\0\0canarytR.")), "asks for pickle"),
-    "in a key": (program(b"}", call("builtins.eval", CODE), text("x"), b"s"), "asks for builtins.eval"),
-    "in arguments": (program(call("torch.Size", row(call("os.system", SHELL)))), "asks for os.system"),
-    "by a state": (program(call("types.SimpleNamespace"), call("os.system", SHELL), b"b"), "asks for types.Simple"),
+    "a pickle in a pickle": (
+        program(call("pickle.loads", b"C\x19cos\nmkdir\n(X\6\0\0\0canarytR.")),
+        "refers to pickle",
+    ),
+    "in a key": (program(b"}", call("builtins.eval", CODE), text("x"), b"s"), "refers to builtins.eval"),
+    "in arguments": (program(call("torch.Size", row(call("os.system", SHELL)))), "refers to os.system"),
+    "by a state": (program(call("types.SimpleNamespace"), call("os.system", SHELL), b"b"), "refers to types.Simple"),
     "INST": (b"(X\x0c\0\0\0touch canaryios\nsystem\n.", "instruction INST"),
     "OBJ": (program(b"(", name("posix.system"), SHELL, b"o"), "uses the pickle instruction OBJ"),
     "after what is thrown away": (program(b"N0", call("os.system", SHELL)), "instruction POP"),
-    "among good weights": (saved(call("os.system", SHELL)), "asks for os.system"),
-    "in a second pickle": (program(b"N") + program(call("os.system", SHELL)), "asks for os.system|holds no tensors"),
+    "among good weights": (saved(call("os.system", SHELL)), "refers to os.system"),
+    "in a second pickle": (program(b"N") + program(call("os.system", SHELL)), "refers to os.system|holds no tensors"),
 }
 
 # Programs that Python's reader refuses, or that would cost much, or that are not what they seem; what is said of them.
@@ -152,28 +155,28 @@ PROGRAMS = [
     (program(b"h\0"), "is not loaded"),  # from a memo that is empty
     (program(b"Nr\xff\xff\xff\xff"), "more than 1,000,000 instructions"),  # far into the memo
     (program(b"K\1K\2\x93"), "is not loaded"),  # a name of numbers
-    (program(text("os\n\x1b[31m"), text("system\r\n"), b"\x93"), "asks for os"),
+    (program(text("os\n\x1b[31m"), text("system\r\n"), b"\x93"), "refers to os"),
     (
         program(text("torch._utils._rebuild_tensor"), text("__globals__"), b"\x93"),
-        r"asks for torch\._utils\._rebuild_tensor\.__globals__",
+        r"refers to torch\._utils\._rebuild_tensor\.__globals__",
     ),
     (program(name("tоrch.FloatStorage")), "is not loaded"),  # with a letter that is not Latin
-    (program(name(CALLBACK.replace("callbacks", "utilities"))), "asks for pytorch_lightning"),
+    (program(name(CALLBACK.replace("callbacks", "utilities"))), "refers to pytorch_lightning"),
     (program(call(CALLBACK)), f"calls {CALLBACK}"),
     (program(name(CALLBACK), b"}b"), "is not loaded"),
     (program(call("torch.FloatStorage", text("/etc/passwd"))), "calls torch.FloatStorage"),
     (program(text("os.system"), row(SHELL), b"R"), "is not loaded"),
     (program(call(REBUILD, storage())), "is not loaded"),
     (saved(call("torch._utils._rebuild_parameter", tensor(), *[b"N"] * 10)), "calls"),
-    (program(call(DICT, *[b"N"] * 11)), "makes an object of too many arguments"),
+    (program(call(DICT, *[b"N"] * 11)), "creates an object with too many arguments"),
     (saved(call(REBUILD, text("0"), b"K\0)))N")), "builds a tensor from something else"),
     (
         saved(call("torch._utils._rebuild_tensor_v3", storage("1", "torch.UntypedStorage"), b"K\0))NN", name(DICT))),
         "builds a tensor of an unknown type",
     ),
     (saved(call("torch.Size", text("12"))), "gives a tensor an impossible size"),
-    (program(name("numpy.core.multiarray._reconstruct")), "asks for numpy.core"),
-    (program(name("torch.storage._load_from_bytes")), "asks for torch.storage._load"),
+    (program(name("numpy.core.multiarray._reconstruct")), "refers to numpy.core"),
+    (program(name("torch.storage._load_from_bytes")), "refers to torch.storage._load"),
     (program(b"]}b"), "is not loaded"),  # a state for a list
     (program(b"}]Ns"), "key that is neither"),
     (program(b"}G" + bytes(8) + b"Ns"), "key that is neither"),  # a number with a point
@@ -229,27 +232,27 @@ FILES = [
     (patched(ARCHIVE, (DIRECTORY + 10, b"\x08")), "is compressed"),  # to the same size
     (zipped(GOOD, {"x/data/0": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED), "is compressed"),
     # Entries that are too many, too few, or not torch's.
-    (zipped(GOOD, STORAGE | {"x/data.pkl": GOOD}), "is another archive, with 2"),
+    (zipped(GOOD, STORAGE | {"x/data.pkl": GOOD}), "its archive has 2"),
     (zipped(GOOD, STORAGE | {"y/data.pkl": GOOD}), "2 entries data.pkl"),
     (zipped(GOOD, pickle="../x/data.pkl"), "0 entries data.pkl"),
     (zipped(GOOD, pickle="/x/data.pkl"), "0 entries data.pkl"),
     (ARCHIVE.replace(b"x/data.pkl", b"\xff/data.pkl"), "is not loaded"),
-    (zipped(GOOD, STORAGE | {"x/byteorder": b"big"}), "byte order"),
-    (zipped(bytes(2**25 + 1)), "may have 16,777,216"),
+    (zipped(GOOD, STORAGE | {"x/byteorder": b"big"}), "big-endian"),
+    (zipped(bytes(2**25 + 1)), "the limit is 16,777,216"),
     (patched(ARCHIVE, (ARCHIVE.index(GOOD) + 20, b"zz")), "checksum of its pickle"),
     (zipped(GOOD, {}), "is not loaded"),
     (zipped(GOOD, {"x/data/0": bytes(17)}), "gives a storage a size"),
     (zipped(saved(tensor(key="../../../../../../../../etc/passwd"))), "is not loaded"),
-    (older(GOOD, magic=7), "not a pickle that torch wrote"),
-    (older(GOOD, version=1002), "not a pickle that torch wrote"),
-    (older(GOOD, facts={"little_endian": False}), "byte order"),
-    (older(GOOD, keys=[]), "list of storages is not the one"),
-    (older(GOOD, keys=["0", "0"]), "length that its pickle gives"),
-    (older(GOOD, keys=["../0"]), "list of storages is not the one"),
-    (older(GOOD, keys=[0]), "list of storages is not the one"),
-    (older(GOOD, length=5), "has not the length"),
+    (older(GOOD, magic=7), "not written by torch"),
+    (older(GOOD, version=1002), "not written by torch"),
+    (older(GOOD, facts={"little_endian": False}), "big-endian"),
+    (older(GOOD, keys=[]), "list of storages does not match"),
+    (older(GOOD, keys=["0", "0"]), "length than its pickle says"),
+    (older(GOOD, keys=["../0"]), "list of storages does not match"),
+    (older(GOOD, keys=[0]), "list of storages does not match"),
+    (older(GOOD, length=5), "has another length"),
     (older(GOOD)[:-1], "ends within a storage"),
-    (older(GOOD)[:-20], "has not the length"),
+    (older(GOOD)[:-20], "has another length"),
     (older(GOOD)[:60], "is not loaded"),
 ]
 
@@ -416,4 +419,4 @@ def test_a_long_list_of_entries_is_not_read():
     entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", *[20] * 2, *[0] * 14)
     count = 2**24 // len(entry) + 1
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, count * len(entry), len(ARCHIVE), 0)
-    assert "may have 16,777,216" in refused(ARCHIVE + entry * count + end)
+    assert "the limit is 16,777,216" in refused(ARCHIVE + entry * count + end)

@@ -234,7 +234,7 @@ def test_models_for_few_steps(made, tmp_path, caplog, name, scheduler, spacing, 
     assert checkpoint.scheduler.items() >= expected.items()
     steps = 4 if "4step" in name else 1
     assert (checkpoint.steps, checkpoint.guidance, checkpoint.few_steps) == (steps, 0.0, rest)
-    assert said(caplog) == [f"{own} was made for few steps: where nothing else is chosen it runs with " + _listed(own)]
+    assert said(caplog) == [f"{own} was distilled for few steps: its defaults are " + _listed(own)]
 
 
 def _listed(path: Path) -> str:
@@ -289,7 +289,7 @@ def test_sd2_without_a_hint_is_told_by_its_weights(single, caplog, spread, expec
     path = single("sd2", {name: np.resize(np.float32([spread, -spread]), 64)})
     assert opened(path).scheduler["prediction_type"] == expected
     (line,) = said(caplog)
-    assert expected in line and "the argument prediction" in line and str(path) in line
+    assert expected in line and "(override: prediction)" in line and str(path) in line
 
 
 def test_prediction_of_a_folder_and_unknown_prediction(made):
@@ -478,9 +478,9 @@ def test_part_that_a_file_does_not_have(made, tmp_path):
     [
         ("sd1", "something.else", (1,), "holds 1 tensors that this library does not know: something.else"),
         ("sd1", f"{UNET}input_blocks.1.0.more.weight", (1,), "unexpected: down_blocks.0.resnets.0.more.weight"),
-        ("sd1", f"{UNET}input_blocks.0.0.weight", (32, 7, 3, 3), "reads 7 channels; supported are those of 4, 5, 8"),
-        ("sd1", f"{UNET}conv_in.bias", (32,), "is there twice, in the original naming and in that of diffusers"),
-        ("sd1", f"{VAE}decoder.conv_norm_out.bias", (32,), "is there twice, in the original naming and in that of"),
+        ("sd1", f"{UNET}input_blocks.0.0.weight", (32, 7, 3, 3), "7 input channels; supported: 4, 5, 8"),
+        ("sd1", f"{UNET}conv_in.bias", (32,), "is stored twice, under its original name and its diffusers name"),
+        ("sd1", f"{VAE}decoder.conv_norm_out.bias", (32,), "is stored twice, under its original name and its"),
         ("sd2", f"{CLIP}model.transformer.resblocks.0.attn.in_proj_bias", (64,), "its text_encoder cannot be read"),
         # Shapes and numbers that make no sense.
         ("sd1", f"{UNET}input_blocks.0.0.weight", (), ""),
@@ -509,5 +509,5 @@ def test_every_tensor_is_needed(made, tmp_path, part, prefix):
 
 def test_vae_of_another_family(tmp_path):
     tensors = {"decoder.conv_in.weight": np.zeros((8, 16, 3, 3), np.float32)}
-    with pytest.raises(ValueError, match="latents of 16 channels, those of Stable Diffusion 1, 2 and XL have 4"):
+    with pytest.raises(ValueError, match="16 latent channels; those of Stable Diffusion 1, 2 and XL have 4"):
         open_part(saved(tmp_path / "ae.safetensors", tensors), "vae")
