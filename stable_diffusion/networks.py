@@ -1,4 +1,4 @@
-"""Networks of a checkpoint: opened lazily, read when they are used, released and loaded again in low memory."""
+"""Networks of a checkpoint: opened lazily, read when they are used, freed and loaded again in low memory."""
 
 import logging
 import threading
@@ -61,11 +61,11 @@ class Networks:
         self.sources: dict[str, NetworkSource] = {}  # by attribute
         self._lock = threading.RLock()
         self._encoders: list[tuple[str, str]] = []  # the attributes of tokenizer and text encoder
-        # What ``release`` leaves in memory for another object, such as a trainer, as long as that exists.
+        # Networks that ``release`` keeps for another object, such as a trainer, as long as that object exists.
         self.pinned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
         self.embeddings: dict[str, tuple[str, ...]] = {}  # a file -> its words in prompts
         self._attached: list[AttachedLoRA] = []
-        self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of LoRAs for few steps; None: fused
+        self._few_step: list[tuple[AttachedLoRA | None, RunDefaults]] = []  # of few-step LoRAs; None: fused
         attributes, several = {"unet": "unet"}, len(checkpoint.tokenizers) > 1
         for name, folder in sorted(checkpoint.tokenizers.items()):
             suffix = "" if not several else "_2" if name.endswith("_2") else "_1"
@@ -97,7 +97,7 @@ class Networks:
     # --- reading and releasing ---------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Build a network that was released or deleted; nothing is read before it is used."""
+        """Build a network that was freed or deleted. Its weights are read at the first use."""
         source = vars(self).get("sources", {}).get(name)
         if source is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -107,10 +107,10 @@ class Networks:
             return vars(self)[name]
 
     def release(self, keep: Collection[str] = ()) -> None:
-        """Free all networks but those to ``keep``, such as "unet", and the memory that MLX holds for reuse.
+        """Free all networks except those in ``keep``, such as "unet", and the memory that MLX holds for reuse.
 
-        They are loaded again at their next use. A network that was changed by hand (quantized, or with other weights)
-        stays, and the log says so.
+        They are loaded again at their next use. A network that you modified (quantized, or with other weights) stays
+        loaded, and the log says so.
         """
         with self._lock:
             kept = set(keep).union(*self.pinned.values())
@@ -124,9 +124,9 @@ class Networks:
         cpu.clear_cache()
 
     def _use(self, *names: str, beside: Sequence[Any] = ()) -> list[Any]:
-        """Begin a stage of a run: read the weights of its networks, and in low memory free all others.
+        """Begin a stage of a run: read the weights of its networks and, in low memory, free all others.
 
-        ``beside`` are networks that are not of the checkpoint, such as ControlNets.
+        ``beside`` are networks from outside the checkpoint, such as ControlNets.
         """
         cpu.clear_streams_at_thread_end()
         with self._lock:
@@ -139,14 +139,14 @@ class Networks:
         return networks
 
     def on_layer(self, name: str, number: int, total: int) -> None:
-        """Do nothing; a program that shows how far a network is read puts a function in the place of this method."""
+        """Do nothing. A program may replace this method by a function that shows the progress of loading."""
 
     def ensure_models_are_loaded(self) -> None:
-        """Read all weights now and not when they are first needed."""
+        """Read all weights now instead of at the first use."""
         self._use(*self.sources)
 
     def to_float32(self, name: str) -> None:
-        """Compute the "unet" or the "autoencoder" in float32 from now on. Of quantized weights the scales are cast."""
+        """Switch the "unet" or the "autoencoder" to float32. Quantized weights stay; their scales are cast."""
         with self._lock:
             self.sources[name].dtype = mx.float32
             if name == "unet":
@@ -154,7 +154,7 @@ class Networks:
             if self.sources[name].is_edited(getattr(self, name)):
                 getattr(self, name).set_dtype(mx.float32)
             else:
-                delattr(self, name)  # it is loaded in its new type
+                delattr(self, name)  # it is loaded again in its new type
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -165,11 +165,11 @@ class Networks:
         prompt_2: str | Sequence[str] | None = None,
         **reading: Unpack[ReadingKeywords],
     ) -> Conditioning:
-        """Encode prompts with every text encoder; ``generate_latents`` takes the result in place of the text.
+        """Encode prompts with every text encoder. ``generate_latents`` accepts the result instead of a text.
 
-        ``prompt_2`` is what XL's second encoder reads, one text for all or one for each; None is the same ``text``.
+        ``prompt_2`` is the prompt for XL's second encoder, one for all or one for each; by default it is ``text``.
         ``reading``, the result (a row for each prompt) and the errors are those of ``stable_diffusion.text.encode``.
-        The text encoders may be deleted afterwards.
+        You may delete the text encoders afterwards.
         """
         encoded = self._encode(text, texts_2=prompt_2, **reading)
         mx.eval(encoded.arrays())  # so that they can be used in another thread
@@ -186,8 +186,8 @@ class Networks:
     ) -> tuple[Conditioning, Conditioning]:
         """Encode prompts and negative prompts for a run with guidance, to the same number of chunks.
 
-        Checkpoints that were trained with it get zeros for an empty negative prompt. Raises ValueError as
-        :meth:`encode_prompt` does, and for several negative prompts that are not one for each prompt.
+        An empty negative prompt becomes zeros for checkpoints that were trained so. Raises ValueError as
+        :meth:`encode_prompt` does, and for a wrong number of negative prompts.
         """
         positive, negative = self._encode_pair((text, negative_text), (prompt_2, negative_prompt_2), **reading)
         mx.eval(positive.arrays(), negative.arrays())
@@ -219,7 +219,7 @@ class Networks:
     def decode(self, x_t: mx.array, *, seamless: str | None = None) -> mx.array:
         """Decode latents [n, h, w, 4] to images [n, 8h, 8w, 3], float32 in [0, 1].
 
-        Values that overflow in half precision become NaN and not white, which ``check`` and ``to_images`` refuse.
+        Values that overflow in half precision become NaN, which ``check`` and ``to_images`` refuse.
         """
         if self.low_memory:  # so that the UNet can be freed
             mx.eval(x_t)
@@ -227,7 +227,7 @@ class Networks:
         return mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels / 2 + 0.5, 0, 1))
 
     def decode_checked(self, x_t: mx.array) -> mx.array:
-        """Decode latents as :meth:`decode` does, once more in float32 where pixels are not finite; see ``check``."""
+        """Decode latents as :meth:`decode` does, and again in float32 if pixels are not finite; see ``check``."""
         return self.retry_in_float32("autoencoder", lambda: self.check(self.decode(x_t)))
 
     def encode(self, pixels: mx.array) -> mx.array:
@@ -245,7 +245,7 @@ class Networks:
         return self.retry_in_float32("autoencoder", lambda: self.check(compute()))
 
     def _autoencode(self, half: Callable[..., Any], inputs: mx.array) -> Any:
-        """Run a half of the autoencoder, in what ``memory_limit`` leaves."""
+        """Run the encoder or decoder within ``memory_limit``."""
         (autoencoder,) = self._use("autoencoder")
         cpu.all_cores()
         inputs, budget = inputs.astype(self.sources["autoencoder"].dtype), None
@@ -258,7 +258,7 @@ class Networks:
         return outputs
 
     def check(self, x: mx.array) -> mx.array:
-        """Return latents or pixels, evaluated; FloatingPointError where they are not finite, with the step."""
+        """Evaluate latents or pixels and return them. FloatingPointError, with the step, if they are not finite."""
         if not mx.isfinite(x).all().item():
             step = step_of(x)
             kind = "pixels" if x.shape[-1] == 3 else "latents"
@@ -267,9 +267,9 @@ class Networks:
         return x
 
     def retry_in_float32(self, network: str, compute: Callable[[], Any]) -> Any:
-        """Return the result of ``compute()``; where it raises FloatingPointError, once more with float32.
+        """Return the result of ``compute()``; after a FloatingPointError, switch to float32 and compute it again.
 
-        ``network`` is "unet" or "autoencoder". Raises FloatingPointError where that computes in float32 already.
+        ``network`` is "unet" or "autoencoder". Raises FloatingPointError if it computes in float32 already.
         """
         try:
             return compute()
@@ -282,9 +282,9 @@ class Networks:
         return compute()
 
     def estimate_depth(self, image: Any) -> mx.array:
-        """Estimate the depth map [S, S] of a picture, larger is nearer, with the estimator in checkpoints for depth.
+        """Estimate the depth map [S, S] of an image, larger is nearer, with the estimator of a depth checkpoint.
 
-        The estimator is read for this and freed. Raises ValueError or OSError where the checkpoint has none.
+        The estimator is loaded, used and freed. Raises ValueError or OSError for a checkpoint without an estimator.
         """
         half = self.dtype != mx.float32
         estimator = load_component(open_part(self.source, "depth_estimator", float16=half, revision=self._revision))
@@ -292,10 +292,10 @@ class Networks:
         return estimate_depth(estimator, image)
 
     def load_safety_checker(self, safety_model: str | PathLike | None = None) -> Callable[[Any], list[bool]]:
-        """Return a function that says of each of some pictures whether the safety checker flags it.
+        """Return a function that maps a list of images to bools: True for each one that the safety checker flags.
 
-        ``safety_model`` is the folder, file or Hub id of one; None is the checkpoint's own. It is read at the first
-        call, and freed after each in low memory. Pictures are paths, PIL images or arrays [H, W, 3] in [-1, 1].
+        ``safety_model`` is the folder, file or Hub id of a checker; default: the checkpoint's. It is loaded at the
+        first call and, in low memory, freed after each. Images are paths, PIL images or arrays [H, W, 3] in [-1, 1].
         """
         source, revision = (self.source, self._revision) if safety_model is None else (safety_model, None)
         try:
@@ -313,18 +313,18 @@ class Networks:
         return flags
 
     def count_chunks(self, text: str, prompt_2: str | None = None, **reading: Unpack[ReadingKeywords]) -> int:
-        """Return the number of chunks of 75 tokens that a prompt is encoded in; nothing is computed."""
+        """Count the chunks of 75 tokens of a prompt, without encoding it."""
         return count_chunks(text, getattr(self, self._encoders[0][0]), prompt_2, **reading)
 
     # --- LoRAs, embeddings, ControlNets ------------------------------------------------------------------------------
 
     def load_lora(self, source: LoRASource, scale: Scale = 1.0, *, partial: bool = False) -> AttachedLoRA:
-        """Run a LoRA (Hu et al. 2021) beside the weights: a file, a folder or a Hub id with one, or "id:file".
+        """Attach a LoRA (Hu et al. 2021) without changing the weights: from a file, a folder, a Hub id or "id:file".
 
-        The ``scale`` of the result, one number or (text encoders, UNet), may be changed between two runs, and
-        ``detach()`` removes it. LoRAs given to the class are added to its weights instead: they cost no time, and stay.
-        A LoRA for few steps also changes the defaults of a run while its scale is not 0. ``partial`` takes what fits;
-        else ValueError names what does not.
+        You may change the ``scale`` of the result between two runs: one number or (text encoders, UNet). ``detach()``
+        removes the LoRA. LoRAs given to the class are fused into its weights instead: they cost no time, and stay. A
+        few-step LoRA also changes the defaults of a run while its scale is not 0. ``partial`` applies the layers that
+        match; without it a ValueError names those that do not.
         """
         lora = read_lora(source)
         with self._lock:
@@ -343,20 +343,22 @@ class Networks:
             self._few_step.append((handle, RunDefaults(**settings)))
 
     def load_controlnet(self, source: str | PathLike) -> ControlNetwork:
-        """Load a ControlNet, of any kind, or a T2I-Adapter from a file, a folder or a Hub id; for ``Control``.
+        """Load a ControlNet of any kind, or a T2I-Adapter, from a file, a folder or a Hub id, for ``Control``.
 
-        A Control-LoRA is made of the UNet with those LoRAs that were given to the class.
+        A Control-LoRA is built from the UNet, including the LoRAs that were given to the class.
 
-        Raises ValueError or OSError, one line, for what cannot be found or read, or is for another family of models.
+        Raises ValueError or OSError, one line, for a source that cannot be found or read, or is for another model
+        family.
         """
         unet = replace(self.sources["unet"], quantization=None, attached=())
         return load_controlnet(source, self.dtype, self.unet_config, unet.build)
 
     def load_ip_adapter(self, source: str | PathLike, image_encoder: str | PathLike | None = None) -> IPAdapter:
-        """Load an IP-Adapter (Ye et al. 2023) from a file, or from one on the Hub as "id:file", with its image encoder.
+        """Load an IP-Adapter (Ye et al. 2023) and its image encoder, from a local file or from the Hub as "id:file".
 
-        ``image_encoder`` is the folder, file or Hub id of the encoder that it was trained with; by default it is found
-        near the file or on the Hub. Raises ValueError or OSError, one line, for what cannot be found, read or used.
+        ``image_encoder`` is the folder, file or Hub id of the encoder it was trained with; by default it is searched
+        near the file, then on the Hub. Raises ValueError or OSError, one line, for files that cannot be found, read or
+        used.
         """
         part, encoder = open_ip_adapter(source, image_encoder, float16=self.dtype != mx.float32)
         network = load_component(part, self.dtype)
@@ -365,10 +367,10 @@ class Networks:
         return network
 
     def encode_image_prompt(self, adapter: IPAdapter, images: Any) -> tuple[mx.array, mx.array]:
-        """Encode pictures with an IP-Adapter to image tokens: (those of each [n, M, D], the negative ones [1, M, D]).
+        """Encode images with an IP-Adapter: -> (image tokens [n, M, D], negative image tokens [1, M, D]).
 
         ``images`` are one or several paths, PIL images or arrays [H, W, 3] in [-1, 1]. The adapter's image encoder is
-        read for this, and freed in low memory.
+        loaded first and, in low memory, freed afterwards.
         """
         encoder = adapter.encoder.build(keep=not self.low_memory)
         pixels = clip_pixels(images, encoder.config.image_size)
@@ -378,11 +380,11 @@ class Networks:
         return tokens
 
     def load_embedding(self, path: str | PathLike, word: str | None = None) -> str:
-        """Add a textual inversion embedding (Gal et al. 2023); returns the word for it in prompts.
+        """Add a textual inversion embedding (Gal et al. 2023) and return the word for it in prompts.
 
-        ``path`` is a file, see :func:`stable_diffusion.weights.embeddings.read_embedding`; ``word`` None is the one in
-        the file, and its name is another. As in ComfyUI, embedding:word is the word too.
-        Raises ValueError where it is no embedding, or is for text encoders of another width.
+        ``path`` is a file, see :func:`stable_diffusion.weights.embeddings.read_embedding`. By default both the word in
+        the file and the file's name work in prompts; ``word`` replaces them. ComfyUI's form, embedding:word, works too.
+        Raises ValueError for a file that is not an embedding, or an embedding for text encoders of another width.
         """
         words, vectors = read_embedding(path)
         words = words if word is None else (word,)
@@ -391,7 +393,7 @@ class Networks:
         return words[0]
 
     def _add_words(self, words: Sequence[str], vectors: Sequence[mx.array], where: str) -> None:
-        vectors = vectors[-len(self._encoders) :]  # XL's refiner reads with OpenCLIP-G alone
+        vectors = vectors[-len(self._encoders) :]  # XL's refiner has only OpenCLIP-G
         if len(vectors) != (count := len(self._encoders)):
             raise ValueError(f"{where} has vectors for {len(vectors)} text encoders; this model has {count}")
         try:

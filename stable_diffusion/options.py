@@ -25,7 +25,7 @@ SamplerFunction = Callable[..., States]
 
 @dataclass(frozen=True)
 class Number:
-    """Describe the numbers that a setting takes, for its check and for messages."""
+    """Describe the valid numbers of a setting, for its check and for messages."""
 
     kind: type = float
     lowest: float = -math.inf
@@ -34,7 +34,7 @@ class Number:
     multiple: int = 1
 
     def accepts(self, value: Any) -> bool:
-        """Return whether ``value`` is of the kind and within the limits."""
+        """Return whether ``value`` has the right kind and lies within the limits."""
         kinds = int if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max:
             return False
@@ -42,7 +42,7 @@ class Number:
         return is_above and value <= self.highest and not (self.multiple > 1 and value % self.multiple)
 
     def check(self, name: str, value: Any) -> None:
-        """Raise SettingError, with the limits, for a value that is not accepted; None is."""
+        """Raise SettingError, with the limits, for an invalid value. None is valid."""
         if value is not None and not self.accepts(value):
             raise SettingError(f"{name} {value!r} is not {self}", name)
 
@@ -59,7 +59,7 @@ class Number:
 
 
 class SettingError(ValueError):
-    """Refuse a setting, or several that exclude each other; ``names`` are their names in the message."""
+    """Report an invalid setting, or settings that exclude each other. ``names`` are their names in the message."""
 
     def __init__(self, message: str, *names: str):
         super().__init__(message)
@@ -67,7 +67,7 @@ class SettingError(ValueError):
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """Raise SettingError, with the ``choices``, for a value that is none of them."""
+    """Raise SettingError, with the ``choices``, for any other value."""
     if value not in choices:
         raise SettingError(f"{name} {value!r} is unknown; choose one of {', '.join(filter(None, choices))}", name)
 
@@ -95,51 +95,54 @@ NUMBERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Collect every setting of a run that has a default. None means the model's own choice.
+    """Hold every setting of a run that has a default. None means the model's default.
 
     Args:
         sampler: a name in ``SAMPLERS``, a name of another program ("DPM++ 2M Karras"), or a sampler function.
-        schedule: the curve of the noise levels, one of ``SCHEDULES``, also as others write it ("Karras"); None is the
-            sampler name's or the checkpoint's.
-        spacing: spread of the timesteps: "leading", "trailing" or "linspace".
-        timesteps: the timesteps themselves, descending, in place of their number and spacing.
-        sigmas: the noise levels themselves, descending; the last is where the run ends.
-        eta: fraction of fresh noise, at least 0, for the samplers that have one.
+        schedule: the noise schedule, one of ``SCHEDULES``, also as other programs write it ("Karras"). Default: the one
+            in the sampler's name, or the checkpoint's.
+        spacing: timestep spacing: "leading", "trailing" or "linspace".
+        timesteps: an explicit list of timesteps, descending, instead of their number and spacing.
+        sigmas: an explicit list of noise levels, descending. The run ends at the last one.
+        eta: fraction of fresh noise, at least 0, for stochastic samplers.
         s_noise: factor on the noise that samplers add, at least 0.
-        s_churn: share of noise, times the steps, that Euler and Heun add before a step (Karras et al. 2022, alg. 2).
-        s_tmin, s_tmax: the sigmas between which they do; None is no limit.
-        prompt_2, negative_prompt_2: for XL's second text encoder, one for all prompts or for each; None is the first.
-        order: order of the methods that have several, 1 ... 3 (LMS, UniPC, iPNDM, SA-Solver: 4); None is the sampler's
-            or, for the checkpoint's own sampler, the checkpoint's.
-        clip_skip: number of the text encoder's last layers to leave out.
-        guidance_interval: (start, end), fractions of the steps between which there is guidance (Kynkäänniemi et al.
-            2024); outside of them the UNet runs for the prompt alone.
-        guidance_rescale: blend, 0 ... 1, of the guided prediction with one rescaled to the deviation of the prediction
-            for the prompt (Lin et al. 2024, eq. 15 and 16); 0 is none. None is 0.7, the paper's value, for checkpoints
-            with zero terminal SNR and v-prediction, and 0 for others.
-        pag_scale: scale of perturbed-attention guidance (Ahn et al. 2024), also beside the other; 0 is none.
-        pag_layers: parts of the UNet whose self-attentions it perturbs: "mid", "down", "up", or names of modules such
-            as "down_blocks.1" and "up.0.attentions.2".
-        freeu: (b1, b2, s1, s2), the factors of FreeU (Si et al. 2024) in the first and the second block of the UNet's
-            second half: of half of the channels of its map, and of the lowest frequencies of its skips.
-        deep_cache: run all of the UNet in every n-th step and else its last layer (Ma et al. 2023); 1 is exact.
-        token_merging: fraction of positions, 0 ... 0.75, that large self-attentions merge (Bolya & Hoffman 2023).
-        seamless: axes along which the edges of the picture meet: "x", "y" or "xy"; for :meth:`decode` too.
-        size_conditioning: the sizes that SDXL is conditioned on (Podell et al. 2023).
-        controls: ControlNets and T2I-Adapters with their conditioning images.
-        image_prompts: pictures that act beside the prompt, each with its IP-Adapter.
-        denoising_start: fraction of the noise that is gone already: continue from the ``latents`` of another run.
-        denoising_end: fraction of the noise at which to stop, for another model to continue.
-        noise_source: generator of a seed's noise: "mlx"; "torch", the one of torch on the CPU, drawn from as diffusers
-            does with one for each image; or "cuda", the one of torch on a GPU, as AUTOMATIC1111's web UI does. The
-            noise of dpmpp_sde and dpmpp_3m_sde is a Brownian motion with both, that of dpmpp_2m_sde with "cuda".
-        eta_noise_seed_delta: what is added to the seed, modulo 2^64, for the noise that stochastic samplers add; from a
-            ``noise_source`` other than "mlx" that noise continues the first one where it is 0 (ENSD of the web UI).
-        variation_seed: of the first image, the following count on from it; or a list with one for each. None is random.
-        variation_strength: how far to turn the initial noise from the seed's, 0, to that of the variation seed, 1
-            (variation seed of the web UI). Above 0 a ``seed`` that is no list is that of all images.
-        latents: the initial noise [n, h, w, 4], unit normal, in place of the seed's.
-        noise: a function ``noise(step, shape)`` that replaces the seed's noise of stochastic samplers.
+        s_churn: noise that Euler and Heun add before each step, times the number of steps (Karras et al. 2022, alg. 2).
+        s_tmin, s_tmax: limits of the sigmas at which ``s_churn`` applies. Default: no limit.
+        prompt_2, negative_prompt_2: prompts for XL's second text encoder, one for all or one for each. Default: those
+            of the first encoder.
+        order: order of the solver, 1 ... 3 (LMS, UniPC, iPNDM, SA-Solver: up to 4). Default: the sampler's, or for the
+            checkpoint's sampler the checkpoint's.
+        clip_skip: number of final text encoder layers to skip.
+        guidance_interval: (start, end), the fractions of the steps between which guidance applies (Kynkäänniemi et al.
+            2024). Outside, the UNet computes only the conditional rows.
+        guidance_rescale: blend, 0 ... 1, of the guided prediction with a copy rescaled to the standard deviation of the
+            conditional prediction (Lin et al. 2024, eq. 15 and 16). 0 turns it off. Default: 0.7, the paper's value,
+            for checkpoints with zero terminal SNR and v-prediction, and 0 for others.
+        pag_scale: scale of perturbed-attention guidance (Ahn et al. 2024), added to other guidance. 0 turns it off.
+        pag_layers: parts of the UNet with perturbed self-attention: "mid", "down", "up", or module names such as
+            "down_blocks.1" and "up.0.attentions.2".
+        freeu: (b1, b2, s1, s2), the FreeU factors (Si et al. 2024) of the first and second up block: b scales half of
+            the backbone channels, s the lowest frequencies of the skips.
+        deep_cache: run the full UNet in every n-th step, and only its last layer in the others (DeepCache, Ma et al.
+            2023). 1 is exact.
+        token_merging: fraction of tokens to merge, 0 ... 0.75, in large self-attentions (ToMe, Bolya & Hoffman 2023).
+        seamless: axes along which the image tiles without a seam: "x", "y" or "xy". Give it to :meth:`decode` too.
+        size_conditioning: SDXL's size conditioning (Podell et al. 2023).
+        controls: ControlNets and T2I-Adapters with their control images.
+        image_prompts: image prompts, each with its IP-Adapter.
+        denoising_start: fraction of the denoising that is already done: continue from the ``latents`` of another run.
+        denoising_end: fraction of the denoising at which to stop, so that another model can continue.
+        noise_source: generator of the noise for a seed. "mlx" is MLX's. "torch" is torch's on the CPU, with one
+            generator per image as in diffusers. "cuda" is torch's on a GPU, as in AUTOMATIC1111's web UI. With the last
+            two, dpmpp_sde and dpmpp_3m_sde use Brownian noise; with "cuda" dpmpp_2m_sde does too.
+        eta_noise_seed_delta: number added to the seed, modulo 2^64, for the noise that stochastic samplers add (ENSD of
+            the web UI). At 0, with a ``noise_source`` other than "mlx", this noise continues the initial noise.
+        variation_seed: variation seed of the first image; the next ones use +1, +2, ... A list gives one for each.
+            Default: random.
+        variation_strength: interpolation of the initial noise from that of the seed, 0, to that of the variation seed,
+            1 (variation seed of the web UI). Above 0, all images share a ``seed`` that is not a list.
+        latents: the initial noise [n, h, w, 4], unit normal, instead of the seed's.
+        noise: a function ``noise(step, shape)`` that replaces the seed's noise in stochastic samplers.
 
     Raises ValueError for a number out of range, an unknown name, or settings that exclude each other.
     """
@@ -182,7 +185,7 @@ class Options:
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
-        """Combine ``options`` with single keywords, which win. Raises TypeError for a keyword that is no option."""
+        """Combine ``options`` with keywords, which override them. Raises TypeError for an unknown keyword."""
         if not keywords:
             return _DEFAULT if options is None else options
         keywords = {cls._EARLIER_NAMES.get(name, name): value for name, value in keywords.items()}
@@ -238,7 +241,7 @@ class Options:
 
 
 class OptionKeywords(TypedDict, total=False):
-    """Name the fields of :class:`Options` as keywords of the methods that generate."""
+    """List the fields of :class:`Options` as keyword arguments of the generating methods."""
 
     sampler: str | SamplerFunction | None
     schedule: str | None
@@ -280,10 +283,10 @@ _DEFAULT = Options()
 
 @dataclass(frozen=True)
 class Prompts:
-    """Hold the prompts of a run and the scales of their guidance.
+    """Hold the prompts and guidance scales of a run.
 
-    ``text`` is a prompt, a list of prompts or an encoded one. Raises ValueError for anything else, and for scales that
-    are not finite.
+    ``text`` is a prompt, a list of prompts or an encoded prompt. Raises ValueError for anything else, and for scales
+    that are not finite.
     """
 
     text: Prompt

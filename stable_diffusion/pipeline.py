@@ -39,32 +39,32 @@ class StableDiffusion(Networks):
     """Open a Stable Diffusion checkpoint (1.x, 2.x or XL) and turn prompts into latents, and latents into images.
 
     Args:
-        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a file with a complete
-            checkpoint (.safetensors, .ckpt, .gguf); None is the class's default model.
-        float16: the same as ``dtype=mx.float16``.
+        model: an alias ("sdxl", "sd15", "tiny", ...), a Hub id, a folder in diffusers layout, or a complete checkpoint
+            in one file (.safetensors, .ckpt, .gguf). Default: the default model of the class.
+        float16: a short form of ``dtype=mx.float16``.
         revision: branch, tag or commit of a Hub repository.
-        unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8), or to floats of few bits:
+        unet_bits: quantize the UNet to this number of bits (2, 3, 4, 5, 6 or 8), or to a low-bit float format:
             "mxfp4", "nvfp4" or "mxfp8".
         text_bits: the same for the text encoders.
-        parts: networks from other sources, by the names "unet", "vae", "text_encoder", "text_encoder_2": Hub ids,
-            folders or files. A "vae" may be a TAESD.
-        tokenizer: a folder with vocab.json and merges.txt, for single files, which hold none.
-        prediction: the UNet's prediction, "epsilon", "v_prediction" or "sample", where the checkpoint does not say it.
-        loras: LoRAs to add to the weights before they are quantized, each (file, folder or Hub id, scale), where the
-            scale is a number or (text encoders, UNet); see also ``load_lora``.
-        lora_partial: take what fits of a LoRA, and do not raise for the rest.
-        low_memory: keep in memory only the networks of one stage (encoding, denoising, decoding), read them again at
-            their next use, and run the conditional and unconditional rows one after the other (``rows_at_once``).
-        dtype: in which text encoders and UNet compute: mx.float16, mx.bfloat16 or mx.float32, the default. For the
-            former two half-precision files are read. The autoencoder stays in float32 unless its config says that it
-            does not overflow ("force_upcast": false).
+        parts: replacements for single networks, by name: "unet", "vae", "text_encoder", "text_encoder_2". Each is a
+            Hub id, folder or file. A "vae" may be a TAESD.
+        tokenizer: a folder with vocab.json and merges.txt. Single files hold no tokenizer.
+        prediction: the UNet's prediction type, "epsilon", "v_prediction" or "sample". Default: the checkpoint's.
+        loras: LoRAs to fuse into the weights before quantization, each as (file, folder or Hub id, scale). The scale is
+            a number or (text encoders, UNet). See also ``load_lora``.
+        lora_partial: apply the layers of a LoRA that match and skip the rest, instead of raising.
+        low_memory: load each network only for its stage (encoding, denoising, decoding). Compute the conditional and
+            unconditional rows one after the other (``rows_at_once``).
+        dtype: the type in which text encoders and UNet compute: mx.float16, mx.bfloat16 or mx.float32 (default). For
+            the first two, half-precision files are preferred. The autoencoder stays in float32 unless its config marks
+            it as safe ("force_upcast": false).
 
-    The parts are attributes that may be used, quantized or deleted: ``unet``, ``autoencoder``, ``sampler`` (a name) and
-    ``schedule``; ``text_encoder`` and ``tokenizer``, which XL has twice, as ``..._1`` and ``..._2``. Weights are read
-    when first needed. ``is_xl`` holds for SDXL and its refiner, ``scores_aesthetics`` for that. ``default_latent_size``
-    is the (height, width) of latents that the model was trained on, of ``pixels_per_latent`` (8) pixels each.
-    ``memory_limit`` is None or the bytes that encoding and decoding may take, weights included: where it is short they
-    work on smaller parts.
+    The networks are attributes, which you may use, quantize or delete: ``unet``, ``autoencoder``, ``text_encoder`` and
+    ``tokenizer``. XL has two of the last two, ``..._1`` and ``..._2``. ``sampler`` (a name) and ``schedule`` are
+    attributes too. Weights are read when they are first needed. ``is_xl`` is true for SDXL and its refiner,
+    ``scores_aesthetics`` for the refiner. ``default_latent_size`` is the training resolution as the (height, width) of
+    the latents, of ``pixels_per_latent`` (8) pixels each. ``memory_limit`` is a limit in bytes for encoding and
+    decoding, weights included, or None. Where it is too small they work on smaller parts.
 
     Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
@@ -112,7 +112,7 @@ class StableDiffusion(Networks):
         self.default_latent_size = (size, size) if isinstance(size, int) else tuple(size)
 
     def _read_configs(self) -> None:
-        """Derive from the networks' configs how a run goes; ValueError for parts that do not fit together."""
+        """Derive the settings of a run from the networks' configs; ValueError for parts that do not fit together."""
         self.unet_config, self.vae_config = self.unet.config, self.autoencoder.config
         self.is_xl = self.unet_config.addition_embed_type == "text_time"
         self._kind = f"Stable Diffusion {'XL' if self.is_xl else '1 or 2'}"
@@ -141,15 +141,15 @@ class StableDiffusion(Networks):
 
     @property
     def defaults(self) -> RunDefaults:
-        """Return the defaults of a run: the checkpoint's, or those of a LoRA for few steps while it has an effect."""
+        """Return the defaults of a run: the checkpoint's, or those of an attached few-step LoRA."""
         in_effect = [d for lora, d in self._few_step if lora is None or (lora.is_attached and lora.scale != 0)]
         return in_effect[-1] if in_effect else self._defaults
 
     @property
     def sampler(self) -> str | None:
-        """Return the name of the sampler that a run takes where none is specified; it may be set.
+        """Return the name of the default sampler. You may set it.
 
-        None is a checkpoint whose scheduler none here computes: its runs raise ValueError until one is chosen.
+        None means that the checkpoint's scheduler is not supported: runs raise ValueError until a sampler is chosen.
         """
         return self.defaults.sampler
 
@@ -160,23 +160,23 @@ class StableDiffusion(Networks):
 
     @sampler.deleter
     def sampler(self) -> None:
-        """Ignore ``del sd.sampler``, which programs for mlx-examples contain."""
+        """Ignore ``del sd.sampler``, as in programs for mlx-examples."""
 
     # --- generating --------------------------------------------------------------------------------------------------
 
     def generate(self, text: Prompt, image: Any = None, **keywords: Any) -> list[Image]:
-        """Generate images: the loop, the check for overflow and the decoding that everybody writes.
+        """Generate images: run all steps, check for overflow and decode.
 
         Args:
             text: the prompt, or a list of prompts.
             image: an image to start from: a path, a PIL image or an array; None starts from noise.
-            keywords: those of :meth:`generate_latents`, or with an image of :meth:`generate_latents_from_image`.
+            keywords: arguments of :meth:`generate_latents`, or with an image of :meth:`generate_latents_from_image`.
 
-        What overflows in half precision is computed again in float32, and the log says so. Raises FloatingPointError
-        for values that are not finite in float32 either, and ValueError for bad arguments.
+        A run that overflows in half precision is computed again in float32, and the log says so. Raises
+        FloatingPointError for values that are not finite in float32 either, and ValueError for bad arguments.
         """
         if keywords.get("seed") is None:
-            keywords["seed"] = image_seeds(None, 1)[0]  # the same when it is computed again
+            keywords["seed"] = image_seeds(None, 1)[0]  # the same seed if the run is computed again
         method = self.generate_latents if image is None else partial(self.generate_latents_from_image, image)
         x_t = self.retry_in_float32("unet", partial(self._last, method, text, keywords))
         axes = keywords.get("seamless") or getattr(keywords.get("options"), "seamless", None)
@@ -206,18 +206,21 @@ class StableDiffusion(Networks):
         Args:
             text: the prompt, in the language of ``text/prompt.py``; a list of prompts; or the result of
                 ``encode_prompt``.
-            n_images: number of images of each prompt, all computed together.
-            num_steps: sampler steps; None is the model's default.
-            cfg_weight: scale of classifier-free guidance (Ho & Salimans 2022). At 1 or below there is none, and
-                ``negative_text`` has no effect. None is the model's default.
-            negative_text: the prompt to lead away from: one for all, or a list with one for each prompt.
-            latent_size: (height, width) of the latents, an eighth of the pixels; None is the model's default.
-            seed: of the first image; image i has ``seed + i``. A list has one for each image. None is random.
-            options: everything else, see :class:`Options`; its fields may also be given as ``keywords``, which win.
+            n_images: number of images for each prompt, computed as one batch.
+            num_steps: number of denoising steps. Default: the model's.
+            cfg_weight: scale of classifier-free guidance (Ho & Salimans 2022). Default: the model's. At 1 or below,
+                guidance is off and ``negative_text`` has no effect.
+            negative_text: the negative prompt: one for all images, or a list with one for each prompt.
+            latent_size: (height, width) of the latents, an eighth of the pixels. Default: the model's.
+            seed: seed of the first image; image i uses ``seed + i``. A list gives the seed of each image. Default:
+                random.
+            options: all other settings, see :class:`Options`. Its fields may also be given as ``keywords``, which
+                override them.
 
         Yields:
-            Latents [n, h, w, 4], float32, not yet computed, in the variance-preserving scale of training. The last are
-            the image's, and ``decode`` shows any of them. For EDM too they are (x0 + sigma noise) / sqrt(sigma^2 + 1).
+            Latents [n, h, w, 4], float32, not yet computed, in the variance-preserving scale of training. The last ones
+            are the final image; ``decode`` shows any of them. EDM models use the same scale, (x0 + sigma noise) /
+            sqrt(sigma^2 + 1).
 
         Raises ValueError for a number out of range, an unknown name, or latents of the wrong shape.
         """
@@ -251,19 +254,19 @@ class StableDiffusion(Networks):
         options: Options | None = None,
         **keywords: Unpack[OptionKeywords],
     ) -> Latents:
-        """Change an image towards a prompt (Meng et al. 2022): noise it part of the way, then denoise it.
+        """Change an image by a prompt (SDEdit, Meng et al. 2022): add noise up to ``strength``, then denoise.
 
         Args:
             image: a path, a PIL image or an array [H, W, 3] in [-1, 1], both sides multiples of 8; or latents
                 [n, h, w, 4], one for all images or one for each.
-            strength: how far to go, 0 ... 1: this fraction of ``num_steps``, at least one step; 0 yields the image's
-                latents. None is 0.8, and 1 for checkpoints made for masks or instructions.
-            mask: a path, a PIL image or [H, W] of the image's size: 0 (black) keeps, 1 (white) paints.
-            depth: the depth map [H', W'], larger is nearer, for checkpoints made for it; None estimates it.
-            image_cfg_weight: scale of guidance by the image (Brooks et al. 2023); None is 1.5.
+            strength: how much to change the image, 0 ... 1: the fraction of ``num_steps`` to run, at least one step. At
+                0 the image's latents are yielded. Default: 0.8, or 1 for inpainting and instruction checkpoints.
+            mask: a path, a PIL image or an array [H, W] of the image's size: 0 (black) keeps, 1 (white) repaints.
+            depth: the depth map [H', W'], larger is nearer, for depth checkpoints. Default: estimated from the image.
+            image_cfg_weight: scale of image guidance (Brooks et al. 2023). Default: 1.5.
 
-        The other arguments, the yields and the errors are those of :meth:`generate_latents`; ``latents`` is the noise
-        added to the image.
+        The other arguments, the yields and the errors are those of :meth:`generate_latents`. ``latents`` is the noise
+        that is added to the image.
         """
         options = Options.of(options, keywords)
         pixels, repaint, size = self._read_image(image, mask)
@@ -283,10 +286,10 @@ class StableDiffusion(Networks):
     def number_of_steps(
         self, num_steps: int | None = None, strength: float = 1.0, *, options: Options | None = None, **keywords: Any
     ) -> int:
-        """Return how many steps a run makes: of ``num_steps`` (None: the default) the fraction ``strength``.
+        """Return the number of steps of a run: the fraction ``strength`` of ``num_steps`` (default: the model's).
 
-        The fraction is rounded down as in diffusers, but to at least one step while ``strength`` is above 0.
-        ``options`` and ``keywords`` are those of the run: sampler, schedule, denoising_start...
+        The number is rounded down as in diffusers, but is at least 1 for a ``strength`` above 0. ``options`` and
+        ``keywords`` are those of the run: sampler, schedule, denoising_start...
         """
         if keywords.get("denoising_start"):
             keywords["latents"] = mx.zeros(0)  # not used here
@@ -303,7 +306,7 @@ class StableDiffusion(Networks):
         return plan_run(self.schedule, options, self.defaults, **settings)
 
     def _check_shapes(self, options: Options, run: Run, size: tuple[int, int]) -> None:
-        """Raise ValueError for latents and control images of other shapes than a run needs."""
+        """Raise ValueError for latents and control images of the wrong shape."""
         shape = (len(run.seeds), *size, self._latent_channels)
         actual = getattr(options.latents, "shape", type(options.latents).__name__)
         if options.latents is not None and actual != shape:
@@ -328,7 +331,7 @@ class StableDiffusion(Networks):
         return pixels, None if mask is None else mask_of(mask, (height, width)), (height // unit, width // unit)
 
     def _run(self, run: Run, prompts: Prompts, options: Options, initial: Callable[[], InitialLatents]) -> Pairs:
-        """Yield the arrays that come before the first step, then the latents and the estimate of x0 after each step."""
+        """Yield the arrays computed before the first step, then the latents and the x0 estimate after each step."""
         first = initial()
         if not run.length:
             x = first.x / math.sqrt(run.steps.sigmas[0] ** 2 + 1) if len(run.steps) else first.x
@@ -370,7 +373,7 @@ class StableDiffusion(Networks):
         settings |= {"group": self.group, "deep_cache": options.deep_cache, "image_prompts": options.image_prompts}
         settings |= {"unet_options": {"tome_ratio": options.token_merging, "freeu_scales": options.freeu}}
         settings |= {"pag_layers": options.pag_layers if options.pag_scale else ()}
-        make = seamlessly(options.seamless, Denoiser)  # which embeds the images of controls
+        make = seamlessly(options.seamless, Denoiser)  # it embeds the control images
         denoise: DenoiseStep = make(unet, run.schedule, run.steps, self.dtype, batches, **settings)
         denoise = seamlessly(options.seamless, denoise)
         denoise = for_sampler(denoise, run.sampler, run.schedule)
@@ -379,7 +382,7 @@ class StableDiffusion(Networks):
     def _condition(
         self, prompts: Prompts, options: Options, first: InitialLatents, keeps_uncond: bool
     ) -> tuple[Conditioning, Conditioning | None, Conditioning | None]:
-        """Encode the prompts of a run and, where guidance needs them, the negative ones, with and without the image."""
+        """Encode the prompts and, if guidance needs them, the negative prompts, with and without the image."""
         dim = self.unet_config.time_cond_proj_dim
         texts, seconds = (prompts.text, prompts.negative_text), (options.prompt_2, options.negative_prompt_2)
         if (prompts.cfg_weight > 1 or keeps_uncond) and self._encoders and not dim:
@@ -405,6 +408,6 @@ class StableDiffusion(Networks):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Open a checkpoint as :class:`StableDiffusion` does; None stands for SDXL-Turbo."""
+    """Open a checkpoint as :class:`StableDiffusion` does. The default model is SDXL-Turbo."""
 
     default_model = "stabilityai/sdxl-turbo"

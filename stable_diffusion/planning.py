@@ -1,4 +1,4 @@
-"""Decide a run before anything is computed: its steps, its sampler, its random numbers, and the defaults of a model."""
+"""Plan a run before anything is computed: its steps, its sampler, its random numbers, and the model's defaults."""
 
 import math
 import secrets
@@ -18,9 +18,9 @@ from .weights.files import Checkpoint
 
 @dataclass(frozen=True)
 class RunDefaults:
-    """Hold what a run takes where it is not specified: the choices of a checkpoint or of a LoRA for few steps."""
+    """Hold the default settings of a run, of a checkpoint or of a few-step LoRA."""
 
-    sampler: str | None  # None: none here computes what the checkpoint asks for
+    sampler: str | None  # None: the checkpoint's scheduler is not supported
     num_steps: int
     cfg_weight: float
     spacing: str | None = None
@@ -28,13 +28,13 @@ class RunDefaults:
     timesteps: tuple[float, ...] | None = None
 
     def with_sampler(self, name: str) -> "RunDefaults":
-        """Return the defaults with another sampler, to which eta and timesteps do not belong."""
+        """Return the defaults with another sampler, without eta and timesteps, which belong to the old one."""
         return self if name == self.sampler else replace(self, sampler=name, eta=None, timesteps=None)
 
     def fill(self, options: Options, num_steps: int | None) -> Options:
-        """Fill in sampler, eta and the place of the steps where ``options`` leave them open.
+        """Fill in the sampler, eta and the spacing or timesteps that ``options`` do not set.
 
-        All but the sampler is for that of these defaults: with another one ``options`` stay as they are.
+        Eta, spacing and timesteps apply only to the default sampler: with another one ``options`` are unchanged.
         """
         chosen = options.sampler
         standard = None if self.sampler is None else read_name(self.sampler)[0]
@@ -51,7 +51,7 @@ class RunDefaults:
 
 
 def schedule_of(checkpoint: Checkpoint) -> Schedule:
-    """Read the noise schedule of a checkpoint; ValueError, with its name, for what is not computed here."""
+    """Read the noise schedule of a checkpoint; ValueError, with its name, for an unsupported one."""
     try:
         with readable("scheduler config"):
             return Schedule(ScheduleConfig.from_dict(checkpoint.scheduler, checkpoint.pipeline))
@@ -59,7 +59,13 @@ def schedule_of(checkpoint: Checkpoint) -> Schedule:
         raise ValueError(f"{checkpoint.name}: {error}") from error
 
 
-_NOISE_OPTIONS = ("latents", "noise", "noise_source", "eta_noise_seed_delta", "variation_strength")  # taken as is
+_NOISE_OPTIONS = (
+    "latents",
+    "noise",
+    "noise_source",
+    "eta_noise_seed_delta",
+    "variation_strength",
+)  # as they are
 
 
 def plan_run(
@@ -72,14 +78,15 @@ def plan_run(
     strength: float = 1.0,
     is_xl: bool = False,
 ) -> Run:
-    """Decide the steps, the sampler and the random numbers of a run before anything is computed.
+    """Plan the steps, the sampler and the random numbers of a run before anything is computed.
 
     Args:
-        num_steps: None is the default.
-        strength: fraction of the steps to take, rounded down as in diffusers, but to at least one above 0.
-        is_xl: take SDXL's variant of a curve that has one.
+        num_steps: number of denoising steps. Default: the model's.
+        strength: fraction of the steps to run, rounded down as in diffusers, but at least one step above 0.
+        is_xl: use SDXL's variant of a noise schedule that has one.
 
-    Raises ValueError for a number of steps that the model cannot take, or an option that the sampler does not have.
+    Raises ValueError for a number of steps that the model does not support, or an option that the sampler does not
+    have.
     """
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)
@@ -93,7 +100,7 @@ def plan_run(
         count = min(count, schedule.remaining(steps, options.denoising_start))
     steps = steps.last(count) if count < len(steps) else steps
     scale = schedule.initial_scale(steps, sampler.spacing_rule, options.spacing) if len(steps) else 1.0
-    if options.denoising_start > 0 and len(steps):  # the latents of the run before are in the scale of training
+    if options.denoising_start > 0 and len(steps):  # the previous run's latents have the scale of training
         scale = math.sqrt(steps.sigmas[0] ** 2 + 1)
     return Run(
         schedule=schedule,
@@ -110,13 +117,13 @@ def plan_run(
 
 
 def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | None]:
-    """Find the sampler of filled options, and their curve or that of its name.
+    """Find the sampler of filled options, and the noise schedule of the options or of the sampler's name.
 
-    Raises ValueError where none here computes the checkpoint's scheduler.
+    Raises ValueError if no sampler here computes the checkpoint's scheduler.
     """
     if options.sampler is None:
         text = f"the checkpoint's scheduler is not supported, {describe(schedule.config)}"
-        raise SettingError(f"{text}; choose a sampler: sampler NAME", "sampler")
+        raise SettingError(f"{text}; choose one: sampler NAME", "sampler")
     sampler, curve = find_sampler(options.sampler, s_noise=options.s_noise, **options.of_sampler())
     return sampler, curve if options.schedule is None else read_schedule(options.schedule)
 
@@ -124,7 +131,7 @@ def _find_sampler(options: Options, schedule: Schedule) -> tuple[Sampler, str | 
 def _lay_steps(
     schedule: Schedule, options: Options, num_steps: int | None, default_steps: int, rule: str, curve: str | None
 ) -> Steps:
-    """Lay the whole run, where the options say or in ``num_steps`` along a curve."""
+    """Return all steps of a run, given in the options or as ``num_steps`` of a noise schedule."""
     if options.timesteps is not None:
         steps = schedule.at_timesteps(options.timesteps, rule)
     elif options.sigmas is not None:
@@ -139,8 +146,8 @@ def _lay_steps(
 def image_seeds(seed: int | Sequence[int] | None, n_images: int, counts: bool = True) -> tuple[int, ...]:
     """Return one seed for each image: ``seed``, ``seed + 1``, ..., the given list, or random ones for None.
 
-    Without ``counts`` all are the first, unless there is a list. Raises ValueError for a seed that is no whole number
-    of at least 0, and for a list of another length.
+    Without ``counts`` all images get the first seed, unless a list is given. Raises ValueError for a seed that is not a
+    whole number of at least 0, and for a list of the wrong length.
     """
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         seeds = tuple(seed)

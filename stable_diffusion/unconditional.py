@@ -1,7 +1,7 @@
-"""UnconditionalDiffusion: pictures without prompts, as a model of one kind of picture draws them.
+"""UnconditionalDiffusion: images without prompts, from models that draw one kind of image.
 
-A run is that of ``StableDiffusion`` with an empty conditioning: ``generate_latents`` -> ``diffusion/sample.py`` for the
-loop -> ``diffusion/denoiser.py`` -> ``models/unet2d.py``. The latents of most such models are the pixels themselves.
+A run works as in ``StableDiffusion``, with an empty conditioning: ``generate_latents`` -> ``diffusion/sample.py`` for
+the loop -> ``diffusion/denoiser.py`` -> ``models/unet2d.py``. The latents of most such models are the pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +26,19 @@ _DEFAULT = Options()
 
 
 class UnconditionalDiffusion(StableDiffusion):
-    """Open a checkpoint without prompts, of pixels (DDPM, DDIM, PNDM) or latents (LDM), and draw pictures with it.
+    """Open a checkpoint without prompts, for pixels (DDPM, DDIM, PNDM) or latents (LDM), and generate images.
 
     Args:
-        model: a Hub id, or a folder in diffusers layout; the UNet may lie in its root. None is the class's default.
-        float16: the same as ``dtype=mx.float16``.
+        model: a Hub id, or a folder in diffusers layout, which may hold the UNet in its root. Default:
+            google/ddpm-cat-256.
+        float16: a short form of ``dtype=mx.float16``.
         revision: branch, tag or commit of a Hub repository.
         low_memory: as for :class:`StableDiffusion`.
-        dtype: in which the UNet computes: mx.float16, mx.bfloat16 or mx.float32, the default.
+        dtype: the type in which the UNet computes: mx.float16, mx.bfloat16 or mx.float32 (default).
 
-    ``unet``, ``autoencoder`` (of latents), ``sampler`` and ``schedule`` are attributes as there. With another sampler
-    than the checkpoint's the settings of its scheduler hold too, such as the limit of x0 to [-1, 1]. Raises ValueError
-    or OSError, one line, for a model that cannot be found, read or run.
+    ``unet``, ``autoencoder`` (for latents), ``sampler`` and ``schedule`` are attributes as in
+    :class:`StableDiffusion`. The settings of the checkpoint's scheduler also apply to other samplers, such as the
+    limit of x0 to [-1, 1]. Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
 
     default_model = "google/ddpm-cat-256"
@@ -81,10 +82,10 @@ class UnconditionalDiffusion(StableDiffusion):
         """Yield the latents, or pixels in [-1, 1], after each sampler step, not yet computed.
 
         Args:
-            n_images: number of images, all computed together.
-            num_steps: sampler steps; None is the model's default.
-            seed, latent_size, options, keywords: those of :meth:`StableDiffusion.generate_latents`. Each side of
-                ``latent_size`` is a multiple of 2 for each time that the UNet halves it.
+            n_images: number of images, computed as one batch.
+            num_steps: number of denoising steps. Default: the model's.
+            seed, latent_size, options, keywords: as for :meth:`StableDiffusion.generate_latents`. Each side of
+                ``latent_size`` must be divisible by 2 once for each downsampling of the UNet.
 
         Yields [n, h, w, C], float32; ``decode`` shows any of them. Raises ValueError for a number out of range, an
         unknown name, and options that need a prompt.
@@ -93,15 +94,15 @@ class UnconditionalDiffusion(StableDiffusion):
         return super().generate_latents("", n_images, num_steps, 0.0, **settings)
 
     def generate(self, n_images: int = 1, **keywords: Any) -> list:
-        """Generate images, by the keywords of :meth:`generate_latents`: a list of PIL images, checked for overflow."""
+        """Generate a list of PIL images, checked for overflow, with the keywords of :meth:`generate_latents`."""
         return super().generate(n_images, **keywords)
 
     def generate_latents_from_image(self, *_: Any, **__: Any) -> Latents:
-        """Raise ValueError: these models draw from noise alone."""
+        """Raise ValueError: these models start only from noise."""
         raise ValueError("a model without prompts cannot change images; use StableDiffusion")
 
     def _plan(self, options: Options, num_steps: int | None, seed: Any, count: int = 1, strength: float = 1.0) -> Run:
-        """Plan a run with the checkpoint's schedule as diffusers reads it for the class of the sampler."""
+        """Plan a run with the checkpoint's schedule, as diffusers reads it for the sampler's class."""
         for name in _OF_PROMPTS:
             if getattr(options, name) != getattr(_DEFAULT, name):
                 raise SettingError(f"{name} needs a prompt, which this model does not take; omit it", name)
@@ -122,7 +123,7 @@ class UnconditionalDiffusion(StableDiffusion):
         return Conditioning(mx.zeros((1, 0, 1)))
 
     def count_chunks(self, text: str, prompt_2: str | None = None, **_: Any) -> int:
-        """Return 0: no prompt is read."""
+        """Return 0: these models have no prompts."""
         return 0
 
     def _autoencode(self, half: Callable[..., Any], inputs: mx.array) -> Any:

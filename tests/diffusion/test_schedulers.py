@@ -132,7 +132,7 @@ def test_a_run_with_a_scheduler_that_is_not_computed_needs_a_sampler(tmp_path, s
     assert sd.sampler is None and "no sampler" in repr(sd) and sd.schedule.sigmas == usual.schedule.sigmas
     missing = " ".join(f"{key}={value}" for key, value in setting.items() if key != "_class_name")
     needed = re.escape(f"{setting.get('_class_name', raw['_class_name'])}{missing and ', ' + missing}")
-    with pytest.raises(SettingError, match=f"scheduler is not supported, {needed}; choose a sampler: sampler NAME$"):
+    with pytest.raises(SettingError, match=f"scheduler is not supported, {needed}; choose one: sampler NAME$"):
         sd.generate_latents("a fox", num_steps=2)
     want = next(usual.generate_latents("a fox", num_steps=2, seed=1))
     assert mx.array_equal(next(sd.generate_latents("a fox", num_steps=2, seed=1, sampler="ddim")), want)
