@@ -1,4 +1,4 @@
-"""Brownian motion over sigma, of which other programs take the noise of SDE samplers: that of the library torchsde."""
+"""Brownian motion over sigma, as in the library torchsde: the noise of SDE samplers in other programs."""
 
 import math
 from collections.abc import Callable
@@ -15,16 +15,16 @@ _POOL_SIZE = 24  # words in which a sequence of seeds is mixed
 class BrownianMotion:
     """Draw a Brownian motion between two times, as ``torchsde.BrownianTree`` does from a seed.
 
-    The gain over the whole interval is drawn first. Then a Brownian bridge leads to the middle of the interval, to that
-    of the half in which a time lies, and so on until the time is met, to six digits (Gaines & Lyons 1997). An interval
-    draws from a generator of its own, whose seed NumPy's SeedSequence makes of the motion's and of the interval's
-    place. So a value depends neither on the times that are asked for nor on their order.
+    The gain over the whole interval is drawn first. A Brownian bridge then gives the value at the middle of the
+    interval, at the middle of the half that contains the time, and so on down to six digits (Gaines & Lyons 1997). Each
+    interval has its generator; NumPy's SeedSequence derives its seed from the motion's seed and the interval's place.
+    So a value does not depend on the other times that are requested, nor on their order.
 
     Args:
         make_generator: returns the generator of a seed.
         seed: at least 0.
-        times: where the motion begins, with 0, and where it ends; times beyond are taken for these. All times are
-            rounded to float32, as torch rounds sigmas, before the six digits.
+        times: start of the motion, with the value 0, and end. Other times are clamped to them. All times are rounded to
+            float32, as torch rounds sigmas, then to six digits.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class BrownianMotion:
     ):
         self._make_generator, self._seed, self._length = make_generator, seed, times[1] - times[0]
         self._start, self._end = map(_rounded, times)
-        self._last_values = lru_cache(maxsize=2)(self._values)  # an increment begins where the one before has ended
+        self._last_values = lru_cache(maxsize=2)(self._values)  # an increment begins at the end of the previous one
 
     def increment(self, time: float, later: float, count: int) -> np.ndarray:
-        """Return what ``count`` independent motions gain from one time to another, which may lie before it: float64."""
+        """Return the gains of ``count`` independent motions from one time to a later or earlier one: float64."""
         values = [self._last_values(_rounded(one), count) for one in (time, later)]
         return values[1] - values[0]
 
@@ -50,8 +50,8 @@ class BrownianMotion:
         number, depth = 0, 0  # of the interval, in its row
         while start < time < end:
             middle = round(0.5 * (end + start), _DIGITS)
-            share = (middle - start) / (end - start)
-            left = share * gain + math.sqrt(share * (end - middle)) * self._normal(count, number, depth)
+            fraction = (middle - start) / (end - start)
+            left = fraction * gain + math.sqrt(fraction * (end - middle)) * self._normal(count, number, depth)
             if time < middle:
                 end, gain, number = middle, left, 2 * number
             else:

@@ -1,4 +1,4 @@
-"""Choose the sampler of a run: by its name, by a checkpoint's scheduler, or a function; and its options in the run."""
+"""Choose the sampler of a run, by name, by the checkpoint's scheduler or as a function, and its options."""
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -19,13 +19,13 @@ _SAMPLER_ALIASES = {"plms": "pndm", "unipcbh2": "unipc", "dpmsolverpp": "dpmpp_2
 _SCHEDULE_ALIASES = {"normal": "default", "uniform": "default", "discrete": "default", "ays": "align_your_steps"}
 _SCHEDULE_ALIASES |= {"ddim": "ddim_uniform"}
 _SAME_METHODS = {"EDMEuler": "EulerDiscrete", "EDMDPMSolverMultistep": "DPMSolverMultistep"}  # in sigma space
-_CLOSE = 0.85  # of difflib's ratio, from which on a name is taken for misspelled
+_CLOSE = 0.85  # difflib's ratio; a name at or above it counts as a misspelling
 
 
 def read_name(name: str) -> tuple[str, str | None]:
-    """Read (sampler, schedule) from a name as people write it: "dpmpp_2m", "DPM++ 2M Karras", "k_euler_a".
+    """Read (sampler, schedule) from any usual spelling: "dpmpp_2m", "DPM++ 2M Karras", "k_euler_a".
 
-    The schedule is None where the name has none. ValueError names a similar sampler, or lists all.
+    The schedule is None if the name has none. ValueError names a similar sampler, or lists all.
     """
     if name in SAMPLERS:
         return name, None
@@ -40,9 +40,9 @@ def read_name(name: str) -> tuple[str, str | None]:
 
 
 def read_schedule(name: str) -> str:
-    """Return the schedule that a name means as people write it: "karras", "Karras", "SGM Uniform", "ays", "normal".
+    """Return the schedule for any usual spelling: "karras", "Karras", "SGM Uniform", "ays", "normal".
 
-    ValueError names a similar one, or lists all.
+    ValueError names a similar schedule, or lists all.
     """
     key, known = _key(name), _schedule_names()
     if key in known:
@@ -74,10 +74,10 @@ def _key(name: str) -> str:
 
 
 def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[Sampler, str | None]:
-    """Return the row of a sampler's name and the schedule in the name, or a row for a sampler function.
+    """Return the row of a sampler's name with the schedule in the name, or a row for a sampler function.
 
-    Raises ValueError for an unknown name, for a ``chosen`` option, not None, that the sampler does not take, and for an
-    order above its highest.
+    Raises ValueError for an unknown name, for a ``chosen`` option that the sampler does not have, and for an order that
+    is too high. Options that are None are ignored.
     """
     if callable(sampler):
         name, schedule, row = getattr(sampler, "__name__", repr(sampler)), None, Sampler(sampler, stochastic=True)
@@ -92,12 +92,12 @@ def find_sampler(sampler: str | Callable[..., States], **chosen: Any) -> tuple[S
 
 
 def is_cfg_pp(sampler: str | Callable[..., States] | None) -> bool:
-    """Return whether a sampler is one of CFG++, which needs the negative prompt at every guidance scale."""
+    """Return whether a sampler uses CFG++, which needs the negative prompt at every guidance scale."""
     return sampler is not None and find_sampler(sampler)[0].cfg_pp
 
 
 def guidance_scale(sampler: str | Callable[..., States] | None, cfg_weight: float | None, of_model: float) -> float:
-    """Return a run's guidance scale, by default the model's; with CFG++ 0.6 (Chung et al. 2024), 1 if it has none."""
+    """Return a run's guidance scale, by default the model's; CFG++: 0.6 (Chung et al. 2024), or 1 without guidance."""
     if cfg_weight is not None:
         return cfg_weight
     if not is_cfg_pp(sampler):
@@ -134,14 +134,14 @@ def _scheduler_options(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def describe(config: ScheduleConfig) -> str:
-    """Name a checkpoint's scheduler, with the settings that no sampler here computes."""
+    """Name a checkpoint's scheduler, with its unsupported settings."""
     return listed((config.class_name, *config.missing), most=4)
 
 
 def clip_for(sampler: Sampler, config: ScheduleConfig) -> Callable[[mx.array], mx.array] | None:
-    """Return the limit of x0 in a checkpoint's scheduler, for the sampler that computes it: of two the threshold.
+    """Return the clipping of x0 in a checkpoint's scheduler, for the matching sampler; thresholding has priority.
 
-    They are meant for pixels in [-1, 1]. UniPC has a threshold only where it predicts x0, as in diffusers.
+    Both are meant for pixels in [-1, 1]. UniPC uses thresholding only if it predicts x0, as in diffusers.
     """
     if not _is_own(sampler, config):
         return None
@@ -156,9 +156,9 @@ def _is_own(sampler: Sampler, config: ScheduleConfig) -> bool:
 
 
 def run_options(sampler: Sampler, schedule: Schedule, steps: Steps, **chosen: Any) -> dict[str, Any]:
-    """Return the keyword arguments of a sampler for one run: those ``chosen`` that are not None, and the run's.
+    """Return the keyword arguments of a sampler for one run: the ``chosen`` ones that are not None, and the run's.
 
-    The settings of a checkpoint's scheduler hold for the sampler that computes it.
+    The settings of a checkpoint's scheduler apply only to the matching sampler.
     """
     config, names, is_own = schedule.config, sampler.option_names, _is_own(sampler, schedule.config)
     options = _scheduler_options(config) if is_own else {}

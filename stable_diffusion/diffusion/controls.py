@@ -1,4 +1,4 @@
-"""ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023) in a run: their images, strengths and steps."""
+"""ControlNets (Zhang et al. 2023) and T2I-Adapters (Mou et al. 2023) in a run: control images, scales and steps."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from ..models.unet import Residuals, UNet2DConditionModel
 
 
 class Acting:
-    """Act with a ``scale`` in the steps between ``start`` and ``end``, shares of a run."""
+    """Act with a ``scale`` in the steps between ``start`` and ``end``, fractions of a run."""
 
     scale: float
     start: float
     end: float
 
     def check_strength(self, network: str) -> None:
-        """Raise ValueError unless the scale is finite and the shares of the steps are in order."""
+        """Raise ValueError unless the scale is finite and start and end are valid fractions."""
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale {self.scale} of {network} is not a finite number")
         if not 0 <= self.start < self.end <= 1:
@@ -28,26 +28,26 @@ class Acting:
             raise ValueError(f"{text}; give fractions, 0 <= start < end <= 1")
 
     def acts(self, step: int, steps: int) -> bool:
-        """Return whether all of a step lies between start and end."""
+        """Return whether a step lies completely between start and end."""
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
 
 @dataclass(frozen=True)
 class Control(Acting):
-    """Describe how a ControlNet or T2I-Adapter steers a run.
+    """Describe how a ControlNet or T2I-Adapter controls a run.
 
     Args:
-        network: see ``StableDiffusion.load_controlnet``.
+        network: the result of ``StableDiffusion.load_controlnet``.
         image: the control image [H, W, 3] in [0, 1], of the output's size.
-        scale: factor on what the network adds to the UNet's maps; at 0 it has no effect.
-        start: share of the steps, 0 ... 1, after which it acts.
-        end: share of the steps up to which it acts.
-        guess: steer the rows of the prompt only, and the UNet's deeper layers more than the others, so that the image
-            matters more than the prompt ("guess mode"). T2I-Adapters and LLLites have no such mode.
-        kind: what a union ControlNet is shown, one of its control types by name or number. Controls with the same union
-            ControlNet run together; one that does not act in a step has a scale of 0 there, as in diffusers.
+        scale: factor on the residuals that the network adds to the UNet; at 0 it has no effect.
+        start: fraction of the steps, 0 ... 1, at which the control begins.
+        end: fraction of the steps at which the control ends.
+        guess: guess mode: control only the conditional rows, and the UNet's deeper layers more strongly, so that the
+            image matters more than the prompt. T2I-Adapters and LLLites have no guess mode.
+        kind: control type of a union ControlNet, by name or number. Controls with the same union ControlNet run
+            together; in steps outside of its fractions a control has a scale of 0, as in diffusers.
 
-    Raises ValueError for numbers out of range, and for a kind that the network does not know.
+    Raises ValueError for numbers out of range, and for a control type that the network does not have.
     """
 
     network: ControlNetwork
@@ -68,22 +68,22 @@ class Control(Acting):
 
     @property
     def type_number(self) -> int | None:
-        """Return the number of the image's kind in a union ControlNet; other networks have none."""
+        """Return the number of the control type in a union ControlNet; None for other networks."""
         return self.network.config.type_number(self.kind) if hasattr(self.network, "task_embedding") else None
 
 
 @dataclass
 class ControlGroup:
-    """Hold controls that one network computes together, and their images as it embeds them, the same in all steps."""
+    """Hold the controls that one network computes together, with their embedded images."""
 
     controls: list[Control]
     embedded: list[mx.array | list[mx.array] | dict[str, mx.array]]
 
 
 def embed_controls(controls: Sequence[Control], dtype: mx.Dtype) -> list[ControlGroup]:
-    """Embed the images of controls whose scale is not 0; those of one union ControlNet form a group.
+    """Embed the control images of all controls with a nonzero scale. Controls of one union ControlNet form a group.
 
-    Raises ValueError where some of a group are in guess mode and others are not.
+    Raises ValueError if only some controls of a group are in guess mode.
     """
     groups: dict[int, ControlGroup] = {}
     for number, control in enumerate(controls):
@@ -106,11 +106,11 @@ def apply_controls(
     context: Context,
     is_cond: mx.array,
 ) -> tuple[UNet2DConditionModel, Residuals | None, list[mx.array]]:
-    """Return the UNet as ControlNet-LLLites change it, and the sums of residuals and features that a step adds to it.
+    """Return the UNet with ControlNet-LLLites applied, and the sums of residuals and features to add in a step.
 
     ``acting`` has groups with the scales of the step. ``x`` [B, h, w, 4] is the UNet's input, without the extra
-    channels of some checkpoints. The other arguments are of the same rows, see ``UNet2DConditionModel`` and
-    ``GuidanceBatch``. The changed UNet shares all weights.
+    channels of some checkpoints. The other arguments belong to the same rows, see ``UNet2DConditionModel`` and
+    ``GuidanceBatch``. The returned UNet shares all weights.
     """
     residuals: Residuals | None = None
     features: list[mx.array] = []
@@ -124,7 +124,7 @@ def apply_controls(
             scaled = [scale * feature for feature in embedded]
             features = _sums(features, scaled) if features else scaled
             continue
-        if first.type_number is not None:  # one scale is on the residuals, several are on the images
+        if first.type_number is not None:  # a single scale applies to the residuals, several to the images
             numbers = [control.type_number for control in group.controls]
             embedded = network.fuse(group.embedded, numbers, scales if len(scales) > 1 else [1.0])
             scale, added = scale if len(scales) == 1 else 1.0, network.embed_types(numbers, x.dtype)

@@ -31,15 +31,15 @@ def kl_optimal(count: int, high: float, low: float) -> list[float]:
 
 
 def linear_quadratic(count: int, high: float, low: float) -> list[float]:
-    """Go down a fortieth of ``high`` in even steps, half of all, then by a parabola to 0 (Genmo's Mochi 1).
+    """Descend a fortieth of ``high`` linearly in half of the steps, then by a parabola to 0 (Genmo's Mochi 1).
 
-    The parabola continues the line, value and slope. The last level follows from it and not from ``low``.
+    The parabola continues the line, value and slope. The last level follows from the parabola, not from ``low``.
     """
     linear, threshold = count // 2, 0.025
     slope, rest = threshold / max(linear, 1), count - linear
     bend = (1 - threshold - slope * rest) / rest**2
-    shares = [slope * i + bend * max(i - linear, 0) ** 2 for i in range(count)]
-    return [high * (1 - share) for share in shares]
+    fractions = [slope * i + bend * max(i - linear, 0) ** 2 for i in range(count)]
+    return [high * (1 - fraction) for fraction in fractions]
 
 
 def log_linear(table: Sequence[float], count: int) -> list[float]:
@@ -55,15 +55,15 @@ def log_linear(table: Sequence[float], count: int) -> list[float]:
 CURVES: dict[str, Callable[..., list[float]]] = {
     "karras": karras,
     "exponential": exponential,
-    "lu": exponential,  # even in lambda = -log(sigma), as Lu et al. 2022a advise
-    "polyexponential": exponential,  # of power 1, which k-diffusion's users have
+    "lu": exponential,  # even in lambda = -log(sigma), as Lu et al. 2022a recommend
+    "polyexponential": exponential,  # with power 1, the usual choice in k-diffusion
     "beta": beta,
     "kl_optimal": kl_optimal,
     "linear_quadratic": linear_quadratic,
 }
 
-# Align Your Steps (Sabour et al. 2024): optimised levels for ten steps; the last is where they end, which is replaced
-# by 0 as in the authors' code.
+# Align Your Steps (Sabour et al. 2024): optimised levels for ten steps; the last one, their end, is
+# replaced by 0 as in the authors' code.
 TABLES: dict[str, tuple[float, ...]] = {
     "align_your_steps": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "align_your_steps_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),

@@ -22,17 +22,17 @@ from .samplers import Sampler
 from .schedule import Schedule, Sigma, Steps
 from .schedule_config import ScheduleConfig
 
-DenoiseStep = Callable[[mx.array, float, int], mx.array]  # D, and the sampler's step in which it is evaluated
+DenoiseStep = Callable[[mx.array, float, int], mx.array]  # D of (x, sigma, step of the sampler)
 
 
 @dataclass
 class _Part:
-    """Hold the rows of a batch that run through the networks together, and what is cached for them."""
+    """Hold the rows of a batch that run through the networks together, and their caches."""
 
     rows: GuidanceBatch
     context: Context
     images: list[ImageTokens]  # of each image prompt
-    full_step: float = -math.inf  # the last in which all of the UNet ran, and its map for DeepCache
+    full_step: float = -math.inf  # the last step of the full UNet, and its map for DeepCache
     maps: list[mx.array] = field(default_factory=list)
 
 
@@ -41,18 +41,18 @@ class Denoiser:
 
     Args:
         dtype: type in which the networks compute.
-        batches: from ``guidance_batches``.
-        controls: each embeds its image once.
-        image_prompts: with their tokens.
-        rows_at_once: run at most this number of rows of a batch at once, part after part, which takes less memory.
-        deep_cache: run all of the UNet in every n-th step only (DeepCache, Ma et al. 2023); 1 is exact. In the others
-            only its last resnet runs, with its transformer: on the map that came into it in the full step before, and
-            on the output of the first convolution at the step's own latents. Each batch has maps of its own rows.
-        unet_options: ``tome_ratio`` and ``freeu_scales`` of the UNet's call.
-        group: processes that compute the same run, each a part of the rows of a batch that divides by their number; an
-            ``mx.distributed.Group``, or an object with its methods and ``all_gather``.
-        pag_layers: parts of the UNet in which the self-attentions of perturbed rows attend to their own positions
-            alone, see ``find_attentions`` in ``models/unet.py``.
+        batches: the result of ``guidance_batches``.
+        controls: ControlNets and T2I-Adapters; each control image is embedded once.
+        image_prompts: image prompts with their tokens.
+        rows_at_once: run at most this number of rows of a batch at once, which takes less memory.
+        deep_cache: run the full UNet only in every n-th step (DeepCache, Ma et al. 2023); 1 is exact. Other steps run
+            only its last resnet and transformer. Their inputs are the cached map of the last full step and the output
+            of the first convolution for the current latents. Each batch caches the maps of its rows.
+        unet_options: the arguments ``tome_ratio`` and ``freeu_scales`` of the UNet.
+        group: processes that compute the same run. Each computes a part of the rows of a batch, if their number is
+            divisible. It is an ``mx.distributed.Group``, or an object with its methods and ``all_gather``.
+        pag_layers: parts of the UNet where perturbed rows use identity attention maps, see
+            ``find_attentions`` in ``models/unet.py``.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Denoiser:
     def __call__(self, x: mx.array, sigma: float, step: int = 0) -> mx.array:
         """Estimate x0 from ``x = x0 + sigma * noise``, both [n, h, w, 4] float32, for a step of the sampler.
 
-        Where the batches have weights for it, the result is [2, n, h, w, 4]: with guidance, and unconditional.
-        The step decides which rows guide, so they are the same at all levels that a sampler evaluates in one step.
+        If the batches have unconditional weights, the result is [2, n, h, w, 4]: guided, and unconditional.
+        The step chooses the batch, so all levels that a sampler evaluates in one step use the same rows.
         """
         if step not in self._current[0].steps:
-            for part in self._current[1]:  # frees the keys and values of rows that may not come again
+            for part in self._current[1]:  # frees the cached keys and values
                 part.context, part.images = self._read_by(part.rows)
             self._current = next(entry for entry in self._batches if step in entry[0].steps)
         batch, parts = self._current
@@ -105,7 +105,7 @@ class Denoiser:
         outputs: list[mx.array] = []
         for i, part in enumerate(parts):
             if self._rows_at_once is not None and outputs:
-                # Each part waits for the one before, or MLX would compute them together, in the memory of all.
+                # Each part waits for the previous one, or MLX would compute all at once and use more memory.
                 x_in = mx.depends(x_in, outputs[-1])
             with nullcontext() if self._rows_at_once else cpu.stream_of(i, len(parts)):
                 outputs.append(self._predict(x_in[part.rows.images], sigma, step, part))
@@ -121,13 +121,13 @@ class Denoiser:
         return context, [prompt.of_rows(rows, self._unet, self._dtype) for prompt in self._image_prompts]
 
     def _own_rows(self, batch: GuidanceBatch) -> GuidanceBatch:
-        """Return the rows that this process computes: all, where they do not divide by the number of processes."""
+        """Return the rows that this process computes: all, if they do not divide by the number of processes."""
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
         count, rest = divmod(len(batch.images), size)
         return batch if size == 1 or rest else batch.split(count)[rank]
 
     def _predict(self, x: mx.array, sigma: float, step: int, part: _Part) -> mx.array:
-        """Run the networks on some rows: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
+        """Run the networks on the rows of one part: ``x`` [B, h, w, 4] -> [B, h, w, 4]."""
         rows, conditioning, timestep = part.rows, part.rows.conditioning, self._schedule.c_noise(sigma)
         text_time = None if conditioning.pooled is None else (conditioning.pooled, conditioning.time_ids)
         temb = self._unet.embed_time(timestep, x.dtype, text_time, conditioning.guidance)
@@ -152,7 +152,7 @@ def to_x0(config: ScheduleConfig, output: mx.array, x: mx.array, sigma: float) -
     """Return D, the clean latents, from a network's output for ``x = x0 + sigma * noise`` (Karras et al. 2022).
 
     "epsilon" is the noise (Ho et al. 2020), "v_prediction" is ``(noise - sigma * x0) / sqrt(sigma^2 + 1)`` (Salimans &
-    Ho 2022), "sample" is x0 itself. A model of EDM, with ``sigma_data``, means by "epsilon" the negative of its v.
+    Ho 2022), "sample" is x0. For EDM models, with ``sigma_data``, "epsilon" is the negative of their v.
     """
     if config.prediction_type == "sample":
         return output
@@ -166,9 +166,9 @@ def to_x0(config: ScheduleConfig, output: mx.array, x: mx.array, sigma: float) -
 
 @dataclass(frozen=True)
 class InpaintMask:
-    """Hold the image that a run keeps: its clean latents ``x0``, where ``mask`` [1, h, w, 1] is 0, and their ``noise``.
+    """Hold the image of an inpainting run: its clean latents ``x0``, the ``mask`` [1, h, w, 1] and the ``noise``.
 
-    Where the mask is 1 everything is new; between 0 and 1 both are blended.
+    Areas where the mask is 0 are kept, areas where it is 1 are repainted; values between are blended.
     """
 
     x0: mx.array
@@ -176,15 +176,15 @@ class InpaintMask:
     noise: mx.array
 
     def blend(self, x: mx.array, sigma: float) -> mx.array:
-        """Replace the kept part of the latents ``x`` by the image, noised to ``sigma``."""
+        """Replace the kept area of the latents ``x`` by the image, noised to ``sigma``."""
         return self.mask * x + (1 - self.mask) * (self.x0 + sigma * self.noise)
 
 
 def inpainting(denoise: DenoiseStep, mask: InpaintMask) -> DenoiseStep:
-    """Wrap D so that a run keeps a part of an image (Lugmayr et al. 2022, without resampling).
+    """Wrap D for inpainting (RePaint, Lugmayr et al. 2022, without resampling).
 
-    D gets that part under the noise of the level, and its estimate has it without noise. The first latents of a run
-    stay as they are: at full strength they are noise alone.
+    The input of D has the kept area of the image with the noise of the level; its estimate has it without noise. The
+    first latents of a run are unchanged: at full strength they are pure noise.
     """
 
     def blended(x: mx.array, sigma: float, step: int = 0) -> mx.array:
@@ -195,8 +195,8 @@ def inpainting(denoise: DenoiseStep, mask: InpaintMask) -> DenoiseStep:
 
 
 def for_sampler(denoise: DenoiseStep, sampler: Sampler, schedule: Schedule) -> DenoiseStep:
-    """Wrap D as a sampler needs it: limited as in the checkpoint's scheduler, and as a consistency model."""
-    clip = None if "clip" in sampler.option_names else clip_for(sampler, schedule.config)  # DDIM limits x0 itself
+    """Wrap D for a sampler: clip x0 as in the checkpoint's scheduler, and adapt D to consistency models."""
+    clip = None if "clip" in sampler.option_names else clip_for(sampler, schedule.config)  # DDIM clips x0 itself
 
     def limited(x: mx.array, sigma: float, step: int = 0) -> mx.array:
         x0 = denoise(x, sigma, step)
@@ -206,10 +206,10 @@ def for_sampler(denoise: DenoiseStep, sampler: Sampler, schedule: Schedule) -> D
 
 
 def consistency(denoise: DenoiseStep, schedule: Schedule) -> DenoiseStep:
-    """Wrap D for a consistency model (Song et al. 2023, eq. 5): near timestep 0 the estimate is the latent itself.
+    """Wrap D for a consistency model (Song et al. 2023, eq. 5): near timestep 0 the estimate is the latent.
 
     It is ``c_skip * x / sqrt(sigma^2 + 1) + c_out * D``, with LCM's scalings (Luo et al. 2023, appendix) over the
-    timestep times ``timestep_scaling``. The standard deviation of the data is taken as 0.5.
+    timestep times ``timestep_scaling``. The standard deviation of the data is assumed to be 0.5.
     """
 
     def leap(x: mx.array, sigma: float, step: int = 0) -> mx.array:

@@ -1,8 +1,8 @@
 """Random generators of other programs: the normal numbers that torch draws from a seed, on the CPU and with CUDA.
 
-Both make uniform numbers into normal ones by the transform of Box and Muller (1958), in float32: torch's CPU generator
-with the polynomials of the Cephes library, fused as processors of x86 with AVX2 compute them, to the bit. Builds of
-torch for other processors take the functions of their C library, and differ by up to 2e-6.
+Both turn uniform numbers into normal ones by the transform of Box and Muller (1958), in float32. The CPU generator
+equals torch's to the bit on x86 with AVX2, where torch uses fused polynomials of the Cephes library. Builds of torch
+for other processors use the functions of their C library, and differ by up to 2e-6.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 _FLOAT = np.float32
-_SMALL = 16  # values, from which on torch draws floats and not doubles
+_SMALL = 16  # values; from this number on torch draws floats, below it doubles
 
 # Of the Cephes library (Moshier 1992), highest power first: logf on [sqrt(1/2), sqrt(2)], sinf and cosf to pi / 4.
 _LOG = (
@@ -31,9 +31,9 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 class TorchGenerator:
     """Draw as ``torch.Generator("cpu")`` does: a Mersenne Twister (Matsumoto & Nishimura 1998) of the seed's low bits.
 
-    Numbers of a call depend on their count: below 16 they are pairs of doubles, of which a last one waits for the next
-    such call; from 16 on the i-th and the (i + 8)-th of each 16 are a pair, and where some are left at the end, the
-    last 16 are drawn once more.
+    The numbers of a call depend on their count. Below 16 they are pairs of doubles; a single last one is kept for the
+    next such call. From 16 on, the i-th and the (i + 8)-th number of each 16 are a pair. If the count is not a multiple
+    of 16, the last 16 are drawn again.
     """
 
     def __init__(self, seed: int):
@@ -68,14 +68,14 @@ class TorchGenerator:
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:
-    """Return normal values for uniform ones in [0, 1), 8 and 8 in turn: radius and angle."""
+    """Return normal values from uniform ones in [0, 1): 8 for the radius and 8 for the angle in turn."""
     first, second = np.moveaxis(uniform.reshape(-1, 2, 8), 1, 0)
     radius = np.sqrt(_FLOAT(-2) * _log(1 - first))
     return np.stack([radius * part for part in _cos_sin(_FLOAT(2 * np.pi) * second)], axis=1).reshape(-1)
 
 
 def _fused(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
-    """Return ``a * b + c``, rounded once to float32; Python's numbers are taken as float32."""
+    """Return ``a * b + c``, rounded once to float32. Python numbers are rounded to float32 first."""
     return (a * np.float64(_FLOAT(b)) + _FLOAT(c)).astype(_FLOAT)
 
 
@@ -111,9 +111,9 @@ def _cos_sin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class CudaGenerator:
     """Draw as ``torch.Generator("cuda")`` does: Philox 4x32 with 10 rounds (Salmon et al. 2011).
 
-    The key is the seed, the counter has the number of the call and that of the value; so each value is the first of the
-    four that its counter gives. That is what torch draws where a GPU has a thread for each value: about 43,000 on a
-    small one, 270,000 on a large one. Functions are rounded once, where a GPU takes approximations, within 2e-6.
+    The key is the seed; the counter holds the numbers of the call and of the value. Each value is the first of the four
+    that its counter gives. This equals torch as long as the GPU has a thread for each value: about 43,000 values on a
+    small GPU, 270,000 on a large one. A GPU approximates the functions; the difference is within 2e-6.
     """
 
     def __init__(self, seed: int):
@@ -145,13 +145,13 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarr
     return [a, b, c, d]
 
 
-Source = Callable[[int], np.ndarray]  # returns a number of values
+Source = Callable[[int], np.ndarray]  # returns the given number of values
 GENERATORS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 NOISE_SOURCES = ("mlx", *GENERATORS)
 
 
 def draw(sources: Sequence[Source], shape: tuple[int, ...]) -> np.ndarray:
-    """Draw noise [n, *shape] from a source for each image, which returns as many values: those of C, h, w in order."""
+    """Draw noise [n, *shape] from one source per image, in the order C, h, w."""
     height, width, channels = shape
     images = [source(channels * height * width).reshape(channels, height, width) for source in sources]
     return np.stack(images).transpose(0, 2, 3, 1)

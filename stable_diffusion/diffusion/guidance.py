@@ -1,4 +1,4 @@
-"""Guidance, classifier-free and by perturbed attention: rows of the UNet's batch, and the weights of their outputs."""
+"""Guidance: the conditional, unconditional and perturbed rows of the UNet's batch, and the weights of their outputs."""
 
 import math
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from ..text.encode import Conditioning, PromptRow, concatenate
 from .schedule import ScheduleConfig
 
 Weighted = list[tuple[int, float]]  # (index of a row in the conditioning, its weight)
-_Active = tuple[tuple[int, PromptRow], ...]  # the rows of a conditioning that a step reads, with their indices
+_Active = tuple[tuple[int, PromptRow], ...]  # the rows of a conditioning that are active in a step, with indices
 
 
-def guidance_rescale(share: float | None, config: ScheduleConfig) -> float:
-    """Return the share of rescaled guidance; None is what the checkpoint needs (Lin et al. 2024, section 3.4)."""
-    if share is not None:
-        return share
+def guidance_rescale(fraction: float | None, config: ScheduleConfig) -> float:
+    """Return the fraction of rescaled guidance, by default the checkpoint's (Lin et al. 2024, section 3.4)."""
+    if fraction is not None:
+        return fraction
     return 0.7 if config.rescale_betas_zero_snr and config.prediction_type == "v_prediction" else 0.0
 
 
 @dataclass(frozen=True)
 class GuidanceBatch:
-    """Hold the conditional and unconditional rows of the UNet's batch in some ``steps`` of a run.
+    """Hold a batch of conditional and unconditional rows for the UNet, used in the ``steps`` of a run.
 
-    Row b belongs to image ``images[b]``; ``is_cond[b]`` is 1 for a row of the prompt and 0 for one of the negative
-    prompt, ``is_perturbed[b]`` is 1 for a row of the prompt with perturbed self-attention. ``weights`` [n, B] combine
-    the outputs of B rows into those of n images; None where the rows are the images. ``uncond_weights`` [n, B] combine
-    them into the unconditional ones, for the samplers that take both.
+    Row b belongs to image ``images[b]``. ``is_cond[b]`` is 1 for a conditional row and 0 for an unconditional one.
+    ``is_perturbed[b]`` is 1 for a conditional row with perturbed self-attention. ``weights`` [n, B] combine the outputs
+    of B rows into those of n images; None means that the rows are the images. ``uncond_weights`` [n, B] combine them
+    into the unconditional predictions, for samplers that use both.
     """
 
     steps: tuple[int, ...]
@@ -41,7 +41,7 @@ class GuidanceBatch:
     uncond_weights: mx.array | None = None
 
     def split(self, rows_at_once: int) -> list["GuidanceBatch"]:
-        """Return batches of at most ``rows_at_once`` rows, which have no weights."""
+        """Split into batches of at most ``rows_at_once`` rows, without weights."""
         parts = []
         for first in range(0, len(self.images), rows_at_once):
             rows = slice(first, first + rows_at_once)
@@ -51,9 +51,9 @@ class GuidanceBatch:
         return parts
 
     def combine(self, outputs: mx.array) -> mx.array:
-        """Combine the outputs of all rows [B, h, w, C] into those of the images [n, h, w, C].
+        """Combine the outputs of all rows [B, h, w, C] into the predictions for the images [n, h, w, C].
 
-        With ``uncond_weights`` the result is [2, n, h, w, C]: those with guidance, and the unconditional ones.
+        With ``uncond_weights`` the result is [2, n, h, w, C]: guided and unconditional predictions.
         """
         guided = self._guided(outputs)
         if self.uncond_weights is None:
@@ -63,7 +63,7 @@ class GuidanceBatch:
     def _guided(self, outputs: mx.array) -> mx.array:
         """Combine the outputs with ``weights``, and rescale them (Lin et al. 2024, eq. 15 and 16).
 
-        The share ``rescale`` of the result has the standard deviation of the conditional prediction.
+        ``rescale`` blends in a copy with the standard deviation of the conditional prediction.
         """
         if self.weights is None:
             return outputs
@@ -77,7 +77,7 @@ class GuidanceBatch:
 
 
 def _weighted_sums(weights: mx.array, outputs: mx.array) -> mx.array:
-    """[n, B] and [B, h, w, C] -> [n, h, w, C], by no product of matrices: its rounding would depend on n and B."""
+    """Sum: [n, B], [B, h, w, C] -> [n, h, w, C]. A matrix product would round differently for each n and B."""
     return (weights[:, :, None, None, None] * outputs).sum(axis=1)
 
 
@@ -106,20 +106,20 @@ def guidance_batches(
     keeps_uncond: bool = False,
     steps_before: int = 0,
 ) -> list[GuidanceBatch]:
-    """Make the batches of a run of ``steps`` steps: one for all steps that have the same rows and weights.
+    """Build the batches of a run of ``steps`` steps: one for all steps with the same rows and weights.
 
     With a ``negative`` conditioning the output is ``negative + guidance * (positive - negative)`` (Ho & Salimans 2022).
-    Each part of a prompt guides, times its weight (Liu et al. 2022). Without guidance the output is the weighted mean
-    of the parts, and ValueError where their weights sum to 0.
+    Each part of a composed prompt adds guidance, times its weight (Liu et al. 2022). Without guidance the output is the
+    weighted mean of the parts; weights that sum to 0 raise ValueError.
 
     Args:
-        uncond_image: conditioning without prompt and image, for ``image_guidance`` (Brooks et al. 2023, eq. 3):
+        uncond_image: conditioning without prompt or image, for ``image_guidance`` (Brooks et al. 2023, eq. 3):
             ``uncond_image + image_guidance * (negative - uncond_image) + guidance * (positive - negative)``.
-        interval: (start, end), shares of the steps between which there is guidance (Kynkäänniemi et al. 2024).
-        rescale: see :meth:`GuidanceBatch._guided`; 0 is off, and so it is without a ``negative`` conditioning.
+        interval: (start, end), fractions of the steps between which guidance applies (Kynkäänniemi et al. 2024).
+        rescale: see :meth:`GuidanceBatch._guided`; 0, or no ``negative`` conditioning, turns it off.
         pag_scale: perturbed-attention guidance (Ahn et al. 2024) adds ``pag_scale * (positive - perturbed)``; 0 is off.
-        keeps_uncond: combine the outputs also into the unconditional ones, those of the ``negative`` conditioning.
-        steps_before: steps that another model has made of the same run; prompts that change count them too.
+        keeps_uncond: also return the unconditional predictions, of the ``negative`` conditioning.
+        steps_before: steps of the same run that another model has done; prompt scheduling counts them too.
     """
     tables = [table for table in (positive, negative, uncond_image) if table is not None]
     conditioning = concatenate(tables)
@@ -141,7 +141,7 @@ def guidance_batches(
 def _alike(
     conditioning: Conditioning, steps: int, steps_before: int, interval: tuple[float, float]
 ) -> dict[tuple[_Active, bool], list[int]]:
-    """Group the steps that read the same rows and are guided alike."""
+    """Group the steps that have the same rows and the same guidance."""
     # The first step at a fraction of the run or later; the tolerance is for products such as 0.3 * 10.
     guided = range(*(math.ceil(end * steps - 1e-9) for end in interval))
     groups: dict[tuple[_Active, bool], list[int]] = {}
@@ -155,17 +155,17 @@ def _alike(
 def _rows(
     image: int, cond: Weighted, *unconds: Weighted, scales: tuple[float, float, float] | None, rescales: bool
 ) -> list[_Row]:
-    """Weigh the rows of an image by the ``scales`` of text, image and perturbed attention; None is no guidance."""
+    """Weight the rows of an image by the ``scales`` of text, image and perturbed attention; None: no guidance."""
     guidance, image_guidance, pag_scale = scales or (1.0, 1.0, 0.0)
     if scales is None or not unconds:
         guidance, cond = 1.0, _mean(cond)
     elif rescales:
-        _mean(cond)  # raises ValueError where there is none, whose deviation the result is brought to
+        _mean(cond)  # raises ValueError without a mean, which the rescaling needs
     rows = [_Row(index, image, (guidance + pag_scale) * weight, is_cond=True) for index, weight in cond]
     if pag_scale:
         rows += [_Row(index, image, -pag_scale * weight, is_cond=True, is_perturbed=True) for index, weight in cond]
     factors = image_guidance - guidance * sum(weight for _, weight in cond), 1 - image_guidance
-    for i, (factor, uncond) in enumerate(zip(factors, unconds, strict=False)):  # the second is for images alone
+    for i, (factor, uncond) in enumerate(zip(factors, unconds, strict=False)):  # the second is for image guidance
         rows += [_Row(index, image, factor * weight, 0.0 if i else weight) for index, weight in _mean(uncond)]
     return rows
 

@@ -1,4 +1,4 @@
-"""Image prompts in a run (IP-Adapter, Ye et al. 2023): which attentions read a picture, how much, when and where."""
+"""Image prompts in a run (IP-Adapter, Ye et al. 2023): which cross-attentions they act on, how much, when, where."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from .guidance import GuidanceBatch
 
 Tokens = tuple[mx.array, mx.array]
 
-# The parts of XL's UNet that take the style and the layout of a picture (InstantStyle, Wang et al. 2024).
+# The parts of XL's UNet for the style and the layout of an image prompt (InstantStyle, Wang et al. 2024).
 _STYLE, _LAYOUT = {"up_blocks.0.attentions.1": 1.0}, {"down_blocks.2.attentions.1": 1.0}
 PRESETS = {"style": _STYLE, "layout": _LAYOUT, "style+layout": _STYLE | _LAYOUT}
 
@@ -34,22 +34,22 @@ def read_scales(text: str) -> Mapping[str, float] | str:
 
 @dataclass(frozen=True)
 class ImagePrompt(Acting):
-    """Describe how a picture acts in a run, beside the prompt; several add up.
+    """Describe an image prompt, which acts beside the text prompt. Several image prompts add up.
 
     Args:
-        adapter: see ``StableDiffusion.load_ip_adapter``.
-        image: a path, a PIL image or an array [H, W, 3] in [-1, 1]; or a list of them, which are read together.
-        scale: factor on what attention takes from the picture; at 0 it has no effect.
-        start: share of the steps, 0 ... 1, after which it acts.
-        end: share of the steps up to which it acts.
-        mask: [H, W] in [0, 1], of the output's size: 1 where it acts, 0 where it does not.
-        scales: factors for parts of the UNet, by names as those of ``pag_layers``, 0 for all others: {"up_blocks.0": 1,
-            "mid": 0.5}; or the parts of SDXL for "style", "layout" or "style+layout" (InstantStyle, Wang et al. 2024).
-            None is 1 for all.
-        tokens: the result of ``encode_image_prompt`` in place of the image, with tokens for all images of a run
-            [1, M, D] or for each of them [n, M, D].
+        adapter: the result of ``StableDiffusion.load_ip_adapter``.
+        image: a path, a PIL image or an array [H, W, 3] in [-1, 1]; or a list of them, which are combined.
+        scale: factor on the adapter's attention output; at 0 it has no effect.
+        start: fraction of the steps, 0 ... 1, at which the image prompt begins to act.
+        end: fraction of the steps at which it ends.
+        mask: an array [H, W] in [0, 1], of the output's size. The image prompt acts where it is 1.
+        scales: factors for parts of the UNet, named as in ``pag_layers``: {"up_blocks.0": 1, "mid": 0.5}. All other
+            parts have 0. A preset, "style", "layout" or "style+layout", names the parts of SDXL (InstantStyle, Wang et
+            al. 2024). Default: 1 for all.
+        tokens: the result of ``encode_image_prompt``, instead of the image: tokens for all images of a run [1, M, D] or
+            for each of them [n, M, D].
 
-    Raises ValueError for numbers out of range, an unknown preset, and neither image nor tokens.
+    Raises ValueError for numbers out of range, an unknown preset, or if both image and tokens are missing.
     """
 
     adapter: IPAdapter
@@ -79,16 +79,16 @@ class ImagePrompt(Acting):
         return PRESETS[self.scales] if isinstance(self.scales, str) else self.scales or {}
 
     def encoded(self, encode: Callable[[IPAdapter, Any], Tokens]) -> "ImagePrompt":
-        """Return the prompt with its tokens, as ``encode`` makes them: those of several pictures are joined."""
+        """Return the prompt with the tokens from ``encode``; tokens of several images are joined."""
         if self.tokens is not None:
             return self
         tokens, negative = encode(self.adapter, self.image)
         return replace(self, image=None, tokens=(tokens.flatten(0, 1)[None], negative))
 
     def layers(self, unet: UNet2DConditionModel) -> dict[int, tuple[nn.Linear, nn.Linear, float]]:
-        """Return the projections and the scale of each cross-attention in which the picture has an effect, by number.
+        """Return the projections and the scale of each cross-attention with a nonzero scale, by number.
 
-        Of two names that a layer has, the longer one counts. Raises ValueError for a part without cross-attention.
+        If two names match a layer, the longer one counts. Raises ValueError for a part without cross-attention.
         """
         numbers = list(attentions(unet, "cross").values())
         scales = dict.fromkeys(numbers, self.scale if self.scales is None else 0.0)
@@ -98,7 +98,7 @@ class ImagePrompt(Acting):
         return {number: (*pair, scales[number]) for number, pair in rows if scales[number]}
 
     def of_rows(self, rows: GuidanceBatch, unet: UNet2DConditionModel, dtype: mx.Dtype) -> ImageTokens:
-        """Return the tokens of a batch's rows: those of their images, and the negative ones for the negative prompt."""
+        """Return the tokens of a batch's rows: image tokens for conditional rows, negative tokens for the others."""
         tokens, negative = self.tokens
         tokens = tokens[rows.images] if len(tokens) > 1 else tokens
         negative = mx.tile(negative, (1, tokens.shape[1] // negative.shape[1], 1))

@@ -1,4 +1,4 @@
-"""Samplers with history: a polynomial through the last evaluations is integrated over the step, see ``polynomials``.
+"""Multistep samplers: they integrate a polynomial through the last evaluations over each step, see ``polynomials``.
 
 DPM-Solver, UniPC, DEIS, RES and SA-Solver are exponential integrators. Their polynomial goes through D (``predict_x0``:
 DPM-Solver++, Lu et al. 2022b) or through the noise ``(x - D) / sigma`` (DPM-Solver, Lu et al. 2022a).

@@ -1,4 +1,4 @@
-"""Polynomials through the last evaluations, integrated exactly over a step: what the methods of all orders share.
+"""Polynomials through the last evaluations, integrated exactly over a step, for methods of all orders.
 
 An exponential integrator takes lambda = -log(sigma) for its variable and solves the part of the ODE that is linear in x
 exactly (:func:`exponential_step`). Adams-Bashforth's methods need :func:`lagrange_weights` alone.

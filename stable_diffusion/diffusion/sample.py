@@ -1,4 +1,4 @@
-"""A run: its decisions, its first latents, and the loop through a sampler to the latents after each step."""
+"""A run: its settings, its initial latents, and the loop through a sampler to the latents after each step."""
 
 import math
 import weakref
@@ -18,29 +18,28 @@ from .samplers import Noise, Sampler
 from .schedule import Schedule, Steps
 from .transitions import guided_and_uncond
 
-# The arrays that come before the first step, then (latents, estimate of x0) after each step.
+# The arrays computed before the first step, then (latents, estimate of x0) after each step.
 Pairs = Iterator[list[mx.array] | tuple[mx.array, mx.array]]
 
 # Modes of checkpoints, by the input channels of the UNet beyond those of the latents.
 MODES = {0: "text", 1: "depth", 4: "instructions", 5: "masks"}
 
-_PARALLEL = 0.9995  # mean cosine, from which on the web UI interpolates linearly
+_PARALLEL = 0.9995  # mean cosine; above it the web UI interpolates linearly
 
 
 @dataclass(frozen=True)
 class Run:
-    """Hold the decisions of a run: steps, sampler and random numbers.
+    """Hold the settings of a run: steps, sampler and random numbers.
 
-    Of the ``steps``, laid through ``schedule``, the first ``length`` are made. ``initial_scale`` is the factor on the
-    noise that a run starts from, or on the latents that it continues from. Image i has two random streams from
-    ``seeds[i]``: one for its first noise and one for the noise that samplers add. So neither the batch nor the order of
-    calls matters. ``latents`` and ``noise`` replace them. ``s_noise`` is a factor on the noise that samplers add.
+    The first ``length`` of the ``steps`` of the ``schedule`` are run. ``initial_scale`` is the factor on the initial
+    noise, or on the latents of a previous run. Image i has two random streams from ``seeds[i]``: one for the initial
+    noise and one for the noise that samplers add. So neither the batch nor the order of calls matters. ``latents`` and
+    ``noise`` replace these streams. ``s_noise`` is a factor on the noise that samplers add.
 
-    With a ``noise_source`` other than "mlx", image i has one generator, from which all its noise is drawn in turn. The
-    noise that samplers add is that of ``seeds[i] + eta_noise_seed_delta``; or that of a Brownian motion of ``seeds[i]``
-    over the levels of the run, where the program of the source has one for the sampler (``Sampler.brownian``). Where
-    there are ``variation_seeds``, one for each image, the first noise is turned towards theirs by
-    ``variation_strength``.
+    With a ``noise_source`` other than "mlx", image i has one generator for all its noise. Samplers add noise from the
+    seed ``seeds[i] + eta_noise_seed_delta``. For some samplers the program of the source uses a Brownian motion of
+    ``seeds[i]`` over the levels of the run instead (``Sampler.brownian``). ``variation_seeds``, one for each image,
+    change the initial noise by ``variation_strength``.
     """
 
     schedule: Schedule
@@ -85,7 +84,7 @@ class Run:
         return noises[0] if len(noises) == 1 else slerp(*noises, self.variation_strength)
 
     def step_noise(self, step: int, shape: tuple[int, ...]) -> mx.array:
-        """Draw the noise of ``shape`` that a stochastic sampler adds at a step: unit normal, times ``s_noise``."""
+        """Draw the noise of ``shape`` that a stochastic sampler adds in a step: unit normal, times ``s_noise``."""
         if self.noise is not None:
             noise = self.noise(step, shape)
         elif self.noise_source in self.sampler.brownian:
@@ -101,9 +100,9 @@ class Run:
         return [BrownianMotion(GENERATORS[self.noise_source], seed, self.steps.span) for seed in self.seeds]
 
     def _brownian_noise(self, number: int, shape: tuple[int, ...]) -> mx.array:
-        """Return the increments of a Brownian motion over a part of a step, per root of its length.
+        """Return the increments of a Brownian motion over a part of a step, divided by the root of its length.
 
-        A step has a part for each evaluation of D; between them lie geometric means of its levels.
+        A step has one part for each evaluation of D, split at geometric means of its levels.
         """
         step, part = divmod(number, self.sampler.evaluations)
         sigma, target = self.steps.sigmas[step : step + 2]
@@ -113,7 +112,7 @@ class Run:
         return mx.array(noise / math.sqrt(abs(start - end)), dtype=mx.float32)
 
     def pass_encoding(self, shape: tuple[int, ...]) -> None:
-        """Draw what diffusers draws with torch to encode an image; here its latents are the mean of their posterior."""
+        """Skip the random numbers that diffusers draws with torch to encode an image; here encoding uses the mean."""
         if self.noise_source == "torch":
             draw(self._sources, shape)
 
@@ -124,24 +123,24 @@ def _mlx_noise(seeds: Sequence[int], stream: int, step: int, shape: tuple[int, .
     return mx.stack([mx.random.normal(shape, key=key) for key in keys])
 
 
-def slerp(a: mx.array, b: mx.array, share: float) -> mx.array:
-    """Turn noise ``a`` [n, h, w, C] towards ``b`` by a ``share`` of the angle between them (Shoemake 1985).
+def slerp(a: mx.array, b: mx.array, fraction: float) -> mx.array:
+    """Rotate noise ``a`` [n, h, w, C] towards ``b`` by a ``fraction`` of the angle between them (Shoemake 1985).
 
-    As in A1111's web UI each column of each channel has an angle. Images with angles near 0 are interpolated linearly.
+    As in A1111's web UI, each column of each channel has an angle. Images with angles near 0 are interpolated linearly.
     """
     cosine = (a * b).sum(axis=1, keepdims=True) / (mx.linalg.norm(a, axis=1) * mx.linalg.norm(b, axis=1))[:, None]
     angle = mx.arccos(mx.clip(cosine, -1, 1))
-    weights = [mx.sin(part * angle) / mx.sin(angle) for part in (1 - share, share)]  # exactly 0 and 1 at the ends
+    weights = [mx.sin(part * angle) / mx.sin(angle) for part in (1 - fraction, fraction)]  # exactly 0 and 1 at the ends
     is_parallel = cosine.mean(axis=(1, 2, 3), keepdims=True) > _PARALLEL
-    return mx.where(is_parallel, (1 - share) * a + share * b, weights[0] * a + weights[1] * b)
+    return mx.where(is_parallel, (1 - fraction) * a + fraction * b, weights[0] * a + weights[1] * b)
 
 
 @dataclass(frozen=True)
 class InitialLatents:
-    """Hold the first latents ``x`` [n, h, w, 4] and what goes with them.
+    """Hold the initial latents ``x`` [n, h, w, 4], the mask and the extra input channels.
 
-    ``channels`` [1, h, w, C] go to the UNet beside the latents; ``uncond_channels`` take their place where the UNet is
-    to run without the image.
+    ``channels`` [1, h, w, C] are extra input channels of the UNet; ``uncond_channels`` replace them in rows without the
+    image.
     """
 
     x: mx.array
@@ -163,11 +162,11 @@ def from_image(
     """Noise an image's latents to the first sigma of a run (Meng et al. 2022).
 
     Args:
-        encode: [n, H, W, 3] -> latents, which are ``latent_scale`` times those of the autoencoder itself.
+        encode: [n, H, W, 3] -> latents, which are ``latent_scale`` times the autoencoder's.
         mode: one of ``MODES``.
         image: pixels [H, W, 3], or latents [n, h, w, 4].
-        mask: [H, W], 0 where the image is kept.
-        depth: returns the map [H', W'] of the image, larger is nearer; for mode "depth".
+        mask: [H, W], 0 in the areas to keep.
+        depth: returns the depth map [H', W'] of the image, larger is nearer; for mode "depth".
     """
     x0 = image if image.ndim == 4 else encode(image[None])
     x0 = mx.broadcast_to(x0, (len(run.seeds), *x0.shape[1:]))
@@ -176,14 +175,14 @@ def from_image(
     (h, w), shape = x0.shape[1:3], x0.shape[1:]
     if mask is None and mode == "masks":
         mask = mx.ones(image.shape[:2])
-    # A mask is reduced by its maximum, so that not even a thin line is lost.
+    # A mask is downscaled by its maximum, so that thin lines are not lost.
     small = None if mask is None else mask.reshape(h, len(mask) // h, w, -1).max(axis=(1, 3))[None, ..., None]
-    # Where diffusers' pipelines begin with noise alone, so do these: the image would not be painted over.
+    # As in diffusers, these cases begin with pure noise: otherwise the image would not be repainted completely.
     is_noise = strength == 1 and (mask is not None or mode in ("masks", "instructions"))
     if image.ndim == 3 and mode != "instructions" and not (mode == "masks" and is_noise):
         run.pass_encoding(shape)
     noise = run.initial_noise(shape)
-    if mask is not None:  # also the image without what is masked is encoded
+    if mask is not None:  # the image without the masked area is encoded too
         run.pass_encoding(shape)
     x = run.initial_scale * noise if is_noise else x0 + run.steps.sigmas[0] * noise
     if mode == "masks":
@@ -199,9 +198,9 @@ def from_image(
 def depth_latents(depth: Any, size: tuple[int, int]) -> mx.array:
     """Resize a depth map [H, W] to the UNet's fifth channel [1, h, w, 1], from -1 (farthest) to 1 (nearest).
 
-    ``size`` is (h, w) of the latents; another aspect ratio is stretched. The map is resized first (bicubic, without
-    smoothing) and normalised then, as in diffusers. Raises ValueError for a map that is not [H, W], not finite, or the
-    same everywhere.
+    ``size`` is (h, w) of the latents; another aspect ratio is stretched. The map is first resized (bicubic, without
+    smoothing) and then normalised, as in diffusers. Raises ValueError for a map that is not [H, W], is not finite, or
+    has one value everywhere.
     """
     array = mx.array(depth, dtype=mx.float32)
     if array.ndim != 2 or 0 in array.shape:
@@ -216,10 +215,10 @@ def depth_latents(depth: Any, size: tuple[int, int]) -> mx.array:
 
 
 class Latents(Iterator[mx.array]):
-    """Iterate over the latents of a run, each computed when it is evaluated.
+    """Iterate over the latents of a run. Nothing is computed before they are evaluated.
 
-    ``n_steps`` is the number of steps, ``predicted`` the last step's estimate of the clean latents. Early in a run it
-    shows far more than the latents, which are mostly noise then.
+    ``n_steps`` is the number of steps, ``predicted`` the last step's estimate of the clean latents. Early in a run the
+    estimate shows more than the latents, which are mostly noise.
     """
 
     def __init__(self, pairs: Pairs, n_steps: int):
@@ -233,13 +232,13 @@ class Latents(Iterator[mx.array]):
         if not self._is_prepared:
             self._is_prepared = True
             cpu.clear_streams_at_thread_end()
-            mx.eval(next(self._pairs))  # the first step may be made in another thread
+            mx.eval(next(self._pairs))  # the first step may run in another thread
 
     def __next__(self) -> mx.array:
         if not self._is_prepared:
             self._is_prepared = True
             next(self._pairs)
-        cpu.clear_streams_at_thread_end()  # this may be another thread than the one before
+        cpu.clear_streams_at_thread_end()  # this may be another thread than in the last step
         x_t, self.predicted = next(self._pairs)
         self._step += 1
         _steps[id(x_t)] = self._step
@@ -247,19 +246,19 @@ class Latents(Iterator[mx.array]):
         return x_t
 
 
-_steps: dict[int, int] = {}  # of the latents that are alive, by their id
+_steps: dict[int, int] = {}  # by the id of each latent that still exists
 
 
 def step_of(x_t: mx.array) -> int | None:
-    """Return the step that has yielded these latents, counted from 1; None for another array."""
+    """Return the step that yielded these latents, counted from 1; None for other arrays."""
     return _steps.get(id(x_t))
 
 
 def sample(denoise: DenoiseStep, run: Run, first: InitialLatents) -> Pairs:
     """Yield the latents [n, h, w, 4] after each step and the estimate of x0, float32, not yet computed.
 
-    The latents are in the variance-preserving scale of training. What the mask of ``first`` keeps ends without noise,
-    also with samplers that stop just above zero.
+    The latents are in the variance-preserving scale of training. The area that the mask of ``first`` keeps ends without
+    noise, also with samplers that stop just above zero.
     """
     predicted, step = first.x, 0
 
@@ -270,7 +269,7 @@ def sample(denoise: DenoiseStep, run: Run, first: InitialLatents) -> Pairs:
         return x0
 
     states = run.sampler.run(remembered, first.x, run.steps.sigmas, run.step_noise, **run.sampler_options)
-    # There are fewer sigmas than states where another model continues.
+    # There are fewer sigmas than states if another model continues.
     for sigma, x in zip(run.steps.sigmas[1 : run.length + 1], states, strict=False):
         step += 1
         latents = x / math.sqrt(sigma**2 + 1)

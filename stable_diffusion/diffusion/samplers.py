@@ -1,15 +1,15 @@
 """Samplers: each a generator that integrates dx/dsigma = (x - D(x, sigma)) / sigma from noise to an image.
 
 ``denoise(x, sigma)`` is D, the model's estimate of the clean latent x0. ``x`` is the noisy latent
-``x0 + sigma * noise``; ``sigmas`` descend to where the run ends. ``noise(draw, shape)`` gives the unit normal noise
-that a stochastic sampler injects. Each step yields the next ``x``; history lives in local variables.
+``x0 + sigma * noise``; ``sigmas`` descend to the end of the run. ``noise(draw, shape)`` gives the unit normal noise
+that a stochastic sampler adds. Each step yields the next ``x``; history lives in local variables.
 
-Three ideas recur. A step from sigma to s along the ODE with D held fixed is ``D + (s / sigma) * (x - D)``. A
-stochastic step goes to a level below its target and returns to it with fresh noise. A multistep method lays a
-polynomial through its last few evaluations and integrates it exactly.
+Three ideas recur. A step from sigma to s along the ODE with constant D is ``D + (s / sigma) * (x - D)``. A stochastic
+step goes to a level below its target and returns to it with fresh noise. A multistep method fits a polynomial to its
+last few evaluations and integrates it exactly.
 
 The ``sigmas`` of a run carry their timesteps (``schedule.Sigma``). Levels that a sampler computes between them are
-plain floats, for which the denoiser computes the timestep.
+plain floats; the denoiser computes their timesteps.
 """
 
 import inspect
@@ -49,10 +49,10 @@ def euler(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
 ) -> States:
-    """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 2 without its second slope).
+    """Run Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 2 without the second slope).
 
-    With ``s_churn``, 0 ... 0.41 times the number of steps, noise is added before each step from a sigma between
-    ``s_tmin`` and ``s_tmax``, see :func:`transitions.churned`.
+    ``s_churn``, 0 ... 0.41 times the number of steps, adds noise before each step with a sigma between ``s_tmin`` and
+    ``s_tmax``, see :func:`transitions.churned`.
     """
     for i, target in enumerate(sigmas[1:]):
         x, sigma = churned(x, sigmas, noise, i, s_churn, s_tmin, s_tmax)
@@ -66,9 +66,9 @@ def euler_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise,
 
 
 def euler_ancestral_cfg_pp(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
-    """Run CFG++ (Chung et al. 2024, algorithm 2): the step from D with guidance adds the unconditional noise.
+    """Run CFG++ (Chung et al. 2024, algorithm 2): a step from the guided D that adds the unconditional noise.
 
-    That is Euler's step for an ``x`` that guidance has moved as far as D.
+    This is Euler's step for an ``x`` that guidance has shifted like D.
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = ancestral(sigma, target, eta)
@@ -87,7 +87,7 @@ def heun(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
 ) -> States:
-    """Run Heun's method (Karras et al. 2022, algorithm 2): mean slope of both ends; the step to 0 is Euler's.
+    """Run Heun's method (Karras et al. 2022, algorithm 2): the mean slope of both ends; the step to 0 is Euler's.
 
     ``s_churn``, ``s_tmin`` and ``s_tmax`` as for :func:`euler`.
     """
@@ -105,7 +105,7 @@ def heun(
 def dpm2_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
     """Run DPM-Solver-2 (Lu et al. 2022a), with the slope half-way in log sigma; the step to 0 is Euler's.
 
-    Above ``eta`` 0 it goes to a lower sigma, and noise leads back (k-diffusion).
+    With ``eta`` above 0 it steps to a lower sigma and adds noise (k-diffusion).
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down, up = ancestral(sigma, target, eta)
@@ -131,11 +131,11 @@ def ddim(
     clip: Callable[[mx.array], mx.array] | None = None,
     noise_sigmas: Sigmas | None = None,
 ) -> States:
-    """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with some of its noise fresh.
+    """Run denoising diffusion implicit models (Song et al. 2021, eq. 12): Euler's method with partly fresh noise.
 
-    The standard deviation of that noise, eq. 16, is ``eta`` times the one of ancestral sampling, or ``noise_sigmas``.
-    ``target_sigmas`` are the levels that the steps lead to, where the next steps start at other ones. ``clip`` limits
-    x0 alone: the noise in ``x`` is taken from the estimate before.
+    The standard deviation of the fresh noise, eq. 16, is ``eta`` times that of ancestral sampling, or ``noise_sigmas``.
+    ``target_sigmas`` are the levels where steps end, if the next steps start elsewhere. ``clip`` limits only x0: the
+    noise in ``x`` follows from the estimate before clipping.
     """
     for i, (sigma, after) in enumerate(pairwise(sigmas)):
         target = after if target_sigmas is None else target_sigmas[i]
@@ -188,8 +188,8 @@ def tcd(
 ) -> States:
     """Run trajectory consistency distillation (Zheng et al. 2024, algorithm 4; ``eta`` is their gamma).
 
-    A step leaps beyond its target, to (1 - eta) of the target's time, and noise leads back. ``tcd_sigmas`` are the
-    levels of the leaps; without them sigma is taken for the time.
+    A step jumps beyond its target, to (1 - eta) of the target's time, and adds noise. ``tcd_sigmas`` are the levels of
+    these jumps; without them sigma serves as the time.
     """
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         down = (1 - eta) * target if tcd_sigmas is None else tcd_sigmas[i]
@@ -198,7 +198,7 @@ def tcd(
         yield x
 
 
-# Samplers that are others with some of their options bound, which then cannot be chosen.
+# Samplers that are others with fixed options.
 euler_cfg_pp = partial(euler_ancestral_cfg_pp, eta=0.0)
 dpm2 = partial(dpm2_ancestral, eta=0.0)
 ddpm = partial(ddim, eta=1.0, clip=None)  # Ho et al. 2020, algorithm 2, with the posterior's variance
@@ -212,21 +212,21 @@ class Sampler:
 
     run: Callable[..., States]  # the generator function
     spacing_rule: str = "euler"  # places its steps, a key of SPACING_RULES
-    order: int = 1  # of the error in the step length, without noise
-    highest_order: int = 4  # that may be chosen, where there is an option for it
-    evaluations: int = 1  # of D in a step; PNDM makes two in its first step
+    order: int = 1  # order of the error in the step length, without noise
+    highest_order: int = 4  # largest value of the option ``order``, if the sampler has it
+    evaluations: int = 1  # evaluations of D in a step; PNDM has two in its first step
     stochastic: bool = False  # injects noise by default
-    scheduler: str = ""  # class of diffusers that computes the same; after ":" the start of its algorithm_type
+    scheduler: str = ""  # the same scheduler of diffusers; after ":" the start of its algorithm_type
     reference: str = ""  # the paper or program that defines it
     consistency: bool = False  # wrap D for consistency models, see denoiser.consistency
-    brownian: tuple[str, ...] = ()  # noise sources that draw its noise from a Brownian motion over sigma
-    cfg_pp: bool = False  # D is [2, *x.shape]: with guidance, which may be of any scale, and unconditional
+    brownian: tuple[str, ...] = ()  # noise sources with Brownian noise for this sampler
+    cfg_pp: bool = False  # D is [2, *x.shape]: guided, at any guidance scale, and unconditional
 
     @property
     def option_names(self) -> set[str]:
-        """Return the names of the options that may be chosen: keyword arguments that no ``partial`` has bound.
+        """Return the names of the options: keyword arguments that are not bound by a ``partial``.
 
-        A factor on the noise, "s_noise", may be chosen where there is noise.
+        Samplers with noise also have its factor, "s_noise".
         """
         parameters = inspect.signature(self.run).parameters.values()
         names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

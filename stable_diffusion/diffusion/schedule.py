@@ -1,8 +1,8 @@
-"""The noise schedule: betas -> sigma table, the steps of a run, and sigma <-> t. Runs are Python floats, no arrays.
+"""The noise schedule: betas -> sigma table, the steps of a run, and sigma <-> t. Runs are Python floats, not arrays.
 
 A noisy latent is ``x = x0 + sigma * noise`` (Karras et al. 2022). A model trained on ``sqrt(a) * x0 + sqrt(1 - a) *
-noise`` (Ho et al. 2020) knows this level as ``sigma = sqrt((1 - a) / a)``, with ``a`` the cumulative product of
-``1 - beta``. A model of EDM (Karras et al. 2022) knows sigma itself. Its table here is even in log sigma.
+noise`` (Ho et al. 2020) has ``sigma = sqrt((1 - a) / a)``, with ``a`` the cumulative product of ``1 - beta``. An EDM
+model (Karras et al. 2022) uses sigma directly. Its table here is even in log sigma.
 """
 
 import math
@@ -18,29 +18,29 @@ from .schedule_config import SPACINGS, ScheduleConfig
 
 SCHEDULES = ("default", *CURVES, "simple", "ddim_uniform", "sgm_uniform", *TABLES)
 
-# With zero terminal SNR (Lin et al. 2024) the last sigma is infinite. In float32, 2^32 already is: x0 drowns in
-# rounding, and every formula below stays finite. Samplers other than DDIM cap it where diffusers does.
+# With zero terminal SNR (Lin et al. 2024) the last sigma is infinite. In float32, 2^32 has the same
+# effect: x0 is lost in rounding, and every formula below stays finite. Samplers other than DDIM cap it as in diffusers.
 _INFINITE = 2.0**32
 _CAPPED = math.sqrt((1 - 2.0**-24) / 2.0**-24)
 
 
 @dataclass(frozen=True)
 class SpacingRule:
-    """Describe how a family of samplers places its steps, beyond spacing and schedule."""
+    """Describe how a family of samplers spaces its steps, beyond spacing and schedule."""
 
     spacing: str  # the default, one of SPACINGS
     integer_linspace: bool = True  # round the timesteps of "linspace"
-    unvisited_points: int = 0  # points that are spaced too and then left out, at the end of the run
-    keeps_infinite_sigma: bool = False  # and does not cap it
-    starts_at_sigma: bool = False  # times noise, unless the spacing is "leading", see Schedule.initial_scale
-    reads_curve: bool = True  # of the checkpoint, as its class in diffusers does
-    curves_span_training: bool = False  # lay curves over all training sigmas, not from the first to the last of the run
-    reads_interpolation: bool = False  # of the checkpoint: "log_linear" is even in log sigma, whatever the timesteps
-    rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by the curve's name
-    final_sigma: str = "zero"  # or "first" (training sigma), or the key of the config that chooses between them
-    set_alpha_to_one: bool = True  # the default of this key
-    fixed_stride: bool = False  # go down num_train_timesteps // count timesteps, wherever the next step starts
-    distilled: bool = False  # take timesteps of those that the model was distilled for, unless a spacing is chosen
+    unvisited_points: int = 0  # extra points at the end of the run, which are spaced and then dropped
+    keeps_infinite_sigma: bool = False  # instead of capping it
+    starts_at_sigma: bool = False  # unless the spacing is "leading", see Schedule.initial_scale
+    reads_curve: bool = True  # the checkpoint's, as its class in diffusers does
+    curves_span_training: bool = False  # curves cover all training sigmas, not only those of the run
+    reads_interpolation: bool = False  # the checkpoint's: "log_linear" is even in log sigma
+    rounding: Mapping[str, Callable[[float], int]] = field(default_factory=dict)  # of timesteps, by curve
+    final_sigma: str = "zero"  # or "first" (training sigma), or the config key that selects one
+    set_alpha_to_one: bool = True  # default of this config key
+    fixed_stride: bool = False  # every step descends num_train_timesteps // count timesteps
+    distilled: bool = False  # use the timesteps of the distillation unless a spacing is chosen
 
 
 _EULER_RULE = SpacingRule(
@@ -75,9 +75,9 @@ SPACING_RULES = {
 
 
 class Sigma(float):
-    """Hold a noise level of a run with the ``step`` that starts there and the ``timestep`` that the network gets.
+    """Hold a noise level of a run, with the ``step`` that starts there and its ``timestep`` for the network.
 
-    Arithmetic gives plain floats. So a level that a sampler computes knows neither.
+    Arithmetic gives plain floats, so a level that a sampler computes has neither.
     """
 
     step: int
@@ -91,11 +91,11 @@ class Sigma(float):
 
 @dataclass(frozen=True)
 class Steps:
-    """Hold the noise levels of one run: a :class:`Sigma` for each step, and last the plain float where the run ends.
+    """Hold the noise levels of one run: a :class:`Sigma` for each step, then a plain float, the end of the run.
 
-    ``total`` is the number of steps before :meth:`last` cut some off, and ``highest`` their first level, None where
-    none are. ``stride`` is the number of timesteps that each step goes down, or 0 where a step leads to the start of
-    the next (see :meth:`Schedule.target_sigmas`).
+    ``total`` is the number of steps before :meth:`last` removed some, and ``highest`` their first level, or None.
+    ``stride`` is the number of timesteps that each step descends, or 0 if each step ends where the next one starts (see
+    :meth:`Schedule.target_sigmas`).
     """
 
     sigmas: tuple[float, ...]
@@ -113,23 +113,22 @@ class Steps:
 
     @property
     def span(self) -> tuple[float, float]:
-        """Return the lowest level above 0 and the highest one, of the whole run."""
+        """Return the lowest level above 0 and the highest level of the whole run."""
         highest = self.sigmas[0] if self.highest is None else self.highest
         return min(sigma for sigma in (*self.sigmas, highest) if sigma > 0), highest
 
     def last(self, count: int) -> "Steps":
-        """Return the run of the last ``count`` steps: image to image starts in the middle."""
+        """Return only the last ``count`` steps, as image to image needs."""
         first = len(self) - count
         levels = [Sigma(sigma, sigma.step - first, sigma.timestep) for sigma in self.sigmas[first:-1]]
         return replace(self, sigmas=(*levels, self.sigmas[-1]), highest=self.span[1])
 
 
 class Schedule:
-    """Hold the noise levels that a model was trained on, and lay runs through them.
+    """Hold the noise levels that a model was trained on, and space the steps of runs.
 
-    The tables are rounded to float32 where the training code and diffusers round them. Only so do the small sigmas
-    equal theirs to 1e-6, and timesteps on the edge of a whole number fall to the same side. What is derived from the
-    tables is float64.
+    The tables are rounded to float32 as in the training code and diffusers. Otherwise small sigmas would differ by more
+    than 1e-6, and timesteps near a half would round differently. Values derived from the tables are float64.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -146,10 +145,10 @@ class Schedule:
         self._finite = tuple(_CAPPED if sigma == _INFINITE else sigma for sigma in self.sigmas)
         self._logs = _rounded(map(math.log, self._finite))
         clipped = -math.inf if config.lambda_min_clipped is None else config.lambda_min_clipped
-        self._last = config.num_train_timesteps - sum(-log < clipped for log in self._logs)  # that runs may start at
+        self._last = config.num_train_timesteps - sum(-log < clipped for log in self._logs)  # last allowed start
 
     def sigma(self, t: float, capped: bool = False) -> float:
-        """Return the noise level at ``t``, linear in sigma between two timesteps; an infinite one may be ``capped``."""
+        """Return the noise level at ``t``, linear in sigma between two timesteps; ``capped`` limits an infinite one."""
         low = min(max(math.floor(t), 0), len(self.sigmas) - 1)
         if low == t:
             return self._finite[low] if capped else self.sigmas[low]
@@ -157,7 +156,7 @@ class Schedule:
         return self._finite[low] + (t - low) * (self._finite[high] - self._finite[low])
 
     def timestep(self, sigma: float) -> float:
-        """Return the timestep of a noise level: a Sigma's own, or computed for a plain float.
+        """Return the timestep of a noise level: stored in a Sigma, computed for a plain float.
 
         It is linear in log sigma between two training timesteps, and clamped to their range.
         """
@@ -171,20 +170,20 @@ class Schedule:
         return high - 1 + (log - below) / (above - below)
 
     def c_noise(self, sigma: float) -> float:
-        """Return what the network gets for a noise level: its timestep or, if that is continuous, log(sigma) / 4."""
+        """Return the network's input for a noise level: its timestep or, if that is continuous, log(sigma) / 4."""
         return 0.25 * math.log(sigma) if self.config.timestep_type == "continuous" else self.timestep(sigma)
 
     def steps(self, count: int, rule: str = "euler", spacing: str | None = None, schedule: str | None = None) -> Steps:
-        """Lay a run of ``count`` steps, from the noisiest down.
+        """Return the levels of ``count`` steps, from the noisiest down.
 
         Args:
             count: number of steps, 1 ... num_train_timesteps.
-            rule: how the sampler's family places its steps, a key of ``SPACING_RULES``.
-            spacing: one of ``SPACINGS``, how the timesteps are spread. None takes the checkpoint's spacing, or the
-                rule's default where the checkpoint names none.
-            schedule: one of ``SCHEDULES``. "default" follows the timesteps, "simple" and "ddim_uniform" those of
-                ComfyUI: even from the last one down, or from 1 up. "sgm_uniform" is even in timesteps and stops one
-                short of the last, the others lay the sigmas along a curve (see ``curves``). None is the checkpoint's.
+            rule: the spacing rule of the sampler's family, a key of ``SPACING_RULES``.
+            spacing: timestep spacing, one of ``SPACINGS``. Default: the checkpoint's, or else the rule's.
+            schedule: one of ``SCHEDULES``. "default" follows the timesteps. "simple" and "ddim_uniform" are ComfyUI's:
+                even from the last timestep down, or from 1 up. "sgm_uniform" is even in timesteps and stops one
+                short of the last. The others space the sigmas along a curve (see ``curves``). Default: the
+                checkpoint's.
 
         Raises ValueError for a number or name out of range.
         """
@@ -213,40 +212,40 @@ class Schedule:
         return self._run_along(schedule, count, rules, ends)
 
     def at_timesteps(self, timesteps: Sequence[float], rule: str = "euler") -> Steps:
-        """Lay a run through descending ``timesteps``; it ends where the ``rule`` says."""
+        """Return the levels of a run at descending ``timesteps``; the ``rule`` gives the end."""
         total = self.config.num_train_timesteps
         if not timesteps or any(a <= b for a, b in pairwise((total, *timesteps, -1))):
             raise ValueError(f"timesteps {list(timesteps)} must descend and lie in 0 ... {total - 1}")
         return self._run([float(t) for t in timesteps], SPACING_RULES[rule])
 
     def at_sigmas(self, sigmas: Sequence[float]) -> Steps:
-        """Lay a run through descending noise levels, of which the last, usually 0, is where it ends."""
+        """Return a run at descending noise levels; it ends at the last one, usually 0."""
         if len(sigmas) < 2 or sigmas[-1] < 0 or any(a <= b for a, b in pairwise(sigmas)):
             raise ValueError(f"sigmas {list(sigmas)} must descend and have at least two values, with the end last")
         *levels, end = sigmas
         return Steps((*map(Sigma, levels, range(len(levels)), map(self.timestep, levels)), float(end)), len(levels))
 
-    def remaining(self, steps: Steps, share: float) -> int:
-        """Count the steps that are left when ``share`` of the training noise is gone, which is above 0."""
+    def remaining(self, steps: Steps, fraction: float) -> int:
+        """Count the steps that remain after a ``fraction`` of the denoising, above 0."""
         total = self.config.num_train_timesteps
-        return sum(t < round(total - share * total) for t in steps.timesteps)
+        return sum(t < round(total - fraction * total) for t in steps.timesteps)
 
     def initial_scale(self, steps: Steps, rule: str = "euler", spacing: str | None = None) -> float:
-        """Return the standard deviation of the latent that a run starts from.
+        """Return the standard deviation of the initial latents of a run.
 
-        The noisiest latent of the training process has variance ``sigma^2 + 1`` here. Euler's family drops the 1 where
-        its first step is the last training timestep, but not for a model of EDM.
+        The noisiest latent of the training process has variance ``sigma^2 + 1`` here. Euler's family omits the 1 if its
+        first step is the last training timestep, but not for EDM models.
         """
         sigma, rules = steps.sigmas[0], SPACING_RULES[rule]
         at_sigma = rules.starts_at_sigma and (spacing or self.config.timestep_spacing) != "leading"
         return float(sigma) if at_sigma and not self.is_edm else math.sqrt(sigma**2 + 1)
 
     def target_sigmas(self, steps: Steps) -> list[float]:
-        """Return the level that each step leads to: ``stride`` timesteps down.
+        """Return the level at the end of each step: ``stride`` timesteps down.
 
-        In diffusers, DDIM and PNDM leave a timestep t for t - total // count. Then they take the latent, in variance
-        preserving scale, for one at the next timestep. With "leading" spacing the two are the same. With the others
-        they differ where the number of steps does not divide the number of timesteps.
+        In diffusers, DDIM and PNDM step from a timestep t to t - total // count. Then they treat the latent, in
+        variance-preserving scale, as one at the next timestep. With "leading" spacing the two are the same. With other
+        spacings they differ if the number of steps does not divide the number of timesteps.
         """
         if not steps.stride:
             return list(steps.sigmas[1:])
@@ -254,16 +253,16 @@ class Schedule:
         return [self.sigma(t) if t >= 0 else steps.sigmas[-1] for t in below]
 
     def repeat_sigma(self, steps: Steps) -> float:
-        """Return the level that PNDM repeats its first step from: ``stride`` timesteps above the second step."""
+        """Return the level from which PNDM repeats its first step: ``stride`` timesteps above the second step."""
         if not steps.stride or len(steps) < 2:
             return steps.sigmas[0]
         return self.sigma(steps.timesteps[1] + steps.stride)
 
     def half_sigmas(self, steps: Steps) -> list[tuple[float, float]]:
-        """Return, for each of PNDM's three first steps, the levels that its first half leads to and that follows.
+        """Return, for each of PNDM's first three steps, the level after its first half and the level that follows.
 
-        In diffusers the half is half a ``stride`` down, and what follows is half a stride above the end of the step. A
-        run of less than four steps has none.
+        In diffusers the first half is half a ``stride`` down, and the level that follows is half a stride above the end
+        of the step. A run of less than four steps has no such levels.
         """
         if len(steps) < 4:
             return []
@@ -273,13 +272,13 @@ class Schedule:
         return [(self.sigma(t - half), self.sigma(below + half)) for t, below in pairwise(steps.timesteps[:4])]
 
     def beta_sigmas(self, steps: Steps) -> list[float]:
-        """Return the noise of DDPM's steps with the variance beta (Ho et al. 2020, 3.2); the step from 0 has none."""
-        shares = [(a**2 - b**2) / (1 + a**2) for a, b in pairwise(steps.sigmas)]  # the betas
-        targets = zip(shares, steps.sigmas[1:], steps.timesteps, strict=True)
+        """Return the noise of DDPM's steps with the variance beta (Ho et al. 2020, 3.2); 0 for the step from 0."""
+        betas = [(a**2 - b**2) / (1 + a**2) for a, b in pairwise(steps.sigmas)]
+        targets = zip(betas, steps.sigmas[1:], steps.timesteps, strict=True)
         return [math.sqrt(beta * (1 + target**2)) if t > 0 else 0.0 for beta, target, t in targets]
 
     def tcd_sigmas(self, steps: Steps, gamma: float) -> list[float]:
-        """Return the levels that TCD leaps to: (1 - gamma) of the timestep of each target, rounded down."""
+        """Return the levels of TCD's jumps: (1 - gamma) of the timestep of each target, rounded down."""
         timesteps = (*steps.timesteps[1:], 0.0)
         leaps = [self.sigma(math.floor(round((1 - gamma) * t, 4))) for t in timesteps]
         return [min(leap, target) for leap, target in zip(leaps, steps.sigmas[1:], strict=True)]
@@ -296,8 +295,8 @@ class Schedule:
         if spacing not in SPACINGS:
             raise ValueError(f"timestep spacing {spacing!r} is unknown; choose leading, trailing or linspace")
         if spacing == "trailing":
-            # Counted down from the end; one less, since training counts from 0. The ratio is rounded as NumPy's arange
-            # rounds it, which settles where a half goes. What ``lambda_min_clipped`` leaves no room for is not made.
+            # Counted down from the end; one less, since training counts from 0. The ratio is rounded as in NumPy's
+            # arange, which decides the rounding of halves. Steps below ``lambda_min_clipped`` are dropped.
             ratio = last - (last - total / count)
             return [float(round(last - i * ratio) - 1) for i in range(count) if last - i * ratio > 1e-9]
         points = min(count + rule.unvisited_points, last)  # there are no more points than timesteps
@@ -312,7 +311,7 @@ class Schedule:
         return ascending[points - count :][::-1]
 
     def _run_along(self, schedule: str, count: int, rule: SpacingRule, ends: tuple[float, float]) -> Steps:
-        """Lay a run along a curve between the timesteps ``ends``, or the config's levels, or along a table."""
+        """Space a run along a curve between the timesteps ``ends`` or the config's levels, or along a table."""
         lowest = None
         if schedule in CURVES:
             chosen = self.config.sigma_max, self.config.sigma_min

@@ -1,4 +1,4 @@
-"""The settings of a noise schedule and of the sampler that a checkpoint prefers, from its scheduler_config.json."""
+"""The settings of a checkpoint's noise schedule and preferred sampler, from its scheduler_config.json."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from ..models.config import Config, short
 _CURVE_FLAGS = {f"use_{curve}_sigmas": curve for curve in ("karras", "exponential", "beta")}
 SPACINGS = ("leading", "trailing", "linspace")  # Lin et al. 2024, table 2
 
-# Settings of every model's noise and of where the steps lie, with the values that are computed here.
+# Settings of every model's noise and timesteps, with the supported values.
 _NOISE_SETTINGS: Mapping[str, tuple] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -20,8 +20,8 @@ _NOISE_SETTINGS: Mapping[str, tuple] = {
     "use_flow_sigmas": (False,),
 }
 
-# Settings that a class reads beside the fields below, with the values that are computed here. diffusers reads some of
-# another class's values as its only one. An absent setting is one of the values, or in _CLASS_DEFAULTS.
+# Further settings of each class, with the supported values. For some values of other classes, diffusers uses the
+# class's only one. An absent setting has the first value, or one of _CLASS_DEFAULTS.
 _THRESHOLDED: Mapping[str, tuple] = {"thresholding": (False, True)}
 _CLIPPED = _THRESHOLDED | {"clip_sample": (False, True)}
 _SOLVER = _THRESHOLDED | {"solver_order": (1, 2, 3), "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")}
@@ -46,7 +46,7 @@ _CLASS_SETTINGS: Mapping[str, Mapping[str, tuple]] = {
     "UniPCMultistepScheduler": _SOLVER | {"solver_order": (1, 2, 3, 4), "solver_p": ()},
 }
 
-# Settings of where the steps lie, and the classes that read them.
+# Settings of the spacing of steps, and the classes that read them.
 _DPM = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 _OF_EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 _PLACEMENT: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ _PLACEMENT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("rho", "sigma_data", "sigma_schedule"), _OF_EDM),
 }
 
-# What an absent setting is for a class, where it is not the first value above or the default of the field below.
+# Defaults of classes that differ from the first value above or from the default of the field below.
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "DDIMScheduler": {"clip_sample": True},
@@ -73,12 +73,12 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # Classes of the same method as another one.
 _SAME_CLASSES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
 
-# Settings that change nothing in a run: of a generator's seed, of flow matching, of classes that are not followed, and
-# of the first versions of diffusers.
+# Settings without effect on a run: a generator's seed, flow matching, settings of unsupported classes and of the first
+# versions of diffusers.
 _WITHOUT_EFFECT = {"noise_sampler_seed", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
 _WITHOUT_EFFECT |= {"tensor_format", "timestep_values", "predict_epsilon", "dtype"}
 
-# In these pipelines diffusers replaces what old files lack or have wrong.
+# In these pipelines diffusers corrects missing or wrong settings of old files.
 _OLD_FILES = {"steps_offset": 1, "clip_sample": False}
 _PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipeline": _OLD_FILES,
@@ -91,14 +91,14 @@ _PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 class ScheduleConfig(Config):
     """Describe the noise that a model was trained on and its preferred sampler, from ``scheduler_config.json``.
 
-    ``timestep_spacing`` and ``set_alpha_to_one`` are None where the file has none: the default then depends on the
-    sampler. ``sigma_schedule`` gathers the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
-    ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default those
-    of the training; ``lambda_min_clipped`` bounds -log(sigma) from below. With ``timestep_type`` "continuous" the
-    network gets log(sigma) / 4. ``sigma_data`` is the standard deviation of the data of a model of EDM (Karras et al.
-    2022), whose curve ``sigma_schedule`` is, of the exponent ``rho`` if it is "karras"; None is a model of Ho et al.
-    2020. ``missing`` lists settings of the preferred sampler that none here computes, such as "solver_order=4", and
-    unknown ones.
+    ``timestep_spacing`` and ``set_alpha_to_one`` are None if the file does not set them: the default then depends on
+    the sampler. ``sigma_schedule`` combines the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
+    ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default the
+    training's. ``lambda_min_clipped`` is a lower limit of -log(sigma). With ``timestep_type`` "continuous" the
+    network's input is log(sigma) / 4. ``sigma_data`` is the standard deviation of the data of an EDM model (Karras et al. 2022);
+    None means a model of Ho et al. 2020. An EDM model uses the curve ``sigma_schedule``, with the exponent ``rho`` for
+    "karras". ``missing`` lists unsupported settings of the preferred sampler, such as "solver_order=4", and unknown
+    ones.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -150,9 +150,9 @@ class ScheduleConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], pipeline: str = "") -> Self:
-        """Read a scheduler's JSON; ValueError names a setting of the noise that is not computed here.
+        """Read a scheduler's JSON; ValueError names an unsupported setting of the noise.
 
-        ``pipeline`` is the class of diffusers that the checkpoint is for.
+        ``pipeline`` is the checkpoint's pipeline class in diffusers.
         """
         name = str(raw.get("_class_name", cls.class_name)).removeprefix("Flax")
         name = _SAME_CLASSES.get(name, name)
@@ -190,7 +190,7 @@ class ScheduleConfig(Config):
 
     @classmethod
     def _unsupported(cls, name: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the settings that the samplers here lack, and unknown ones."""
+        """Return unsupported and unknown settings of the sampler."""
         own, missing = _CLASS_SETTINGS.get(name, {}), []
         others = [field.name for field in fields(cls)] + [key for keys in _CLASS_SETTINGS.values() for key in keys]
         others += [*_NOISE_SETTINGS, *_WITHOUT_EFFECT, *_CURVE_FLAGS, *_PLACEMENT]
@@ -201,5 +201,5 @@ class ScheduleConfig(Config):
             elif not (key in others or key.startswith("_") or value in (False, [], {})):
                 missing.append(f"{key}={short(value)}")
         if raw.get("timestep_type") == "continuous" and raw.get("interpolation_type") == "log_linear":
-            missing.append("interpolation_type='log_linear'")  # of which diffusers makes a step more than asked for
+            missing.append("interpolation_type='log_linear'")  # diffusers runs an extra step for it
         return tuple(missing)

@@ -1,6 +1,6 @@
-"""Steps that samplers share: along the ODE with D held fixed, to a lower level and back with noise, to another scale.
+"""Steps shared by samplers: along the ODE with constant D, to a lower level and back with noise, to another scale.
 
-The types of a sampler's arguments are here too, see ``samplers``.
+The types of a sampler's arguments are defined here too, see ``samplers``.
 """
 
 import math
@@ -15,27 +15,27 @@ Sigmas = Sequence[float]
 
 
 def toward(x: mx.array, x0: mx.array, sigma: float, target: float) -> mx.array:
-    """Step from ``sigma`` to ``target`` along the ODE while D stays ``x0``; nothing cancels at large sigma."""
+    """Step from ``sigma`` to ``target`` along the ODE with constant D, ``x0``; no cancellation at large sigma."""
     return x0 + (target / sigma) * (x - x0)
 
 
 def guided_and_uncond(x0: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-    """Return D with guidance and the unconditional one, each like ``x``; where D has no guidance both are the same."""
+    """Return the guided and the unconditional D, each shaped like ``x``; without guidance both are the same."""
     return (x0, x0) if x0.ndim == x.ndim else (x0[0], x0[1])
 
 
 def noised(x: mx.array, up: float, noise: Noise, draw: int) -> mx.array:
-    """Add noise of the standard deviation ``up``; at 0 none is drawn."""
+    """Add noise with the standard deviation ``up``; 0 draws no noise."""
     return x + up * noise(draw, x.shape) if up > 0 else x
 
 
 def churned(
     x: mx.array, sigmas: Sigmas, noise: Noise, step: int, s_churn: float, s_tmin: float, s_tmax: float
 ) -> tuple[mx.array, float]:
-    """Add noise before a step, up to the level that is returned too (Karras et al. 2022, algorithm 2, lines 4 to 6).
+    """Add noise before a step; returns (x, new level) (Karras et al. 2022, algorithm 2, lines 4 to 6).
 
-    It lies above sigma by the share ``s_churn / steps`` of it, at most sqrt(2) - 1. Where sigma does not lie between
-    ``s_tmin`` and ``s_tmax``, there is no noise.
+    The new level is sigma times 1 + ``s_churn / steps``, at most sqrt(2). No noise is added if sigma does not lie
+    between ``s_tmin`` and ``s_tmax``.
     """
     sigma = sigmas[step]
     gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
@@ -46,19 +46,19 @@ def churned(
 
 
 def ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
-    """Split a step to ``target`` into an ODE step down to the first value and noise of the second, ``up <= target``."""
+    """Split a step to ``target`` into an ODE step to a level ``down`` and noise ``up <= target``: -> (down, up)."""
     up = min(target, eta * math.sqrt(max(target**2 * (sigma**2 - target**2) / sigma**2, 0.0)))
     return math.sqrt(target**2 - up**2), up
 
 
 def reverse_sde(sigma: float, target: float, eta: float) -> tuple[float, float]:
-    """Split an exact step of the reverse SDE likewise, whose noise decays as it is injected; eta 0 is the ODE."""
+    """Split an exact step of the reverse SDE in the same way; its noise decays while it is added. eta 0: the ODE."""
     ratio = min(target / sigma, 1.0) ** eta  # a curve may end an ulp below the end of the run
     return target * ratio, target * math.sqrt(1 - ratio**2)
 
 
 def threshold(x0: mx.array, ratio: float, highest: float) -> mx.array:
-    """Clip each image of ``x0`` [n, h, w, C] to its own range and scale that to [-1, 1] (Saharia et al. 2022, 2.3).
+    """Clip each image of ``x0`` [n, h, w, C] to its range and scale that to [-1, 1] (Saharia et al. 2022, 2.3).
 
     The range reaches to the quantile ``ratio`` of its absolute values, at least to 1 and at most to ``highest``.
     """

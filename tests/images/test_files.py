@@ -464,5 +464,5 @@ def test_quality(tmp_path):
             sizes[quality] = path.stat().st_size
         assert sizes[1] < sizes[50] < sizes[None] == sizes[95]
     for name, quality in (("a.jpg", 0), ("a.webp", 101), ("a.png", 95)):
-        with pytest.raises(ValueError, match=f"a quality of {quality} for {name}: it is 1 to 100, for JPEG and WebP"):
+        with pytest.raises(ValueError, match=f"a quality of {quality} for {name}: give 1 to 100, for JPEG and WebP"):
             save(noise(8, 8), tmp_path / name, quality=quality)
