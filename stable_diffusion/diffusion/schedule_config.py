@@ -95,10 +95,10 @@ class ScheduleConfig(Config):
     the sampler. ``sigma_schedule`` combines the flags ``use_karras_sigmas``, ``use_exponential_sigmas``,
     ``use_beta_sigmas`` and ``use_lu_lambdas``. ``sigma_max`` and ``sigma_min`` are the ends of curves, by default the
     training's. ``lambda_min_clipped`` is a lower limit of -log(sigma). With ``timestep_type`` "continuous" the
-    network's input is log(sigma) / 4. ``sigma_data`` is the standard deviation of the data of an EDM model (Karras et al. 2022);
-    None means a model of Ho et al. 2020. An EDM model uses the curve ``sigma_schedule``, with the exponent ``rho`` for
-    "karras". ``missing`` lists unsupported settings of the preferred sampler, such as "solver_order=4", and unknown
-    ones.
+    network's input is log(sigma) / 4. ``sigma_data`` is the standard deviation of the data of an EDM model (Karras et
+    al. 2022); None means a model of Ho et al. 2020. An EDM model uses the curve ``sigma_schedule``, with the exponent
+    ``rho`` for "karras". ``missing`` lists unsupported settings of the preferred sampler, such as "solver_order=4", and
+    unknown ones.
     """
 
     kind: ClassVar[str] = "scheduler"

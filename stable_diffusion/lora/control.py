@@ -1,4 +1,4 @@
-"""Load ControlNets, T2I-Adapters, and those that are made of a model's own UNet: LLLites and Control-LoRAs."""
+"""Load ControlNets and T2I-Adapters, and the kinds that are built on the model's UNet: LLLites and Control-LoRAs."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,7 +22,7 @@ from .delta import LoRADelta, shape_of, weight_of
 def load_controlnet(
     source: str | PathLike, dtype: mx.Dtype, config: UNetConfig, build_unet: Callable[[], UNet2DConditionModel]
 ) -> ControlNetwork:
-    """Load what steers a UNet of this ``config``, see ``Networks.load_controlnet``.
+    """Load a control network for a UNet with this ``config``, see ``Networks.load_controlnet``.
 
     ``build_unet`` builds that UNet, without LoRAs beside its weights.
     """
@@ -41,7 +41,7 @@ def load_controlnet(
 
 
 def check_layers(network: ControlNetLLLite, unet: UNet2DConditionModel) -> None:
-    """Raise ValueError unless the UNet has the layers of a ControlNet-LLLite, with inputs that are positions."""
+    """Raise ValueError unless the UNet has the layers of a ControlNet-LLLite, with positions of maps as inputs."""
     widths = {
         path.replace(".", "_"): shape_of(layer)[1]
         for path, layer in unet.named_modules()
@@ -57,7 +57,7 @@ def check_layers(network: ControlNetLLLite, unet: UNet2DConditionModel) -> None:
 def build_control_lora(component: Component, unet: UNet2DConditionModel, dtype: mx.Dtype) -> ControlNetModel:
     """Build a ControlNet from the UNet's first half and a Control-LoRA (Stability AI 2023); all weights are lazy.
 
-    The file has factors of what is added to matrices and kernels, W + up @ down, and all else that differs whole.
+    The file has low-rank factors for matrices and kernels, W + up @ down, and complete tensors for other changes.
     """
     config = {field.name: getattr(unet.config, field.name) for field in fields(EncoderConfig)} | component.config
     layers = dict(unet.named_modules())

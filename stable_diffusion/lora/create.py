@@ -1,4 +1,4 @@
-"""Make the factors of a new LoRA, which changes nothing until it is trained."""
+"""Create the factors of a new LoRA, which has no effect until it is trained."""
 
 import hashlib
 import math
@@ -34,20 +34,20 @@ def new_lora(
     dora: bool = False,
     seed: int = 0,
 ) -> LoRAWeights:
-    """Make a LoRA (Hu et al. 2022) for some layers of a model: "down" is random (He et al. 2015), "up" is 0, float32.
+    """Create a LoRA (Hu et al. 2022) for some layers of a model: "down" is random (He et al. 2015), "up" is 0, float32.
 
-    "attention" are the four projections of each attention, "attention+ff" also both matrices of each feed-forward.
-    "all" are the layers of kohya's scripts: every matrix in the UNet's transformers, with the projections around them,
-    and in the layers of text encoders; with ``conv_rank`` also the matrices of the resnets.
+    "attention" means the four projections of each attention; "attention+ff" adds both matrices of each feed-forward.
+    "all" means the layers of kohya's scripts: every matrix in the UNet's transformers, with the projections around
+    them, and in the layers of text encoders; with ``conv_rank`` also the matrices of the resnets.
 
     Args:
-        networks: by name: "unet", "text_encoder", "text_encoder_2".
-        ranks: of the matrices of each network; 0 omits the network.
-        alpha: ΔW is multiplied by alpha over the rank of its layer; None is the rank itself.
+        networks: the model's networks by name: "unet", "text_encoder", "text_encoder_2".
+        ranks: rank of the matrices in each network; 0 omits the network.
+        alpha: ΔW is multiplied by alpha divided by the rank of its layer. Default: the rank.
         targets: a key of ``TARGETS``, or a regular expression that is searched in the paths of all matrices.
-        conv_rank: of the 3×3 convolutions in the UNet's resnets, downsamplers and upsamplers; 0 omits them.
-        dora: add the lengths of the rows of each weight as parameters (Liu et al. 2024).
-        seed: of "down", which depends on this and on the layer's name only.
+        conv_rank: rank of the 3×3 convolutions in the UNet's resnets, downsamplers and upsamplers; 0 omits them.
+        dora: add the norms of the rows of each weight as parameters (DoRA, Liu et al. 2024).
+        seed: seed of "down", which depends only on it and on the layer's name.
 
     Raises ValueError for a pattern without a layer, a rank above the width of a layer, and an alpha of 0 or less.
     """
@@ -91,7 +91,7 @@ def _layers(
 def _delta(
     network: str, rank: int, path: str, layer: nn.Module, *, alpha: float | None, dora: bool, seed: int
 ) -> LoRADelta:
-    """Make the factors of a layer: Kaiming uniform with a = √5, as kohya's scripts and PEFT begin, and zeros."""
+    """Create the factors of a layer: Kaiming uniform with a = √5, as in kohya's scripts and PEFT, and zeros."""
     out, width, *kernel = shape_of(layer)
     name = hashlib.blake2b(f"{seed} {network} {path}".encode(), digest_size=8).digest()
     bound = (width * math.prod(kernel)) ** -0.5

@@ -7,9 +7,9 @@ In matrices, with the kernels of convolutions as their further axes:
     LoKr     w1 ⊗ w2                          Kronecker product; w1 and w2 may be products themselves
     diff     ΔW itself, of norms and biases too
 
-All but diff are multiplied by alpha / rank (Yeh et al. 2024, arXiv:2309.14859, has the conventions), and by the scale s
-of the LoRA. DoRA (Liu et al. 2024, arXiv:2402.09353) gives the rows of W + ΔW the lengths m. Two rules for s, which are
-the same at 1, are those of the programs that write the files; at 0 any LoRA is absent:
+All except diff are multiplied by alpha / rank (conventions: Yeh et al. 2024, arXiv:2309.14859), and by the scale s of
+the LoRA. DoRA (Liu et al. 2024, arXiv:2402.09353) gives the rows of W + ΔW the norms m. The programs that write the
+files apply s by two rules, which are equal at 1; at 0 a LoRA has no effect:
 
     lora_magnitude_vector    m (W + s ΔW) / |W + s ΔW| - W        PEFT and diffusers
     dora_scale               s (m (W + ΔW) / |W + ΔW| - W)        ComfyUI and AUTOMATIC1111's web UI, for kohya's files
@@ -31,7 +31,7 @@ def scale_of(scale: Scale, network: str) -> float:
 
 
 def is_complete(roles: Iterable[str]) -> bool:
-    """Return whether these are all factors of a change: of one kind, or of a bias alone."""
+    """Return whether these are all factors of a change: of one kind, or only of a bias."""
     bases = set(roles) - {"alpha"}
     bases |= {role.removesuffix("_a") for role in bases if role.endswith("_a") and f"{role[:-1]}b" in bases}
     kinds = ({"down", "up"}, {"hada_w1", "hada_w2"}, {"lokr_w1", "lokr_w2"}, {"diff"})
@@ -47,9 +47,9 @@ def rank_of(factors: Mapping[str, mx.array]) -> int | None:
 class LoRADelta(nn.Module):
     """Hold the factors of one layer's change as parameters.
 
-    They have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]; the lengths
-    "dora_scale" have one axis if they are PEFT's. ``multiplier`` is alpha / rank, ``layer`` the name in the file with
-    underscores, ``lora`` the attached LoRA whose ``scale`` counts.
+    The factors have the roles of ``names.read_key`` and the layout of files, [out, in] or [out, in, kh, kw]. PEFT's
+    norms "dora_scale" have one axis. ``multiplier`` is alpha / rank, ``layer`` the layer's name in the file with
+    underscores, ``lora`` the attached LoRA, which has the ``scale``.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LoRADelta(nn.Module):
     def delta(self, layer: nn.Module, scale: float = 1.0) -> dict[str, mx.array]:
         """Return what to add to a layer's "weight" and "bias" at a scale: lazy, float32, in the layout of the layer.
 
-        Raises ValueError where the factors do not fit each other or the layer.
+        Raises ValueError if the factors do not fit each other or the layer.
         """
         changes = {}
         if self.keys() != {"diff_b"}:
@@ -82,7 +82,7 @@ class LoRADelta(nn.Module):
         return changes
 
     def _rescale(self, weight: mx.array) -> mx.array:
-        """Give the rows of W + ΔW [out, ..., in], or in older files its columns, DoRA's lengths m."""
+        """Give the rows of W + ΔW [out, ..., in], or in older files the columns, DoRA's norms m."""
         m, shape = self["dora_scale"].astype(mx.float32), weight.shape
         columns = m.ndim > 1 and m.shape[0] == 1 and m.size == shape[-1]
         if weight.ndim < 2 or (not columns and m.size != shape[0]):
@@ -117,7 +117,7 @@ class LoRADelta(nn.Module):
 
 
 def _matrix(f: Mapping[str, mx.array], kind: str, i: int) -> mx.array:
-    """Return w1 or w2, which is stored whole, as two factors, or as these around a Tucker core."""
+    """Return w1 or w2, which is stored as one matrix, as two factors, or as two factors around a Tucker core."""
     w = f"{kind}_w{i}"
     return f[w] if w in f else _factored(f[f"{w}_a"], f[f"{w}_b"], f.get(f"{kind}_t{i}"))
 
@@ -128,7 +128,7 @@ def _factored(a: mx.array, b: mx.array, core: mx.array | None) -> mx.array:
 
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a layer's weight in the layout of files; a packed weight has the shape that it stands for."""
+    """Return the shape of a layer's weight in the layout of files; for a packed weight the unpacked shape."""
     shape = layer.weight.shape
     if isinstance(layer, nn.QuantizedLinear):
         return (shape[0], shape[1] * 32 // layer.bits)
@@ -136,7 +136,7 @@ def shape_of(layer: nn.Module) -> tuple[int, ...]:
 
 
 def weight_of(layer: nn.Module) -> mx.array:
-    """Return a layer's weight in its layout, float32 and dequantized."""
+    """Return a layer's weight in the layer's layout, float32 and dequantized."""
     if isinstance(layer, nn.QuantizedLinear):
         groups = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
         return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **groups).astype(mx.float32)

@@ -1,4 +1,4 @@
-"""Find and read LoRA files: a file -> the changes of a model's layers, in factors."""
+"""Find and read LoRA files: file -> factors of the changes of a model's layers."""
 
 import math
 import os
@@ -23,9 +23,9 @@ _PEFT_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, eq=False)
 class LoRAWeights:
-    """Hold a LoRA file: the changes of layers, the names that are no LoRA's, and the metadata.
+    """Hold a LoRA file: the changes of layers, the names of unknown tensors, and the metadata.
 
-    ``embeddings`` are words that were trained with it, with their vectors [n, C] for each text encoder.
+    ``embeddings`` are words that were trained with the LoRA, with their vectors [n, C] for each text encoder.
     """
 
     path: Path
@@ -36,17 +36,17 @@ class LoRAWeights:
 
     @property
     def context_width(self) -> int | None:
-        """Return the width of the encoded prompt that cross-attention reads, by which families of models differ."""
+        """Return the width of the encoded prompt in cross-attention, which identifies the model family."""
         readers = [d for d in self.deltas if d.network == "unet" and d.layer.endswith("attn2_to_k")]
         factors = (d[role] for d in readers for role in ("down", "hada_w1_b", "diff") if role in d)
         return next((factor.shape[1] for factor in factors if factor.ndim > 1), None)
 
 
 def read_lora(source: str | os.PathLike) -> LoRAWeights:
-    """Read a LoRA, lazily: a file, a folder as diffusers or PEFT save it, or a Hub id, owner/name or owner/name:file.
+    """Read a LoRA, lazily: a file, a folder of diffusers or PEFT, or a Hub id, owner/name or owner/name:file.
 
-    Raises ValueError for a file that is damaged, is no LoRA, or lacks a factor of a change, and OSError for one that is
-    not there or cannot be downloaded.
+    Raises ValueError for a file that is damaged, is not a LoRA, or lacks a factor, and OSError for a file that does not
+    exist or cannot be downloaded.
     """
     path = locate(source)
     tensors, metadata = read_file(path)
@@ -68,7 +68,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
             continue
         if tensor.size == 0 or (tensor.ndim == 0 and role != "alpha"):
             raise ValueError(f"{path} is damaged: {name} has the wrong shape, {tensor.shape}")
-        if role == "dora_scale":  # PEFT's lengths, always those of rows, get one axis, and others at least two
+        if role == "dora_scale":  # PEFT's norms, always of rows, get one axis, others at least two
             shape = (-1,) if PEFT_LENGTHS in name else (len(tensor), *(tensor.shape[1:] or (1,)))
             tensor = mx.reshape(tensor, shape, stream=loading_stream(mx.default_device().type))
         grouped.setdefault((network, layer), {})[role] = tensor
@@ -84,7 +84,7 @@ def read_lora(source: str | os.PathLike) -> LoRAWeights:
 
 
 def locate(source: str | os.PathLike) -> Path:
-    """Return the file of a LoRA, see :func:`read_lora`; one on the Hub is downloaded into the cache."""
+    """Return the file of a LoRA, see :func:`read_lora`. A file on the Hub is downloaded into the cache."""
     name = os.fspath(source)
     path = Path(os.path.expanduser(name))
     if path.is_file():
@@ -116,7 +116,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict:
 
 
 def _delta(path: Path, network: str, layer: str, factors: dict[str, mx.array], settings: Mapping) -> LoRADelta:
-    """Take alpha out of the factors. Where the file has none it is in the settings, or equals the rank."""
+    """Build the change of a layer. Without alpha in the file, it is read from the settings, or equals the rank."""
     rank, alpha = rank_of(factors), factors.pop("alpha", None)
     if rank is None:
         return LoRADelta(network, layer, factors)

@@ -1,4 +1,4 @@
-"""Find LoRAs in folders by the names that prompts give them: <lora:bob:0.8>, <lora:people/bob:0.8>."""
+"""Find LoRAs in folders by their names in prompts: <lora:bob:0.8>, <lora:people/bob:0.8>."""
 
 import os
 import re
@@ -13,15 +13,15 @@ from ..weights.layout import SUFFIXES
 from .files import FOLDER_FILES
 
 _OUTPUT_NAME = re.compile(rb'"ss_output_name"\s*:\s*"([^"\\]+)"')  # in the header of a file by kohya's scripts
-_HEADER = 2**20  # bytes in which it stands
+_HEADER = 2**20  # bytes that are searched for it
 
 
 def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> Path:
-    """Find a LoRA in folders and their sub-folders by its name; ValueError where there is none, or several.
+    """Find a LoRA in folders and their sub-folders by its name; ValueError for no match, or several.
 
-    The name is a file's, with or without suffix, or that of a folder that diffusers or PEFT wrote, or the end of its
-    path. The file at this very path in a folder comes first, then one in a sub-folder, then names in other case, then
-    the name that kohya's scripts noted in a file. Hidden files do not count. Links are followed.
+    The name is that of a file, with or without suffix, of a folder of diffusers or PEFT, or the end of a path. An exact
+    path in a folder comes first, then a file in a sub-folder, then names in other case, then the name that kohya's
+    scripts store in a file. Hidden files are ignored. Links are followed.
     """
     folders = [folders] if isinstance(folders, str | os.PathLike) else folders
     roots = [Path(os.path.abspath(os.path.expanduser(folder))) for folder in folders]
@@ -45,7 +45,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
 
 
 def files_in(root: Path) -> Iterator[Path]:
-    """Iterate over the files of weights in a folder; one that links lead back to is read once."""
+    """Iterate over the weights files in a folder; a file reached by several links is listed once."""
     seen = set()
     for place, folders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -66,7 +66,7 @@ def _names(file: Path, spell: Callable[[str], str]) -> list[tuple[str, ...]]:
 
 
 def fold(text: str) -> str:
-    """Return a name as file systems compare it that ignore case; those of Macs decompose accents."""
+    """Return a name as case-insensitive file systems compare it; on a Mac, accents are decomposed."""
     return unicodedata.normalize("NFC", text).casefold()
 
 
@@ -78,7 +78,7 @@ def _output_name(file: Path) -> str | None:
 
 
 def _only(found: Sequence[Path], name: str) -> Path:
-    """Return the one file, of those that differ in the suffix alone the safest; ValueError for several."""
+    """Return the only file. Of files that differ only in the suffix, return the safest; ValueError for several."""
     found = sorted(found, key=lambda file: SUFFIXES.index(file.suffix))
     distinct = {os.path.realpath(file.with_suffix("")): file for file in reversed(found)}
     if len({os.path.realpath(file) for file in distinct.values()}) > 1:

@@ -1,7 +1,7 @@
-"""Put LoRAs into a model: W x becomes W x + Σ scale ΔW x in every layer that they change.
+"""Apply LoRAs to a model: W x becomes W x + Σ scale ΔW x in every layer that they change.
 
-``fuse`` adds ΔW to the weights once: the model is as fast and as large as before. ``attach`` wraps the layers and
-leaves the weights alone: the scale may change between runs, the weights may be quantized, the factors can be trained.
+``fuse`` adds ΔW to the weights once: the model stays as fast and as large as before. ``attach`` wraps the layers and
+keeps the weights: the scale may change between runs, the weights may be quantized, the factors can be trained.
 A model is passed as its networks by name: "unet", "text_encoder", "text_encoder_2".
 
 Attached, a layer ``to_q`` has the parameters ``to_q.base.weight``, ``to_q.loras.0.down``, ``to_q.loras.0.up``.
@@ -28,12 +28,12 @@ from .names import layer_names
 _log = logging.getLogger("stable_diffusion")
 
 _Model = Mapping[str, nn.Module]  # its networks by name
-_Scaled = list[tuple[LoRADelta, float]]  # changes of a layer with their scales, which are not 0
+_Scaled = list[tuple[LoRADelta, float]]  # changes of a layer with nonzero scales
 _LAYERS = (nn.Linear, nn.QuantizedLinear, nn.Conv2d, GroupNorm, LayerNorm)
 
 
 class LoRALayer(nn.Module):
-    """Wrap a layer and add LoRAs to it. ``base`` is the layer itself, ``loras`` are their changes.
+    """Wrap a layer and add LoRAs to it. ``base`` is the wrapped layer, ``loras`` are the changes.
 
     Two factors compute up (down x) beside a matrix or kernel. Other changes are added to the parameters in each call.
     """
@@ -49,7 +49,7 @@ class LoRALayer(nn.Module):
 
     @property
     def is_idle(self) -> bool:
-        """Return whether no LoRA changes anything, so that the layer may compute as the wrapped one."""
+        """Return whether no LoRA has an effect, so that the layer can compute like the wrapped one."""
         return not (self._scaled(factored=True) or self._scaled(factored=False))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -65,7 +65,7 @@ class LoRALayer(nn.Module):
         return self._changed().activated(x, *shifts)
 
     def apart(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Apply a convolution as ``Conv2d.apart`` does; here the bias is added already."""
+        """Apply a convolution as ``Conv2d.apart`` does, but with the bias already added."""
         y = self(x)
         return y, mx.zeros(y.shape[-1], y.dtype)
 
@@ -90,24 +90,24 @@ class LoRALayer(nn.Module):
 
 
 def _changed_parameters(layer: nn.Module, scaled: _Scaled) -> dict[str, mx.array]:
-    """W + Σ scale ΔW for each parameter that is changed: summed in float32, in the type of the layer."""
+    """Return W + Σ scale ΔW for each changed parameter: summed in float32, in the type of the layer."""
     totals: dict[str, mx.array] = {}
     for delta, scale in scaled:
         for key, change in delta.delta(layer, scale).items():
             before = weight_of(layer) if key == "weight" else layer[key].astype(mx.float32)
             totals[key] = totals.get(key, before) + change
     dtype = layer.get("biases", layer.get("bias", layer["weight"])).dtype
-    dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32  # of a packed weight without either
+    dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32  # for a packed weight
     return {key: total.astype(dtype) for key, total in totals.items()}
 
 
 def wrapped_layers(network: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Iterate over the layers with LoRAs beside their weights, with their paths."""
+    """Iterate over (path, layer) of the layers with attached LoRAs."""
     return ((path, layer) for path, layer in network.named_modules() if isinstance(layer, LoRALayer))
 
 
 def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) -> list[tuple[str, nn.Module, LoRADelta]]:
-    """Return (path, layer without its wrapper, change) for those changes that a network has the layer of."""
+    """Return (path, layer without its wrapper, change) for the changes of layers that the network has."""
     layers = {path.removesuffix(".base"): m for path, m in network.named_modules() if isinstance(m, _LAYERS)}
     paths = layer_names(layers)
     pairs = [(paths[d.layer], d) for d in deltas if d.network == name and d.layer in paths]
@@ -117,7 +117,7 @@ def target_layers(name: str, network: nn.Module, deltas: Sequence[LoRADelta]) ->
 def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) -> None:
     """Raise ValueError for a LoRA of another family, with wrong shapes, or with parts that are not in the model.
 
-    ``partial`` accepts a LoRA of which the model lacks some parts, but not all, and logs them.
+    ``partial`` accepts a LoRA if the model has at least one of its parts, and logs the missing ones.
     """
     if isinstance(scale, tuple) and len(scale) != 2:
         raise ValueError(f"the scale {scale} of a LoRA has {len(scale)} numbers; give 1, or 2: (text encoders, UNet)")
@@ -150,24 +150,24 @@ def check_fit(networks: _Model, lora: LoRAWeights, scale: Scale, partial: bool) 
 
 
 class AttachedLoRA:
-    """Control a LoRA that runs beside the weights. ``deltas`` hold the factors as they are now.
+    """Control an attached LoRA. ``deltas`` hold the current factors.
 
-    ``scale``, a number or (text encoders, UNet), may be set between runs. Within one, values that are computed once for
-    all steps keep the old one.
+    ``scale``, a number or (text encoders, UNet), may be set between runs. During a run, values that are computed once
+    for all steps keep the old scale.
     """
 
     def __init__(self, lora: LoRAWeights, scale: Scale):
         self.scale: Scale = scale
         self.deltas = [LoRADelta(d.network, d.layer, d, d.multiplier, self) for d in lora.deltas]
-        self._networks: dict[str, ref[nn.Module]] = {}  # weak: a network that all others delete is freed at once
+        self._networks: dict[str, ref[nn.Module]] = {}  # weak, so that deleted networks are freed at once
 
     @property
     def is_attached(self) -> bool:
-        """Return whether the LoRA runs: ``detach`` has not been called."""
+        """Return whether ``detach`` has not been called."""
         return bool(self.deltas)
 
     def wrap(self, name: str, network: nn.Module) -> None:
-        """Wrap the layers that the LoRA changes in a network, which may be one that was loaded again."""
+        """Wrap the layers that the LoRA changes in a network, also in one that was loaded again."""
         pairs, wrappers = target_layers(name, network, self.deltas), dict(wrapped_layers(network))
         if pairs and not wrappers:
             network._trainable = tuple(key for key, _ in tree_flatten(network.trainable_parameters()))
@@ -178,7 +178,7 @@ class AttachedLoRA:
         self._networks[name] = ref(network)
 
     def detach(self) -> None:
-        """Remove the LoRA. Without others, each layer is again the object that it was, frozen or not as before."""
+        """Remove the LoRA. Without other LoRAs, each layer is the original object again, frozen or not as before."""
         for network in filter(None, (network() for network in self._networks.values())):
             wrappers = dict(wrapped_layers(network))
             for layer in wrappers.values():
@@ -194,10 +194,10 @@ class AttachedLoRA:
 
 
 def attach(networks: _Model, lora: LoRAWeights, scale: Scale = 1.0, *, partial: bool = False) -> AttachedLoRA:
-    """Run a LoRA beside the weights, or raise ValueError as :func:`check_fit` does.
+    """Attach a LoRA without changing the weights, or raise ValueError as :func:`check_fit` does.
 
-    Its factors become the only trainable parameters of the networks that it changes, until it is detached. They take
-    memory as in the file; LoHa, LoKr, Tucker factors and diff compute ΔW in each call and drop it.
+    Until it is detached, its factors are the only trainable parameters of the networks that it changes. They take as
+    much memory as in the file. LoHa, LoKr, Tucker factors and diff compute ΔW in each call and then free it.
     """
     check_fit(networks, lora, scale, partial)
     result = AttachedLoRA(lora, scale)
@@ -210,7 +210,7 @@ def fuse(networks: _Model, loras: Sequence[tuple[LoRAWeights, Scale]]) -> None:
     """Add LoRAs, which :func:`check_fit` has accepted, to the weights; ValueError for a quantized layer.
 
     The sum is float32, cast back to the type of W. Nothing is computed before a weight is used: quantizing or saving
-    matrix by matrix afterwards never holds more than one matrix in float32. A scale of 0 leaves every bit as it is.
+    matrix by matrix afterwards never holds more than one matrix in float32. A scale of 0 changes no bit.
     """
     changes: dict[tuple[str, str], tuple[nn.Module, _Scaled]] = {}
     for name, network in networks.items():

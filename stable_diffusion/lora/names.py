@@ -11,7 +11,7 @@ Trainers write the same layer, and the same factor of its change, in many ways:
     lora_unet_….hada_w1_a, ….lokr_w2_b, ….lora_mid.weight, ….dora_scale      LyCORIS
 
 A name is a network's prefix, a layer and a role. The tables below list prefixes and roles for both directions. With
-underscores for all separators, a layer has one of a few names, so a table made from the model itself finds it.
+underscores for all separators, a layer has one of a few names, which a table made from the model resolves.
 """
 
 import re
@@ -40,7 +40,7 @@ _NETWORK = re.compile(
     r"|(?P<text_encoder>lora_te1?[._]|text_encoder\.|(text_encoders\.)?clip_[lh]\.(transformer\.)?|(?=text_model[._]))"
     r"|(?P<unet>lora_unet[._]|unet\.|(model\.)?diffusion_model\.|)"
 )
-# CLIP's own, which no text encoder here uses.
+# Layers of CLIP that no text encoder here uses.
 UNUSED = re.compile(r"text_encoder(_2)?\.logit_scale|text_encoder\.text_projection")
 BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(?:string_to_param\.)?(.+)")
 _NOT_SUPPORTED = {
@@ -66,7 +66,7 @@ def read_key(name: str) -> tuple[str, str, str] | None:
     """Split a tensor's name into (network, layer with underscores, role); None for a name that is not a LoRA's.
 
     Roles: "down", "mid", "up" (the low-rank factors), "bias" (beside "up"), "hada_w1_a" ... "lokr_t2", "diff" and
-    "diff_b" (complete changes of weight and bias), "alpha", "dora_scale" (the lengths m of DoRA).
+    "diff_b" (complete changes of weight and bias), "alpha", "dora_scale" (the norms m of DoRA).
     """
     name = _ADAPTER.sub("", _FACTOR.sub(r".lora_\1.\2", name))
     ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
@@ -80,7 +80,7 @@ def read_key(name: str) -> tuple[str, str, str] | None:
 
 
 def not_supported(names: Collection[str]) -> str | None:
-    """Return what a file is, such as "a GLoRA", if it is of another kind or for other models than those here."""
+    """Name an unsupported file, such as "a GLoRA": another kind of file, or one for other models. Else None."""
     kinds = (what for pattern, what in _NOT_SUPPORTED.items() if any(re.search(pattern, name) for name in names))
     return next(kinds, None)
 

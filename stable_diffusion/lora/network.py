@@ -1,4 +1,4 @@
-"""Build a network of a checkpoint with its LoRAs, as often as it is needed."""
+"""Build a network of a checkpoint with its LoRAs, again after each release."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ from .layers import AttachedLoRA, fuse
 
 @dataclass
 class NetworkSource:
-    """Build a network from its files, LoRAs, quantization and words, as often as it is needed."""
+    """Build a network from its files, LoRAs, quantization and words, again after each release."""
 
     component: Component
     dtype: mx.Dtype
     quantization: tuple[int | str, int] | None  # (bits or mode, group size)
-    attached: Sequence[AttachedLoRA]  # LoRAs that run beside the weights
-    fused: Sequence[tuple[str | PathLike, Scale]] = ()  # files of LoRAs in the weights, with their scales
-    words: list[mx.array] = field(default_factory=list)  # the vectors [n, C] of words added to a text encoder
+    attached: Sequence[AttachedLoRA]
+    fused: Sequence[tuple[str | PathLike, Scale]] = ()  # LoRA files to fuse, with their scales
+    words: list[mx.array] = field(default_factory=list)  # vectors [n, C] of words that were added to a text encoder
     size: int = 0  # bytes of the weights in memory
-    _arrays: list | None = None  # of the network that was built
+    _arrays: list | None = None  # of the last network built
 
     def build(self, network: nn.Module | None = None) -> nn.Module:
-        """Build the network with lazy weights: from ``network``, just loaded, or with None from its files."""
+        """Build the network with lazy weights, from its files or from a ``network`` that was just loaded."""
         name = self.component.name
         network = load_component(self.component, self.dtype) if network is None else network
         if self.fused:
@@ -51,14 +51,14 @@ class NetworkSource:
         return network
 
     def is_edited(self, network: Any) -> bool:
-        """Return whether ``network`` is not the one that was built: replaced, quantized or with other weights.
+        """Return whether ``network`` was modified since it was built: replaced, quantized or with other weights.
 
         Arrays are compared by identity, not by their values.
         """
         return not isinstance(network, nn.Module) or self._identify(network) != self._arrays
 
     def _identify(self, network: nn.Module) -> list[tuple[str, str, int]]:
-        """Identify the parameters of a network, without those that it has from the attached LoRAs."""
+        """Identify the parameters of a network, without those of attached LoRAs."""
         return [
             (path.removesuffix(".base"), name, id(value))
             for path, module in network.named_modules()

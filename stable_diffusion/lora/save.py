@@ -1,8 +1,8 @@
 """Write an attached LoRA, trained or not, to a file that other programs read, and describe it in the header.
 
-Keys that begin with "ss_" are those of kohya's scripts: AUTOMATIC1111's web UI finds the family of models, the name of
-the LoRA and its tags there. "modelspec." is the model metadata specification 1.0.1 of Stability AI. There are no dates:
-the same training writes the same file.
+Keys that begin with "ss_" are those of kohya's scripts. AUTOMATIC1111's web UI reads the model family, the LoRA's name
+and its tags from them. "modelspec." is the model metadata specification 1.0.1 of Stability AI. There are no dates: the
+same training writes the same file.
 """
 
 import json
@@ -41,17 +41,17 @@ def write_lora(
     dtype: mx.Dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the factors of an attached LoRA as they are now; the file appears complete or not at all.
+    """Write the current factors of an attached LoRA. The file appears complete or not at all.
 
     Args:
-        path: of the .safetensors file.
-        networks: those of the model that it is attached to, by name.
-        naming: "kohya", or "peft" for the names of PEFT and diffusers. Those have no alpha, so "up" is multiplied by
-            alpha / rank there, and no other kinds than LoRA and DoRA.
-        dtype: the type of the factors in the file; None leaves it.
-        metadata: texts for the header of the file; PEFT's settings of the adapter are added to them.
+        path: path of the .safetensors file.
+        networks: the model's networks by name.
+        naming: "kohya", or "peft" for the names of PEFT and diffusers. These names have no alpha, so "up" is
+            multiplied by alpha / rank. They support only LoRA and DoRA.
+        dtype: the type of the factors in the file. Default: unchanged.
+        metadata: texts for the header of the file; PEFT's adapter settings are added.
 
-    Raises ValueError for a kind of change that PEFT's names cannot express, and for a factor with values that are not
+    Raises ValueError for a kind of LoRA that PEFT's names do not support, and for a factor with values that are not
     finite or too large for ``dtype``.
     """
     unet = networks.get("unet")
@@ -88,7 +88,7 @@ def _check_finite(stored: mx.array, factor: mx.array, layer: str) -> None:
 
 
 def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.array]:
-    """Return the factors as files have them; those of 1×1 convolutions, which are Linears here, with a kernel."""
+    """Return the factors in the layout of files. 1×1 convolutions, which are Linears here, get kernel axes."""
     factors, rank = dict(delta), rank_of(delta)
     kernel = (1, 1) if convolution else ()
     for role in ("down", "up"):
@@ -106,9 +106,9 @@ def _stored(delta: LoRADelta, naming: str, convolution: bool) -> dict[str, mx.ar
 
 
 def _adapter_settings(ranks: Mapping[str, Mapping[str, int]], names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings from which diffusers makes PEFT's adapters, {"unet.r": 16, ...}: alpha is the rank.
+    """Return diffusers' settings of PEFT adapters, {"unet.r": 16, ...}, in which alpha is the rank.
 
-    Without them diffusers before 0.42 takes the alpha of layers with different ranks from the first one.
+    Without them, diffusers before 0.42 uses the first layer's alpha for layers with other ranks.
     """
     settings: dict[str, Any] = {}
     for network, by_layer in ranks.items():
@@ -133,14 +133,14 @@ def describe(
     trigger: str | None = None,
     captions: Iterable[tuple[str, str]] = (),
 ) -> dict[str, str]:
-    """Return the texts in the header of a LoRA of two factors for each layer, or with None of a textual inversion.
+    """Return the header texts of a LoRA with two factors per layer, or, for None, of a textual inversion.
 
     Args:
-        context_width: of the encoded prompt, by which families of models differ.
-        prediction: "epsilon" or "v_prediction", of the model.
+        context_width: width of the encoded prompt, which identifies the model family.
+        prediction: the model's prediction type, "epsilon" or "v_prediction".
         resolution: side in pixels of a square with the area of the pictures.
-        trigger: the word that a prompt needs.
-        captions: (folder, caption) of each picture. Their parts between commas are counted as tags.
+        trigger: the trigger word for prompts.
+        captions: (folder, caption) of each picture. Their comma-separated parts are counted as tags.
     """
     tags: dict[str, Counter[str]] = defaultdict(Counter)
     for folder, caption in captions:
@@ -164,7 +164,7 @@ def describe(
 
 
 def _network_texts(lora: AttachedLoRA) -> dict[str, str]:
-    """Return what describes the factors: the UNet's ranks and alphas, and LyCORIS as the module of a DoRA."""
+    """Return texts that describe the factors: the UNet's ranks and alphas, and LyCORIS as the module of a DoRA."""
     deltas = [delta for delta in lora.deltas if delta.network == "unet"] or lora.deltas
     is_dora = any("dora_scale" in delta for delta in deltas)
     texts = {"ss_network_module": "lycoris.kohya" if is_dora else "networks.lora"}

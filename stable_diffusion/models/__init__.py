@@ -6,7 +6,7 @@ _OLDEST_MLX = "0.32.3"
 
 
 def check_mlx() -> None:
-    """Raise ImportError, one line, where MLX is older than this library needs."""
+    """Raise ImportError, one line, for an MLX that is too old."""
     import mlx.core as mx  # not above: cpu.py loads OpenBLAS before it
 
     found, needed = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (mx.__version__, _OLDEST_MLX))

@@ -1,7 +1,7 @@
 """BiT, the ResNet below hybrid vision transformers (Kolesnikov et al. 2020), named as transformers' ``BitBackbone``.
 
 Its convolutions standardise their weights (Qiao et al. 2019) and are padded as TensorFlow pads them ("SAME"). The last
-stage comes out at a sixteenth of the image's size, rounded up.
+stage has a sixteenth of the image's size, rounded up.
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ class BitConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read ``backbone_config``; ValueError names every key whose value this library cannot compute."""
-        absent = {  # transformers' defaults; it keeps the sizes of the classifier's four stages with any depths
+        """Read ``backbone_config``; ValueError names every key with an unsupported value."""
+        absent = {  # transformers' defaults, with four sizes for any number of depths
             "layer_type": "preactivation",
             "global_padding": None,
             "embedding_dynamic_padding": False,
@@ -64,7 +64,7 @@ class BitConfig(Config):
 class WeightStandardizedConv2d(nn.Module):
     """Convolve with filters of mean 0 and variance 1 (Qiao et al. 2019), without bias and with "SAME" padding.
 
-    The filters are standardised at every call, so that the module holds exactly what its file holds.
+    The filters are standardised at every call, so the module holds the file's values.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1):
@@ -128,7 +128,7 @@ class BitBackbone(nn.Module):
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         embedder = self.bit.embedder
-        # Zeros are as good as minus infinity below a maximum of what a ReLU returns.
+        # For a maximum over outputs of a ReLU, padding with zeros equals minus infinity.
         x = self._pool(pad_same(nn.relu(embedder.norm(embedder.convolution(x))), 3, 2))
         maps = []
         for stage in self.bit.encoder.stages:

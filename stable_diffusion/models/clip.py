@@ -17,11 +17,11 @@ class CLIPOutput:
 
     last_hidden_state: mx.array  # [B, N, C], normalised
     hidden_states: list[mx.array]  # the embeddings and every layer's output, none of them normalised
-    pooled_output: mx.array  # [B, C or projection_dim]: the state at the end-of-text token, projected if it can be
+    pooled_output: mx.array  # [B, C or projection_dim]: the end-of-text state, projected if there is a projection
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Run a pre-norm transformer layer; ``mask`` is "causal" where a token sees none behind it."""
+    """Run a pre-norm transformer layer; with the ``mask`` "causal", tokens do not see later ones."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, mask: str | None = None):
         super().__init__()
@@ -44,9 +44,9 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Embed tokens and add their positions. Both tables are called, so that either may be quantized.
+    """Embed tokens and add their positions. Both tables are modules, so that either may be quantized.
 
-    Ids from the vocabulary's size on are words that were added later, whose vectors stand in a separate table.
+    Ids beyond the vocabulary are words that were added later; their vectors are in a separate table.
     """
 
     def __init__(self, config: CLIPTextConfig):
@@ -96,7 +96,7 @@ class CLIPTextModel(nn.Module):
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1]))
         last = self.text_model.final_layer_norm(states[-1])
-        # Old configs say eos_token_id = 2, which is not the token in use; end-of-text then is the vocabulary's last.
+        # Old configs have a wrong eos_token_id, 2; end-of-text then is the last token of the vocabulary.
         vocabulary_ids = mx.where(ids < self._vocabulary, ids, 0)
         end = mx.argmax(vocabulary_ids if self._eos_token_id == 2 else ids == self._eos_token_id, axis=-1)
         pooled = last[mx.arange(ids.shape[0]), end]

@@ -12,7 +12,7 @@ class CLIPVisionModelWithProjection(nn.Module):
     """Encode pixels [B, S, S, 3], see ``images/clip.py``; S is ``config.image_size``.
 
     Returns (embeddings [B, E], states): the projected class token, and the states [B, N + 1, C] before each layer and
-    after the last, none of them normalised.
+    after the last layer, not normalised.
     """
 
     def __init__(self, config: CLIPVisionConfig):

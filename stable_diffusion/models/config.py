@@ -1,8 +1,8 @@
 """Read the configurations of a checkpoint's parts from JSON objects.
 
-Every class keeps the names that diffusers writes. What differs between files is settled here: a number for all blocks
-becomes one number per block, an absent key takes diffusers' default. A key that changes the result in a way that this
-library does not compute is refused by name.
+Every class keeps diffusers' names. Differences between files are resolved here: a number for all blocks becomes one
+number per block, and an absent key gets diffusers' default. A key that changes the result in an unsupported way raises
+an error with its name.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,13 +11,13 @@ from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
-Supported = Mapping[str, Collection[Any]]  # {key: the values that are computed here}
+Supported = Mapping[str, Collection[Any]]  # {key: supported values}
 
-# Keys about training and the moving average of the weights, which change nothing that is computed.
+# Keys about training and the moving average of the weights, without effect on the result.
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "initializer_range", "initializer_factor", "model_type"}
 _IGNORED |= {"decay", "min_decay", "inv_gamma", "power", "use_ema_warmup", "update_after_step", "optimization_step"}
 
-# Keys that transformers (4.20 ... 5) writes into the config of any model: of writing, tokens, outputs and generation.
+# Keys that transformers (4.20 ... 5) writes into every config: about saving, tokens, outputs and generation.
 _OF_TRANSFORMERS = """
 torch_dtype dtype transformers_version return_dict use_cache use_bfloat16 tf_legacy_loss tie_word_embeddings prefix
 name_or_path tokenizer_class finetuning_task problem_type id2label label2id architectures logit_scale_init_value
@@ -27,7 +27,7 @@ repetition_penalty length_penalty encoder_no_repeat_ngram_size no_repeat_ngram_s
 vision_config_dict output_hidden_states output_attentions attn_implementation task_specific_params
 """
 
-# Bounds of whole numbers, far beyond any published model; nothing is looped over before they are checked.
+# Bounds of whole numbers, far beyond any published model; they are checked before any loop.
 _MOST = {"layers_per_block": 8, "num_hidden_layers": 64, "vocab_size": 1 << 20, "num_train_timesteps": 100_000}
 _MOST |= dict.fromkeys(("depths", "num_encoder_blocks", "num_decoder_blocks", "num_res_blocks"), 64)
 _MOST |= dict.fromkeys(("num_control_type", "num_trans_layer"), 64)
@@ -40,7 +40,7 @@ _LONGEST |= dict.fromkeys(("layers", "widths", "depths"), 4096)
 
 @contextmanager
 def readable(kind: str) -> Iterator[None]:
-    """Turn Python's errors about JSON values of the wrong type (a text for a number, ...) into a ValueError."""
+    """Turn Python's errors about JSON values of the wrong type, such as a text for a number, into ValueError."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -49,7 +49,7 @@ def readable(kind: str) -> Iterator[None]:
 
 
 def listed(names: Iterable[Any], most: int = 3) -> str:
-    """Name the first few of many things, for a message of one line: "a, b, c and 97 more"."""
+    """List the first few names in one line: "a, b, c and 97 more"."""
     names, shown = list(map(str, names)), []
     for name in names[:most]:
         if sum(map(len, shown)) < 100:
@@ -59,10 +59,10 @@ def listed(names: Iterable[Any], most: int = 3) -> str:
 
 
 class Config:
-    """Read a dataclass from a JSON object, named ``kind`` in errors. Null is as good as absent; lists become tuples.
+    """Read a dataclass from a JSON object, named ``kind`` in errors. Null means absent; lists become tuples.
 
-    ``supported`` limits the values of fields and other keys. Keys ``per_block`` have one value for each of
-    ``block_out_channels``, by default the one given here. All others must be fields, off or ``ignored``; None ignores
+    ``supported`` limits the values of fields and other keys. Keys in ``per_block`` have one value for each of
+    ``block_out_channels``, with the given default. All other keys must be fields, off or ``ignored``; None ignores
     them all.
     """
 
@@ -73,7 +73,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a part's JSON; ValueError names every key that is missing, or whose value is not computed here."""
+        """Read a part's JSON; ValueError names every missing key and every unsupported value."""
         known = {field.name: field for field in fields(cls)}
         required = [key for key in known if known[key].default is MISSING and cls.per_block.get(key) is None]
         if missing := [key for key in required if raw.get(key) is None]:
@@ -91,7 +91,7 @@ class Config:
                 problems.append(f"{key}={short(value)} (unknown)")
         if problems:
             raise ValueError(f"{cls.kind} config: this library cannot compute {listed(problems)}")
-        # None is a value of one key: pruned models have no middle.
+        # None is a value for one key: pruned models have no middle block.
         settings = {key: _as_tuple(v) for key, v in raw.items() if v is not None or key == "mid_block_type"}
         if "block_out_channels" in known:
             cls._check("block_out_channels", settings["block_out_channels"], known["block_out_channels"].type)
@@ -114,7 +114,7 @@ class Config:
 
     @classmethod
     def _check(cls, key: str, value: Any, kind: Any) -> None:
-        """Raise ValueError for a value that is not of the type of its field, or beyond its bounds."""
+        """Raise ValueError for a value of the wrong type or out of bounds."""
         least, most, longest = int(key not in _MAY_BE_ZERO), _MOST.get(key, 1 << 17), _LONGEST.get(key, 16)
         if _fits(value, kind, least, most, longest):
             return
@@ -125,7 +125,7 @@ class Config:
 
 
 def _fits(value: Any, kind: Any, least: int, most: int, longest: int) -> bool:
-    """Return whether a JSON value is of a type, its whole numbers in bounds, its lists no longer than ``longest``."""
+    """Return whether a JSON value has a type, whole numbers in bounds, and lists of at most ``longest`` items."""
     if get_origin(kind) is UnionType:
         return any(_fits(value, one, least, most, longest) for one in get_args(kind))
     if get_origin(kind) is tuple:
@@ -143,7 +143,7 @@ def _leaves(kind: Any) -> set[Any]:
 
 
 def short(value: Any) -> str:
-    """Write a value of a file as it stands in a message, cut where it is long."""
+    """Format a value of a file for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -177,7 +177,7 @@ class CLIPTextConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a text encoder's ``config.json``, whose class says whether there is a projection."""
+        """Read a text encoder's ``config.json``; its class decides whether there is a projection."""
         with_projection = _as_tuple(raw.get("architectures")) == ("CLIPTextModelWithProjection",)
         return super().from_dict({**raw, "with_projection": with_projection})
 
@@ -202,7 +202,7 @@ class CLIPVisionConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read an image encoder's ``config.json``, or the one in the config of a whole CLIP or a safety checker."""
+        """Read an image encoder's ``config.json``, also inside the config of a whole CLIP or a safety checker."""
         if isinstance(vision := raw.get("vision_config"), Mapping):
             raw = {**vision, "projection_dim": raw.get("projection_dim")}
         return super().from_dict(raw)
@@ -212,7 +212,7 @@ class CLIPVisionConfig(Config):
 class EncoderConfig(Config):
     """Hold the config of a UNet's first half, which a ControlNet copies. Tuples run from the finest block on."""
 
-    # Of diffusers' options outside the family, only the value that means "off" is computed here.
+    # Options of diffusers outside the family are supported only if they are off.
     supported: ClassVar[Supported] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
@@ -245,7 +245,7 @@ class EncoderConfig(Config):
     layers_per_block: tuple[int, ...]
     down_block_types: tuple[str, ...]
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    num_attention_heads: tuple[int, ...]  # which checkpoints store under the misleading name attention_head_dim
+    num_attention_heads: tuple[int, ...]  # stored under the misleading name attention_head_dim
     cross_attention_dim: tuple[int, ...]
     transformer_layers_per_block: tuple[int | tuple[int, ...], ...]  # of a block, or of each of its attentions
     norm_num_groups: int = 32
@@ -261,14 +261,14 @@ class EncoderConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a part's JSON, where the heads may stand under either name."""
+        """Read a part's JSON, with either name for the number of heads."""
         if raw.get("num_attention_heads") is None:
             raw = {**raw, "num_attention_heads": raw.get("attention_head_dim")}
         return super().from_dict(raw)
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
-        """Return the channels of every map that the UNet's second half gets from its first, in their order."""
+        """Return the channels of every skip connection, in order."""
         channels = list(self.block_out_channels[:1])
         for i, width in enumerate(self.block_out_channels):
             downsampled = i < len(self.block_out_channels) - 1
@@ -295,7 +295,7 @@ class UNetConfig(EncoderConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read ``unet/config.json``, whose up path by default has the transformers of the down path."""
+        """Read ``unet/config.json``. By default the up path has the same transformers as the down path."""
         key, layers = "reverse_transformer_layers_per_block", raw.get("transformer_layers_per_block")
         if raw.get(key) is None and isinstance(layers, list | tuple):
             if any(isinstance(n, list | tuple) for n in layers):
@@ -316,7 +316,7 @@ class AutoencoderConfig(Config):
     }
     per_block: ClassVar[Mapping[str, Any]] = {"down_block_types": None, "up_block_types": None}
     ignored: ClassVar[Collection[str]] = _IGNORED
-    moments: ClassVar[int] = 2  # that the encoder writes for each channel of latents: mean and log variance
+    moments: ClassVar[int] = 2  # values per latent channel in the encoder's output: mean and log variance
 
     block_out_channels: tuple[int, ...]
     in_channels: int = 3
@@ -324,9 +324,9 @@ class AutoencoderConfig(Config):
     latent_channels: int = 4
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # multiplies latents, last of all
-    latents_mean: tuple[float, ...] | None = None  # of each channel; it is subtracted
-    latents_std: tuple[float, ...] | None = None  # of each channel; it divides the rest
+    scaling_factor: float = 0.18215  # factor on the latents, applied last
+    latents_mean: tuple[float, ...] | None = None  # of each channel, subtracted first
+    latents_std: tuple[float, ...] | None = None  # of each channel, the divisor
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True

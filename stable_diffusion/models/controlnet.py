@@ -1,7 +1,7 @@
-"""Networks that see a control image, such as edges or a pose, and add to the maps of the UNet's first half.
+"""Networks that read a control image, such as edges or a pose, and add residuals to the UNet's first half.
 
-A ControlNet (Zhang et al. 2023) is a copy of that half and runs at every step; its results pass through convolutions
-that training starts at zero. A union ControlNet is one network for several kinds of images, which it may see together
+A ControlNet (Zhang et al. 2023) is a copy of that half and runs at every step; its outputs pass through convolutions
+that are initialized with zeros. A union ControlNet is one network for several control types, which may be combined
 (xinsir, controlnet-union-sdxl-1.0). A T2I-Adapter (Mou et al. 2023) is small and runs once. Module names are those of
 diffusers' ``ControlNetModel``, ``ControlNetUnionModel`` and ``T2IAdapter``; 1×1 convolutions are Linears here.
 """
@@ -24,7 +24,7 @@ UNION_TYPES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "t
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(EncoderConfig):
-    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and what embeds the image."""
+    """Hold the config of a ``ControlNetModel`` (Zhang et al. 2023): a UNet's first half, and the image embedding."""
 
     kind: ClassVar[str] = "controlnet"
     supported: ClassVar[Supported] = EncoderConfig.supported | {
@@ -32,25 +32,25 @@ class ControlNetConfig(EncoderConfig):
         "controlnet_conditioning_channel_order": ("rgb", "bgr", None),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
     }
-    # Widths that are those of the first block, and heads of an attention that computes none, see UnionBlock.
+    # Widths equal to the first block's, and heads of a trivial attention, see UnionBlock.
     ignored: ClassVar[Collection[str]] = EncoderConfig.ignored | {"num_trans_channel", "num_proj_channel"}
     ignored |= {"num_trans_head"}
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # all but the first halve the image
     controlnet_conditioning_channel_order: str = "rgb"
-    global_pool_conditions: bool = False  # only the mean of each result counts ("shuffle")
-    num_control_type: int | None = None  # kinds of images that a union ControlNet tells apart; None in all others
+    global_pool_conditions: bool = False  # use only the mean of each residual ("shuffle")
+    num_control_type: int | None = None  # control types of a union ControlNet; None for other networks
     num_trans_layer: int = 1
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read a ControlNet's JSON, where a union ControlNet may stand under either class."""
+        """Read a ControlNet's JSON; a union ControlNet may have either class name."""
         union = {"num_control_type": 6, "conditioning_embedding_out_channels": (48, 96, 192, 384)}
         return super().from_dict((union if raw.get("_class_name") == "ControlNetUnionModel" else {}) | dict(raw))
 
     def type_number(self, kind: str | int | None) -> int:
-        """Return the number of a kind of images in a union ControlNet; ValueError where it does not know it."""
+        """Return the number of a control type in a union ControlNet; ValueError for an unknown type."""
         names = [*UNION_TYPES, *map(str, range(len(UNION_TYPES), self.num_control_type))][: self.num_control_type]
         if str(kind) in names:
             return names.index(str(kind))
@@ -65,7 +65,7 @@ class ControlNetConfig(EncoderConfig):
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
     def check_fits(self, unet: UNetConfig) -> None:
-        """Raise ValueError unless this ControlNet's results can be added to the maps of ``unet``."""
+        """Raise ValueError unless this ControlNet's residuals fit ``unet``."""
         sizes, unet_sizes = (config.projection_class_embeddings_input_dim for config in (self, unet))
         for what, mine, needed in (
             ("latent channels", self.in_channels, unet.out_channels),
@@ -84,9 +84,9 @@ def misfit(network: str, reason: str) -> ValueError:
 
 
 class UnionBlock(nn.Module):
-    """Refine the means of control images [n, C], which are the tokens of a union ControlNet's transformer.
+    """Refine the means of control images [n, C], the tokens of a union ControlNet's transformer.
 
-    Its published code attends along the batch, whose rows have the same images: each token attends to its own value.
+    The published code attends along the batch, whose rows have equal images: each token attends to itself.
     """
 
     def __init__(self, width: int):
@@ -103,17 +103,17 @@ class UnionBlock(nn.Module):
 
 
 class ControlNetModel(Encoder):
-    """Compute what to add to the UNet's maps, so that its image follows a control image.
+    """Compute residuals for the UNet, so that its image follows a control image.
 
     Args of the call:
-        x: the latents [B, h, w, in_channels], without the extra channels that some UNets take.
+        x: the latents [B, h, w, in_channels], without the extra channels of some UNets.
         temb: the embedded timestep, from this network's ``embed_time``.
         context: the encoded prompt, as for the UNet.
         image_embedding: from ``embed``, [B, h, w, C], or [1, h, w, C] for all; in a union ControlNet from ``fuse``.
 
     Returns:
-        (one residual for each map that the UNet's second half takes back, the middle's residual), at full strength.
-        They are as large as the maps, or [B, 1, 1, C] in a network whose ``config.global_pool_conditions`` is set.
+        (one residual for each skip connection of the UNet, the middle's residual), at scale 1. They have the size of
+        the maps, or [B, 1, 1, C] if ``config.global_pool_conditions`` is set.
     """
 
     def __init__(self, config: ControlNetConfig):
@@ -131,13 +131,13 @@ class ControlNetModel(Encoder):
         if config.num_control_type is not None:
             width, count = config.block_out_channels[0], config.num_control_type
             self.task_embedding = mx.zeros((count, width))
-            self.transformer_layes = [UnionBlock(width) for _ in range(config.num_trans_layer)]  # named so in files
+            self.transformer_layes = [UnionBlock(width) for _ in range(config.num_trans_layer)]  # spelled so in files
             self.spatial_ch_projs = nn.Linear(width, width)
             self.control_add_embedding = TimestepEmbedding(count * config.addition_time_embed_dim, 4 * width)
         self.eval()
 
     def embed(self, image: mx.array) -> mx.array:
-        """Embed a control image [B, H, W, 3] in [0, 1], red first: -> [B, h, w, C], the same at all steps.
+        """Embed a control image [B, H, W, 3] in [0, 1], RGB: -> [B, h, w, C], the same for all steps.
 
         H and W are ``config.scale`` (8) times the latents'. Raises ValueError for another number of channels.
         """
@@ -152,12 +152,12 @@ class ControlNetModel(Encoder):
         return embedding.conv_out(x)
 
     def embed_types(self, numbers: Collection[int], dtype: mx.Dtype) -> mx.array:
-        """Embed the kinds of a union ControlNet's images: -> [1, T], for ``embed_time`` to add."""
+        """Embed the control types of a union ControlNet: -> [1, T], for ``embed_time`` to add."""
         flags = mx.array([[float(i in numbers) for i in range(self.config.num_control_type)]])
         return self.control_add_embedding(self._waves(flags, self.config.addition_time_embed_dim, dtype))
 
     def fuse(self, embedded: Sequence[mx.array], numbers: Sequence[int], scales: Sequence[float]) -> mx.array:
-        """Join the embedded images [1, h, w, C] of several kinds, each at its scale: -> [1, h, w, C]."""
+        """Combine the embedded images [1, h, w, C] of several control types, each at its scale: -> [1, h, w, C]."""
         fused = []
         for image, number, scale in zip(embedded, numbers, scales, strict=True):
             x = scale * (image.mean(axis=(1, 2)) + self.task_embedding[number])
@@ -186,8 +186,8 @@ class ControlNetModel(Encoder):
 def scaled_residuals(residuals: Residuals, scale: float, guess: bool = False) -> tuple[list[mx.array], mx.array]:
     """Multiply residuals by ``scale``, and in guess mode the finest by 0.1 and each coarser one by more, up to 1.
 
-    Guess mode lets a control image act without a prompt (Zhang et al. 2023): coarse maps hold the content, fine ones
-    the positions, which residuals of one pixel do not have. The factors are evenly spaced in their logarithm.
+    In guess mode a control image acts without a prompt (Zhang et al. 2023). Coarse maps hold the content, fine maps the
+    positions; residuals of one pixel have no positions. The factors are evenly spaced in their logarithm.
     """
     down, middle = residuals
     count = len(down)
@@ -211,7 +211,7 @@ class T2IAdapterConfig(Config):
     adapter_type: str = "full_adapter"
 
     def check_fits(self, unet: UNetConfig) -> None:
-        """Raise ValueError unless each of the features has its down block in ``unet``, and XL's last one the middle."""
+        """Raise ValueError unless each feature fits a down block of ``unet``, and XL's last one the middle."""
         widths = self.channels + self.channels[-1:] * (self.adapter_type == "light_adapter")
         xl = unet.down_block_types[0] == "DownBlock2D"
         needed = unet.block_out_channels + unet.block_out_channels[-1:] * xl
@@ -242,7 +242,7 @@ class AdapterBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self._down:
             b, h, w, c = x.shape
-            x = mx.pad(x, [(0, 0), (0, h % 2), (0, w % 2), (0, 0)], mode="edge")  # an odd side's last mean is of one
+            x = mx.pad(x, [(0, 0), (0, h % 2), (0, w % 2), (0, 0)], mode="edge")  # for odd sides
             x = x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).mean(axis=(2, 4))
         if "in_conv" in self:
             x = self.in_conv(x)
@@ -252,7 +252,7 @@ class AdapterBlock(nn.Module):
 
 
 class T2IAdapter(nn.Module):
-    """Compute what to add to the UNet's down blocks, and in XL to its middle, the same at every step."""
+    """Compute features for the UNet's down blocks, and for XL's middle block, the same at every step."""
 
     def __init__(self, config: T2IAdapterConfig):
         super().__init__()
@@ -269,10 +269,11 @@ class T2IAdapter(nn.Module):
             self.adapter.conv_in = Conv2d(unshuffled, channels[0], 3, padding=1)
 
     def embed(self, image: mx.array) -> list[mx.array]:
-        """Compute the UNet's ``features`` for a control image [B, H, W, 3] in [0, 1], at full strength.
+        """Compute the UNet's ``features`` for a control image [B, H, W, 3] in [0, 1], at scale 1.
 
-        An adapter with ``config.in_channels`` 1 sees the image in grey, which may also come as [B, H, W, 1].
-        Raises ValueError for other shapes, and sides that are no multiples of ``config.downscale_factor`` (8, XL 16).
+        An adapter with ``config.in_channels`` 1 reads the image in grey, which may also be given as [B, H, W, 1].
+        Raises ValueError for other shapes, and for sides that are not multiples of ``config.downscale_factor`` (8; XL:
+        16).
         """
         factor, channels = self.config.downscale_factor, self.config.in_channels
         if channels == 1 and image.shape[-1] == 3:

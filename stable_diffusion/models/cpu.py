@@ -1,13 +1,13 @@
-"""Hold all that is special to a CPU: OpenBLAS, its threads, streams side by side, and kernels for float32.
+"""Hold all code that is specific to a CPU: OpenBLAS, its threads, parallel streams, and float32 kernels.
 
-On Linux MLX carries the reference BLAS, whose float32 products run at about 2 GFLOP/s. Symbols that are already loaded
-win, so OpenBLAS is loaded here, before MLX and where it is installed: its products are about fifty times faster.
+On Linux, MLX is built with the reference BLAS, whose float32 products run at about 2 GFLOP/s. OpenBLAS, if it is
+installed, is loaded here before MLX, so that its symbols are used: its products are about fifty times faster.
 
 GPUs of the M5 and later, and NVIDIA's, round the factors of float32 products to TF32, 11 bits, unless MLX_ENABLE_TF32
-is 0 when MLX first computes. The networks in float32 are those that must not be rounded, so that is the default here.
+is 0 when MLX first computes. Networks run in float32 because they need this precision, so 0 is the default here.
 
 The kernels are polynomials, which a compiler turns into loops of products and sums. MLX computes exp and erf one value
-at a time, and that is most of the time of a softmax over 4096 positions. The numbers are the same, to rounding.
+at a time, which is most of the time of a softmax over 4096 positions. The results are equal, to rounding.
 """
 
 import ctypes
@@ -33,20 +33,20 @@ import mlx.core as mx  # noqa: E402
 from . import winograd  # noqa: E402
 
 DEVICES = ("cpu", "gpu")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 _cores = 1  # for products and streams; tune() counts them
 _thread = threading.local()  # MLX's streams belong to threads
 
-# Held while this process waits for others (app/sharing.py). Where there is no GPU, MLX frees buffers only when all
-# streams are done, also those of other threads, and no thread runs Python meanwhile, such as one that ends the wait.
+# Held while this process waits for others (app/sharing.py). Without a GPU, MLX frees buffers only when all streams are
+# done, also those of other threads. Meanwhile no thread runs Python, not even the one that would end the wait.
 collective: AbstractContextManager[Any] = nullcontext() if mx.is_available(mx.gpu) else threading.Lock()
 
 
 def tune() -> None:
-    """Set this process up for computing on a CPU: memory allocator, threads of products and streams side by side.
+    """Tune this process for a CPU: memory allocator, threads for matrix products, and parallel streams.
 
-    Call it once, before the first run. It does nothing on a Mac. glibc would return freed arrays above 32 MB to the
-    system, at ten times the cost of an elementwise product. So it keeps them: the process stays at its peak of memory.
+    Call it once, before the first run. It has no effect on a Mac. glibc would return freed arrays above 32 MB to the
+    system, at ten times the cost of an elementwise product. So it keeps them: the process stays at its memory peak.
     """
     global _cores
     if sys.platform == "linux":
@@ -54,17 +54,17 @@ def tune() -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(_M_MMAP_MAX, 0)
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    count = getattr(_openblas, "openblas_get_num_threads", None)  # some builds name their functions otherwise
+    count = getattr(_openblas, "openblas_get_num_threads", None)  # some builds use other names
     _cores = 1 if count is None else count()
 
 
 def choose_device(name: str | None = None) -> None:
-    """Compute on the "cpu" or the "gpu" from now on (None: as SD_DEVICE in the environment says, or as MLX does).
+    """Set the default device, "cpu" or "gpu". By default it is SD_DEVICE from the environment, or MLX's.
 
-    On a Mac without command line tools MLX looks for a compiler before it computes on the CPU, for which macOS opens a
-    dialog that offers to install them; without ``mx.compile`` it does not look.
+    On a Mac without command line tools, MLX looks for a compiler before it computes on the CPU, and macOS opens a
+    dialog that offers to install them. So ``mx.compile`` is turned off there.
 
-    Raises ValueError for another name, and where there is no such device.
+    Raises ValueError for another name, or a device that MLX does not find.
     """
     if name := name or os.environ.get("SD_DEVICE"):
         if name not in DEVICES:
@@ -80,18 +80,18 @@ def choose_device(name: str | None = None) -> None:
 
 
 def parts(rows: int) -> int:
-    """Return in how many equal parts to compute a batch of ``rows`` side by side, each on one core.
+    """Return the number of equal parts in which to compute a batch of ``rows`` in parallel, each on one core.
 
-    OpenBLAS gives a product all cores, but MLX computes what lies between products on one of them. Parts on different
-    streams run at the same time: on two cores a step of SD 2.1 with guidance takes four fifths of the time. There is
-    one part where the rows do not divide by the cores, on a GPU, and in low memory, where MLX must not work ahead.
+    OpenBLAS uses all cores for a product, but MLX computes everything else on one core. Parts on different streams run
+    in parallel: on two cores, a step of SD 2.1 with guidance takes four fifths of the time. It is one part if the rows
+    do not divide by the cores, on a GPU, and in low memory, where MLX must not work ahead.
     """
     divides = mx.default_device() == mx.cpu and mx.get_memory_limit() > 0 and rows % _cores == 0
     return _cores if divides else 1
 
 
 def stream_of(part: int, count: int) -> AbstractContextManager:
-    """Build the graph of one of ``count`` parts within this context: on its stream, with its share of the cores."""
+    """Build the graph of one of ``count`` parts within this context: on its stream, with its part of the cores."""
     if _cores == 1:
         return nullcontext()
     _openblas.openblas_set_num_threads(_cores // count)
@@ -104,13 +104,13 @@ def stream_of(part: int, count: int) -> AbstractContextManager:
 
 
 def all_cores() -> None:
-    """Let products use all cores again, after parts have shared them. It does nothing before :func:`tune`."""
+    """Let products use all cores again, after parallel parts. It has no effect before :func:`tune`."""
     if _cores > 1:
         _openblas.openblas_set_num_threads(_cores)
 
 
 def clear_cache() -> None:
-    """Free the memory that MLX holds for reuse; where that waits for all streams, other threads run meanwhile."""
+    """Free the memory that MLX holds for reuse. If that waits for all streams, other threads run meanwhile."""
     with collective:
         mx.clear_cache()
 
@@ -124,16 +124,16 @@ class _AtThreadEnd:
 
 
 def clear_streams_at_thread_end() -> None:
-    """Have MLX's streams of this thread cleared when it ends.
+    """Clear MLX's streams of this thread when it ends.
 
-    Otherwise MLX (0.32) aborts the process at exit once a worker thread has computed. The main thread needs nothing.
+    Otherwise MLX (0.32) aborts the process at exit once a worker thread has computed. The main thread is not affected.
     """
     if threading.current_thread() is not threading.main_thread() and not hasattr(_thread, "end"):
         _thread.end = _AtThreadEnd()
 
 
 def for_float32(kernel: Callable[..., mx.array], otherwise: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Return a function that is ``kernel`` for float32 where the CPU is the default device, and else ``otherwise``."""
+    """Return a function that calls ``kernel`` for float32 on the CPU as default device, and else ``otherwise``."""
 
     def dispatch(x: mx.array, *args: Any) -> mx.array:
         return (kernel if mx.default_device() == mx.cpu and x.dtype == mx.float32 else otherwise)(x, *args)
@@ -145,8 +145,8 @@ def convolve(x: mx.array, weight: mx.array, stride: Sequence[int], padding: Sequ
     """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C], large ones by Winograd's algorithm.
 
     The gradient of the maps is a product, too. MLX (0.32) copies the weights twice for it, up to eleven times the cost
-    of the product where maps are small, and at stride 2 it takes a loop that is forty times slower. Here they are
-    copied once, where maps are large.
+    of the product for small maps, and at stride 2 it uses a loop that is forty times slower. Here they are copied once,
+    for large maps only.
     """
     return _convolution(tuple(stride), tuple(padding))(x, weight)
 
@@ -166,7 +166,7 @@ def _convolution(stride: tuple[int, int], padding: tuple[int, int]) -> Callable[
     def gradients(inputs: Sequence[mx.array], change: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         x, weight = inputs
         (o, *_, c), positions = weight.shape, change.size // change.shape[-1]
-        gathers = stride == (1, 1) and 2 * positions * c > positions * o + o * c  # values that it takes
+        gathers = stride == (1, 1) and 2 * positions * c > positions * o + o * c  # values that it copies
         of_weight = mx.vjp(partial(mx.conv2d, x, stride=stride, padding=padding), [weight], [change])[1][0]
         if gathers:
             return _gather(x.shape, weight, padding, change), of_weight
@@ -176,7 +176,7 @@ def _convolution(stride: tuple[int, int], padding: tuple[int, int]) -> Callable[
 
 
 def _gather(shape: tuple[int, ...], weight: mx.array, padding: tuple[int, int], change: mx.array) -> mx.array:
-    """Compute the gradient of maps of ``shape``: the changes that each position has a part in, by a turned kernel."""
+    """Compute the gradient of maps of ``shape``: convolve the changes by a rotated kernel."""
     (b, h, w, c), (_, kh, kw, _) = shape, weight.shape
     sides = [(k - 1 - p,) * 2 for k, p in zip((kh, kw), padding, strict=True)]
     y = mx.pad(change, [(0, 0), *sides, (0, 0)])
@@ -187,7 +187,7 @@ def _gather(shape: tuple[int, ...], weight: mx.array, padding: tuple[int, int], 
 def _scatter(
     shape: tuple[int, ...], weight: mx.array, stride: tuple[int, int], padding: tuple[int, int], change: mx.array
 ) -> mx.array:
-    """Compute the same by all places of the kernel at once: add each product where it belongs."""
+    """Compute the same gradient from one product for all kernel positions, added at their places."""
     (b, h, w, c), (o, kh, kw, _), (_, rows, columns, _) = shape, weight.shape, change.shape
     y = (change.reshape(-1, o) @ weight.reshape(o, -1)).reshape(b, rows, 1, columns, 1, -1)
     if max(stride) > 1:
@@ -244,7 +244,7 @@ def _scaled_silu_gradients(inputs: Sequence[mx.array], change: mx.array, _: mx.a
 @mx.custom_function
 def gelu(x: mx.array) -> mx.array:
     """Compute x * (1 + erf(x / sqrt(2))) / 2, element by element."""
-    x = x + 0.0  # a copy in one piece: loops over half of a wider array, as it is in GEGLU, are not vectorized
+    x = x + 0.0  # a contiguous copy: loops over half of a wider array, as in GEGLU, are not vectorized
     return _gelu(x, _erf_polynomial(x), _exp(_minus_half_square(x)))
 
 
@@ -274,18 +274,18 @@ def _silu_slope(x: mx.array) -> mx.array:
 
 
 def _power_of_e(x: mx.array) -> mx.array:
-    """exp(x), as one operation for gradients, in which MLX fuses none: a third of the time of its own exp."""
+    """exp(x), as one operation for gradients, where MLX does not fuse: a third of the time of MLX's exp."""
     return mx.power(math.e, x)
 
 
 # Each function below becomes one loop. mx.compile fuses chains of at most 11 operations, and a maximum keeps the C
-# compiler from vectorizing what stands in the same loop, so they are cut where a chain would become longer.
+# compiler from vectorizing its loop, so longer chains are split.
 _loop = partial(mx.compile, shapeless=True)
 
 
 @mx.compile
 def _taylor(x: mx.array) -> mx.array:
-    """exp(x / 16) - 1, in which the last bits of an exponential near 1 are not lost."""
+    """exp(x / 16) - 1, which keeps the last bits of an exponential near 1."""
     a, b, c, d, e, f, g = (1 / (16**k * math.factorial(k)) for k in range(1, 8))
     x2 = x * x
     return ((a + b * x) + (c + d * x) * x2 + ((e + f * x) + g * x2) * (x2 * x2)) * x

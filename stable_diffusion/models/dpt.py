@@ -1,6 +1,6 @@
-"""The dense prediction transformer (Ranftl et al. 2021), which estimates the inverse depth of a picture.
+"""The dense prediction transformer (Ranftl et al. 2021), which estimates the inverse depth of an image.
 
-Inverse depth is larger where a picture is nearer. This is the hybrid that MiDaS 3 calls DPT-Hybrid and that Stable
+Inverse depth is larger for nearer objects. This is the hybrid that MiDaS 3 calls DPT-Hybrid and that Stable
 Diffusion 2 was trained with, named as transformers' ``DPTForDepthEstimation``. A ResNet gives maps of three sizes; a
 vision transformer reads the smallest; the two larger ones and two of its states are fused, the coarsest first.
 """
@@ -17,7 +17,7 @@ from .config import Config, Supported
 from .layers import Group, multi_head_attention
 from .resample import resample
 
-_PATCH = 16  # pixels per token: what the backbone reduces
+_PATCH = 16  # pixels per token: the reduction of the backbone
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class DPTConfig(Config):
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
     image_size: int = 384
-    backbone_out_indices: tuple[int, ...] = (8, 11)  # layers whose states are read: the last two of a file's four
+    backbone_out_indices: tuple[int, ...] = (8, 11)  # layers whose states are used: the last two of a file's four
     neck_hidden_sizes: tuple[int, ...] = (96, 192, 384, 768)
     fusion_hidden_size: int = 256
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read ``depth_estimator/config.json``; ValueError names every key whose value this library cannot compute."""
+        """Read ``depth_estimator/config.json``; ValueError names every key with an unsupported value."""
         factors = tuple(raw.get("reassemble_factors") or (4, 2, 1, 0.5))[2:]
         if factors != (1, 0.5):  # the first two are not used
             raise ValueError(f"depth estimator config: reassemble_factors end in {factors!r} (supported: (1, 0.5))")
@@ -146,20 +146,20 @@ class FusionLayer(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.projection = nn.Linear(channels, channels)
-        self.residual_layer1 = ResidualUnit(channels)  # the coarsest layer has it too, and nothing to add
+        self.residual_layer1 = ResidualUnit(channels)  # unused in the coarsest layer
         self.residual_layer2 = ResidualUnit(channels)
 
     def __call__(self, x: mx.array, finer: mx.array | None = None) -> mx.array:
         if finer is not None:
             x = x + self.residual_layer1(finer)
-        # Interpolation weights add up to one, so the order is free: first the projection, of a quarter of the pixels.
+        # Interpolation weights sum to one, so the projection may come first, on a quarter of the pixels.
         return double(self.projection(self.residual_layer2(x)))
 
 
 class Neck(nn.Module):
     """Fuse maps of four sizes, finest first, into one map [B, 2H, 2W, C], twice as large as the finest.
 
-    The first two are the backbone's; transformer states [B, N + 1, C] become the others, of which the last is halved.
+    The first two are the backbone's. Transformer states [B, N + 1, C] become the others; the last one is halved.
     """
 
     def __init__(self, config: DPTConfig):
@@ -213,5 +213,5 @@ class DPTForDepthEstimation(nn.Module):
 
 
 def double(x: mx.array) -> mx.array:
-    """Double height and width, corners staying in the corners."""
+    """Double height and width, with aligned corners."""
     return resample(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=True)

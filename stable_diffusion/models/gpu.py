@@ -1,7 +1,7 @@
-"""Hold all that is special to a GPU, where a map is read and written in more time than elementwise operations take.
+"""Hold all code that is specific to a GPU, where reading and writing a map takes longer than elementwise operations.
 
 A function under ``mx.compile`` is one kernel, which reads each input and writes the result once. So biases and sums
-are part of the kernel that reads the map anyway.
+are part of a kernel that reads the map anyway.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from copy import copy
 import mlx.core as mx
 import mlx.nn as nn
 
-# Widths of heads for which Metal has a fused kernel of attention that it also prefers (MLX 0.32).
+# Head widths for which Metal has a fused attention kernel, and prefers it (MLX 0.32).
 FUSED = (64, 72, 80, 96, 128)
 
 
@@ -21,7 +21,7 @@ def is_default() -> bool:
 
 @mx.compile
 def _shifted(x: mx.array, *shifts: mx.array) -> mx.array:
-    """Compute x + Σ shifts, written in the order of the axes, whatever the strides of ``x``."""
+    """Compute x + Σ shifts, contiguous for any strides of ``x``."""
     return x + sum(shifts)
 
 
@@ -53,7 +53,7 @@ def geglu(x: mx.array, gate: mx.array) -> mx.array:
 def group_norm(x: mx.array, groups: int, eps: float, shifts: Sequence[mx.array] = ()) -> mx.array:
     """Normalize the groups of channels of ``x`` [B, H, W, C] + Σ ``shifts``: -> [B, H * W, groups, C / groups].
 
-    A shift is [C], or [1 or B, C] for each map. A group becomes one row, by the copy that adds the shifts. MLX's kernel
+    A shift is [C], or [1 or B, C]. A group becomes one row, in the copy that adds the shifts. MLX's kernel
     for layer norms computes in float32 and subtracts the mean first. The result is a view for the next kernel.
     """
     b, h, w, c = x.shape
@@ -65,22 +65,22 @@ def group_norm(x: mx.array, groups: int, eps: float, shifts: Sequence[mx.array] 
 
 
 def fused_width(dim: int) -> int:
-    """Return the width that heads of ``dim`` are widened to, the same where there is no fused kernel."""
+    """Return the width to which heads of ``dim`` are padded; ``dim`` without a fused kernel."""
     return next((fused for fused in FUSED if fused >= dim), dim)
 
 
 def is_fused(dim: int) -> bool:
-    """Return whether one kernel computes attention of heads of ``dim``, with scores in float32 whatever their type.
+    """Return whether one kernel computes attention for heads of ``dim``, with scores in float32 for any type.
 
-    It does on a GPU for any number of queries up to a width of 64; of wider ones some need more than eight queries.
+    On a GPU this holds for any number of queries up to a width of 64; some wider heads need more than eight queries.
     """
     return is_default() and dim <= FUSED[0]
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, dim: int | None = None) -> mx.array:
-    """Widen heads with zeros to what a fused kernel takes: they change no score and add columns that are cut off.
+    """Pad heads with zeros to the width of a fused kernel: scores do not change, and the extra columns are cut off.
 
-    ``dim`` is the width of heads that have such zeros already, which stay.
+    ``dim`` is the width of heads that are padded already; they stay padded.
     """
     own = q.shape[-1]
     width = fused_width(own)
@@ -90,18 +90,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, dim: int | None = None) -> 
 
 
 class Joined:
-    """Compute products of an attention's layers as one, and with heads of the width that a fused kernel takes.
+    """Compute products of an attention's layers as one, with heads padded to the width of a fused kernel.
 
-    Parameters become views of joined ones, which take no more memory, but for heads that are widened with zeros. It
-    holds for the parameters that it was made of: layers with others, or that a LoRA changes, compute by themselves.
+    Parameters become views of joined ones, which take more memory only for padded heads. The joined product is used
+    only while the layers have these parameters: changed layers, or layers with a LoRA, compute separately.
     """
 
     def __init__(self) -> None:
-        # The layer that computes the product, and the parameters that it is of.
+        # The layer that computes the product, and its parameters.
         self._entries: dict[tuple[str, ...], tuple[nn.Module, list[dict[str, mx.array]]]] = {}
 
     def add_rows(self, names: tuple[str, ...], layers: Sequence[nn.Module], heads: int) -> None:
-        """Join ``layers`` of one input. Quantized matrices, too: each row is quantized by itself."""
+        """Join ``layers`` with the same input, also quantized ones: each row is quantized separately."""
         own, first = [_parameters(layer) for layer in layers], layers[0]
         kinds = {tuple((key, p.shape, p.dtype) for key, p in parameters.items()) for parameters in own}
         kinds |= {(type(layer), *(getattr(layer, key, None) for key in _QUANTIZATION)) for layer in layers}
@@ -118,7 +118,7 @@ class Joined:
         self._entries[names] = copy(first).update(joined), [_parameters(layer) for layer in layers]
 
     def add_columns(self, layer: nn.Module, heads: int) -> None:
-        """Let ``layer`` take wide heads, with columns of zeros. Those of quantized layers are groups, and stay."""
+        """Let ``layer`` accept padded heads, with columns of zeros. Quantized layers are unchanged."""
         dim = layer.weight.shape[-1] // heads
         width = fused_width(dim)
         if isinstance(layer, nn.Linear) and width > dim:
@@ -126,19 +126,19 @@ class Joined:
             self._entries["out",] = copy(layer).update({"weight": weight}), [_parameters(layer)]
 
     def rows(self, names: tuple[str, ...], layers: Sequence[nn.Module], x: mx.array) -> list[mx.array]:
-        """Compute the product of ``x`` with each of the layers, with wide heads where they were added so."""
+        """Compute the product of ``x`` with each of the layers, with padded heads if they were added so."""
         joined = self._find(names, layers)
         return [layer(x) for layer in layers] if joined is None else mx.split(joined(x), len(layers), axis=-1)
 
     def out(self, layer: nn.Module, x: mx.array, dim: int) -> mx.array:
-        """Compute the product of ``layer`` and heads [B, N, heads, ``dim`` or more], with zeros in what is more."""
+        """Compute the product of ``layer`` and heads [B, N, heads, ``dim`` or more], padded with zeros."""
         if x.shape[-1] > dim:
             widened = self._find(("out",), [layer])
             x, layer = (x[..., :dim], layer) if widened is None else (x, widened)
         return layer(x.flatten(2))
 
     def _find(self, names: tuple[str, ...], layers: Sequence[nn.Module]) -> nn.Module | None:
-        """Return what is joined of ``layers`` as they are, and drop what is of parameters that they no longer have."""
+        """Return the joined layer of ``layers``, and drop it if their parameters have changed."""
         if names not in self._entries or not is_default():
             return None
         joined, own = self._entries[names]
@@ -158,7 +158,7 @@ def _parameters(layer: nn.Module) -> dict[str, mx.array]:
 
 
 def _widen(x: mx.array, heads: int, width: int, axis: int = 0) -> mx.array:
-    """Add zeros to each head along an axis: heads * D -> heads * width."""
+    """Pad each head with zeros along an axis: heads * D -> heads * width."""
     x = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
     pads = [(0, 0)] * x.ndim
     pads[axis + 1] = (0, width - x.shape[axis + 1])
@@ -166,7 +166,7 @@ def _widen(x: mx.array, heads: int, width: int, axis: int = 0) -> mx.array:
 
 
 def join(network: nn.Module) -> None:
-    """Let each attention of ``network`` compute products of one input together, where a GPU is the default device."""
+    """Let each attention of ``network`` compute products of one input together, on a GPU as default device."""
     if is_default():
         for module in network.modules():
             if hasattr(module, "join"):

@@ -1,7 +1,7 @@
-"""IP-Adapter (Ye et al. 2023): pictures as prompts, with the module names of the published files.
+"""IP-Adapter (Ye et al. 2023): image prompts, with the module names of the published files.
 
-An image encoder's features become a few tokens as wide as the encoded prompt, which every cross-attention of the UNet
-reads beside it, by keys and values of its own.
+An image encoder's features become a few tokens with the width of the encoded prompt. Every cross-attention of the UNet
+reads them in addition to the prompt, with separate keys and values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +18,22 @@ from .controlnet import misfit
 from .layers import Group, LayerNorm, gelu, multi_head_attention, split_heads
 from .resample import resample
 
-_HEAD_WIDTH = 64  # channels of a head of the resampler, in all published files
+_HEAD_WIDTH = 64  # channels per head of the resampler, in all published files
 
 
 @dataclass(frozen=True)
 class IPAdapterConfig(Config):
-    """Hold what the tensors of a file say of an IP-Adapter, which has no config.json."""
+    """Hold the config of an IP-Adapter, derived from the tensors of its file."""
 
     kind: ClassVar[str] = "IP-Adapter"
     supported: ClassVar[Supported] = {"image_proj": ("linear", "mlp", "resampler")}
 
     image_proj: str  # "linear" (plain, light), "mlp" (full face) or "resampler" (Plus)
-    image_width: int  # of the features that are read
-    context_width: int  # of the tokens, as the encoded prompt's
+    image_width: int  # width of the image encoder's features
+    context_width: int  # width of the tokens and of the encoded prompt
     attention_widths: tuple[int, ...]  # channels of the UNet's cross-attentions: down blocks, up blocks, middle
-    num_tokens: int = 1  # made of an embedding, or by the resampler
-    hidden_size: int = 768  # of the resampler, like all below
+    num_tokens: int = 1  # from an embedding, or from the resampler
+    hidden_size: int = 768  # this and the following: of the resampler
     attention_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 4
@@ -45,7 +45,7 @@ class IPAdapterConfig(Config):
 
     @property
     def reads_hidden_states(self) -> bool:
-        """Return whether the features are the states before the last layer, [B, N, C], and not an embedding [B, E]."""
+        """Return whether the features are the states before the last layer, [B, N, C], and not embeddings [B, E]."""
         return self.image_proj != "linear"
 
     def check_fits(self, unet: UNetConfig) -> None:
@@ -84,7 +84,7 @@ class ImageProjection(nn.Module):
 
 
 class MLPProjection(nn.Module):
-    """Turn each state [B, N, C] into a token [B, N, D], by a perceptron of two layers."""
+    """Turn each state [B, N, C] into a token [B, N, D] by a two-layer perceptron."""
 
     def __init__(self, config: IPAdapterConfig):
         super().__init__()
@@ -145,9 +145,9 @@ _PROJECTIONS = {"linear": ImageProjection, "mlp": MLPProjection, "resampler": Re
 
 
 class IPAdapter(nn.Module):
-    """Hold the projection of a picture's features to tokens, and the projections of tokens in each cross-attention.
+    """Hold the projection of image features to tokens, and the projections of tokens in each cross-attention.
 
-    ``encoder`` gives the features: it is set by the loader, and is no part of this network.
+    ``encoder`` computes the features. The loader sets it; it is not a part of this network.
     """
 
     encoder: Any = None
@@ -156,7 +156,7 @@ class IPAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.image_proj = _PROJECTIONS[config.image_proj](config)
-        self.ip_adapter = []  # files number all attentions, of which every other one reads the prompt
+        self.ip_adapter = []  # files number all attentions; every other one is a cross-attention
         for width in config.attention_widths:
             to_k_ip, to_v_ip = (nn.Linear(config.context_width, width, bias=False) for _ in "kv")
             self.ip_adapter += [nn.Identity(), Group(to_k_ip=to_k_ip, to_v_ip=to_v_ip)]
@@ -167,13 +167,13 @@ class IPAdapter(nn.Module):
         return [(layer.to_k_ip, layer.to_v_ip) for layer in self.ip_adapter[1::2]]
 
     def embed(self, features: mx.array) -> mx.array:
-        """Turn the features of pictures into image tokens [B, M, D]."""
+        """Turn image features into image tokens [B, M, D]."""
         return self.image_proj(features.astype(self.ip_adapter[1].to_k_ip.weight.dtype))
 
     def encode(self, encoder: CLIPVisionModelWithProjection, pixels: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the tokens of pictures [B, M, D], and those for the negative prompt [1, M, D].
+        """Return the tokens of images [B, M, D], and the negative tokens [1, M, D].
 
-        These are of an embedding of zeros, or where states are read of pixels of zeros, as in the training.
+        As in training, the negative tokens come from an embedding of zeros, or, with states, from pixels of zeros.
         """
         embeddings, states = encoder(pixels)
         if not self.config.reads_hidden_states:
@@ -184,17 +184,17 @@ class IPAdapter(nn.Module):
 
 @dataclass
 class ImageTokens:
-    """Cache the keys and values that cross-attentions make of image tokens, the same in all steps of a run."""
+    """Cache the keys and values of image tokens in each cross-attention, the same in all steps of a run."""
 
     tokens: mx.array  # [B, M, D]
     layers: Mapping[int, tuple[nn.Linear, nn.Linear, float]]  # by number: to keys, to values, scale
-    mask: mx.array | None = None  # [H, W], of the picture or its latents: 1 where the tokens act, 0 where they do not
+    mask: mx.array | None = None  # [H, W], of the output or its latents: 1 where the tokens act, else 0
     _cache: dict[tuple[int, int], tuple[mx.array, mx.array, float | mx.array]] = field(default_factory=dict)
 
     def keys_and_values(self, number: int, q: mx.array) -> tuple[mx.array, mx.array, float | mx.array]:
         """Return a layer's keys and values for ``q`` [B, heads, N, D], and their weight: a number, or [N, 1].
 
-        D may be wider than a head, with zeros behind it, see ``gpu.attention``.
+        D may be padded with zeros, see ``gpu.attention``.
         """
         _, heads, positions, width = q.shape
         if (number, width) not in self._cache:
@@ -206,7 +206,7 @@ class ImageTokens:
         return self._cache[number, width]
 
     def _mask(self, positions: int) -> mx.array:
-        """Resize the mask to the map of so many positions: the UNet, as the autoencoder, halves sides and rounds up."""
+        """Resize the mask to a map with this number of positions; the UNet halves sides and rounds up."""
         h, w = self.mask.shape
         while h * w > positions:
             h, w = (h + 1) // 2, (w + 1) // 2

@@ -1,4 +1,4 @@
-"""Layers and kernels that the networks share. Images are NHWC, sequences [B, N, C]."""
+"""Layers and kernels shared by the networks. Images are NHWC, sequences [B, N, C]."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -15,12 +15,12 @@ from .seamless import pad, padded
 
 Kernel = Callable[..., mx.array]
 
-# Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS ends what takes some
-# seconds, see https://github.com/exo-explore/exo/issues/1620.
+# Multiply-adds of one kernel on a GPU: about a second on the slowest Macs (computed). macOS stops kernels that take
+# some seconds, see https://github.com/exo-explore/exo/issues/1620.
 _LONGEST = 2**40
-WINOGRAD_POSITIONS = 4096  # positions, in all rows of the input, from which Metal takes Winograd's algorithm (MLX 0.32)
-_QUERIES = 128  # at least in a product with all keys on a CPU: 32 reach 2/3 of its rate, at 16,384 and 65,536 keys
-_SCORES = 2**22  # bytes of attention in a gradient, which has them several times
+WINOGRAD_POSITIONS = 4096  # fewest positions, in all rows of the input, for Metal's Winograd algorithm (MLX 0.32)
+_QUERIES = 128  # fewest queries in a product on a CPU: 32 reach 2/3 of its rate, at 16,384 and 65,536 keys
+_SCORES = 2**22  # bytes of attention scores in a gradient, which holds several copies
 
 
 class Group(nn.Module):
@@ -42,7 +42,7 @@ _convolve = cpu.for_float32(cpu.convolve, lambda *inputs: mx.conv2d(*inputs))
 
 @mx.compile
 def scaled(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """Compute (x - mean) * scale + shift in float32, in the type of x. Nothing cancels where the mean is large."""
+    """Compute (x - mean) * scale + shift in float32, in the type of x. A large mean causes no cancellation."""
     return ((x.astype(mx.float32) - mean) * scale + shift).astype(x.dtype)
 
 
@@ -66,7 +66,7 @@ def _scores_gradient(p: mx.array, dp: mx.array, mean: mx.array) -> mx.array:
 def _attention_gradients(
     inputs: Sequence[mx.array], change: mx.array, out: mx.array, upcast: bool = False, dim: int | None = None
 ) -> tuple[mx.array, ...]:
-    """Compute the scores once more, of as many heads at a time as have ``_SCORES`` bytes (Dao et al. 2022, alg. 4)."""
+    """Recompute the scores, for as many heads at a time as fit ``_SCORES`` bytes (Dao et al. 2022, alg. 4)."""
     heads = [x.reshape(-1, *x.shape[2:]) for x in (*inputs, change, out)]
     step = max(_SCORES // (4 * inputs[0].shape[2] * inputs[1].shape[2]), 1)
     parts: list[tuple[mx.array, ...]] = []
@@ -85,13 +85,13 @@ def _attention_gradients(
     return tuple(mx.concatenate(xs).reshape(x.shape) for xs, x in zip(zip(*parts, strict=True), inputs, strict=True))
 
 
-_after = mx.custom_function(lambda x, done: mx.depends(x, done))  # in gradients the other way round
+_after = mx.custom_function(lambda x, done: mx.depends(x, done))  # reversed in gradients
 _after.vjp(lambda inputs, change, _: (change, mx.depends(mx.zeros_like(inputs[1]), change)))
 
 
 @cache
 def _attention_kernel(upcast: bool, dim: int | None) -> Kernel:
-    """Attend, with scores of the gradient in float32 if ``upcast``; ``dim`` is the width of heads that were widened."""
+    """Attend, with scores of the gradient in float32 if ``upcast``; ``dim`` is the width of padded heads."""
     kernel = mx.custom_function(partial(gpu.attention, dim=dim) if dim else lambda q, k, v: _attend(q, k, v))
     kernel.vjp(partial(_attention_gradients, upcast=upcast, dim=dim))
     return kernel
@@ -109,11 +109,11 @@ def attention(
 ) -> mx.array:
     """Compute scaled dot-product attention (Vaswani et al. 2017): q [B, heads, N, D], k and v [B, heads, M, D] -> as q.
 
-    ``upcast`` has gradients compute scores in float32, as fused kernels do, whatever the type. ``dim`` is the width of
-    heads that were widened with zeros to D.
-    Where the scores of all pairs would stand in memory, as many images, heads or queries are computed at a time as have
-    scores of at most ``largest`` bytes; on a GPU also as many as take one kernel ``_LONGEST``. Products with few rows
-    are slow, so images and heads are parted first, and the queries of a head into ``_QUERIES`` at least.
+    ``upcast`` computes the scores of gradients in float32, as fused kernels do. ``dim`` is the width of heads that were
+    padded with zeros to D.
+    Without a fused kernel the scores of all pairs would be in memory. Then parts are computed one after the other:
+    images, heads or queries with at most ``largest`` bytes of scores, and on a GPU at most ``_LONGEST`` per kernel.
+    Products with few rows are slow, so images and heads are split first, then queries into ``_QUERIES`` or more.
     """
     on_cpu, width = mx.default_device() == mx.cpu, q.shape[-1]
     limit = largest / q.itemsize if on_cpu or width > gpu.FUSED[-1] else math.inf
@@ -129,14 +129,14 @@ def attention(
     k, v = (mx.split(x, cuts, axis) if axis < 2 else [x] * len(queries) for x in (k, v))
     results: list[mx.array] = []
     for q, *kv in zip(queries, k, v, strict=True):
-        # One after the other, or the scores of all would be in memory at once.
+        # One after the other, or all scores would be in memory at once.
         q = _after(q, results[-1]) if results else q
         results.append(attention(q, *kv, largest, axis + 1, upcast=upcast, dim=dim))
     return mx.concatenate(results, axis=axis)
 
 
 def split_heads(x: mx.array, b: int, heads: int) -> mx.array:
-    """Part channels into heads: [B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
+    """Split channels into heads: [B, N, C] or [B * N, C] -> [B, heads, N, C / heads]."""
     return x.reshape(b, -1, heads, x.shape[-1] // heads).transpose(0, 2, 1, 3)
 
 
@@ -150,7 +150,7 @@ def multi_head_attention(q: mx.array, k: mx.array, v: mx.array, heads: int, mask
 class GroupNorm(nn.Module):
     """Normalize groups of channels of NHWC maps (Wu & He 2018), in float32 and without transposes.
 
-    The mean is subtracted before the product, so its size costs no bits beyond those that it has itself.
+    The mean is subtracted before the product, so a large mean costs no further precision.
     """
 
     def __init__(self, groups: int, channels: int, eps: float):
@@ -164,7 +164,7 @@ class GroupNorm(nn.Module):
         return self._on_gpu(x, gpu.affine) if gpu.is_default() else self.normalize(x, *self.moments(x))
 
     def activated(self, x: mx.array, *shifts: mx.array) -> mx.array:
-        """Normalize ``x`` + Σ ``shifts``, each [C] or [1 or B, C], and compute SiLU of it, in few passes over maps."""
+        """Normalize ``x`` + Σ ``shifts``, each [C] or [1 or B, C], and compute the SiLU, in few passes over maps."""
         if gpu.is_default():
             return self._on_gpu(x, gpu.affine_silu, shifts)
         for shift in shifts:
@@ -176,7 +176,7 @@ class GroupNorm(nn.Module):
         return kernel(y, *(p.reshape(self._groups, -1) for p in (self.weight, self.bias))).reshape(x.shape)
 
     def moments(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and the same along a group."""
+        """Return mean and variance of the groups of ``x``, each [B, 1, 1, C] float32 and equal within a group."""
         x = x.astype(mx.float32)
         mean = self._mean(x)
         return mean, self._mean(_squared_distance(x, mean))
@@ -188,7 +188,7 @@ class GroupNorm(nn.Module):
     def _mean(self, x: mx.array) -> mx.array:
         """[B, H, W, C] -> [B, 1, 1, C]: MLX's CPU kernels run along channels twice as fast as along groups.
 
-        They add one value after the other, so a sum over all of 512 × 512 positions would be wrong by 2e-4.
+        They add values one by one, so a sum over 512 × 512 positions would have an error of 2e-4.
         """
         b, _, _, c = x.shape
         sums = x.sum(axis=1).sum(axis=1).reshape(b, self._groups, -1)
@@ -222,11 +222,11 @@ def suits_winograd(weight: Sequence[int], stride: Sequence[int] = (1, 1)) -> boo
 def rows_alike(
     x: tuple[int, ...], weight: tuple[int, ...], stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)
 ) -> float:
-    """Return up to how many rows Metal convolves by the kernel that it takes for one; math.inf for any number.
+    """Return the most rows that Metal convolves by the same kernel as one row; math.inf for any number.
 
     ``x`` is the shape [B, H, W, C] of the input and ``weight`` [O, kh, kw, C]. MLX (0.32, ``dispatch_conv_2D_gpu``)
-    counts the positions of all rows: from 4096 of the input on a convolution may go by Winograd's algorithm, from 256
-    of the output on channels that fit no tile are padded.
+    counts the positions of all rows: from 4096 of the input on it may use Winograd's algorithm, from 256 of the output
+    on it pads channels that do not fit a tile.
     """
     (_, *size, c), (o, *kernel, _) = x, weight
     if suits_winograd(weight, stride):
@@ -240,9 +240,9 @@ def rows_alike(
 
 
 def conv2d(x: mx.array, weight: mx.array, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0)) -> mx.array:
-    """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C]; on a GPU each row by the kernel that it takes alone.
+    """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C]; on a GPU each row by the kernel for a single row.
 
-    The kernels of half precision differ by up to 0.75 % (rms), so pictures would depend on the size of the batch.
+    Half-precision kernels differ by up to 0.75 % (rms), so images would depend on the batch size.
     """
     x, padding = padded(x, padding)
     rows = math.inf if mx.default_device() == mx.cpu else rows_alike(x.shape, weight.shape, stride, padding)
@@ -260,21 +260,21 @@ class Conv2d(nn.Conv2d):
         return y + bias if "bias" in self else y
 
     def apart(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the convolution of ``x`` without a bias, and the bias [C]: a kernel that reads the map can add it."""
+        """Return the convolution of ``x`` without bias, and the bias [C], which the next kernel can add."""
         y = conv2d(x, self.weight, self.stride, self.padding)
         return y, self.bias if "bias" in self else mx.zeros(y.shape[-1], y.dtype)
 
 
 @dataclass
 class Context:
-    """Cache the keys and values that each layer makes of an encoded prompt, the same in all steps of a run."""
+    """Cache each layer's keys and values of an encoded prompt, the same in all steps of a run."""
 
     encoded: mx.array  # [B, M, D]
-    v_encoded: mx.array | None = None  # what values are made of, where it is not the same
-    is_perturbed: mx.array | None = None  # [B]: 1 for rows whose positions attend to themselves alone
-    perturbed_layers: Collection[int] = ()  # numbers of the self-attentions in which they do
-    images: Sequence[Any] = ()  # image tokens that act beside the prompt, see ``ip_adapter.ImageTokens``
-    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)  # of layers that are not in training
+    v_encoded: mx.array | None = None  # the input of values, if it differs
+    is_perturbed: mx.array | None = None  # [B]: 1 for rows with identity attention maps (PAG)
+    perturbed_layers: Collection[int] = ()  # numbers of their self-attentions
+    images: Sequence[Any] = ()  # image tokens beside the prompt, see ``ip_adapter.ImageTokens``
+    _cache: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)  # not filled in training
 
     def keys_and_values(self, layer: "Attention") -> tuple[mx.array, mx.array]:
         """Return a layer's keys and values, both [B, heads, M, C / heads]."""
@@ -293,7 +293,7 @@ _layer_numbers = count()
 class Attention(nn.Module):
     """Compute multi-head attention (Vaswani et al. 2017); self-attention when no ``context`` is given.
 
-    ``upcast`` computes scores and softmax in float32 whatever the weights' type: SD 2.1 overflows float16 there.
+    ``upcast`` computes scores and softmax in float32 for any type: SD 2.1 overflows float16 there.
     ``largest_scores`` is in bytes, see :func:`attention`. Each layer has a ``number``, unique in the process.
     """
 
@@ -322,7 +322,7 @@ class Attention(nn.Module):
         self._joined = gpu.Joined()
 
     def join(self) -> None:
-        """Compute products of the same input as one on a GPU, of the parameters as they are: :class:`gpu.Joined`."""
+        """Compute products of the same input as one on a GPU, for the current parameters: :class:`gpu.Joined`."""
         for names in self._inputs:
             self._joined.add_rows(names, [self[name] for name in names], self._heads)
         self._joined.add_columns(self.to_out[0], self._heads)
@@ -332,13 +332,13 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Attend from ``x`` [B * N, C], the positions of ``b`` maps one after the other, to itself or ``context``.
 
-        Where ``is_perturbed`` [B] is 1 each position of the map attends to itself alone (Ahn et al. 2024).
+        Where ``is_perturbed`` [B] is 1, each position attends only to itself (Ahn et al. 2024).
         """
         if context is None:
             q, k, v = self._project(x, b, *self._inputs[0])
         else:
             q, (k, v) = self._project(x, b, "to_q")[0], context.keys_and_values(self)
-        q, k, v = (y[..., : min(q.shape[-1], k.shape[-1])] for y in (q, k, v))  # wide heads are of all three
+        q, k, v = (y[..., : min(q.shape[-1], k.shape[-1])] for y in (q, k, v))  # all three have padded heads, or none
         dim = x.shape[-1] // self._heads
         out = attention(q, k, v, self._largest_scores, upcast=self._upcast, dim=dim)
         for tokens in () if context is None else context.images:
@@ -350,7 +350,7 @@ class Attention(nn.Module):
         return self._joined.out(self.to_out[0], out.transpose(0, 2, 1, 3).astype(x.dtype), dim).reshape(x.shape)
 
     def keys_and_values(self, k: mx.array, v: mx.array, b: int) -> tuple[mx.array, mx.array]:
-        """Project what keys and values are made of, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads or more]."""
+        """Project the inputs of keys and values, [B, M, D] or [B * M, D] -> [B, heads, M, C / heads or more]."""
         if k is v:
             return tuple(self._project(k, b, "to_k", "to_v"))
         return self._project(k, b, "to_k")[0], self._project(v, b, "to_v")[0]
@@ -394,7 +394,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halve height and width with a strided convolution; ``pad_end`` pads below and to the right only, as VAEs do."""
+    """Halve height and width with a strided convolution; ``pad_end`` pads only below and on the right, as VAEs do."""
 
     def __init__(self, channels: int, *, pad_end: bool = False):
         super().__init__()

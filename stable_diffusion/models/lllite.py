@@ -1,7 +1,7 @@
 """ControlNet-LLLite (kohya-ss 2023): small networks that change the inputs of the UNet's layers by a control image.
 
-Each belongs to one layer, of most files the queries, keys and values of self-attention and the queries of
-cross-attention in the first half of XL's UNet. It reads the layer's input and the image. Names are those of
+Each belongs to one layer and reads the layer's input and the image. In most files these layers are the queries, keys
+and values of self-attention and the queries of cross-attention in the first half of XL's UNet. Names are those of
 kohya-ss/sd-scripts, with the UNet's blocks named as in diffusers and underscores for all dots.
 """
 
@@ -21,25 +21,25 @@ from .controlnet import ControlNetModel, T2IAdapter
 from .layers import Conv2d
 from .unet import UNet2DConditionModel
 
-_KERNELS = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}  # of what embeds the image for maps of a half, a quarter and an eighth
+_KERNELS = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}  # kernels and strides of the image embedding, by depth
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLLiteConfig(Config):
-    """Hold the shapes of a ControlNet-LLLite: the ``layers`` of the UNet, and what belongs to each."""
+    """Hold the shapes of a ControlNet-LLLite: the UNet's ``layers``, with a width and depth for each."""
 
     kind: ClassVar[str] = "controlnet"
     ignored: ClassVar[Collection[str]] = ()
 
     layers: tuple[str, ...]
     widths: tuple[int, ...]  # of the layers' inputs
-    depths: tuple[int, ...]  # how far the UNet has halved the image there: 1 for maps of a half of the latents
+    depths: tuple[int, ...]  # number of halvings of the latents in the layer's map
     cond_emb_dim: int  # the widths inside
     mlp_dim: int
 
 
 class LLLiteLayer(nn.Module):
-    """Compute what to add to a layer's input: down, joined with the embedded image, and up."""
+    """Compute the change of a layer's input: down, joined with the embedded image, and up."""
 
     def __init__(self, width: int, depth: int, cond_emb_dim: int, mlp_dim: int):
         super().__init__()
@@ -55,8 +55,8 @@ class LLLiteLayer(nn.Module):
         self._stride = math.prod(kernels)
 
     def embed(self, image: mx.array) -> mx.array:
-        """Embed an image [1, H, W, 3] in [-1, 1] -> its share [N, mlp_dim] of ``mid``, the same at all steps."""
-        margins = [(0, -side % self._stride) for side in image.shape[1:3]]  # the UNet rounds halves up
+        """Embed an image [1, H, W, 3] in [-1, 1] -> its part [N, mlp_dim] of ``mid``, the same at all steps."""
+        margins = [(0, -side % self._stride) for side in image.shape[1:3]]  # the UNet rounds up
         image = mx.pad(image, [(0, 0), *margins, (0, 0)], mode="edge")
         for layer in self.conditioning1:
             image = layer(image)
@@ -71,7 +71,7 @@ class LLLiteLayer(nn.Module):
 
 
 class ChangedLayer(nn.Module):
-    """Wrap a layer of the UNet, or what wraps it, for a run. ``base`` is the layer itself, see ``gpu.Joined``."""
+    """Wrap a layer of the UNet, or its wrapper, for a run. ``base`` is the innermost layer, see ``gpu.Joined``."""
 
     is_idle = False
 
@@ -95,7 +95,7 @@ class ControlNetLLLite(nn.Module):
         self.eval()
 
     def embed(self, image: mx.array) -> dict[str, mx.array]:
-        """Embed a control image [1, H, W, 3] in [0, 1] for each layer. Raises ValueError for another shape."""
+        """Embed a control image [1, H, W, 3] in [0, 1] for each layer. Raises ValueError for a wrong shape."""
         if image.ndim != 4 or image.shape[-1] != 3:
             raise ValueError(f"a ControlNet-LLLite takes control images [1, H, W, 3], not {image.shape}")
         image = 2 * image - 1

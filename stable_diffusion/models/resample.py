@@ -7,7 +7,7 @@ import mlx.core as mx
 
 
 def pixel_unshuffle(x: mx.array, side: int) -> mx.array:
-    """Take squares of positions as one, channels first: [B, H, W, C] -> [B, H / side, W / side, C * side²]."""
+    """Join squares of positions into one, channels first: [B, H, W, C] -> [B, H / side, W / side, C * side²]."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(b, h // side, w // side, c * side**2)
@@ -16,8 +16,8 @@ def pixel_unshuffle(x: mx.array, side: int) -> mx.array:
 def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_corners: bool = False) -> mx.array:
     """Resize NHWC maps to ``size`` (h, w) by linear or cubic interpolation, as torch's ``interpolate`` does.
 
-    There is no smoothing when the maps shrink. ``align_corners`` keeps the centres of the corner pixels where they are
-    instead of their outer edges. Each axis is a product with a matrix, computed for the rows and then the columns.
+    Shrinking does not smooth. ``align_corners`` aligns the centres of the corner pixels instead of their outer edges.
+    Each axis is a product with a matrix, first for the rows, then for the columns.
     """
     b, h, w, c = x.shape
     rows, columns = (
@@ -28,9 +28,9 @@ def resample(x: mx.array, size: tuple[int, int], *, cubic: bool = False, align_c
 
 
 def _interpolation(old: int, new: int, cubic: bool, align_corners: bool) -> list[list[float]]:
-    """The matrix [new, old] that interpolates ``old`` values in a line, constant beyond its ends, at ``new`` places.
+    """Return the matrix [new, old] that interpolates ``old`` values, constant beyond the ends, at ``new`` places.
 
-    Places are rounded to float32 where torch rounds them. Cubic convolution (Keys 1981) is with a = -3/4 for -1/2.
+    Places are rounded to float32 as in torch. Cubic convolution (Keys 1981) uses a = -3/4 instead of -1/2.
     """
     scale = array("f", [(old - 1) / max(new - 1, 1) if align_corners else old / new])[0]
     places = array("f", (scale * i if align_corners else scale * (i + 0.5) - 0.5 for i in range(new)))

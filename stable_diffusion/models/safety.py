@@ -6,13 +6,13 @@ from .clip_vision import CLIPVisionModelWithProjection
 from .config import CLIPVisionConfig
 
 _CONCEPTS, _SPECIAL_CARE = 17, 3
-_STRICTER = 0.01  # cosine, once a picture comes near a concept of special care
+_STRICTER = 0.01  # change of the thresholds for an image near a special-care concept
 
 
 class StableDiffusionSafetyChecker(CLIPVisionModelWithProjection):
-    """Flag pictures whose embedding comes near one of some concepts: pixels [B, S, S, 3] -> [B], true where flagged.
+    """Flag images whose embedding is near one of the concepts: pixels [B, S, S, 3] -> [B], true where flagged.
 
-    Each concept has its threshold of the cosine, and what exceeds it is rounded to three digits.
+    Each concept has a threshold for the cosine similarity; the excess is rounded to three digits.
     """
 
     def __init__(self, config: CLIPVisionConfig):

@@ -1,6 +1,7 @@
-"""Pad maps by their opposite edges, so that the edges of a picture meet: a tile of a pattern.
+"""Pad maps by their opposite edges, so that an image tiles without a seam.
 
-Every convolution pads so within the context :func:`seamless`, which belongs to the thread that builds the graph.
+Every convolution within the context :func:`seamless` pads in this way. The context belongs to the thread that builds
+the graph.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ _seamless = ContextVar("seamless", default="")
 
 @contextmanager
 def seamless(axes: str) -> Iterator[None]:
-    """Convolve within this context as if maps went on from the other edge along ``axes``: "x", "y", "xy" or ""."""
+    """Wrap maps around in all convolutions within this context, along ``axes``: "x", "y", "xy" or ""."""
     token = _seamless.set(axes)
     try:
         yield
@@ -26,24 +27,24 @@ def seamless(axes: str) -> Iterator[None]:
 
 
 def seamlessly(axes: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs in the context of ``axes``; itself for none."""
+    """Return a function that runs in the context of ``axes``; without axes, ``function``."""
     return seamless(axes)(function) if axes else function
 
 
 def is_seamless(axis: str) -> bool:
-    """Return whether maps go on along an ``axis``, "x" or "y"."""
+    """Return whether maps wrap around along an ``axis``, "x" or "y"."""
     return axis in _seamless.get()
 
 
 def wrap(x: mx.array, axis: str, before: int, after: int) -> mx.array:
-    """Extend a map by values of its other edge, along "x" or "y"."""
+    """Extend a map by values of its opposite edge, along "x" or "y"."""
     along = _AXES[axis]
     edges = mx.split(x, [x.shape[along] - before], along)[1], mx.split(x, [after], along)[0]
     return mx.concatenate([edges[0], x, edges[1]], axis=along)
 
 
 def pad(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.array:
-    """Pad a map by zeros, or along seamless axes by its other edge."""
+    """Pad a map by zeros, or along seamless axes by its opposite edge."""
     zeros = [(0, 0), rows, columns, (0, 0)]
     for axis, sides in (("y", rows), ("x", columns)):
         if is_seamless(axis) and any(sides):
@@ -52,7 +53,7 @@ def pad(x: mx.array, rows: tuple[int, int], columns: tuple[int, int]) -> mx.arra
 
 
 def padded(x: mx.array, padding: Sequence[int]) -> tuple[mx.array, Sequence[int]]:
-    """Return a map that is padded along seamless axes, and the padding by zeros that is left."""
+    """Pad a map along seamless axes; returns it with the remaining padding by zeros."""
     if not _seamless.get() or not any(padding):
         return x, padding
     rest = [0 if is_seamless(axis) else count for axis, count in zip("yx", padding, strict=True)]

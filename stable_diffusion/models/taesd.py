@@ -1,7 +1,7 @@
 """The tiny autoencoder TAESD (Ollin Boer Bohan 2023), named as diffusers' ``AutoencoderTiny``.
 
-It was distilled from the large autoencoder for the same latents: 3×3 convolutions of one width and nothing else. It
-costs a fraction of the time and the memory, for previews and wherever these are short.
+It was distilled from the large autoencoder for the same latents, and has only 3×3 convolutions of one width. It takes
+a fraction of the time and memory, for previews and for machines with little memory.
 """
 
 from collections.abc import Collection
@@ -30,8 +30,8 @@ class AutoencoderTinyConfig(Config):
     }
     ignored: ClassVar[Collection[str]] = ("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
 
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of stages, finest first; none: a decoder alone
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # finest last
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of stages, finest first; empty: only a decoder
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # of stages, finest last
     num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)  # residual blocks of each stage
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     in_channels: int = 3
@@ -50,7 +50,7 @@ class AutoencoderTinyConfig(Config):
 
     @property
     def scale(self) -> int:
-        """Return the pixels per latent, in each direction: 8 for the published ones."""
+        """Return the pixels per latent, in each direction: 8 for published models."""
         return 2 ** (len(self.num_decoder_blocks) - 1)
 
     def widest(self, half: str) -> float:
@@ -63,7 +63,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        # The slots between them are the rectifiers', which hold no weights.
+        # The slots between them are rectifiers without weights.
         self.conv = [nn.Identity() if i % 2 else Conv2d(width, width, 3, padding=1) for i in range(5)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -74,7 +74,7 @@ class TinyBlock(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them; the networks within know [0, 1]."""
+    """Encode pixels in [-1, 1] to latents in the UNet's scale, and decode them; the inner networks use [0, 1]."""
 
     def __init__(self, config: AutoencoderTinyConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class AutoencoderTiny(nn.Module):
         layers = [Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
         for i, blocks in enumerate(config.num_decoder_blocks):
             if i:
-                layers += [nn.Identity(), UpsampledConv2d(width, width, bias=False)]  # the first is its doubling
+                layers += [nn.Identity(), UpsampledConv2d(width, width, bias=False)]  # the first holds the doubling
             layers += [TinyBlock(width) for _ in range(blocks)]
         self.decoder = nn.Sequential(*layers, Conv2d(width, config.out_channels, 3, padding=1))
 
@@ -102,7 +102,7 @@ class AutoencoderTiny(nn.Module):
 
     def decode(self, z: mx.array, decoder: Network | None = None) -> mx.array:
         """Decode latents [B, h, w, 4] to pixels [B, 8h, 8w, 3], about [-1, 1] and not clipped."""
-        z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # outliers are held within what it was trained on
+        z = mx.tanh(z / self.config.scaling_factor / 3) * 3  # limits outliers to the training range
         return (decoder or self.decoder)(z) * 2 - 1
 
     def __call__(self, x: mx.array) -> mx.array:

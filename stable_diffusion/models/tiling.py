@@ -1,10 +1,10 @@
-"""Decode and encode pictures of any size within a budget of memory, in one of three ways.
+"""Decode and encode images of any size within a memory budget, in one of three forms.
 
-1. As one graph, which MLX evaluates as it likes: a decoded picture of 512 × 512 takes gigabytes.
+1. As one graph, in MLX's order of evaluation: decoding an image of 512 × 512 takes gigabytes.
 2. In slices of a few rows, evaluated one after the other and freed after their last use. A convolution needs one row of
-   its neighbours, and a group norm the mean and variance of all slices: the result is exact.
-3. In overlapping tiles, each in slices, for pictures whose maps do not fit. It is an approximation: norms and attention
-   see a tile instead of the picture.
+   its neighbours, and a group norm the mean and variance of all slices. The result is exact.
+3. In overlapping tiles, each in slices, for images whose maps do not fit. This is an approximation: norms and attention
+   see a tile instead of the image.
 """
 
 import logging
@@ -35,14 +35,14 @@ _log = logging.getLogger("stable_diffusion")
 
 # CPU: measured (benchmarks/vae.py). GPU: computed, not measured on a Mac, by MLX 0.32's rules: a Winograd convolution
 # takes 4.6 maps (mlx/backend/metal/conv.cpp) and is a command buffer (device.cpp), of which 10 wait (transforms.cpp).
-_GRAPH = {mx.cpu: 78, mx.gpu: 140}  # bytes per pixel and channel: a CPU unfolds the inputs of convolutions
+_GRAPH = {mx.cpu: 78, mx.gpu: 140}  # bytes per pixel and channel: a CPU unfolds inputs of convolutions
 _TINY_GRAPH = {mx.cpu: 55, mx.gpu: 140}
-_LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 7 * 2**27}  # bytes: beyond, slices are as fast; of a GPU below 128 pixels
-_SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they stay in a CPU's caches; a GPU wants more at a time
+_LARGEST_GRAPH = {mx.cpu: 2**28, mx.gpu: 7 * 2**27}  # bytes; above it slices are as fast; a GPU's is below 128 pixels
+_SLICE = {mx.cpu: 2**11, mx.gpu: 2**15}  # pixels: unfolded, they fit a CPU's caches; a GPU needs more at a time
 _WORK = {mx.cpu: 75, mx.gpu: 40}  # bytes per pixel and channel of a slice
-_MARGIN = 1.1  # of the budget over the expected peak
-_LEAST = 1e-6  # weight of a tile where there may be no other
-_SMALLEST_TILE = 16  # latents: less would show nothing of what is around
+_MARGIN = 1.1  # ratio of the budget to the expected peak
+_LEAST = 1e-6  # smallest weight of a tile, where it may be the only one
+_SMALLEST_TILE = 16  # latents: smaller tiles would see nothing of their surroundings
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class VAEPlan:
     """Describe how an encoder or decoder runs, and its peak of memory."""
 
     peak: float  # bytes beside the weights
-    rows: int | None = None  # of a slice; None for one graph
-    tile: int | None = None  # side of tiles in latents; None for none
+    rows: int | None = None  # rows of a slice; None for one graph
+    tile: int | None = None  # side of tiles in latents; None without tiles
 
 
 def plan(config: Config, half: str, shape: tuple[int, ...], budget: float | None = None, itemsize: int = 4) -> VAEPlan:
     """Choose how the ``half`` ("encoder" or "decoder") of an autoencoder runs on an input of ``shape`` [n, h, w, C].
 
-    ``budget`` is in bytes beside the weights, by default a quarter of the machine's memory; ``itemsize`` of a number.
+    ``budget`` is in bytes beside the weights, by default a quarter of the machine's memory; ``itemsize`` in bytes.
     """
     device, scale = mx.default_device().type, config.scale
     room = (default_budget() if budget is None else budget) / _MARGIN
@@ -93,7 +93,7 @@ def default_budget() -> float:
 def _transformed_weights(config: Config, half: str, maps: float) -> float:
     """Return the bytes of transformed weights that are in memory beside ``maps``, the bytes of the largest maps.
 
-    Without norms all layers run at the same time. With them two do, and those of most channels have smaller maps.
+    Without norms all layers run at the same time. With norms two do, and layers with most channels have smaller maps.
     """
     if isinstance(config, AutoencoderConfig):
         return max(2 * winograd.weight_bytes(max(config.block_out_channels)) - maps / 3, 0)
@@ -102,17 +102,17 @@ def _transformed_weights(config: Config, half: str, maps: float) -> float:
 
 
 def decode(vae: Autoencoder, z: mx.array, budget: float | None = None) -> mx.array:
-    """Decode latents as ``vae.decode`` does within a ``budget``, see :func:`plan`: small pictures as one lazy graph."""
+    """Decode latents like ``vae.decode``, within a ``budget``, see :func:`plan`; small images are one lazy graph."""
     return vae.decode(z, partial(_run, vae, "decoder", budget))
 
 
 def encode(vae: Autoencoder, pixels: mx.array, budget: float | None = None) -> tuple[mx.array, mx.array]:
-    """Encode pixels as ``vae.encode`` does, in the same way."""
+    """Encode pixels like ``vae.encode``, within a ``budget``."""
     return vae.encode(pixels, partial(_run, vae, "encoder", budget))
 
 
 def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.array:
-    """Run a half of ``vae`` as its plan says. Where not even the smallest tiles fit, the log says so."""
+    """Run the encoder or decoder by its plan. If even the smallest tiles do not fit, the log says so."""
     network, chosen = vae[half], plan(vae.config, half, x.shape, budget, x.itemsize)
     if chosen.rows is None:
         return network(x)
@@ -130,10 +130,10 @@ def _run(vae: Autoencoder, half: str, budget: float | None, x: mx.array) -> mx.a
 def blend_tiles(network: Network, x: mx.array, side: int, down: int, up: int, margin: int = 0) -> mx.array:
     """Run ``network`` on tiles of x [1, H, W, C] that overlap by a quarter or more, blended linearly.
 
-    A tile has ``side`` latents each way; a latent has ``down`` positions of x each way and ``up`` of the result. What
-    is left over at the end is cut off. Nothing is taken of the outer ``margin`` latents of a tile within the map.
+    A tile has ``side`` latents each way; a latent has ``down`` positions of x each way and ``up`` of the result. The
+    remainder at the end is cut off. The outer ``margin`` latents of a tile inside the map are not used.
     """
-    if axes := [axis for axis in "yx" if is_seamless(axis)]:  # tiles see what is beyond the edge, and no other edge
+    if axes := [axis for axis in "yx" if is_seamless(axis)]:  # tiles see beyond the edge
         for axis in axes:
             x = wrap(x, axis, side // 4 * down, side // 4 * down)
         with seamless(""):
@@ -151,7 +151,7 @@ def blend_tiles(network: Network, x: mx.array, side: int, down: int, up: int, ma
         here = slice(None), slice(top * up, bottom * up), slice(left * up, right * up)
         blended[here] += tile * weights
         total[here] += weights
-        mx.eval(blended, total)  # or all tiles would be computed together
+        mx.eval(blended, total)  # or all tiles would be computed at once
     return (blended / total).astype(x.dtype)
 
 
@@ -173,8 +173,8 @@ def spans(length: int, side: int) -> list[tuple[int, int]]:
 def in_slices(layers: Iterable[Network], x: mx.array, rows: int) -> mx.array:
     """Run ``layers`` one after the other on a map [1, H, W, C] and evaluate the result.
 
-    Slices have ``rows`` rows at every level of a network: its maps are the narrower the more channels they have. They
-    have more where a convolution by Winograd's algorithm wants more.
+    Slices have ``rows`` rows at every level of a network, since maps with more channels are narrower. They have more
+    rows if Winograd's algorithm needs them.
     """
     slices: Slices = [x]
     for layer in layers:
@@ -197,7 +197,7 @@ def _peek(slices: Slices) -> tuple[mx.array, Iterator[mx.array]]:
 
 
 def _parted(slices: Slices, height: int, overlap: int = 0) -> Iterator[mx.array]:
-    """Yield the rows of a map ``height`` at a time, and ``overlap`` more, with which the next ones begin."""
+    """Yield the rows of a map ``height`` at a time, plus the first ``overlap`` of the next ones."""
     parts: list[mx.array] = []
     for x in slices:
         parts.append(x)
@@ -212,8 +212,8 @@ def _parted(slices: Slices, height: int, overlap: int = 0) -> Iterator[mx.array]
 
 
 def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
-    """Yield the rows of a map ``height`` at a time, with those above and below: outside zeros, or the other edge."""
-    if is_seamless("y"):  # a part of the last slice comes first
+    """Yield the rows of a map ``height`` at a time, plus one row above and below, zeros or the opposite edge."""
+    if is_seamless("y"):  # the last row comes first
         slices = deque(map(_now, slices))
         above, below = slices[-1][:, -1:], slices[0][:, :1]
     else:
@@ -223,14 +223,14 @@ def _windows(slices: Slices, height: int) -> Iterator[mx.array]:
 
 
 def _height(conv: Conv2d, width: int, rows: int) -> int:
-    """Return ``rows``, or for Winograd's algorithm as many more, in whole tiles, as pay for transforming weights."""
+    """Return ``rows``, or for Winograd's algorithm more, in whole tiles, so that transforming the weights pays."""
     if not winograd.suits(conv.weight, conv.stride):
         return rows
     return math.ceil(max(rows, winograd.fewest_positions(len(conv.weight)) / width) / winograd.TILE) * winograd.TILE
 
 
 def _kernel(conv: Conv2d) -> Network:
-    """Return the convolution without padding, which is evaluated at once."""
+    """Return the convolution without padding, evaluated at once."""
     tiled = winograd.suits(conv.weight, conv.stride)
     weight = _now(winograd.transform(conv.weight)) if tiled else conv.weight
 
@@ -242,13 +242,13 @@ def _kernel(conv: Conv2d) -> Network:
 
 
 def _convolve(conv: Conv2d, slices: Slices, rows: int) -> Iterator[mx.array]:
-    """Run a 3×3 convolution; one without padding is a ``Downsample2D``'s, which pads below and to the right only."""
+    """Run a 3×3 convolution. Without padding it is a ``Downsample2D``'s, which pads only below and on the right."""
     x, slices = _peek(slices)
     first, sides = (0, (1, 1)) if conv.padding[0] else (1, (0, 1))
     kernel = _kernel(conv)
     for window in _windows(slices, _height(conv, x.shape[2], rows) * conv.stride[0]):
         window = pad(window[:, first:], (0, 0), sides)
-        if window.shape[1] >= 3:  # less is a last row that a ``Downsample2D`` leaves out
+        if window.shape[1] >= 3:  # less is a last row that a ``Downsample2D`` drops
             yield kernel(window)
 
 

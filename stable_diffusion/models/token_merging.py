@@ -1,7 +1,7 @@
 """Token merging (ToMe): similar positions of a map become one position of self-attention.
 
-After Bolya & Hoffman 2023, "Token Merging for Fast Stable Diffusion", with the upper left position of every 2 × 2 in
-the place of a random one. Attention to N positions costs N², of which at a ratio of 0.5 a quarter is left.
+After Bolya & Hoffman 2023, "Token Merging for Fast Stable Diffusion", with the upper left position of every 2 × 2
+instead of a random one. Attention to N positions costs N²; at a ratio of 0.5 a quarter of the cost remains.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ HIGHEST = 0.75  # three of every four positions can be merged into the fourth
 
 @cache
 def _indices(height: int, width: int) -> tuple[mx.array, mx.array]:
-    """Return the positions that others are merged into, and those others."""
+    """Return the target positions of the merging, and the source positions."""
     into = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
     return mx.array(into), mx.array(sorted(set(range(height * width)) - set(into)))
 
@@ -24,7 +24,7 @@ def attend_merged(
 ) -> mx.array:
     """Compute ``attend(x, b)`` approximately, with ``ratio`` of each map's positions merged into others.
 
-    Those are merged that are most like one of the others (by the cosine between them), into their mean. ``x``
+    The source positions with the highest cosine similarity to a target are merged into it, by their mean. ``x``
     [B * H * W, C] are the positions of maps of ``size`` (B, H, W), one map after the other.
     """
     shape, (b, *map_size) = x.shape, size

@@ -28,7 +28,7 @@ Residuals = tuple[Sequence[mx.array], mx.array]
 def timestep_embedding(t: mx.array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
     """Embed timesteps ``t`` [N] in waves -> [N, dim] float32 (Ho et al. 2020; Vaswani et al. 2017, sec. 3.5).
 
-    Frequencies are rounded to float32 where the training code does it: at t = 999 the last bit is worth 6e-5.
+    Frequencies are rounded to float32 as in the training code: at t = 999 the last bit makes a difference of 6e-5.
     """
     half = dim // 2
     scale = array("f", [-math.log(10000.0)])[0]
@@ -57,7 +57,7 @@ class TimestepEmbedding(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Compute self-attention, cross-attention to the prompt and feed-forward, each pre-normed and residual.
 
-    The positions of all maps are the rows of one matrix, which products take without rearranging anything.
+    The positions of all maps are the rows of one matrix, so products need no rearrangement.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool):
@@ -67,7 +67,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context_dim, upcast=upcast)
         self.norm3 = LayerNorm(dim)
-        # Slot 1 is where diffusers has its dropout.
+        # Slot 1 is diffusers' dropout.
         self.ff = Group(net=[Group(proj=nn.Linear(dim, 8 * dim)), nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def __call__(self, x: mx.array, size: tuple[int, int, int], context: Context, tome_ratio: float = 0.0) -> mx.array:
@@ -85,7 +85,7 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Run transformer blocks over the positions of a map; its 1×1 convolutions (SD 1) are Linears here.
 
-    With ``recomputes`` a gradient keeps the inputs of the blocks only and computes each once more (Chen et al. 2016).
+    With ``recomputes`` a gradient keeps only the inputs of the blocks and computes each again (Chen et al. 2016).
     """
 
     recomputes = False
@@ -104,7 +104,7 @@ class Transformer2DModel(nn.Module):
         *size, c = x.shape
         y = self.proj_in(self.norm(x).reshape(-1, c))
         for block in self.transformer_blocks:
-            if self.recomputes:  # what has gradients is passed as an array; the cache would hold some of one pass
+            if self.recomputes:  # arrays with gradients are arguments; the cache would keep those of one pass
                 y = checkpoint(block, partial(self._run, block, tuple(size), context, tome_ratio))(y, context.encoded)
             else:
                 y = block(y, tuple(size), context, tome_ratio)
@@ -116,15 +116,15 @@ class Transformer2DModel(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Hold the layers of a block: resnets, and where it has ``attentions`` a transformer after each.
+    """Hold the layers of a block: resnets and, with ``attentions``, a transformer after each.
 
     The middle has one attention between two resnets, or in pruned models one resnet.
 
     Args:
         level: the block's place in the tuples of ``config``.
         channels: (in, out) of each resnet.
-        layers: of each transformer, or one number for all; None in a block without attention.
-        resample: "down" or "up" where the block changes the size at its end.
+        layers: number of layers of each transformer, or one number for all; None without attention.
+        resample: "down" or "up" if the block changes the size at its end.
     """
 
     attention: type[nn.Module] = Transformer2DModel
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         elif config.mid_block_type is not None:
             depth = layers[-1][0] if isinstance(layers[-1], tuple) else layers[-1]
             self.mid_block = self.block_class(config, -1, [(widths[-1], widths[-1])] * 2, (depth,))
-        # The first block with attention has the largest maps, the only ones in which positions are merged.
+        # The first block with attention has the largest maps; only their tokens are merged.
         self._outermost = next((i for i, block in enumerate(self.down_blocks) if "attentions" in block), None)
 
     def embed_time(
@@ -191,11 +191,11 @@ class Encoder(nn.Module):
         guidance: mx.array | None = None,
         added: mx.array | None = None,
     ) -> mx.array:
-        """Embed a timestep for the resnets: -> [B or 1, 4 * block_out_channels[0]], with the SiLU that they share.
+        """Embed a timestep for the resnets: -> [B or 1, 4 * block_out_channels[0]], with their common SiLU.
 
         Args:
             t: the timestep of all rows, or timesteps [B].
-            text_time: (pooled prompt [B, P], time ids [B, 6 or 5]), which XL needs.
+            text_time: (pooled prompt [B, P], time ids [B, 6 or 5]), required by XL.
             guidance: LCM's guidance embedding [B, time_cond_proj_dim].
             added: another embedding of the result's shape, to add before the SiLU.
         """
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
         """Run the first half: ``x`` [B, h, w, C], after ``conv_in`` -> (skips for the second half, the middle's map).
 
         ``features`` are a T2I-Adapter's, one for each down block and, in XL, one for the middle. As in training they
-        are added before downsampling in a block with attention, and after it in one without.
+        are added before downsampling in a block with attention, and after downsampling in one without.
         """
         count = len(self.down_blocks)
         if len(features) > count + ("mid_block" in self):
@@ -247,9 +247,9 @@ class Encoder(nn.Module):
 
 
 def freeu(x: mx.array, skip: mx.array, backbone: float, low: float) -> tuple[mx.array, mx.array]:
-    """Scale the map and the skip that come into a resnet of the second half (FreeU, Si et al. 2024).
+    """Scale the inputs of a resnet in the second half, the map and the skip (FreeU, Si et al. 2024).
 
-    ``backbone`` is the factor of the first half of the channels of ``x`` [B, H, W, C], ``low`` that of the frequencies
+    ``backbone`` scales the first half of the channels of ``x`` [B, H, W, C]. ``low`` scales the frequencies
     0 and -1 of ``skip`` along both axes, as in the authors' code with a threshold of 1.
     """
     factors = [backbone] * (x.shape[-1] // 2)
@@ -267,14 +267,14 @@ class UNet2DConditionModel(Encoder):
     Args of the call:
         x: the latents and their extra channels [B, h, w, in_channels], any h and w.
         temb: the embedded timestep, from ``embed_time``.
-        context: the encoded prompt [B, M, cross_attention_dim], or a ``Context`` of it, which is kept between calls.
-        residuals: from ControlNets, for each map that the second half takes back and for the middle's.
-        features: from T2I-Adapters, see ``encode``.
-        cache: DeepCache's list. An empty one receives the map that comes into the last resnet. In another call it
-            replaces all that comes before, which then is not computed.
-        tome_ratio: the share of positions that the largest self-attentions merge, see ``token_merging``.
-        freeu_scales: (b1, b2, s1, s2), the factors of backbone and skips in the first and the second block of the
-            second half, see ``freeu``.
+        context: the encoded prompt [B, M, cross_attention_dim], or its ``Context``, which caches keys and values.
+        residuals: ControlNet residuals, for each skip connection and for the middle's map.
+        features: T2I-Adapter features, see ``encode``.
+        cache: list for DeepCache. A call with an empty list stores the input map of the last resnet. A call with this
+            map computes only the last resnet and its transformer.
+        tome_ratio: fraction of tokens to merge in the largest self-attentions, see ``token_merging``.
+        freeu_scales: (b1, b2, s1, s2), the factors of backbone and skips in the first and the second up block, see
+            ``freeu``.
     """
 
     def __init__(self, config: UNetConfig):
@@ -282,7 +282,7 @@ class UNet2DConditionModel(Encoder):
         widths, skips = config.block_out_channels[::-1], list(config.skip_channels)
         self.up_blocks = []
         for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            # Each resnet takes the last map of the first half that is left.
+            # Each resnet takes the last remaining skip.
             channels = [(x + skips.pop(), width) for x in [before] + [width] * config.layers_per_block[-1 - i]]
             attends = "Attn" in config.up_block_types[i]
             depths = config.reverse_transformer_layers_per_block[i] if attends else None
@@ -290,7 +290,7 @@ class UNet2DConditionModel(Encoder):
             self.up_blocks.append(self.block_class(config, -1 - i, channels, depths, resample))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], config.norm_eps)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
-        self.eval()  # a prompt's keys and values are kept between calls, until train()
+        self.eval()  # keys and values of a prompt are cached between calls, until train()
 
     def __call__(
         self,
@@ -343,7 +343,7 @@ def attentions(unet: UNet2DConditionModel, kind: str) -> dict[tuple[str, ...], i
 def find_attentions(unet: UNet2DConditionModel, names: Sequence[str], kind: str = "self") -> set[int]:
     """Return the numbers of the attentions in parts of a UNet: "mid", "down_blocks.1", "up.block_0.attentions_2".
 
-    Parts have the names of modules, where "block" and "blocks" may be left out and numbers may follow any sign. Raises
+    Parts have the names of modules; "block" and "blocks" may be omitted and numbers may follow any sign. Raises
     ValueError for a part without attention of the ``kind``, see :func:`attentions`.
     """
     layers = attentions(unet, kind)

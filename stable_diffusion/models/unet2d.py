@@ -1,6 +1,6 @@
 """The UNet of models without prompts (Ho et al. 2020; Rombach et al. 2022), named as diffusers' ``UNet2DModel``.
 
-It is the UNet of Stable Diffusion with plain self-attentions in the place of transformers: no prompt is read.
+It is the UNet of Stable Diffusion with self-attentions instead of transformers, without a prompt.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,15 +27,15 @@ class UNet2DConfig(UNetConfig):
         "downsample_type": ("conv", None),
         "upsample_type": ("conv", None),
     }
-    per_block: ClassVar[Mapping[str, Any]] = UNetConfig.per_block | {"cross_attention_dim": 1}  # which is not used
-    ignored: ClassVar[Collection[str]] = UNetConfig.ignored | {"num_train_timesteps"}  # of learned embeddings alone
+    per_block: ClassVar[Mapping[str, Any]] = UNetConfig.per_block | {"cross_attention_dim": 1}  # not used
+    ignored: ClassVar[Collection[str]] = UNetConfig.ignored | {"num_train_timesteps"}  # only for learned embeddings
 
     in_channels: int = 3
     out_channels: int = 3
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Read ``config.json``, where ``attention_head_dim`` is the width of a head: 8 if absent, null is all."""
+        """Read ``config.json``; ``attention_head_dim`` is the width of a head: 8 if absent, null means one head."""
         widths, head = raw.get("block_out_channels") or (), raw.get("attention_head_dim", 8)
         cls._check("attention_head_dim", head, int | None)
         if wrong := [width for width in widths if head and width % head]:
@@ -46,7 +46,7 @@ class UNet2DConfig(UNetConfig):
 
 
 class PlainAttention(SpatialAttention):
-    """Compute self-attention in the place of the transformer of a level, which reads no prompt."""
+    """Compute self-attention instead of a transformer, without a prompt."""
 
     def __init__(self, config: UNet2DConfig, level: int, layers: int):
         options = {"heads": config.num_attention_heads[level], "eps": config.norm_eps}
@@ -57,16 +57,16 @@ class PlainAttention(SpatialAttention):
 
 
 class UNet2DBlock(UNetBlock):
-    """Hold resnets, and where the block attends a self-attention after each."""
+    """Hold resnets and, in blocks with attention, a self-attention after each."""
 
     attention = PlainAttention
 
 
 class UNet2DModel(UNet2DConditionModel):
-    """Predict the noise (or the velocity, or the image) in noisy images or latents, from these and the timestep alone.
+    """Predict the noise (or the velocity, or the image) in noisy images or latents, without a prompt.
 
-    Each side of ``x`` is a multiple of 2 for each halving. It may be called as ``UNet2DConditionModel`` is; its
-    ``context`` is not read.
+    Each side of ``x`` must be divisible by 2 once for each downsampling. The arguments are those of
+    ``UNet2DConditionModel``; ``context`` is ignored.
     """
 
     block_class = UNet2DBlock

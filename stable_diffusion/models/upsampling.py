@@ -1,9 +1,9 @@
-"""Double the sides of NHWC maps and convolve them, by four small convolutions where that is faster.
+"""Double the sides of NHWC maps and convolve them, by four small convolutions if that is faster.
 
-A map doubled by repetition has each value four times, so a 3×3 kernel on it meets 2×2 values only: one pair of kernel
-rows falls on the same row of the small map, and one pair of columns. With their weights summed, the four results of a
-position, one for each parity of row and column, are four 2×2 convolutions of the small map: 16 products a position in
-place of 36, and no doubled map in memory. The numbers are the same, to rounding.
+A map doubled by repetition has each value four times, so a 3×3 kernel on it covers only 2×2 different values: one pair
+of kernel rows falls on the same row of the small map, and one pair of columns. With the weights of these pairs summed,
+the four results of a position are four 2×2 convolutions of the small map, one for each parity of row and column. That
+is 16 products per position instead of 36, without a doubled map in memory. The results are equal, to rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ import mlx.nn as nn
 from . import winograd
 from .layers import WINOGRAD_POSITIONS, Conv2d, conv2d, suits_winograd
 
-_FEWEST = 64  # positions of a map: with fewer, summing the weights takes the time that it saves (measured on a CPU)
+_FEWEST = 64  # positions of a map; below, summing the weights takes longer than it saves (measured on a CPU)
 
 _takes_sums = ContextVar("takes_sums", default=True)
 
 
 @contextmanager
 def without_sums() -> Iterator[None]:
-    """Convolve doubled maps as they are within this context: a gradient would keep the sums, 131 MB in SD 1.5."""
+    """Convolve doubled maps directly within this context: a gradient would keep the sums, 131 MB in SD 1.5."""
     token = _takes_sums.set(False)
     try:
         yield
@@ -32,7 +32,7 @@ def without_sums() -> Iterator[None]:
 
 
 def _tap(parity: int, k: int) -> int:
-    """The row of a 2×2 kernel that a row ``k`` of the 3×3 kernel falls on, in rows of the doubled map of a parity."""
+    """Return the row of a 2×2 kernel for row ``k`` of the 3×3 kernel, in doubled rows of a parity."""
     return (parity + k + 1) // 2 - parity
 
 
@@ -45,7 +45,7 @@ _SUMS = [
 
 
 def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
-    """Double height and width by repetition, then cut to ``size`` (h, w) where the larger map had an odd side."""
+    """Double height and width by repetition, then crop to ``size`` (h, w) if the larger map had an odd side."""
     b, h, w, c = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
     return x if size is None or size == (2 * h, 2 * w) else x[:, : size[0], : size[1], :]
@@ -54,8 +54,7 @@ def upsample_nearest(x: mx.array, size: tuple[int, int] | None = None) -> mx.arr
 def sums_pay(size: Sequence[int], conv: nn.Module) -> bool:
     """Return whether to convolve maps of ``size`` (h, w), doubled, by :func:`convolve_doubled`.
 
-    Winograd's algorithm, which is taken for large maps, has fewer products still. A layer that is wrapped computes by
-    itself.
+    Winograd's algorithm, which is used for large maps, has even fewer products. A wrapped layer is excluded.
     """
     h, w = size
     if not _takes_sums.get() or h * w < _FEWEST or not isinstance(conv, nn.Conv2d):
@@ -76,8 +75,8 @@ def convolve_doubled(
 ) -> mx.array:
     """Double the sides of ``x`` [B, h, w, C] and convolve it by a 3×3 kernel: -> [B, 2h, 2w, O].
 
-    ``sums`` are the kernel's, of :func:`sum_taps`. Without ``padding`` of rows, ``x`` is a part of a map with the row
-    above and the row below, which only lend their values: -> [B, 2 (h - 2), 2w, O].
+    ``sums`` is the result of :func:`sum_taps`. Without ``padding`` of rows, ``x`` is a part of a map including one row
+    above and one below, which have no results: -> [B, 2 (h - 2), 2w, O].
     """
     y = _interleave(conv2d(x, sums, padding=padding))
     b, h, _, w, _, o = y.shape
@@ -86,7 +85,7 @@ def convolve_doubled(
 
 @mx.custom_function
 def _interleave(y: mx.array) -> mx.array:
-    """[B, h + 1, w + 1, 4 O] -> [B, h, 2, w, 2, O]: a result of odd rows lies a row below that of even ones."""
+    """[B, h + 1, w + 1, 4 O] -> [B, h, 2, w, 2, O]: results of odd rows lie one row below those of even rows."""
     b, h, w, o = y.shape[0], y.shape[1] - 1, y.shape[2] - 1, y.shape[3] // 4
     column, row = 4 * o, 4 * o * (w + 1)
     strides = ((h + 1) * row, row, row + 2 * o, column, column + o, 1)
@@ -112,7 +111,7 @@ class UpsampledConv2d(Conv2d):
 
 
 class Upsample2D(nn.Module):
-    """Double height and width, cut to ``size`` if one is given, then smooth with a convolution."""
+    """Double height and width, crop to a given ``size``, then smooth with a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

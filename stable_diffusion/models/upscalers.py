@@ -1,6 +1,6 @@
-"""Networks that enlarge pictures, with the names of Real-ESRGAN's files: RRDB and SRVGG.
+"""Networks that enlarge images, with the names of Real-ESRGAN's files: RRDB and SRVGG.
 
-They read and write pixels [B, H, W, 3] in [0, 1], and have no other input: a picture may be enlarged in tiles.
+They map pixels [B, H, W, 3] in [0, 1] to pixels, without other inputs, so an image may be enlarged in tiles.
 """
 
 import math
@@ -19,13 +19,13 @@ from .upsampling import UpsampledConv2d
 # Bytes for each value of the largest map. CPU: measured, which unfolds the inputs of convolutions. GPU: computed, not
 # measured on a Mac: a Winograd convolution takes 4.6 maps.
 _WORK = {mx.cpu: 120, mx.gpu: 40}
-_SRVGG_MAPS = 4  # of a picture's size that an ``SRVGGNetCompact`` has beyond that (measured)
-_SMALLEST_TILE, _LARGEST_TILE = 128, 512  # pixels: they overlap by a quarter, of which a level is left to see
+_SRVGG_MAPS = 4  # further maps of an image's size in an ``SRVGGNetCompact`` (measured)
+_SMALLEST_TILE, _LARGEST_TILE = 128, 512  # pixels: they overlap by a quarter
 
 
 @dataclass(frozen=True)
 class RRDBNetConfig(Config):
-    """Hold what the tensors of a file say of an ``RRDBNet``."""
+    """Hold the config of an ``RRDBNet``, derived from the tensors of its file."""
 
     kind: ClassVar[str] = "upscaler"
 
@@ -33,7 +33,7 @@ class RRDBNetConfig(Config):
     num_block: int = 23
     num_grow_ch: int = 32
     num_upsampling: int = 2
-    unshuffle: int = 1  # side of the squares of pixels that it reads as one position
+    unshuffle: int = 1  # side of the squares of pixels that form one position
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4) or self.num_upsampling > 4 or 2**self.num_upsampling % self.unshuffle:
@@ -42,13 +42,13 @@ class RRDBNetConfig(Config):
 
     @property
     def scale(self) -> int:
-        """Return the factor on the sides of a picture."""
+        """Return the factor on the sides of an image."""
         return 2**self.num_upsampling // self.unshuffle
 
 
 @dataclass(frozen=True)
 class SRVGGConfig(Config):
-    """Hold what the tensors of a file say of an ``SRVGGNetCompact``."""
+    """Hold the config of an ``SRVGGNetCompact``, derived from the tensors of its file."""
 
     kind: ClassVar[str] = "upscaler"
 
@@ -63,7 +63,7 @@ def _activated(x: mx.array) -> mx.array:
 
 
 class ResidualDenseBlock(nn.Module):
-    """Run five convolutions, each of all maps before it, and add a fifth of the last (Wang et al. 2018, sec. 3.1)."""
+    """Run five convolutions, each on all previous maps, and add a fifth of the last (Wang et al. 2018, sec. 3.1)."""
 
     def __init__(self, width: int, growth: int):
         super().__init__()
@@ -104,7 +104,7 @@ class RRDBNet(nn.Module):
         self.conv_last = Conv2d(width, 3, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """[B, H, W, 3] -> [B, H * scale, W * scale, 3], of sides that are multiples of ``unshuffle``."""
+        """[B, H, W, 3] -> [B, H * scale, W * scale, 3]; sides must be multiples of ``unshuffle``."""
         x = y = self.conv_first(pixel_unshuffle(x, self.config.unshuffle))
         for block in self.body:
             y = block(y)
@@ -115,7 +115,7 @@ class RRDBNet(nn.Module):
 
 
 class SRVGGNetCompact(nn.Module):
-    """Enlarge by a row of convolutions and add the picture, repeated (Wang et al. 2021, realesr-general-x4v3)."""
+    """Enlarge by a chain of convolutions and add the repeated image (Wang et al. 2021, realesr-general-x4v3)."""
 
     def __init__(self, config: SRVGGConfig):
         super().__init__()
@@ -138,7 +138,7 @@ Upscaler = RRDBNet | SRVGGNetCompact
 
 
 def upscale(network: Upscaler, x: mx.array, budget: float | None = None) -> mx.array:
-    """Enlarge a picture [H, W, 3] in [0, 1], in tiles where it does not fit at once, and evaluate the result.
+    """Enlarge an image [H, W, 3] in [0, 1], in tiles if it does not fit at once, and evaluate the result.
 
     ``budget`` is in bytes beside the weights, by default a quarter of the machine's memory.
     """
@@ -153,7 +153,7 @@ def upscale(network: Upscaler, x: mx.array, budget: float | None = None) -> mx.a
 
 
 def tile_side(network: Upscaler, budget: float | None = None) -> int:
-    """Return the side in pixels of the largest tiles that are computed in ``budget`` bytes."""
+    """Return the side in pixels of the largest tiles that fit into ``budget`` bytes."""
     budget, config = default_budget() if budget is None else budget, network.config
     maps = config.scale**2 if isinstance(network, RRDBNet) else _SRVGG_MAPS
     each = _WORK[mx.default_device().type] * config.num_feat * maps

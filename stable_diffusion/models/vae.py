@@ -16,12 +16,12 @@ from .upsampling import Upsample2D
 
 Network = Callable[[mx.array], mx.array]
 
-LARGEST_SCORES = 2**25  # bytes of attention that are computed at once
+LARGEST_SCORES = 2**25  # bytes of attention scores computed at once
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
 
 
 class SpatialAttention(Attention):
-    """Compute self-attention over the positions of a map, normed and residual; of one head in autoencoders."""
+    """Compute self-attention over the positions of a map, normed and residual, with one head in autoencoders."""
 
     def __init__(self, channels: int, groups: int, *, heads: int = 1, eps: float = _EPS):
         super().__init__(channels, heads, bias=True, largest_scores=LARGEST_SCORES)
@@ -32,7 +32,7 @@ class SpatialAttention(Attention):
 
 
 class AutoencoderBlock(nn.Module):
-    """Hold resnets, an attention after the first if ``attends``, and a halving or doubling at the end if there is one.
+    """Hold resnets, an attention after the first if ``attends``, and optional down- or upsampling at the end.
 
     ``widths`` are the channels of the input and of each resnet's output.
     """
@@ -49,7 +49,7 @@ class AutoencoderBlock(nn.Module):
 
     @property
     def layers(self) -> list[Network]:
-        """Return what runs one after the other."""
+        """Return the layers in order."""
         samplers = self.get("downsamplers", []) + self.get("upsamplers", [])
         return [self.resnets[0], *self.get("attentions", []), *self.resnets[1:], *samplers]
 
@@ -78,7 +78,7 @@ class Half(nn.Module):
 
     @property
     def layers(self) -> list[Network]:
-        """Return what runs one after the other."""
+        """Return the layers in order."""
         blocks = [*self.get("down_blocks", []), self.mid_block, *self.get("up_blocks", [])]
         return [self.conv_in, *(layer for b in blocks for layer in b.layers), self.conv_norm_out, silu, self.conv_out]
 
@@ -89,7 +89,7 @@ class Half(nn.Module):
 
 
 def with_no_variance(z: mx.array) -> tuple[mx.array, mx.array]:
-    """Return latents without a posterior to sample from, and the logarithm of its variance: minus infinity."""
+    """Return latents without a posterior, and a log variance of minus infinity."""
     return z, mx.full(z.shape, -math.inf, dtype=z.dtype)
 
 
@@ -111,7 +111,7 @@ class AutoencoderKL(nn.Module):
         """Encode pixels [B, H, W, 3] to (mean, log variance) of the latents, each [B, H / 8, W / 8, 4].
 
         ``mean + exp(logvar / 2) * noise`` is a sample of the posterior, in the UNet's scale. ``encoder`` replaces this
-        network's encoder, as by the same one in slices.
+        network's encoder, for example by a version in slices.
         """
         moments = (encoder or self.encoder)(x)
         if "quant_conv" in self:
@@ -130,7 +130,7 @@ class AutoencoderKL(nn.Module):
         return (decoder or self.decoder)(z)
 
     def _normalization(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Return the mean of the network's latents and the factor on them, numbers or one for each channel."""
+        """Return the mean of the network's latents and their factor, as numbers or per channel."""
         config = self.config
         center, scale = mx.array(0.0), mx.array(config.scaling_factor)
         if config.latents_mean is not None and config.latents_std is not None:  # both, as in diffusers

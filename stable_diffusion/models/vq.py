@@ -16,7 +16,7 @@ class VQConfig(AutoencoderConfig):
     """Hold the config of a ``VQModel``, whose codebook has ``num_vq_embeddings`` vectors of ``vq_embed_dim`` numbers.
 
     Files without a ``scaling_factor`` are older than that key, and their latents are not scaled. Today's diffusers
-    takes 0.18215 then, and draws no faces any more: https://github.com/huggingface/diffusers/issues/6725.
+    assumes 0.18215 and fails to draw faces: https://github.com/huggingface/diffusers/issues/6725.
     """
 
     kind: ClassVar[str] = "vq"
@@ -29,7 +29,7 @@ class VQConfig(AutoencoderConfig):
     force_upcast: bool = False
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
-    lookup_from_codebook: bool = False  # which decides nothing where latents are quantized
+    lookup_from_codebook: bool = False  # no effect on quantized latents
 
 
 class VQModel(AutoencoderKL):

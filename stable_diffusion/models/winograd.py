@@ -1,7 +1,7 @@
 """Convolve large float32 maps on a CPU by Winograd's algorithm F(4 × 4, 3 × 3) (Lavin & Gray 2016).
 
-A tile of 6 × 6 positions gives 4 × 4 results by 36 products for each pair of channels in place of 144. The maps are
-unfolded to 2.25 values for each of theirs, in place of nine. The transforms are products with small matrices.
+A tile of 6 × 6 positions gives 4 × 4 results by 36 products for each pair of channels instead of 144. Maps are
+unfolded to 2.25 times their size instead of nine times. The transforms are products with small matrices.
 
 They evaluate polynomials at 0, ±√½, ±√2 and infinity. The distance to an exact convolution is 3e-6 of the largest
 result. At the points 0, ±1, ±2 it would be 1.4e-5 (measured; Barabasz et al. 2020 compare sets of points).
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 TILE = 4  # positions of the result, in each direction
-_FEWEST_CHANNELS = 64  # with fewer, the transforms take what they save (measured)
+_FEWEST_CHANNELS = 64  # below, the transforms take longer than they save (measured)
 _a, _b = 0.5**0.5, 2**0.5
 
 _POINTS = (0, _a, -_a, _b, -_b)  # and infinity
@@ -32,22 +32,22 @@ _TO_RESULT = [[*(p**i for p in _POINTS), i == 3] for i in range(4)]
 
 
 def suits(weight: mx.array, stride: Sequence[int] = (1, 1)) -> bool:
-    """Return whether large maps are convolved faster so by ``weight`` [O, kh, kw, C]."""
+    """Return whether Winograd's algorithm is faster for large maps and ``weight`` [O, kh, kw, C]."""
     _, *kernel, c = weight.shape
     on_cpu = mx.default_device() == mx.cpu and weight.dtype == mx.float32
     return on_cpu and kernel == [3, 3] and tuple(stride) == (1, 1) and c >= _FEWEST_CHANNELS
 
 
 def fewest_positions(channels: int) -> int:
-    """Return the positions of a map from which on to transform weights for a result of ``channels``.
+    """Return the fewest positions of a map that justify transformed weights, for a result of ``channels``.
 
-    The transformed weights, four times as large, then take no more memory than a map that is unfolded nine times.
+    The transformed weights, four times as large, then take no more memory than a map unfolded nine times.
     """
     return 4 * channels
 
 
 def weight_bytes(channels: int) -> int:
-    """Return the size of the transformed weights of a convolution of as many channels as it has results."""
+    """Return the size of the transformed weights of a convolution with this number of input and output channels."""
     return 4 * 36 * channels**2 if channels >= _FEWEST_CHANNELS else 0
 
 

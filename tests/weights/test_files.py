@@ -155,14 +155,14 @@ def test_unsupported_pipeline_is_refused_by_name(tmp_path, pipeline):
     [
         (
             {"_class_name": "EulerDiscreteScheduler", "sigma_data": 0.5},
-            "of EDM's noise with a 'Euler",
+            "an EDM model with the scheduler 'Euler",
         ),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "is a model of flow"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "is a flow matching model"),
         (
             {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
-            "is a model of flow",
+            "is a flow matching model",
         ),
-        ({"_class_name": [1]}, "the class of its scheduler, [1], is no text"),
+        ({"_class_name": [1]}, "its scheduler class, [1], is not a text"),
     ],
 )
 def test_noise_of_another_kind_is_refused_by_name(tmp_path, files, scheduler, message):
@@ -173,7 +173,7 @@ def test_noise_of_another_kind_is_refused_by_name(tmp_path, files, scheduler, me
 
 def test_a_part_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    assert "has no model_index.json, but is a 'FluxTransformer2DModel' alone" in refused(tmp_path)
+    assert "has no model_index.json, but is only a 'FluxTransformer2DModel'" in refused(tmp_path)
 
 
 MODES = ["Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img", "XL", "XLImg2Img", "XLInpaint"]
@@ -222,12 +222,12 @@ def test_file_is_no_checkpoint(tmp_path):
 KINDS = [  # what other programs and servers leave under the names of weights
     (b"", "is empty: download it again"),
     (b"GGUF\1\0\0\0" + bytes(40), "its GGUF header is invalid"),
-    (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page, not the file behind it"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 34\n", "is only a pointer of Git LFS"),
+    (b"\n<!DOCTYPE html><html>Not found</html>", "is a web page, not the file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 34\n", "is only a Git LFS pointer"),
     (b'{"error": "Repository not found"}', "is JSON text"),
     (b"\x08\x07\x12\x07pytorch" + bytes(40), "is an ONNX model"),
     (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
-    (b"\x89PNG\r\n\x1a\n" + bytes(40), "is a PNG picture"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(40), "is a PNG image"),
     (b"\x1f\x8b\x08" + bytes(40), "is a gzip archive: unpack it"),
     (b"PK\3\4" + bytes(40), "is not loaded"),
     (bytes(40), ""),
@@ -312,7 +312,7 @@ def component(path: Path, *contents: bytes) -> Component:
 
 def test_tensor_in_two_files(tmp_path):
     part = component(tmp_path, safetensors(a=mx.zeros(2), b=mx.zeros(2)), safetensors(b=mx.zeros(2)))
-    with pytest.raises(ValueError, match=r"1\.safetensors repeats tensors of another file of unet: b"):
+    with pytest.raises(ValueError, match=r"1\.safetensors and another unet file hold the same tensors: b"):
         read_tensors(part)
 
 
@@ -434,7 +434,7 @@ def test_scaled_values_of_8_bits(tmp_path):
     assert np.array_equal(ours["b.weight"], weight.float() * scales["b.weight_scale"][:, None])
     for wrong in ({"b.weight_scale": torch.ones(3)}, {"b.weight": torch.ones(4, 2, dtype=torch.uint8)}):
         save_file(tensors | marks | wrong, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match=r"x\.safetensors holds b\..*: take"):
+        with pytest.raises(ValueError, match=r"x\.safetensors holds b\..*: use"):
             read_file(tmp_path / "x.safetensors")
 
 

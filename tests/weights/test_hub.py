@@ -264,7 +264,7 @@ def test_cache_filled_by_a_client_that_keeps_no_listing(hub, client):
 
 
 def test_full_disk_is_one_line():
-    message = r"cannot be saved in .* \(No space left on device\): make room"
+    message = r"cannot be saved in .* \(No space left on device\): free disk space"
     with pytest.raises(OSError, match=message) as caught, one_line_errors(REPO, None):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not isinstance(caught.value, ConnectionError)

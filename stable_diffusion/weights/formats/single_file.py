@@ -149,7 +149,7 @@ def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str
         family = FAMILIES["refiner"]  # the second encoder is its only one
     needed = ["unet", "vae", *(kind for kind, part in PARTS.items() if part.tokenizer in family.pad_tokens)]
     if missing := [PARTS[kind].label for kind in needed if kind not in configs]:
-        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, such as that from {family.repo}")
+        raise ValueError(f"{where} lacks {' and '.join(missing)}: add it with parts, for example from {family.repo}")
     return family, needed
 
 

@@ -138,14 +138,14 @@ def test_a_decoder_alone_is_enough_for_previews(sd, sd1_folder, tmp_path):
         assert np.array_equal(preview_decoder(sd, source)(mx.array(z)), expected)
         with pytest.raises(ValueError, match=r"taesd_decoder\.pth is a TAESD decoder.*put its encoder beside"):
             open_checkpoint(sd1_folder, parts={"vae": source})
-    with pytest.raises(ValueError, match=r"aside\.pth is the encoder of a TAESD: its decoder is not beside"):
+    with pytest.raises(ValueError, match=r"aside\.pth is a TAESD encoder: put its decoder beside"):
         open_part(aside, "vae")
 
 
 def test_what_is_no_taesd_of_these_models_is_refused(tmp_path):
     write_halves(tmp_path)
     write(tmp_path / "taesd3_decoder.pth", {"1.weight": torch.zeros(64, 16, 3, 3), "3.conv.0.weight": torch.zeros(1)})
-    for source, message in (("", "several decoders: name the file"), ("taesd3_decoder.pth", "latents of 16 channels")):
+    for source, message in (("", "several decoders; give the file"), ("taesd3_decoder.pth", "16 latent channels")):
         with pytest.raises(ValueError, match=message):
             open_part(tmp_path / source, "vae")
     write(tmp_path / "taesd_encoder.pth", {"other.weight": torch.zeros(1)})

@@ -125,9 +125,9 @@ def test_refused(tmp_path):
     shape = struct.pack("<IQQ", 2, 32, 4)
     assert good[length:].startswith(shape)
     for wrong in (struct.pack("<IQQ", 2, 1 << 63, 4), struct.pack("<IQQ", 2, 31, 4), struct.pack("<IQQ", 2, 32, 400)):
-        assert "does not fit into a.weight" in refused(path, good[:length] + wrong + good[length + len(shape) :])
+        assert "a.weight does not fit into" in refused(path, good[:length] + wrong + good[length + len(shape) :])
     code = length + len(shape)
-    assert "holds a.weight as Q5_K, which is not read: take a file of Q8_0" in refused(
+    assert "holds a.weight as Q5_K, which is not supported: use a file of Q8_0" in refused(
         path, good[:code] + struct.pack("<I", 13) + good[code + 4 :]
     )
 

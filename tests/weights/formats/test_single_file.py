@@ -295,7 +295,7 @@ def test_sd2_without_a_hint_is_told_by_its_weights(single, caplog, spread, expec
 def test_prediction_of_a_folder_and_unknown_prediction(made):
     folder, _ = made("sd1")
     assert open_checkpoint(folder, prediction="v_prediction").scheduler["prediction_type"] == "v_prediction"
-    assert "prediction 'v' is not one of epsilon, v_prediction, sample" in refused(folder, prediction="v")
+    assert "prediction 'v' is unknown; choose one of epsilon, v_prediction, sample" in refused(folder, prediction="v")
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_tokenizer_of_a_folder_is_replaced(made, tmp_path):
 @pytest.mark.parametrize(
     "family, part, prefix, message",
     [
-        ("sd1", "vae", VAE, "lacks a VAE: add it with parts, such as the one of stable-diffusion-v1-5/"),
+        ("sd1", "vae", VAE, "lacks a VAE: add it with parts, for example from stable-diffusion-v1-5/"),
         ("xl", "text_encoder_2", "conditioner.embedders.1.", "lacks a second text encoder: add it with parts"),
-        ("sd1", "unet", UNET, "holds only vae, text_encoder and no UNet: give a whole checkpoint"),
+        ("sd1", "unet", UNET, "holds only vae, text_encoder, no UNet: give a whole checkpoint"),
     ],
 )
 def test_missing_part_is_named_and_can_be_given(made, tmp_path, family, part, prefix, message):
@@ -405,7 +405,7 @@ def test_part_replaces_the_checkpoints_own(made, single, own):
 
 def test_unknown_part(made):
     message = refused(made("sd1")[0], parts={"lora": "x"})
-    assert "'lora' is not a part of a checkpoint; the parts are unet, vae" in message
+    assert "'lora' is not a part of a checkpoint; choose one of unet, vae" in message
 
 
 MEAN, STD = [-1.6, 1.1, 3.3, -2.6], [8.4, 5.9, 4.9, 5.2]
@@ -454,7 +454,7 @@ def test_models_of_edm(single, name):
         (["model.diffusion_model.t_block.1.weight"], "is PixArt"),
         (["model.diffusion_model.head.modulation"], "is Wan"),
         ([f"{UNET}time_embed.0.weight.absmax"], "is quantized by bitsandbytes"),
-        (["transformer.h.0.attn.weight"], "is no model of Stable Diffusion: it holds transformer.h.0.attn.weight"),
+        (["transformer.h.0.attn.weight"], "is not a Stable Diffusion model: it holds transformer.h.0.attn.weight"),
         ([f"{UNET}input_blocks.0.0.weight", "noise_augmentor.x"], "is a Stable unCLIP"),
         ([f"{UNET}input_blocks.0.0.weight", "low_scale_model.x"], "is an upscaler"),
     ],
