@@ -1,18 +1,18 @@
-"""Read text files and JSON objects, of strangers too: within limits, and with errors of one line."""
+"""Read text files and JSON objects safely: with limits, and with one-line errors."""
 
 import codecs
 import json
 from pathlib import Path
 from typing import Any
 
-_LARGEST = 10_000_000  # bytes of a text file; the largest of a checkpoint, tokenizer.json, has 4 million
-_DEEPEST = 20  # lists and objects in one another
+_LARGEST = 10_000_000  # bytes of a text file; a checkpoint's largest, tokenizer.json, has 4 million
+_DEEPEST = 20  # nested lists and objects
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of at most 10 MB in UTF-8 or, by its byte order mark, UTF-16; ValueError for another.
+    """Read a text file of at most 10 MB in UTF-8 or, by its byte order mark, UTF-16; ValueError for other files.
 
-    Each end of a line, \\r\\n and \\r too, comes back as \\n. No other character ends a line.
+    Line ends \\r\\n and \\r become \\n. No other character ends a line.
     """
     with path.open("rb") as file:
         data = file.read(_LARGEST + 1)
@@ -21,7 +21,7 @@ def read_text(path: Path) -> str:
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        if "\0" in text:  # as in UTF-16 without a mark
+        if "\0" in text:  # for example UTF-16 without a mark
             raise UnicodeError("it has NUL characters")
     except UnicodeError as error:
         reason = getattr(error, "reason", error)
@@ -30,14 +30,14 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object; ValueError, one line with the path, for another."""
+    """Read a file that holds a JSON object; ValueError, one line with the path, for other files."""
     return parse_json(read_text(path), path)
 
 
 def parse_json(text: str, source: object) -> dict[str, Any]:
     """Parse a JSON object. ValueError, one line that begins with ``source``, for anything else.
 
-    Texts of more than 10 MB or 20 levels are refused: they would take all memory, or all of Python's stack.
+    Texts of more than 10 MB or 20 levels are refused: they could use all memory, or all of Python's stack.
     """
     try:
         if len(text) > _LARGEST:
@@ -54,14 +54,14 @@ def parse_json(text: str, source: object) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    """Return an integer; Python refuses thousands of digits in words of its own."""
+    """Return an integer; ValueError with a short message for thousands of digits."""
     if len(digits) > 1000:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
 
 def _depth(value: Any) -> int:
-    """Return how many lists and objects stand in one another, counted up to the first level too many."""
+    """Count nested lists and objects, at most to the first level that is too deep."""
     depth, level = 0, [value]
     while depth <= _DEEPEST and (level := [entry for entry in level if isinstance(entry, list | dict)]):
         level = [inner for entry in level for inner in (entry.values() if isinstance(entry, dict) else entry)]

@@ -1,4 +1,4 @@
-"""Write files and folders that appear under their name when they are complete, or not at all."""
+"""Write files and folders that appear complete under their name, or not at all."""
 
 import fcntl
 import os
@@ -13,11 +13,11 @@ UNFINISHED: set[Path] = set()  # files being written; a process that exits early
 
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Give a path to write to, which becomes ``path`` at the end of the block, or vanishes with an exception.
+    """Yield a path to write to, which is renamed to ``path`` at the end of the block, or removed by an exception.
 
-    It is hidden beside ``path``, and on the disk before it gets its name, so a power cut leaves no half of it. Of
-    several processes that write the same file the last one wins. What a killed one left is written over. Without
-    ``overwrite`` a name that is taken raises FileExistsError, also if another process takes it meanwhile.
+    It is hidden beside ``path``, and complete on the disk before it is renamed, so a power cut leaves no partial file.
+    If several processes write the same file, the last one wins. Files left by a killed process are overwritten. Without
+    ``overwrite``, an existing name raises FileExistsError, also if another process creates it meanwhile.
     """
     partial, handle = _claim(path)
     UNFINISHED.add(partial)
@@ -34,8 +34,8 @@ def new_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _claim(path: Path) -> tuple[Path, int]:
-    """Make a hidden file beside ``path``, or take a killed process's; returns it and the handle that locks it."""
-    # Not tempfile: its files are readable by their owner only, and would stay so.
+    """Create a hidden file beside ``path``, or reuse a killed process's; returns it and the handle that locks it."""
+    # Not tempfile: only the owner could read its files, also after renaming.
     for number in count():
         partial = path.with_name(f".{path.name[:50]}.{number}.partial")
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -45,8 +45,8 @@ def _claim(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Lock a file or folder until this process ends, however it ends; returns whether no other one holds it."""
-    with suppress(OSError):  # a network's file system without locks: two runs at once are not noticed there
+    """Lock a file or folder until this process ends; returns False if another process holds the lock."""
+    with suppress(OSError):  # a network file system without locks cannot detect two runs
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,7 +64,7 @@ def _rename_new(partial: Path, path: Path) -> None:
     """Rename a complete file; FileExistsError if the name is taken."""
     try:
         os.link(partial, path)
-    except OSError:  # taken, or a file system without hard links: there an empty file takes the name first
+    except OSError:  # taken, or no hard links: then an empty file reserves the name
         path.touch(exist_ok=False)
         try:
             os.replace(partial, path)
@@ -75,10 +75,10 @@ def _rename_new(partial: Path, path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder to fill, which becomes ``path`` at the end of the block, or vanishes with an exception.
+    """Create a folder to fill, which is renamed to ``path`` at the end of the block, or removed by an exception.
 
-    It stands beside ``path`` until all of it is on the disk. What a killed run left of the same folder is removed.
-    Raises ValueError as :func:`check_new`, and while another run is writing ``path``.
+    It is beside ``path`` until all its files are on the disk. The remains of a killed run are removed. Raises
+    ValueError as :func:`check_new` does, and while another run is writing ``path``.
     """
     path = check_new(path)
     partial = path.with_name(f".{path.name}.partial")

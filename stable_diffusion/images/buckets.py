@@ -1,4 +1,4 @@
-"""Sizes of one area for pictures of all shapes, so that little of them is cut off (NovelAI 2022)."""
+"""Training sizes of equal area for pictures of all aspect ratios (bucketing, NovelAI 2022)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Crop:
-    """Describe how a picture becomes one of a size, (width, height): resized to ``resized``, then cut at ``corner``."""
+    """Describe how a picture gets a size, (width, height): resized to ``resized``, then cropped at ``corner``."""
 
     size: tuple[int, int]
     resized: tuple[int, int]
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Return what is cut off on the left and above."""
+        """Return the pixels that are cut off on the left and at the top."""
         return (self.resized[0] - self.size[0]) // 2, (self.resized[1] - self.size[1]) // 2
 
 
 def bucket_sizes(resolution: int, unit: int = 64) -> list[tuple[int, int]]:
     """Return the sizes (width, height) in multiples of ``unit`` with at most the area of a square, sorted.
 
-    For each width the height is the largest of that area. Sides are from a half to twice the side of the square, as
-    kohya's scripts have them for 512 pixels.
+    Each width gets the largest possible height. Sides are from half to twice the side of the square, as in kohya's
+    scripts for 512 pixels.
     """
     side, largest = (factor * resolution // unit * unit for factor in (1, 2))
     smallest = max(resolution // 2 // unit, 1) * unit
@@ -34,7 +34,7 @@ def bucket_sizes(resolution: int, unit: int = 64) -> list[tuple[int, int]]:
 
 
 def crop_for(picture: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Crop:
-    """Choose the size of the nearest aspect ratio for a picture (width, height), and how it is resized and cut."""
+    """Choose the size with the nearest aspect ratio for a picture (width, height), and its resizing and cropping."""
     aspect = picture[0] / picture[1]
     size = min(sizes, key=lambda size: (abs(size[0] / size[1] - aspect), size != picture))
     scale = max(side / length for side, length in zip(size, picture, strict=True))

@@ -1,7 +1,7 @@
-"""Detect the edges of an image, as the ControlNets for edges saw them in training.
+"""Detect the edges of an image (Canny), as in the training of ControlNets for edges.
 
 Canny 1986, "A computational approach to edge detection", in the four steps and with the conventions of OpenCV's
-detector, which drew the training images: no blur; Sobel gradients of each colour, the strongest of them taken; thinning
+detector, which drew the training images: no blur; Sobel gradients, the strongest of the colours; thinning
 along the gradient's direction; weak edges kept if they touch strong ones.
 """
 
@@ -20,7 +20,7 @@ def canny(image: Any, low: float = 100, high: float = 200) -> np.ndarray:
         low, high: thresholds on |dx| + |dy| of 3x3 Sobel sums, 0 to 2040; a step of d levels along an axis has 4 d.
             Above ``high`` a pixel is an edge. Above ``low`` it is one if a chain of such pixels leads to an edge.
 
-    Raises ValueError for another type or shape, and for a ``low`` above ``high``.
+    Raises ValueError for a wrong type or shape, and for a ``low`` above ``high``.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
@@ -34,7 +34,7 @@ def canny(image: Any, low: float = 100, high: float = 200) -> np.ndarray:
     candidates = _ridges(dx, dy, strength, low).ravel()
     result = np.zeros(strength.shape, np.uint8)
     front = np.nonzero(candidates & (strength.ravel() > high))[0]
-    while len(front):  # from the strong pixels on, those beside the last ones that were reached
+    while len(front):  # starting at the strong pixels, visit the neighbours
         result.flat[front], candidates[front] = 255, False
         beside = np.unique(front[:, None] + around)
         front = beside[candidates[beside]]
@@ -54,8 +54,8 @@ def _gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _ridges(dx: np.ndarray, dy: np.ndarray, strength: np.ndarray, low: float) -> np.ndarray:
     """Find the pixels above ``low`` that are maxima along their gradient: bool, like ``strength`` with a border of 1.
 
-    The direction is rounded to a multiple of 45 degrees. Of two equal neighbours the left or upper one stays, so that
-    an edge between two pixels is drawn once; on a diagonal neither does.
+    The direction is rounded to a multiple of 45 degrees. Of two equal neighbours the left or upper one is kept, so
+    that an edge between two pixels is drawn once; on a diagonal both are dropped.
     """
     ys, xs = np.nonzero(strength[1:-1, 1:-1] > low)
     gx, gy = dx[ys, xs], dy[ys, xs]

@@ -1,6 +1,6 @@
-"""Estimate or read depth maps for checkpoints that take one, and cut out the part that is processed.
+"""Estimate or read depth maps for depth checkpoints, and crop them to the processed area.
 
-A depth map is [height, width] float32 in any unit, larger for what is nearer (MiDaS's inverse depth).
+A depth map is [height, width] float32 in any unit, larger for nearer objects (MiDaS's inverse depth).
 """
 
 import os
@@ -29,10 +29,10 @@ def estimate_depth(model: Any, image: Any) -> mx.array:
 
 
 def read_depth(path: str | os.PathLike) -> np.ndarray:
-    """Read a depth map [H, W] float32 from a grey image, lighter for what is nearer. All of 16 bits is kept.
+    """Read a depth map [H, W] float32 from a grey image, lighter where it is nearer. 16 bits are kept.
 
     Three equal channels are grey too, and transparent parts are farthest. Raises ValueError, one line with the path and
-    the remedy, for an image that cannot be read, is coloured, or has one level only.
+    the remedy, for an image that cannot be read, is coloured, or has only one level.
     """
     with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -50,14 +50,14 @@ def read_depth(path: str | os.PathLike) -> np.ndarray:
 def crop_depth(depth: Any, image_size: tuple[int, int], canvas: Canvas, resize: str) -> Any:
     """Return the part of an image's depth map [H, W] that shows the canvas's box; its border values continue outside.
 
-    ``image_size`` is (width, height) of the image before it was fitted to the canvas by ``resize``, a mode of ``fit``.
+    ``image_size`` is (width, height) of the image before ``resize``, a mode of ``fit``, was applied.
     """
     scales = [side / original for side, original in zip(canvas.image.size, image_size, strict=True)]
     scales = {"crop": [max(scales)] * 2, "pad": [min(scales)] * 2}.get(resize, scales)
     indices = []
     for axis, scale in enumerate(scales):
         side, original, count = canvas.image.size[axis], image_size[axis], depth.shape[1 - axis]
-        # The canvas and the image have the same middle.
+        # The canvas and the image have the same centre.
         start, end = (
             round(((edge - side / 2) / scale + original / 2) * count / original) for edge in canvas.box[axis::2]
         )

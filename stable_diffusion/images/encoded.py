@@ -1,4 +1,4 @@
-"""Pictures in base64: those that come are checked before they are read, and those that go are whole files."""
+"""Images in base64: input is checked before it is read, output is a complete file."""
 
 import base64
 import binascii
@@ -24,9 +24,9 @@ def to_base64(
 
 
 def keep(picture: object, folder: str, name: str) -> str:
-    """Write a picture, bytes or base64 or a data URL, into a folder, and return its path: ``name`` and a suffix.
+    """Write an image, bytes or base64 or a data URL, into a folder, and return its path: ``name`` and a suffix.
 
-    Raises ValueError for what is no picture, and for one of more than 40 megapixels, which is not decoded.
+    Raises ValueError for anything else, and for more than 40 megapixels; such an image is not decoded.
     """
     path = Path(folder, name)
     path.write_bytes(picture if isinstance(picture, bytes) else _decoded(picture))
@@ -38,7 +38,7 @@ def keep(picture: object, folder: str, name: str) -> str:
 
 
 def read_by(read: Callable[[str], T], picture: object) -> T:
-    """Return what ``read`` makes of the path of a picture, bytes or base64. Raises ValueError as :func:`keep` does."""
+    """Call ``read`` with the path of an image given as bytes or base64. Raises ValueError as :func:`keep` does."""
     with TemporaryDirectory() as folder:
         return read(keep(picture, folder, "picture"))
 
@@ -54,7 +54,7 @@ def _decoded(text: object) -> bytes:
 
 
 def repainted(data: bytes) -> bytes | None:
-    """Return a mask, white where a picture is transparent, as the file of one; None for a picture without alpha."""
+    """Return the file of a mask, white where an image is transparent; None for an image without alpha."""
 
     def mask(path: str) -> bytes | None:
         with opened(path) as image:

@@ -1,4 +1,4 @@
-"""Read and write image files: PNG, JPEG and WebP with the texts in them; some more formats are read."""
+"""Read and write image files: PNG, JPEG and WebP with their metadata texts. Some more formats can be read."""
 
 import logging
 import os
@@ -28,14 +28,14 @@ _WEBP = {"format": "WEBP", "quality": 95}
 _OPTIONS = {".png": {"format": "PNG"}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": _WEBP}  # of Pillow's ``save``
 SUFFIXES = tuple(_OPTIONS)
 # EXIF tags that hold the texts of JPEG and WebP; UserComment is in the EXIF sub-directory. ImageDescription is the
-# caption in most viewers: only version 0.1 has its record there.
+# caption in most viewers; version 0.1 stored its record there.
 _DESCRIPTION, _HISTORY, _EXIF_DIRECTORY, _USER_COMMENT = 0x010E, 0x9213, 0x8769, 0x9286
 _MAKE, _MODEL = 0x010F, 0x0110
 _XMP, _XMP_COMMENT = "XML:com.adobe.xmp", re.compile(r"<exif:UserComment>.{0,200}?<rdf:li[^>]*>([^<]*)<", re.DOTALL)
 _BYTE, _UNDEFINED = 1, 7  # types of EXIF values
-# Pillow opens other files too; for PostScript it runs a program, whatever the suffix.
+# Pillow also opens other files; for PostScript, with any suffix, it would run a program.
 _READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-# The beginnings of files that are often taken for images, or renamed to look like one.
+# The first bytes of files that are often mistaken for images or renamed to one.
 _REFUSED = {
     "empty": rb"\Z",
     "a PostScript file (EPS)": rb"%!PS|\xc5\xd0\xd3\xc6",
@@ -62,7 +62,7 @@ def open_image(path: str | os.PathLike, background: Colour = WHITE) -> Image.Ima
     Raises ValueError, one line with the path, for a file that cannot be read.
     """
     with opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the format
         return to_rgb(image, background)
 
 
@@ -77,13 +77,13 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     path = os.path.expanduser(path)
     if not os.fspath(path).strip():
         raise ValueError("the path of the image is empty; give the path of a PNG, JPEG or WebP file")
-    if not os.path.exists(path):  # unlike Path.exists it is also False for a path that is too long
+    if not os.path.exists(path):  # unlike Path.exists, also False for a path that is too long
         raise ValueError(f"there is no image at {path}; check the path")
     if not os.path.isfile(path):
         raise ValueError(f"{path} is {'a folder' if os.path.isdir(path) else 'not a file'}; give the path of an image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata and from 90 megapixels on, which phones have; from 180 on it raises.
+            # Pillow warns of odd metadata and above 90 megapixels, as phones have; above 180 it raises.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_READ) as image:
                 yield image
@@ -126,7 +126,7 @@ def is_deep_grey(image: Image.Image) -> bool:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of mode I;16, I or F to mode L. White is the format's, or else the first usual one that fits."""
+    """Scale grey of mode I;16, I or F to mode L. White is the format's maximum, or the first usual one that fits."""
     levels = np.asarray(image).astype(np.float64)
     if not np.isfinite(levels).all():
         raise ValueError(f"an image of mode {image.mode} has values that are not finite")
@@ -144,7 +144,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """Check before any work that an image can be written to ``path``; returns a Path. Raises ValueError or OSError."""
+    """Check before a run that an image can be written to ``path``; returns a Path. Raises ValueError or OSError."""
     if not os.fspath(path).strip():
         raise ValueError("the output path is empty; give one like image.png")
     path = Path(os.path.expanduser(path))
@@ -172,12 +172,12 @@ def save(
     quality: int | None = None,
     overwrite: bool = True,
 ) -> None:
-    """Write an image in the format of the suffix. The file appears under its name when it is complete.
+    """Write an image in the format of the suffix. The file gets its name only when it is complete.
 
     Args:
-        text: keyword -> text. JPEG and WebP store "parameters" and "stable_diffusion" only, in EXIF. Of that a JPEG
-            holds 64 kB: what does not fit is left out with a warning, "parameters" first.
-        quality: of JPEG and WebP, 1 to 100; None is 95.
+        text: metadata, keyword -> text. JPEG and WebP store only "parameters" and "stable_diffusion", in EXIF. A JPEG
+            holds 64 kB of it: texts that do not fit are omitted with a warning, "parameters" first.
+        quality: quality of JPEG and WebP, 1 to 100 (default: 95).
         overwrite: replace an existing file. If False, raise FileExistsError, also if another process takes the name
             meanwhile.
 
@@ -227,16 +227,16 @@ def _save_options(path: Path, text: Mapping[str, str] | None, quality: int | Non
 
 
 def read_text(path: str | os.PathLike) -> dict[str, str]:
-    """Read the texts in an image file: those :func:`save` wrote, and those of other programs. Damaged ones are omitted.
+    """Read the metadata texts in an image file, of :func:`save` and of other programs. Damaged ones are omitted.
 
-    Raises ValueError for a file that is no image.
+    Raises ValueError for a file that is not an image.
     """
     texts: dict[str, str] = {}
     with opened(path) as image:
-        with suppress(Exception):  # as for pixels, damaged metadata raises all sorts of things
+        with suppress(Exception):  # as for pixels, damaged metadata raises many kinds of errors
             if image.format == "PNG":
                 texts = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
-                if image.width * image.height > _MOST_PIXELS:  # which are decoded for the texts behind them
+                if image.width * image.height > _MOST_PIXELS:  # pixels are decoded to reach the texts behind them
                     return texts
                 texts |= {key: str(value) for key, value in image.text.items()}
             elif image.format == "JPEG" and "comment" in image.info:
@@ -252,7 +252,7 @@ def read_text(path: str | os.PathLike) -> dict[str, str]:
 
 
 def _exif_texts(exif: Image.Exif) -> Iterator[tuple[str, str]]:
-    """Yield (keyword, text) of the EXIF tags in which this program and others write how a picture was made."""
+    """Yield (keyword, text) of the EXIF tags with the settings of this program and others."""
     description = exif.get(_DESCRIPTION)
     is_record = isinstance(description, str) and description.startswith("{")
     comments = (_decode(directory.get(_USER_COMMENT)) for directory in (exif.get_ifd(_EXIF_DIRECTORY), exif))
@@ -265,7 +265,7 @@ def _exif_texts(exif: Image.Exif) -> Iterator[tuple[str, str]]:
 
 
 def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, Any]:
-    """Return Pillow's option for texts in EXIF of at most ``limit`` bytes; warn of those that do not fit."""
+    """Return Pillow's option for EXIF texts of at most ``limit`` bytes; warn of texts that do not fit."""
     texts = {key: text[key] for key in ("stable_diffusion", "parameters") if key in text}
     for subset in (texts, *({key: value} for key, value in texts.items()), {}):
         data = _encode_exif(**subset)
@@ -277,7 +277,7 @@ def _exif(text: Mapping[str, str], path: Path, limit: int | None) -> dict[str, A
 
 
 def _encode_exif(stable_diffusion: str | None = None, parameters: str | None = None) -> bytes:
-    """Encode "parameters" as UserComment, where other programs look, and "stable_diffusion" as ImageHistory."""
+    """Encode "parameters" as UserComment, as other programs do, and "stable_diffusion" as ImageHistory."""
     exif, comment = Image.Exif(), b""
     if stable_diffusion is not None:
         exif[_HISTORY] = stable_diffusion.encode("ascii", "replace").decode()  # the tag holds ASCII only
@@ -290,7 +290,7 @@ def _encode_exif(stable_diffusion: str | None = None, parameters: str | None = N
 
 
 def _decode(comment: Any) -> Any:
-    """Decode a UserComment. UTF-16 has no byte order mark there: the side with more zero bytes is the high one."""
+    """Decode a UserComment. UTF-16 has no byte order mark there: the half with more zero bytes is the high one."""
     if not isinstance(comment, bytes):
         return comment
     body = comment[8:]

@@ -1,4 +1,4 @@
-"""Read a folder of pictures with captions, and say of each file that cannot be used why."""
+"""Read a folder of pictures with captions, and report each file that cannot be used with the reason."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from .files import open_image
 
 _READ = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
 _REFUSED = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".ico", ".exr", ".pdf", ".eps", ".mp4", ".mov")
-_CAPTIONS = (".txt", ".caption")  # beside a picture, as kohya's scripts and mflux read them
+_CAPTIONS = (".txt", ".caption")  # beside a picture, as in kohya's scripts and mflux
 _LISTS = ("metadata.jsonl", "train.jsonl")  # of diffusers, of mlx-examples
 _EXAMPLE = json.dumps({"file_name": "a.jpg", "text": "a photo of a cat"})
 _REPEATS = re.compile(r"(\d{1,3})_(.+)")
-_LARGEST_SCALE = 2.0  # by which a picture may be enlarged
-_THREADS = 4  # that decode, as Pillow lets others run meanwhile
+_LARGEST_SCALE = 2.0  # most that a picture may be enlarged
+_THREADS = 4  # decoding threads; Pillow lets them run in parallel
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Describe a picture: file, caption, how often an epoch shows it, size (width, height), and hash of its pixels."""
+    """Describe a picture: file, caption, repeats per epoch, size (width, height), and hash of its pixels."""
 
     path: Path
     caption: str | None
@@ -37,19 +37,19 @@ class Picture:
 def read_pictures(
     folder: Path, resolution: int, *, caption: str | None = None, trigger: str | None = None
 ) -> tuple[list[Picture], list[str]]:
-    """Read the pictures in a folder, and one line about each file that is left out.
+    """Read the pictures in a folder, and one line about each file that is omitted.
 
-    A caption is in the text file of the picture's name, or in metadata.jsonl (``file_name`` and ``text``) or
-    train.jsonl (``image`` and ``prompt``). A folder ``10_name`` is shown 10 times in an epoch, and its name is the
-    caption of pictures without one. Of pictures with the same pixels the first is taken.
+    A caption is in a text file with the picture's name, in metadata.jsonl (``file_name`` and ``text``) or in
+    train.jsonl (``image`` and ``prompt``). A folder ``10_name`` is repeated 10 times in an epoch, and its name is the
+    caption of pictures without one. Of pictures with the same pixels only the first is used.
 
     Args:
-        folder: searched with all its sub-folders, except hidden ones and links.
-        resolution: side in pixels of a square with the area that is needed; a quarter of it is enough.
-        caption: of pictures without one.
+        folder: the folder, which is searched with all its sub-folders, except hidden ones and links.
+        resolution: side in pixels of a square with the training area; a quarter of this area is enough.
+        caption: caption of pictures without one.
         trigger: word that is put before each caption that lacks it.
 
-    Raises ValueError, one line, for a folder without a picture that can be used.
+    Raises ValueError, one line, for a folder without usable pictures.
     """
     if not folder.is_dir():
         raise ValueError(f"the picture folder {folder} does not exist; check the path")
@@ -58,7 +58,7 @@ def read_pictures(
     entries, seen = list(_entries(folder, Picture(folder, default), set(), lines)), {}
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        with warnings.catch_warnings():  # that of ``open_image`` in several threads holds only within another one
+        with warnings.catch_warnings():  # the one of ``open_image`` is not safe in threads by itself
             warnings.simplefilter("ignore")
             for future in [pool.submit(_open, entry, resolution) for entry in entries]:
                 try:
@@ -78,9 +78,9 @@ def read_pictures(
 
 
 def _open(entry: Picture, resolution: int) -> Picture:
-    """Decode a picture for its size and its hash. Raises ValueError where it is damaged, too small or has no caption.
+    """Decode a picture for its size and hash. Raises ValueError if it is damaged, too small or has no caption.
 
-    It is decoded again when it is encoded: thousands of them do not fit into memory.
+    Its pixels are not kept, since thousands of pictures do not fit into memory.
     """
     image = open_image(entry.path)
     width, height = image.size
@@ -94,7 +94,7 @@ def _open(entry: Picture, resolution: int) -> Picture:
 
 
 def _with_trigger(caption: str, trigger: str | None) -> str:
-    """Return a caption in one line, with the trigger first where it has it nowhere as a whole word."""
+    """Return a caption in one line, with the trigger first unless it already contains this whole word."""
     words = " ".join(caption.split())
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", words, re.IGNORECASE):
         return words
@@ -104,7 +104,7 @@ def _with_trigger(caption: str, trigger: str | None) -> str:
 def _entries(folder: Path, default: Picture, named: set[str], lines: list[str]) -> Iterator[Picture]:
     """Iterate over the pictures of a folder, not opened yet, with their captions and repeats.
 
-    ``default`` has the caption of those without one, and the repeats; ``named`` collects what lists name.
+    ``default`` has the caption for pictures without one, and the repeats; ``named`` collects the files of lists.
     """
     if match := _REPEATS.fullmatch(folder.name):
         default = replace(default, repeats=int(match[1]), caption=match[2])

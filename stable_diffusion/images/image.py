@@ -14,19 +14,19 @@ from PIL import Image, ImageOps
 
 from .files import BLACK, WHITE, Colour, read_if_path, to_rgb
 
-MULTIPLE = 8  # of pixels: the VAE halves three times
+MULTIPLE = 8  # pixels: the VAE halves sides three times
 SMALLEST_SIDE = 64
 _LARGEST_ASPECT = 32
 _GAP = 8  # pixels between the images of a grid
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of the pictures that CLIP was trained on
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def target_size(image_size: tuple[int, int], width: int | None, height: int | None, native: int) -> tuple[int, int]:
     """Return the size (width, height) in pixels at which to process an image of ``image_size`` (width, height).
 
-    A missing ``width`` or ``height`` keeps the aspect ratio. With neither it is the image's size, but at least 64 on
-    the short side and at most (2 * ``native``)^2 in area; an image too narrow for both limits loses its aspect ratio.
+    A missing ``width`` or ``height`` keeps the aspect ratio. Without both it is the image's size, but at least 64 on
+    the short side and at most (2 * ``native``)^2 in area; an image too narrow for both limits changes its aspect ratio.
     Computed sides are multiples of 8.
     """
     if width is not None and height is not None:
@@ -56,9 +56,9 @@ def fit(
 ) -> Image.Image:
     """Resize an image to exactly ``width`` x ``height`` pixels.
 
-    RGB is resized with LANCZOS, L (a mask) linearly, which does not ring; other modes become RGB. The mode "crop" fills
-    the size and cuts what sticks out on both sides; "pad" shows all of the image, centred on ``background``, a colour
-    in its mode; "stretch" changes the aspect ratio.
+    RGB is resized with LANCZOS, L (a mask) linearly, without ringing; other modes become RGB. The mode "crop" fills the
+    size and crops both sides equally; "pad" shows the complete image, centred on ``background``, a colour in its mode;
+    "stretch" changes the aspect ratio.
     """
     if width < 1 or height < 1:
         raise ValueError(f"the size {width}x{height} is not positive")
@@ -69,7 +69,7 @@ def fit(
         return image.resize((width, height), resample)
     if mode == "crop":
         return ImageOps.fit(image, (width, height), resample)
-    if mode == "pad":  # ImageOps.pad rounds the place of the image differently
+    if mode == "pad":  # ImageOps.pad rounds the position of the image differently
         scale = min(width / image.width, height / image.height)
         inner = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
         canvas = Image.new(image.mode, (width, height), background)
@@ -92,10 +92,10 @@ def picture_of(image: Any) -> Image.Image:
 
 
 def clip_pixels(images: Any, size: int) -> mx.array:
-    """Return one or several pictures as pixels [n, size, size, 3] for CLIP's image encoder, normalised as in training.
+    """Return one or several images as pixels [n, size, size, 3] for CLIP's image encoder, normalised as in training.
 
-    Each is a path, a PIL image or an array [H, W, 3] in [-1, 1]. The short side is resized to ``size``, and the middle
-    is taken. Raises ValueError for a picture that cannot be read, or is more than 32 times as long as wide.
+    Each is a path, a PIL image or an array [H, W, 3] in [-1, 1]. The short side is resized to ``size``, then the centre
+    is cropped. Raises ValueError for an image that cannot be read, or is more than 32 times as long as wide.
     """
     several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     return mx.array(np.stack([_for_clip(picture_of(image), size) for image in several]))
@@ -130,8 +130,8 @@ def pixels_of(image: Any, unit: int) -> mx.array:
 def mask_of(mask: Any, size: tuple[int, int]) -> mx.array:
     """Return a mask as [H, W] float32 in [0, 1].
 
-    ``mask`` is a path, a PIL image, whose brightness counts, or such an array. Raises ValueError unless it has the
-    ``size`` (height, width).
+    ``mask`` is a path, a PIL image, of which the brightness is used, or such an array. Raises ValueError unless it has
+    the ``size`` (height, width).
     """
     mask = read_if_path(mask, BLACK)
     if isinstance(mask, Image.Image):
@@ -147,7 +147,7 @@ def mask_of(mask: Any, size: tuple[int, int]) -> mx.array:
 def from_array(array: Any) -> Image.Image:
     """Convert [H, W, 3] floats in [0, 1] (numpy, MLX or nested lists) to an RGB image, rounded and clipped.
 
-    Raises ValueError for another shape or type, and for values that are not finite: never a black image by accident.
+    Raises ValueError for a wrong shape or type, and for values that are not finite, instead of drawing them black.
     """
     pixels = np.asarray(array)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
@@ -162,15 +162,15 @@ def from_array(array: Any) -> Image.Image:
 
 
 def to_images(pixels: Any) -> list[Image.Image]:
-    """Convert decoded pixels [n, H, W, 3] in [0, 1] to RGB images, which notebooks display; see :func:`from_array`."""
+    """Convert decoded pixels [n, H, W, 3] in [0, 1] to RGB images, which notebooks can show; see :func:`from_array`."""
     return [from_array(array) for array in np.asarray(pixels)]
 
 
 def grid(images: Sequence[Image.Image], rows: int) -> Image.Image:
     """Lay out images of one size from left to right and top to bottom, in ceil(n / rows) columns.
 
-    Between them are 8 white pixels, around them none. Missing images of the last row stay white, because black would
-    look like an image that failed. Raises ValueError for rows < 1, no images, or images of several sizes.
+    There are 8 white pixels between images, and no border. Missing images of the last row are white, because black
+    would look like a failed image. Raises ValueError for rows < 1, no images, or images of several sizes.
     """
     if rows < 1:
         raise ValueError(f"a grid of {rows} rows cannot be drawn; give at least 1")

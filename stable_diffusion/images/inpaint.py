@@ -1,7 +1,7 @@
 """Prepare an image for inpainting and put the result back: masks, borders and crops.
 
-Everything here is PIL images of 8 bits: RGB images, and masks of mode L in which white (255) is replaced, black (0) is
-kept and grey blends.
+All images here are 8-bit PIL images: RGB images, and masks of mode L. White areas (255) are repainted, black areas (0)
+are kept, grey is blended.
 """
 
 import math
@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter, ImageOps
 from .files import BLACK, open_image
 from .image import MULTIPLE, SMALLEST_SIDE, fit, target_size
 
-_CELL = 8  # pixels of the grid on which parts of a mask are told apart
-_LARGEST_DIFFERENCE = 0.02  # of the aspect ratios of an image and its mask
+_CELL = 8  # pixels of the grid that separates parts of a mask
+_LARGEST_DIFFERENCE = 0.02  # between the aspect ratios of an image and its mask
 
 EMPTY_MASK = "the mask is black everywhere, so no area can be cropped; omit the padding"
 
@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Canvas:
-    """Hold an image and the ``box`` of it that the model processes, at ``size`` (width, height) pixels.
+    """Hold an image and its ``box`` that the model processes, at ``size`` (width, height) pixels.
 
     The result keeps the pixels of ``image`` outside the ``mask``, which has the image's size.
     """
@@ -37,7 +37,7 @@ class Canvas:
     def crop(self, other: Image.Image, mode: str = "stretch") -> Image.Image:
         """Return the box of the image, its mask or a control image, at the canvas's size.
 
-        If ``other`` has not the image's size, it is fitted to it by ``mode``.
+        An ``other`` of a different size is first fitted to the image by ``mode``.
         """
         if other.size != self.image.size:
             other = fit(other, *self.image.size, mode=mode)
@@ -45,9 +45,9 @@ class Canvas:
         return other if other.size == self.size else fit(other, *self.size, mode="stretch")
 
     def paste(self, result: Image.Image) -> Image.Image:
-        """Return the image with ``result`` in its box; what the mask keeps has its original pixels.
+        """Return the image with ``result`` in its box; the areas that the mask keeps have their original pixels.
 
-        Without a mask it is ``result``.
+        Without a mask, return ``result``.
         """
         if self.mask is None:
             return result
@@ -67,16 +67,16 @@ def make_canvas(
     resize: str = "crop",
     padding: int | None = None,
 ) -> Canvas:
-    """Choose the part and the size at which to process an image, for a model trained on ``native`` x ``native`` pixels.
+    """Choose the area and the size at which to process an image, for a model trained on ``native`` x ``native`` pixels.
 
     Args:
-        width, height: of the result, or with ``padding`` of the processed part; None follows from the image.
-        resize: mode of :func:`fit` that brings the image to ``width`` and ``height``.
-        padding: process only the box of the mask with this many pixels around it, at the size of the model's
-            training. None processes the image as a whole.
+        width, height: size of the result, or with ``padding`` of the processed area. Default: from the image.
+        resize: mode of :func:`fit` to resize the image to ``width`` and ``height``.
+        padding: process only the box of the mask plus this number of pixels around it, at the model's training
+            resolution. None processes the complete image.
 
-    With a mask the result has the size of the image, at whatever size the model works. Raises ValueError for an empty
-    mask with a ``padding``.
+    With a mask the result has the size of the image, independent of the size at which the model works. Raises
+    ValueError for an empty mask with a ``padding``.
     """
     if mask is None:
         size = target_size(image.size, width, height, native)
@@ -97,8 +97,8 @@ def make_canvas(
 def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
     """Read a mask in mode L from an image file, resized to the ``size`` (width, height) of its image.
 
-    Colours count by their brightness; transparent parts are kept. Raises ValueError, one line, for a file that cannot
-    be read and for an aspect ratio that differs from the image's.
+    Colours are converted to brightness; transparent areas are kept. Raises ValueError, one line, for a file that cannot
+    be read or has another aspect ratio than the image.
     """
     mask = open_image(path, BLACK).convert("L")
     if abs(math.log(mask.width * size[1] / (mask.height * size[0]))) > _LARGEST_DIFFERENCE:
@@ -110,15 +110,15 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
 
 
 def adjust_mask(mask: Image.Image, invert: bool = False, blur: float = 0) -> Image.Image:
-    """Swap black and white of a mask, and blur it by a Gaussian of ``blur`` pixels' standard deviation."""
+    """Invert a mask, and blur it by a Gaussian with a standard deviation of ``blur`` pixels."""
     mask = ImageOps.invert(mask) if invert else mask
     return mask.filter(ImageFilter.GaussianBlur(blur))
 
 
 def add_borders(image: Image.Image, mask: Image.Image | None, borders: Box) -> tuple[Image.Image, Image.Image]:
-    """Extend an image by borders (left, top, right, bottom) to be painted, and return it with its mask, white there.
+    """Extend an image by borders (left, top, right, bottom) and return it with a mask that repaints them.
 
-    The borders repeat the image's last pixels. Without a ``mask`` the image itself is kept.
+    The borders repeat the image's last pixels. Without a ``mask`` the original area is kept.
     """
     left, top, right, bottom = borders
     sides = ((top, bottom), (left, right))
@@ -128,7 +128,7 @@ def add_borders(image: Image.Image, mask: Image.Image | None, borders: Box) -> t
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> Image.Image:
-    """Return a mask of ``size`` for a box (left, top, width, height): black around it, soft at the edge within it."""
+    """Return a mask of ``size`` for a box (left, top, width, height): black outside, with a soft inner edge."""
     left, top, width, height = box
     edge = min(width, height) // 8
     inner, mask = Image.new("L", (width, height)), Image.new("L", size)
@@ -138,7 +138,7 @@ def box_mask(box: Box, size: tuple[int, int]) -> Image.Image:
 
 
 def mask_parts(mask: Image.Image) -> list[Image.Image]:
-    """Split a mask into its connected parts, from top to bottom. Those within 8 pixels are one, dark ones none."""
+    """Split a mask into connected parts, from top to bottom. Parts within 8 pixels are one; dark ones are dropped."""
     pixels = np.asarray(mask)
     padded = np.pad(pixels, [(0, -side % _CELL) for side in pixels.shape])
     cells = padded.reshape(padded.shape[0] // _CELL, _CELL, -1, _CELL).max((1, 3))
@@ -159,7 +159,7 @@ def mask_parts(mask: Image.Image) -> list[Image.Image]:
 
 
 def _padded_box(mask: Image.Image, padding: int, aspect: float) -> Box:
-    """Return the box of what is not black with ``padding`` pixels around it, widened to width / height = ``aspect``."""
+    """Return the box of all non-black pixels plus ``padding``, widened to width / height = ``aspect``."""
     box = mask.getbbox()
     if box is None:
         raise ValueError(EMPTY_MASK)

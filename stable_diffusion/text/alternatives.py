@@ -1,13 +1,13 @@
-r"""Write out the alternatives and wildcards of a prompt: one text -> the prompts that it stands for.
+r"""Expand the alternatives and wildcards of a prompt: one text -> a list of prompts.
 
-    {red|blue}  {0.7::red|blue}    one of them; where one is drawn, by weight (1)
-    {2$$a|b|c}  {1-2$$ and $$a|b}  two of them, or one to two, in each order; joined by a comma, or by the text given
-    __name__  __artists/*__        a wildcard: a line of a list, or of several lists
-    # words                        a comment: at the beginning of a line, or between blanks
+    {red|blue}  {0.7::red|blue}    one of them; random choices use the weights (1)
+    {2$$a|b|c}  {1-2$$ and $$a|b}  two of them, or one to two, in each order; joined by a comma, or by the given text
+    __name__  __artists/*__        a wildcard: one line of a list, or of several lists
+    # words                        a comment: at the beginning of a line, or between spaces
     \{  \|  \_  \#                 the character itself
 
-This is the language of dynamicprompts (github.com/adieyal/dynamicprompts) without variables and wrappers. All else
-stays as it was typed, for ``prompt`` to read. Signs of the language that have no effect are logged.
+This is the language of dynamicprompts (github.com/adieyal/dynamicprompts) without variables and wrappers. All other
+text is unchanged, for ``prompt`` to read. Signs of the language that have no effect are logged.
 """
 
 import logging
@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 _log = logging.getLogger(__name__)
 
-_DEEPEST = 64  # braces and wildcards within each other
+_DEEPEST = 64  # nested braces and wildcards
 _MOST_PROMPTS = 10_000
-_COUNTED = 10**15  # prompts; more are not told apart
-_LONGEST = 100_000  # characters that alternatives may grow to
+_COUNTED = 10**15  # prompts; larger numbers are not distinguished
+_LONGEST = 100_000  # characters of expanded alternatives
 _PARTNERS = {"]": "[", "}": "{"}
 COMMENT = re.compile(r"(?:^[^\S\n]*#|(?<!\s)\s+#(?=[\s#]|$)).*", re.MULTILINE)
 _TOKEN = re.compile(
@@ -50,14 +50,14 @@ _NO_EFFECT = {
 def expand(
     text: str, seeds: Sequence[int] | None = None, wildcards: Callable[[str], Sequence[str]] | None = None
 ) -> list[str]:
-    """Return every prompt that the alternatives of a text stand for, in order; with ``seeds``, one drawn by each.
+    """Return every prompt that the alternatives of a text give, in order; with ``seeds``, a random one for each seed.
 
     Args:
-        wildcards: a wildcard's name or pattern -> its lines, at least one, each in this language; None leaves
-            ``__name__`` as text.
+        wildcards: a function from a wildcard's name or pattern to its lines, at least one, each in this language.
+            Without it ``__name__`` is plain text.
 
     Raises ValueError for braces and wildcards nested more than 64 deep, for more than 10,000 prompts, for wildcards
-    that lead back to themselves, for alternatives that grow beyond 100,000 characters, and what ``wildcards`` raises.
+    that lead back to themselves, for alternatives of more than 100,000 characters, and the errors of ``wildcards``.
     """
     items = _Reader(wildcards).read(text)
     if seeds is not None:
@@ -72,7 +72,7 @@ def expand(
 
 
 class _Size(NamedTuple):
-    """Hold the number of prompts of some items, the length of the longest, and the depth of choices in them."""
+    """Hold the number of prompts of a list of items, the length of the longest, and the depth of choices."""
 
     prompts: int
     length: int
@@ -81,7 +81,7 @@ class _Size(NamedTuple):
 
 @dataclass(frozen=True)
 class _Choice:
-    """Hold options of which ``lowest`` to ``highest`` are taken, in any order."""
+    """Hold options, of which ``lowest`` to ``highest`` are chosen, in any order."""
 
     options: Sequence["_Items"]
     weights: Sequence[float]
@@ -91,13 +91,13 @@ class _Choice:
 
     @cached_property
     def size(self) -> _Size:
-        """Measure the choice once, as wildcards share theirs."""
+        """Measure the choice; the result is cached, since wildcards are shared."""
         prompts, lengths, depths = zip(*map(_measure, self.options), strict=True)
         length = sum(nlargest(self.highest, lengths)) + self.highest * len(self.separator)
         return _Size(min(self._count(prompts), _COUNTED), length, 1 + max(depths))
 
     def _count(self, prompts: Sequence[int]) -> int:
-        if self.highest >= 8:  # 8! orders are more than are expanded
+        if self.highest >= 8:  # 8! orders exceed the limit
             return _COUNTED
         sets = [1, *[0] * self.highest]  # by the number of options in them
         for number in prompts:
@@ -112,7 +112,7 @@ class _Choice:
                 yield from (self._join(texts) for texts in product(*map(_write, options)) if len({*texts}) == count)
 
     def draw(self, generator: random.Random) -> str:
-        """Return the text of options that are drawn by weight."""
+        """Return the text of options drawn at random, by weight."""
         if self.highest == 1 and len({*self.weights}) == 1:
             return self._join([_draw(generator.choice(self.options), generator) for _ in range(self.lowest)])
         # The order of exponential variates draws by weight: Efraimidis and Spirakis 2006.
@@ -173,7 +173,7 @@ class _Reader:
             if opening and opened[opening]:
                 start = opened[opening].pop()
                 edges = [start, *_pop_after(start, bars), place]
-                for places in opened.values():  # what was opened within has no partner and is text
+                for places in opened.values():  # brackets opened inside have no partner and are text
                     _pop_after(start, places)
                 if opening == "{":
                     options = [items[left + 1 : right] for (left, _), (right, _) in pairwise(edges)]
@@ -192,7 +192,7 @@ class _Reader:
         return items
 
     def _group(self, opening: re.Match, text: str, options: list[_Items]) -> str | _Choice:
-        """Read "{a|b}", or leave "${a=b}" as text."""
+        """Read "{a|b}"; "${a=b}" stays text."""
         if opening["brace"] in _NO_EFFECT:
             _remark(opening["brace"])
             return text
@@ -200,7 +200,7 @@ class _Reader:
         if opening["bounds"] is None:
             return self._check(_Choice(*_weigh(options)))
         inside = _TOKEN.fullmatch(text[len(opening[0]) : -1])
-        if inside and inside["name"] and isinstance(options[0][0], _Choice):  # so many lines of a list
+        if inside and inside["name"] and isinstance(options[0][0], _Choice):  # several lines of a list
             options, weights = options[0][0].options, options[0][0].weights
         else:
             options, weights = _weigh(options, strip=True)
@@ -240,7 +240,7 @@ class _Reader:
         return choice
 
     def _check_depth(self, depth: int) -> None:
-        """Raise ValueError for ``depth`` choices inside the wildcards that are open, if these are too many."""
+        """Raise ValueError if ``depth`` choices inside the open wildcards are nested too deep."""
         if len(self.open) + depth > _DEEPEST:
             place = f" at __{self.open[-1]}__" if self.open else ""
             text = f"the prompt has braces{place} nested more than {_DEEPEST} deep; write some of them as "
@@ -255,7 +255,7 @@ def _pop_after(start: _Place, places: list[_Place]) -> list[_Place]:
 
 
 def _weigh(options: list[_Items], strip: bool = False) -> tuple[list[_Items], list[float]]:
-    """Take the weights off the options: "0.7::red" -> "red", 0.7."""
+    """Split the weights from the options: "0.7::red" -> "red", 0.7."""
     result, weights = [], []
     for first, *rest in (option or [""] for option in options):
         weight = _WEIGHT.match(first) if isinstance(first, str) else None

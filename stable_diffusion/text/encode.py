@@ -19,29 +19,29 @@ Encoders = Sequence[tuple[Tokenizer, CLIPTextModel]]
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Describe a row of a conditioning: its prompt, its weight, and the spans of a run in which it is read."""
+    """Describe a row of a conditioning: its prompt, its weight, and the spans of a run in which it is active."""
 
     prompt: int = 0
     weight: float = 1.0
     spans: tuple[Span, ...] = (Span(),)
 
     def is_read(self, step: int, steps: int) -> bool:
-        """Return whether the row is read in a step, from 0, of a run of ``steps``."""
+        """Return whether the row is active in a step, from 0, of a run of ``steps``."""
         return any(span.holds(step, steps) for span in self.spans)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Hold encoded prompts: tables with a row for each prompt, or several rows where a prompt has parts.
+    """Hold encoded prompts: arrays with one row per prompt, or several rows for a prompt with parts.
 
     Attributes:
-        context: [r, M, C] the encoded prompt, M = 77 for each chunk of it.
+        context: [r, M, C] the encoded prompt, M = 77 for each chunk.
         pooled: [r, P] the prompt as one vector; XL only.
         time_ids: [r, 6 or 5] the size conditioning; XL only.
         guidance: [r, G] the embedded guidance scale; LCM only.
-        v_context: [r, M, C] takes the place of ``context`` for the values of cross-attention.
-        channels: [r, h, w, C] beside those of the latent, for checkpoints that work from images.
-        rows: describes each row.
+        v_context: [r, M, C] replaces ``context`` for the values of cross-attention.
+        channels: [r, h, w, C] extra input channels, for checkpoints that work from images.
+        rows: a description of each row.
     """
 
     context: mx.array
@@ -53,22 +53,22 @@ class Conditioning:
     rows: tuple[PromptRow, ...] = (PromptRow(),)
 
     def arrays(self) -> dict[str, mx.array]:
-        """Return the arrays that are present, by name."""
+        """Return all arrays that are not None, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, mx.array)}
 
     def map(self, function: Callable[[mx.array], mx.array]) -> "Conditioning":
-        """Apply ``function`` to every array that is present."""
+        """Apply ``function`` to every array that is not None."""
         return replace(self, **{name: function(array) for name, array in self.arrays().items()})
 
     def select(self, prompts: slice) -> "Conditioning":
-        """Return a conditioning of some of the prompts."""
+        """Return the conditioning of a slice of the prompts."""
         numbers = range(len(self))[prompts]
         places = [i for i, row in enumerate(self.rows) if row.prompt in numbers]
         rows = tuple(replace(self.rows[i], prompt=numbers.index(self.rows[i].prompt)) for i in places)
         return replace(self.map(lambda array: array[mx.array(places)]), rows=rows)
 
     def after(self, steps: int) -> "Conditioning":
-        """Return the conditioning of a second pass, for which prompts count on: the first pass made ``steps``."""
+        """Return the conditioning of a second pass, in which prompt scheduling continues after ``steps``."""
         rows = (replace(row, spans=tuple(span.after(steps) for span in row.spans)) for row in self.rows)
         return replace(self, rows=tuple(rows))
 
@@ -86,15 +86,15 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class SizeConditioning:
-    """Describe the picture that SDXL pretends to draw (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
+    """Describe SDXL's size conditioning (Podell et al. 2023, sec. 2.2). Sizes are (height, width).
 
     Attributes:
-        original_size: of the training picture before resizing. None stands for the size of the result.
-        crop: (top, left) of the cut.
-        target_size: that it was resized to. None stands for the size of the result.
-        aesthetic_score, negative_aesthetic_score: of the refiner, in place of the target size.
-        negative_original_size, negative_crop, negative_target_size: for the negative prompt; None stands for those of
-            the prompt.
+        original_size: size of the training image before resizing. Default: the size of the result.
+        crop: (top, left) corner of the crop.
+        target_size: size of the training image after resizing. Default: the size of the result.
+        aesthetic_score, negative_aesthetic_score: the refiner's input instead of the target size.
+        negative_original_size, negative_crop, negative_target_size: the same for the negative prompt. Default: the
+            prompt's.
     """
 
     original_size: tuple[int, int] | None = None
@@ -107,9 +107,9 @@ class SizeConditioning:
     negative_target_size: tuple[int, int] | None = None
 
     def time_ids(self, pixels: tuple[int, int], is_cond: bool, has_score: bool) -> list[float]:
-        """Return XL's time ids of the prompt or the negative prompt, for a picture of ``pixels`` (height, width).
+        """Return XL's time ids of the prompt or the negative prompt, for an image of ``pixels`` (height, width).
 
-        With ``has_score`` they are the refiner's, which end with an aesthetic score.
+        ``has_score`` gives the refiner's ids, which end with an aesthetic score.
         """
         original, crop, target = self.original_size or pixels, self.crop, self.target_size or pixels
         score = self.aesthetic_score
@@ -120,8 +120,8 @@ class SizeConditioning:
 
 
 def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """Join the prompts of conditionings that have the same number of chunks, in order."""
-    if any(c.v_context is not None for c in conditionings):  # where one has it, all need it
+    """Join the prompts of conditionings with the same number of chunks, in order."""
+    if any(c.v_context is not None for c in conditionings):  # if one has it, all need it
         conditionings = [replace(c, v_context=c.context) if c.v_context is None else c for c in conditionings]
     rows: list[PromptRow] = []
     prompts = 0
@@ -133,7 +133,7 @@ def concatenate(conditionings: Sequence[Conditioning]) -> Conditioning:
 
 
 def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.array]) -> list[Conditioning]:
-    """Lengthen all to the chunks of the longest with ``empty()``, an encoded empty prompt [1, 77, C]."""
+    """Pad all to the length of the longest with ``empty()``, an encoded empty prompt [1, 77, C]."""
     length = max(c.context.shape[1] for c in conditionings)
 
     def lengthen(c: Conditioning) -> Conditioning:
@@ -149,7 +149,7 @@ def same_length(conditionings: Sequence[Conditioning], empty: Callable[[], mx.ar
 
 
 class ReadingKeywords(TypedDict, total=False):
-    """Describe the keywords of :func:`encode` that say how prompts are read."""
+    """List the keyword arguments of :func:`encode` for reading prompts."""
 
     clip_skip: int
     emphasis: str
@@ -168,24 +168,24 @@ def encode(
     truncate: bool = False,
     weight_blocks: bool = False,
 ) -> Conditioning:
-    """Encode prompts with every text encoder: a row for each part of each prompt, with context [r, 77 * chunks, C].
+    """Encode prompts with every text encoder: one row for each part of each prompt, with context [r, 77 * chunks, C].
 
     Each encoder runs once on every different prompt, so that no encoding depends on the other prompts. The empty
-    prompt pads those that have fewer chunks than others. For XL each row also has the pooled vector of its first chunk.
+    prompt pads prompts with fewer chunks. For XL each row also has the pooled vector of its first chunk.
 
     Args:
         texts: a prompt or several, in the language of ``prompt.py``.
-        texts_2: prompts of the second text encoder, one for all or one for each of ``texts``; None is the same ones.
-        xl: take the states below the last one, not normalised, as XL was trained on.
-        clip_skip: how many of the encoders' last layers to leave out.
-        emphasis: how weights act. "mean" multiplies the encoded tokens and restores their mean; "values" multiplies
-            what cross-attention takes from the tokens, so that negative weights take it away; "none" reads all signs of
-            the prompt language as text.
-        truncate: keep the first chunk only; the log shows what is left out.
-        weight_blocks: read each text as blocks with a weight behind a colon, encoded by themselves and averaged.
+        texts_2: prompts for the second text encoder, one for all or one for each of ``texts``. Default: the same.
+        xl: use the penultimate states, not normalised, as XL was trained.
+        clip_skip: number of final text encoder layers to skip.
+        emphasis: the effect of weights. "mean" multiplies the encoded tokens and restores their mean. "values" scales
+            the attention values (V) of the tokens; negative weights subtract them. "none" reads all signs of the prompt
+            language as text.
+        truncate: keep only the first chunk; the log shows the omitted text.
+        weight_blocks: read each text as blocks with a weight after a colon, which are encoded separately and averaged.
 
-    Raises ValueError for no texts, options out of range, blocks whose weights sum to zero, and second texts that do not
-    fit.
+    Raises ValueError for an empty list, options out of range, blocks whose weights sum to zero, and a wrong number of
+    second prompts.
     """
     texts = [texts] if isinstance(texts, str) else texts
     pairs = enumerate(zip(texts, _seconds(texts_2, len(texts), len(encoders)), strict=True))
@@ -205,7 +205,7 @@ def encode(
 
 
 def _seconds(texts_2: str | Sequence[str] | None, texts: int, encoders: int) -> Sequence[str | None]:
-    """Return the second encoder's text for each of so many ``texts``."""
+    """Return the second encoder's text for each of ``texts`` prompts."""
     if texts_2 is not None and encoders != 2:
         raise ValueError("prompt_2 and negative_prompt_2 need a model with two text encoders, such as SDXL; omit them")
     if texts_2 is None or isinstance(texts_2, str):
@@ -216,14 +216,14 @@ def _seconds(texts_2: str | Sequence[str] | None, texts: int, encoders: int) -> 
 
 
 def count_chunks(text: str, tokenizer: Tokenizer, text_2: str | None = None, **reading: Unpack[ReadingKeywords]) -> int:
-    """Return the number of chunks of 75 tokens that a prompt is encoded in; the keywords are those of ``encode``."""
+    """Count the chunks of 75 tokens of a prompt; the keywords are those of ``encode``."""
     read = parts(text, reading.get("emphasis", "mean"), reading.get("weight_blocks", False), text_2=text_2)
     texts = {pieces for part in read for pieces in part.of_encoders}
     return 1 if reading.get("truncate") else max(len(_chunks(tokenizer, pieces)) for pieces in texts)
 
 
 def _chunks(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[tuple[int, float]]]:
-    """Return (token, weight) of a prompt, in chunks as long as the encoder can read between start and end."""
+    """Return (token, weight) of a prompt, in chunks of the most tokens between start and end."""
     chunks: list[list[tuple[int, float]]] = [[]]
     for piece in pieces:
         if piece.text is None:
@@ -253,7 +253,7 @@ def _encode_pieces(
 ) -> Conditioning:
     """Encode one prompt, in ``texts`` for each encoder: context [1, 77 * chunks, C] and XL's pooled vector [1, P].
 
-    The shorter text ends in empty chunks.
+    Empty chunks pad the shorter text.
     """
     states, weighted, pooled = [], [], None
     read = [_chunks(tokenizer, pieces) for (tokenizer, _), pieces in zip(encoders, texts, strict=False)]
@@ -285,7 +285,7 @@ def _encode_pieces(
 def _emphasise(state: mx.array, weights: mx.array, restore_mean: bool) -> mx.array:
     """Multiply the state of each token [n, 77, C] by its weight [n, 77].
 
-    ``restore_mean`` then scales each chunk back to the mean it had, as AUTOMATIC1111's web UI does.
+    ``restore_mean`` then scales each chunk back to its original mean, as AUTOMATIC1111's web UI does.
     """
     weighted = state * weights[..., None].astype(state.dtype)
     if not restore_mean:

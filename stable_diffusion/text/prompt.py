@@ -4,13 +4,13 @@ r"""Read the prompt language: one prompt -> its parts, and pieces of text with w
     (words)  ((words))          weight 1.1, 1.1 * 1.1
     [words]                     weight 1 / 1.1
     [from:to:0.4]               "from" for the first 0.4 of the steps, then "to"; [to:0.4], [from::0.4]: either is empty
-    [from:to:10]                the same after 10 steps; a second pass counts on, and its fractions are from 1 to 2
-    [a|b]  [a|b|]               "a" and "b" in turns, one step each; the last may be empty
-    a AND b :0.7                two prompts that guide together, the second with weight 0.7
-    BREAK                       what follows starts a new chunk of 75 tokens
+    [from:to:10]                the same after 10 steps; a second pass continues the count, with fractions 1 to 2
+    [a|b]  [a|b|]               "a" and "b" alternate, one step each; the last may be empty
+    a AND b :0.7                two composed prompts, the second with weight 0.7
+    BREAK                       start a new chunk of 75 tokens
     \(  \[  \{  \|  \:  \_  \\  the character itself
 
-Alternatives, {a|b}, and wildcards are written out by ``alternatives``; here their signs are text.
+Alternatives, {a|b}, and wildcards are expanded by ``alternatives``; here their signs are text.
 A bracket without its partner, and a colon that no number follows, are text: "a sign saying: open :)" is one piece.
 Weights multiply where brackets are nested.
 """
@@ -26,8 +26,8 @@ from typing import Literal
 EMPHASES = ("mean", "values", "none")
 
 _EMPHASIS = 1.1
-_DEEPEST = 64  # brackets within each other
-_MOST_TEXTS = 500  # that a prompt changes through
+_DEEPEST = 64  # nested brackets
+_MOST_TEXTS = 500  # of prompt scheduling in a run
 _PARTNERS = {")": "(", "]": "["}
 _DIGITS = r"(?:\d{1,12}(?:\.\d{0,17})?|\.\d{1,17})"  # longer numbers are text
 _NUMBER = rf"[+-]?{_DIGITS}"
@@ -49,7 +49,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Span:
-    """Hold some steps of a run: from one fraction of it to another, from one step to another, of each ``period`` one.
+    """Hold a set of steps of a run: between two fractions, between two steps, and one of each ``period``.
 
     Steps count from 0. Each pair excludes its end.
     """
@@ -62,12 +62,12 @@ class Span:
     period: int = 1
 
     def holds(self, step: int, steps: int) -> bool:
-        """Return whether a step of a run of ``steps`` is one of these."""
+        """Return whether the span contains a step of a run of ``steps``."""
         start, end = (fraction * steps - 1e-9 for fraction in (self.start, self.end))  # 0.07 * 100 is above 7
         return start <= step < end and self.first <= step < self.last and step % self.period == self.phase
 
     def overlap(self, other: "Span") -> "Span | None":
-        """Return the steps of both spans; None where their turns never meet."""
+        """Return the steps of both spans; None if their turns never coincide."""
         period = math.lcm(self.period, other.period)
         turns = (i for i in range(period) if i % self.period == self.phase and i % other.period == other.phase)
         if (phase := next(turns, None)) is None:
@@ -76,16 +76,16 @@ class Span:
         return Span(*fractions, max(self.first, other.first), min(self.last, other.last), phase, period)
 
     def after(self, steps: int) -> "Span":
-        """Return the span as a second pass counts it: the first one made ``steps``, and fractions up to 1 are of it."""
+        """Return the span for a second pass: the first pass had ``steps``, and fractions up to 1 belong to it."""
         numbers = {"start": self.start - 1, "end": self.end - 1, "first": self.first - steps, "last": self.last - steps}
         return replace(self, **numbers)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Hold one of the prompts that guide together, as it reads in some spans of a run.
+    """Hold one part of a composed prompt, with its text in some spans of a run.
 
-    ``pieces_2`` is what XL's second text encoder reads; None stands for the same ``pieces``.
+    ``pieces_2`` are the pieces for XL's second text encoder; None means the same ``pieces``.
     """
 
     pieces: tuple[Piece, ...]
@@ -106,17 +106,17 @@ class Part:
 
 
 def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False, *, text_2: str | None = None) -> list[Part]:
-    """Read a prompt: a part for each AND, and for each text that it changes through.
+    """Read a prompt: one part for each AND, and for each text of prompt scheduling.
 
     Args:
-        text_2: the prompt of XL's second text encoder; None is the same. Its parts join those of ``text`` in order, or
-            one joins all; weights of parts are those of ``text``.
+        text_2: the prompt for XL's second text encoder. Default: the same. Its parts belong to those of ``text`` in
+            order, or a single part to all; weights of parts are those of ``text``.
         emphasis: one of ``EMPHASES``; "none" reads all signs of the language as text.
         weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
-            a blank, weighted by its share of the numbers' sum. Text behind the last number weighs 1.
+            a space, weighted by its fraction of the numbers' sum. Text after the last number has weight 1.
 
-    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for prompts that change through
-    more than 500 texts, for blocks whose weights sum to zero, and for a second prompt with another number of parts.
+    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for prompt scheduling with more
+    than 500 texts, for blocks whose weights sum to zero, and for a second prompt with a wrong number of parts.
     """
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
@@ -132,7 +132,7 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False, *, tex
 
 
 def _joined_parts(text: str, emphasis: str, weight_blocks: bool) -> list[list[Part]]:
-    """Read a prompt: for each AND or block, the texts that it changes through."""
+    """Read a prompt: for each AND or block, the texts of prompt scheduling."""
     if weight_blocks:
         return [[part] for part in _blocks(text)]
     if emphasis == "none":
@@ -140,7 +140,7 @@ def _joined_parts(text: str, emphasis: str, weight_blocks: bool) -> list[list[Pa
     result, prompts = [], _split(_read(text), "AND")
     for items in prompts:
         ending = "".join(item for item in items[-2:] if isinstance(item, str))
-        weight = _WEIGHT_AT_END.fullmatch(ending) if len(prompts) > 1 else None  # a lone prompt has none
+        weight = _WEIGHT_AT_END.fullmatch(ending) if len(prompts) > 1 else None  # a single prompt has no weight
         items = items[:-2] if weight else items
         spans: dict[tuple[Piece, ...], list[Span]] = {}
         for span in _spans(items):
@@ -166,11 +166,11 @@ def _blocks(text: str) -> list[Part]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Hold what stands in brackets.
+    """Hold the contents of brackets.
 
-    A "weight" has one branch and the weight as its number, which is None until the weight behind "(words)" is read. An
-    "edit" has what is read before and after its number, a float for a fraction of the run and an int for a step. A
-    group of "turns" has a branch for each step in turn.
+    A "weight" has one branch, and the weight as its number, which is None until the weight after "(words)" is read. An
+    "edit" has the text before and after its number, a float for a fraction of the run and an int for a step. A group of
+    "turns" has a branch for each alternating step.
     """
 
     kind: Literal["weight", "edit", "turns"]
@@ -188,7 +188,7 @@ _Items = list[str | _Group]
 
 def _read(text: str) -> _Items:
     items: _Items = []
-    opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their places in the items
+    opened: dict[str, list[int]] = {bracket: [] for bracket in _PARTNERS.values()}  # their indices in the items
     for token in _TOKEN.findall(text):
         partner = _PARTNERS.get(token)
         if token in opened:
@@ -196,7 +196,7 @@ def _read(text: str) -> _Items:
             items.append(token)
         elif partner and opened[partner]:
             start = opened[partner].pop()
-            for places in opened.values():  # what was opened within has no partner and is text
+            for places in opened.values():  # brackets opened inside have no partner and are text
                 while places and places[-1] > start:
                     places.pop()
             items[start:] = [_group(partner, items[start + 1 :])]
@@ -234,7 +234,7 @@ def _split(items: _Items, separator: str) -> list[_Items]:
 
 
 def _weigh(items: _Items) -> _Items:
-    """Give each "(words)" its weight: the number behind it, as in "(words):1.3", or 1.1."""
+    """Give each "(words)" its weight: the number after it, as in "(words):1.3", or 1.1."""
     for i, item in enumerate(items):
         if isinstance(item, _Group) and item.number is None:
             behind = "".join(text for text in items[i + 1 : i + 3] if isinstance(text, str))
@@ -257,7 +257,7 @@ def _groups(items: _Items) -> Iterator[_Group]:
 
 
 def _spans(items: _Items) -> list[Span]:
-    """Return the spans of a run in each of which the items read as one text."""
+    """Return the spans of a run within which the text of the items is constant."""
     groups = list(_groups(items))
     changes = [group.number for group in groups if group.kind == "edit" and group.number > 0]
     fractions, steps = (sorted({change for change in changes if isinstance(change, kind)}) for kind in (float, int))
@@ -289,7 +289,7 @@ def _pieces(items: _Items, span: Span, weight: float = 1.0) -> Iterator[Piece]:
 
 
 def _joined(pieces: Iterator[Piece]) -> tuple[Piece, ...]:
-    """Join neighbours of one weight, and drop pieces of blanks beside others."""
+    """Join neighbours of equal weight, and drop blank pieces beside others."""
     result: list[Piece] = []
     for (is_break, weight), run in groupby(pieces, lambda piece: (piece.text is None, piece.weight)):
         texts = [piece.text for piece in run]

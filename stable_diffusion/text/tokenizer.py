@@ -1,6 +1,6 @@
 """Split prompts into the byte-level BPE tokens of CLIP.
 
-    text -> special tokens cut out -> NFC, blanks collapsed, lower case -> words -> UTF-8 bytes -> merges -> ids
+    text -> split at special tokens -> NFC, blanks collapsed, lower case -> words -> UTF-8 bytes -> merges -> ids
 
 The ids equal those of the reference, transformers' fast CLIPTokenizer, for all characters of Unicode 15.
 References: Radford et al. 2021 (CLIP), Radford et al. 2019 (byte-level BPE), Sennrich et al. 2016 (BPE).
@@ -21,15 +21,15 @@ from ..files.text import read_json, read_text
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
-_ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # where no file says more
+_ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # unless a file says otherwise
 _END_OF_WORD = "</w>"
-_LONGEST_MERGE = 512  # bytes: merging takes time with their square, and a word of 100 kB in such runs 0.4 s
+_LONGEST_MERGE = 512  # bytes: the time of merging grows with their square; a word of 100 kB takes 0.4 s in such runs
 _NO_MERGE = (1 << 62, -1)
 _LARGEST_ID = 2**31 - 1
-_MOST_SPECIAL = 5000  # special tokens: a pattern finds them, which 50,000 of them take seconds to make
+_MOST_SPECIAL = 5000  # special tokens: compiling the pattern of 50,000 takes seconds
 
 _BLANKS = regex.compile(r"\s+")
-# To the NFC of the reference, which dates from Unicode 9, later marks are characters that nothing combines with.
+# The reference uses the NFC of Unicode 9, in which later combining marks are ordinary characters.
 _COMPOSABLE = regex.compile(
     r"[^\u07fd\u0898-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1ace\u1df6-\u1dfa\ua82c\U00010d24-\U00010f85"
     r"\U00011070\U0001133b\U0001145e\U00011839-\U00011a99\U00011d42-\U00011f42\U00016ff0\U00016ff1\U0001e08f-\U0001e4ef]+"
@@ -51,9 +51,9 @@ class Tokenizer:
     Args:
         vocab: id of every token; words end in "</w>", bytes are written in the byte alphabet.
         merges: pairs of tokens, or lines with two, in the order in which they were learnt.
-        pad_token: fills up a chunk. SD 1 pads with end-of-text, SD 2 and the second tokenizer of SDXL with "!".
-        max_length: ids that the text encoder reads at once, start and end included.
-        special_tokens: tokens recognised inside a text -> whether they are looked for after normalisation
+        pad_token: padding of a chunk. SD 1 pads with end-of-text, SD 2 and the second tokenizer of SDXL with "!".
+        max_length: number of ids in a chunk, start and end included.
+        special_tokens: tokens recognised inside a text -> whether they are searched after normalisation
             (then "<|STARTOFTEXT|>" is one too). Default: start, end and pad, as written.
 
     Attributes: ``vocab``, ``max_length``, and ``bos_id``, ``eos_id``, ``pad_id`` of start, end and padding.
@@ -95,12 +95,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path | str, pad_token: str | None = None, size: int | None = None) -> "Tokenizer":
-        """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or tokenizer.json where these are missing.
+        """Read the tokenizer of a checkpoint: vocab.json and merges.txt, or else tokenizer.json.
 
-        The special tokens come from special_tokens_map.json, else from tokenizer_config.json, which alone counts when
-        it has a table of added tokens, as in the reference. A ``pad_token`` takes the place of theirs. ``size`` is the
-        number of tokens that the text encoder knows.
-        Raises ValueError, one line that names the file and the key, for what is missing or malformed.
+        The special tokens come from special_tokens_map.json, else from tokenizer_config.json. If the latter has a table
+        of added tokens, only this table is used, as in the reference. ``pad_token`` replaces the files' padding.
+        ``size`` is the number of tokens of the text encoder.
+        Raises ValueError, one line that names the file and the key, for missing or malformed entries.
         """
         folder = Path(os.path.expanduser(folder))
         vocab, merges, added = _read_vocabulary(folder)
@@ -119,7 +119,7 @@ class Tokenizer:
             special["pad_token"] = {pad_token: False}
         if (count := len(added) + len(additional)) > _MOST_SPECIAL:
             raise ValueError(f"{folder} names {count} special tokens; the limit is {_MOST_SPECIAL}")
-        for token in (*added, *additional):  # those that are new take the ids after the vocabulary
+        for token in (*added, *additional):  # new ones get the ids after the vocabulary
             vocab.setdefault(token, len(vocab))
         length = config.read("model_max_length", int, 77)
         try:
@@ -127,8 +127,8 @@ class Tokenizer:
                 vocab,
                 merges,
                 pad_token=next(iter(special["pad_token"])),
-                max_length=length if length < 10_000 else 77,  # a huge number means that none was set
-                special_tokens=reduce(or_, (*special.values(), additional, added)),  # of equal ones the last counts
+                max_length=length if length < 10_000 else 77,  # a huge number means that it was not set
+                special_tokens=reduce(or_, (*special.values(), additional, added)),  # of equal ones the last is used
             )
         except ValueError as error:
             raise ValueError(f"the tokenizer in {folder} cannot be used: {error}") from None
@@ -160,7 +160,7 @@ class Tokenizer:
         chars[-1] += _END_OF_WORD
         result = []
         for start in range(0, len(chars), _LONGEST_MERGE):
-            # Where the vocabulary lacks a byte, the end token stands for it, as in the reference.
+            # A byte that is not in the vocabulary becomes the end token, as in the reference.
             ids = [self.vocab.get(char, self.eos_id) for char in chars[start : start + _LONGEST_MERGE]]
             ranks = [self._merges.get(pair, _NO_MERGE) for pair in pairwise(ids)]
             while ranks and (best := min(ranks)) != _NO_MERGE:
@@ -172,7 +172,7 @@ class Tokenizer:
         return result
 
     def add(self, word: str, ids: Sequence[int]) -> None:
-        """Let ``word``, in upper or lower case and standing alone, mean ``ids``. Raises ValueError for a blank word."""
+        """Map ``word``, as a whole word in upper or lower case, to ``ids``. Raises ValueError for a blank word."""
         if not word.strip():
             raise ValueError(f"{word!r} cannot name an embedding; give a word")
         self._added[word.casefold()] = list(ids)
@@ -180,7 +180,7 @@ class Tokenizer:
         self._tokens |= dict.fromkeys(ids, "") | {ids[0]: word + _END_OF_WORD}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids: lower case, a blank after every word, U+FFFD for a part of a character."""
+        """Return the text of ids: lower case, a space after every word, U+FFFD for an incomplete character."""
         try:
             tokens = [self._tokens[int(id_)] for id_ in ids]
         except KeyError as error:
@@ -198,15 +198,15 @@ class Tokenizer:
 
 
 def _normalize(text: str) -> str:
-    """Compose characters (NFC), collapse blanks, and turn each character by itself to lower case."""
+    """Compose characters (NFC), collapse blanks, and turn each single character to lower case."""
     text = _COMPOSABLE.sub(lambda run: unicodedata.normalize("NFC", run[0]), text)
     return _BLANKS.sub(" ", text).replace("Σ", "σ").lower()  # str.lower would make a Σ at the end of a word ς
 
 
 def _any_of(tokens: Iterable[str], added: Iterable[str] = ()) -> regex.Pattern:
-    """Return a pattern that captures the leftmost and longest of the tokens where it is no part of a word.
+    """Return a pattern that captures the leftmost and longest token that is not a part of a word.
 
-    Those ``added`` are found in upper and lower case.
+    ``added`` tokens are found in upper and lower case.
     """
     patterns = {token: regex.escape(token) for token in tokens}
     patterns |= {token: f"(?i:{regex.escape(token)})" for token in added if token not in patterns}
@@ -220,7 +220,7 @@ def _any_of(tokens: Iterable[str], added: Iterable[str] = ()) -> regex.Pattern:
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Any], dict[str, bool]]:
     """Read the vocabulary, the merges, and the words added after training -> whether they are normalised."""
     if not (folder / "vocab.json").is_file() and (folder / "tokenizer.json").is_file():
-        file = _JsonFile(folder / "tokenizer.json")  # all that transformers 5 writes
+        file = _JsonFile(folder / "tokenizer.json")  # the only file of transformers 5
         file |= file.read("model", dict, {})
         if file.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= file.keys():
             raise ValueError(f"{file.path} is not a BPE tokenizer; CLIP needs one")
@@ -235,7 +235,7 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Any], dict[str,
 
 
 class _JsonFile(dict[str, Any]):
-    """Hold the fields of a JSON object that are not empty; errors name the file and the key."""
+    """Hold the nonempty fields of a JSON object; errors name the file and the key."""
 
     def __init__(self, path: Path, optional: bool = False):
         self.path = path
@@ -268,10 +268,10 @@ def _existing(path: Path) -> Path:
 
 
 def _token(value: str | dict[str, Any]) -> dict[str, bool]:
-    """Read a string or the fields of an AddedToken: text -> whether it is looked for after normalisation."""
+    """Read a string or the fields of an AddedToken: text -> whether it is searched after normalisation."""
     if isinstance(value, str):
         return {value: False} if value else {}
-    text = value["content"] + ""  # TypeError for what is no text
+    text = value["content"] + ""  # TypeError unless it is a text
     return {text: bool(value.get("normalized", not value.get("special", False)))} if text else {}
 
 

@@ -81,7 +81,7 @@ def test_defaults_of_models_for_few_steps(sd, defaults, num_steps, given, expect
     "given, message",
     [
         ({"timesteps": [900, 1], "sigmas": [1.0, 0.0]}, "timesteps, sigmas each define the steps"),
-        ({"sigmas": [1.0, 0.0], "schedule": "karras"}, "schedule, sigmas each say"),
+        ({"sigmas": [1.0, 0.0], "schedule": "karras"}, "schedule, sigmas each define"),
         ({"sigmas": [1.0, 0.0], "num_steps": 2}, "num_steps 2 does not fit the 1 steps"),
         ({"timesteps": [1, 900]}, "must descend"),
         ({"schedule": "curly"}, "schedule 'curly' is unknown"),
