@@ -212,15 +212,12 @@ class StableDiffusion(Networks):
                 guidance is off and ``negative_text`` has no effect.
             negative_text: the negative prompt: one for all images, or a list with one for each prompt.
             latent_size: (height, width) of the latents, an eighth of the pixels. Default: the model's.
-            seed: seed of the first image; image i uses ``seed + i``. A list gives the seed of each image. Default:
-                random.
-            options: all other settings, see :class:`Options`. Its fields may also be given as ``keywords``, which
-                override them.
+            seed: seed of the first image; image i has ``seed + i``. A list has one for each. Default: random.
+            options: all other settings, see :class:`Options`. ``keywords`` are its fields and override it.
 
         Yields:
             Latents [n, h, w, 4], float32, not yet computed, in the variance-preserving scale of training. The last ones
-            are the final image; ``decode`` shows any of them. EDM models use the same scale, (x0 + sigma noise) /
-            sqrt(sigma^2 + 1).
+            are the final image; ``decode`` shows any of them. EDM too has (x0 + sigma noise) / sqrt(sigma^2 + 1).
 
         Raises ValueError for a number out of range, an unknown name, or latents of the wrong shape.
         """

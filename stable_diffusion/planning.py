@@ -85,8 +85,7 @@ def plan_run(
         strength: fraction of the steps to run, rounded down as in diffusers, but at least one step above 0.
         is_xl: use SDXL's variant of a noise schedule that has one.
 
-    Raises ValueError for a number of steps that the model does not support, or an option that the sampler does not
-    have.
+    Raises ValueError for an unsupported number of steps, or an option that the sampler does not have.
     """
     Number(int, 1).check("num_steps", num_steps)
     Number(float, 0, 1).check("strength", strength)

@@ -1,4 +1,4 @@
-"""Keep arrays that take long to compute: computed once, then read from memory, or from a folder that runs share."""
+"""Cache arrays that take long to compute, in memory or in a folder that several runs share."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Describe arrays: ``key`` holds all that decides them, ``size`` is in bytes, ``compute`` returns them by name."""
+    """Describe cached arrays: ``key`` identifies them, ``size`` is in bytes, ``compute`` returns them by name."""
 
     key: tuple
     size: int
@@ -29,7 +29,7 @@ class CacheEntry:
 class ArrayCache:
     """Compute arrays once and keep them in float16, in memory or in ``folder``, under a hash of their key.
 
-    Several runs may share a folder. Raises OSError where it cannot be made.
+    Several runs may share a folder. Raises OSError if it cannot be created.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -42,7 +42,7 @@ class ArrayCache:
             raise OSError(f"the cache {folder} cannot be created ({error.strerror}); choose another folder") from None
 
     def check_room(self, entries: Iterable[CacheEntry]) -> None:
-        """Raise OSError where the disk has no room for the entries that are not in the folder yet."""
+        """Raise OSError if the disk has no room for the missing entries."""
         if self.folder is not None:
             missing = (entry for entry in entries if not self._has(entry))
             check_space(self.folder / "cache", sum(entry.size for entry in missing))
@@ -65,10 +65,10 @@ class ArrayCache:
         return arrays
 
     def exchange(self, entries: Sequence[CacheEntry], group: mx.distributed.Group) -> None:
-        """Give all processes all entries, bit for bit: of N processes the one with number i % N has entry i.
+        """Send every entry to all processes, bit for bit. Of N processes, number i % N provides entry i.
 
-        It is a collective operation: all processes of the group call it with the same entries. Those that a process
-        has in its own folder stay.
+        This is a collective operation: all processes of the group call it with the same entries. A process keeps the
+        entries that its folder already has.
         """
         for number, entry in enumerate(entries):
             is_own, content = number % group.size() == group.rank(), BytesIO()
@@ -101,7 +101,7 @@ class ArrayCache:
 
 
 def hash_arrays(tree: Any, *about: object) -> str:
-    """Return a hash of the arrays in a tree, by their path, and of whatever else is ``about`` them."""
+    """Return a hash of the arrays in a tree, with their paths, and of the values in ``about``."""
     digest = hashlib.sha256(repr(about).encode())
     for path, array in sorted(tree_flatten(tree)):
         digest.update(f"{path} {array.shape} {array.dtype}".encode())

@@ -1,7 +1,7 @@
 """Know models by name: aliases, their Hub repositories with mirrors, and their defaults.
 
-Repositories vanish: Stability AI removed every Stable Diffusion 2 repository in November 2025, and runwayml its own
-in 2024. So an alias lists its repository first and then the mirrors, and an id that was removed leads to its mirrors.
+Repositories vanish: Stability AI removed every Stable Diffusion 2 repository in November 2025, runwayml removed its
+repositories in 2024. So an alias lists its repository first, then mirrors; a removed id leads to its mirrors.
 """
 
 import re
@@ -17,14 +17,14 @@ from .parts import family_of_pipeline
 
 @dataclass(frozen=True)
 class Entry:
-    """Say where a model is and how its authors run it; None leaves steps and guidance to ``defaults_for``."""
+    """Describe where a model is and how its authors run it. ``defaults_for`` replaces None in steps and guidance."""
 
     repos: tuple[str, ...] = ()  # Hub ids: the first choice, then its mirrors
     steps: int | None = None
     guidance: float | None = None
     folder: Path | None = None  # a model that comes with the package
-    removed: str | None = None  # the id that was removed from the Hub and is looked for
-    half_vae: str | None = None  # the same VAE, changed so that half precision does not overflow in it
+    removed: str | None = None  # the requested id, which was removed from the Hub
+    half_vae: str | None = None  # the same VAE, changed so that it does not overflow in half precision
 
 
 _SD15 = Entry(("stable-diffusion-v1-5/stable-diffusion-v1-5",), steps=50, guidance=7.5)
@@ -62,10 +62,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
 }
 
-TOKENIZER = "openai/clip-vit-large-patch14"  # its vocabulary is that of all of Stable Diffusion 1, 2 and XL
+TOKENIZER = "openai/clip-vit-large-patch14"  # all of Stable Diffusion 1, 2 and XL have its vocabulary
 
-# How the authors of checkpoints, UNets and LoRAs for few steps run them, by patterns of their names; a number in these
-# is the steps. Turbo: Sauer et al. 2023; LCM: Luo et al. 2023, arXiv:2311.05556; Lightning: Lin et al. 2024,
+# Recommended settings of few-step checkpoints, UNets and LoRAs, by patterns of their names; a number in a name is the
+# number of steps. Turbo: Sauer et al. 2023; LCM: Luo et al. 2023, arXiv:2311.05556; Lightning: Lin et al. 2024,
 # arXiv:2402.13929; TCD: Zheng et al. 2024, arXiv:2402.19159; Hyper: Ren et al. 2024, arXiv:2404.13686 (CFG: 5 to 8);
 # DMD2: Yin et al. 2024, arXiv:2405.14867; PCM: Wang et al. 2024, arXiv:2405.18407, and its demo; Flash: Chadebec et al.
 # 2024, arXiv:2406.02347; SDXL Flash: its page on the Hub.
@@ -99,7 +99,7 @@ SCHEDULERS = {  # the classes of diffusers for these samplers
     "tcd": "TCDScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
-# What every file in a repository or a folder is called, so that only these tell models apart.
+# Names that many files share: their folder or repository identifies the model.
 _GENERIC = re.compile(r"(pytorch_lora_weights|adapter_model|diffusion_pytorch_model|model)\b")
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)  # the Hub's own rule
@@ -109,8 +109,8 @@ def find(model: str) -> Entry:
     """Look up an alias or a Hub id.
 
     A Hub id is one repository without mirrors. Only an id in ``MOVED`` is replaced by its mirrors; it stays at the end
-    of the list, for those who have it in their cache or on another Hub. The defaults of an alias also hold for its
-    repositories. Raises ValueError for other names, with the similar aliases first.
+    of the list, for users who have it in their cache or on another Hub. The defaults of an alias also apply to its
+    repositories. Raises ValueError for other names, with similar aliases first.
     """
     if model.lower() in ALIASES:
         return ALIASES[model.lower()]
@@ -125,10 +125,10 @@ def find(model: str) -> Entry:
 
 
 def few_step_settings(path: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the settings with which the authors of a model for few steps run it; None for any other model.
+    """Return the recommended settings of a few-step model, as fields of ``RunDefaults``; None for any other model.
 
-    They are the fields of ``RunDefaults``. A checkpoint, UNet or LoRA is known by the name of its file, or the name in
-    the metadata; where the file has a name that all have, by its folder and the repository in the Hub's cache.
+    A checkpoint, UNet or LoRA is identified by its file name, or the name in its metadata. A file with a generic name
+    is identified by its folder and its repository in the Hub's cache.
     """
     *folders, name = path.split("/")
     texts = [re.sub(r"\.(safetensors|ckpt|bin|pth?)$", "", name)]
@@ -145,7 +145,7 @@ def few_step_settings(path: str, metadata: Mapping[str, str]) -> dict[str, Any] 
 
 
 def describe_settings(name: str, settings: Mapping[str, Any]) -> str:
-    """Say that a model for few steps has defaults of its own, in a line for the log."""
+    """Describe the defaults of a few-step model, in a line for the log."""
     text = ", ".join(f"{key} {value}" for key, value in settings.items())
     return f"{name} was distilled for few steps: its defaults are {text}"
 
@@ -160,5 +160,5 @@ def defaults_for(pipeline: str, scheduler: dict) -> tuple[int, float]:
     if sampler == "LCMScheduler":
         return 4, 1.0
     if sampler.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing":
-        return 2, 0.0  # so are the distilled Turbo models published (Sauer et al. 2023)
+        return 2, 0.0  # settings of the published Turbo models (Sauer et al. 2023)
     return 50, family_of_pipeline(pipeline).guidance

@@ -1,4 +1,4 @@
-"""Read and write textual inversion files (Gal et al. 2023): vectors for a new word, of one encoder or XL's two."""
+"""Read and write textual inversion files (Gal et al. 2023): vectors for a new word, for one encoder or XL's two."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ _XL_KEYS = ("clip_l", "clip_g")
 
 
 def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.array, ...]]:
-    """Read the words that a file is for, and its vectors [n, C] for each text encoder (XL: CLIP-L, OpenCLIP-G).
+    """Read the words of an embedding file, and its vectors [n, C] for each text encoder (XL: CLIP-L, OpenCLIP-G).
 
     Reads .safetensors, .pt and .bin as they are written by AUTOMATIC1111's web UI ("emb_params"; "string_to_param" and
     "name"), by diffusers (the word is the name of the tensor) and by trainers for XL ("clip_l", "clip_g"). The words
-    are the one in the file or in its header, if there is one, and the file's name, under which it was published.
+    are the one in the file or its header, if it has one, and the file's name.
 
-    Raises ValueError for anything else, one line with the path.
+    Raises ValueError, one line with the path, for any other file.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
@@ -39,9 +39,9 @@ def read_embedding(path: str | os.PathLike) -> tuple[tuple[str, ...], tuple[mx.a
 def write_embedding(
     path: Path, word: str, vectors: Sequence[mx.array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write the vectors [n, C] of a word, for one text encoder or XL's two; the file appears complete or not at all.
+    """Write the vectors [n, C] of a word, for one text encoder or XL's two. The file appears complete or not at all.
 
-    One tensor with the name of the word, as diffusers writes it and the web UIs read it, or "clip_l" and "clip_g".
+    The tensor has the name of the word, as in diffusers and the web UIs; XL's are "clip_l" and "clip_g".
     """
     names = (word,) if len(vectors) == 1 else _XL_KEYS
     tensors = dict(zip(names, vectors, strict=True))
@@ -50,7 +50,7 @@ def write_embedding(
 
 
 def vectors_of(tensors: Mapping[str, mx.array], where: str) -> tuple[mx.array, ...]:
-    """Return the vectors in the tensors of an embedding. Raises ValueError where it is none; ``where`` names it."""
+    """Return the vectors in the tensors of an embedding. Raises ValueError, with ``where``, for other tensors."""
     if all(key in tensors for key in _XL_KEYS):
         vectors = [tensors[key] for key in _XL_KEYS]
     elif len(tensors) == 1:
@@ -63,5 +63,5 @@ def vectors_of(tensors: Mapping[str, mx.array], where: str) -> tuple[mx.array, .
         shapes = listed(v.shape for v in vectors)
         raise ValueError(f"{where} is not an embedding: its vectors have the shapes {shapes}; they must be [n, width]")
     vectors = [v.astype(mx.float32) for v in vectors]
-    mx.eval(vectors)  # they are small, and the file may change before a prompt needs them
+    mx.eval(vectors)  # they are small, and the file may change before they are used
     return tuple(vectors)

@@ -1,7 +1,7 @@
 """Open checkpoints: an alias, a Hub id, a folder or a single file -> configs, weight files, lazy tensors by name.
 
-Only the files that this library reads are downloaded. A model that is complete in the cache of ``huggingface_hub`` is
-opened without a network call; a folder never needs the client.
+Only required files are downloaded. A model that is complete in the cache of ``huggingface_hub`` is opened without a
+network call; a folder never needs the client.
 """
 
 import logging
@@ -31,7 +31,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class _Source:
-    """Say where files are: at a path of this machine, or on the Hub by an entry of the catalog."""
+    """Describe where files are: at a local path, or on the Hub by an entry of the catalog."""
 
     name: str  # for messages
     path: Path | None
@@ -40,7 +40,7 @@ class _Source:
     revision: str | None
 
     def find(self, read: Callable[[Listing], Index], **spec: Any) -> tuple[Path, Index]:
-        """Return a folder and what ``read`` finds in it; what is missing is downloaded as a DownloadSpec says."""
+        """Return a folder and the Index that ``read`` finds in it. Missing files are downloaded by a DownloadSpec."""
         path = self.path
         if path is None:
             spec["missing_files"] = lambda *place: read(Listing(*place, self.float16)).missing
@@ -63,19 +63,19 @@ def open_checkpoint(
     prediction: str | None = None,
     parts: Mapping[str, str | os.PathLike] | None = None,
 ) -> Checkpoint:
-    """Find a checkpoint, download what is missing of it, and read its configuration. No weights are read.
+    """Find a checkpoint, download missing files, and read its configuration. No weights are read.
 
     Args:
         model: a folder in diffusers layout, a single file, an alias of the catalog, a Hub id, or owner/name/file on
-            the Hub. A path may begin with ``./`` or ``~``; an alias wins over a folder that is no checkpoint.
-        float16: prefer weight files in half precision (``*.fp16.safetensors``), where there are both.
+            the Hub. A path may begin with ``./`` or ``~``. An alias has priority over a folder without a checkpoint.
+        float16: prefer weight files in half precision (``*.fp16.safetensors``).
         revision: a branch, tag or commit of the Hub repository.
-        tokenizer: a folder with vocab.json and merges.txt, in place of the checkpoint's tokenizers.
-        prediction: what the UNet predicts, one of PREDICTIONS, in place of what the files say.
-        parts: networks to take from elsewhere, {one of PARTS: what ``open_part`` opens}.
+        tokenizer: a folder with vocab.json and merges.txt, instead of the checkpoint's tokenizers.
+        prediction: the UNet's prediction type, one of PREDICTIONS. Default: as recorded in the files.
+        parts: networks from other sources, {one of PARTS: a source for ``open_part``}.
 
-    Raises ValueError for what is unknown, unsupported, damaged or private; OSError where a file is missing, the network
-    is not reached or the disk is full.
+    Raises ValueError for an unknown, unsupported, damaged or private model, OSError for a missing file, without network
+    or for a full disk.
     """
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
@@ -87,7 +87,7 @@ def open_checkpoint(
     if path is not None and path.is_file():
         with readable(name):  # also configs of parts
             checkpoint = read_checkpoint(path, name, *read_file(path), replaced, prediction)
-        if tokenizer is None:  # both kinds of CLIP have one vocabulary, which is not in the file
+        if tokenizer is None:  # both kinds of CLIP share a vocabulary, which is not in the file
             tokenizer = hub.fetch((catalog.TOKENIZER,), _VOCABULARY)[1]
     else:
         remedy = "connect once, or use a local folder or the bundled model, tiny"
@@ -102,16 +102,16 @@ def open_checkpoint(
 
 
 def open_unconditional(model: str | os.PathLike, *, float16: bool = False, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint that makes pictures without prompts, as ``open_checkpoint`` does: a folder or a Hub id."""
+    """Find a checkpoint without prompts, a folder or a Hub id, as ``open_checkpoint`` does."""
     source = _locate(model, float16, revision)
     return _read_folder(source, Listing.read_unconditional, {}, remedy="connect once, or use a local folder")
 
 
 def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, revision: str | None = None) -> Component:
-    """Find one network by itself, of a ``kind`` of PARTS; all else is as for ``open_checkpoint``.
+    """Find a single network of a ``kind`` in PARTS; other arguments and errors are those of ``open_checkpoint``.
 
-    ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a file of weights.
-    A folder may hold the two files of a TAESD, and one of them stands for both.
+    ``source`` is a Hub id or a folder, with the files in its root or in a folder named ``kind``, or a weights file. A
+    folder may hold the two files of a TAESD; either of them stands for both.
     """
     if kind not in PARTS:
         raise ValueError(f"{kind!r} is not a part of a checkpoint; choose one of {', '.join(PARTS)}")
@@ -123,7 +123,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
         files, tensors = _both_halves(path, tensors) if kind == "vae" else ((path,), tensors)
         prefix = find(tensors, name, kind)[kind]
         config = read_config(kind, tensors, prefix, name)
-        if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which no shape says
+        if kind == "controlnet" and "shuffle" in path.stem.lower():  # it pools globally, which shapes do not show
             config["global_pool_conditions"] = True
         component = Component(kind, config, files, prefix)
     else:
@@ -135,7 +135,7 @@ def open_part(source: str | os.PathLike, kind: str, *, float16: bool = False, re
 
 
 def _check_vae(checkpoint: Checkpoint) -> None:
-    """Give a VAE that does not say its scale, as single files, that of its family; ValueError for a decoder alone."""
+    """Set the scaling factor of a VAE from a single file to its family's; ValueError for a decoder without encoder."""
     vae = checkpoint.components["vae"]
     if vae.config.get("num_encoder_blocks") == []:
         raise ValueError(f"{vae.files[0]} is a TAESD decoder, only for previews: put its encoder beside it")
@@ -144,7 +144,7 @@ def _check_vae(checkpoint: Checkpoint) -> None:
 
 
 def _decoder_in(folder: Path) -> Path:
-    """Return the decoder of a TAESD in a folder that is in no other layout; without one the folder itself."""
+    """Return the decoder of a TAESD in a folder without another layout; else the folder."""
     decoders = {path.stem: path for end in reversed(layout.SUFFIXES) for path in folder.glob(f"*_decoder{end}")}
     if not decoders or (folder / "config.json").is_file() or (folder / "vae/config.json").is_file():
         return folder
@@ -154,7 +154,7 @@ def _decoder_in(folder: Path) -> Path:
 
 
 def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, ...], dict[str, mx.array]]:
-    """Return the files and tensors of a VAE: for half a TAESD also those of the half beside it."""
+    """Return the files and tensors of a VAE; for half of a TAESD, also those of the other half."""
     here, other = ("encoder", "decoder") if "encoder.layers.0.weight" in tensors else ("decoder", "encoder")
     if f"{here}.layers.0.weight" not in tensors or f"{other}.layers.0.weight" in tensors:
         return (path,), tensors
@@ -167,7 +167,7 @@ def _both_halves(path: Path, tensors: dict[str, mx.array]) -> tuple[tuple[Path, 
 
 
 def _as_its_unet_is_run(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """Give a checkpoint the schedule and the defaults of a run that its UNet, the one of ``name``, brings along."""
+    """Apply the schedule and the few-step settings of a checkpoint's UNet, whose source is ``name``."""
     unet = checkpoint.components["unet"]
     checkpoint.scheduler.update(unet.scheduler)
     if not unet.few_steps:
@@ -177,18 +177,18 @@ def _as_its_unet_is_run(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 
 def with_few_steps(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
-    """Return a checkpoint that by default is run with the ``settings`` of a model for few steps."""
+    """Return a checkpoint with the ``settings`` of a few-step model as its defaults."""
     rest = dict(settings)
     sampler, steps, guidance = (rest.pop(key) for key in ("sampler", "num_steps", "cfg_weight"))
-    is_edm = checkpoint.scheduler["_class_name"].startswith("EDM")  # of which the class stands for the noise
+    is_edm = checkpoint.scheduler["_class_name"].startswith("EDM")  # its class stands for the noise
     scheduler = checkpoint.scheduler | ({} if is_edm else {"_class_name": catalog.SCHEDULERS[sampler]})
-    scheduler |= {"clip_sample": False} if sampler == "ddim" else {}  # which the class does by default
+    scheduler |= {"clip_sample": False} if sampler == "ddim" else {}  # the class's default is True
     scheduler |= {"timestep_spacing": rest["spacing"]} if "spacing" in rest else {}
     return replace(checkpoint, scheduler=scheduler, steps=steps, guidance=guidance, few_steps=rest)
 
 
 def _locate(source: str | os.PathLike, float16: bool, revision: str | None) -> _Source:
-    """Find the folder or file that ``source`` is, or the catalog's entry for it; a file on the Hub is downloaded."""
+    """Find the folder, file or catalog entry of ``source``. A file on the Hub is downloaded."""
     name = os.fspath(source)
     path = os.path.expanduser(name)
     entry = catalog.ALIASES.get(name.lower()) if isinstance(source, str) else None
@@ -242,7 +242,7 @@ def _read_folder(
     else:
         steps, guidance = catalog.defaults_for(pipeline, scheduler)
         with readable(str(folder / layout.INDEX)):
-            stored = index.contents.get("_defaults", {})  # what a conversion noted of its source
+            stored = index.contents.get("_defaults", {})  # recorded by a conversion
             steps, guidance = stored.get("steps", steps) + 0, stored.get("guidance", guidance) + 0.0
             few_steps = {key: stored[key] for key in ("spacing", "eta", "timesteps") if key in stored}
     return Checkpoint(
@@ -267,10 +267,10 @@ _VOCABULARY = hub.DownloadSpec(
 
 
 def read_file(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors of a file under the names in it, which are read when they are evaluated, and its metadata.
+    """Return the lazy tensors of a file by their names in it, and its metadata.
 
-    The content decides how it is read, not the name. Half a TAESD gets its names in the whole. Raises ValueError for a
-    file that is damaged or of another kind.
+    The content decides the format, not the file's name. Half of a TAESD gets the names of the whole model. Raises
+    ValueError for a file that is damaged or of another kind.
     """
     kind = kind_of(path) or ("pickle" if path.suffix in layout.PICKLES else "safetensors")
     tensors, metadata = {"pickle": read_pickle, "gguf": read_gguf, "safetensors": read_safetensors}[kind](path)
@@ -286,6 +286,6 @@ def read_tensors(component: Component) -> Mapping[str, mx.array]:
             raise ValueError(f"{path} and another {component.name} file hold the same tensors: {listed(repeated)}")
         tensors.update(contents)
     named = to_diffusers(component.name, within(tensors, component.prefix))
-    if component.config.get("architectures") == ["CLIPTextModel"]:  # which has none, whatever is in its file
+    if component.config.get("architectures") == ["CLIPTextModel"]:  # this class has no projection
         named.pop("text_projection.weight", None)
     return named

@@ -1,6 +1,6 @@
-"""Bring files from the Hub, through the cache of ``huggingface_hub``: what is complete there needs no network.
+"""Download files from the Hub into the cache of ``huggingface_hub``. A complete cache needs no network.
 
-The client is imported where it is used, so that local files can be read without it.
+The client is imported where it is used, so that local files do not need it.
 """
 
 import errno
@@ -26,26 +26,26 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 class DownloadSpec:
     """Describe which files of a repository are needed.
 
-    ``missing_files`` lists those that its folder lacks: small ones, and when these are there the weights. It raises
-    ValueError for a repository that is not supported.
+    ``missing_files`` lists the files that its folder lacks: first small ones, then the weights. It raises ValueError
+    for a repository that is not supported.
     """
 
     what: str  # the kind of repository, for messages
-    entries: tuple[str, ...]  # files that say which others are needed; the first that a repository has counts
-    missing_files: Callable[[Path, set[str], str], list[str]]  # of (folder, names of all files, repository)
-    remedy: str  # where there is neither network nor cache, for messages
-    best_files: frozenset[str] = frozenset()  # if these are at hand, no listing of the repository is needed
+    entries: tuple[str, ...]  # files that list the others; the first existing one is used
+    missing_files: Callable[[Path, set[str], str], list[str]]  # (folder, names of all files, repository)
+    remedy: str  # without network and cache, for messages
+    best_files: frozenset[str] = frozenset()  # with these files, the repository need not be listed
 
 
 class NotOnHub(ValueError):
-    """Say that a repository does not exist, or not for this user: a mirror may."""
+    """Report a repository that does not exist for this user; a mirror may exist."""
 
 
 def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = None) -> tuple[str, Path]:
-    """Return (repository, folder) of the first that is complete in the cache, else of the first that is on the Hub.
+    """Return (repository, folder) of the first one that is complete in the cache, else of the first on the Hub.
 
     Raises:
-        ValueError: no such repository or revision, no access to it, or it has other files than the needed ones.
+        ValueError: unknown repository or revision, no access, or required files are missing.
         OSError: no network and not in the cache, no space on the disk.
     """
     for repo in repos:
@@ -56,13 +56,13 @@ def fetch(repos: tuple[str, ...], spec: DownloadSpec, revision: str | None = Non
     for repo in repos:
         try:
             return repo, _download(repo, spec, revision)
-        except (NotOnHub, ConnectionError) as error:  # a mirror may be there, or in the cache in either precision
+        except (NotOnHub, ConnectionError) as error:  # a mirror may exist, or be cached in either precision
             errors.append(error)
     raise next((error for error in errors if isinstance(error, ConnectionError)), errors[-1])
 
 
 def is_cached(repo: str, revision: str | None = None) -> bool:
-    """Return whether the cache holds a revision of a repository, or any, complete or not, without a network call."""
+    """Return whether the cache holds a revision, or any, of a repository, complete or not; no network call."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
@@ -75,8 +75,8 @@ def is_cached(repo: str, revision: str | None = None) -> bool:
 def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path | None, list[str]]:
     """Return the folder of a revision in the client's cache, and the files that it lacks, without a network call.
 
-    The client notes the list of a repository's files when it downloads them. Where there is no note (an older client,
-    or one that fetched single files) the repository may have better files than the cache, so the best ones are assumed.
+    The client stores the list of a repository's files when it downloads them. Without this list (an older client, or
+    single files) the repository may have better files than the cache, so the best ones are assumed.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -85,7 +85,7 @@ def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path |
     if folder is None:
         return None, ["everything"]
     names = files_in(folder) | spec.best_files
-    with suppress(ImportError):  # of clients that do not keep the listing
+    with suppress(ImportError):  # older clients do not store the listing
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -95,13 +95,13 @@ def _cached(repo: str, spec: DownloadSpec, revision: str | None) -> tuple[Path |
 
 
 def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
-    """Bring what is missing of a repository into the cache: the small files, then the weights that they call for."""
+    """Download the missing files of a repository into the cache: the small files, then the weights."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **{"disable": None} | kwargs)  # shown on terminals only, as the client's others
+            super().__init__(*args, **{"disable": None} | kwargs)  # shown only on terminals, as the client's other bars
 
     try:
         with one_line_errors(repo, revision):
@@ -118,7 +118,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
             if unknown := [file for file in missing if file not in names]:
                 raise ValueError(f"{repo} is incomplete: it has no {listed(unknown)}")
             if missing:
-                with one_line_errors(repo, revision):  # of one commit, so that all files belong together
+                with one_line_errors(repo, revision):  # from one commit, so that all files belong together
                     patterns = [glob.escape(file) for file in missing]
                     snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=Bar)
         return folder
@@ -134,7 +134,7 @@ def _download(repo: str, spec: DownloadSpec, revision: str | None) -> Path:
 
 @contextmanager
 def one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn every exception of the Hub client into one line that gives the reason and the remedy."""
+    """Turn every exception of the Hub client into one line with the reason and the remedy."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo}"

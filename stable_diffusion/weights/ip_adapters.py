@@ -8,7 +8,7 @@ from ..models.ip_adapter import IPAdapterConfig
 from . import hub
 from .files import Component, open_part
 
-# On the Hub, by the width of what an adapter reads of them, and whether these are hidden states: ViT-H and bigG.
+# On the Hub, by (feature width, whether they are hidden states): ViT-H and bigG.
 _VIT_H = "h94/IP-Adapter/models/image_encoder/model.safetensors"
 _BIG_G = "h94/IP-Adapter/sdxl_models/image_encoder/model.safetensors"
 _ENCODERS = {(1024, False): _VIT_H, (1280, True): _VIT_H, (1280, False): _BIG_G, (1664, True): _BIG_G}
@@ -17,13 +17,13 @@ _ENCODERS = {(1024, False): _VIT_H, (1280, True): _VIT_H, (1280, False): _BIG_G,
 def open_ip_adapter(
     source: str | os.PathLike, image_encoder: str | os.PathLike | None = None, *, float16: bool = False
 ) -> tuple[Component, Component]:
-    """Find an IP-Adapter and its image encoder, and download what is missing; no weights are read.
+    """Find an IP-Adapter and its image encoder, and download missing files. No weights are read.
 
     Args:
-        source: a file, or one on the Hub as ``owner/name:file``.
-        image_encoder: a folder, file or Hub id; None looks for a folder image_encoder near the file, then on the Hub.
+        source: a local file, or one on the Hub as ``owner/name:file``.
+        image_encoder: a folder, file or Hub id. Default: a folder image_encoder near the file, else from the Hub.
 
-    Raises ValueError or OSError, one line, for what cannot be found, read or used together.
+    Raises ValueError or OSError, one line, for files that cannot be found, read or used together.
     """
     name = os.fspath(source)
     if not os.path.exists(os.path.expanduser(name)) and (match := hub.FILE.fullmatch(name)) and match["file"]:
@@ -50,7 +50,7 @@ def _width(encoder: Component, is_state: bool) -> int:
 
 
 def _beside(folder: Path, needed: tuple[int, bool], float16: bool) -> Component | None:
-    """Return the encoder that fits in a folder image_encoder: beside the file, above it, or as in h94/IP-Adapter."""
+    """Return the matching encoder in a folder image_encoder: beside the file, above it, or as in h94/IP-Adapter."""
     for place in (folder, folder.parent, folder.parent / "models"):
         if (place / "image_encoder" / "config.json").is_file():
             encoder = open_part(place / "image_encoder", "image_encoder", float16=float16)

@@ -1,4 +1,4 @@
-"""Know the diffusers layout of a checkpoint: its networks and tokenizers, and the files that hold them.
+"""Read the diffusers layout of a checkpoint: its networks and tokenizers, and their files.
 
     model_index.json
     scheduler/scheduler_config.json
@@ -6,8 +6,8 @@
                                                    precisions, or in shards
     tokenizer/, tokenizer_2/                       vocab.json and merges.txt, or tokenizer.json; special tokens
 
-``model_index.json`` decides. Files are named relative to the checkpoint, as on the Hub: "unet/config.json". A part that
-is published alone has its files in the root of its repository, or in a subfolder as here.
+``model_index.json`` lists the parts. Files are named relative to the checkpoint, as on the Hub: "unet/config.json". A
+single part has its files in the root of its repository, or in a subfolder as here.
 """
 
 import os
@@ -28,14 +28,14 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 VOCABULARY = ("vocab.json", "merges.txt")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-SUFFIXES = (".safetensors", *PICKLES, ".gguf")  # of files of weights
+SUFFIXES = (".safetensors", *PICKLES, ".gguf")  # of weights files
 
-# Pipelines with just the networks of this library. ControlNet and others have more, upscalers and SD 3 different ones.
+# Supported pipelines. ControlNet and others have more networks, upscalers and SD 3 have different ones.
 _PIPELINES = re.compile(
     r"StableDiffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline|StableDiffusion(InpaintPipelineLegacy|"
     r"Depth2ImgPipeline)|LatentConsistencyModel(Img2Img)?Pipeline"
 )
-UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a class makes of any other one
+UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a pipeline always uses
     "DDPMPipeline": None,
     "DDIMPipeline": "DDIMScheduler",
     "PNDMPipeline": "PNDMScheduler",
@@ -43,12 +43,12 @@ UNCONDITIONAL = {  # pipelines without prompts, and the scheduler that a class m
 }
 SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # not in every repository
 _TOKENIZERS = {name: PARTS[name].tokenizer for name in NETWORKS if PARTS[name].tokenizer}
-_CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries that are used
+_CLASSES = {name: tuple(PARTS[name].classes) for name in NETWORKS} | {"scheduler": ()}  # of the entries used
 _CLASSES |= dict.fromkeys(_TOKENIZERS.values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
 
 
 def check_noise(scheduler: Mapping, where: str) -> None:
-    """Raise ValueError, with the kind of model, for a scheduler_config.json of noise that is not computed here."""
+    """Raise ValueError, with the kind of model, for a scheduler_config.json with an unsupported kind of noise."""
     name = scheduler["_class_name"]
     if not isinstance(name, str):
         raise ValueError(f"{where}: its scheduler class, {short(name)}, is not a text; download it again")
@@ -63,22 +63,22 @@ def check_noise(scheduler: Mapping, where: str) -> None:
 
 
 def check_suffix(path: str | os.PathLike) -> None:
-    """Raise ValueError for a file that is none of weights by its name."""
+    """Raise ValueError for a file without the suffix of a weights file."""
     if not os.fspath(path).endswith(SUFFIXES):
-        kind_of(Path(path))  # which says what some other files are
+        kind_of(Path(path))  # names some other kinds of files
         raise ValueError(f"{path} is not a weights file: these end in {', '.join(SUFFIXES)}")
 
 
 @dataclass(frozen=True)
 class Component:
-    """Describe one network of a checkpoint: its config.json, and the files of its weights."""
+    """Describe one network of a checkpoint: its config.json and its weights files."""
 
     name: str  # one of PARTS
     config: dict
-    files: tuple[Path, ...]  # several when the weights are in shards
-    prefix: str = ""  # of its tensors' names in files that hold other networks too
-    scheduler: dict = field(default_factory=dict)  # what a UNet's file says of scheduler_config.json
-    few_steps: dict = field(default_factory=dict)  # how a UNet for few steps is run: fields of RunDefaults
+    files: tuple[Path, ...]  # several for weights in shards
+    prefix: str = ""  # of its tensors' names in files with several networks
+    scheduler: dict = field(default_factory=dict)  # settings in a UNet's file for scheduler_config.json
+    few_steps: dict = field(default_factory=dict)  # settings of a few-step UNet: fields of RunDefaults
 
 
 @dataclass(frozen=True)
@@ -93,34 +93,34 @@ class Checkpoint:
     tokenizers: dict[str, Path]  # "tokenizer", "tokenizer_2" -> folder
     steps: int  # the model's defaults
     guidance: float
-    pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, in place of what their folder says
-    few_steps: dict = field(default_factory=dict)  # spacing, eta and timesteps of a model for few steps
+    pad_tokens: dict[str, str] = field(default_factory=dict)  # of tokenizers, instead of their folder's
+    few_steps: dict = field(default_factory=dict)  # spacing, eta and timesteps of a few-step model
 
 
 @dataclass(frozen=True)
 class Index:
-    """Hold the networks of a folder that are used, and its model_index.json; all else in it is not."""
+    """Hold the used networks of a folder, and its model_index.json."""
 
-    components: dict[str, Component]  # where nothing is missing
-    missing: list[str]  # needed files that are not on this machine: small ones, or where these are there, weights
-    contents: dict = field(default_factory=dict)  # none of a part by itself
+    components: dict[str, Component]  # empty while files are missing
+    missing: list[str]  # required files that are not on this machine: small ones, else weights
+    contents: dict = field(default_factory=dict)  # empty for a single part
     tokenizers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Choose files of a checkpoint or a part of one, out of the names of all its files."""
+    """Choose the files of a checkpoint or a part from the names of all files."""
 
-    folder: Path  # with the files that are on this machine, perhaps not all of them
+    folder: Path  # holds the local files, possibly incomplete
     names: Collection[str]
     where: str  # the checkpoint's name, for messages
     float16: bool  # prefer weights in half precision
 
     def read_index(self, replaced: Collection[str] = ()) -> Index:
-        """Read model_index.json, whose entries are [library, class], or [null, null] for a missing part.
+        """Read model_index.json, with entries [library, class], or [null, null] for a missing part.
 
-        Networks in ``replaced`` come from elsewhere: they may be missing or of any class, and are left out.
-        Raises ValueError for a pipeline or class that is not supported, or a missing part.
+        Networks in ``replaced`` come from other sources: they may be missing or of any class, and are omitted.
+        Raises ValueError for an unsupported pipeline or class, or a missing part.
         """
         index = self._read_contents()
         pipeline = str(index.get("_class_name"))
@@ -143,7 +143,7 @@ class Listing:
                 raise ValueError(f"{self.where} is incomplete: its {INDEX} names no {part}")
         small = [SCHEDULER]
         for name in tokenizers:
-            # transformers 5 writes the vocabulary as tokenizer.json alone.
+            # transformers 5 writes the vocabulary only as tokenizer.json.
             is_single = f"{name}/{VOCABULARY[0]}" not in self.names and f"{name}/tokenizer.json" in self.names
             small += [f"{name}/{file}" for file in (("tokenizer.json",) if is_single else VOCABULARY)]
             small += [f"{name}/{file}" for file in SPECIAL_TOKENS if f"{name}/{file}" in self.names]
@@ -151,7 +151,7 @@ class Listing:
         return self._find(networks, small, contents=index, tokenizers=tokenizers)
 
     def read_unconditional(self) -> Index:
-        """Read the model_index.json of a model without prompts, of which the oldest have no subfolders."""
+        """Read the model_index.json of a model without prompts; the oldest have no subfolders."""
         index = self._read_contents()
         if str(index.get("_class_name")) not in UNCONDITIONAL:
             text = f"{self.where} is a {short(index.get('_class_name'))}, not a supported pipeline without prompts"
@@ -165,7 +165,7 @@ class Listing:
         return self._find(networks, [scheduler], contents=index)
 
     def find_part(self, kind: str) -> Index:
-        """Find a part in a folder ``kind`` or by itself; ValueError where there is none, or none of its weights."""
+        """Find a part in a folder ``kind`` or in the root; ValueError if it or its weights are missing."""
         place = next((place for place in (f"{kind}/", "") if f"{place}config.json" in self.names), None)
         if place is None:
             folder = f"{self.folder} holds neither {kind}/config.json nor config.json"
@@ -213,19 +213,19 @@ class Listing:
         if not isinstance(shards, dict) or not shards:
             raise damaged(path, "it has no weight_map")
         for shard in shards.values():
-            # The index comes from outside: it may name files beside itself and nothing else.
+            # The index is untrusted: it may only name files beside itself.
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
                 raise ValueError(f"{path} names {shard!r}, which is not a {suffix[1:]} file beside it")
         return [f"{place}{shard}" for shard in sorted(set(shards.values()))]
 
 
 def best_files(float16: bool) -> frozenset[str]:
-    """Return the files that a repository at best has: where these are at hand, no listing could offer better ones."""
+    """Return the best files that a repository could have: if they are cached, no listing is needed."""
     half = ".fp16" if float16 else ""
     weights = {f"{network}/{STEMS[PARTS[network].library]}{half}.safetensors" for network in NETWORKS}
     return frozenset(weights | {f"{name}/{file}" for name in _TOKENIZERS.values() for file in SPECIAL_TOKENS})
 
 
 def files_in(folder: Path) -> set[str]:
-    """Return the names of a checkpoint folder's files; a link to nothing is not one."""
+    """Return the names of a checkpoint folder's files, without broken links."""
     return {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()}

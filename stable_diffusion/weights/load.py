@@ -1,4 +1,4 @@
-"""Build modules from configs and tensors, strictly: every tensor is used, every parameter is filled."""
+"""Build modules from configs and tensors, strictly: every tensor must be used, and every parameter filled."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ _READING = threading.Lock()
 
 
 def read_weights(network: Any, on_layer: Callable[[int, int], None] = lambda number, total: None) -> None:
-    """Read, and quantize, the weights of a module that are still in its files, a layer and a thread at a time.
+    """Read and quantize the lazy weights of a module, one layer and one thread at a time.
 
-    ``on_layer`` is called with the number of layers read, and of all. A function in place of a network has none.
+    ``on_layer`` is called with the number of layers read and the total. A function as network has no weights.
     """
     with _READING:
         layers = [layer for _, layer in network.named_modules()] if isinstance(network, nn.Module) else []
@@ -38,26 +38,25 @@ def size_in_bytes(module: nn.Module) -> int:
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
     """Build the module of a part, with lazy random parameters: nothing is allocated until they are evaluated.
 
-    Parameters are drawn from MLX's random state, and do not change it.
-    Raises ValueError for a config whose values are of the wrong kind, or that this library cannot compute.
+    Parameters do not change MLX's random state.
+    Raises ValueError for a config with values of the wrong type or unsupported values.
     """
     high, low = mx.random.state[0].tolist()
     try:
         with readable(f"{name} config"):
             classes = PARTS[name].classes
             config_class, module_class = classes.get(str(config.get("_class_name"))) or next(iter(classes.values()))
-            # How weights are stored says nothing of the network.
+            # The storage of weights does not concern the network.
             return module_class(config_class.from_dict({k: v for k, v in config.items() if k != "quantization"}))
     finally:
         mx.random.seed(high << 32 | low)
 
 
 def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) -> nn.Module:
-    """Build a component and give it its weights, quantized where they are stored so.
+    """Build a component with its weights, quantized if they are stored so.
 
-    Weights stay lazy: they are read when first needed, in any thread, and laid out and cast on the CPU, so that no
-    command buffer of a GPU waits for a disk. ``dtype`` is the type that floating-point weights are cast to; None leaves
-    them in theirs.
+    Weights stay lazy: they are read when first needed, in any thread. They are laid out and cast on the CPU, so that no
+    command buffer of a GPU waits for a disk. ``dtype`` is the type of floating-point weights; None keeps theirs.
     Raises ValueError that counts missing, unexpected and wrongly shaped tensors and names the first of each.
     """
     try:
@@ -75,7 +74,7 @@ def load_component(component: Component, dtype: mx.Dtype | None = mx.float32) ->
 
 @dataclass
 class LazyNetwork:
-    """Build a network that is no part of a run's checkpoint when it is used first."""
+    """Build a network from outside the checkpoint at its first use."""
 
     component: Component
     dtype: mx.Dtype
@@ -83,17 +82,17 @@ class LazyNetwork:
     size: int = 0  # bytes of its weights, once it is built
 
     def build(self, keep: bool) -> nn.Module:
-        """Return the network, whose weights are read when they are used; ``keep`` holds it until the next use."""
+        """Return the network with lazy weights; ``keep`` holds it until the next use."""
         network = load_component(self.component, self.dtype) if self.network is None else self.network
         self.network, self.size = network if keep else None, size_in_bytes(network)
         return network
 
 
 def fill(module: nn.Module, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> None:
-    """Give ``module`` the ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError for what does not fit.
+    """Fill ``module`` with ``tensors``, laid out for NHWC and cast to ``dtype``; ValueError for tensors that misfit.
 
-    A 4-D weight goes from [out, in, h, w] to [out, h, w, in]. Where the parameter is a matrix, a 1×1 convolution's
-    weight is flattened to one. Weights are row-contiguous, or MLX would copy those of a convolution at every call.
+    A 4-D weight is transposed from [out, in, h, w] to [out, h, w, in]. If the parameter is a matrix, a 1×1
+    convolution's weight is flattened. Weights are row-contiguous, or MLX would copy a convolution's at every call.
     """
     parameters = dict(tree_flatten(module.parameters()))
     weights, wrong_shape, mistyped = {}, [], []

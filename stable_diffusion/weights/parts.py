@@ -1,4 +1,4 @@
-"""List the parts of a checkpoint and the families of models: two tables, which every other module uses."""
+"""List the parts of a checkpoint and the model families: two tables for all other modules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,13 +26,13 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of 
 class Part:
     """Describe a network of a checkpoint: its classes, and how its files and tensors are named."""
 
-    classes: Mapping[str, tuple[Any, Any]]  # {class in its config: (config, module) here}, the usual one first
-    label: str | None = None  # in messages about what a model lacks
+    classes: Mapping[str, tuple[Any, Any]]  # {class in its config: (config, module)}, the usual one first
+    label: str | None = None  # in messages about missing parts
     library: str = "diffusers"  # or transformers
-    original: str | None = None  # a tensor that only files in the original code's names have
-    signs: tuple[str, ...] = ()  # other tensors by which it is known in a file without other networks
-    prefixes: tuple[str, ...] = ()  # of its tensors' names in files of several networks; the last is diffusers'
-    tokenizer: str | None = None  # that a text encoder reads
+    original: str | None = None  # a tensor that only files with original names have
+    signs: tuple[str, ...] = ()  # other tensors that identify it in a file of one network
+    prefixes: tuple[str, ...] = ()  # in files of several networks; the last is diffusers'
+    tokenizer: str | None = None  # of a text encoder
     group_size: int = 32  # quantized values that share a scale
 
 
@@ -114,21 +114,21 @@ PARTS: dict[str, Part] = {
         signs=("conv_first.weight", "model.0.weight", "body.0.weight"),
     ),
 }
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # that a checkpoint is run with; the others come alone
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a checkpoint; other parts are separate
 
 
 @dataclass(frozen=True)
 class Family:
-    """Describe what all models of a family share and files may leave out."""
+    """Describe the common settings of a model family, which files may omit."""
 
     title: str  # in messages
     context_width: int  # channels of the encoded prompt that the UNet reads
-    repo: str  # one of its models on the Hub, whose parts fit the others
-    scheduler: Mapping[str, Any]  # its usual scheduler_config.json, beside the noise of all families
+    repo: str  # a model on the Hub with fitting parts
+    scheduler: Mapping[str, Any]  # its usual scheduler_config.json, without the common noise settings
     pad_tokens: Mapping[str, str]  # {tokenizer: its pad token}, one for each text encoder
     guidance: float = 7.5
     scaling_factor: float = 0.18215  # of the VAE
-    sample_size: int = 64  # of the latents that it was trained on
+    sample_size: int = 64  # of the training latents
     options: Mapping[str, bool] = field(default_factory=dict)  # in model_index.json
 
 
@@ -180,7 +180,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def family_of_pipeline(name: str) -> Family:
-    """Return the family of a diffusers pipeline; those of Stable Diffusion 1 and 2 have the same names."""
+    """Return the family of a diffusers pipeline; Stable Diffusion 1 and 2 share names."""
     return FAMILIES["xl" if "XL" in name else "sd1"]
 
 
@@ -190,6 +190,6 @@ def family_title(width: int) -> str:
 
 
 def part_of_class(name: str) -> str | None:
-    """Return the part that a class of diffusers or transformers is, None for a class that is not read here."""
+    """Return the part for a class of diffusers or transformers; None for an unsupported class."""
     usual = {next(iter(part.classes)): kind for kind, part in PARTS.items()}
     return usual.get(name) or next((kind for kind, part in PARTS.items() if name in part.classes), None)

@@ -1,4 +1,4 @@
-"""Quantize a model's matrices lazily, so that the unquantized model never stands in memory."""
+"""Quantize a model's matrices lazily, so that the unquantized model is never completely in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,26 +10,26 @@ from .layout import Component
 from .parts import PARTS
 
 BITS = (2, 3, 4, 5, 6, 8)
-# Floats of few bits with a scale of 8 bits for each group: (bits, group size). mxfp are those of the Open Compute
-# Project's Microscaling Formats (2023), nvfp4 is NVIDIA's.
+# Low-bit floats with an 8-bit scale for each group: (bits, group size). mxfp are the Open Compute Project's
+# Microscaling Formats (2023), nvfp4 is NVIDIA's.
 MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 FORMATS: tuple[int | str, ...] = (*BITS, *MODES)
-_EMBEDDING_BITS = 8  # a prompt's words are looked up, not summed: fewer bits would show and save little
+_EMBEDDING_BITS = 8  # embeddings are looked up, not summed: fewer bits would be visible and save little
 _MLX_GROUP_SIZES = (32, 64, 128)
 
 
 def in_words(bits: int | str) -> str:
-    """Return bits, or the name of a mode, as messages have it."""
+    """Format bits, or the name of a mode, for messages."""
     return f"{bits} bits" if bits in BITS else f"{bits}"
 
 
 def quantize(module: nn.Module, bits: int | str, group_size: int) -> nn.Module:
     """Quantize ``module`` in place: every Linear whose width divides by ``group_size``, and token embeddings at 8 bits.
 
-    Convolutions (also the 1×1 ones that are Linears here), norms, position embeddings and quantized layers stay as they
-    are. ``bits`` may be one of MODES, which say the size of groups; embeddings are affine in any case. Nothing is read
-    here: each matrix is quantized when it is evaluated, and its source dropped.
-    Raises ValueError for a number of bits that MLX has no kernel for.
+    Convolutions (also 1×1 ones that are Linears here), norms, position embeddings and quantized layers are unchanged.
+    ``bits`` may be one of MODES, which set the group size; embeddings are always affine. Nothing is read here: each
+    matrix is quantized when it is evaluated, and its source is freed.
+    Raises ValueError for a number of bits without a kernel in MLX.
     """
     if bits not in FORMATS:
         raise ValueError(f"quantization to {bits} bits is not supported; choose one of {', '.join(map(str, FORMATS))}")
@@ -53,7 +53,7 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None
     """Return (bits or mode, group size) of the weights of a ``config.json``, None when they are not quantized.
 
     The key is ``"quantization": {"bits": 8, "group_size": 32}``, with a ``"mode"`` if it is not affine. Raises
-    ValueError for values that MLX does not have.
+    ValueError for unsupported values.
     """
     value = config.get("quantization")
     if value is None:
@@ -69,15 +69,15 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int | str, int] | None
 
 
 def quantization_config(bits: int | str, group_size: int) -> dict[str, Any]:
-    """Return the entry of a ``config.json`` that ``read_quantization`` reads."""
+    """Return the entry of a ``config.json`` for ``read_quantization``."""
     mode = {"mode": bits} if bits in MODES else {}
     return {"bits": MODES[bits][0] if mode else bits, "group_size": group_size} | mode
 
 
 def remaining_quantization(component: Component, bits: int | str | None) -> tuple[int | str, int] | None:
-    """Return (bits or mode, group size) to quantize a network to; None where its weights are stored in these ``bits``.
+    """Return (bits or mode, group size) to quantize a network to; None if its weights are stored in these ``bits``.
 
-    None ``bits`` leave the weights as they are. Raises ValueError where they are stored in other bits.
+    Without ``bits`` the weights stay unchanged. Raises ValueError for weights that are stored in other bits.
     """
     if bits is None:
         return None
@@ -92,10 +92,10 @@ def remaining_quantization(component: Component, bits: int | str | None) -> tupl
 
 
 def prepare_quantized(module: nn.Module, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
-    """Turn the layers of ``module`` whose ``tensors`` are quantized into quantized ones, to be filled with these.
+    """Replace the layers of ``module`` with quantized ``tensors`` by quantized layers, to be filled with them.
 
-    A layer is quantized where it has ``scales``; its bits follow from the width of its packed ``weight``. Layers whose
-    shapes make no sense stay as they are, so that filling them names what is wrong.
+    A layer is quantized if it has ``scales``; its bits follow from the width of its packed ``weight``. Layers with
+    impossible shapes are unchanged, so that filling them reports the error.
     """
     kind, group_size = read_quantization(config)
 

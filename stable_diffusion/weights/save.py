@@ -1,6 +1,6 @@
-"""Write modules as files that diffusers reads too, tensor by tensor.
+"""Write modules as files that diffusers can read, tensor by tensor.
 
-Nothing here holds a model: tensors come lazy, and each is computed, written and dropped before the next one.
+The model is never completely in memory: tensors are lazy, and each is computed, written and freed before the next one.
 """
 
 import json
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from .formats.safetensors import write_safetensors
 
-# Linears that are 1×1 convolutions in diffusers' files; the projections are only where the config does not say Linear.
+# Linears that are 1×1 convolutions in diffusers' files; projections depend on the config.
 _CONVOLUTIONS = re.compile(r"(^|\.)(conv_shortcut|(post_)?quant_conv|controlnet_(down_blocks\.\d+|mid_block))\.weight$")
 _PROJECTIONS = re.compile(r"\.attentions\.\d+\.proj_(in|out)\.weight$")
 
@@ -23,11 +23,11 @@ def stored_tensors(module: nn.Module) -> dict[str, mx.array]:
     """Return a module's weights, lazy, under the names and in the layout [out, in, h, w] of diffusers' files.
 
     Quantized layers have no such layout: they stay MLX's packed ``weight`` with ``scales`` and ``biases``. Attached
-    LoRAs are left out.
+    LoRAs are omitted.
     """
     tensors = {}
     for name, value in tree_flatten(module.parameters()):
-        if ".loras." in name:  # beside the weights of a layer that is wrapped
+        if ".loras." in name:  # factors of a wrapped layer
             continue
         name = name.replace(".base.", ".")
         if value.ndim == 4:
@@ -47,10 +47,10 @@ def is_convolution(module: nn.Module, name: str) -> bool:
 def write_weights(folder: Path, stem: str, tensors: dict[str, mx.array], max_shard_size: int) -> list[Path]:
     """Write ``tensors`` as ``stem``.safetensors, or as shards of ``max_shard_size`` bytes at most and their index.
 
-    They are taken out of the dictionary as they are written, so that no more than one is in memory. Returns the files.
+    Tensors are removed from the dictionary when they are written, so only one is in memory. Returns the files.
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory  # not before it is needed
+    from huggingface_hub import split_state_dict_into_shards_factory  # imported only when needed
 
     split = split_state_dict_into_shards_factory(
         {name: value.nbytes for name, value in tensors.items()},

@@ -1,8 +1,8 @@
-"""Read GGUF files, of stable-diffusion.cpp and ComfyUI-GGUF: a header, then the values of each tensor.
+"""Read GGUF files of stable-diffusion.cpp and ComfyUI-GGUF: a header, then the values of each tensor.
 
-Quantized matrices stay so: a block of 32 values with a scale in half precision is a group of MLX's affine quantization,
-in another order of its bits. All else that is quantized becomes float32. The header is checked here, and the values are
-copied into a temporary safetensors file, which MLX reads when it needs them: MLX's own reader trusts a file.
+Quantized matrices stay quantized: a block of 32 values with a half-precision scale is a group of MLX's affine
+quantization, in another order of bits. Other quantized tensors become float32. The header is checked here, because
+MLX's GGUF reader does not check it. The values are copied into a temporary safetensors file, which MLX reads lazily.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -24,11 +24,11 @@ GROUP = 32  # values of a block
 # Each type's name, the values of a block, and its bytes.
 _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)}
 _TYPES |= {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
-_REFUSED = {6: "Q5_0", 7: "Q5_1"} | {10 + i: f"Q{i + 2}_K" for i in range(5)}  # the usual ones
+_REFUSED = {6: "Q5_0", 7: "Q5_1"} | {10 + i: f"Q{i + 2}_K" for i in range(5)}  # common unsupported ones
 _KEY_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
-_PREFIXES = (("te.1.", "text_encoder_2."), ("te.", "text_encoder."))  # of a folder that stable-diffusion.cpp converted
-_SHAPE = "comfy.gguf.orig_shape."  # in metadata: that of a tensor which was reshaped to be quantized
+_PREFIXES = (("te.1.", "text_encoder_2."), ("te.", "text_encoder."))  # of folders converted by stable-diffusion.cpp
+_SHAPE = "comfy.gguf.orig_shape."  # in metadata: the shape before reshaping for quantization
 
 
 def _take(header: BytesIO, kinds: str) -> tuple:
@@ -48,10 +48,10 @@ def _value(header: BytesIO) -> Any:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors of a file by name, which are read when they are evaluated, and no metadata.
+    """Return the lazy tensors of a file by name, and no metadata.
 
-    A quantized matrix NAME.weight comes as MLX's packed values, with NAME.scales and NAME.biases. Raises ValueError for
-    a file that is damaged, or has types that are not read here.
+    A quantized matrix NAME.weight becomes MLX's packed values, with NAME.scales and NAME.biases. Raises ValueError for
+    a file that is damaged or has unsupported types.
     """
     rows, quantized = _check_header(path)
     with path.open("rb") as file, mx.stream(loading_stream(mx.cpu)):
@@ -113,9 +113,9 @@ def _tensor(header: BytesIO, keys: dict[str, Any]) -> tuple[str, int, tuple[int,
 
 
 def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) -> dict[str, mx.array]:
-    """Return a quantized tensor out of its blocks [n, bytes], as MLX's affine groups of 32 or as float32.
+    """Unpack a quantized tensor from its blocks [n, bytes], into MLX's affine groups of 32 or float32.
 
-    A value is scale * (q - 8) in Q4_0, scale * q + minimum in Q4_1, and scale * q with a sign in Q8_0.
+    A value is scale * (q - 8) in Q4_0, scale * q + minimum in Q4_1, and scale * signed q in Q8_0.
     """
     scales = mx.contiguous(blocks[:, :2]).view(mx.float16)
     if kind == 8:
@@ -136,7 +136,7 @@ def _unpacked(name: str, kind: int, shape: tuple[int, ...], blocks: mx.array) ->
 
 
 def unpack(tensors: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], int | None]:
-    """Return tensors with packed matrices in float16, and the bits of most (None where there are none); all is lazy."""
+    """Return tensors with packed matrices in float16, and their most frequent bits or None; all is lazy."""
     plain, found = dict(tensors), []
     for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         parts = [tensors.get(f"{layer}.{part}") for part in ("weight", "scales", "biases")]

@@ -1,9 +1,9 @@
-"""Tell by its first bytes what a file is, whatever its name says."""
+"""Identify a file by its first bytes, independent of its name."""
 
 import struct
 from pathlib import Path
 
-# Other files that people find under the names of weights: how they begin, and what they are.
+# Other files that may have the name of a weights file: their first bytes and their kind.
 _OTHERS = (
     (b"version https://git-lfs", "only a Git LFS pointer: fetch the file with `git lfs pull`"),
     (b"<", "a web page, not the file: download it again, perhaps after logging in"),

@@ -1,8 +1,8 @@
-"""Rename the tensors of other programs and times to the names in diffusers checkpoints, which are our module names.
+"""Rename the tensors of other programs and older versions to the names in diffusers checkpoints, our module names.
 
 Single files keep the names of the code that trained them: CompVis' latent diffusion for UNet, autoencoder and
 ControlNet (Rombach et al. 2022, Zhang et al. 2023), OpenCLIP for the text encoders of Stable Diffusion 2 and XL. There
-a UNet is one list of blocks, which is cut here where a level ends: after a downsampler, or with an upsampler.
+a UNet is one list of blocks, which is split here at the end of each level: after a downsampler, or with an upsampler.
 
     input_blocks   0 conv_in | 1 2 of the finest level | 3 its downsampler | 4 5 | 6 | ...
     middle_block   0 resnet, 1 transformer, 2 resnet
@@ -60,7 +60,7 @@ _VAE_NAMES = {
     r"\.norm_out\.": ".conv_norm_out.",
 }
 _VAE_UP = re.compile(r"^decoder\.up\.(\d+)\.")
-_NOT_OF_VAE = ("loss.", "model_ema.")  # the discriminator that it was trained against, and its running averages
+_NOT_OF_VAE = ("loss.", "model_ema.")  # the discriminator of its training, and running averages
 
 _OPEN_CLIP = {
     r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
@@ -73,7 +73,7 @@ _OPEN_CLIP = {
     r"(\.layers\.\d+\.mlp)\.c_proj\.": r"\1.fc2.",
 }
 _OPEN_CLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.")
-_SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the last but one, which is normed in place of it
+_SD2_LAYERS = 23  # of OpenCLIP's 24: the image model was trained on the penultimate layer, normalised
 
 # ESRGAN's names (Wang et al. 2018): of its first files, which are a list, and of its second ones.
 _ESRGAN = {
@@ -86,28 +86,28 @@ _ESRGAN = {
 _ESRGAN_LIST = re.compile(r"model\.(\d+)\.")
 _ESRGAN_BODY = re.compile(r"model\.1\.sub\.(\d+)\.")
 
-# The autoencoder's attention had other names before diffusers 0.18, and files written then keep them.
+# The autoencoder's attention had other names in files of diffusers before 0.18.
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
-_IP_ADAPTER = {r"^adapter_modules\.": "ip_adapter.", r"^image_proj_model\.": "image_proj."}  # as training saves it
+_IP_ADAPTER = {r"^adapter_modules\.": "ip_adapter.", r"^image_proj_model\.": "image_proj."}  # as saved in training
 
-# Buffers that old text encoders saved, and what a CLIP model holds beside its text encoder.
+# Buffers of old text encoders, and the other parts of a CLIP model.
 NOT_OF_TEXT_ENCODER = r"((position_ids|logit_scale|logit_bias|attn_mask)$|(visual|vision_model|visual_projection)\.)"
 _NOT_WEIGHTS = re.compile(rf"(^|\.){NOT_OF_TEXT_ENCODER}")
 _OF_VISION = ("image_encoder", "safety_checker")
-_VISION = re.compile(r"(?!.*\.position_ids$)(vision_model|visual_projection|\w+_embeds)")  # else it is of another half
+_VISION = re.compile(r"(?!.*\.position_ids$)(vision_model|visual_projection|\w+_embeds)")  # the image half
 _NESTED = ("vision_model.vision_model.", "vision_model.")  # a safety checker's, before transformers 5
 _BARE_CLIP = "embeddings.token_embedding.weight"  # a text encoder without the prefix, as transformers 5 names it
 
 
 def to_diffusers(kind: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Return the weights of one network under the names of today's diffusers, without what is no weight.
+    """Return the weights of one network under the names of today's diffusers, without other tensors.
 
     Args:
-        kind: one of PARTS; tensors of anything else keep their original names.
-        tensors: without the prefix that tells networks apart in a file; names that are diffusers' already stay.
+        kind: one of PARTS; tensors of other kinds keep their names.
+        tensors: tensors without the network's prefix in a file; diffusers' names are unchanged.
 
-    A fused projection becomes three, and OpenCLIP's text projection is transposed. All stays lazy.
+    A fused projection is split into three, and OpenCLIP's text projection is transposed. All tensors stay lazy.
     """
     if kind == "controlnet":
         tensors = {_LLLITE.sub(_lllite_block, name): value for name, value in tensors.items()}
@@ -134,9 +134,9 @@ def _lllite_block(match: re.Match) -> str:
 
 
 def name_half(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Rename half a TAESD (madebyollin), whose names are the numbers of layers; tensors of anything else stay.
+    """Rename half of a TAESD (madebyollin), whose names are layer numbers; other tensors are unchanged.
 
-    The decoder's first layer, without weights, limits the latents: diffusers does not count it.
+    The decoder's first layer, which limits the latents, has no weights; diffusers does not count it.
     """
     if "3.conv.0.weight" not in tensors:
         return tensors
@@ -145,7 +145,7 @@ def name_half(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Rename a T2I-Adapter (TencentARC): a light one has stages, another is one list of blocks, two of each stage."""
+    """Rename a T2I-Adapter (TencentARC): light ones have stages, others one list of blocks, two for each stage."""
     if "body.0.in_conv.weight" in tensors:
         return {f"adapter.{name.replace('.body.', '.resnets.')}": value for name, value in tensors.items()}
 
@@ -157,9 +157,9 @@ def _adapter(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Rename a UNet or a ControlNet: each module that is known, with all that is in it."""
+    """Rename a UNet or a ControlNet: each known module with its contents."""
     modules = UNET_NAMES | _blocks(tensors, "input", "down_blocks") | _blocks(tensors, "output", "up_blocks")
-    # The convolutions that a ControlNet's image goes through: every other number is an activation.
+    # The convolutions of a ControlNet's image embedding: every other number is an activation.
     blocks = sorted({int(match[1]) for name in tensors if (match := _HINT.match(name))})
     modules |= {f"input_hint_block.{n}": f"controlnet_cond_embedding.blocks.{i}" for i, n in enumerate(blocks[1:-1])}
     modules |= {f"input_hint_block.{n}": "controlnet_cond_embedding.conv_out" for n in blocks[-1:]}
@@ -173,7 +173,7 @@ def _unet(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def rename_module(path: str, modules: Mapping[str, str], inner_names: Mapping[str, str]) -> str | None:
-    """Rename the longest beginning of a path that is in ``modules``, and the rest; None where there is none."""
+    """Rename the longest prefix of a path that is in ``modules``, and the rest; None without a prefix."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         if module := modules.get(".".join(parts[:end])):
@@ -230,7 +230,7 @@ def _substitute(names: Mapping[str, str], name: str) -> str:
 
 
 def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> dict[str, mx.array]:
-    """Return the tensors under new names. Raises ValueError when two of them would have the same."""
+    """Return the tensors under new names. Raises ValueError if two tensors would get the same name."""
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
         if named.setdefault(new_name(name), value) is not value:
@@ -239,7 +239,7 @@ def _rename(tensors: Mapping[str, mx.array], new_name: Callable[[str], str]) -> 
 
 
 def _open_clip(tensors: Mapping[str, mx.array], layers: int | None = None) -> dict[str, mx.array]:
-    """Rename an OpenCLIP text tower: ``layers`` of it and no projection (Stable Diffusion 2), or all (None: XL)."""
+    """Rename an OpenCLIP text tower: ``layers`` of it without projection (Stable Diffusion 2), or all (None: XL)."""
     named: dict[str, mx.array] = {}
     for name, value in tensors.items():
         match = _OPEN_CLIP_LAYER.match(name)
@@ -248,8 +248,8 @@ def _open_clip(tensors: Mapping[str, mx.array], layers: int | None = None) -> di
         if match and ".in_proj_" in name:
             for letter, third in zip("qkv", mx.split(value, 3), strict=True):
                 named[name.replace("in_proj_", f"{letter}_proj.")] = third
-        elif name == "text_projection":  # the original multiplies by it from the right
-            # Copied, since products with a matrix that is only seen as transposed are rounded otherwise.
+        elif name == "text_projection":  # the original multiplies from the right
+            # Copied, since products with a transposed view are rounded differently.
             named["text_projection.weight"] = mx.contiguous(value.T)
         else:
             named[name] = value

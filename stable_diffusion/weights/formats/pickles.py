@@ -1,10 +1,10 @@
 """Read weights in torch's own files (.ckpt, .pt, .pth, .bin) without torch, and without running anything in them.
 
-Since torch 1.6 such a file is a zip archive: NAME/data.pkl is a pickle of what was saved, and its tensors are views of
-storages NAME/data/KEY. Before, it was a row of pickles (a magic number, a version, facts about the machine, what was
-saved, the keys); then the storages, each behind its length.
-A pickle is a program that calls what it names. Here nothing is looked up: a name becomes one of the inert classes of
-this page, or is refused. Storages are copied into a temporary safetensors file, which MLX reads when it needs values.
+Since torch 1.6 such a file is a zip archive: NAME/data.pkl is a pickle of the saved object, its tensors are views of
+storages NAME/data/KEY. Older files are a row of pickles (a magic number, a version, facts about the machine, the saved
+object, the keys), followed by the storages, each after its length.
+A pickle is a program that calls the objects it names. Here nothing is imported: a name becomes one of the inert classes
+below, or is refused. Storages are copied into a temporary safetensors file, which MLX reads lazily.
 """
 
 import io
@@ -25,8 +25,8 @@ from .safetensors import BITS, ITEM_SIZES, MAX_LENGTH, cast_bits, load_copy, loa
 
 _MAX_STEPS = 1_000_000  # instructions; a checkpoint of 2,000 tensors takes 60,000
 _MAX_READ = 1 << 24  # bytes of a pickle, or of a zip archive's list of entries
-_MAX_REUSE = 4  # times the size of the file that all tensors may have together: a few share their storage
-_SLACK = 1 << 20  # bytes that tensors may have beyond that
+_MAX_REUSE = 4  # total size of all tensors over the size of the file: some share their storage
+_SLACK = 1 << 20  # further bytes of tensors
 
 # Each type's code in a safetensors header.
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "bool": "BOOL", "": "U8"}
@@ -42,7 +42,7 @@ _OBJECTS = {"_.dict", "collections.OrderedDict", "torch.nn.modules.container.Par
 _OBJECTS |= {"__builtin__.set", "_codecs.encode", "numpy.dtype"}
 _OBJECTS |= {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
 _NESTED = {"image_proj", "ip_adapter", "image_proj_model", "adapter_modules"}  # dicts of tensors in an IP-Adapter
-_CALLBACKS = ("pytorch_lightning.callbacks.", "lightning.pytorch.callbacks.")  # classes that trainers save as keys
+_CALLBACKS = ("pytorch_lightning.callbacks.", "lightning.pytorch.callbacks.")  # classes saved by trainers as keys
 
 _WRITTEN_BY_TORCH = """
     PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -53,9 +53,9 @@ _INSTRUCTIONS = set(_WRITTEN_BY_TORCH.split())
 _REPLACED = {"EMPTY_DICT": b"c_\ndict\n)R", "FRAME": b""}  # every dict is an _Object, which checks its keys
 
 _ERRORS = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RuntimeError, OSError)
-_ERRORS += (struct.error, pickle.PickleError, zipfile.BadZipFile)  # of damaged files, by the standard library
+_ERRORS += (struct.error, pickle.PickleError, zipfile.BadZipFile)  # of the standard library, for damaged files
 
-_Storage = namedtuple("_Storage", "dtype size length key")  # size in bytes; dtype "" is typed by the tensor
+_Storage = namedtuple("_Storage", "dtype size length key")  # size in bytes; for dtype "" the tensor has the type
 _Tensor = namedtuple("_Tensor", "storage dtype offset shape strides")  # counted in values
 
 
@@ -65,13 +65,13 @@ def _need(condition: bool, reason: str) -> None:
 
 
 class _Object(dict):
-    """Stand for a dict, a ParameterDict, a set or a number of numpy: only items and parameters count."""
+    """Replace a dict, a ParameterDict, a set or a numpy number; only items and parameters are kept."""
 
     def __init__(self, *args: Any):
         _need(len(args) <= 10, "it creates an object with too many arguments")
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # A tuple could take years to hash, and numbers beyond 64 bits can be made to collide.
+        # A tuple could take years to hash, and numbers beyond 64 bits could collide on purpose.
         fits = isinstance(key, str | _Name) or (type(key) is int and abs(key) < 2**64)
         _need(fits, "it has a key that is neither text nor a number")
         super().__setitem__(key, value)
@@ -82,7 +82,7 @@ class _Object(dict):
 
 
 class _Name(NamedTuple):
-    """Stand for another global that a file names. To call it applies the rule for it, if there is one."""
+    """Replace another global that a file names. A call applies its rule, or fails without one."""
 
     path: str
 
@@ -98,7 +98,7 @@ def _counts(numbers: Any) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    """Apply torch._utils._rebuild_tensor, _v2 or _v3, of which the last has a type behind gradient and hooks."""
+    """Apply torch._utils._rebuild_tensor, _v2 or _v3; the last has a type after gradient and hooks."""
     _need(isinstance(storage, _Storage), "it builds a tensor from something else")
     dtype = storage.dtype or _DTYPES.get(getattr(rest[2], "path", None) if len(rest) > 2 else None)
     _need(dtype is not None, "it builds a tensor of an unknown type")
@@ -115,7 +115,7 @@ _KNOWN = {*_OBJECTS, *_RULES, *_STORAGES, *_DTYPES}
 
 
 class _Reader(pickle.Unpickler):
-    """Run the next pickle of a file. ``storages`` gathers the storages that it names."""
+    """Run the next pickle of a file. ``storages`` collects the storages that it names."""
 
     def __init__(self, stream: io.BytesIO, storages: dict[str, _Storage]):
         super().__init__(io.BytesIO(_checked(stream)))
@@ -138,7 +138,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _checked(stream: io.BytesIO) -> bytes:
-    """Return the next pickle with our dicts. Refuses instructions that torch does not write, or too many of them."""
+    """Return the next pickle with our dicts. Refuses instructions that torch does not write, and too many."""
     data, pieces, begin = stream.getvalue(), [], stream.tell()
     for step, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         if opcode.name not in _INSTRUCTIONS:
@@ -152,7 +152,7 @@ def _checked(stream: io.BytesIO) -> bytes:
 
 
 class _File(io.BufferedReader):
-    """Refuse to read much at once, as zipfile does with a long list of entries."""
+    """Refuse to read much at once, as zipfile would for a long list of entries."""
 
     def read(self, size: int | None = -1) -> bytes:
         _need(size is None or size <= _MAX_READ, f"it has a part of {size:,} bytes; the limit is {_MAX_READ:,}")
@@ -160,19 +160,19 @@ class _File(io.BufferedReader):
 
 
 def _read_archive(file: _File) -> tuple[Any, dict[_Storage, int]]:
-    """Return what was saved, and {storage: its first byte}, of a zip archive."""
+    """Return the saved object of a zip archive, and {storage: its first byte}."""
     with zipfile.ZipFile(file) as archive:
 
         def seek(name: str) -> int:
             info = archive.getinfo(name)
             is_stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
             _need(is_stored and not info.flag_bits & 1, "it is compressed or encrypted, which torch does not do")
-            archive.open(info).close()  # which reads the entry's header, and checks it
+            archive.open(info).close()  # reads and checks the entry's header
             return info.file_size
 
         def content(name: str) -> bytes:
             data = file.read(seek(name))
-            checksums = (zlib.crc32(data), 0)  # torch can be set to write 0
+            checksums = (zlib.crc32(data), 0)  # torch has an option to write 0
             _need(archive.getinfo(name).CRC in checksums, "the checksum of its pickle is wrong")
             return data
 
@@ -191,7 +191,7 @@ def _read_archive(file: _File) -> tuple[Any, dict[_Storage, int]]:
 
 
 def _read_row(file: _File) -> tuple[Any, dict[_Storage, int]]:
-    """Return what was saved, and {storage: its first byte}, of a file from before torch 1.6."""
+    """Return the saved object of a file from before torch 1.6, and {storage: its first byte}."""
     stream, storages, places = io.BytesIO(file.read(_MAX_READ)), {}, {}
     magic, version, facts = (_Reader(stream, {}).load() for _ in range(3))
     is_little = isinstance(facts, dict) and facts.get("little_endian") is True
@@ -224,12 +224,12 @@ def _view(row: mx.array, tensor: _Tensor) -> mx.array:
 
 
 def read_pickle(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors of a file by name, which are read when they are evaluated, and the texts beside them.
+    """Return the lazy tensors of a file by name, and the texts beside them.
 
-    Those of a trainer's checkpoint are in "state_dict" or "model", those of an embedding in "string_to_param", those of
-    an upscaler in "params_ema" or "params", those of a T2I-Adapter also in "adapter"; those of an IP-Adapter get the
-    names of a safetensors file. float64 becomes float32, an 8-bit float float16. Raises ValueError for a file that is
-    damaged, has no tensors, or asks for what no weights need.
+    A trainer's checkpoint has its tensors in "state_dict" or "model", an embedding in "string_to_param", an upscaler in
+    "params_ema" or "params", a T2I-Adapter also in "adapter". The tensors of an IP-Adapter get the names of a
+    safetensors file. float64 becomes float32, 8-bit floats become float16. Raises ValueError for a file that is
+    damaged, has no tensors, or refers to objects that weights do not need.
     """
     with _File(path.open("rb", buffering=0)) as file:
         start = file.peek(4)[:4]

@@ -1,4 +1,4 @@
-"""Read and write safetensors files: a JSON header, then the values of each tensor one behind the other."""
+"""Read and write safetensors files: a JSON header, then the values of all tensors in order."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 
-# Bytes per value of each type. F64 and the 8-bit floats are those of ``cast_bits``; mx.load gives F8_E4M3 as its bits.
+# Bytes per value of each type. ``cast_bits`` converts F64 and 8-bit floats; mx.load gives F8_E4M3 as bits.
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 BITS = {"F64": mx.uint64, "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8}
-_MAX_HEADER = 1 << 24  # bytes; the header of SDXL has 300,000, those of LoRAs list all tags of the training
+_MAX_HEADER = 1 << 24  # bytes; SDXL's header has 300,000, LoRA headers list all training tags
 _MAX_TENSORS = 20_000  # SDXL has 2,500, a LoRA for all of its layers 4,000
-MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits, and does not check
-_MAX_LISTS = 200_000  # and objects, also within the texts of the metadata
-_CHUNK = 1 << 20  # bytes that are copied at once
+MAX_LENGTH = 2**31 - 1  # values of a tensor: MLX counts in 32 bits without a check
+_MAX_LISTS = 200_000  # and objects, also inside the metadata texts
+_CHUNK = 1 << 20  # bytes per copy
 
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int64: "I64"}
 _TYPES |= {mx.uint8: "U8", mx.uint64: "U64"}
@@ -32,13 +32,13 @@ _INFINITIES = {
     mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
 }
 Row = tuple[str, Sequence[int], int, int]  # a tensor's type, shape, first byte in the file, and bytes
-_CLEAR_EVERY = 2**28  # bytes; freed buffers that MLX keeps for later, of sizes that do not come again
+_CLEAR_EVERY = 2**28  # bytes of freed buffers, which MLX would keep for reuse
 
 
 def damaged(path: Path, reason: str, *, is_weights: bool = False) -> ValueError:
     """Return the error for a file that cannot be read.
 
-    Only of what is a file of weights for certain it says what to delete: in the Hub's cache ``path`` is a link.
+    Only for a file that certainly holds weights it recommends deleting: in the Hub's cache ``path`` is a link.
     """
     is_weights = is_weights and path.suffix == ".safetensors"
     remedy = f"delete {path.resolve()} and download it again" if is_weights else "download it again, or choose another"
@@ -47,25 +47,25 @@ def damaged(path: Path, reason: str, *, is_weights: bool = False) -> ValueError:
 
 @cache
 def loading_stream(kind: mx.DeviceType) -> mx.Stream:
-    """Return the stream of a kind of device that lazy weights belong to: unlike others, every thread can compute on it.
+    """Return the stream of a device for lazy weights: unlike other streams, every thread can compute on it.
 
-    Files are read and laid out on ``mx.cpu``; what is made of their tensors is computed on the default device's.
+    Files are read and laid out on ``mx.cpu``; further operations run on the default device's stream.
     """
     return mx.new_thread_unsafe_stream(mx.Device(kind, 0))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors of a file by name, which are read when they are evaluated, and its metadata.
+    """Return the lazy tensors of a file by name, and its metadata.
 
-    float64 becomes float32; 8-bit floats become float16, times the scale that is stored beside them. Raises ValueError
-    for a file that is damaged, or has other types.
+    float64 becomes float32; 8-bit floats become float16, multiplied by their stored scale. Raises ValueError for a file
+    that is damaged or has other types.
     """
     metadata, rows = check_safetensors(path)
     types = {name: code for name, (code, *_) in rows.items()}
     try:
         if {"F64", "F8_E5M2"}.isdisjoint(types.values()):
             tensors = mx.load(str(path), format="safetensors", stream=loading_stream(mx.cpu))
-        else:  # which mx.load refuses
+        else:  # types that mx.load refuses
             with path.open("rb") as file:
                 tensors = load_copy(file, rows)
     except RuntimeError as error:
@@ -75,10 +75,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
-    """Return the metadata and the rows of a file's header, which describe exactly the values behind it.
+    """Return the metadata and the rows of a file's header, after checking them against the file.
 
-    MLX reads lazily: without this, a file that was cut off would fail only in the middle of a run. Raises ValueError
-    for any other file, for more than a checkpoint has, and for types that are not read here.
+    MLX reads lazily: without this check, an incomplete file would fail in the middle of a run. Raises ValueError for
+    damaged and other files, for sizes above the limits, and for unsupported types.
     """
     size = path.stat().st_size
     spans = []
@@ -98,7 +98,7 @@ def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("metadata that is not text")
             for name, tensor in header.items():
-                first, end = map(operator.index, tensor["data_offsets"])  # 1.5 and "1" are no sizes
+                first, end = map(operator.index, tensor["data_offsets"])  # refuses 1.5 and "1"
                 spans.append((first, end, name, str(tensor["dtype"]), list(map(operator.index, tensor["shape"]))))
             spans.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -120,9 +120,9 @@ def check_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
 
 
 def cast_bits(bits: mx.array, code: str) -> mx.array:
-    """Return the values of a type that MLX does not compute in, out of their bits: F64 as float32, others as float16.
+    """Convert the bits of a type that MLX does not compute in: F64 to float32, others to float16.
 
-    Any 8-bit float is a float16 too; F8_E5M2 is the upper half of one.
+    float16 represents every 8-bit float; F8_E5M2 is the upper half of a float16.
     """
     with mx.stream(loading_stream(mx.cpu)):
         if code == "F64":
@@ -132,13 +132,13 @@ def cast_bits(bits: mx.array, code: str) -> mx.array:
         return mx.left_shift(bits.astype(mx.uint16), mx.array(8, mx.uint16)).view(mx.float16)
 
 
-# What ComfyUI stores beside 8-bit weights: their scales, scales of activations, and a mark for the kind.
+# Tensors that ComfyUI stores beside 8-bit weights: scales, activation scales, and a mark for the format.
 _SCALE = re.compile(r"(.*\.)?(scale_weight|weight_scale)$")
 _SCALING = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)$")
 
 
 def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -> dict[str, mx.array]:
-    """Multiply weights of 8 bits by their scales. Raises ValueError for a quantization of another kind."""
+    """Multiply 8-bit weights by their scales. Raises ValueError for another kind of quantization."""
     for name in [name for name in tensors if _SCALE.match(name) or _SCALING.match(name)] if eights else ():
         layer, _, kind = name.rpartition(".")
         scale, weight = tensors.pop(name), f"{layer}.weight"
@@ -155,7 +155,7 @@ def _scaled(path: Path, tensors: dict[str, mx.array], eights: Collection[str]) -
 
 
 def load_copy(file: BinaryIO, rows: Mapping[str, Row]) -> dict[str, mx.array]:
-    """Load tensors by a temporary copy, which vanishes with their arrays; those of a type in BITS come as bits."""
+    """Load tensors from a temporary copy, which is deleted with their arrays. Types in BITS are loaded as bits."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
         copy.write(_header_of(rows))
         for _, _, first, size in rows.values():
@@ -167,8 +167,8 @@ def load_copy(file: BinaryIO, rows: Mapping[str, Row]) -> dict[str, mx.array]:
 
 
 def _header_of(rows: Mapping[str, Row], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the beginning of a file whose tensors follow in this order; the places that they had do not matter."""
-    texts = {"format": "pt"} | dict(metadata or {})  # the layout is the one of torch's programs
+    """Return the header of a file whose tensors follow in this order."""
+    texts = {"format": "pt"} | dict(metadata or {})  # the layout of torch programs
     header: dict[str, Any] = {"__metadata__": texts}
     position = 0
     for name, (code, shape, _, size) in rows.items():
@@ -176,15 +176,15 @@ def _header_of(rows: Mapping[str, Row], metadata: Mapping[str, str] | None = Non
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the values begin at a multiple of their size
+    encoded += b" " * (-len(encoded) % 8)  # aligns the values
     return struct.pack("<Q", len(encoded)) + encoded
 
 
 def all_finite(value: mx.array) -> bool:
     """Return whether a row-contiguous array has neither infinite values nor NaN.
 
-    Floats of one sign are ordered as their bits are, so that the largest integers of both signs say it: on a CPU in a
-    thirtieth of the time of ``mx.isfinite`` in half precision, which was half of a conversion's.
+    Floats of one sign are ordered like their bits, so the largest integers of both signs are enough. On a CPU this
+    takes a thirtieth of the time of ``mx.isfinite`` in half precision, which was half of a conversion's.
     """
     if value.dtype not in _INFINITIES or not value.size:
         return True
@@ -200,7 +200,7 @@ def write_safetensors(
     tensors: dict[str, mx.array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``names`` out of ``tensors`` and take them out of the dictionary, so that one at a time is in memory.
+    """Write the ``names`` of ``tensors`` and remove them from the dictionary, so that only one is in memory.
 
     Raises ValueError for a tensor with values that are not finite, OSError when the disk is full.
     """

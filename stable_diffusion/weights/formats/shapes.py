@@ -1,6 +1,6 @@
 """Derive the config.json of a network from the names and shapes of its tensors.
 
-What shapes cannot say (heads, activation) is what all published models of that shape have.
+Settings that shapes do not show (heads, activation) are those of the published models with that shape.
 """
 
 import math
@@ -12,11 +12,11 @@ import mlx.core as mx
 
 Tensors = Mapping[str, mx.array]  # lazy, under diffusers' names, weights laid out as in files
 
-_FACE_WIDTH = 512  # of the embeddings of faces, in all published files
+_FACE_WIDTH = 512  # of face embeddings in all published files
 
 
 def count(tensors: Tensors, pattern: str) -> int:
-    """Count the items of a list, of which ``pattern`` finds the numbers in the names."""
+    """Count the items of a list, whose numbers ``pattern`` finds in the names."""
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
@@ -42,7 +42,7 @@ def _half_unet(tensors: Tensors) -> dict[str, Any]:
     resnets = [count(tensors, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in range(len(down))]
     layers = [_one_for_all(block) if block else 1 for block in down]
     if middle and not down[-1]:
-        layers[-1] = middle[0]  # which is where configs have it
+        layers[-1] = middle[0]  # its place in configs
     has_middle = "mid_block.resnets.0.conv1.weight" in tensors
     mid_block = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
     config: dict[str, Any] = {
@@ -80,7 +80,7 @@ def _unet(tensors: Tensors) -> dict[str, Any]:
 
 
 def _lllite(tensors: Tensors) -> dict[str, Any]:
-    """Read a ControlNet-LLLite. ValueError where it changes convolutions."""
+    """Read a ControlNet-LLLite. ValueError if it changes convolutions."""
     layers = sorted({name.partition(".")[0] for name in tensors})
     down, second = ([tensors[f"{layer}.{part}.weight"] for layer in layers] for part in ("down.0", "conditioning1.2"))
     if convolutions := [layer for layer, weight in zip(layers, down, strict=True) if weight.ndim == 4]:
@@ -97,7 +97,7 @@ def _lllite(tensors: Tensors) -> dict[str, Any]:
 
 
 def _adapter(tensors: Tensors) -> dict[str, Any]:
-    """Read a T2I-Adapter, which sees squares of pixels in grey or RGB."""
+    """Read a T2I-Adapter, whose input is squares of pixels in grey or RGB."""
     is_light = "adapter.conv_in.weight" not in tensors
     first, last = ("body.0.in_conv", "out_conv") if is_light else ("conv_in", "resnets.0.block1")
     read = tensors[f"adapter.{first}.weight"].shape[1]
@@ -130,7 +130,7 @@ def _controlnet(tensors: Tensors) -> dict[str, Any]:
         "num_control_type": None if task is None else task.shape[0],
         "num_trans_layer": count(tensors, r"transformer_layes\.(\d+)\.") or None,
     }
-    # A Control-LoRA says nothing of the UNet that it changes.
+    # A Control-LoRA does not describe its UNet.
     return own | {"_class_name": "ControlLoRA"} if "lora_controlnet" in tensors else _half_unet(tensors) | own
 
 
@@ -149,7 +149,7 @@ def _vae(tensors: Tensors) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": latent,
-        "scaling_factor": None,  # is that of its family
+        "scaling_factor": None,  # its family's
     }
 
 
@@ -242,8 +242,8 @@ def _upscaler(tensors: Tensors) -> dict[str, Any]:
     return config
 
 
-# From the tensors of a network to its config. They raise KeyError with the name of a missing tensor, ValueError for a
-# network that cannot be run here.
+# Functions from the tensors of a network to its config. They raise KeyError with the name of a missing tensor, and
+# ValueError for an unsupported network.
 READERS: dict[str, Callable[[Tensors], dict[str, Any]]] = {"unet": _unet, "vae": _vae, "controlnet": _controlnet}
 READERS |= dict.fromkeys(("text_encoder", "text_encoder_2"), _text_encoder)
 READERS |= {"ip_adapter": _ip_adapter, "image_encoder": _image_encoder, "safety_checker": _image_encoder}

@@ -1,8 +1,8 @@
-"""Recognise single files: the networks that a file of weights holds, and the configurations that they must have.
+"""Recognise single files: the networks in a weights file, and their configurations.
 
-Such a file has no configuration. What shapes cannot say (heads, activation, noise schedule) is one of the published
-models': the family is known by how its UNet is built. Nothing is read but names, shapes and metadata, with one
-exception: a bias that shows what a UNet of Stable Diffusion 2 predicts.
+Such a file has no configuration. Settings that shapes do not show (heads, activation, noise schedule) are those of the
+published models; the UNet's structure identifies the family. Only names, shapes and metadata are read, with one
+exception: a bias that shows the prediction type of a UNet of Stable Diffusion 2.
 """
 
 import logging
@@ -24,14 +24,14 @@ from .shapes import READERS, Tensors
 
 _log = logging.getLogger("stable_diffusion")
 
-# What checkpoints hold beside the networks: the noise schedule of training and its flags, running averages (the
-# weights themselves are what everyone uses), the depth estimator of Stable Diffusion 2, training leftovers.
+# Other tensors in checkpoints: the noise schedule of training and its flags, running averages (usually the weights are
+# used), the depth estimator of Stable Diffusion 2, training leftovers.
 _NOT_WEIGHTS = re.compile(
     r"(model\.)?(alphas_cumprod|betas|sqrt_alphas_cumprod|alphas_cumprod_prev|log_one_minus_alphas_cumprod)$"
     r"|sqrt_(one_minus|recip|recipm1)_alphas_cumprod$|posterior_(variance|log_variance_clipped|mean_coef[12])$"
     r"|(lvlb_weights|logvar|scale_factor|global_step|v_pred|ztsnr|edm_(mean|std|vpred\.sigma_(min|max))|denoiser\.(log_)?sigmas)$"
     r"|(model_ema|depth_model|embedding_manager|(optimizer|lr_scheduler|swa_model)\w*)\."
-    rf"|(.*\.)?{NOT_OF_TEXT_ENCODER}|(.*\.)?text_projection(\.weight)?$"  # of CLIP, wherever they stand
+    rf"|(.*\.)?{NOT_OF_TEXT_ENCODER}|(.*\.)?text_projection(\.weight)?$"  # of CLIP, at any place
 )
 
 _OTHER_UPSCALERS = {
@@ -46,7 +46,7 @@ _OTHER_UPSCALERS = {
     r"unet1\.conv1\.": "Real-CUGAN",
     r"(body|model\.1\.sub|RRDB_trunk)\.\d+\.(rdb|RDB)1\.conv1x1\.": "ESRGAN+",
 }
-# Files of other kinds, by what a name in them looks like.
+# Files of other kinds, by patterns of tensor names.
 _OTHER_KINDS = (
     (r"noise_augmentor\.|embedder\.model\.visual", "a Stable unCLIP, which is not supported"),
     (r"low_scale_model\.", "an upscaler, which is not supported"),
@@ -72,7 +72,7 @@ _OTHER_KINDS = (
     (r".*\.(absmax|quant_map)$", "quantized by bitsandbytes, which is not supported: use the float16 version"),
 )
 
-# The noise that all families were trained on.
+# The training noise of all families.
 _NOISE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -83,7 +83,7 @@ _NOISE = {
     "set_alpha_to_one": False,
     "timestep_spacing": "leading",
 }
-# Models of EDM, as their authors publish them.
+# EDM models, as published.
 _PLAYGROUND = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}
 _PLAYGROUND |= {"sigma_min": 0.002, "sigma_max": 80.0}
 _COSXL = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}
@@ -103,11 +103,11 @@ def read_checkpoint(
     replaced: Mapping[str, Component],
     prediction: str | None,
 ) -> Checkpoint:
-    """Recognise the checkpoint in a file, of which all ``tensors`` are given; its tokenizers are still to be found.
+    """Recognise the checkpoint in a file with these ``tensors``. The caller adds its tokenizers.
 
-    ``where`` is the file's name, for messages; networks in ``replaced`` come from elsewhere. ``prediction`` is what the
-    UNet predicts, where the user says so.
-    Raises ValueError for a file of another kind, a missing network, or tensors of no network.
+    ``where`` is the file's name, for messages; networks in ``replaced`` come from other sources. ``prediction`` is the
+    user's prediction type of the UNet, or None.
+    Raises ValueError for a file of another kind, a missing network, or unknown tensors.
     """
     prefixes = {kind: prefix for kind, prefix in find(tensors, where).items() if kind not in replaced}
     configs = {kind: read_config(kind, tensors, prefix, where) for kind, prefix in prefixes.items()}
@@ -140,7 +140,7 @@ def read_checkpoint(
 
 
 def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str) -> tuple[Family, list[str]]:
-    """Return the family and the networks that it needs. Raises ValueError where one of them is missing."""
+    """Return the family and its networks. Raises ValueError if one of them is missing."""
     if "unet" not in configs:
         held = ", ".join(prefixes)
         raise ValueError(f"{where} holds only {held}, no UNet: give a whole checkpoint, and this as a part of it")
@@ -156,8 +156,8 @@ def _family(configs: Mapping[str, dict], prefixes: Mapping[str, str], where: str
 def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[str, str]:
     """Find the networks of a file: {network: the prefix of its names}; a single network may have the prefix "".
 
-    ``where`` is the file's name, for messages. Where only the network ``kind`` is needed, all else does not matter.
-    Raises ValueError when there is none, or for tensors that belong to none.
+    ``where`` is the file's name, for messages. With ``kind``, only this network is required and the rest is ignored.
+    Raises ValueError for a file without networks, or unknown tensors.
     """
     weights = [name for name in tensors if not _NOT_WEIGHTS.match(name)]
     networks = {
@@ -167,7 +167,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
         if any(name.startswith(prefix) for name in weights)
     }
     if not networks or (kind is not None and kind not in networks):
-        names = ("controlnet", *PARTS)  # a ControlNet has the tensors of a UNet too
+        names = ("controlnet", *PARTS)  # a ControlNet also has tensors of a UNet
         alone = [n for n in names if not {PARTS[n].original, *PARTS[n].signs}.isdisjoint(tensors)]
         networks = dict.fromkeys([kind] if kind in alone else alone[:1], "") or networks
     for pattern, what in _OTHER_KINDS:
@@ -187,7 +187,7 @@ def find(tensors: Collection[str], where: str, kind: str | None = None) -> dict[
 
 
 def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[str, Any]:
-    """Return the config.json of one network of a file; ValueError where it is cut short, or of another family."""
+    """Return the config.json of one network of a file; ValueError if it is incomplete or of another family."""
     network = within(tensors, prefix)
     try:
         plain, bits = unpack(to_diffusers(kind, network))
@@ -202,7 +202,7 @@ def read_config(kind: str, tensors: Tensors, prefix: str, where: str) -> dict[st
     if bits:
         config["quantization"] = {"bits": bits, "group_size": GROUP}
     if kind == "text_encoder":
-        config["architectures"] = ["CLIPTextModel"]  # nothing reads its projection
+        config["architectures"] = ["CLIPTextModel"]  # its projection is not used
     if "positional_embedding" in network:
         config["hidden_act"] = "gelu"  # of every OpenCLIP
     return config
@@ -213,7 +213,7 @@ def within(tensors: Tensors, prefix: str) -> dict[str, mx.array]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-# --- what no shape tells -----------------------------------------------------------------------------------------
+# --- settings that shapes do not show ----------------------------------------------------------------------------
 
 
 def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
@@ -227,7 +227,7 @@ def _pipeline(family: Family, unet: Mapping[str, Any], where: str) -> str:
 
 
 def _edm_scheduler(tensors: Tensors) -> dict[str, Any]:
-    """Return the scheduler of a model of EDM, known by tensors beside its networks; nothing for another model."""
+    """Return the scheduler of an EDM model, identified by further tensors; empty for other models."""
     if "edm_mean" in tensors and "edm_std" in tensors:
         return dict(_PLAYGROUND)
     if "edm_vpred.sigma_max" not in tensors:
@@ -259,7 +259,7 @@ def _is_flag(tensor: str, key: str, names: Collection[str], metadata: Mapping[st
 
 
 def _stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> str | None:
-    """Return what a UNet predicts by the metadata of trainers and mergers, or by an empty tensor that is a flag."""
+    """Return the UNet's prediction type from metadata of trainers and mergers, or from an empty tensor as flag."""
     keys = ("modelspec.prediction_type", "modelspec.predict_key", "ss_prediction_type")
     stated = {metadata.get(key, "").lower() for key in keys}
     architecture = metadata.get("modelspec.architecture", "")
@@ -270,11 +270,11 @@ def _stated_prediction(names: Collection[str], metadata: Mapping[str, str]) -> s
 
 
 def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measured: str | None) -> str:
-    """Return what the UNet predicts: what the file says, or the noise.
+    """Return the UNet's prediction type: as recorded in the file, else "epsilon".
 
-    A UNet of Stable Diffusion 2, with the prefix ``measured``, shows it where the file does not say it, by the spread
-    of its last transformer's first bias. This is 0.06 in 2.1-base, which predicts the noise, and 0.53 in 2.1, which
-    predicts the velocity. Other programs that read such files look at the same tensor, with the same bound.
+    For a UNet of Stable Diffusion 2, with the prefix ``measured``, it is derived from the standard deviation of the
+    last transformer's first bias: 0.06 in 2.1-base, which predicts the noise, 0.53 in 2.1, which predicts the velocity.
+    Other programs use the same tensor and bound.
     """
     if (stated := _stated_prediction(tensors, metadata)) or measured is None:
         return stated or "epsilon"
@@ -288,7 +288,7 @@ def _prediction(tensors: Tensors, metadata: Mapping[str, str], where: str, measu
 
 
 def _sample_size(family: Family, prediction: str, metadata: Mapping[str, str]) -> int | list[int]:
-    """Return the size of the latents, or [height, width] where a trainer says on which it trained."""
+    """Return the size of the latents, or [height, width] if a trainer recorded its resolution."""
     size = re.fullmatch(r"([1-9][0-9]{2,3})x([1-9][0-9]{2,3})", metadata.get("modelspec.resolution", ""))
     if size:
         return [int(size[2]) // 8, int(size[1]) // 8]
