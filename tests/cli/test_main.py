@@ -158,7 +158,7 @@ def test_bad_prompts(run, no_model, tmp_path):
     run("image2image", __file__).refused("give a prompt after the image")
     run("txt2image", __file__, "a cat").refused("is a file; to change an image: image2image")
     run("txt2image", "a \udcff").refused("'a \\udcff'", "Unicode")
-    run("txt2image", "{a|b|c|d|e|f|g|h|i|j}" * 9).refused("at most 10000")
+    run("txt2image", "{a|b|c|d|e|f|g|h|i|j}" * 9).refused("the limit is 10000")
     run("txt2image", "a", "--prompt_file", "prompts.txt").refused("a prompt or a file of them")
     run("txt2image", "--prompt_file", tmp_path / "none.txt").refused("none.txt", "cannot be read")
 

@@ -102,7 +102,7 @@ def test_what_is_no_lora_there(here, name):
 def test_a_likely_name_is_proposed(here):
     with pytest.raises(ValueError, match=r"did you mean style\?"):
         find_in("loras", "stile")
-    with pytest.raises(ValueError, match="there is no folder nowhere with LoRAs"):
+    with pytest.raises(ValueError, match="the LoRA folder nowhere does not exist"):
         find_in(["loras", "nowhere"], "style")
 
 
@@ -136,7 +136,7 @@ def test_a_file_of_another_kind_is_not_taken_for_a_damaged_one(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     if not name.startswith("/"):
         (tmp_path / name).write_text("hello")
-    with pytest.raises(ValueError, match=rf"^{name} is no file of weights: these end in \.safetensors, ") as error:
+    with pytest.raises(ValueError, match=rf"^{name} is not a weights file: these end in \.safetensors, ") as error:
         read_lora(name)
     assert "delete" not in str(error.value)
 

@@ -135,7 +135,7 @@ def test_scales_of_0_add_nothing_and_one_network_is_run_once(xl_folder, monkeypa
 
 REFUSED = {
     "needs a control type: openpose, depth, softedge, canny, normal, segment or a number, not None$": (6, None),
-    "not tile; that one takes the promax variant$": (6, "tile"),
+    "not tile; that one needs the promax variant$": (6, "tile"),
     "or a number, not 6$": (6, 6),
     "tile, repaint or a number, not pose$": (8, "pose"),
     "repaint, 8 or a number, not 9$": (9, "9"),

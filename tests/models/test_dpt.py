@@ -170,7 +170,7 @@ def test_the_channel_equals_diffusers(shape, size):
     [
         (np.zeros((4, 4, 3)), r"an array \[height, width\], not \[4, 4, 3\]"),
         (np.zeros((0, 4)), r"not \[0, 4\]"),
-        (np.full((4, 4), 7.0), "the same everywhere"),
+        (np.full((4, 4), 7.0), "one value everywhere"),
         (np.array([[0.0, np.nan], [np.inf, 1.0]]), "2 of 4 values of the depth map are not finite"),
     ],
 )

@@ -194,7 +194,7 @@ REFUSED = {
     "changes down_blocks_1_attentions_1_transformer_blocks_1_attn2_to_k, which": ("xl", _of_context),
     "it changes convolutions, such as .*, which is not supported": ("xl", _of_convolutions),
     r"1 missing: .*attn1_to_q\.up\.0\.bias": ("xl", _without_a_bias),
-    r"1 have the wrong shape: .*mid\.0\.weight \(2, 11\) instead of \(5, 11\)": ("xl", _cut),
+    r"1 of the wrong shape: .*mid\.0\.weight \(2, 11\) instead of \(5, 11\)": ("xl", _cut),
 }
 
 
