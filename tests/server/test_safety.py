@@ -149,9 +149,9 @@ def bomb(width: int, height: int, text: int = 0) -> str:
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (bomb(40000, 1001), ["40000x1001", "the limit is 40 megapixels"]),
+        (bomb(40000, 1001), ["40000x1001", "limit is 40 megapixels"]),
         (bomb(60000, 60000), ["too large"]),
-        ("data:image/png;base64," + bomb(8000, 5001), ["at most 40 megapixels"]),
+        ("data:image/png;base64," + bomb(8000, 5001), ["limit is 40 megapixels"]),
         ("!" * 40, ["is not base64"]),
         (base64.b64encode(b"%PDF-1.4").decode(), ["a PDF, not an image"]),
         (base64.b64encode(b"%!PS-Adobe\n").decode(), ["PostScript"]),
