@@ -134,7 +134,7 @@ REFUSED = {
         None,
     ),
     r"1 unexpected: out\.1\.up": (None, "out.1.up"),
-    "unet.conv_in: its factors do not fit each other": ("input_blocks.0.0.down", None),
+    "unet.conv_in: the shapes of its factors do not match": ("input_blocks.0.0.down", None),
 }
 
 

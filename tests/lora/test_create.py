@@ -144,14 +144,14 @@ def test_nothing_changes_before_the_training(request, model, kind, dora):
 BAD = {
     "rank 33 is above the width 32 of unet.*choose at most 32": {"ranks": {"unet": 33}},
     "rank 40 is above the width 32 of unet.*conv2; choose at most 32": {"conv_rank": 40},
-    r"targets 'to_q\(' are no regular expression .*; choose attention, .*": {"targets": "to_q("},
+    r"targets 'to_q\(' is not a regular expression .*; choose attention, .*": {"targets": "to_q("},
     "targets 'nothing' match no layer of the unet; choose attention, .*": {"targets": "nothing", "conv_rank": 2},
     "targets 'attn1' match no layer of the text_encoder; .*": {
         "targets": "attn1",
         "ranks": {"unet": 2, "text_encoder": 2},
     },
     "alpha 0 must be above 0.*": {"alpha": 0},
-    "alpha nan is not above 0.*": {"alpha": math.nan},
+    "alpha nan must be above 0.*": {"alpha": math.nan},
 }
 
 

@@ -58,7 +58,7 @@ def test_what_is_written_beside_the_factors(model, tmp_path):
 
 def test_peft_has_no_names_for_other_kinds(model, tmp_path):
     target = tmp_path / "written.safetensors"
-    for kind, dora, what in (("loha", None, "hada_w1_a"), ("lora", "columns", "columns")):
+    for kind, dora, what in (("loha", None, "hada_w1_a"), ("lora", "columns", "column norms")):
         tensors, _ = make(model, kind=kind, dora=dora)
         attached = attach(model.networks, read_lora(write(tmp_path, tensors)))
         with pytest.raises(ValueError, match=f"peft has no name for .*{what}.*choose the kohya naming") as error:
