@@ -193,7 +193,7 @@ def test_models_and_autoencoders_are_named(server, files, run, tmp_path):
     assert before == {"sd_model_checkpoint": "tiny", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
     (tiny,) = drawn(server, TEXT, ONE)
     assert tiny.tobytes() != picture.tobytes()
-    for name, words in (("broken", "is damaged"), ("nothing", "there is no model 'nothing'")):
+    for name, words in (("broken", "is damaged"), ("nothing", "unknown model 'nothing'")):
         refused(server, OPTIONS, settings | {"sd_model_checkpoint": name}, words)
         refused(server, TEXT, ONE | {"override_settings": {"sd_model_checkpoint": name}}, words)
         assert server(OPTIONS).json == before
@@ -356,7 +356,7 @@ def test_the_provider_of_image_generation_mcp(server, files, monkeypatch):
         other = await provider.generate(PROMPT, model="second", reference_images=[reference], strength=0.2)
         with Image.open(io.BytesIO(other.image_data)) as picture:
             assert "Model: second" in picture.text["parameters"] and "strength: 0.2" in picture.text["parameters"]
-        with pytest.raises(ImageProviderError, match="there is no model 'other'"):
+        with pytest.raises(ImageProviderError, match="unknown model 'other'"):
             await provider.generate(PROMPT, model="other")
         await provider.aclose()
 

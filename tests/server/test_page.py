@@ -139,7 +139,7 @@ def test_a_dropped_picture_fills_the_form_and_is_where_a_run_starts(page, run, t
 def test_a_painted_mask_keeps_the_rest(page, tmp_path):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "blue.png")
     drop(page, tmp_path / "blue.png")
-    expect(page.locator("#said")).to_contain_text("does not say how it was made")
+    expect(page.locator("#said")).to_contain_text("does not record how it was made")
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
     x, y, side = box["x"], box["y"], box["width"]
@@ -160,7 +160,7 @@ def test_mistakes_are_said(page, tmp_path):
     draw_button = page.get_by_role("button", name="Draw", exact=True)
     page.locator("[name=prompt]").fill("a <lora:nothing:1>")
     draw_button.click()
-    expect(page.locator("#said.bad")).to_contain_text("the prompt asks for the LoRA nothing")
+    expect(page.locator("#said.bad")).to_contain_text("the prompt names the LoRA nothing")
     (tmp_path / "text.png").write_text("no picture")
     drop(page, tmp_path / "text.png")
     expect(page.locator("#said.bad")).to_contain_text("text.png is no picture")
