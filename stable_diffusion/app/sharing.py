@@ -39,9 +39,8 @@ _ENDING = 30  # seconds in which the launcher ends the other ranks, by ssh
 class SharingSettings:
     """Hold how ranks share the images of a run, and whether rank 0 gathers them.
 
-    "even": rank r generates the images r, r + size, ...; "steal": a rank that has finished takes the next batch;
-    "guidance": each rank computes some rows of the UNet's batch, for one image after the other; "off": each rank
-    generates all images.
+    "even": rank r makes the images r, r + size, ...; "steal": a rank that has finished takes the next batch;
+    "guidance": each rank computes some rows of the UNet's batch, image by image; "off": each rank makes all images.
     """
 
     share: str = "even"
@@ -164,8 +163,7 @@ class Ranks:
     def take(self, batches: Sequence[Sequence[int]]) -> Iterator[int]:
         """Yield the numbers of batches that no other rank has taken, until all are taken.
 
-        ``batches`` are the images of each. If a rank is lost, the others share the remaining batches; the last rank
-        takes all of them.
+        ``batches`` are the images of each. If a rank is lost, the others share the rest; the last rank takes all of it.
         """
         self._batches, self._takers = batches, []
         self.gather()
@@ -194,24 +192,24 @@ class Ranks:
 
     def _send(self, **numbers: int) -> Any:
         """Send these numbers at once, and return the result of the exchange; None if it has ended."""
-        self._row, answer = self._row._replace(**numbers), None
+        self._row, result = self._row._replace(**numbers), None
         self._wake.set()
-        while answer is None and not (self._results.empty() and (self.is_lost or not self._thread.is_alive())):
+        while result is None and not (self._results.empty() and (self.is_lost or not self._thread.is_alive())):
             with suppress(Empty):  # Python handles signals between two waits
-                answer = self._results.get(timeout=_PERIOD)
-        return answer
+                result = self._results.get(timeout=_PERIOD)
+        return result
 
     def _exchange(self) -> None:
         """Exchange the numbers of all ranks until all leave. Runs in a second thread."""
         cpu.clear_streams_at_thread_end()
-        answered = 0
+        n_results = 0
         with mx.stream(mx.new_stream(mx.cpu)):
             while not (self._quits or self.is_lost):
                 try:
                     self._rows = [_Row(*row) for row in self._of_all(np.array(self._row)).tolist()]
                     self._assign()
-                    if all(row.calls > answered for row in self._rows):
-                        answered += 1
+                    if all(row.calls > n_results for row in self._rows):
+                        n_results += 1
                         self._results.put(self._gathered())
                         if self._rows[self._rank].length < 0:
                             return
