@@ -127,7 +127,7 @@ def test_a_run_is_planned_and_fitted(xl_folder, caplog):
     fit(sd, shape, 10**6, False)
     (line,) = (message for message in caplog.messages if "needs about" in message)
     assert "the limit is 0.0 GB" in line
-    with pytest.raises(SettingError, match=r"needs about .* GB, the limit is 0.0 GB: quantize"):
+    with pytest.raises(SettingError, match=r"needs about .* GB, the limit is 0.0 GB; quantize"):
         fit(sd, shape, 10**6, True)
 
 

@@ -251,7 +251,7 @@ def test_webuiapi_draws(client, image, files):
     assert large.image.size == (128, 128)
     with pytest.raises(RuntimeError, match=r"body.restore_faces: Input should be False"):
         client.txt2img(restore_faces=True)
-    with pytest.raises(RuntimeError, match=r"the script .*ADetailer.* cannot run"):
+    with pytest.raises(RuntimeError, match=r"the script .*ADetailer.* is not supported"):
         client.txt2img(adetailer=[webuiapi.ADetailer(ad_model="face_yolov8n.pt")], alwayson_scripts={})
 
 
@@ -485,14 +485,14 @@ def test_settings_of_other_models_have_no_effect(server, files):
         ({"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 128}, ["hr_resize_x and hr_resize_y"]),
         ({"enable_hr": True, "hr_scale": 100}, ["hires 100", "from 1 to 8"]),
         ({"override_settings": {"randn_source": "TPU"}}, ["RNG 'TPU'"]),
-        ({"override_settings": {"sd_vae": "other"}}, ["no autoencoder 'other'", "warm"]),
+        ({"override_settings": {"sd_vae": "other"}}, ["unknown autoencoder 'other'", "warm"]),
         ({"width": 70}, ["width 70", "multiple of 8"]),
-        ({"n_iter": 5, "batch_size": 5}, ["n_images 25", "at most 16"]),
+        ({"n_iter": 5, "batch_size": 5}, ["n_images 25", "limit of this server is 16"]),
         ({"steps": "many"}, ["steps"]),
         ({"prompt": "a <lora:nothing:1>"}, ["there is no LoRA nothing"]),
         (unit(image="AAAA"), ["not an image"]),
         (unit(), ["a ControlNet has no image"]),
-        (unit(image="AAAA", model="None"), ["there is no ControlNet 'None'", "edges"]),
+        (unit(image="AAAA", model="None"), ["unknown ControlNet 'None'", "edges"]),
         (unit(image="AAAA", module="openpose"), ["module 'openpose'", "canny"]),
         (unit(image="AAAA", control_mode="My prompt is more important"), ["control_mode", "Balanced"]),
         (unit(image="AAAA", mask="AAAA"), ["mask"]),

@@ -121,7 +121,7 @@ def test_requests_name_no_files(server, name):
     refused(server(TEXT, ONE | {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}), 400, "unknown ControlNet")
     refused(server(TEXT, ONE | {"prompt": f"a <lora:{name}:1>"}), 400, "LoRA")
     body = {"image": picture(32, 32), "upscaler_1": name}
-    refused(server("/sdapi/v1/extra-single-image", body), 400, "there is no upscaler")
+    refused(server("/sdapi/v1/extra-single-image", body), 400, "unknown upscaler")
     if "\0" not in name:
         assert server("/v1/draw", {"prompt": "a", "model": name}).status == 400
     assert server("/sdapi/v1/options").json["sd_model_checkpoint"] == "tiny"
