@@ -131,4 +131,6 @@ def test_the_findings_are_said_in_words(gpu, monkeypatch):
     text = "\n".join(findings(10.4e9))
     for words in ("MLX 0.", "Apple M5", "memory 16.0 GB, recommended 11.5 GB, memory limit of a run: 10.4 GB"):
         assert words in text
-    assert "TF32 is on: from the M5 on float32 has 11 bits" in text and "Winograd convolutions are off" in text
+    assert (
+        "TF32 is on: from the M5 on, float32 products keep 11 bits" in text and "Winograd convolutions are off" in text
+    )
