@@ -19,8 +19,8 @@ from .mistakes import explained, stray_words, unknown_choice, unknown_flag
 from .streams import in_one_line, say
 from .values import CHOICES_OF_FLAGS, TYPES, prompt
 
-_HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
-_UNREAD = 141  # 128 and SIGPIPE, of which a command dies that knows nothing of it
+_HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, without the value after "="
+_UNREAD = 141  # 128 + SIGPIPE, the exit code of commands that do not handle this signal
 _EXAMPLES = {  # the first one runs without a download
     "txt2image": (
         '"a red circle" --model tiny',
@@ -37,7 +37,7 @@ _EXAMPLES = {  # the first one runs without a download
         "--model CompVis/ldm-celebahq-256",
     ),
 }
-_SCRIPTS = {  # the words of their usage, and what they do
+_SCRIPTS = {  # the words of their usage, and a description
     "txt2image": (['"prompt"'], "Draw images from a prompt."),
     "image2image": (["image", '"prompt"'], "Change an image towards a prompt."),
     "unconditional": ([], "Draw images with a model that reads no prompt."),
@@ -66,7 +66,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _underscores(word: str) -> str:
-    """Return a flag with underscores in place of hyphens, or any other word unchanged."""
+    """Return a flag with underscores instead of hyphens, or any other word unchanged."""
     return _HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word)
 
 
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
             lines = ["examples:", *(f"  %(prog)s {example}" for example in examples), "", codes]
             options["epilog"] = options.get("epilog", "") + "\n".join(lines)
         super().__init__(formatter_class=HelpFormatter, argument_default=argparse.SUPPRESS, **options)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first of a list: --seed -1,5
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first value of a list: --seed -1,5
         if self.add_help:
             version = f"stable-diffusion-mlx {__version__}"
             self.add_argument("--version", action="version", version=version, help="print the version and exit")
