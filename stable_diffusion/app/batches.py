@@ -35,12 +35,12 @@ _NO_TEXTS_2 = {"prompt_2": None, "negative_prompt_2": None}
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold images that are generated together: requests of one image each, which differ in prompt and seeds alone.
+    """Hold the images of one batch: requests of one image each, which differ only in prompt and seeds.
 
-    ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts, one for all images or
-    one for each. ``defaults`` are the model's with the LoRAs of these prompts. Images that start from another one have
-    its ``canvas``, and a ``strength``. ``details`` are masks of what is worked on again in the finished images, towards
-    ``detail_texts``, the encoded prompts for it, or None for those of the images.
+    ``size`` is (width, height) in pixels. ``text`` and ``negative_text`` are the encoded prompts: one for all images or
+    one for each. ``defaults`` are those of the model with the LoRAs of these prompts. In image to image, ``canvas``
+    holds the input image, and ``strength`` says how much it changes. ``details`` are masks of the areas to repaint in
+    the finished images. ``detail_texts`` are the encoded prompts for these areas; None uses those of the images.
     """
 
     requests: tuple[Request, ...]
@@ -74,7 +74,7 @@ class Batch:
         return replace(self, requests=self.requests[part], text=texts[0], negative_text=texts[1])
 
     def after(self, steps: int) -> "Batch":
-        """Return the batch for a later pass, in which prompts that change count on after ``steps``."""
+        """Return the batch for a later pass: prompt scheduling continues after ``steps``."""
         texts = [text if isinstance(text, str) else text.after(steps) for text in (self.text, self.negative_text)]
         return replace(self, text=texts[0], negative_text=texts[1])
 
@@ -82,8 +82,8 @@ class Batch:
 def group(model: StableDiffusion, requests: Sequence[Request]) -> list[tuple[Request, ...]]:
     """Group requests for one image each, in order, into those that can be generated together.
 
-    They differ in prompt and seeds alone, and their prompts have the same number of chunks: a prompt that is padded to
-    another's length gives another image.
+    The requests of a group differ only in prompt and seeds, and their prompts have the same number of chunks: padding
+    a prompt to more chunks changes its image.
     """
     chunks: dict[tuple, int] = {}
     settings = []
@@ -105,7 +105,7 @@ def prepare(
 ) -> Batch:
     """Encode the prompts of images of one setting and decide their size and inputs; see ``load_beside``.
 
-    Raises ValueError for settings that do not go together with the model.
+    Raises ValueError for settings that the model does not support.
     """
     request = requests[0]
     height, width = (side * model.pixels_per_latent for side in model.default_latent_size)
@@ -145,7 +145,7 @@ def _steered(batch: Batch, inputs: Inputs) -> Batch:
 
 
 def _with_details(model: StableDiffusion, batch: Batch, inputs: Inputs) -> Batch:
-    """Find the places of the finished images that are worked on again, and encode the prompt for them."""
+    """Find the areas of the finished images to repaint, and encode the prompt for them."""
     request, size, unit, texts = batch.request, batch.size, model.pixels_per_latent, None
     if request.hires:
         size = tuple(unit * round(side // unit * request.hires) for side in size)
@@ -157,7 +157,7 @@ def _with_details(model: StableDiffusion, batch: Batch, inputs: Inputs) -> Batch
 
 
 def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Conditioning, Conditioning | str]:
-    """Encode prompts and negative prompts: one for all images where they are the same, or one for each."""
+    """Encode prompts and negative prompts: one for all images if they are equal, else one for each."""
     request = requests[0]
     options = request.options
     guidance, is_guided = _guidance(model.defaults, request)
@@ -175,20 +175,20 @@ def _encode(model: StableDiffusion, requests: tuple[Request, ...]) -> tuple[Cond
     if not is_guided:
         return model.encode_prompt(texts, prompt_2=seconds[0], **request.reading), ""
     if not any(negatives) and not any(seconds[1] or ()):
-        negatives, seconds[1] = "", None  # one text, of which some models make zeros
+        negatives, seconds[1] = "", None  # one empty text, which some models replace by zeros
     pair = {"prompt_2": seconds[0], "negative_prompt_2": seconds[1]}
     return model.encode_prompts(texts, negatives, **pair, **request.reading)
 
 
 def _unused_sizes(model: StableDiffusion, request: Request) -> Iterator[str]:
-    """Yield a line for each of XL's sizes and scores that the model, with its refiner, does not read."""
+    """Yield a line for each size and score of XL that neither the model nor its refiner reads."""
     for name in (name for name in SIZES if name in request.to_dict()):
         if not model.is_xl:
             yield f"{name} has no effect: {request.model} is not SDXL"
         elif "score" in name and not (model.scores_aesthetics or request.refiner):
-            yield f"{name} has no effect: it is for SDXL's refiner"
+            yield f"{name} has no effect: only SDXL's refiner reads it"
         elif "target" in name and model.scores_aesthetics:
-            yield f"{name} has no effect: {request.model} reads aesthetic_score in its place"
+            yield f"{name} has no effect: {request.model} reads aesthetic_score instead"
 
 
 def _guidance(defaults: RunDefaults, request: Request) -> tuple[float, bool]:
@@ -201,13 +201,13 @@ def _guidance(defaults: RunDefaults, request: Request) -> tuple[float, bool]:
 def _check_refiner(model: StableDiffusion, request: Request, strength: float) -> None:
     count = partial(model.number_of_steps, request.steps, options=request.options)
     if count(strength) < count(denoising_start=request.refiner_start):
-        text = f"strength {strength:g} begins with less noise than the refiner at refiner_start"
+        text = f"strength {strength:g} starts after the refiner takes over at refiner_start"
         text += f" {request.refiner_start:g}; raise one of them"
         raise SettingError(text, "strength", "refiner_start")
 
 
 def run_shape(model: StableDiffusion, batch: Batch) -> RunShape:
-    """Describe what a batch needs memory for."""
+    """Return the sizes and counts that decide the memory of a batch."""
     request = batch.request
     height, width = (side // model.pixels_per_latent for side in reversed(batch.size))
     _, is_guided = _guidance(batch.defaults, request)
@@ -237,7 +237,7 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
     end = request.refiner_start if request.refiner else 1.0
     keywords = _keywords(batch, controls=batch.controls, image_prompts=batch.image_prompts, denoising_end=end)
     if canvas is None:
-        # The method of models with prompts; those without read none, and have one with fewer arguments.
+        # The method of the base class: models without prompts override it with fewer arguments.
         size = batch.size[1] // unit, batch.size[0] // unit
         return StableDiffusion.generate_latents(model, latent_size=size, **keywords)
     return model.generate_latents_from_image(
@@ -251,7 +251,7 @@ def first_pass(model: StableDiffusion, batch: Batch) -> Latents:
 
 
 def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs) -> Latents:
-    """Begin the run that works again on the enlarged latents ``x`` of a first pass."""
+    """Begin the second pass on the enlarged latents ``x`` of a first pass."""
     request, unit = batch.request, model.pixels_per_latent
     height, width = (round(side * request.hires) for side in x.shape[1:3])
     batch = batch.after(model.number_of_steps(request.steps, batch.strength, options=request.options))
@@ -265,9 +265,9 @@ def hires_pass(model: StableDiffusion, batch: Batch, x: mx.array, inputs: Inputs
 
 
 def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, image: Image, inputs: Inputs) -> Batch:
-    """Return the batch that works again on what is under ``mask`` in the finished ``image``, number ``i`` of a batch.
+    """Return the batch that repaints the area under ``mask`` in the finished ``image``, number ``i`` of a batch.
 
-    It is cropped with padding, and enlarged to the model's own size.
+    The area is cropped with padding and enlarged to the model's training resolution.
     """
     request, native = batch.requests[i], max(model.default_latent_size) * model.pixels_per_latent
     canvas = make_canvas(image, mask, None, None, native, padding=request.detail_padding)
@@ -282,7 +282,7 @@ def detail_batch(model: StableDiffusion, batch: Batch, i: int, mask: Image, imag
 
 
 def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents:
-    """Begin the run of the refiner from the latents ``x`` where the base has stopped."""
+    """Begin the run of the refiner from the latents ``x`` where the base model stopped."""
     has_two = "text_encoder_2" in refiner.sources
     requests = batch.requests if has_two else tuple(one.with_values(**_NO_TEXTS_2) for one in batch.requests)
     text, negative_text = _encode(refiner, requests)
@@ -292,7 +292,7 @@ def refiner_pass(refiner: StableDiffusion, batch: Batch, x: mx.array) -> Latents
 
 
 def _keywords(batch: Batch, **options: Any) -> dict[str, Any]:
-    """Return the keywords of the methods that generate, with ``options`` in place of the request's."""
+    """Return the keywords of the methods that generate, with ``options`` instead of those of the request."""
     request = batch.request
     if request.options.variation_strength:
         options["variation_seed"] = [one.options.variation_seed for one in batch.requests]

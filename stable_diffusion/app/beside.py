@@ -1,10 +1,9 @@
-"""The networks that a request has beside its model, and their settings: given once for each, or once for all."""
+"""The ControlNets and IP-Adapters of a request, and their settings: one value for each network, or one for all."""
 
 from itertools import cycle
 from typing import Any
 
-# A field of networks, and the fields of their settings by the arguments of ``Control`` and ``ImagePrompt``, the one of
-# what they are shown first.
+# A field of networks -> {argument of ``Control`` or ``ImagePrompt``: field of the setting}; the input image is first.
 _FIELDS = {
     "controlnet": {"image": "control_image", "start": "control_start", "end": "control_end", "kind": "control_type"},
     "ip_adapter": {"image": "ip_image", "start": "ip_start", "end": "ip_end", "scales": "ip_blocks", "mask": "ip_mask"},
@@ -12,7 +11,7 @@ _FIELDS = {
 
 
 def mistakes_of_networks(request: Any) -> dict[str, bool]:
-    """Return messages for settings that are not given once for each network or once for all, and whether each holds."""
+    """Return {message: whether it applies} for settings that need one value for each network, or one for all."""
     mistakes = {}
     for network, fields in _FIELDS.items():
         image, *others = fields.values()
@@ -29,7 +28,7 @@ def mistakes_of_networks(request: Any) -> dict[str, bool]:
 
 
 def settings_of_networks(request: Any, network: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the source of each network of a field, and those of its settings that are given."""
+    """Return the source of each network of a field, with its settings other than defaults."""
     fields = _FIELDS[network].items()
     given = {name: cycle(values) for name, field in fields if (values := getattr(request, field))}
     return [

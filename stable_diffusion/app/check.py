@@ -1,8 +1,8 @@
-"""Check this machine: kernels, networks, the bundled model's picture and memory, each within a bound, and then times.
+"""Check this machine: kernels, networks, the bundled model's image and memory, each within a bound; then measure times.
 
-Nothing is downloaded: networks, small ones and those of SD 1.5 and SDXL, have random weights of a seed. The default
-device is compared with formulas in float64 (``check_kernels``) and with MLX's CPU in float32, memory with the plans of
-``memory`` and ``models.tiling``. On a CPU as default device shapes are small, and times few.
+Nothing is downloaded: the networks, small ones and those of SD 1.5 and SDXL, have random weights of a fixed seed. The
+default device is compared with formulas in float64 (``check_kernels``) and with MLX's CPU in float32. Memory is
+compared with the plans of ``memory`` and ``models.tiling``. On a CPU, shapes are small and few times are measured.
 """
 
 import math
@@ -35,10 +35,10 @@ from . import memory
 from .check_kernels import TYPES, bounds, kernel_cases, kernel_error, largest_error
 
 RELATIVE, PLANNED, SECONDS = "of the largest value", "of the plan", "s"  # units
-_FULL = 3e-2  # a UNet in float16 some of whose convolutions may be Winograd's
+_FULL = 3e-2  # a UNet in float16, with Winograd convolutions
 _MODULES, _ROWS, _SLICES = bounds(1e-4, 1e-2), bounds(1e-5, 5e-3), bounds(1e-5, 1e-2)
 _GOLDEN_PROMPT, _GOLDEN_SEED = "a red circle on a blue background", 1
-_MEMORY_OF_XL = 14e9  # bytes: 5.2 GB of weights, as much again while they are made, and a step
+_MEMORY_OF_XL = 14e9  # bytes: 5.2 GB of weights, the same again while they are created, and a step
 
 _SD15 = {
     "block_out_channels": [320, 640, 1280, 1280],
@@ -79,7 +79,7 @@ _NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """Describe what to measure, in ``unit``, and the bounds between which it is to lie."""
+    """Describe a measurement, its ``unit`` and its bounds."""
 
     name: str
     dtype: mx.Dtype
@@ -91,7 +91,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the value of a check, or the ``error`` that it ended with."""
+    """Hold the value of a check, or the ``error`` that ended it."""
 
     check: Check
     value: float = math.nan
@@ -117,7 +117,7 @@ def find_checks(words: Sequence[str] = ()) -> list[Check]:
 
 
 def measure(check: Check) -> Measurement:
-    """Return what a check measures. Whatever error a machine ends with is a result too."""
+    """Return the measurement of a check. An error is a result too."""
     try:
         return Measurement(check, check.measure())
     except Exception as error:
@@ -125,18 +125,18 @@ def measure(check: Check) -> Measurement:
 
 
 def findings(memory_limit: float) -> Iterator[str]:
-    """Yield what there is to say of the machine, in lines; ``memory_limit`` is what a run may take, in bytes."""
+    """Yield lines that describe the machine; ``memory_limit`` is that of a run, in bytes."""
     info = mx.device_info()
     yield f"MLX {mx.__version__}, {platform.platform()}, Python {platform.python_version()}"
     yield f"device: {mx.default_device()}, {info.get('device_name', '')}, {info.get('architecture', '')}"
     figures = {"memory": info.get("memory_size"), "recommended": info.get("max_recommended_working_set_size")}
     parts = [f"{name} {size / 1e9:.1f} GB" for name, size in figures.items() if size]
-    yield ", ".join([*parts, f"a run may take {memory_limit / 1e9:.1f} GB"])
+    yield ", ".join([*parts, f"memory limit of a run: {memory_limit / 1e9:.1f} GB"])
     if mx.default_device() == mx.cpu:
-        yield "on a CPU shapes are small, and half precision is what MLX's CPU makes of it"
+        yield "on a CPU: small shapes, and half precision as MLX computes it there"
         return
     tf32 = os.environ.get("MLX_ENABLE_TF32", "1") != "0"
-    yield f"TF32 is {'on: from the M5 on float32 has 11 bits' if tf32 else 'off'} (MLX_ENABLE_TF32)"
+    yield f"TF32 is {'on: from the M5 on, float32 products keep 11 bits' if tf32 else 'off'} (MLX_ENABLE_TF32)"
     winograd = os.environ.get("MLX_CONV_WINOGRAD_WORKING_SET") != "1"
     yield f"Winograd convolutions are {'on' if winograd else 'off'} (MLX_CONV_WINOGRAD_WORKING_SET)"
 
@@ -146,8 +146,8 @@ def findings(memory_limit: float) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _random_network(name: str, dtype: mx.Dtype) -> nn.Module:
-    """Build a network with seeded weights, no parameter of which has the value that modules begin with."""
-    _random_network.cache_clear()  # of the one before, or both would be in memory
+    """Build a network with seeded random weights, which replace all initial values."""
+    _random_network.cache_clear()  # of the previous network, or both would be in memory
     module, seeds = build(*_NETWORKS[name]), count()
 
     def draw(path: str, parameter: mx.array) -> mx.array:
@@ -193,13 +193,13 @@ def _network_error(name: str, dtype: mx.Dtype, side: int, rows: int) -> float:
     module, inputs = _drawn(name, dtype, side, rows)
     ours = _call(module, dtype, *inputs)
     mx.eval(ours)
-    mx.disable_compile()  # for a CPU it needs Apple's command line tools, and asks for them where they are missing
+    mx.disable_compile()  # on a CPU it needs Apple's command line tools, and opens a dialog if they are missing
     try:
         with mx.stream(mx.cpu):
             twin = build(*_NETWORKS[name])
             twin.update(tree_map(lambda x: x.astype(mx.float32), module.parameters()))
             reference = _call(twin, mx.float32, *inputs)
-            del twin  # or all of its weights would stay in memory: each is converted when it is used
+            del twin  # or all converted weights would stay in memory
             mx.eval(reference)
     finally:
         mx.enable_compile()
@@ -221,7 +221,7 @@ def _slices_error(name: str, dtype: mx.Dtype, side: int) -> float:
 
 
 def _network_checks(on_cpu: bool) -> Iterator[Check]:
-    """Yield the small networks, rows of a batch and slices among their checks, and the bundled model's picture."""
+    """Yield the checks of small networks, of rows in a batch, of slices, and of the bundled model's image."""
     types = TYPES[:2] if on_cpu else TYPES
     side = 16 if on_cpu else 48  # below and, in a batch, above the 4096 positions from which Winograd computes
     more = {"unet": ("a row in a batch and alone", _batch_error, _ROWS)}
@@ -251,7 +251,7 @@ def _golden_difference(dtype: mx.Dtype) -> float:
 
 
 def _full_size_checks(on_cpu: bool) -> Iterator[Check]:
-    """Yield checks of SD 1.5 and, where it fits, SDXL, in the types in which they run, network by network."""
+    """Yield checks of SD 1.5 and, where it fits, SDXL, in the types they run in, network by network."""
     unet, vae, least = "UNet of SD 1.5", "autoencoder of SD 1.5", 0.5 if on_cpu else 0.0
     side, rows, dtype, limits = (32, 1, mx.float32, (0,)) if on_cpu else (64, 2, mx.float16, (0, None))
     measure = partial(_network_error, unet, mx.float16, 8 if on_cpu else 64, rows=1)
@@ -278,7 +278,7 @@ def _pixels(side: int) -> str:
 
 
 def _prepare(name: str, dtype: mx.Dtype, side: int, rows: int) -> Callable[[], mx.array]:
-    """Return a step of a UNet, or a decoding as the memory plan chooses it, whose inputs are in memory."""
+    """Return a step of a UNet, or a decoding as planned for the memory; its inputs are in memory."""
     module, inputs = _drawn(name, dtype, side, rows)
     mx.eval(inputs)
     run = partial(tiling.decode, module) if isinstance(module, AutoencoderKL) else partial(_call, module, dtype)
@@ -286,7 +286,7 @@ def _prepare(name: str, dtype: mx.Dtype, side: int, rows: int) -> Callable[[], m
 
 
 def _step_memory(name: str, dtype: mx.Dtype, side: int, rows: int, limit: int | None) -> float:
-    """Return the peak of a step beside the weights, over the planned one, under MLX's memory ``limit``."""
+    """Return the peak memory of a step without weights, divided by the planned one, under MLX's memory ``limit``."""
     config = _random_network(name, dtype).config
     model = SimpleNamespace(unet_config=config, rows_at_once=None, dtype=dtype)
     shape = memory.RunShape(1, (side, side), rows=rows)
@@ -295,14 +295,14 @@ def _step_memory(name: str, dtype: mx.Dtype, side: int, rows: int, limit: int | 
 
 
 def _decoding_memory(name: str, side: int) -> float:
-    """Return the peak of a decoding beside the weights, over the planned one, MLX not working ahead."""
+    """Return the peak memory of a decoding without weights, divided by the planned one; MLX does not work ahead."""
     config = _random_network(name, mx.float32).config
     decode = _prepare(name, mx.float32, side, rows=1)
     return _peak_over(lambda: tiling.plan(config, "decoder", (1, side, side, 4)).peak, decode, 0)
 
 
 def _peak_over(planned: Callable[[], float], compute: Callable[[], mx.array], limit: int | None) -> float:
-    """Return the peak of memory of ``compute()`` over the planned bytes, both under MLX's memory ``limit``."""
+    """Return the peak memory of ``compute()`` divided by the planned bytes, both under MLX's memory ``limit``."""
     before = mx.set_memory_limit(mx.get_memory_limit() if limit is None else limit)
     try:
         mx.eval(compute())
@@ -316,7 +316,7 @@ def _peak_over(planned: Callable[[], float], compute: Callable[[], mx.array], li
 
 
 def _seconds(prepare: Callable[[], Callable[[], mx.array]]) -> float:
-    """Return the median time of a computation once it is warm, of as many runs as fit into a second."""
+    """Return the median time of a warm computation, over the runs that fit into a second."""
     compute, times = prepare(), []
     mx.eval(compute())
     while sum(times) < 1 and len(times) < 5:
@@ -327,7 +327,7 @@ def _seconds(prepare: Callable[[], Callable[[], mx.array]]) -> float:
 
 
 def _kernel_times(on_cpu: bool) -> Iterator[Check]:
-    """Yield the times of a convolution, with its weights as the library has them and as files do, and of attention."""
+    """Yield the times of a convolution, with weights in the layout of the library and of files, and of attention."""
     dtype, side = (mx.float32, 32) if on_cpu else (mx.float16, 64)
     for order in ("as the library has them", "as files have them"):
         prepare = partial(_convolution, dtype, side, order)

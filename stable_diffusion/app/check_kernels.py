@@ -1,8 +1,8 @@
 """List the kernels that ``check`` runs on the default device, each with a reference in numpy's float64.
 
-References are formulas, not calls of MLX, so that they hold on every device. Shapes are those of Stable Diffusion, and
-those at which MLX's Metal backend changes its way: Winograd convolutions from 4096 positions on, few channels, heads
-with and without a fused kernel, products with one row.
+References are formulas, not calls of MLX, so they hold on every device. The shapes are those of Stable Diffusion, and
+those at which MLX's Metal backend switches kernels: Winograd convolutions from 4096 positions, few channels, heads with
+and without a fused kernel, products with one row.
 """
 
 import math
@@ -28,10 +28,10 @@ WINOGRAD = 2e-2  # computed for float16: 0.75 % of the standard deviation in the
 
 @dataclass(frozen=True)
 class KernelCase:
-    """Describe a kernel: what it computes, of arrays of one type, and the same in float64.
+    """Describe a kernel: its computation on arrays of one type, and its reference in float64.
 
-    ``bound`` is the largest difference over the largest value in float32, ``half`` in float16; None leaves half
-    precision out. ``on_cpu`` are the types in which a CPU is fast and exact enough.
+    ``bound`` is the largest difference over the largest value in float32, ``half`` the one in float16; None omits half
+    precision. ``on_cpu`` are the types in which a CPU is fast and exact enough.
     """
 
     name: str
@@ -77,14 +77,14 @@ def kernel_cases() -> Iterator[KernelCase]:
     for bits, group, rows, width, out in _QUANTIZED:
         name = f"{bits} bits in groups of {group}: product {rows} x {width} x {out}"
         kernel = partial(_quantized, bits=bits, group_size=group)
-        # MLX's kernel for a CPU adds in half precision what is in half precision.
+        # MLX's CPU kernel accumulates half precision in half precision.
         on_cpu = (mx.float32,) if rows * width * out <= 2**27 else ()
         yield KernelCase(name, _levels(rows, width, out, bits, group), kernel, _linear, 5e-6, on_cpu=on_cpu)
     yield from _others()
 
 
 def _normal(*shapes: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Inputs:
-    """Draw normal values; the first array is scaled and shifted, matrices after it have outputs of the inputs' size."""
+    """Draw normal values; the first array is scaled and shifted, matrices after it keep the scale of inputs."""
 
     def draw(rng: np.random.Generator) -> list[np.ndarray]:
         x, *weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
@@ -140,7 +140,7 @@ def _convolutions() -> Iterator[KernelCase]:
 
 
 def _convolve(x: mx.array, w: mx.array, stride: int, transposed: bool = False) -> mx.array:
-    """Run the layer; ``transposed`` weights lie in memory as files have them, [out, in, h, w]."""
+    """Run the layer; ``transposed`` weights have the layout of files, [out, in, h, w]."""
     out, side, _, channels = w.shape
     layer = layers.Conv2d(channels, out, side, stride, padding=side // 2, bias=False)
     if transposed:
@@ -188,7 +188,7 @@ def _attentions() -> Iterator[KernelCase]:
 
 
 def _heads(heads: int, width: int, queries: int, keys: int) -> Inputs:
-    """Draw queries, keys and values as projections leave them, [B, N, heads, D]."""
+    """Draw queries, keys and values in the layout of the projections, [B, N, heads, D]."""
     shapes = [(1, n, heads, width) for n in (queries, keys, keys)]
     return lambda rng: [rng.standard_normal(shape, np.float32) for shape in shapes]
 
@@ -281,7 +281,7 @@ _QUANTIZED = (  # bits, group size, rows, width, outputs
 
 
 def _levels(rows: int, width: int, outputs: int, bits: int, group_size: int) -> Inputs:
-    """Draw inputs, and weights that quantization keeps exactly: levels, of which every group has the outermost."""
+    """Draw inputs, and weights that quantization keeps exactly: each group has the lowest and the highest level."""
 
     def draw(rng: np.random.Generator) -> list[np.ndarray]:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)

@@ -1,7 +1,7 @@
 """Write a model as a folder in diffusers layout: quantized, in half precision, with LoRAs, from any kind of file.
 
-The folder loads at once, and appears when it is complete. Tensors are read, converted and written one by one, so that
-memory for one of them is enough.
+The folder loads without conversion, and appears only when it is complete. Tensors are read, converted and written one
+by one, so memory for one tensor is enough.
 """
 
 import os
@@ -26,7 +26,7 @@ from .engine import chosen_networks
 from .request import Request
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
-_SMALL_FILES = 2**24  # bytes of all that is not weights, generously
+_SMALL_FILES = 2**24  # bytes of all other files, an upper bound
 _TOKENIZER_FILES = (*layout.VOCABULARY, "tokenizer.json", "added_tokens.json", *layout.SPECIAL_TOKENS)
 
 
@@ -53,14 +53,14 @@ def convert(
     """Write the model of a request as a folder in diffusers layout, and return the folder.
 
     Args:
-        request: names the model and all that changes it: networks in place of its own, bits, LoRAs to fuse, and the
+        request: names the model and all changes to it: replaced networks, bits, LoRAs to fuse, and the
             ``dtype`` of the UNet and the text encoders (None: float16). The autoencoder keeps its type.
         dest: the folder to write. It must not exist, or be empty.
-        max_shard_size: bytes of a weight file, beyond which it is split.
-        report: called with a line about each network.
+        max_shard_size: bytes of a weight file; larger ones are split.
+        report: called with one line per network.
 
-    Raises ValueError or OSError, one line, for a model that cannot be read, a destination that is taken, weights that
-    overflow in its ``dtype``, or a full disk; then nothing is left of the destination.
+    Raises ValueError or OSError, one line, for an unreadable model, an existing destination, weights that overflow in
+    ``dtype``, or a full disk. The destination is removed then.
     """
     dest = check_new(Path(dest))  # before anything is downloaded
     dtype = getattr(mx, request.dtype or "float16")
@@ -71,7 +71,7 @@ def convert(
     for lora in (read_lora(path) for path, scale in request.lora if scale):
         if settings := catalog.few_step_settings(lora.path.as_posix(), lora.metadata):
             checkpoint = with_few_steps(checkpoint, settings)
-    entry = checkpoint.index.get("depth_estimator")  # [None, None] where there is none
+    entry = checkpoint.index.get("depth_estimator")  # [None, None] if absent
     if isinstance(entry, list) and any(entry):
         estimator = open_part(request.model, "depth_estimator", **source)
         networks.append(_Network(estimator.name, estimator.config, dict(read_tensors(estimator))))
@@ -91,7 +91,7 @@ def _networks(checkpoint: Checkpoint, request: Request, dtype: mx.Dtype) -> list
     """Prepare the networks to write. Nothing of their weights is read yet."""
     components, chosen, networks = checkpoint.components, chosen_networks(request), []
     bits = {"unet": chosen.get("unet_bits"), "vae": None}  # all others are text encoders
-    # Most autoencoders are computed in float32 in any case: rounding them would change the images.
+    # Most autoencoders run in float32: rounding their weights would change the images.
     modules = {name: load_component(part, None if name == "vae" else dtype) for name, part in components.items()}
     loras = [(read_lora(path), scale) for path, scale in request.lora]
     for lora, scale in loras:
@@ -116,7 +116,7 @@ def _library_and_class(name: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
-    details = [f"{network.size / 1e6:,.1f} MB"]  # its tensors are taken as they are written
+    details = [f"{network.size / 1e6:,.1f} MB"]  # the tensors are removed from it as they are written
     folder.mkdir()
     write_json(folder / "config.json", network.config)
     files = write_weights(folder, STEMS[PARTS[network.name].library], network.tensors, max_shard_size)
@@ -128,7 +128,7 @@ def _write_network(folder: Path, network: _Network, max_shard_size: int) -> str:
 
 
 def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
-    """Copy a tokenizer's files, with ``pad_token`` in place of the one in them."""
+    """Copy a tokenizer's files, with another ``pad_token``."""
     folder.mkdir()
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
@@ -139,7 +139,7 @@ def _write_tokenizer(folder: Path, source: Path, pad_token: str | None) -> None:
 
 
 def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, Any]:
-    """Return the model_index.json of what is written; parts that are not are null, as in diffusers' files."""
+    """Return the model_index.json of the written parts; other parts are null, as in diffusers' files."""
     index = {name: [None, None] if isinstance(entry, list) else entry for name, entry in checkpoint.index.items()}
     index |= {network.name: _library_and_class(network.name, network.config) for network in networks}
     index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
@@ -148,6 +148,6 @@ def _index(checkpoint: Checkpoint, networks: Sequence[_Network]) -> dict[str, An
         index["requires_safety_checker"] = False
     defaults = (checkpoint.steps, checkpoint.guidance)
     if checkpoint.few_steps or defaults != catalog.defaults_for(checkpoint.pipeline, checkpoint.scheduler):
-        # The catalog's, for the source.
+        # The defaults that the catalog has for the source.
         index["_defaults"] = {"steps": defaults[0], "guidance": defaults[1]} | checkpoint.few_steps
     return index

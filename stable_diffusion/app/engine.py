@@ -1,7 +1,7 @@
 """The engine: from a model and requests to finished images. The model can be used again afterwards.
 
-The prompts of all images are encoded once; images of one setting are generated in batches that fit the memory. A batch
-goes through a first pass, perhaps a second one in larger size, perhaps a refiner, and is decoded image by image.
+The prompts of all images are encoded once. Images with the same settings are generated in batches that fit the memory.
+A batch has a first pass, an optional second pass in larger size or a refiner pass, and is decoded image by image.
 """
 
 import logging
@@ -43,9 +43,9 @@ TEXT_BITS, UNET_BITS = 4, 8  # of ``Request.quantize``
 
 @dataclass(frozen=True)
 class Resources:
-    """Hold how a machine is used, which decides nothing about the images.
+    """Hold the use of the machine, which does not change the images.
 
-    ``memory_limit`` is in bytes, None is most of the machine's memory. ``batch_size`` None is what fits.
+    ``memory_limit`` is in bytes; None is most of the machine's memory. ``batch_size`` None is as many images as fit.
     """
 
     low_memory: bool = False
@@ -56,10 +56,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Step:
-    """Describe a step that has been computed: its number of ``total``, and the steps of the passes still to come.
+    """Describe a finished step: its number out of ``total``, and the steps of ``later`` passes.
 
-    ``predicted`` [n, h, w, 4] is the estimate of the clean latents. Step 0 is before the first one. ``is_retry`` says
-    that a pass is computed again, in float32 or with fewer rows at once.
+    ``predicted`` [n, h, w, 4] is the estimate of the clean latents. Step 0 is before the first one. ``is_retry``: the
+    pass is recomputed, in float32 or with fewer rows at once.
     """
 
     batch: Batch
@@ -75,10 +75,10 @@ OnStep = Callable[[Step], bool | None]  # True stops the run after this step
 
 @dataclass(frozen=True)
 class Result:
-    """Hold a finished image, or what there is of it where a run was stopped (``partial``: "step 3 of 20").
+    """Hold a finished image, or an unfinished one of a stopped run (``partial``: "step 3 of 20").
 
-    ``seconds`` are the image's share of its batch. ``latents`` [n, h, w, 4] are those of the batch, ``index`` the
-    image's place in it.
+    ``seconds`` is the time of the batch divided by its images. ``latents`` [n, h, w, 4] are those of the batch,
+    ``index`` is the image's place in it.
     """
 
     request: Request
@@ -87,7 +87,7 @@ class Result:
     index: int
     seconds: float
     partial: str
-    latents: mx.array | None  # None where only details of a given image were worked on
+    latents: mx.array | None  # None if only details of an input image were repainted
     model: StableDiffusion
 
 
@@ -106,13 +106,13 @@ def dtype_of(request: Request) -> mx.Dtype:
 
 
 def open_model(request: Request, low_memory: bool = False, reads_prompts: bool = True) -> StableDiffusion:
-    """Open the model of a request. Its refiner has to be there too, which is opened when it is needed.
+    """Open the model of a request. Its refiner has to exist too, but is opened only when needed.
 
-    One that ``reads_prompts`` not is an ``UnconditionalDiffusion``.
+    Without ``reads_prompts`` it is an ``UnconditionalDiffusion``.
 
-    Raises ValueError or OSError, one line, for what cannot be found, read or run.
+    Raises ValueError or OSError, one line, for a model that cannot be found, read or run.
     """
-    if request.exact:  # MLX reads it at each convolution: the memory that Winograd may take is none
+    if request.exact:  # MLX reads it at each convolution: no memory for Winograd
         os.environ["MLX_CONV_WINOGRAD_WORKING_SET"] = "1"
     dtype = dtype_of(request)
     if not reads_prompts:
@@ -137,7 +137,7 @@ def open_model(request: Request, low_memory: bool = False, reads_prompts: bool =
 
 @dataclass
 class _Run:
-    """Hold a batch on its way: the pass that is to come and the latents so far, None before the first step."""
+    """Hold the state of a batch: its next pass, and its latents so far, None before the first step."""
 
     batch: Batch
     prepared: Latents | None = None
@@ -152,8 +152,8 @@ Begin = Callable[[_Run], Latents]  # of a pass
 class Engine:
     """Generate the images of requests for one image each, which share their model and input files.
 
-    Everything that comes before the first step is done when it is made: reading inputs, encoding prompts, choosing
-    batches. So a mistake shows before anything is computed, as ValueError or OSError, one line.
+    The constructor does everything before the first step: it reads inputs, encodes prompts and chooses batches. So a
+    mistake raises ValueError or OSError, one line, before anything is computed.
 
     Args:
         model: see :func:`open_model`.
@@ -202,7 +202,7 @@ class Engine:
         return [run.batch for run in self._runs]
 
     def _batches(self, requests: tuple[Request, ...]) -> Iterator[Batch]:
-        """Prepare images of one setting, in batches of the wanted size or of one that fits the memory."""
+        """Prepare images of one setting, in batches of the chosen size or of one that fits the memory."""
         self._scale_loras(requests[0])  # prompts are encoded with them
         batch = prepare(self.model, requests, self._inputs, self._beside)
         most = self._resources.batch_size
@@ -218,15 +218,15 @@ class Engine:
     def run(self, on_step: OnStep = lambda step: None, order: Iterable[int] | None = None) -> Iterator[Result]:
         """Generate the images in batches and yield each as soon as it is decoded.
 
-        ``order`` gives the numbers of the batches that are generated, each when the one before is decoded; None is all
-        of them. Models with a refiner have none.
+        ``order`` gives the numbers of the batches to generate, each after the previous one is decoded; None is all of
+        them. It cannot be combined with a refiner.
 
-        When ``on_step`` returns True, the run stops: the batches that have begun are yielded as they are. Raises
-        FloatingPointError for values that are not finite in float32 either. An engine runs once; the model can be used
+        When ``on_step`` returns True, the run stops and yields partial images of the batches that have begun. Raises
+        FloatingPointError for values that are not finite even in float32. An engine runs once; the model can be used
         again afterwards.
         """
         if self._on_step is not None:
-            raise ValueError("this engine has run already; make another one of the same model")
+            raise ValueError("this engine has already run; create another one for the same model")
         self._on_step, self._order = on_step, order
         self.model.release(("unet", "autoencoder"))
         base, request, inputs = self.model, self._request, self._inputs
@@ -250,19 +250,19 @@ class Engine:
                 lora.detach()
 
     def _groups(self) -> Iterable[list[_Run]]:
-        """Return the runs that are decoded together: each for itself, or all of them."""
+        """Return the groups of runs to decode together: one group per run, or one of all."""
         if self._order is not None:
             return ([self._runs[number]] for number in self._order)
         return [[run] for run in self._runs] if self._finishes_each else [self._runs]
 
     def _drop_controls(self) -> None:
-        """Let go of the ControlNets and IP-Adapters, which are not needed after the last step."""
+        """Free the ControlNets and IP-Adapters, which are not needed after the last step."""
         self._beside = dict.fromkeys(self._beside, ())
         for run in self._runs:
             run.batch = replace(run.batch, **self._beside)
 
     def _change_to_refiner(self) -> None:
-        """Open the refiner in place of the model, of which it takes the autoencoder alone."""
+        """Replace the model by the refiner, which shares only the autoencoder."""
         self._drop_controls()
         self.model.release()
         request, chosen = self._request, chosen_networks(self._request)
@@ -280,7 +280,7 @@ class Engine:
         run.prepared.prepare()
 
     def _pass(self, runs: Sequence[_Run], begin: Begin) -> None:
-        """Take runs through a pass; ``begin`` gives it where it is not prepared."""
+        """Compute a pass of several runs; ``begin`` prepares it where needed."""
         for run in runs if not self._stopped else ():
             if run.prepared is None:
                 self._prepare(run, begin)
@@ -294,15 +294,15 @@ class Engine:
                 run.partial = run.partial or "the first pass"
 
     def _retrying(self, run: _Run, compute: Callable[[], None]) -> None:
-        """Compute a pass, again in float32 where it overflows, and with fewer rows at once where memory runs out."""
+        """Compute a pass; recompute it in float32 if it overflows, and with fewer rows at once if memory runs out."""
         while True:
             try:
                 return self.model.retry_in_float32("unet", compute)
-            except ConnectionError:  # another process that computes rows of the batch is lost
+            except ConnectionError:  # lost another process that computes rows of the batch
                 if self.model.group.rank() > 0:
                     raise
                 self.model.group = None
-                _log.warning("another Mac is lost: the image is made again here, on one")
+                _log.warning("another Mac is lost: recomputing the image on this one alone")
                 continue
             except (RuntimeError, MemoryError) as error:
                 if self.model.group is not None:  # processes keep in step
@@ -314,22 +314,24 @@ class Engine:
             cpu.clear_cache()
 
     def _run_fewer_rows(self, batch: Batch, fraction: float, reason: str) -> bool:
-        """Run a fraction of the rows of the UNet's batch at once from now on; returns whether there are several."""
+        """Run only a fraction of the UNet's batch at once from now on; return whether it has several rows."""
         shape = run_shape(self.model, batch)
         rows = min(shape.rows * shape.n_images, self.model.rows_at_once or math.inf)
         if rows > 1:
             self.model.rows_at_once = max(1, int(rows * fraction))
-            _log.warning("%s: of %d rows of the UNet's batch %d run at once now", reason, rows, self.model.rows_at_once)
+            _log.warning(
+                "%s: running the %d rows of the UNet's batch %d at a time", reason, rows, self.model.rows_at_once
+            )
         return rows > 1
 
     def _steps(self, run: _Run, begin: Begin) -> None:
-        """Make the steps of a pass; a retry begins with the first one."""
+        """Compute the steps of a pass; a retry starts with the first one."""
         is_retry = run.prepared is None
         controls, prompts = self._beside.values()
         beside = [*(control.network for control in controls), *(prompt.adapter for prompt in prompts)]
         for network in beside if is_retry else ():
             network.set_dtype(self.model.dtype)
-        # Nothing else holds a pass that is over, or its networks would stay in memory.
+        # Only this variable refers to the pass, so its networks are freed when it is over.
         latents, run.prepared = begin(run) if is_retry else run.prepared, None
         total, later = latents.n_steps, sum(other.prepared.n_steps for other in self._runs if other.prepared)
         self._stopped = bool(self._on_step(Step(run.batch, 0, total, later, is_retry=is_retry)))
@@ -341,7 +343,7 @@ class Engine:
             if number == 1 and (peak := mx.get_peak_memory()) > allowed:
                 weights = mx.get_active_memory()
                 fraction = max(self._limit - weights, 0) / (peak - weights)
-                reason = f"a step took {peak / 1e9:.2f} GB of {self._limit / 1e9:.2f}"
+                reason = f"a step took {peak / 1e9:.2f} GB, the limit is {self._limit / 1e9:.2f} GB"
                 self._run_fewer_rows(run.batch, fraction, reason)
             self._stopped = bool(self._on_step(Step(run.batch, number, total, later, latents.predicted)))
             if self._stopped and number < total:
@@ -350,7 +352,7 @@ class Engine:
         run.latents = x_t
 
     def _decoded(self, runs: Sequence[_Run]) -> Iterator[Result]:
-        """Decode the images of the runs that have begun. The UNet is freed before, unless the next batch needs it."""
+        """Decode the images of the runs that have begun. Free the UNet first, unless the next batch needs it."""
         if not self._finishes_each:
             if self._order is None:
                 self._drop_controls()
@@ -366,7 +368,7 @@ class Engine:
                 yield Result(batch.requests[i], image, batch, i, seconds, run.partial, run.latents, self.model)
 
     def _images(self, run: _Run) -> Iterator[Image]:
-        """Decode the images of a run; what is kept of a given image has its own pixels."""
+        """Decode the images of a run; the kept area of an input image is copied unchanged."""
         canvas, size = run.batch.canvas, self._resources.decoding_batch_size
         if run.latents is None:
             yield from [canvas.image] * len(run.batch.requests)
@@ -378,7 +380,7 @@ class Engine:
             yield image if canvas is None or run.batch.request.no_composite else canvas.paste(image)
 
     def _detailed(self, run: _Run, i: int, image: Image) -> Image:
-        """Work on each of the details of a finished image, the number ``i`` of its run."""
+        """Repaint each detail of a finished image, number ``i`` of its run."""
         masks = run.batch.details
         for number, mask in enumerate(masks, start=1):
             batch, name = detail_batch(self.model, run.batch, i, mask, image, self._inputs), f"detail {number}"
@@ -394,5 +396,5 @@ class Engine:
 
 def _attach(model: StableDiffusion, name: str, request: Request) -> AttachedLoRA:
     if request.lora_dir is None:
-        raise SettingError(f"the prompt asks for the LoRA {name}; say where LoRAs are: lora_dir DIR", "lora_dir")
+        raise SettingError(f"the prompt names the LoRA {name}; give the folder of LoRAs: lora_dir DIR", "lora_dir")
     return model.load_lora(find_in(request.lora_dir, name), 0.0, partial=request.lora_partial)

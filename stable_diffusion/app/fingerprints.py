@@ -1,7 +1,7 @@
 """Identify model files by hashes, without reading all of a large one.
 
-Files up to 256 MB have their SHA-256, and so have those in the Hub's cache, which are named by it. Of a larger file 64
-pieces of 64 kB spread over it are hashed with its size: 4 MB are read in place of 7 GB.
+Files up to 256 MB, and files in the Hub's cache, which are named by it, have their SHA-256. For a larger file the hash
+covers its size and 64 pieces of 64 kB spread over it: 4 MB are read instead of 7 GB.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/")
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    """Return a file's "sha256" or "sampled" hash, and "hub", owner/name@commit, if it is known; {} without a file."""
+    """Return a file's "sha256" or "sampled" hash, and "hub", owner/name@commit, if known; {} without a file."""
     match = _SNAPSHOT.search(path.absolute().as_posix())
     hub = {"hub": f"{match[1]}/{match[2]}@{match[3]}"} if match else {}
     with suppress(OSError):
@@ -33,7 +33,7 @@ def fingerprint(path: Path) -> dict[str, str]:
 def model_hash(path: Path) -> str | None:
     """Return the hash by which other programs look up a model: ten digits of its SHA-256.
 
-    For a large file it is AUTOMATIC1111's first one: eight digits, for the 64 kB after the first megabyte.
+    For a large file it is AUTOMATIC1111's old hash: eight digits, for the 64 kB after the first megabyte.
     """
     if digest := fingerprint(path).get("sha256"):
         return digest[:10]
@@ -47,7 +47,7 @@ def lora_hash(path: Path) -> str | None:
     """Return the hash by which other programs look up a LoRA, twelve digits; None for large files, which take long."""
     with suppress(OSError, struct.error):
         start = 0
-        if path.suffix == ".safetensors":  # the hash is of what follows the header
+        if path.suffix == ".safetensors":  # the hash excludes the header
             with path.open("rb") as file:
                 start = 8 + struct.unpack("<Q", file.read(8))[0]
         if digest := _hash(path, start).get("sha256"):
@@ -57,7 +57,7 @@ def lora_hash(path: Path) -> str | None:
 
 def _hash(path: Path, start: int = 0) -> dict[str, str]:
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe or a device has no end
+    if not stat.S_ISREG(status.st_mode):  # pipes and devices have no end
         return {}
     return _hash_of_state(path, start, status.st_size, status.st_mtime_ns)
 
@@ -66,7 +66,7 @@ def _hash(path: Path, start: int = 0) -> dict[str, str]:
 def _hash_of_state(path: Path, start: int, size: int, time: int) -> dict[str, str]:
     with path.open("rb") as file:
         if size <= _LARGEST:
-            digest, left = hashlib.sha256(), size - start  # not to the end: files of /proc hold more than their size
+            digest, left = hashlib.sha256(), size - start  # at most its size: files in /proc hold more
             file.seek(start)
             while left > 0 and (piece := file.read(min(2**20, left))):
                 digest.update(piece)

@@ -1,7 +1,7 @@
-"""Read how other programs record a picture: the text of the web UI, or objects of JSON under many names.
+"""Read the metadata of other programs: the text of the web UI, or JSON objects under many names.
 
-Fooocus, InvokeAI, NovelAI, SwarmUI, Easy Diffusion, Draw Things and mflux differ in their keys alone, so one table maps
-these to the web UI's names, which ``infotext`` reads. Of ComfyUI's graphs those with one sampler are read.
+Fooocus, InvokeAI, NovelAI, SwarmUI, Easy Diffusion, Draw Things and mflux differ only in their keys, so one table maps
+these to the web UI's names, which ``infotext`` reads. ComfyUI graphs are read if they have one sampler.
 """
 
 import re
@@ -18,7 +18,7 @@ Arguments = tuple[dict[str, Any], dict[str, str]]
 
 _TEXTS = ("parameters", "Comment", "invokeai_metadata", "sd-metadata", "ImageDescription", "Description")
 _PROMPT, _NEGATIVE = "Prompt", "Negative prompt"
-# The web UI's name -> the keys of other programs, in lower case and without blanks and marks.
+# The web UI's name -> the keys of other programs, in lower case, without blanks and punctuation.
 _KEYS = {
     _PROMPT: ("prompt", "positiveprompt", "c"),
     _NEGATIVE: ("negativeprompt", "uc"),
@@ -40,8 +40,8 @@ _KEYS = {
 _LORAS = ("loras", "lora", "useloramodel", "lorapaths")
 _LORA_WEIGHTS = ("loraweights", "loraalpha", "lorascales")
 _WRAPPERS = ("sui_image_params", "image")  # of SwarmUI, of InvokeAI 2
-# What the texts of a program hold, by which the generator of its noise is known where they do not name it: the first
-# that is there. The last is in the texts of the web UI, whose noise is drawn on a GPU.
+# A mark in the texts of a program -> its noise generator, where the texts do not name one; the first match counts. The
+# last mark is in the texts of the web UI, which draws its noise on a GPU.
 _GENERATORS = {
     "stable-diffusion-mlx": None,
     "Version: Fooocus": "torch",
@@ -49,7 +49,7 @@ _GENERATORS = {
     '"metadata_scheme"': "torch",  # of Fooocus
     '"rand_device": "cpu"': "torch",  # of InvokeAI
     '"sui_image_params"': "torch",  # of SwarmUI, which runs ComfyUI
-    '"class_type"': "torch",  # of ComfyUI, but for the noise that samplers add
+    '"class_type"': "torch",  # of ComfyUI, except the noise that samplers add
     "\nSteps: ": "cuda",
 }
 # Of ComfyUI's node for SDXL: a size or a corner -> the keys of its vertical and its horizontal number.
@@ -58,13 +58,13 @@ _SIZES = {
     "crop": ("crop_h", "crop_w"),
     "target_size": ("target_height", "target_width"),
 }
-_GRAPH = "holds a graph of ComfyUI; only graphs with one KSampler and plain texts are read"
+_GRAPH = "holds a ComfyUI graph; only graphs with one KSampler and plain text prompts can be read"
 
 
 def read(texts: Mapping[str, str]) -> Arguments | None:
-    """Read the texts of a picture: values by the names of a request's fields, and those that are none.
+    """Read the texts of an image: values by the names of a request's fields, and all other settings.
 
-    Returns None where they name neither a prompt nor settings. Raises ValueError for a graph that is not read.
+    Returns None if there is neither a prompt nor a setting. Raises ValueError for an unsupported graph.
     """
     found = _read(texts)
     if found is None or "RNG" in found[1] or "noise_source" in found[0]:
@@ -89,12 +89,12 @@ def _read(texts: Mapping[str, str]) -> Arguments | None:
         values, of_xl = _read_graph(objects.get("prompt") or objects["workflow"])
         arguments, other = _arguments(values)
         return arguments | of_xl, other
-    arguments, other = _arguments(texts)  # of Easy Diffusion: each value is a text of its own
+    arguments, other = _arguments(texts)  # of Easy Diffusion: each value is a separate text
     return (arguments, other) if arguments.keys() & {"seed", "steps"} else None
 
 
 def _object(text: str | None) -> dict[str, Any]:
-    """Return the object that a text is in JSON, with the values of an object around it; {} for another text."""
+    """Parse a text as a JSON object, without the objects around its values; {} for another text."""
     values: dict[str, Any] = {}
     with suppress(ValueError):
         values = parse_json(text or "", "a text")
@@ -126,7 +126,7 @@ def _arguments(values: Mapping[str, Any]) -> Arguments:
 
 
 def _text(value: Any) -> str:
-    """Write a value as the web UI does; "" for one that is empty or no text."""
+    """Write a value as the web UI does; "" for an empty value or another type."""
     match value:
         case bool() | None | "None" | "[]":
             return ""
@@ -195,7 +195,7 @@ def _read_graph(graph: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _of_xl(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a node of ComfyUI holds for SDXL alone: the second encoder's text, and sizes as (height, width)."""
+    """Return the SDXL settings of a ComfyUI node: the second encoder's text, and sizes as (height, width)."""
     found = {}
     if "text_g" in node and node["text_g"] != node.get("text_l"):
         found[f"{prefix}prompt_2"] = node["text_g"]

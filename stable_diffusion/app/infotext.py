@@ -1,11 +1,11 @@
-"""Write and read the text in which AUTOMATIC1111's web UI records a picture, which many programs read.
+"""Write and read the metadata text of AUTOMATIC1111's web UI, which many programs read.
 
 The prompt, a line "Negative prompt: ...", and a last line of settings:
 
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512
 
-A value with a comma, a colon or a line break is written as a string of JSON. Both texts may go over several lines. As
-the text has no other marks, a prompt with a line that begins with "Negative prompt:" is not read as it was written.
+A value with a comma, a colon or a line break is written as a JSON string. Both prompts may have several lines. The
+text has no escapes: a prompt with a line that begins with "Negative prompt:" is read wrongly.
 """
 
 import json
@@ -21,23 +21,23 @@ from ..diffusion.choice import read_name, read_schedule
 from ..diffusion.samplers import SAMPLERS
 
 _NEGATIVE = "Negative prompt:"
-# Bounded, or a long text without a colon would be looked through from each of its letters.
+# Bounded: otherwise a long text without a colon would be searched from each of its letters.
 _SETTING = re.compile(r'(\w[\w /-]{0,99}):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|\{[^{}]*\}(?=\s*(?:,|$))|[^,]*)(?:,|$)')
-_FEWEST_SETTINGS = 3  # of the last line, or it belongs to the prompt
+_FEWEST_SETTINGS = 3  # of the last line; with fewer it belongs to the prompt
 
-# Words of our names as the web UI writes them, where it is not in capitals (samplers) or as a title (schedules).
+# Words of our names as the web UI writes them, except in capitals (samplers) or as a title (schedules).
 _SAMPLER_WORDS = {"a": "a", "dpmpp": "DPM++", "euler": "Euler", "heun": "Heun", "pndm": "PLMS", "unipc": "UniPC"}
 _SCHEDULE_TITLES = {"default": "Uniform", "sgm_uniform": "SGM Uniform", "align_your_steps_xl": "Align Your Steps"}
-_GENERATORS = {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}  # whose noise a value of RNG names
+_GENERATORS = {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}  # the noise source for a value of RNG
 
 
 def number(value: Any) -> str:
-    """Write a number with all its digits, without an exponent; anything else as it is."""
+    """Write a number with all its digits, without an exponent; convert other values with ``str``."""
     return format(Decimal(repr(value)), "f").removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def sampler_name(sampler: str) -> str:
-    """Return the web UI's name of a sampler, of one that is known here by any name."""
+    """Return the web UI's name of a sampler, given by any of its names."""
     return " ".join(_SAMPLER_WORDS.get(word, word.upper()) for word in read_name(sampler)[0].split("_"))
 
 
@@ -55,8 +55,8 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-# The web UI's name -> a field of a request, and how its value is read (KeyError or ValueError where it cannot be; None
-# is no value) and written. "size" is width and height; a sampler may be read with its schedule.
+# The web UI's name -> a field of a request, the function that reads its value (KeyError or ValueError if unreadable,
+# None for no value) and the one that writes it. "size" is width and height; a sampler may include its schedule.
 _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Steps": ("steps", int, number),
     "Sampler": ("sampler", read_name, sampler_name),
@@ -69,7 +69,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Clip skip": ("clip_skip", lambda text: max(0, int(text) - 1), lambda skipped: number(skipped + 1)),  # from 1
     "Mask blur": ("mask_blur", float, number),
     "Hires upscale": ("hires", float, number),
-    "Hires steps": ("hires_steps", lambda text: int(text) or None, number),  # 0 is as many as before
+    "Hires steps": ("hires_steps", lambda text: int(text) or None, number),  # 0 is the number of the first pass
     "Hires upscaler": (
         "hires_upscaler",
         lambda text: "latents" if text.startswith("Latent") else "pixels",
@@ -83,7 +83,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "Sigma noise": ("s_noise", float, number),
     "RNG": ("noise_source", lambda text: _GENERATORS[text.lower()], {"torch": "CPU", "cuda": "NV"}.__getitem__),
     "ENSD": ("eta_noise_seed_delta", int, number),
-    "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder, a name of our own
+    "Prompt 2": ("prompt_2", str, str),  # of XL's second text encoder; the web UI has no such name
     "Negative prompt 2": ("negative_prompt_2", str, str),
     "Variation seed": ("variation_seed", int, number),
     "Variation seed strength": ("variation_strength", float, number),
@@ -91,7 +91,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
 
 
 def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping[str, Any]) -> str:
-    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is left out."""
+    """Write a picture's text: ``fields`` of its request, and ``others`` by the web UI's names. None is omitted."""
     if "hires" in fields:
         fields = {**fields, "strength": fields["hires_strength"]}
     rows = [(name, to_text, fields.get(field)) for name, (field, _, to_text) in _FIELDS.items()]
@@ -101,7 +101,7 @@ def write(prompt: str, negative: str, fields: Mapping[str, Any], others: Mapping
     # "Hashes" is JSON already.
     pairs = ((name, value if name == "Hashes" else _quoted(value)) for name, value in settings.items())
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs))
-    return "\n".join(lines).replace("\0", "")  # in which PNG and others see the end of a text
+    return "\n".join(lines).replace("\0", "")  # PNG and others end a text there
 
 
 def _quoted(text: str) -> str:
@@ -125,7 +125,7 @@ def read(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def to_arguments(prompt: str, negative: str, settings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return values by the names of a request's fields, and the settings that are none or cannot be read."""
+    """Return values by the names of a request's fields, and the settings that are unknown or unreadable."""
     arguments: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     other = {}
     for name, text in settings.items():

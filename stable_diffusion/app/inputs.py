@@ -1,4 +1,4 @@
-"""The images that a request works from: read and checked before any model, then fitted to the size of the run."""
+"""The input images of a request: read and checked before any model, then fitted to the size of the run."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ _log = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the images that a request names, and the networks that enlarge its own."""
+    """Hold the input images of a request, and its upscaler networks."""
 
     image: Image | None = None
     mask: Image | None = None
@@ -40,7 +40,7 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Read the images of a request. Raises ValueError or OSError, one line, for what cannot be used."""
+    """Read the images of a request. Raises ValueError or OSError, one line, for unusable images."""
     image = mask = depth = None
     if request.image is not None:
         image = open_image(request.image)
@@ -53,8 +53,8 @@ def read_inputs(request: Request) -> Inputs:
         if mask is not None and mask.getbbox() is None:
             if request.mask_padding is not None:
                 raise ValueError(EMPTY_MASK)
-            if "mask" not in request.detail:  # which is refused when its parts are looked for
-                _log.warning("the mask is black everywhere: the image is kept as it is")
+            if "mask" not in request.detail:  # refused later, when its parts are searched
+                _log.warning("the mask is black everywhere: the image stays unchanged")
     upscalers = {source: load_upscaler(source) for source in request.upscalers}
     images = [open_image(path) for path in request.control_image]
     prompts = [[open_image(path) for path in paths] for paths in request.ip_image]
@@ -63,21 +63,21 @@ def read_inputs(request: Request) -> Inputs:
 
 
 def image_canvas(model: StableDiffusion, request: Request, inputs: Inputs) -> Canvas:
-    """Decide which part of the image is worked on, and at what size. ValueError for what the model cannot use."""
+    """Choose the area of the image to process, and its size. Raises ValueError for inputs that the model cannot use."""
     if request.depth is not None and model.mode != "depth":
-        raise SettingError(f"depth has no effect: {request.model} was not made for depth maps", "depth")
+        raise SettingError(f"depth has no effect: {request.model} does not read depth maps", "depth")
     if request.image_cfg is not None and model.mode != "instructions":
-        raise SettingError(f"image_cfg has no effect: {request.model} was not made for instructions", "image_cfg")
+        raise SettingError(f"image_cfg has no effect: {request.model} is not a model for instructions", "image_cfg")
     native = max(model.default_latent_size) * model.pixels_per_latent
     size, mask = (request.width, request.height), None if "mask" in request.detail else inputs.mask
     result = make_canvas(inputs.image, mask, *size, native, resize=request.resize, padding=request.mask_padding)
     if result.size != inputs.image.size:
-        _log.info("the image of %dx%d is worked on at %dx%d", *inputs.image.size, *result.size)
+        _log.info("the image of %dx%d is processed at %dx%d", *inputs.image.size, *result.size)
     return result
 
 
 def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: Canvas) -> Any:
-    """Return the depth map of what is worked on, given or estimated; None for models without depth."""
+    """Return the depth map of the processed area, from a file or estimated; None for models without depth."""
     if model.mode != "depth":
         return None
     if inputs.depth is not None:
@@ -91,14 +91,14 @@ def depth_map(model: StableDiffusion, request: Request, inputs: Inputs, canvas: 
 def load_beside(model: StableDiffusion, request: Request, inputs: Inputs) -> dict[str, tuple[Any, ...]]:
     """Load the ControlNets and IP-Adapters of a request, each once: the options ``controls`` and ``image_prompts``.
 
-    Pictures of image prompts are encoded, and image encoders freed. Conditioning images and masks are added when the
-    size of a run is known.
+    Image prompts are encoded, then the image encoders are freed. Control images and masks are added when the size of a
+    run is known.
     """
     load, load_adapter = cache(model.load_controlnet), cache(model.load_ip_adapter)
     networks = [(load(source), settings) for source, settings in settings_of_networks(request, "controlnet")]
     has_union, controls, prompts = any("task_embedding" in network for network, _ in networks), [], []
     for network, settings in networks:
-        if has_union and "task_embedding" not in network:  # a type says nothing to the networks beside
+        if has_union and "task_embedding" not in network:  # only a union ControlNet reads a type
             settings["kind"] = None
         controls.append(Control(network, guess=request.guess_mode, **settings | {"image": None}))
     adapters = [(load_adapter(source), settings) for source, settings in settings_of_networks(request, "ip_adapter")]
@@ -112,7 +112,7 @@ def load_beside(model: StableDiffusion, request: Request, inputs: Inputs) -> dic
 
 
 def enlarged(model: StableDiffusion, image: Image, network: Upscaler | None) -> Image:
-    """Return an image enlarged by a network, in the memory that the model leaves; itself without one."""
+    """Return an image enlarged by a network, within the memory that the model leaves free; unchanged without one."""
     if network is None:
         return image
     limit = model.memory_limit

@@ -1,6 +1,6 @@
-"""Report what a model, a part of one, a LoRA, an embedding or an image is, from names, shapes and configurations.
+"""Report the kind and details of a model, a part of one, a LoRA, an embedding or an image.
 
-Of weights only a LoRA's alphas and an embedding's vectors are read.
+The report comes from names, shapes and configurations. Only a LoRA's alphas and an embedding's vectors are read.
 """
 
 import os
@@ -28,17 +28,17 @@ from ..weights.formats.single_file import find, read_config
 from ..weights.parts import FAMILIES, family_of, family_title, part_of_class
 from ..weights.quantize import read_quantization
 
-Report = dict[str, Any]  # what JSON can hold
+Report = dict[str, Any]  # values that JSON supports
 
 _LAYERS = re.compile(r"attn[12]|self_attn|ff|mlp|(proj|conv)_(in|out)|resnets|(down|up)samplers|time_emb")
-_LORA_KINDS = {"hada": "LoHa", "lokr": "LoKr", "diff": "whole differences"}  # by the beginning of a factor's role
+_LORA_KINDS = {"hada": "LoHa", "lokr": "LoKr", "diff": "whole differences"}  # by the first letters of a factor's role
 _METADATA = ("modelspec.title", "modelspec.architecture", "modelspec.trigger_phrase", "ss_base_model_version")
 
 
 def inspect(source: str | os.PathLike, *, revision: str | None = None) -> Report:
-    """Report what ``source`` is: a folder, a file, an alias or a Hub id.
+    """Report the kind and details of ``source``: a folder, a file, an alias or a Hub id.
 
-    Raises ValueError or OSError, one line, for what is missing, damaged, or of no use to this library.
+    Raises ValueError or OSError, one line, for a source that is missing, damaged or not supported.
     """
     with readable(f"{source}"):
         path = Path(os.path.expanduser(source))
@@ -60,11 +60,11 @@ def _inspect_image(path: Path) -> Report:
     texts: Report = read_text(path)
     with suppress(ValueError):
         texts |= {"stable_diffusion": parse_json(texts.get("stable_diffusion", ""), path)}
-    return {"kind": "image"} | (texts or {"note": "it does not say how it was made"})
+    return {"kind": "image"} | (texts or {"note": "no generation settings are recorded"})
 
 
 def _inspect_file(path: Path, reason: str) -> Report:
-    """Report a file of weights that is no whole checkpoint, for this ``reason``."""
+    """Report a file of weights that is not a whole checkpoint; ``reason`` says why."""
     tensors = read_tensors(Component("file", {}, (path,)))
     if any(map(read_key, tensors)):
         return _inspect_lora(path)
@@ -98,11 +98,11 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> Report:
 
 
 def _inspect_part(source: str | os.PathLike) -> Report:
-    """Report a folder or a repository with the files of one network in its root."""
-    name = _class_name(open_part(source, "vae").config)  # whatever it is, its config says
+    """Report a folder or a repository whose root has the files of one network."""
+    name = _class_name(open_part(source, "vae").config)  # the config names its class, whatever the network
     part = part_of_class(name)
     if part is None:
-        raise ValueError(f"{source} is a {name}, which this library does not read")
+        raise ValueError(f"{source} is a {name}, which is not supported")
     return _inspect_network(open_part(source, part))
 
 
@@ -116,7 +116,7 @@ def _inspect_network(component: Component) -> Report:
 
 
 def _sizes(components: Iterable[Component]) -> Report:
-    """Report sizes and types of networks' weights. Quantized weights count as their unquantized ones."""
+    """Report sizes and types of the weights of networks. Quantized weights count as unquantized parameters."""
     parts: dict[str, Report] = {}
     for component in components:
         tensors, quantization = read_tensors(component), read_quantization(component.config)
@@ -189,7 +189,7 @@ def _lora_kind(delta: LoRADelta) -> str:
 
 
 def _lora_family(lora: LoRAWeights) -> str:
-    """Return the family by the width of the prompt that cross-attention reads, or else by a second text encoder."""
+    """Return the family by the width of the cross-attention context, else by a second text encoder."""
     if lora.context_width is not None:
         return family_title(lora.context_width)
     return FAMILIES["xl"].title if any(delta.network == "text_encoder_2" for delta in lora.deltas) else "unknown"

@@ -1,6 +1,6 @@
-"""What a program that serves others lets them name and ask for: models of listed folders, sizes up to limits.
+"""What clients of a server may use: the models of listed folders, and sizes and counts up to limits.
 
-A name is that of a file without its suffix, of a folder, an alias or a Hub id.
+A name is a file name without its suffix, a folder, an alias or a Hub id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _KINDS = {"models": "model", "vaes": "autoencoder", "controlnets": "ControlNet",
 
 @dataclass(frozen=True)
 class Library:
-    """Hold sources by their names, by kind; ``lora_folders`` are searched at each use."""
+    """Hold sources by name, for each kind; ``lora_folders`` are searched at each use."""
 
     models: Mapping[str, str] = field(default_factory=dict)
     vaes: Mapping[str, str] = field(default_factory=dict)
@@ -27,16 +27,16 @@ class Library:
     lora_folders: Sequence[str] = ()
 
     def find(self, kind: str, name: str) -> str:
-        """Return the source of a name, also with a suffix, or with the hash that other programs put behind it.
+        """Return the source of a name, which may have a suffix, or the hash that other programs append.
 
-        ``kind`` is the name of a field. Raises ValueError, with the names that there are, for another.
+        ``kind`` is the name of a field. Raises ValueError, with the known names, for an unknown one.
         """
         sources, name = getattr(self, kind), str(name)
         name = name.rpartition(" [")[0] or name
         source = sources.get(name, sources.get(name.removesuffix(Path(name).suffix)))
         if source is None:
             known = f"choose {listed(sources)}" if sources else f"the server was started without --{kind}"
-            raise ValueError(f"there is no {_KINDS[kind]} {name!r:.80}; {known}")
+            raise ValueError(f"unknown {_KINDS[kind]} {name!r:.80}; {known}")
         return source
 
     def loras(self) -> dict[str, Path]:
@@ -46,14 +46,14 @@ class Library:
 
 @dataclass(frozen=True)
 class Limits:
-    """Hold the most that a request may ask for; ``pixels`` is a side of what is drawn."""
+    """Hold the limits of a request; ``pixels`` limits each side of an image."""
 
     steps: int = 150
     pixels: int = 2048
     images: int = 16
 
     def check(self, request: Request) -> None:
-        """Raise ValueError, with the limit, for a request that asks for more."""
+        """Raise ValueError, with the limit, for a request beyond a limit."""
         factor = request.hires or 1
         rows = [("steps", steps or 0, self.steps) for steps in (request.steps, request.hires_steps)]
         rows += [(name, (getattr(request, name) or 0) * factor, self.pixels) for name in ("width", "height")]
@@ -62,17 +62,17 @@ class Limits:
 
 
 def check_most(name: str, value: float, most: float) -> None:
-    """Raise ValueError for a value above the most that is taken."""
+    """Raise ValueError for a value above its limit."""
     if value > most:
-        raise ValueError(f"{name} {value:g} is too much for this server; at most {most:g}")
+        raise ValueError(f"{name} {value:g} is too large, the limit of this server is {most:g}")
 
 
 def list_sources(places: Sequence[str]) -> dict[str, str]:
-    """Return the sources by name that ``places`` stand for: aliases, Hub ids, files, folders of files and of models.
+    """Return the sources in ``places`` by name: aliases, Hub ids, files, folders of files and of models.
 
-    Paths are absolute, of which an answer to another machine can leave out the folders.
+    Paths are absolute, so that responses to other machines can omit the folders.
 
-    Raises ValueError for a place that is none of these, or has nothing.
+    Raises ValueError for a place of another kind, or without models.
     """
     sources: dict[str, str] = {}
     for place in places:
@@ -84,7 +84,7 @@ def list_sources(places: Sequence[str]) -> dict[str, str]:
         inside = [path] if path.is_file() or _is_model(path) else sorted(path.iterdir())
         inside = [one for one in inside if one.suffix in SUFFIXES or _is_model(one)]
         if not inside:
-            raise ValueError(f"there is no model in {place}; give a folder of models, a file, an alias or a Hub id")
+            raise ValueError(f"no model found in {place}; give a folder of models, a file, an alias or a Hub id")
         sources |= {one.stem if one.is_file() else one.name: str(one) for one in inside}
     return sources
 

@@ -1,7 +1,7 @@
-"""The memory that a run takes, by measured constants, and the batch that fits.
+"""Predict the memory of a run from measured constants, and choose the batch size that fits.
 
-A step of the UNet takes memory in proportion to the rows of its batch and to the positions of the latents; attention is
-cut into pieces of a fixed size. So a few constants for each backend are enough, and a run corrects what they miss.
+The memory of a UNet step is proportional to the rows of its batch and to the positions of the latents; attention is
+computed in pieces of a fixed size. So a few constants for each backend are enough. A run corrects their errors.
 """
 
 import logging
@@ -20,22 +20,22 @@ from ..pipeline import StableDiffusion
 
 _log = logging.getLogger("stable_diffusion")
 
-_MOST_IMAGES = 8  # in a batch; more of them save little time
-_FRACTION = 0.75  # of the machine's memory that a run may take: the system and other programs need some
-_RECOMMENDED = 0.9  # of what Metal recommends to a process, which is less on Macs below 36 GB
+_MOST_IMAGES = 8  # in a batch; larger batches save little time
+_FRACTION = 0.75  # of the machine's memory; the rest is for the system and other programs
+_RECOMMENDED = 0.9  # of the size that Metal recommends for a process, which is less on Macs below 36 GB
 
 # Bytes of a step for each row, position of the latents (padded as by a convolution) and channel of the UNet's first two
-# blocks; bytes for each pair of these channels; and what MLX computes ahead of the device: bytes as the first, and the
-# most that these come to beside as much as the step again.
+# blocks; bytes for each pair of these channels; and the work of MLX ahead of the device: bytes in the unit of the
+# first, and their upper limit, to which the bytes of the step are added.
 # CPU: measured with the bundled model, SD 1.5 and SDXL from 256 to 1536 pixels (benchmarks/memory.py).
 # GPU, half precision: computed, not measured on a Mac, by MLX 0.32's rules (mlx/backend/metal/conv.cpp and device.cpp,
 # mlx/transforms.cpp): a Winograd convolution holds 64 values for each pair of channels, a command buffer ends after 40
 # kernels or 40 Mi values, and 10 of them wait, or none where memory is at its limit.
 _STEP = {mx.cpu: (51, 0, 62, math.inf), mx.gpu: (14, 2 * 64, 140, 0.6e9)}
-_WINOGRAD = 36  # bytes in the place of the first of these where a CPU convolves maps of both blocks by that algorithm
-_SCORES, _BESIDE_SCORES = 2**23, 13  # bytes of attention on a CPU, which has them twice, and of the maps meanwhile
+_WINOGRAD = 36  # bytes instead of the first of these if a CPU convolves the maps of both blocks by that algorithm
+_SCORES, _BESIDE_SCORES = 2**23, 13  # bytes of attention on a CPU, counted twice, and of the maps at that time
 _SUMS, _BESIDE_SUMS = 64, 5  # bytes for each pair of the widest channels, of the sums in models/upsampling.py, on a CPU
-_EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, also where they run one by one
+_EACH_ROW = 0.25e6  # bytes that stay for each row of a batch, even if rows run one by one
 _CONTROLNET = 0.35  # of a step that each ControlNet adds
 _TEXT = 12e6  # bytes for each chunk of 75 tokens
 _PICTURE = 60_000_000  # bytes of an image encoder's states (computed: 33 of 257 x 1280, and one layer's)
@@ -49,11 +49,11 @@ _TRAINING = {mx.cpu: (50, 95, 4, 13, 0.0), mx.gpu: (8, 60, 2, 3, 0.6e9)}
 
 @dataclass(frozen=True)
 class RunShape:
-    """Describe a batch as far as its memory goes: sizes are (height, width) of latents, ``larger`` in a second pass.
+    """Describe the memory needs of a batch: sizes are (height, width) of latents, ``larger`` in a second pass.
 
-    ``rows`` are the UNet's for one image: 2 with guidance, 1 without, 3 for instructions. ``controls`` are the sizes of
-    ControlNets in bytes, ``adapters`` those of IP-Adapters, ``image_encoder`` that of the largest encoder that they
-    read. ``encodes`` says whether images are encoded.
+    ``rows`` are the conditional and unconditional rows of the UNet's batch for one image: 2 with guidance, 1 without, 3
+    for instructions. ``controls`` are the sizes of ControlNets in bytes, ``adapters`` those of IP-Adapters,
+    ``image_encoder`` that of their largest encoder. ``encodes`` says whether images are encoded.
     """
 
     n_images: int
@@ -68,7 +68,7 @@ class RunShape:
 
 
 class StageMemory(NamedTuple):
-    """Hold the bytes of a stage: the weights in memory meanwhile, and what it computes."""
+    """Hold the bytes of a stage: the weights in memory, and the working memory."""
 
     stage: str
     weights: int
@@ -80,17 +80,17 @@ class StageMemory(NamedTuple):
 
 
 def available() -> float:
-    """Return the bytes of the machine's memory that a run may take."""
+    """Return the default memory limit of a run in bytes."""
     info = {} if mx.default_device() == mx.cpu else mx.device_info()
     physical = info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_FRACTION * physical, _RECOMMENDED * info.get("max_recommended_working_set_size", math.inf))
 
 
 def set_limits(memory: float | None, low_memory: bool) -> int:
-    """Set MLX's limits for ``memory`` bytes (None: most of the machine's); returns the bytes that a run may take.
+    """Set MLX's limits for ``memory`` bytes (None: most of the machine's); return the memory limit of a run.
 
-    Beyond its memory limit MLX does not work ahead of the device, which saves half of the working memory and more: in
-    low memory the limit is 0. Buffers kept for reuse may take an eighth, in low memory a 64th.
+    Beyond its memory limit MLX does not work ahead of the device, which saves at least half of the working memory. So
+    the limit is 0 in low memory. Buffers kept for reuse may take 1/8 of the memory, in low memory 1/64.
     """
     limit = int(available() if memory is None else memory)
     mx.set_memory_limit(0 if low_memory else limit)
@@ -100,7 +100,7 @@ def set_limits(memory: float | None, low_memory: bool) -> int:
 
 
 def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -> int:
-    """Return the bytes of a step at ``size`` with the rows that run at once, weights not included."""
+    """Return the bytes of a step at ``size`` with the rows that run at once, without weights."""
     maps, pairs, ahead, most_ahead = _STEP[mx.default_device().type]
     on_cpu, rows = mx.default_device() == mx.cpu, min(shape.rows * shape.n_images, model.rows_at_once or math.inf)
     config, (height, width) = model.unet_config, size
@@ -109,7 +109,7 @@ def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -
         maps = _WINOGRAD
     size_of_maps = rows * (height + 2) * (width + 2) * channels
     needed = size_of_maps * maps + channels**2 * pairs
-    # Attention on maps of full size is in the first block, which SDXL does without.
+    # Attention on maps of full size is in the first block; SDXL has none there.
     if on_cpu and config.down_block_types[0].startswith("CrossAttn"):
         scores = 4 * rows * config.num_attention_heads[0] * (height * width) ** 2
         needed = max(needed, 2 * min(scores, _SCORES) + size_of_maps * _BESIDE_SCORES)
@@ -121,7 +121,7 @@ def step_bytes(model: StableDiffusion, shape: RunShape, size: tuple[int, int]) -
 
 
 def training_bytes(unet: UNet2DConditionModel, rows: int, size: tuple[int, int], recomputes: bool) -> int:
-    """Return the bytes of a gradient of ``rows`` latents of ``size`` (h, w), beside weights, factors and optimizer."""
+    """Return the bytes of a gradient of ``rows`` latents of ``size`` (h, w), without weights, factors and optimizer."""
     of_resnets, of_block, of_input, of_scores, ahead = _TRAINING[mx.default_device().type]
     last = len(unet.down_blocks) - 1
     blocks = [*enumerate(unet.down_blocks), *((last - i, block) for i, block in enumerate(unet.up_blocks))]
@@ -145,7 +145,7 @@ def training_bytes(unet: UNet2DConditionModel, rows: int, size: tuple[int, int],
 def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemory]:
     """Return the memory of each stage of a run, in order, from configs and the headers of files."""
     sizes = {name: source.size for name, source in model.sources.items()}
-    unet, vae = sizes.pop("unet"), sizes.pop("autoencoder", 0)  # which models of pixels have not
+    unet, vae = sizes.pop("unet"), sizes.pop("autoencoder", 0)  # which pixel-space models lack
     text, controls = sum(sizes.values()), sum(shape.controls) + sum(shape.adapters)
     stays = 0 if model.low_memory or not shape.encodes else vae
     largest, itemsize = shape.larger or shape.size, model.sources["autoencoder"].dtype.size if vae else 0
@@ -165,15 +165,15 @@ def plan(model: StableDiffusion, shape: RunShape, limit: int) -> list[StageMemor
 
 
 def _weights(model: StableDiffusion, shape: RunShape) -> int:
-    """Return the bytes of the networks after the prompts are encoded."""
+    """Return the bytes of the networks that are needed after the prompts are encoded."""
     beside = sum(shape.controls) + sum(shape.adapters)
     return sum(model.sources[name].size for name in {"unet", "autoencoder"} & {*model.sources}) + beside
 
 
 def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
-    """Return how many of ``shape.n_images`` to generate together: those that fit, in batches of about one size.
+    """Return how many of ``shape.n_images`` to generate together: as many as fit, in batches of about equal size.
 
-    Where the rows run one by one, as in low memory, a batch saves no time.
+    If the rows run one by one, as in low memory, a batch saves no time.
     """
     if shape.n_images == 1 or model.rows_at_once:
         return 1
@@ -186,14 +186,14 @@ def images_that_fit(model: StableDiffusion, shape: RunShape, limit: int) -> int:
 def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) -> bool:
     """Choose how to run within ``limit`` bytes; returns whether all networks but the text encoders fit in at once.
 
-    Where a step does not fit, the rows run one by one; the autoencoder keeps to what is left. Raises SettingError where
-    a limit that the user has set cannot be kept (``is_strict``); otherwise the log has a warning.
+    If a step does not fit, the rows run one by one; the autoencoder stays within the remaining memory. If the limit is
+    too small, raises SettingError where the user has set it (``is_strict``); otherwise logs a warning.
     """
     model.memory_limit = limit
     stages = plan(model, shape, limit)
     if model.rows_at_once != 1 and max(stage.total for stage in stages[:-1]) > limit:
         model.rows_at_once = 1
-        _log.info("memory is short: the rows of the UNet's batch run one by one")
+        _log.info("not enough memory for the UNet's whole batch: running its rows one by one")
         stages = plan(model, shape, limit)
     for stage in stages:
         figures = (size / 1e9 for size in (stage.weights, stage.working, stage.total))
@@ -201,7 +201,7 @@ def fit(model: StableDiffusion, shape: RunShape, limit: int, is_strict: bool) ->
     largest = max(stages, key=lambda stage: stage.total)
     if largest.total > limit:
         text = f"{largest.stage} needs about {largest.total / 1e9:.1f} GB, the limit is {limit / 1e9:.1f} GB"
-        text += ": quantize, use low_memory, fewer images at once or a smaller size"
+        text += "; quantize, use low_memory, fewer images at once or a smaller size"
         if is_strict:
             raise SettingError(text, "quantize", "low_memory")
         _log.warning("%s", text)

@@ -1,8 +1,8 @@
-"""Write into a picture how it was made, and read it: the request, field by field.
+"""Write the settings of an image into its file, and read them: the request, field by field.
 
 "parameters" is the text that many programs read (see ``infotext``). "stable_diffusion" is a record in JSON: the request
-of this one image ("arguments"), what the model added to it ("made"), the files it was made from with their hashes
-("files"), and what it was computed with ("software").
+of this one image ("arguments"), the values that the model added ("made"), the input files with their hashes ("files"),
+and the versions and device ("software").
 """
 
 import json
@@ -42,9 +42,9 @@ _open_part, _open_ip_adapter = cache(open_part), cache(open_ip_adapter)
 
 @dataclass(frozen=True)
 class Record:
-    """Hold the record of a picture: values by the names of a request's fields, and everything else.
+    """Hold the record of an image: values by the names of a request's fields, and all other settings.
 
-    ``other`` are the settings of another program that are no fields. ``details`` is the whole record.
+    ``other`` are settings of another program that have no field. ``details`` is the whole record.
     """
 
     path: str
@@ -54,30 +54,30 @@ class Record:
 
 
 def read_record(path: str | os.PathLike) -> Record:
-    """Read how a picture was made; ValueError, one line, where it does not say so."""
+    """Read the settings of an image; raises ValueError, one line, if none are recorded."""
     texts = read_text(path)
     with suppress(ValueError):
         details = parse_json(texts.get("stable_diffusion", ""), path)
         if isinstance(arguments := details.get("arguments"), dict):
-            if arguments.pop("float16", None) is False:  # as version 0.1 records the type
+            if arguments.pop("float16", None) is False:  # version 0.1 records the type like this
                 arguments.setdefault("dtype", "float32")
             return Record(str(path), arguments, details=details)
-    remedy = "write a prompt, and settings, in its place"
+    remedy = "write a prompt and settings instead"
     try:
         found = foreign.read(texts)
     except ValueError as error:
         raise ValueError(f"{path} {error}; {remedy}") from None
     if found is None:
-        raise ValueError(f"{path} does not say how it was made; {remedy}")
+        raise ValueError(f"{path} does not record how it was made; {remedy}")
     arguments, other = found
-    # What this program takes for alternatives is text in theirs.
+    # Other programs read braces and brackets for alternatives as text.
     return Record(str(path), arguments | {"resolved_prompt": arguments.get("prompt")}, other)
 
 
 def for_model(record: Record, requests: Sequence[Request], model: StableDiffusion) -> list[Request]:
-    """Return requests that repeat a picture with such a model, without settings that the web UI has for others.
+    """Return requests that repeat an image with this model, without web UI settings for other models.
 
-    These are clip skip, for Stable Diffusion 1, and image guidance, for models that follow instructions.
+    These are clip skip, for Stable Diffusion 1, and the image guidance scale, for models for instructions.
     """
     if record.details:
         return list(requests)
@@ -89,25 +89,26 @@ def for_model(record: Record, requests: Sequence[Request], model: StableDiffusio
 
 
 def remarks(record: Record, script: str, unknown: list[str], has_model: bool) -> Iterator[str]:
-    """Yield a line for each thing in a record that a repeated request does not follow."""
+    """Yield a line for each part of a record that a repeated request cannot use."""
     path, details, other = record.path, record.details, dict(record.other)
     if details.get("script", script) != script:
-        yield f"{path} was made with {details['script']}; what only that has is left out"
+        yield f"{path} was made with {details['script']}; settings that only it has are omitted"
     elif unknown:
-        yield f"{path} was made with settings that are not known here: {listed(unknown)}"
+        yield f"{path} has unknown settings, which are ignored: {listed(unknown)}"
     if "partial" in details:
-        yield f"{path} was not finished ({details['partial']}); here all steps are made"
+        yield f"{path} is a partial image ({details['partial']}); all steps run here"
     if (model := other.pop("Model", None)) and not has_model:
-        yield f"{path} was made with the model {model}; --model chooses one, none is chosen for you"
+        yield f"{path} was made with the model {model}, which is not chosen automatically; choose one with --model"
     if not details:
         unused = listed(f"{name} {value}" for name, value in other.items())
         source = record.arguments.get("noise_source")
-        noise = f"drawn as {source} draws it" if source else "another"
-        yield f"{path} is by another program, whose noise is {noise}" + (f"; not used: {unused}" if unused else "")
+        noise = f"its noise is drawn as {source} draws it" if source else "its random numbers differ"
+        text = f"{path} was made by another program: expect a similar picture, not the same ({noise})"
+        yield text + (f"; ignored: {unused}" if unused else "")
 
 
 def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[str]:
-    """Yield a line for files and versions that are not those with which a picture was made."""
+    """Yield a line for each file and version that differs from those of the original image."""
     current, before, files = _details(model, batch, 0), record.details.get("software"), record.details.get("files")
     now = current["software"]
     if versions := [f"{name} {before[name]} (now {now[name]})" for name in _changed(before, now)]:
@@ -119,11 +120,11 @@ def changes(record: Record, model: StableDiffusion, batch: Batch) -> Iterator[st
         }
         others = [name for name, now in current["files"].items() if HASHES & _changed(before[name], now).keys()]
         if others:
-            yield f"not the files that {record.path} was made from: {listed(others)}"
+            yield f"these files differ from those that {record.path} was made with: {listed(others)}"
 
 
 def _changed(before: Any, now: Mapping[str, str]) -> dict[str, str]:
-    """Return those values of ``now`` that were others ``before``; that may be missing or damaged."""
+    """Return the values of ``now`` that differ from ``before``, which may be missing or damaged."""
     before = before if isinstance(before, dict) else now
     return {name: value for name, value in now.items() if before.get(name, value) != value}
 
@@ -133,8 +134,8 @@ def describe(
 ) -> dict[str, str]:
     """Return the texts for image ``index`` of a batch: {"parameters": ..., "stable_diffusion": ...}.
 
-    ``model`` is the one of the request, also where a refiner finished the image. ``partial`` says how far an unfinished
-    image came, such as "step 12 of 20". Files are named without their folders, unless ``full_paths``.
+    ``model`` is the one of the request, even if a refiner finished the image. ``partial`` is the progress of an
+    unfinished image, such as "step 12 of 20". Files are named without their folders, unless ``full_paths``.
     """
     request, details = batch.requests[index], _details(model, batch, index, full_paths)
     details |= {"partial": partial} if partial else {}
@@ -171,7 +172,7 @@ def _details(model: StableDiffusion, batch: Batch, index: int, full_paths: bool 
         arguments["width"], arguments["height"] = batch.size
     else:
         arguments["strength"] = batch.strength
-    if not (request.refiner or request.lora or request.prompt_loras):  # these have defaults of their own
+    if not (request.refiner or request.lora or request.prompt_loras):  # these change the defaults
         arguments |= {"cfg": made["cfg"], "sampler": sampler}
     if request.hires:
         arguments |= {"hires_strength": request.hires_strength, "hires_upscaler": short.hires_upscaler}
@@ -199,7 +200,7 @@ def script_of(model: StableDiffusion, request: Request) -> str:
 
 
 def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
-    """Return what other programs know of an image under their names, beside the fields of its request."""
+    """Return the settings that other programs record besides the fields of a request, by their names."""
     networks = enumerate([*request.controlnet, *request.ip_adapter])
     nets = {f"ControlNet {i}": f"Model: {_title(net)}, Weight: {x:g}" for i, (net, x) in networks}
     loras = {name: known for name, _, path in _loras(request, {}) if (known := lora_hash(path))}
@@ -218,7 +219,7 @@ def _others(model: StableDiffusion, request: Request) -> dict[str, str | None]:
 
 
 def _title(source: str) -> str:
-    """Return the name by which other programs know a file, a folder, or a file on the Hub; a Hub id as it is."""
+    """Return the name of a file, a folder or a file on the Hub in other programs; a Hub id stays unchanged."""
     path = Path(source.rpartition(":")[2]).expanduser()
     if path.suffix in SUFFIXES:
         return path.stem
@@ -229,11 +230,11 @@ def _lora_name(source: str) -> str:
     return _title(source).rpartition("/")[2]
 
 
-# --- files, of which those that are gone by now are left out ---------------------------------------------------------
+# --- files; missing ones are omitted ---------------------------------------------------------------------------------
 
 
 def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return the files that decided an image, by their names in the record: ``names`` stand for paths."""
+    """Return the files that an image depends on, by their names in the record: ``names`` replace paths."""
     files, half = {}, model.dtype != mx.float32
     parts = [source.component for source in model.sources.values()]
     networks = [(getattr(request, part.name, None) or request.model, part) for part in parts]
@@ -246,7 +247,7 @@ def _files(model: StableDiffusion, request: Request, names: Mapping[str, str]) -
         with suppress(ValueError, OSError):
             networks += [(source, part) for part in _open_ip_adapter(source, float16=half)]
     for source, part in networks:
-        # What is not the file itself, also what lies beside it, is named by its place in a folder or repository.
+        # Other files, also those beside the source, are named by their place in a folder or repository.
         file = Path(os.path.expanduser(source))
         name = names.get(source, source)
         files |= {name if path == file else f"{name} {part.name}/{path.name}": path for path in part.files}

@@ -1,4 +1,4 @@
-"""Draw comparison grids: images side by side, with what differs written at the columns and rows."""
+"""Draw comparison grids: images side by side, with their differences as labels of columns and rows."""
 
 import logging
 import math
@@ -20,8 +20,8 @@ _FONT_SHARE, _FONT_SIZES = 1 / 24, (12, 40)  # of an image's width, and the leas
 _LINE = 1.25  # font sizes
 _LABEL_WIDTH = 9  # font sizes: room for a label beside narrower images
 _MOST_LINES = 4
-_LONGEST_LABEL = 400  # letters that are looked at
-# Letters of Pillow's own font beside ASCII, and what is replaced to be written with them.
+_LONGEST_LABEL = 400  # letters that are read
+# Letters of Pillow's font besides ASCII, and dashes that are replaced.
 _MORE_LETTERS = "©«°±´·»‘’“”…‹›⁄™"
 _DASHES = str.maketrans("–—−", "---")
 
@@ -30,17 +30,17 @@ _DASHES = str.maketrans("–—−", "---")
 class Plot:
     """Describe a comparison of images by the labels of its columns and rows."""
 
-    title: str  # of what the images share, if there are several grids
+    title: str  # the settings shared by the images, if there are several grids
     columns: tuple[str, ...]
-    rows: tuple[str, ...]  # none if one thing differs only
+    rows: tuple[str, ...]  # empty if only one setting differs
     cells: dict[tuple[int, int], int]  # (row, column) -> the index of the image
 
 
 def compare(requests: Sequence[Request]) -> list[Plot]:
-    """Return the grids that show how the images of requests differ; none where no setting was swept.
+    """Return the grids that compare the images of requests; an empty list if no setting was swept.
 
-    The first thing that differs makes the columns, the second the rows, and each combination of the others makes a
-    grid. Settings come first, then prompts, then several images of one setting.
+    The first difference gives the columns, the second the rows, and each combination of the others gives one grid.
+    Settings come first, then prompts, then several images of one setting.
     """
     axes = _axes(requests)
     if not axes:
@@ -62,13 +62,13 @@ def compare(requests: Sequence[Request]) -> list[Plot]:
 
 
 def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
-    """Return (value, label) of each image for each thing that differs. Labels are in letters that the font has."""
+    """Return (value, label) of each image for each difference. Labels use only letters of the font."""
     variants = [request.variant for request in requests]
     axes: dict[str, list[tuple[Any, str]]] = {}
     for name in dict.fromkeys(name for variant in variants for name in variant.swept):
         settings = [request.value(name) for request in requests]
         texts = ["default" if v is None else f"{v:g}" if isinstance(v, float) else f"{v}" for v in settings]
-        if name == "seed":  # of which several may be the same
+        if name == "seed":  # several seeds may be equal
             settings = [(seed, v.seeds[: v.image].count(seed)) for v, seed in zip(variants, settings, strict=True)]
         axes[name] = [(value, f"{name} {text}") for value, text in zip(settings, texts, strict=True)]
     if not axes:
@@ -86,7 +86,7 @@ def _axes(requests: Sequence[Request]) -> list[list[tuple[Any, str]]]:
 
 
 def _printable(text: str) -> str:
-    """Write text in letters that the font has, without accents; empty if too little of it could be read."""
+    """Write text in letters of the font, without accents; empty if too little would be readable."""
     letters = unicodedata.normalize("NFKD", text[:_LONGEST_LABEL].translate(_DASHES))
     letters = " ".join("".join(c for c in letters if not unicodedata.combining(c)).split())
     shown = "".join(c if (c.isascii() and c.isprintable()) or c in _MORE_LETTERS else "?" for c in letters)
@@ -96,8 +96,8 @@ def _printable(text: str) -> str:
 def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Image | None:
     """Draw a grid on white, in cells of the size of its largest image, wider if labels need it.
 
-    If one thing differs only, the images are laid in ``n_rows`` rows, each with its label above. Returns None, with a
-    warning, if a side would have over 16383 pixels.
+    If there is only one difference, the images are in ``n_rows`` rows, each with its label above. Returns None, with a
+    warning, if a side would exceed 16383 pixels.
     """
     width, height = (max(images[i].size[axis] for i in plot.cells.values()) for axis in (0, 1))
     text = _Text(min(max(round(width * _FONT_SHARE), _FONT_SIZES[0]), _FONT_SIZES[1]))
@@ -113,7 +113,7 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
     middles = [left + i * (column + _GAP) + column // 2 for i in range(across)]
     bottom = _GAP + title.height
     for row in range(len(sides) or math.ceil(len(labels) / across)):
-        header = labels[row * across : (row + 1) * across]  # where rows have labels, above the first one only
+        header = labels[row * across : (row + 1) * across]  # if rows have labels, only above the first row
         top = bottom + max((label.height + _GAP // 2 for label in header if label.height), default=0)
         for label, middle in zip(header, middles, strict=False):
             placed.append((label, middle - label.width // 2, top - _GAP // 2 - label.height))
@@ -126,7 +126,7 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
                 placed.append((image, middle - image.width // 2, top + (height - image.height) // 2))
         bottom = top + height + _GAP
     if max(right, bottom) > _LARGEST_SIDE:
-        _log.warning("a grid of %d x %d pixels is too large to be drawn: the images are without one", right, bottom)
+        _log.warning("a grid of %d x %d pixels is omitted, the limit is %d a side", right, bottom, _LARGEST_SIDE)
         return None
     canvas = Image.new("RGB", (right, bottom), "white")
     for picture, x, y in placed:
@@ -135,7 +135,7 @@ def draw(plot: Plot, images: Sequence[Image.Image], n_rows: int = 1) -> Image.Im
 
 
 class _Text:
-    """Measure and draw text in one size of Pillow's own font."""
+    """Measure and draw text in one size of Pillow's font."""
 
     def __init__(self, size: int):
         self.size, self.line = size, round(_LINE * size)
@@ -145,7 +145,7 @@ class _Text:
         return math.ceil(self._font.getlength(text))
 
     def wrap(self, text: str, width: int, limit: int) -> list[str]:
-        """Break text into at most ``limit`` lines of this width; dots stand for what does not fit."""
+        """Break text into at most ``limit`` lines of this width; an ellipsis replaces the rest."""
         for letters in range(len(text), 0, -1):
             lines = textwrap.wrap(text, letters, max_lines=limit, placeholder="…")
             if all(self.width(line) <= width for line in lines):

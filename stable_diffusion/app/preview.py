@@ -1,8 +1,7 @@
-"""Previews while a run goes on, and an animation of its steps.
+"""Previews during a run, and an animation of its steps.
 
-A step's picture is its estimate of the clean latents. The channels of a latent give the mean colour of the pixels that
-it stands for: a linear map shows one pixel for each latent and costs next to nothing. A tiny autoencoder (TAESD) shows
-the pixels themselves.
+A preview shows the current estimate of the clean latents. The channels of a latent give the mean colour of its pixels:
+a linear map shows one pixel for each latent, at almost no cost. A tiny autoencoder (TAESD) decodes all pixels.
 """
 
 import logging
@@ -32,9 +31,9 @@ _log = logging.getLogger("stable_diffusion")
 Decode = Callable[[mx.array], mx.array]  # latents [n, h, w, 4] -> pixels [n, H, W, 3] in [0, 1]
 Factors = Sequence[Sequence[float]]
 
-# What each channel adds to red, green and blue, and a bias, in [-1, 1], by (pixels per latent, scaling factor).
-# Those of Stable Diffusion 1, 2 and XL are the ones that ComfyUI has fitted (comfy/latent_formats.py, SD15 and SDXL),
-# those of the bundled model come from tools/tiny/fit_preview.py.
+# (pixels per latent, scaling factor) -> the factors of each channel for red, green and blue, and a bias, in [-1, 1].
+# Those of Stable Diffusion 1, 2 and XL were fitted by ComfyUI (comfy/latent_formats.py, SD15 and SDXL), those of the
+# bundled model come from tools/tiny/fit_preview.py.
 FACTORS: dict[tuple[int, float], Factors] = {
     (8, 0.18215): (
         (0.3512, 0.3250, -0.2829, -0.2120, 0.0),
@@ -60,13 +59,13 @@ _PLAYED, _SHORTEST, _LONGEST, _LAST = 4000, 60, 500, 2000  # milliseconds: all f
 
 
 def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None) -> Decode:
-    """Return a function that shows the latents of a model without its autoencoder, which is large.
+    """Return a function that decodes previews of a model's latents without its large autoencoder.
 
     Args:
         vae: a Hub id, folder or file of a TAESD, or of any VAE. None is a linear map of each latent to one pixel,
             unless the model's autoencoder is a TAESD. Unknown latents become grey.
 
-    Raises ValueError or OSError, one line, for a ``vae`` that cannot be found or read, or is for other latents.
+    Raises ValueError or OSError, one line, for a ``vae`` that is missing, unreadable or made for other latents.
     """
     if "autoencoder" not in model.sources:
         return model.decode
@@ -79,11 +78,11 @@ def preview_decoder(model: StableDiffusion, vae: str | os.PathLike | None = None
         other = (network.latent_channels, network.config.scale)
         if other != kind:
             ours, theirs = (f"{channels} channels, {scale} pixels for each latent" for channels, scale in (kind, other))
-            raise ValueError(f"{vae} is for other latents ({theirs}) than this model's ({ours}); give another one")
+            raise ValueError(f"{vae} reads other latents ({theirs}) than this model's ({ours}); choose another VAE")
     elif not isinstance(network, AutoencoderTiny):
         factors = FACTORS.get((scale, network.config.scaling_factor))
         if factors is None or len(factors[0]) != channels + 1:
-            _log.warning("this model's latents are unknown: previews show one channel, in grey")
+            _log.warning("the colours of this model's latents are unknown: previews show one channel in grey")
             factors = [[1 / 3] + [0.0] * channels] * 3
         return partial(project, factors=factors)
     read_weights(network)
@@ -98,7 +97,7 @@ def project(latents: mx.array, factors: Factors) -> mx.array:
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    """Hold where previews and animations go. ``preview`` is a file or a folder, ``stepwise`` a .gif or .webp."""
+    """Hold the paths of previews and animations. ``preview`` is a file or a folder, ``stepwise`` a .gif or .webp."""
 
     preview: str | None = None
     preview_every: int = 5
@@ -109,9 +108,9 @@ class PreviewSettings:
 
 
 class PreviewWriter:
-    """Write previews after some steps, and an animation of each batch, where ``settings`` ask for them.
+    """Write previews after some steps, and an animation of each batch, as chosen by ``settings``.
 
-    Where they go is checked here: raises ValueError or OSError, one line, before any work.
+    The constructor checks the paths: raises ValueError or OSError, one line, before any work.
     """
 
     def __init__(self, settings: PreviewSettings):
@@ -124,12 +123,12 @@ class PreviewWriter:
         self._written: list[Path] = []
 
     def open(self, model: StableDiffusion) -> None:
-        """Prepare to show latents of a model; raises as :func:`preview_decoder` does."""
+        """Prepare previews of a model's latents; raises as :func:`preview_decoder` does."""
         if self._preview is not None or self._settings.preview_vae is not None:
             self._decoder = preview_decoder(model, self._settings.preview_vae)
 
     def __call__(self, step: Step) -> Path | None:
-        """Show a step; step 0 begins a pass of a batch. Returns the path of a preview that was written."""
+        """Show a step; step 0 begins a pass of a batch. Returns the path of the written preview, if any."""
         passes = self._frames.setdefault(step.batch.index, [])
         if step.number == 0:
             if step.is_retry:
@@ -149,8 +148,8 @@ class PreviewWriter:
             images = to_images(self._decoder(step.predicted))
             size = (max(images[0].width, _ENLARGED * width), max(images[0].height, _ENLARGED * height))
             save(self._grid(images, size), path)
-        except (OSError, ValueError) as error:  # a run is worth more than its previews
-            _log.warning("%s; there will be no more previews", error)
+        except (OSError, ValueError) as error:  # a run continues without previews
+            _log.warning("%s; no more previews are written", error)
             self._preview = path = None
         return path
 
@@ -158,7 +157,7 @@ class PreviewWriter:
         return grid([fit(image, *size, "stretch") for image in images], self._settings.n_rows)
 
     def finish(self, result: Result, is_shown: bool = True) -> Path | None:
-        """Write the animation of the batch of a result, if one is wanted and ``is_shown``; returns its path.
+        """Write the animation of a result's batch if one is set and ``is_shown``; returns its path.
 
         It is decoded like the images, or by the VAE for previews. All passes get the size of the last one, at most 1024
         pixels. Raises OSError, one line.
@@ -166,7 +165,7 @@ class PreviewWriter:
         frames = list(chain.from_iterable(self._frames.pop(result.batch.index, [])))
         if not frames or not is_shown:
             return None
-        frames[-1] = result.latents  # multistep samplers end beside their last estimate
+        frames[-1] = result.latents  # with multistep samplers it differs from the last estimate
         decode = self._decoder if self._settings.preview_vae is not None else result.model.decode
         sides = [result.model.pixels_per_latent * side for side in result.latents.shape[2:0:-1]]
         is_taken = self._written.__contains__ if self._settings.overwrite else os.path.lexists
@@ -178,14 +177,14 @@ class PreviewWriter:
                 pictures.append(self._grid(images, sides))
                 pictures[-1].thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Resampling.LANCZOS)
             write_animation(pictures, path)
-        except (OSError, ValueError) as error:  # of a disk, or of pixels that are not finite
-            raise OSError(f"the animation {path} could not be made ({error}); the images are not affected") from error
+        except (OSError, ValueError) as error:  # a full disk, or pixels that are not finite
+            raise OSError(f"the animation {path} cannot be written ({error}); the images are not affected") from error
         self._written.append(path)
         return path
 
 
 def write_animation(frames: Sequence[Image], path: Path) -> None:
-    """Write frames of one size as a GIF or WebP, by the suffix, that repeats and rests on its last frame.
+    """Write frames of one size as a GIF or WebP, by its suffix; it repeats, with a pause on the last frame.
 
     The file appears complete or not at all.
     """
@@ -203,14 +202,16 @@ def _check_preview(path: str) -> Path:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise OSError(f"the folder {path} for previews could not be made ({error.strerror}); choose another") from error
+        raise OSError(
+            f"the folder {path} for previews cannot be created ({error.strerror}); choose another one"
+        ) from error
     return check_output(Path(path) / "preview.jpg").parent
 
 
 def _check_animation(path: str) -> Path:
     path = os.path.expanduser(path)
     if Path(path).suffix.lower() not in _ANIMATIONS:
-        raise ValueError(f"the animation {path!r} has no suffix of one; choose {' or '.join(_ANIMATIONS)}")
+        raise ValueError(f"the animation {path!r} has the wrong suffix; choose {' or '.join(_ANIMATIONS)}")
     check_output(Path(path).with_suffix(".png"))  # its folder
     if os.path.isdir(path):
         raise ValueError(f"the animation {path} is a folder; choose another name")

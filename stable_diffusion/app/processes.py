@@ -1,4 +1,4 @@
-"""Several processes on one job, on one machine or several Macs: MLX's launcher ``mlx.launch`` starts them."""
+"""Several processes that share one job, on one machine or several Macs, started by MLX's launcher ``mlx.launch``."""
 
 import json
 import os
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 
 def join() -> Group | None:
-    """Return the processes that a launcher has started, all connected; None where this one is alone.
+    """Return the connected processes that a launcher has started; None if this process is alone.
 
-    Raises ConnectionError, one line, where one of them does not come. MLX waits for it in C++, without an end: only a
-    signal interrupts that.
+    Raises ConnectionError, one line, if one of them does not connect. MLX waits for it in C++ without a time limit:
+    only a signal interrupts the wait.
     """
     if not _LAUNCHED & os.environ.keys():
         return None
 
     before = signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE, 1)  # again each second, or one between two waits would be lost
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE, 1)  # every second: a signal between two waits would be lost
     try:
         group = mx.distributed.init()
     except RuntimeError as error:
@@ -42,7 +42,7 @@ def join() -> Group | None:
 
 
 def disconnect() -> None:
-    """Shut the connections of MLX's ring down where another process is silent: MLX would wait for it for ever."""
+    """Close the connections of MLX's ring if another process is silent: MLX would wait for ever."""
     with suppress(KeyError, OSError, ValueError):
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
         addresses = {tuple(address.rsplit(":", 1)) for host in hosts for address in host}
@@ -54,7 +54,7 @@ def disconnect() -> None:
 
 
 def share(items: Sequence[T], group: Group | None = None) -> Sequence[T]:
-    """Return the items of this process: the one with its number, and each ``size``-th after it. Alone, it has all."""
+    """Return the items of this process: the one with its number, and each ``size``-th after it. Alone, return all."""
     group = group or mx.distributed.init()
     return items[group.rank() :: group.size()]
 
@@ -65,7 +65,7 @@ def is_first(group: Group | None) -> bool:
 
 
 def any_of(flag: bool, group: Group | None) -> bool:
-    """Return whether ``flag`` is True in a process. It waits for all of them."""
+    """Return whether ``flag`` is True in any process. Waits for all of them."""
     return flag if group is None else mx.distributed.all_sum(mx.array(int(flag)), group=group).item() > 0
 
 
@@ -86,7 +86,7 @@ def of_first(arrays: Mapping[str, mx.array], group: Group) -> dict[str, mx.array
 
 @contextmanager
 def together(group: Group | None) -> Iterator[None]:
-    """Run a block in all processes. What is wrong with it in one of them raises ValueError in all."""
+    """Run a block in all processes. An error in one of them raises ValueError in all."""
     error = None
     try:
         yield

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from .engine import Step
 
-_RECENT = 5  # steps whose mean is shown; the first one also reads weights
-_DELAY = 0.5  # seconds, before which reading a network is not worth a bar
+_RECENT = 5  # steps in the mean that is shown; the first step also reads weights
+_DELAY = 0.5  # seconds; shorter loading shows no bar
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -26,7 +26,7 @@ class ProgressBar:
     steps, seconds = 0, 0.0
 
     def __call__(self, step: Step) -> None:
-        """Begin a bar at step 0, else move it."""
+        """Begin a bar at step 0, else advance it."""
         if step.number == 0:
             self.close()
             name = f"batch {step.batch.index} " if step.batch.index else ""
@@ -43,7 +43,7 @@ class ProgressBar:
         self._bar.update()
 
     def load(self, name: str, number: int, total: int) -> None:
-        """Show how many layers of a network are read and quantized, where that takes a while."""
+        """Show how many layers of a network are read and quantized, if it takes a while."""
         if number == 1:
             options = {"delay": _DELAY, "leave": False, "disable": None, "dynamic_ncols": True}
             self._loading = tqdm(total=total, desc=f"loading {name} ", bar_format=_FORMAT, **options)
@@ -64,5 +64,5 @@ class TqdmHandler(logging.StreamHandler):
         line, lines = self.format(record), vars(self).setdefault("lines", set())
         if line not in lines:
             lines.add(line)
-            with suppress(OSError):  # nothing is given up because nobody reads it
+            with suppress(OSError):  # an unreadable stderr ends no run
                 tqdm.write(line, file=self.stream)

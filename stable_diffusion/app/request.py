@@ -1,4 +1,4 @@
-"""A request: everything that decides the pixels of an image, as one record from flags, metadata or JSON."""
+"""A request: all settings that decide the pixels of an image, in one record from flags, metadata or JSON."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from .wildcards import read_wildcards
 
 MOST_IMAGES = 9999
 _BOXES = re.compile(r"(\d{1,6}(,\d{1,6}){3}(;|$))+")
-DEFAULT_IMAGES = 4  # of a prompt, where nothing else is specified
+DEFAULT_IMAGES = 4  # of a prompt, by default
 
 COUNT = Number(int, 1, 9999)
 FRACTION = Number(float, 0, 1)
@@ -53,7 +53,7 @@ NUMBERS = OPTION_NUMBERS | {
     "detail_padding": Number(int, 0, 9999),
 }
 UPSCALERS = ("latents", "pixels")  # or a file
-_METHODS = (*UPSCALERS, *SUFFIXES)  # by which what enlarges ends
+_METHODS = (*UPSCALERS, *SUFFIXES)  # endings of a valid upscaler
 CHOICES = {
     "emphasis": EMPHASES,
     "alternatives": ("all", "one"),
@@ -64,7 +64,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Hold the place of an image among those of its request: which prompt, which image, which settings were swept."""
+    """Hold the place of an image in its request: the prompt, the image and the swept settings."""
 
     prompt: int
     image: int
@@ -76,10 +76,10 @@ class Variant:
 class Request:
     """Describe an image, or several that differ in prompt, seed and swept settings.
 
-    ``prompt`` is the text that was typed; ``resolved_prompt`` is what choices and wildcards made of it. A seed of None
-    or -1 is random, a ``dtype`` of None that of the device. ``options`` are those of ``generate_latents``; their
-    fields, and those of their ``size_conditioning``, stand beside the others in flags, records and JSON. Files are
-    paths; networks are paths or Hub ids.
+    ``prompt`` is the typed text; ``resolved_prompt`` is the text after alternatives and wildcards were replaced. A seed
+    of None or -1 is random, a ``dtype`` of None is that of the device. ``options`` are those of ``generate_latents``;
+    flags, records and JSON have their fields, and those of their ``size_conditioning``, on the same level as the
+    others. Files are paths; networks are paths or Hub ids.
 
     Raises ValueError for a number out of range or an unknown choice.
     """
@@ -135,7 +135,7 @@ class Request:
     upscale: str | None = None
     refiner: str | None = None
     refiner_start: float = 0.8
-    # places that are worked on again: "X,Y,W,H", or several with semicolons, or "mask" for the parts of the mask
+    # areas to repaint: "X,Y,W,H", or several with semicolons, or "mask" for the parts of the mask
     detail: tuple[str, ...] = ()
     detail_prompt: str | None = None
     detail_strength: float = 0.4
@@ -164,7 +164,7 @@ class Request:
         for name, number in NUMBERS.items():
             value = getattr(self, name, None)
             for one in value if isinstance(value, tuple) else (value,):
-                # Seeds that are counted on may come above the largest that can be chosen.
+                # Seeds incremented from image to image may exceed the largest that can be chosen.
                 (_SEED if name == "seed" and self.variant is not None else number).check(name, one)
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), (None, *choices))
@@ -173,27 +173,28 @@ class Request:
         mistakes = {
             "mask_blur and mask_padding need mask or expand": adjusts and not paints,
             "invert_mask needs mask": self.invert_mask and not self.mask,
-            "expand needs a border of some pixels": self.expand is not None and not any(self.expand),
-            "depth and expand do not go together: the map does not show the borders; without it, it is estimated": (
+            "expand needs a border of at least 1 pixel": self.expand is not None and not any(self.expand),
+            "depth and expand cannot be combined: the map does not cover the borders; omit depth to estimate it": (
                 self.depth and self.expand
             ),
-            "seamless does not go with mask_padding or detail: a part has edges": (
+            "seamless cannot be combined with mask_padding or detail: a cropped area has edges": (
                 self.options.seamless and (self.mask_padding is not None or self.detail)
             ),
             f"hires_upscaler {method!r} is unknown; choose latents, pixels or a file": not method.endswith(_METHODS),
-            "hires and refiner do not go together: run one after the other": self.refiner and self.hires,
-            "detail and refiner do not go together: run one after the other": self.refiner and self.detail,
-            "detail is neither X,Y,W,H in pixels nor the word that names the parts of a given picture": (
+            "hires and refiner cannot be combined: run one after the other": self.refiner and self.hires,
+            "detail and refiner cannot be combined: run one after the other": self.refiner and self.detail,
+            "detail must be X,Y,W,H in pixels, or the word that names the parts of a given picture": (
                 not all(place == "mask" or _BOXES.fullmatch(place) for place in self.detail)
             ),
-            "detail finds no mask: give one": "mask" in self.detail and not self.mask,
-            "width and height have no effect where detail alone works on an image: give strength too": (
+            "detail works on the parts of mask: give mask too": "mask" in self.detail and not self.mask,
+            "width and height have no effect when only detail changes the picture: give strength too": (
                 self.has_only_details and (self.width or self.height)
             ),
             "detail_prompt names a LoRA, which has no effect: name it in the prompt": TAG.search(
                 self.detail_prompt or ""
             ),
-            "refiner does not go together with mask and expand: it does not know what is kept": self.refiner and paints,
+            "refiner cannot be combined with mask or expand: it does not know the area that is kept": self.refiner
+            and paints,
         }
         mistakes |= mistakes_of_networks(self)
         for message in (message for message, is_made in mistakes.items() if is_made):
@@ -205,7 +206,7 @@ class Request:
     def from_dict(cls, record: Mapping[str, Any], base: "Request | None" = None) -> tuple["Request", list[str]]:
         """Read a request from plain values by the names of fields and options; returns it and the unknown names.
 
-        ``base`` has the values of all other fields. Raises ValueError for a value of the wrong kind.
+        ``base`` has the values of all other fields. Raises ValueError for a value of the wrong type.
         """
         settings = {}
         for name, value in record.items():
@@ -213,7 +214,7 @@ class Request:
                 try:
                     settings[name] = _converted(value, KINDS[name])
                 except (TypeError, OverflowError):  # a float of hundreds of digits
-                    raise SettingError(f"{name} {value!r} is of the wrong kind", name) from None
+                    raise SettingError(f"{name} {value!r} has the wrong type", name) from None
         return (base or cls()).with_values(**settings), sorted(record.keys() - settings.keys())
 
     def with_values(self, **settings: Any) -> "Request":
@@ -232,13 +233,13 @@ class Request:
         return self.options.size_conditioning or SizeConditioning()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and options that differ from their defaults, as JSON takes them, and the prompt."""
+        """Return the prompt, and all fields and options that differ from their defaults, as JSON values."""
         settings = {name: self.value(name) for name in KINDS}
         return {name: value for name, value in settings.items() if value != _DEFAULT.value(name) or name == "prompt"}
 
     @property
     def has_only_details(self) -> bool:
-        """Return whether the given image is kept as it is, except for its details: without a ``strength``."""
+        """Return whether only the details of an input image are repainted: without a ``strength``."""
         is_painted = self.expand or (self.mask and "mask" not in self.detail)
         return bool(self.detail and self.image and self.strength is None and not is_painted)
 
@@ -246,14 +247,14 @@ class Request:
 
     @property
     def tagged_text(self) -> str:
-        """Return the prompt: resolved, with the tags of LoRAs."""
+        """Return the resolved prompt, with the tags of LoRAs."""
         return self.prompt if self.resolved_prompt is None else self.resolved_prompt
 
     @cached_property
     def texts(self) -> tuple[str, str, str | None, str | None]:
-        """Return what the text encoders read, without the tags of LoRAs: the prompt and the negative prompt.
+        """Return the texts for the text encoders, without the tags of LoRAs: the prompt and the negative prompt.
 
-        Then come those for XL's second text encoder, of which None is that of the first.
+        Two more are for XL's second text encoder; None means that of the first.
         """
         texts = self.tagged_text, self.negative_prompt, self.options.prompt_2, self.options.negative_prompt_2
         return tuple(None if text is None else TAG.sub("", text) for text in texts)
@@ -289,7 +290,7 @@ class Request:
 _OPTION_NAMES = frozenset(field.name for field in fields(Options))
 SIZES = tuple(field.name for field in fields(SizeConditioning))  # the names of XL's size conditioning
 _NOT_RECORDED = {"options", "variant", "size_conditioning", "controls", "image_prompts", "latents", "noise"}
-# The types of the fields and options that are recorded: texts, numbers, truths, and tuples of them.
+# The types of the recorded fields and options: texts, numbers, booleans, and tuples of them.
 KINDS: dict[str, Any] = {
     name: kind
     for record in (Request, Options, SizeConditioning)
@@ -301,7 +302,7 @@ KINDS |= {"prompt_2": str | None, "negative_prompt_2": str | None, "variation_se
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Return a value of JSON in a type of Python: lists become tuples. Raises TypeError for another kind of value."""
+    """Convert a JSON value to a Python type: lists become tuples. Raises TypeError for a value of another type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (tuple, Sequence):
         is_open = origin is Sequence or arguments[-1] is ...
@@ -328,14 +329,14 @@ Sweep = dict[str, tuple[Any, ...]]  # the settings that have several values, in 
 def expand(lines: Sequence[tuple[Request, Sweep]], random: Random | None = None) -> list[Request]:
     """Expand requests to one for each image, in the order of the images.
 
-    Alternatives and wildcards stand for a prompt each; with ``alternatives`` "one", each image draws its own by its
-    seed. Each combination of swept values is a setting: the first of them changes slowest, then come the prompts, then
-    the seeds. Seeds count on from prompt to prompt, and start again where a line names one. With ``fixed_seed``, and
-    where settings are swept, all prompts have the same seeds. Several seeds are those of every prompt. Where there is a
-    ``variation_strength``, variation seeds count on in place of the seeds. ``random`` draws those that are
-    None; without it they are the system's.
+    Alternatives and wildcards give one prompt each; with ``alternatives`` "one", the seed of each image chooses one.
+    Each combination of swept values is a setting: the first value changes slowest, then the prompts, then the seeds.
+    Seeds increase by 1 from image to image, also from prompt to prompt; a line with a seed restarts the count. With
+    ``fixed_seed``, and if settings are swept, all prompts have the same seeds. Several seeds are used for every prompt.
+    With a ``variation_strength``, the variation seeds increase instead of the seeds. ``random`` draws seeds of None; by
+    default the system does.
 
-    Raises ValueError for more than 9999 images, and where ``n_images`` is not the number of the seeds.
+    Raises ValueError for more than 9999 images, and if ``n_images`` differs from the number of seeds.
     """
     images: list[tuple[int, Request]] = []
     read, drawn, next_seed, number = cache(read_wildcards), partial(_drawn, random=random or SystemRandom()), None, 0
@@ -345,7 +346,7 @@ def expand(lines: Sequence[tuple[Request, Sweep]], random: Random | None = None)
         own_seeds = tuple(map(drawn, request.seed)) if isinstance(request.seed, tuple) else None
         count = len(own_seeds or ()) or request.n_images or (1 if sweep else DEFAULT_IMAGES)
         if request.n_images not in (None, count):
-            text = f"n_images {request.n_images} is not the number of the {count} seeds; leave it out"
+            text = f"n_images {request.n_images} differs from the number of seeds, {count}; omit it"
             raise SettingError(text, "n_images")
         if isinstance(request.seed, int) or next_seed is None:
             next_seed = drawn(request.seed if own_seeds is None else None)
@@ -355,7 +356,7 @@ def expand(lines: Sequence[tuple[Request, Sweep]], random: Random | None = None)
         seeds, before = own_seeds or image_seeds(next_seed, count, counts=not is_varied), 0
         for prompts in _prompts(request, seeds, read):
             if len(images) + count * len(settings) > MOST_IMAGES:
-                text = f"more than {MOST_IMAGES} images are requested; give fewer values, or a smaller n_images"
+                text = f"too many images, the limit is {MOST_IMAGES}; give fewer values or a smaller n_images"
                 raise SettingError(text, "n_images")
             for place, setting in enumerate(settings):
                 for i, (seed, prompt) in enumerate(zip(seeds, prompts, strict=True)):
@@ -384,7 +385,7 @@ def _drawn(seed: int | None, random: Random) -> int:
 def _prompts(
     request: Request, seeds: Sequence[int], read: Callable[[str], Callable[[str], Sequence[str]]]
 ) -> Iterator[list[dict[str, str | None]]]:
-    """Yield, for every prompt that alternatives and wildcards stand for, the fields that hold it for each seed."""
+    """Yield the fields of each seed for every prompt that alternatives and wildcards give."""
     names = "resolved_prompt", "negative_prompt", "prompt_2", "negative_prompt_2"
     typed = request.prompt, *map(request.value, names[1:])
     if request.resolved_prompt is not None or request.weight_blocks or request.emphasis == "none":

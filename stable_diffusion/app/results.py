@@ -1,4 +1,4 @@
-"""The files of a run: images as they come, their grid, and a record of each for programs.
+"""The files of a run: images as soon as they are finished, their grid, and a record of each for programs.
 
 ========================= =========================== =========== ========================
 output                    images                      grid        of the next run
@@ -9,8 +9,8 @@ output                    images                      grid        of the next ru
 ``cats/``, a folder       by the pattern ``{date}_{time}_{i}_{seed}.png`` in it
 ========================= =========================== =========== ========================
 
-A run takes the next number where any file of another one has its own: after cat_1.png, ..., cat_3.png without a grid, a
-single image is cat-2.png. A name is taken by the finished file only, so two processes may write into one folder.
+A run takes the next number if any file of another run has its number: after cat_1.png, ..., cat_3.png without a grid, a
+single image is cat-2.png. Only a finished file occupies its name, so two processes may write into one folder.
 """
 
 import json
@@ -50,14 +50,14 @@ _IN_A_FOLDER = "{date}_{time}_{i}_{seed}.png"
 # Fields that only the model knows, before it is read.
 _UNKNOWN = {"steps": 0, "cfg": 0.0, "sampler": "", "width": 0, "height": 0}
 _LONGEST_FIELD, _LONGEST_NAME = 120, 220  # bytes: file systems end at 255, and marks and numbers follow
-# Characters that some file system refuses, blanks, and marks that change the direction of text.
+# Characters that some file systems refuse, blanks, and marks that change the direction of text.
 _UNSAFE = re.compile(r"[\0-\x20\x7f-\xa0<>:\"/\\|?*\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 _EDGES = " ._-\u200d"  # a name that begins or ends with these would be hidden or look like a flag
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Hold where images go and in which form. ``output`` is a file, a folder or a pattern, see :class:`Outputs`."""
+    """Hold the path and the format of images. ``output`` is a file, a folder or a pattern, see :class:`Outputs`."""
 
     output: str = "out.png"
     overwrite: bool = False
@@ -72,7 +72,7 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class _Made:
-    """Hold what is known of an image that has been made; its pixels, where they are needed again."""
+    """Hold the record of a finished image, and its pixels if they are needed again."""
 
     record: Written
     text: dict[str, str] | None
@@ -82,31 +82,31 @@ class _Made:
 class ResultWriter:
     """Write the images of ``requests``, one image each, and their grid, which has the first image's record.
 
-    Where they go is checked here: raises ValueError or OSError, one line, before any work. An image that cannot be
-    written leaves the first ``error``; the others, which have taken as much work, are written.
+    The constructor checks the output paths: raises ValueError or OSError, one line, before any work. ``error`` keeps
+    the first failure to write an image; all other images are still written.
     """
 
     def __init__(self, requests: Sequence[Request], settings: OutputSettings, began: datetime | None = None):
         self._requests, self._settings = requests, settings
-        self._fields = []  # of each image: what its request decides of its name
+        self._fields = []  # of each image: the fields of its name that the request decides
         for i, request in enumerate(requests, start=1):
             model = re.sub(r"\.(safetensors|ckpt)$", "", Path(request.model).name)
             fields = {"i": i, "seed": request.seed, "prompt": request.text, "model": model}
             chosen = {name: value for name in _UNKNOWN if (value := request.value(name)) is not None}
             self._fields.append(fields | chosen)
         if settings.n_rows > 1 and (settings.no_grid or len(requests) == 1):
-            _log.warning("n_rows %d has no effect: there is no grid", settings.n_rows)
+            _log.warning("n_rows %d has no effect: no grid is drawn", settings.n_rows)
         self._outputs = Outputs(settings.output, self._fields, settings.overwrite, began)
         self._made: dict[int, _Made] = {}  # by the number of the image
         self.draws_grid = self.keeps_images = len(requests) > 1 and not settings.no_grid
         self.error: OSError | None = None
         self.is_flagged: Callable[[Image], bool] | None = None  # by the safety check
-        self.withheld: set[int] = set()  # the numbers of images that it flagged: they are not written
+        self.withheld: set[int] = set()  # numbers of flagged images, which are not written
 
     def choose_numbers(self, gather: Callable[[bytes], list[bytes]]) -> None:
-        """Choose the numbers in the names of all images together with the other ranks, before any is written.
+        """Choose the numbers in all file names together with the other ranks, before any image is written.
 
-        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`. A number is free on all.
+        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`. Each number is free on all ranks.
         """
         lowest: list[int] = []
         while True:
@@ -120,7 +120,7 @@ class ResultWriter:
     def add(self, result: Result, model: StableDiffusion, number: int) -> Iterator[Written]:
         """Write an image, the given ``number`` of ``requests``.
 
-        ``model`` is the one of the request, also where a refiner finished the image.
+        ``model`` is the one of the request, even if a refiner finished the image.
         """
         request, image, settings = result.request, result.image, self._settings
         chosen = result.batch.defaults
@@ -146,14 +146,14 @@ class ResultWriter:
             yield record
 
     def _withhold(self, number: int, size: tuple[int, int]) -> None:
-        """Put a white image without a file in the place of one that is flagged."""
+        """Replace a flagged image by a white one without a file."""
         self.withheld.add(number)
         self._made[number] = _Made({"path": None}, None, new("RGB", size, WHITE) if self.keeps_images else None)
 
     def gather(self, gather: Callable[[bytes], list[bytes]], is_first: bool) -> Iterator[Written]:
-        """Bring all images to the first rank, which writes those that it does not see. All ranks call it.
+        """Send all images to the first rank, which writes those that are not on its disk. All ranks call it.
 
-        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`: each time it brings an image of each rank.
+        ``gather`` is that of :class:`stable_diffusion.app.sharing.Ranks`: each call sends one image of each rank.
         """
         own = sorted(self._made)
         for i in count():
@@ -165,18 +165,18 @@ class ResultWriter:
 
     @property
     def has_all(self) -> bool:
-        """Return whether all images are here, made or gathered."""
+        """Return whether this rank has all images, generated or gathered."""
         return len(self._made) == len(self._requests)
 
     def _packed(self, number: int) -> bytes:
-        """Return an image of this rank in bytes, with all that :meth:`_unpack` needs."""
+        """Return an image of this rank as bytes for :meth:`_unpack`."""
         made = self._made[number]
         header = {"number": number, "record": made.record, "text": made.text, "size": made.image.size}
         header |= {"file": {} if number in self.withheld else fingerprint(Path(made.record["path"]))}
         return json.dumps(header).encode() + b"\n" + made.image.tobytes()
 
     def _unpack(self, data: bytes) -> Iterator[Written]:
-        """Write an image of another rank, unless this one sees the file that was written there."""
+        """Write an image of another rank, unless that file is on this disk too."""
         header, _, pixels = data.partition(b"\n")
         values = json.loads(header)
         if (number := values["number"]) in self._made:
@@ -199,7 +199,7 @@ class ResultWriter:
         plots, images = compare(self._requests), [one.image for one in made]
         grids = ((draw(plot, images, n_rows), sorted(plot.cells.values())) for plot in plots)
         if not plots and len({image.size for image in images}) > 1:
-            _log.warning("the images are of several sizes: there is no grid of them")
+            _log.warning("no grid is drawn: the images differ in size")
         elif not plots:
             grids = iter([(grid(images, n_rows), range(len(images)))])
         for number, (image, numbers) in enumerate(grids, start=1):
@@ -213,7 +213,7 @@ class ResultWriter:
 
 
 def line_of(record: Written) -> str:
-    """Return what to say of a file to people: its path, and the seed of an image."""
+    """Return the line about a file for people: its path, and the seed of an image."""
     line = f"{record['path']} seed {record['seed']}" if "seed" in record else record["path"]
     return f"{line} partial: {record['partial']}" if "partial" in record else line
 
@@ -222,10 +222,10 @@ def line_of(record: Written) -> str:
 
 
 class NotWrittenError(OSError):
-    """Report an image that could not be written. ``kept`` is the path it has instead, None if it is lost."""
+    """Report an image that could not be written. ``kept`` is its path instead, None if the image is lost."""
 
     def __init__(self, reason: Exception, kept: Path | None):
-        super().__init__(f"{reason}; " + ("it is lost" if kept is None else f"it is kept as {kept}"))
+        super().__init__(f"{reason}; " + ("the image is lost" if kept is None else f"the image is saved as {kept}"))
         self.kept = kept
 
 
@@ -234,13 +234,13 @@ class Outputs:
 
     Args:
         output: a file; a folder, which exists or ends in a slash; or a pattern with ``FIELDS`` in braces, with format
-            specifications if needed, such as ``{i:03}``. Missing folders are made with the first image.
+            specifications if needed, such as ``{i:03}``. Missing folders are created with the first image.
         images: the known fields of each, without date and time.
         began: when the run began, for {date} and {time}; None is now.
-        overwrite: replace existing files, except those of this run. Otherwise the next free number is taken: if
-            ``output`` is a file, one for all files of the run, of which no other run has left any; else one for each.
+        overwrite: replace existing files, except those of this run. By default the next free number is added: if
+            ``output`` is a file, one number for all files of the run, unused by other runs; else one for each file.
 
-    Raises ValueError or OSError, one line with the remedy, for an unknown field and names that cannot be written to.
+    Raises ValueError or OSError, one line with the remedy, for an unknown field and paths that are not writable.
     """
 
     def __init__(
@@ -264,13 +264,13 @@ class Outputs:
         self._output, self._several, self._overwrite = output, len(images) > 1, overwrite
         self._is_pattern = "{" in output or "}" in output
         self._began = began or datetime.now()
-        self.numbers: Sequence[int] = ()  # of the images, where they were chosen together
+        self.numbers: Sequence[int] = ()  # of the images, if chosen together with other ranks
         self._written: set[str] = set()
         self._images = [_UNKNOWN | dict(fields) for fields in images]
         try:
             paths = [self._path(fields) for fields in self._images]
         except ValueError as error:
-            raise ValueError(f"the output {output} is no pattern: {error}") from None
+            raise ValueError(f"the output {output} is not a valid pattern: {error}") from None
         for path in paths if self._is_pattern else [Path(output), *paths]:
             folder = next(parent for parent in path.parents if os.path.lexists(parent))
             if not os.path.isdir(folder):
@@ -279,12 +279,12 @@ class Outputs:
             check_output(folder / (f"another{path.suffix}" if is_taken else path.name))
         self._makes_folder = self._is_pattern or not os.path.isdir(path.parent)
         if self._makes_folder and not self._is_pattern:
-            _log.warning("the folder %s is new: it is made with the first image", path.parent)
+            _log.warning("the folder %s does not exist: it is created with the first image", path.parent)
         self._folder = path.parent
         self._number = 1 if self._is_pattern or overwrite else self._first_free()
 
     def free_numbers(self, lowest: Sequence[int] = ()) -> list[int]:
-        """Return the first number of each image whose name is free, from ``lowest`` on; of a file, the run's number."""
+        """Return the first free number of each image, from ``lowest`` on; for a file, the number of the run."""
         if not self._is_pattern:
             self._number = self._first_free(*lowest) if not self._overwrite else 1
             return [self._number]
@@ -299,10 +299,10 @@ class Outputs:
         return numbers
 
     def _first_free(self, lowest: int = 1) -> int:
-        """Return the first number of which no run has left a file: a single image would look like another's grid."""
+        """Return the first number without a file of any run: a single image would look like another's grid."""
         stem, suffix = (re.escape(fold(part)) for part in os.path.splitext(os.path.basename(self._output)))
         of_a_run = re.compile(rf"{stem}(?:-(\d+))?(?:_(?:grid_)?\d+)?(?:_partial)?{suffix}")
-        with suppress(OSError):  # a folder that is new, or whose files may not be listed
+        with suppress(OSError):  # a new folder, or one that cannot be listed
             matches = filter(None, (of_a_run.fullmatch(fold(name)) for name in os.listdir(self._folder)))
             taken = {int(match[1] or 1) for match in matches}
             return next(number for number in count(lowest) if number not in taken)
@@ -311,10 +311,10 @@ class Outputs:
     def write(self, image: Image, fields: Mapping[str, Any], mark: str = "", **options: Any) -> Path:
         """Write an image under its name, or the next free one, and return the path.
 
-        ``fields`` are all of ``FIELDS`` without date and time. ``mark`` stands behind the name: "partial", or "grid"
+        ``fields`` are all of ``FIELDS`` without date and time. ``mark`` is appended to the name: "partial", or "grid"
         for the grid of all images. ``options`` are those of :func:`stable_diffusion.images.files.save`.
 
-        Raises NotWrittenError, one line, if that fails. The image is then kept in the current folder or in the one for
+        Raises NotWrittenError, one line, if that fails. The image is then saved in the current folder or in the one for
         temporary files, if possible.
         """
         try:
@@ -328,7 +328,7 @@ class Outputs:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise OSError(f"the folder {folder} could not be made ({error.strerror})") from error
+                raise OSError(f"the folder {folder} cannot be created ({error.strerror})") from error
         is_chosen = self._is_pattern and self.numbers and not mark
         first = self.numbers[fields["i"] - 1] if is_chosen else self._number
         for number in count(first):
@@ -360,12 +360,12 @@ class Outputs:
 
 
 class _Filler(Formatter):
-    """Fill fields into a part of a path: numbers in their short form, text as a file name can hold it."""
+    """Fill fields into a part of a path: numbers in short form, text without characters that file names forbid."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         if field_name not in FIELDS:
             known = ", ".join(FIELDS)
-            raise ValueError(f"there is no field {{{field_name}}}; choose of {known}, and write {{{{ for a brace")
+            raise ValueError(f"unknown field {{{field_name}}}; choose from {known}, and write {{{{ for a brace")
         return kwargs[field_name], field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -387,7 +387,7 @@ def _keep(image: Image, name: str, options: Mapping[str, Any]) -> Path | None:
 
 
 def save_numbered(image: Image, path: Path, **options: Any) -> Path:
-    """Write an image, with the first number behind its name that is free; returns its path. See ``numbered``."""
+    """Write an image under its name or with the first free number after it; returns its path. See ``numbered``."""
     for free in numbered(path):
         with suppress(FileExistsError):
             save(image, free, overwrite=False, **options)
@@ -396,6 +396,6 @@ def save_numbered(image: Image, path: Path, **options: Any) -> Path:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """Yield a path, and then with a number behind its name: a.png, a-2.png, a-3.png, ..."""
+    """Yield a path, then the same with a number after the name: a.png, a-2.png, a-3.png, ..."""
     yield path
     yield from (path.with_stem(f"{path.stem}-{number}") for number in count(2))

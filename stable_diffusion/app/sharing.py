@@ -1,8 +1,8 @@
-"""Share one job among several processes, which MLX's launcher starts: each makes some of the images.
+"""Share one job among several processes, started by MLX's launcher: each generates some of the images.
 
-A process is called a rank, as in MPI. Each works as if it were alone. A thread beside the work tells the others four
-times a second how far it is, so whoever is done can take more work, all notice at once that one of them is lost, or
-silent, and nobody waits for one that will not come. A process that runs alone has no such thread.
+A process is called a rank, as in MPI. Each rank works independently. A second thread sends its progress to the others
+four times a second. So a rank that has finished can take more work, and all ranks notice at once that one is lost or
+silent, and do not wait for it. A process that runs alone has no such thread.
 
     mlx.launch -n 2 -- python txt2image.py "a lighthouse" --seed 1-8
 """
@@ -28,10 +28,10 @@ from .processes import disconnect
 
 T = TypeVar("T")
 SHARES = ("even", "steal", "guidance", "off")
-# Seconds between two exchanges. All sleep as long, and meet: MLX's ring keeps a core busy while it waits for another.
+# Seconds between two exchanges. All ranks sleep equally long: MLX's ring keeps a core busy while it waits.
 _PERIOD = 0.25
 _PATIENCE = 40  # seconds after which a silent rank is lost
-_NOTICE = 3  # seconds that the launcher is ahead, at most, of what MLX says of a lost connection
+_NOTICE = 3  # seconds, at most, between the launcher's signal and MLX's error for a lost connection
 _ENDING = 30  # seconds in which the launcher ends the other ranks, by ssh
 
 
@@ -39,8 +39,8 @@ _ENDING = 30  # seconds in which the launcher ends the other ranks, by ssh
 class SharingSettings:
     """Hold how ranks share the images of a run, and whether rank 0 gathers them.
 
-    "even": rank r makes the images r, r + size, ...; "steal": a rank that is done takes the next batch; "guidance":
-    each computes a part of the rows of the UNet's batch, for one image after the other; "off": each makes them all.
+    "even": rank r makes the images r, r + size, ...; "steal": a rank that has finished takes the next batch;
+    "guidance": each rank computes some rows of the UNet's batch, image by image; "off": each rank makes all images.
     """
 
     share: str = "even"
@@ -50,8 +50,8 @@ class SharingSettings:
 class _Row(NamedTuple):
     """Hold the numbers that a rank sends in each exchange.
 
-    ``calls`` counts the calls of ``gather``, ``length`` is that of the last one's data, -1 where the rank leaves;
-    ``takes`` counts the batches asked for, ``finished`` the images.
+    ``calls`` counts the calls of ``gather``. ``length`` is the length of the last call's data, -1 if the rank leaves.
+    ``takes`` counts the requested batches, ``finished`` the finished images.
     """
 
     calls: int = 0
@@ -61,7 +61,7 @@ class _Row(NamedTuple):
 
 
 class Ranks:
-    """Choose the images of this process, and know those of the others. It can stand for the group in ``sd.group``.
+    """Assign images to this process, and track those of the others. Can replace the group in ``sd.group``.
 
     ``group`` is from :func:`stable_diffusion.app.processes.join`; None is a process that runs alone.
     """
@@ -70,17 +70,17 @@ class Ranks:
         self._group = group
         self._rank, self._size = (0, 1) if group is None else (group.rank(), group.size())
         self._row, self._rows = _Row(), [_Row()] * self._size  # of this rank, and of all in the last exchange
-        self._data = b""  # that this rank gathers
+        self._data = b""  # of this rank, for ``gather``
         self._batches: Sequence[Sequence[int]] = ()  # the images of each
-        self._takers: list[int] = []  # of the batches: the rank that makes it
-        self._heard, self._lost_at, self._notice_until, self._quits = monotonic(), 0.0, 0.0, False
-        self._answers: SimpleQueue[Any] = SimpleQueue()
-        self._asked = threading.Event()
+        self._takers: list[int] = []  # the rank of each batch
+        self._last_exchange, self._lost_at, self._notice_until, self._quits = monotonic(), 0.0, 0.0, False
+        self._results: SimpleQueue[Any] = SimpleQueue()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._exchange, daemon=True)
         if group is not None:
             self._thread.start()
             threading.Thread(target=self._end_silence, daemon=True).start()
-        # For seeds that are drawn and for names with the time: the same on all ranks.
+        # The same random seeds and the same time in file names on all ranks.
         seed, began = self.gather(f"{secrets.randbits(32)} {datetime.now().isoformat()}".encode())[0].decode().split()
         self.random = SystemRandom() if group is None else Random(int(seed))
         self.began = datetime.fromisoformat(began)
@@ -95,16 +95,16 @@ class Ranks:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether another rank is lost, or has been silent for too long."""
+        """Return whether another rank is lost or was silent for too long."""
         return self._lost_at > 0
 
     def gather(self, data: bytes = b"") -> list[bytes]:
-        """Return the data of all ranks, in their order; this one's alone where one is lost. All make the same calls."""
+        """Return the data of all ranks, in their order; only its own if one is lost. All make the same calls."""
         self._data = data
-        return self._ask(calls=self._row.calls + 1, length=len(data)) or [data]
+        return self._send(calls=self._row.calls + 1, length=len(data)) or [data]
 
     def all_gather(self, rows: mx.array) -> mx.array:
-        """Return the rows of all ranks, computed. Raises ConnectionError where one is lost, also without a word."""
+        """Return the computed rows of all ranks. Raises ConnectionError if a rank is lost or silent."""
         mx.eval(data := mx.contiguous(rows).reshape(-1).view(mx.uint8))
         parts = self.gather(bytes(data))
         if len(parts) < self._size:
@@ -112,9 +112,9 @@ class Ranks:
         return mx.array(np.frombuffer(b"".join(parts), np.uint8)).view(rows.dtype).reshape(-1, *rows.shape[1:])
 
     def once(self, prepare: Callable[[], T]) -> T:
-        """Return the result of ``prepare``, or raise its exception, of all ranks only in the first that has one.
+        """Return the result of ``prepare``; if it fails, raise its exception only in the first rank that has one.
 
-        The others exit with the same code, and without a word: what ranks above 0 print in ``prepare`` is dropped.
+        The others exit silently with the same code. The output of ``prepare`` on ranks above 0 is dropped.
         """
         if self._size == 1:
             return prepare()
@@ -128,7 +128,7 @@ class Ranks:
         codes = self.gather(code)
         if not any(codes):
             return result
-        self.leave()  # together: the launcher ends whoever is later than one that has failed
+        self.leave()  # together: the launcher kills ranks that exit after a failed one
         first = next(rank for rank, code in enumerate(codes) if code)
         if failure is not None and (first == self._rank or len(codes) < self._size):
             print(printed.getvalue(), end="", file=sys.stderr)
@@ -136,17 +136,17 @@ class Ranks:
         raise SystemExit(int(codes[first]))
 
     def leave(self) -> None:
-        """Wait until all ranks have come here, or one is lost."""
-        self._ask(calls=self._row.calls + 1, length=-1)
+        """Wait until all ranks have called this, or one is lost."""
+        self._send(calls=self._row.calls + 1, length=-1)
 
     def close(self) -> None:
-        """End the exchange, whatever the others do."""
+        """End the exchange without waiting for the others."""
         self._quits = True
         if self._thread.is_alive():
             self._thread.join(timeout=2 * _PERIOD + 1)
 
     def notices_loss(self) -> bool:
-        """Return whether a rank was lost just now, when a signal has come: then MLX's launcher ends all others."""
+        """Return whether a rank was lost just before a signal: MLX's launcher then ends all others."""
         self._notice_until = self._notice_until or monotonic() + (_NOTICE if self._size > 1 else 0)
         while not self.is_lost and monotonic() < self._notice_until:
             sleep(_PERIOD)
@@ -154,20 +154,20 @@ class Ranks:
 
     # --- the work ----------------------------------------------------------------------------------------------------
 
-    def share(self, count: int, way: str) -> Sequence[int]:
-        """Return the numbers of the images, of ``count``, that this rank may make; ``way`` is one of ``SHARES``."""
+    def share(self, count: int, mode: str) -> Sequence[int]:
+        """Return the numbers of the images, out of ``count``, for this rank; ``mode`` is one of ``SHARES``."""
         self._batches = [[image] for image in range(count)]
-        self._takers = [0 if way == "guidance" else image % self._size for image in range(count)]  # 0 writes them
-        return range(self._rank, count, self._size) if way == "even" else range(count)
+        self._takers = [0 if mode == "guidance" else image % self._size for image in range(count)]  # 0 writes them
+        return range(self._rank, count, self._size) if mode == "even" else range(count)
 
     def take(self, batches: Sequence[Sequence[int]]) -> Iterator[int]:
-        """Yield the number of a batch that no other rank has taken, as long as there is one.
+        """Yield the numbers of batches that no other rank has taken, until all are taken.
 
-        ``batches`` are the images of each. Where a rank is lost, those left are shared; the last rank takes them all.
+        ``batches`` are the images of each. If a rank is lost, the others share the rest; the last rank takes all of it.
         """
         self._batches, self._takers = batches, []
         self.gather()
-        while (number := self._ask(takes=self._row.takes + 1)) is not None:
+        while (number := self._send(takes=self._row.takes + 1)) is not None:
             if number >= len(batches):
                 return
             yield number
@@ -176,11 +176,11 @@ class Ranks:
         yield from (number for number in rest if self._takers[number] == self._rank)
 
     def finish(self) -> None:
-        """Count an image of this rank that is finished, in their order."""
+        """Count a finished image of this rank; images are finished in order."""
         self._row = self._row._replace(finished=self._row.finished + 1)
 
     def missing(self, count: int) -> list[int]:
-        """Return the images that are not known to be finished, of ``count``."""
+        """Return the images, out of ``count``, that may be unfinished."""
         missing = set(range(count))
         for rank, row in enumerate(self._rows):
             taken = zip(self._batches, self._takers, strict=False)
@@ -190,34 +190,34 @@ class Ranks:
 
     # --- the exchange ------------------------------------------------------------------------------------------------
 
-    def _ask(self, **numbers: int) -> Any:
-        """Send these numbers at once, and return what the exchange answers; None where it is over."""
-        self._row, answer = self._row._replace(**numbers), None
-        self._asked.set()
-        while answer is None and not (self._answers.empty() and (self.is_lost or not self._thread.is_alive())):
-            with suppress(Empty):  # signals are handled meanwhile
-                answer = self._answers.get(timeout=_PERIOD)
-        return answer
+    def _send(self, **numbers: int) -> Any:
+        """Send these numbers at once, and return the result of the exchange; None if it has ended."""
+        self._row, result = self._row._replace(**numbers), None
+        self._wake.set()
+        while result is None and not (self._results.empty() and (self.is_lost or not self._thread.is_alive())):
+            with suppress(Empty):  # Python handles signals between two waits
+                result = self._results.get(timeout=_PERIOD)
+        return result
 
     def _exchange(self) -> None:
-        """Send this rank's numbers to all and read theirs, until all leave. In a thread of its own."""
+        """Exchange the numbers of all ranks until all leave. Runs in a second thread."""
         cpu.clear_streams_at_thread_end()
-        answered = 0
+        n_results = 0
         with mx.stream(mx.new_stream(mx.cpu)):
             while not (self._quits or self.is_lost):
                 try:
                     self._rows = [_Row(*row) for row in self._of_all(np.array(self._row)).tolist()]
-                    self._give()
-                    if all(row.calls > answered for row in self._rows):
-                        answered += 1
-                        self._answers.put(self._gathered())
+                    self._assign()
+                    if all(row.calls > n_results for row in self._rows):
+                        n_results += 1
+                        self._results.put(self._gathered())
                         if self._rows[self._rank].length < 0:
                             return
                         continue
                 except RuntimeError:  # the connection to a rank is lost
                     self._lost_at = monotonic()
-                self._asked.wait(_PERIOD)
-                self._asked.clear()
+                self._wake.wait(_PERIOD)
+                self._wake.clear()
 
     def _gathered(self) -> list[bytes]:
         """Return the data of all ranks."""
@@ -226,25 +226,25 @@ class Ranks:
         return [own[: row.length].tobytes() for own, row in zip(data, self._rows, strict=True)]
 
     def _of_all(self, own: np.ndarray) -> np.ndarray:
-        """Return the arrays of all ranks. Raises RuntimeError where the connection to one is lost."""
+        """Return the arrays of all ranks. Raises RuntimeError if a connection is lost."""
         with cpu.collective:
             mx.eval(rows := mx.distributed.all_gather(mx.array(own[None]), group=self._group))
-        self._heard = monotonic()
+        self._last_exchange = monotonic()
         return np.array(rows)
 
-    def _give(self) -> None:
-        """Give each rank the batch that it asks for. All ranks do so from the same numbers, with the same result."""
+    def _assign(self) -> None:
+        """Assign the requested batches. All ranks compute this from the same numbers, with the same result."""
         for rank, row in enumerate(self._rows):
             if row.takes > self._takers.count(rank):
                 self._takers.append(rank)
                 if rank == self._rank:
-                    self._answers.put(len(self._takers) - 1)
+                    self._results.put(len(self._takers) - 1)
 
     def _end_silence(self) -> None:
-        """End the exchange where a rank is silent for too long. In a thread of its own."""
+        """End the exchange if a rank is silent for too long. Runs in another thread."""
         while self._thread.is_alive():
             sleep(0.5)
-            if monotonic() - self._heard > _PATIENCE:
+            if monotonic() - self._last_exchange > _PATIENCE:
                 disconnect()
                 self._lost_at = self._lost_at or monotonic()
                 return

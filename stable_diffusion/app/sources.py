@@ -1,8 +1,8 @@
-"""The files, folders and networks that a request names: short in a record, found and checked when one is repeated.
+"""The files, folders and networks of a request: short names in a record, found and checked when it is repeated.
 
-A record names a file without the folder it was in, and its hash. Whoever wrote the record may be a stranger, so a file
-is used only if it has a hash of the record, which proves that its content was known to them, and a network of the Hub
-only if it is in the cache. All else has to be named by hand, or trusted.
+A record has the name of a file without its folder, and its hash. A stranger may have written the record. So a file is
+used only if the record has its hash, which proves that the writer knew its content. A network of the Hub is used only
+if it is in the cache. All other sources need a flag, or --trust.
 """
 
 import os
@@ -25,13 +25,13 @@ FIELDS = (*_NETWORKS, *PICTURES, "embedding", "tokenizer", "lora_dir", "wildcard
 
 
 def split_embedding(embedding: str) -> tuple[str, str | None]:
-    """Return the file of an embedding, and the word that it gets where one is given: FILE or FILE=WORD."""
+    """Return the file of an embedding, and its word if given: FILE or FILE=WORD."""
     path, equals, word = embedding.rpartition("=")
     return (embedding, None) if not equals or os.path.isfile(os.path.expanduser(embedding)) else (path, word)
 
 
 def map_sources(request: Request, change: Callable[[str, str], str], fields: Collection[str] = FIELDS) -> Request:
-    """Return a request with ``change(field, source)`` in place of each source that its ``fields`` name."""
+    """Return a request with each source in ``fields`` replaced by ``change(field, source)``."""
 
     def mapped(field: str, value: Any) -> Any:
         if field == "hires_upscaler" and value in UPSCALERS:
@@ -45,9 +45,9 @@ def map_sources(request: Request, change: Callable[[str, str], str], fields: Col
 
 
 def short_names(request: Request) -> dict[str, str]:
-    """Return names without folders for the sources of a request that have an absolute path or one with "..".
+    """Return names without folders for the sources whose path is absolute or contains "..".
 
-    They differ from each other, and from the aliases of models.
+    The names differ from each other, and from the aliases of models.
     """
     names: dict[str, str] = {}
 
@@ -65,13 +65,13 @@ def short_names(request: Request) -> dict[str, str]:
 def find_sources(
     request: Request, fields: Collection[str], picture: str, files: Any, folders: Sequence[str], *, trust: bool = False
 ) -> Request:
-    """Return a request with the places of the sources that a record names.
+    """Return a request with the paths of the sources that a record names.
 
     Args:
-        fields: the fields whose values are the record's.
-        picture: the path of the picture; files are looked for beside it, in the current folder, and in ``folders``.
+        fields: the fields whose values come from the record.
+        picture: the path of the image; files are searched beside it, in the current folder, and in ``folders``.
         files: the record's {name: hashes}.
-        trust: use also what the record does not prove to know.
+        trust: also use sources without a matching hash.
 
     Raises ValueError, one line, for sources that are not found or not trusted.
     """
@@ -111,8 +111,8 @@ def _hashes(entry: Any) -> set[str]:
 
 
 def _files(field: str, place: Path, names: Sequence[str], request: Request) -> list[Path]:
-    """Return the files of a source that was found: of a folder those that a record has with ``names``."""
-    if field == "lora_dir":  # no search in its sub-folders, which may be a whole disk
+    """Return the files of a found source; of a folder, the files with ``names`` of the record."""
+    if field == "lora_dir":  # no search in sub-folders: the folder may be a whole disk
         tags = [name for name, _ in request.prompt_loras]
         titles = {Path(tag).name for tag in tags}
         names = [name for name in names if name.endswith(SUFFIXES) and {Path(name).stem, Path(name).name} & titles]
@@ -127,9 +127,9 @@ def _files(field: str, place: Path, names: Sequence[str], request: Request) -> l
 
 
 def _repos(source: str) -> tuple[str, ...] | None:
-    """Return the repositories on the Hub that a source may be, () for the bundled model; None for another source."""
+    """Return the possible Hub repositories of a source: () for the bundled model, None for other sources."""
     if source.endswith(SUFFIXES) and ":" not in source and source.count("/") < 2:
-        return None  # a file, which on the Hub is owner/name/file
+        return None  # a file; on the Hub it would be owner/name/file
     with suppress(ValueError):
         return catalog.find("/".join(source.partition(":")[0].split("/")[:2])).repos
     return None

@@ -1,4 +1,4 @@
-"""Train a LoRA from a folder of pictures: what a run checks before it begins, its loop and its files."""
+"""Train a LoRA from a folder of pictures: the checks before a run, its loop and its files."""
 
 import logging
 import math
@@ -33,19 +33,19 @@ from .training_request import TrainingRequest, check_output, find_state, write_s
 
 _log = logging.getLogger("stable_diffusion")
 
-_MEASURED, _DRAWS = 4, 4  # pictures, and levels of noise for each, of a measurement
+_MEASURED, _DRAWS = 4, 4  # pictures of a measurement, and noise levels for each
 _PREVIEWS = 4  # pictures of a row
 _TRIED = 3  # steps of a dry run
 
 
 class TrainingRun:
-    """Prepare a run and make it: ``prepare``, ``steps``, ``finish``, each to be iterated over.
+    """Prepare and execute a run: ``prepare``, ``steps``, ``finish``; iterate over each of them.
 
-    All that can be wrong shows when it is made, as ValueError or OSError, one line; nothing is computed or written.
-    ``remarks`` are lines about pictures that are left out or changed.
+    The constructor raises ValueError or OSError, one line, for all mistakes; it computes and writes nothing.
+    ``remarks`` are lines about omitted or changed pictures.
 
-    Of several processes (``group``) each makes the same calls, ``agree`` first, and has a batch of its own in each
-    step. The first one alone writes files, previews and measurements, and yields what it does.
+    All processes of a ``group`` make the same calls, ``agree`` first. Each trains on a separate batch in each step.
+    Only the first one writes files, previews and measurements, and yields events.
     """
 
     def __init__(self, request: TrainingRequest, group: processes.Group | None = None):
@@ -60,17 +60,17 @@ class TrainingRun:
             self._temporary = tempfile.TemporaryDirectory()
             self.files = RunFiles(Path(self._temporary.name, request.output.name))
         if not request.pictures.is_dir():  # before a model is downloaded
-            raise ValueError(f"there is no folder {request.pictures} with pictures; check the path")
+            raise ValueError(f"the folder of pictures {request.pictures} does not exist; check the path")
         dtype = request.dtype or ("bfloat16" if mx.default_device() == mx.gpu else None)
         model = Request(model=request.model, revision=request.revision, quantize=request.quantize, dtype=dtype)
         set_limits(None, request.low_memory)
         self.sd = open_model(model, request.low_memory)
-        self.sd.low_memory = False  # networks that are trained stay; the others are freed by ``_free``
+        self.sd.low_memory = False  # trained networks stay loaded; ``_free`` frees the others
         self._side = resolution_of(self.sd) if request.resolution is None else request.resolution
         texts = {"caption": request.caption, "trigger": request.word}
         self._pictures, self.remarks = read_pictures(request.pictures, self._side, **texts)
         if not LossTable.can_draw():
-            self.remarks.append(f'losses are in {self.files.table} without a curve; pip install ".[train]" draws one')
+            self.remarks.append(f'losses are written to {self.files.table}; for a curve too: pip install ".[train]"')
         self._check_prior()
         self.data = self._dataset()
         self.trainer = LoRATrainer(self.sd, self.data, self.settings, group)
@@ -90,16 +90,16 @@ class TrainingRun:
         check_space(request.output, lora + state * (request.keep + 1 if request.save_every else 1))
 
     def agree(self) -> None:
-        """Give all processes the checkpoint of the first. Raises ValueError where they do not do the same."""
+        """Send the checkpoint of the first process to all. Raises ValueError if their settings differ."""
         if self.group is None:
             return
-        # Prior pictures that are drawn come from the first process.
+        # Generated prior pictures come from the first process.
         drawn = self.request.drawn_prior
         shown = self.data.digest if drawn is None else self.data.sets[0].digest
-        told = seed_of(shown, self.request.flip, drawn, self.request.prior_prompt, self.settings, self.sd.dtype)
-        if len(set(processes.texts(str(told), self.group))) > 1:
+        digest = seed_of(shown, self.request.flip, drawn, self.request.prior_prompt, self.settings, self.sd.dtype)
+        if len(set(processes.texts(str(digest), self.group))) > 1:
             raise ValueError(
-                "pictures, captions or settings of the processes differ; give each the same folder and flags"
+                "the processes have different pictures, captions or settings; give each the same folder and flags"
             )
         if self.request.resume is not None:
             self.trainer.load_state(processes.of_first(self.trainer.state(), self.group))
@@ -107,20 +107,20 @@ class TrainingRun:
     # --- checks ------------------------------------------------------------------------------------------------------
 
     def _check_prior(self) -> None:
-        """Read the prior pictures, unless they are drawn later. A run that goes on needs those that it drew."""
+        """Read the prior pictures, unless they are generated later. A resumed run needs those that it generated."""
         request = self.request
         self._prior: list[Picture] = []
         if request.prior is None:
             return
         if not request.prior_prompt:
-            raise SettingError("prior needs prior_prompt, what its pictures show", "prior", "prior_prompt")
+            raise SettingError("prior needs prior_prompt, a description of its pictures", "prior", "prior_prompt")
         if request.drawn_prior is None:
             folder = Path(request.prior).expanduser()
             self._prior, lines = read_pictures(folder, self._side, caption=request.prior_prompt)
             self.remarks += lines
         elif self._state is not None:
             if missing := [path for path in self._drawn() if not path.is_file()]:
-                raise ValueError(f"there is no {missing[0]}, a prior picture of the run to resume; put it there")
+                raise ValueError(f"{missing[0]}, a prior picture of the run to resume, is missing; put it back")
             self._prior = self._read_drawn()
 
     # --- what is trained ---------------------------------------------------------------------------------------------
@@ -131,16 +131,16 @@ class TrainingRun:
         return Dataset(self.sd, self._pictures, self.settings, **options)
 
     def _latent_sizes(self) -> list[tuple[int, int]]:
-        """Return the sizes (height, width) of latents that are trained with."""
+        """Return the sizes (height, width) of the latents in the training."""
         scale = self.sd.pixels_per_latent
         return [(height // scale, width // scale) for s in self.data.sets for width, height in s.sizes]
 
     def step_memory(self, recomputes: bool) -> int:
-        """Return the bytes that a step of the largest pictures is predicted to take, weights among them."""
+        """Return the predicted bytes of a step with the largest pictures, including weights."""
         unet, rows = self.sd.unet, self.request.settings.batch_size
         step = max(training_bytes(unet, rows, size, recomputes) for size in self._latent_sizes())
         factors = sum(factor.nbytes for factor in self.trainer.factors().values())
-        # A factor is among the weights; it has a gradient and the optimizer's two moments.
+        # The weights include the factors; each has a gradient and two moments of the optimizer.
         return step + 3 * factors + sum(map(size_in_bytes, (self.trainer.networks() | {"unet": unet}).values()))
 
     def plan(self) -> dict[str, Any]:
@@ -167,15 +167,15 @@ class TrainingRun:
         }
 
     def time_steps(self) -> dict[str, Any]:
-        """Return seconds and memory of a step, from three that are undone. Nothing is written or drawn."""
+        """Return seconds and memory of a step, from three steps that are undone. Writes and generates nothing."""
         trainer, settings = self.trainer, self.request.settings
         before, first = trainer.state(), trainer.step
-        if self.request.prior and not self._prior:  # they are not drawn yet: others take as long
+        if self.request.prior and not self._prior:  # they are not generated yet: use others, which take the same time
             self._prior = self._pictures
             self.data = trainer.data = self._dataset()
         count = min(_TRIED, settings.steps - first)
         for number in range(first * settings.accumulate, (first + count) * settings.accumulate):
-            self.data.batches(number)  # encoded before the time is taken
+            self.data.batches(number)  # encode before measuring the time
         self._free()
         mx.reset_peak_memory()
         seconds = [next(trainer).seconds for _ in range(count)]
@@ -190,7 +190,7 @@ class TrainingRun:
     # --- before the first step ---------------------------------------------------------------------------------------
 
     def prepare(self) -> Iterator[tuple[str, int, int]]:
-        """Write the settings, draw prior pictures, encode prompts and pictures; yields (what, number done, of)."""
+        """Write the settings, generate prior pictures, encode prompts and pictures; yields (work, done, total)."""
         if self.is_first:
             write_settings(self.request, self.files.settings, resolution=self._side, dtype=self.sd.dtype_name)
         if self.request.drawn_prior is not None:
@@ -214,9 +214,9 @@ class TrainingRun:
         return [picture for picture in pictures if picture.path in self._drawn()]
 
     def _draw_prior(self) -> Iterator[tuple[str, int, int]]:
-        """Draw pictures with the base model beside the output; those that an earlier run has drawn are used again.
+        """Generate pictures with the base model beside the output; reuse those of an earlier run.
 
-        Other processes than the first get them from it, in a temporary folder.
+        The first process sends them to the others, which keep them in a temporary folder.
         """
         request, paths, prompts = self.request, self._drawn(), None
         self.files.prior.mkdir(exist_ok=True)
@@ -233,7 +233,7 @@ class TrainingRun:
         self.trainer.lora.scale = 1.0
 
     def _send(self, path: Path) -> None:
-        """Give a picture of the model's size to the other processes."""
+        """Send a picture of the model's size to the other processes."""
         height, width = (side * self.sd.pixels_per_latent for side in self.sd.default_latent_size)
         image = open_image(path) if self.is_first else Image.new("RGB", (width, height))
         pixels = processes.of_first({"": mx.array(np.asarray(image))}, self.group)[""]
@@ -244,11 +244,11 @@ class TrainingRun:
 
     @property
     def is_done(self) -> bool:
-        """Return whether all steps are made."""
+        """Return whether all steps are finished."""
         return self.trainer.step >= self.request.settings.steps
 
     def steps(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Train, and yield what is done; where ``stopped`` returns True in a process, all end after the step."""
+        """Train and yield events; if ``stopped`` returns True in any process, all end after the step."""
         request, trainer = self.request, self.trainer
         if self.is_first and request.overwrite and request.resume is None:
             for state in self.files.states():
@@ -271,7 +271,7 @@ class TrainingRun:
                 yield from self._preview(stopped)
 
     def finish(self) -> Iterator[Event]:
-        """Write the LoRA, a checkpoint where the run is not done, and the curve; yields what is written."""
+        """Write the LoRA, a checkpoint if the run is unfinished, and the curve; yields an event for each file."""
         if not self.is_first:
             return
         request = self.request
@@ -287,7 +287,7 @@ class TrainingRun:
         return bool(every) and (self.trainer.step % every == 0 or self.is_done)
 
     def _save_state(self) -> Iterator[Event]:
-        """Write a checkpoint, and delete the oldest beyond those to keep."""
+        """Write a checkpoint, and delete the oldest beyond the number to keep."""
         path = self.files.state(self.trainer.step)
         save_state(self.trainer, path)
         for old in self.files.states()[: -self.request.keep]:
@@ -295,7 +295,7 @@ class TrainingRun:
         yield {"kind": "checkpoint", "path": str(path), "step": self.trainer.step}
 
     def measure(self) -> float:
-        """Return the mean loss of some pictures at noise and timesteps that are always the same."""
+        """Return the mean loss of some pictures with fixed noise and timesteps."""
         pictures, losses = self.data.sets[0], []
         with averaged(self.trainer):
             for number in range(min(len(pictures.pictures), _MEASURED)):
@@ -306,7 +306,7 @@ class TrainingRun:
         return sum(losses) / len(losses)
 
     def _preview(self, stopped: Callable[[], bool]) -> Iterator[Event]:
-        """Draw pictures of fixed seeds as a new row of the sheet of previews; none where it is stopped on the way."""
+        """Generate images with fixed seeds as a new row of the preview sheet; no row if it is stopped."""
         if not self.request.preview:
             return
         images: list[Image.Image] = []
@@ -316,7 +316,7 @@ class TrainingRun:
                 for seed in range(_PREVIEWS):
                     images += [] if stopped() else self.sd.generate(text, negative_text=negative, seed=seed)
         except FloatingPointError as error:
-            _log.warning("the preview after step %d is left out: %s", self.trainer.step, error)
+            _log.warning("the preview after step %d is omitted: %s", self.trainer.step, error)
         self._free()
         if len(images) == _PREVIEWS:
             add_row(self.files.sheet, self.trainer.step, images)
@@ -324,7 +324,7 @@ class TrainingRun:
 
 
 def _event(step: TrainingStep, measured: float | None) -> Event:
-    loss = step.loss if math.isfinite(step.loss) else None  # which JSON has
+    loss = step.loss if math.isfinite(step.loss) else None  # JSON has no NaN
     figures = {"loss": loss, "learning_rate": step.learning_rate, "seconds": step.seconds, "skipped": step.skipped}
     peak = round(mx.get_peak_memory() / 1e9, 3)
     return {"kind": "step", "step": step.number} | figures | {"measured": measured, "peak_gb": peak}
@@ -332,4 +332,4 @@ def _event(step: TrainingStep, measured: float | None) -> Event:
 
 def _too_long(sd: StableDiffusion, pictures: Sequence[Picture]) -> list[str]:
     paths = [picture.path for picture in pictures if sd.count_chunks(picture.caption, emphasis="none") > 1]
-    return [f"{path}: its caption has more than 75 tokens, and the rest is not read; shorten it" for path in paths]
+    return [f"{path}: the caption has more than 75 tokens, the rest is ignored; shorten it" for path in paths]

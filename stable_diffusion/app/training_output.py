@@ -1,4 +1,4 @@
-"""Write what a training leaves beside the LoRA, and in its header: table, curve, sheet of previews, settings, texts."""
+"""Write the other files of a training, and the header of the LoRA: table, curve, preview sheet, settings, texts."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ Event = dict[str, Any]  # of a run, as it is printed in JSON; "kind" is step, ch
 STATE = ".state.safetensors"
 _GAP, _FONT = 8, 12  # pixels
 _MOST_ROWS = 40
-SMOOTHING = 0.05  # share of a new loss in the mean that is shown
-_STEPS = "steps"  # keyword of the text in a sheet that names its rows
+SMOOTHING = 0.05  # weight of a new loss in the moving average
+_STEPS = "steps"  # keyword of a sheet's text with the names of its rows
 
 
 class RunFiles:
@@ -41,7 +41,7 @@ class RunFiles:
         return self.lora.with_name(f"{self.lora.stem}-{step:06d}{STATE}")
 
     def states(self) -> list[Path]:
-        """Return the checkpoints that are there, the oldest first."""
+        """Return the existing checkpoints, the oldest first."""
         pattern = re.compile(rf"{re.escape(self.lora.stem)}-(\d+){re.escape(STATE)}")
         found = ((pattern.fullmatch(path.name), path) for path in self.lora.parent.iterdir())
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
@@ -53,7 +53,7 @@ class RunFiles:
 
 
 class LossTable:
-    """Write a table of the steps as a .csv file. After ``step`` steps a file of the same run goes on."""
+    """Write a table of the steps as a .csv file. After ``step`` steps, continue the file of the same run."""
 
     COLUMNS = ("step", "loss", "learning_rate", "seconds", "measured")
 
@@ -83,7 +83,7 @@ class LossTable:
         return find_spec("matplotlib") is not None
 
     def draw(self, path: Path) -> None:
-        """Draw the losses over the steps: each, their moving average, and those that were measured."""
+        """Draw the losses over the steps: each loss, their moving average, and the measured losses."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="tight")
@@ -108,8 +108,8 @@ class LossTable:
 def add_row(path: Path, step: int, pictures: Sequence[Image.Image]) -> None:
     """Add the pictures drawn after a step to the sheet at ``path``, below those of earlier steps.
 
-    Rows of the same or a later step are replaced, as they are of a run that was interrupted. Of more than 40 rows the
-    second ones are left out.
+    Rows of the same or a later step are replaced: they are from an interrupted run. The sheet keeps at most 40 rows:
+    the first one and the latest ones.
     """
     font = ImageFont.load_default(_FONT)
     width, height = sum(p.width + _GAP for p in pictures) - _GAP, pictures[0].height + 2 * _GAP + _FONT
@@ -128,7 +128,7 @@ def add_row(path: Path, step: int, pictures: Sequence[Image.Image]) -> None:
 
 
 def _rows(path: Path, size: tuple[int, int]) -> dict[int, Image.Image]:
-    """Return the rows of a sheet by step; none where it is not there, or of another size."""
+    """Return the rows of a sheet by step; {} if it is missing or has another size."""
     if not path.is_file():
         return {}
     steps, sheet = read_text(path).get(_STEPS, ""), open_image(path)
@@ -139,7 +139,7 @@ def _rows(path: Path, size: tuple[int, int]) -> dict[int, Image.Image]:
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """Return numbers, texts and switches as TOML; those that are None are left out."""
+    """Return numbers, texts and switches as TOML; None is omitted."""
     lines = [
         f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
         for name, value in values.items()

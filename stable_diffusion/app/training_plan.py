@@ -1,4 +1,4 @@
-"""What is known of a training before it begins: operations and time of a step, by constants, and lines about it."""
+"""Predict the operations and the time of a training step from constants, and describe a training in lines."""
 
 import math
 import re
@@ -10,8 +10,8 @@ from tqdm import tqdm
 from ..models.config import listed
 from ..models.unet import UNet2DConditionModel
 
-# TFLOP/s of float32 by Apple's GPUs at full clock, all cores (from their published cores and clocks), and the share of
-# it that a step is taken to reach. Not measured on a Mac.
+# TFLOP/s of float32 by Apple's GPUs at full clock, all cores (from their published cores and clocks), and the
+# fraction that a step is assumed to reach. Not measured on a Mac.
 _PEAK = {"M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 20.8, "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.6}
 _PEAK |= {"M2 Ultra": 27.2, "M3": 3.5, "M3 Pro": 6.4, "M3 Max": 14.2, "M4": 4.3, "M4 Pro": 8.5, "M4 Max": 17.0}
 _REACHED = (0.35, 0.6)
@@ -42,10 +42,10 @@ def step_operations(unet: UNet2DConditionModel, rows: int, size: tuple[int, int]
 
 
 def predicted_seconds(operations: float) -> tuple[float, float] | None:
-    """Return the least and the most seconds that a step is predicted to take on this Mac; None for another device."""
+    """Return the lowest and highest predicted seconds of a step on this Mac; None for another device."""
     name = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else ""
     peak = _PEAK.get(name.removeprefix("Apple "))
-    return None if peak is None else tuple(operations / (peak * 1e12 * share) for share in reversed(_REACHED))
+    return None if peak is None else tuple(operations / (peak * 1e12 * fraction) for fraction in reversed(_REACHED))
 
 
 def describe(plan: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def describe(plan: dict[str, Any]) -> str:
     if plan["processes"] > 1:
         lines.append(f"{plan['processes']} processes, each with a batch of {plan['batch_size']} in a step")
     if plan["first_step"] > 1:
-        lines.append(f"goes on with step {plan['first_step']}")
+        lines.append(f"continues with step {plan['first_step']}")
     if "seconds" in plan:
         total = tqdm.format_interval(plan["seconds"] * (plan["steps"] - plan["first_step"] + 1))
         lines.append(f"{plan['seconds']:.2f} s/step, {total} in all, {plan['peak_gb']:.2f} GB")

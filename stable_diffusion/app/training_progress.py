@@ -1,4 +1,4 @@
-"""Show a training in a terminal: a bar for what is made ready, and one for the steps with loss, time and memory."""
+"""Show a training in a terminal: a bar for the preparation, and one for the steps with loss, time and memory."""
 
 import logging
 
@@ -12,11 +12,11 @@ _log = logging.getLogger("stable_diffusion")
 
 
 class TrainingProgress:
-    """Show a run on stderr, where it is a terminal; skipped steps are said."""
+    """Show a run on stderr if it is a terminal; log skipped steps."""
 
     def __init__(self, run: TrainingRun):
         self._run = run
-        # A launcher reads what processes print, and hands it on to a terminal.
+        # A launcher reads the output of the processes and prints it to a terminal.
         self._off = None if run.group is None else not run.is_first
         self._bar: tqdm | None = None
         self._mean: float | None = None
@@ -28,7 +28,7 @@ class TrainingProgress:
             self._bar.close()
 
     def prepare(self) -> None:
-        """Make the run ready."""
+        """Prepare the run."""
         for label, done, total in self._run.prepare():
             if done == 1:
                 self.close()

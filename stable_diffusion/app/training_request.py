@@ -1,4 +1,4 @@
-"""What a training is asked for, and what is checked and written of that before anything is computed."""
+"""The settings of a training run, their checks, and the settings file, before anything is computed."""
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,7 @@ class TrainingRequest:
     settings: TrainingSettings
     output: Path = Path("lora.safetensors")
     overwrite: bool = False
-    config: str | None = None  # the file that it was read from
+    config: str | None = None  # the file with these settings
     model: str = "sd15"
     revision: str | None = None
     quantize: bool = False
@@ -44,7 +44,7 @@ class TrainingRequest:
     def __post_init__(self) -> None:
         for name in ("trigger", "format", "prior") if self.settings.embedding else ():
             if getattr(self, name) != getattr(TrainingRequest, name):
-                raise SettingError(f"{name} has no effect on an embedding; leave {name} out", name)
+                raise SettingError(f"{name} has no effect on an embedding; omit {name}", name)
 
     @property
     def word(self) -> str | None:
@@ -53,19 +53,19 @@ class TrainingRequest:
 
     @property
     def drawn_prior(self) -> int | None:
-        """Return how many prior pictures are to be drawn; None where there are none, or they are in a folder."""
+        """Return the number of prior pictures to generate; None without them, or if a folder has them."""
         return int(self.prior) if self.prior is not None and self.prior.isdigit() else None
 
 
 def check_output(request: TrainingRequest, files: RunFiles) -> None:
-    """Raise ValueError or OSError unless a LoRA can be written and no file of another run is replaced."""
+    """Raise ValueError or OSError if the LoRA cannot be written or would overwrite another run."""
     path = request.output
     if request.cache is not None and request.cache.exists() and not request.cache.is_dir():
         raise SettingError(f"the cache {request.cache} is a file; give a folder", "cache")
     if path.is_dir():
         raise SettingError(f"the output {path} is a folder; give the path of a file in it", "output")
     if path.suffix != ".safetensors":
-        raise SettingError(f"the output {path} is no .safetensors file; name it so", "output")
+        raise SettingError(f"the output {path} has the wrong suffix; give a name that ends in .safetensors", "output")
     if not path.parent.is_dir():
         raise SettingError(f"the output folder {path.parent} does not exist; create it first", "output")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -73,26 +73,26 @@ def check_output(request: TrainingRequest, files: RunFiles) -> None:
     config = None if request.config is None else Path(request.config).expanduser().resolve()
     existing = [file for file in files.existing(request.preview is not None) if file.resolve() != config]
     if existing and not request.overwrite and request.resume is None:
-        remedy = "choose another output; overwrite replaces it, resume latest goes on with its run"
+        remedy = "choose another output, replace it with overwrite, or continue its run with resume latest"
         raise SettingError(f"{existing[0]} exists; {remedy}", "output", "overwrite", "resume")
 
 
 def find_state(request: TrainingRequest, files: RunFiles) -> Path:
-    """Return the checkpoint to resume. Raises ValueError, one line, where there is none."""
+    """Return the checkpoint to resume. Raises ValueError, one line, if it does not exist."""
     if request.resume != "latest":
         path = Path(request.resume).expanduser()
         if not path.is_file():
-            raise SettingError(f"there is no checkpoint {path} to resume; check the path, or give latest", "resume")
+            raise SettingError(f"the checkpoint {path} does not exist; check the path, or give latest", "resume")
         return path
     if not (states := files.states()):
-        raise SettingError(f"there is no checkpoint beside {request.output}; leave resume out", "resume")
+        raise SettingError(f"no checkpoint found beside {request.output}; omit resume", "resume")
     return states[-1]
 
 
 def write_settings(request: TrainingRequest, path: Path, **resolved: Any) -> None:
-    """Write all settings as a .toml file that --config reads; not over that file itself.
+    """Write all settings as a .toml file for --config; never overwrite the config file itself.
 
-    ``resolved`` are those that the request leaves open.
+    ``resolved`` are the values of settings that the request does not decide.
     """
     if request.config is not None and Path(request.config).expanduser().resolve() == path.resolve():
         return

@@ -1,4 +1,4 @@
-"""Enlarge image files by a network: ``python -m stable_diffusion upscale``."""
+"""Enlarge image files with an upscaler network: ``python -m stable_diffusion upscale``."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,10 @@ from .results import save_numbered
 def upscale(paths: Sequence[str], upscaler: str, output: str | None, limit: float) -> Iterator[Path]:
     """Enlarge image files within ``limit`` bytes of memory, and yield the path of each as it is written.
 
-    ``output`` is a file, or a folder, which gets the files' names; None is the current folder, with the scale behind
-    the names. A name that is taken gets a number. Each keeps the record of how its picture was made, and transparency
-    where the format can. Raises ValueError or OSError, one line; for what is wrong with a path before any work.
+    ``output`` is a file, or a folder, where the files keep their names; None is the current folder, with the scale
+    appended to the names. Existing files are never overwritten; a number is added. The metadata of the image is kept,
+    and its transparency if the format supports it. Raises ValueError or OSError, one line; for mistakes in a path
+    before any work.
     """
     texts = [read_text(path) for path in paths]
     network = load_upscaler(upscaler)

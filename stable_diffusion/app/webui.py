@@ -1,7 +1,7 @@
-"""Read requests to AUTOMATIC1111's web UI as values by the names of a request's fields, and describe what came of them.
+"""Read requests for AUTOMATIC1111's web UI as values by the names of a request's fields, and describe the results.
 
-As there, a setting is ignored that the sampler or the model does not have; what else cannot be followed is refused.
-Prompts have the meaning that they have here, which is close to that there.
+Settings without effect for the sampler or the model are ignored, as in the web UI; other unsupported settings are
+refused. Prompts are read with the syntax of this library, which is close to that of the web UI.
 """
 
 import math
@@ -25,7 +25,7 @@ from .worker import Picture
 _NAMES = {
     "steps": "Steps",
     "sampler_index": "Sampler",
-    "sampler_name": "Sampler",  # which counts where both are given
+    "sampler_name": "Sampler",  # takes precedence over the one above
     "scheduler": "Schedule type",
     "cfg_scale": "CFG scale",
     "image_cfg_scale": "Image CFG scale",
@@ -44,17 +44,17 @@ _NAMES = {
 }
 _NO_EFFECT = {"subseed_strength": 0, "s_churn": 0, "s_tmin": 0, "s_tmax": 0, "s_noise": 1, "refiner_checkpoint": "None"}
 _OPTIONS = {"CLIP_stop_at_last_layers": "Clip skip", "eta_noise_seed_delta": "ENSD", "randn_source": "RNG"}
-_OF_SAMPLERS = {"Eta", "Sigma churn", "Sigma tmin", "Sigma tmax", "Sigma noise"}  # of those that have them
-_READ = {"Sampler": read_name, "Schedule type": read_schedule}  # which name what there is
+_OF_SAMPLERS = {"Eta", "Sigma churn", "Sigma tmin", "Sigma tmax", "Sigma noise"}  # only of samplers that read them
+_READ = {"Sampler": read_name, "Schedule type": read_schedule}  # their errors list the known names
 _STRENGTH = 0.75  # of the web UI
 _RESIZE = {0: "stretch", 1: "crop", 2: "pad", 3: "stretch"}
 _RESIZE |= {"Just Resize": "stretch", "Crop and Resize": "crop", "Resize and Fill": "pad"}  # of ControlNets
 ENLARGES = {"Latent": "latents", "None": "pixels", "Lanczos": "pixels"}  # without a network
-# Of the second pass what has to be as in the first, if it is given.
+# Fields of the second pass that, if given, must equal those of the first.
 _OF_SECOND = ("hr_prompt", "hr_negative_prompt", "hr_sampler_name", "hr_scheduler", "hr_checkpoint_name")
 _UNION_TYPES = ("OpenPose", "Depth", "Soft Edge", "Hard Edge", "Normal Map", "Segmentation", "Tile", "Inpaint")
 _GUESS = ("ControlNet is more important", 2)
-# What a ControlNet may have in these fields: its default comes first.
+# The supported values of these fields of a ControlNet; the default is first.
 _OF_CONTROLS = {
     "module": ("none", "None", "canny"),
     "control_mode": ("Balanced", 0, *_GUESS),
@@ -63,8 +63,11 @@ _OF_CONTROLS = {
     "hr_option": ("Both",),
     "mask": (None,),
 }
-_OF_CANNY = {"threshold_a": (100, 64, -1), "threshold_b": (200, 64, -1)}  # and the values that clients send with all
-# Of what is said of pictures, what is the same for all here.
+_OF_CANNY = {
+    "threshold_a": (100, 64, -1),
+    "threshold_b": (200, 64, -1),
+}  # and values that clients always send
+# Entries of the info about images that never change here.
 _INFO = {"restore_faces": False, "face_restoration_model": None, "sd_vae_hash": None, "styles": []}
 _INFO |= {"seed_resize_from_w": 0, "seed_resize_from_h": 0, "index_of_first_image": 0, "version": __version__}
 _INFO |= {"extra_generation_params": {}, "is_using_inpainting_conditioning": False}
@@ -77,9 +80,9 @@ _NO_RHO = {"aliases": None, "default_rho": -1.0, "need_inner_model": False}
 
 
 def read_request(fields: Mapping[str, Any], library: Library) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a request to draw: its values, and its pictures, in base64. ``fields`` have the types of the web UI's.
+    """Read a request to generate images: its values, and its input images in base64.
 
-    Raises ValueError for what cannot be followed.
+    ``fields`` have the types of the web UI. Raises ValueError for unsupported values.
     """
     image = fields["init_images"][0] if "init_images" in fields else None
     given = {"denoising_strength": _STRENGTH} | {k: v for k, v in fields.items() if _NO_EFFECT.get(k) != v}
@@ -116,7 +119,7 @@ def read_request(fields: Mapping[str, Any], library: Library) -> tuple[dict[str,
 
 
 def read_options(settings: Mapping[str, Any], library: Library) -> dict[str, Any]:
-    """Read the web UI's settings that have a meaning here: model, autoencoder and ways of drawing."""
+    """Read the supported settings of the web UI: model, autoencoder, and options of generation."""
     given = {name: value for name, value in settings.items() if value not in (None, "")}
     values = _read({name: given[field] for field, name in _OPTIONS.items() if field in given})
     if "sd_model_checkpoint" in given:
@@ -128,11 +131,11 @@ def read_options(settings: Mapping[str, Any], library: Library) -> dict[str, Any
 
 
 def _read(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read settings by their names in the text of a picture."""
+    """Read settings by their names in the text of an image."""
     values, other = infotext.to_arguments("", "", {name: infotext.number(value) for name, value in settings.items()})
     for name in other.keys() - _OF_SAMPLERS:
         _READ.get(name, str)(other[name])
-        raise ValueError(f"{name} {other[name]!r:.80} cannot be followed; leave it out")
+        raise ValueError(f"{name} {other[name]!r:.80} is not supported; omit it")
     return {name: value for name, value in values.items() if name not in ("prompt", "negative_prompt")}
 
 
@@ -140,13 +143,13 @@ def _second_pass(given: Mapping[str, Any], library: Library) -> dict[str, Any]:
     for field in _OF_SECOND:
         value, first = given.get(field, ""), given.get(field.removeprefix("hr_"), "automatic")
         if value and value.lower() != first.lower() and not value.startswith("Use same"):
-            raise ValueError(f"{field} {value!r:.80} is not that of the first pass, as it must be; leave it out")
+            raise ValueError(f"{field} {value!r:.80} must be that of the first pass; omit it")
     scales = [given.get("hr_scale", 2.0)]
     targets = {side: given.get(f"hr_resize_{axis}") for axis, side in (("x", "width"), ("y", "height"))}
     if any(targets.values()):
         scales = [target / (given.get(side) or math.inf) for side, target in targets.items() if target]
     if max(scales) - min(scales) > 0.01 or not min(scales):
-        raise ValueError("hr_resize_x and hr_resize_y are not width and height times a factor; give hr_scale")
+        raise ValueError("hr_resize_x and hr_resize_y must be width and height times one factor; give hr_scale")
     upscaler = given.get("hr_upscaler", "Latent")
     return {"hires": scales[0], "hires_upscaler": ENLARGES.get(upscaler) or library.find("upscalers", upscaler)}
 
@@ -156,14 +159,14 @@ def _mask(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     blurs = {given[name] for name in ("mask_blur", "mask_blur_x", "mask_blur_y") if name in given} or {4.0}
     if len(blurs) > 1:
-        raise ValueError("mask_blur, mask_blur_x and mask_blur_y are not one number; give mask_blur alone")
+        raise ValueError("mask_blur, mask_blur_x and mask_blur_y differ; give mask_blur alone")
     padding = given.get("inpaint_full_res_padding", 0) if given.get("inpaint_full_res", True) else None
     is_inverted = given.get("inpainting_mask_invert", False)
     return {"mask_blur": blurs.pop(), "mask_padding": padding, "invert_mask": is_inverted}
 
 
 def _units(scripts: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the ControlNets among the scripts that always run; others are refused, unless they are off."""
+    """Yield the ControlNets among the scripts that always run; refuse others, unless they are off."""
     for name, script in scripts.items():
         is_known, args = name.lower() == "controlnet", script.get("args") or []
         args = args if isinstance(args, list) else [args]
@@ -171,17 +174,17 @@ def _units(scripts: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             if not unit or (isinstance(unit, dict) and not unit.get("enabled", unit.get("enable", True))):
                 continue
             if not (is_known and isinstance(unit, dict)):
-                raise ValueError(f"the script {name!r:.80} with {unit!r:.80} cannot run; leave it out")
+                raise ValueError(f"the script {name!r:.80} with {unit!r:.80} is not supported; omit it")
             given = {field: value for field, value in unit.items() if value not in (None, "")}
             for field, choices in (_OF_CONTROLS | (_OF_CANNY if given.get("module") == "canny" else {})).items():
                 if given.setdefault(field, choices[0]) not in choices:
                     known = ", ".join(map(str, choices))
-                    raise ValueError(f"{field} {given[field]!r:.80} of a ControlNet cannot be; choose one of {known}")
+                    raise ValueError(f"{field} {given[field]!r:.80} of a ControlNet is unknown; choose one of {known}")
             yield given
 
 
 def _controls(units: Sequence[Mapping[str, Any]], library: Library) -> dict[str, Any]:
-    """Return the values of ControlNets, which share the field of the request that says how images are resized."""
+    """Return the values of ControlNets; all share the field ``resize`` of the request."""
     if not units:
         return {}
     rows = {(unit["module"] == "canny", unit["control_mode"] in _GUESS, _RESIZE[unit["resize_mode"]]) for unit in units}
@@ -202,7 +205,7 @@ def _controls(units: Sequence[Mapping[str, Any]], library: Library) -> dict[str,
 
 
 def describe(pictures: Sequence[Picture], requests: Sequence[Request]) -> dict[str, Any]:
-    """Return what the web UI says of pictures ("info"); ``requests`` are those of a job, which may have drawn none."""
+    """Return the web UI's "info" about images; ``requests`` are those of a job, which may have no images."""
     requests = [picture.request for picture in pictures] or requests
     first, texts = requests[0], [picture.text["parameters"] for picture in pictures]
     settings = infotext.read(texts[0])[2] if texts else {}
@@ -237,9 +240,9 @@ def timestamp() -> str:
 
 
 def lists(library: Library, words: Sequence[str]) -> dict[str, Any]:
-    """Return what there is to choose of, by the path that answers it. Nothing has a path on this machine.
+    """Return the lists of available names, by the path of the API. They contain no paths of this machine.
 
-    ``words`` are those that embeddings give to prompts.
+    ``words`` are the words of embeddings.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     used = mx.get_active_memory() + mx.get_cache_memory()

@@ -1,4 +1,4 @@
-"""Read folders of wildcards: text files whose lines a word like ``__name__`` in a prompt stands for."""
+"""Read folders of wildcards: ``__name__`` in a prompt is replaced by the lines of a text file."""
 
 import os
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from ..files.text import read_text
 def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]]:
     """Return a function for ``alternatives.expand`` that reads wildcards: a name -> the lines of ``folder/name.txt``.
 
-    A name may hold folders ("clothes/hats") and be a pattern for several files ("clothes/*"). Where no file has it, it
-    is that of files in folders below. The files are UTF-8, each read when it is first needed. Blanks around a line are
-    left out, and so are empty lines, those that begin with #, and lines that came before.
+    A name may contain folders ("clothes/hats") and be a pattern for several files ("clothes/*"). If no file has the
+    name, files in sub-folders are searched. The files are UTF-8, each read when it is first needed. Blanks around a
+    line are removed. Empty lines, lines that begin with #, and repeated lines are omitted.
 
-    Raises ValueError where there is no folder, and on a call for a name that leaves it, that no file in it has, or
-    whose file cannot be read.
+    Raises ValueError for a missing folder. A call raises it for a name outside the folder, an unknown name, or an
+    unreadable file.
     """
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
-        raise ValueError(f"there is no folder of wildcards at {root}; check the path")
+        raise ValueError(f"the folder of wildcards {root} does not exist; check the path")
 
     @cache
     def paths() -> dict[str, Path]:
@@ -32,11 +32,11 @@ def read_wildcards(folder: str | os.PathLike) -> Callable[[str], tuple[str, ...]
     def lines(name: str) -> tuple[str, ...]:
         name = name.replace("\\", "/")
         if not set(name.split("/")).isdisjoint({"", ".", ".."}):
-            raise ValueError(f"the wildcard __{name}__ leaves the folder {root}; name a file in it")
+            raise ValueError(f"the wildcard __{name}__ is outside the folder {root}; name a file in it")
         names = [other for other in paths() if fnmatchcase(other, name)]
         names = names or [other for other in paths() if fnmatchcase(other, f"*/{name}")]
         if not names:
-            raise ValueError(f"there is no wildcard __{name:.60}__ in {root}; {_similar(name, [*paths()], root)}")
+            raise ValueError(f"unknown wildcard __{name:.60}__ in {root}; {_similar(name, [*paths()], root)}")
         return tuple(dict.fromkeys(line for other in names for line in _lines(paths()[other])))
 
     return lines
@@ -51,10 +51,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _similar(name: str, names: list[str], root: Path) -> str:
-    """Describe the wildcards there are, those with names like ``name`` first, or files of another kind."""
+    """Describe the known wildcards, similar names first, or files of another kind."""
     close = get_close_matches(name, names, cutoff=0.5)
     others = [path.name for path in sorted(root.rglob("*.*")) if path.suffix in (".json", ".yaml", ".yml")]
     if others and not close:
         return f"{others[0]} is not read: write each of its lists into a .txt file"
     shown = ", ".join(f"__{other}__" for other in close or names[:5])
-    return f"{'similar' if close else 'some'} there: {shown}" if shown else "it holds no .txt files"
+    return f"{'similar' if close else 'some'} names: {shown}" if shown else "the folder has no .txt files"

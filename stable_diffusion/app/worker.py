@@ -1,7 +1,7 @@
-"""One thread owns MLX: it opens models, runs jobs one after the other, and frees what it held.
+"""One thread owns MLX: it opens models, runs jobs one after the other, and frees the networks.
 
-Programs that serve others, such as over HTTP, have an event loop in another thread. A job takes a request to the worker
-and brings back events: steps, previews, pictures.
+Servers, such as over HTTP, have an event loop in another thread. A job sends a request to the worker and returns
+events: steps, previews, images.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from .metadata import describe
 from .preview import preview_decoder
 from .request import Request, expand
 
-# What the networks in memory depend on: a request that differs in one of these needs another model.
+# The networks in memory depend on these fields: a request with other values needs another model.
 _OF_MODEL = ("model", "revision", "vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "prediction", "lora")
 _OF_MODEL += ("lora_partial", "embedding", "quantize", "unet_bits", "text_bits", "dtype", "exact")
 
@@ -35,20 +35,20 @@ _PREVIEW = 512  # pixels
 
 
 class BusyError(Exception):
-    """Refuse a job because too many wait; ``seconds`` is when to try again."""
+    """Refuse a job because the queue is full; try again after ``seconds``."""
 
     def __init__(self, waiting: int, seconds: float):
         self.seconds = int(seconds) + 1
-        super().__init__(f"{waiting} jobs are waiting, the limit; try again in {self.seconds} s")
+        super().__init__(f"the queue is full: {waiting} jobs are waiting; try again in {self.seconds} s")
 
 
 class StoppedError(Exception):
-    """Report a job that ends without its images because the server stops."""
+    """Report a job that ends early because the server stops."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold a finished image, the texts of how it was made, and how far it came where it was interrupted."""
+    """Hold a finished image, its metadata texts, and its progress if it was interrupted."""
 
     image: Image
     request: Request
@@ -60,11 +60,11 @@ class Picture:
 
 @dataclass(eq=False)
 class Job:
-    """Hold a request and what has come of it so far.
+    """Hold a request and its results so far.
 
-    A ``task`` is run in place of drawing, with the model of the request; its ``outcome`` is kept. ``shows`` says that
-    every step has a preview. ``folder`` holds the files that the request names, until the job ends. ``adapt`` makes
-    requests for the model in use of those for any.
+    A ``task`` runs instead of the generation, with the model of the request; ``outcome`` is its result. With ``shows``,
+    every step has a preview. ``folder`` holds the files that the request names, until the job ends. ``adapt`` changes
+    the requests to fit the model in use.
     """
 
     request: Request
@@ -86,30 +86,30 @@ class Job:
 
     @property
     def progress(self) -> float:
-        """Return the fraction of the steps that are made."""
+        """Return the fraction of finished steps."""
         return self.done / (self.done + self.left) if self.done else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """Return the time that the remaining steps will take, as those before did; 0 before the first."""
+        """Return the expected time of the remaining steps, at the speed so far; 0 before the first."""
         return (perf_counter() - self.began) / self.done * self.left if self.done else 0.0
 
 
 def make_job(
     base: Request, values: Mapping[str, Any], pictures: Mapping[str, Any], limits: Limits, **options: Any
 ) -> Job:
-    """Make a job of a request that differs from ``base`` in ``values``, by the names of fields.
+    """Create a job for a request that differs from ``base`` in ``values``, by the names of fields.
 
-    Networks are sources. ``pictures`` are bytes or base64 by the fields that name files, a list where there may be
-    several; None is none. The prompt is text: another program's braces are no alternatives. ``options`` are those of
-    :class:`Job`. Raises ValueError for values that are no request's, and beyond the ``limits``.
+    Networks are sources. ``pictures`` are bytes or base64, by the names of file fields; a list for fields with several
+    files, None for no file. The prompt is plain text: braces of other programs are not alternatives. ``options`` are
+    those of :class:`Job`. Raises ValueError for unknown or invalid values, and beyond the ``limits``.
     """
     folder = TemporaryDirectory(prefix="stable-diffusion-")
     try:
         files = {name: _kept(name, one, folder.name) for name, one in pictures.items() if one is not None}
         request, unknown = Request.from_dict({**values, **files}, base)
         if unknown:
-            raise ValueError(f"there is no setting {', '.join(unknown):.80}")
+            raise ValueError(f"unknown setting {', '.join(unknown):.80}")
         limits.check(request)
         text = request.resolved_prompt or request.prompt
         return Job(request.with_values(resolved_prompt=text), folder=folder, **options)
@@ -119,23 +119,23 @@ def make_job(
 
 
 def _kept(name: str, picture: Any, folder: str) -> Any:
-    """Write the pictures of a field into a folder, and return their paths in the form of the field."""
+    """Write the images of a field into a folder, and return their paths in the type of the field."""
     if isinstance(picture, list):
         return tuple(keep(one, folder, f"{name}_{number}") for number, one in enumerate(picture, start=1))
     return keep(picture, folder, name)
 
 
 class Worker:
-    """Run jobs one after the other, in a thread of its own.
+    """Run jobs one after the other, in one thread.
 
     Args:
         base: a request for the model that is opened first.
         resources: how the machine is used.
         queue: number of jobs that may wait.
-        idle: seconds without a job after which the networks are freed; None is never.
-        device: "cpu" or "gpu"; None is the machine's.
+        idle: seconds without a job after which the networks are freed; None never frees them.
+        device: "cpu" or "gpu"; None is the default device.
         preload_models: read all weights before the first job.
-        safety_check: withhold pictures that the checkpoint's safety checker flags, or that of ``safety_model``.
+        safety_check: withhold images flagged by the safety checker of the checkpoint, or by ``safety_model``.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class Worker:
         safety_check: bool = False,
         safety_model: str | None = None,
     ):
-        self.jobs: list[Job] = []  # that run or wait, in their order
-        self.words: Sequence[str] = ()  # that embeddings give to prompts
-        self.wants_preview = False  # for whoever looks at ``Job.preview``
+        self.jobs: list[Job] = []  # running and waiting, in their order
+        self.words: Sequence[str] = ()  # of embeddings, for prompts
+        self.wants_preview = False  # set to get one ``Job.preview``
         self._resources, self._queue, self._idle = resources, queue, idle
         self._safety_check, self._safety_model = safety_check, safety_model
         self._thread, self._is_closing = ThreadPoolExecutor(1, "mlx"), False
@@ -162,14 +162,13 @@ class Worker:
         self._key: tuple = ()
 
     def start(self) -> None:
-        """Open the model of the settings. Raises ValueError or OSError where that is not possible."""
+        """Open the model of the settings. Raises ValueError or OSError if it cannot be opened."""
         self._thread.submit(self._begin).result()
 
     async def run(self, job: Job) -> AsyncIterator[Any]:
-        """Run a job in its turn and yield "step", "preview" and pictures; raises what ended it.
+        """Run a job in its turn and yield "step", "preview" and images; raise the exception of a failed job.
 
-        A listener that leaves cancels it. Raises BusyError where too many jobs wait, StoppedError where the server
-        stops.
+        Closing the iteration cancels the job. Raises BusyError if the queue is full, StoppedError if the server stops.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -206,16 +205,16 @@ class Worker:
 
     @property
     def job(self) -> Job | None:
-        """Return the job that runs."""
+        """Return the running job."""
         return self.jobs[0] if self.jobs else None
 
     def interrupt(self) -> None:
-        """Stop the job that runs after its step; it has the pictures that there are."""
+        """Stop the running job after its current step; it keeps the images so far."""
         if self.job is not None:
             self.job.is_cancelled = True
 
     def stop(self) -> None:
-        """Stop after the step at hand: jobs that run or wait end with StoppedError."""
+        """Stop after the current step: running and waiting jobs end with StoppedError."""
         self._is_closing = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -224,7 +223,7 @@ class Worker:
         self._thread.shutdown()
 
     def _free(self) -> None:
-        """Free the networks unless a job came meanwhile; the next one reads them again."""
+        """Free the networks if there is no job; the next job loads them again."""
         if not self.jobs and not self._is_closing:
             self._thread.submit(self._release)
 
@@ -259,7 +258,7 @@ class Worker:
         self._model.pinned[self] = pinned
 
     def _open(self, request: Request) -> None:
-        """Open the model of a request; one that cannot be opened leaves the other in use."""
+        """Open the model of a request; if that fails, the previous model stays in use."""
         key = tuple(request.value(name) for name in _OF_MODEL)
         if key == self._key:
             return
@@ -270,7 +269,7 @@ class Worker:
             model.pinned[self] = set(model.sources)
         self._model, self._preview, self._check, self._key = model, preview, check, key
         self.words = [word for words in model.embeddings.values() for word in words]
-        cpu.clear_cache()  # of the model before
+        cpu.clear_cache()  # of the previous model
 
     def _on_step(self, job: Job, step: Step, tell: Callable[[Any], None]) -> bool:
         job.done, job.left = job.done + bool(step.number), step.total - step.number + step.later
@@ -282,7 +281,7 @@ class Worker:
         return job.is_cancelled or self._is_closing
 
     def _shown(self, latents: mx.array) -> Image:
-        """Return a preview of the first of some latents, as large as its picture, or 512 pixels on its longer side."""
+        """Return a preview of the first latents, in the size of the image, or with a longer side of 512 pixels."""
         height, width = (side * self._model.pixels_per_latent for side in latents.shape[1:3])
         scale = min(1.0, _PREVIEW / max(height, width))
         return to_images(self._preview(latents[:1]))[0].resize((round(width * scale), round(height * scale)))

@@ -1,4 +1,4 @@
-"""From the arguments of a script to requests: flags, files of prompts, and pictures that are made again."""
+"""From the arguments of a script to requests: flags, prompt files, and images to repeat."""
 
 import os
 import re
@@ -23,8 +23,8 @@ from ..unconditional import UnconditionalDiffusion
 from .flags import FLAGS, FOREIGN, SWEPT
 from .parser import Parser, script_parser
 
-# A flag without effect is refused where another flag is missing, here and in the record of --from_image, and remarked
-# where the prompts are the reason.
+# A flag without effect is refused if another flag is missing, both here and in the record of --from_image. If the
+# prompts are the reason, it only gives a remark.
 _NEEDED = {
     **dict.fromkeys(("canny", "guess_mode", "control_start", "control_end", "control_type"), "controlnet"),
     **dict.fromkeys(("ip_start", "ip_end", "ip_blocks", "ip_mask"), "ip_adapter"),
@@ -50,7 +50,7 @@ _NEEDED_IN_PROMPTS = {
 
 @dataclass(frozen=True)
 class Command:
-    """Hold what a script is to do. ``lines`` are requests with the settings that have several values."""
+    """Hold the parsed command of a script. ``lines`` are requests with their swept settings."""
 
     parser: Parser
     lines: Sequence[tuple[Request, Sweep]]
@@ -68,7 +68,7 @@ class Command:
 
 
 def read(script: str, argv: Sequence[str] | None, prog: str | None = None) -> Command:
-    """Read the arguments of a script, a key of ``FOREIGN`` (None: the process's). Exits with a line for a mistake."""
+    """Read the arguments of a script, a key of ``FOREIGN`` (None: the process's). Exits with one line for a mistake."""
     parser = script_parser(script, prog)
     arguments = vars(parser.parse_args(argv))
     try:
@@ -110,14 +110,14 @@ def _command(parser: Parser, script: str, arguments: dict[str, Any]) -> Command:
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
-    """Refuse flags that make no sense together, other than those that a request refuses."""
+    """Refuse flags that cannot be combined, besides those that a request refuses."""
     names, output, preview = arguments.keys(), arguments.get("output", "out.png"), arguments.get("preview")
     if "quality" in names and not output.lower().endswith((".jpg", ".jpeg", ".webp")):
         raise ValueError("--quality is for JPEG and WebP: give --output a name that ends in .jpg or .webp")
     if names >= {"low_memory", "preload_models"}:
-        raise ValueError("--low_memory reads each network when it is used, --preload_models all at once: leave one out")
+        raise ValueError("--low_memory loads each network when needed, --preload_models all at once: omit one of them")
     if preview is not None and "safety_check" in names:
-        raise ValueError("--preview shows images before --safety_check has seen them: leave one out")
+        raise ValueError("--preview shows images before --safety_check has seen them: omit one of them")
     if preview is not None and os.path.abspath(preview) == os.path.abspath(output):
         raise ValueError(f"--preview and --output both name {preview}; give the preview another name")
 
@@ -138,7 +138,7 @@ def _unused(arguments: Mapping[str, Any], lines: Sequence[tuple[Request, Sweep]]
 
 
 def line_of(base: Request, arguments: Mapping[str, Any]) -> tuple[Request, Sweep]:
-    """Return a request with the flags of a command, and those of them that have several values, in their order."""
+    """Return a request with the flags of a command, and its swept flags in their order."""
     settings = {name: value for name, value in arguments.items() if name in KINDS}
     sweep = Sweep((name, value) for name, value in settings.items() if name in SWEPT and isinstance(value, tuple))
     settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
@@ -167,28 +167,28 @@ def _prompt_lines(parser: Parser, script: str, arguments: dict[str, Any], base: 
         line_parser.where = f"{path}, line {number}: "
         try:
             line_arguments = vars(line_parser.parse_args(shlex.split(flags)))
-            # Where both have a flag, it is the line's.
+            # The flags of the line override those of the command.
             requests.append(line_of(base, arguments | line_arguments | {"prompt": prompt.strip()}))
         except ValueError as error:
             line_parser.error(error)
-        if isinstance(arguments.get("seed"), int) and "fixed_seed" not in arguments:  # it is where counting began
+        if isinstance(arguments.get("seed"), int) and "fixed_seed" not in arguments:  # for the first line only
             arguments = {name: value for name, value in arguments.items() if name != "seed"}
     if not requests:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one on each line")
+        raise ValueError(f"the prompt file {path} has no prompt; write one on each line")
     return requests
 
 
 def _repeated(
     parser: Parser, script: str, arguments: dict[str, Any], record: Record
 ) -> tuple[Request, dict[str, Any], list[str]]:
-    """Return the request that a picture records, the flags that replace parts of it, and remarks."""
-    left_out = FOREIGN[script] | {"n_images", "wildcards"}  # the record has the prompt that these came to
+    """Return the request recorded in an image, the flags that override parts of it, and remarks."""
+    left_out = FOREIGN[script] | {"n_images", "wildcards"}  # the record has the resolved prompt
     recorded = {name: value for name, value in record.arguments.items() if name not in left_out}
     for name in arguments.get("without", ()):
         field_name = name.lstrip("-").replace("-", "_")
         if field_name not in KINDS or field_name in ("image", "prompt"):
             known = listed(sorted((recorded.keys() & KINDS.keys()) - {"image", "prompt"}), most=12)
-            raise ValueError(f"--without {name} is none of the flags that can be left out; the picture has {known}")
+            raise ValueError(f"--without {name} is not a flag of this picture; choose from {known}")
         recorded.pop(field_name, None)
     has_prompt = bool({"prompt", "prompt_file"} & arguments.keys())
     replaced = ["revision"] if "model" in arguments else []
@@ -199,13 +199,13 @@ def _repeated(
     request, unknown = Request.from_dict(recorded)
     parser.where = ""
     if script != "unconditional" and not isinstance(recorded.get("prompt"), str) and not has_prompt:
-        raise ValueError(f"{record.path} names no prompt; give one")
+        raise ValueError(f"{record.path} records no prompt; give one")
     if script == "image2image" and "image" in arguments and not has_prompt:
         word = arguments["image"]
-        if not os.path.isfile(word) and not word.lower().endswith(SUFFIXES):  # the one word is a prompt
+        if not os.path.isfile(word) and not word.lower().endswith(SUFFIXES):  # the only word is a prompt
             arguments = {name: value for name, value in arguments.items() if name != "image"} | {"prompt": word}
     if script == "image2image" and request.image is None and "image" not in arguments:
-        raise ValueError(f"{record.path} names no image; give one")
+        raise ValueError(f"{record.path} records no image; give one")
     if not {"n_images", "prompt_file"} & arguments.keys() and not isinstance(arguments.get("seed"), tuple):
         arguments = arguments | {"n_images": 1}
     fields, folders = recorded.keys() - arguments.keys(), arguments.get("lora_dir", [])
@@ -214,6 +214,6 @@ def _repeated(
     notes = list(remarks(record, script, unknown, "model" in arguments))
     if request.prompt_loras and not record.details and not folders and not has_prompt:
         names = listed([name for name, *_ in request.prompt_loras])
-        notes.append(f"{record.path}: its LoRAs are not used ({names}); --lora_dir DIR says where they are")
+        notes.append(f"{record.path}: its LoRAs are not used ({names}); give their folder with --lora_dir DIR")
         request = request.with_values(prompt=request.text, resolved_prompt=request.text)
     return request, arguments, notes

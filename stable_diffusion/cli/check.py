@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     limit = set_limits(None, low_memory=False)
     checks = find_checks(args.words)
     if not checks:
-        parser.error(f"no check has a name with {' and '.join(map(repr, args.words))}; without words all are run")
+        parser.error(f"no check has {' and '.join(map(repr, args.words))} in its name; omit the words to run all")
     results: list[Measurement] = []
     measured = (results.append(result) or result for result in map(measure, checks))
     try:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _table(results: Iterable[Measurement]) -> Iterator[str]:
-    """Yield the lines of a Markdown table, each as soon as its values are there."""
+    """Yield the lines of a Markdown table, each as soon as its values are known."""
     yield f"| check | {' | '.join(_TYPES)} | unit |"
     yield "| --- " * (len(_TYPES) + 2) + "|"
     for check, values in groupby(results, key=lambda result: (result.check.name, result.check.unit)):
@@ -70,7 +70,7 @@ def _table(results: Iterable[Measurement]) -> Iterator[str]:
 
 
 def _cell(result: Measurement) -> str:
-    """Return a value with its bounds, in bold where it is outside."""
+    """Return a value with its bounds, in bold if outside."""
     check = result.check
     if result.error:
         return f"**{result.error.replace('|', '/')}**"

@@ -213,7 +213,7 @@ _WITHOUT_PROMPTS = {"width", "height", "n_images", "seed", "steps", "sampler", "
 _WITHOUT_PROMPTS |= {"noise_source", "eta_noise_seed_delta", "variation_strength", "variation_seed", "freeu", "s_churn"}
 _WITHOUT_PROMPTS |= {"deep_cache", "s_tmin", "s_tmax", "from_image", "without", "trust", "model", "revision"}
 _OF_ALL = ("memory and time", "output", "preview", "several Macs")  # groups
-FOREIGN = {  # what a script does not have
+FOREIGN = {  # flags that a script lacks
     "image2image": {"hires", "hires_strength", "hires_steps", "hires_upscaler"},
     "txt2image": {"image", "strength", "image_cfg"} | {flag.split()[0][2:] for flag in FLAGS["a part of the image"]},
     "unconditional": {flag.split()[0][2:] for title, flags in FLAGS.items() if title not in _OF_ALL for flag in flags}

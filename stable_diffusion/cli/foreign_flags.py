@@ -5,7 +5,7 @@ stable-diffusion.cpp, candle, mflux and similar programs, and from programs that
 Names are written with underscores, without leading hyphens.
 """
 
-_NAMES = {  # ours, or what to do: theirs
+_NAMES = {  # our flag, or an instruction -> flags of other programs
     "--prompt_file": "from_file prompts prompts_file batch_prompts_file file",
     "--negative_prompt": "uncond_prompt nprompt negprompt neg_prompt negative n_prompt negative_text",
     "--width": "W w img_width image_width",
@@ -101,7 +101,7 @@ _NAMES = {  # ours, or what to do: theirs
     "--no_metadata": "disable_metadata skip_metadata",
     "write it as the suffix of --output: .png, .jpg or .webp": "format image_format output_format",
 }
-_TRAINING_NAMES = {  # those of kohya's scripts, diffusers' examples, mlx-examples and mflux
+_TRAINING_NAMES = {  # flags of kohya's scripts, diffusers' examples, mlx-examples and mflux
     "--rank": "network_dim lora_rank dim r",
     "--alpha": "network_alpha lora_alpha",
     "--conv_rank": "conv_dim",

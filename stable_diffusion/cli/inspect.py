@@ -1,4 +1,4 @@
-"""Say what a file or a folder is: ``python -m stable_diffusion inspect PATH``. Nothing is downloaded."""
+"""Report the kind of a file or a folder: ``python -m stable_diffusion inspect PATH``. Nothing is downloaded."""
 
 import json
 import os
@@ -16,12 +16,12 @@ _WIDTH, _LONGEST_NAME = 80, 14
 
 
 def _lines(report: Report) -> Iterator[str]:
-    """Yield the report as aligned lines of text that a terminal of 80 columns shows whole."""
+    """Yield the report as aligned lines of text for a terminal of 80 columns."""
     rows = [(printable(name), printable(text)) for name, text in _rows("", report)]
     indent = min(max(len(name) for name, _ in rows), _LONGEST_NAME) + 2
     for name, text in rows:
         start = f"{name:{indent}}"
-        if len(name) > _LONGEST_NAME:  # a file: it has lines of its own
+        if len(name) > _LONGEST_NAME:  # a file: on separate lines
             yield from _wrap(name)
             start = "    "
         for line in text.splitlines():
@@ -34,7 +34,7 @@ def _wrap(line: str, **indents: str) -> list[str]:
 
 
 def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of an entry, or of the entries in it, without those that are empty."""
+    """Yield (name, text) of an entry, or of the entries in it, without empty ones."""
     if name in _OPEN and isinstance(value, dict):
         for key, entry in value.items():
             yield from _rows(key, entry)
@@ -85,11 +85,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code."""
     parser = make_parser(prog)
     args = parser.parse_args(argv)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub's client reads it when it is first needed, which is after this
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub's client reads it at its first use, which is later
     try:
         report = {"path": args.path} | inspect(args.path, revision=args.revision)
     except ConnectionError:
-        parser.error(f"{args.path} is neither here nor in the Hub's cache: load it once, or give a path")
+        parser.error(f"{args.path} is not on this disk and not in the Hub cache; generate with it once, or give a path")
     except (ValueError, OSError) as error:
         parser.error(error)
     text = json.dumps(report, indent=2) if args.json else "\n".join(_lines(report))

@@ -1,9 +1,8 @@
 """The command lines of txt2image.py, image2image.py and unconditional.py.
 
-What was written goes to stdout, a line for each file (path and seed; with ``--json`` an object), progress and remarks
-to stderr. The exit code is 0, 1 where it failed on the way, 2 where the arguments cannot be followed and nothing was
-computed, 130 after Ctrl-C and 143 after SIGTERM: what there was of the images is written then. Images that are named
-on stdout are complete.
+Each written file gives a line on stdout (path and seed; with ``--json`` an object). Progress and remarks go to stderr.
+The exit code is 0; 1 if the run failed; 2 if the arguments are refused and nothing was computed; 130 after Ctrl-C and
+143 after SIGTERM, which save partial images. Images that are named on stdout are complete.
 """
 
 import json
@@ -35,13 +34,13 @@ from .signals import Stop, signals
 from .streams import open_closed, remark, say_if_read, show_log
 
 _log = logging.getLogger("stable_diffusion")
-_progress = _log.getChild("progress")  # what a run does and has taken, for a terminal
+_progress = _log.getChild("progress")  # the plan, time and memory of a run, for a terminal
 
 
 def _run(script: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a script with the arguments ``argv`` (None: the process's), alone or as one of several ranks.
 
-    A mistake shows before its first step. Returns the exit code.
+    A mistake is reported before the first step. Returns the exit code.
     """
     open_closed()
     name = prog or Path(sys.argv[0]).name
@@ -68,7 +67,7 @@ def _run_as(ranks: Ranks, stop: Stop, command: Command) -> int:
     cpu.tune()
     parser, code = command.parser, 2
     start = f"{parser.prog}: rank {ranks.rank()}" if ranks.rank() else parser.prog
-    handler = show_log(start, errors_only=ranks.rank() > 0)  # remarks on the command are the same on all
+    handler = show_log(start, errors_only=ranks.rank() > 0)  # remarks on the command are the same on all ranks
     _log.setLevel(logging.INFO if command.verbose else logging.WARNING)
     _progress.setLevel(logging.INFO if command.verbose or sys.stderr.isatty() else logging.WARNING)
     try:
@@ -98,9 +97,9 @@ def _prepared(command: Command, stop: Stop, ranks: Ranks) -> "Script":
 
 
 class Script:
-    """Carry out a command. All that comes before the first step is done when it is made.
+    """Execute a command. The constructor does all work before the first step.
 
-    Raises ValueError or OSError for what is wrong with the arguments.
+    Raises ValueError or OSError for mistakes in the arguments.
     """
 
     def __init__(self, command: Command, stop: Stop, ranks: Ranks):
@@ -111,11 +110,11 @@ class Script:
         self._writer = ResultWriter(self._requests, command.output, ranks.began)
         self._previews = PreviewWriter(command.preview if ranks.rank() == 0 else PreviewSettings())
         inputs = read_inputs(self._requests[0])
-        self._numbers = range(len(self._requests))  # of the images to make here
+        self._numbers = range(len(self._requests))  # of the images to generate here
         if ranks.size() > 1:
             self._share()
         elif self._sharing.gather or self._sharing.share in ("steal", "guidance"):
-            _log.warning("--share and --gather have no effect: this process is alone; mlx.launch starts several")
+            _log.warning("--share and --gather have no effect on one process; start several with mlx.launch")
         requests = [self._requests[number] for number in self._numbers]
         if not requests:
             return
@@ -139,14 +138,14 @@ class Script:
                 _log.warning("%s", line)
 
     def _share(self) -> None:
-        """Choose the images to make here. Raises ValueError where they cannot be shared so."""
+        """Choose the images to generate here. Raises ValueError if they cannot be shared like this."""
         ranks, sharing, count = self._ranks, self._sharing, len(self._requests)
         if sharing.share == "steal" and self._requests[0].refiner:
-            raise ValueError("--share steal decodes each batch before the next, and a refiner all: use --share even")
+            raise ValueError("--share steal cannot be combined with a refiner; use --share even")
         self._numbers = ranks.share(count, sharing.share)
         has_all = sharing.gather or sharing.share == "guidance"
         if self._writer.draws_grid and not has_all:
-            _log.warning("no grid is drawn, as each Mac has its own images; --gather brings them all to the first")
+            _log.warning("no grid is drawn: each Mac keeps its images; --gather collects all on the first")
         self._writer.draws_grid &= has_all and ranks.rank() == 0
         self._writer.keeps_images = has_all
 
@@ -194,11 +193,11 @@ class Script:
                 self._write_animation(result)
         self._bar.close()
         if count := len(self._writer.withheld):
-            text = "%d of %d images not written: the safety check flagged them; it errs too, another seed may pass"
+            text = "%d of %d images are omitted: the safety check flagged them; it can be wrong, try another seed"
             _log.warning(text, count, len(self._numbers))
 
     def _meet(self) -> None:
-        """Gather the images and wait for all ranks. Raises ConnectionError where one is lost with some of them."""
+        """Gather the images and wait for all ranks. Raises ConnectionError if a rank is lost with some images."""
         ranks, gathers = self._ranks, self._sharing.gather and self._sharing.share != "guidance"
         for written in self._writer.gather(ranks.gather, ranks.rank() == 0) if gathers else ():
             self._print(written)
@@ -211,7 +210,7 @@ class Script:
                 raise ConnectionError(_lost([self._requests[number] for number in missing]))
 
     def _plan(self) -> str:
-        """Describe the run in one line; several values of swept settings stand with a slash between."""
+        """Describe the run in one line; values of swept settings are separated by slashes."""
         batches = self._engine.batches
 
         def each(value: Callable[[Batch], Any]) -> str:
@@ -246,9 +245,9 @@ class Script:
 
 
 def _lost(missing: Sequence[Request]) -> str:
-    """Describe images that a lost rank leaves undone, and the flags that make them."""
+    """Describe the images missing from a lost rank, and the flags to generate them."""
     if not missing:
-        return "another Mac is lost, and not all images may be gathered on the first; all are made"
+        return "another Mac is lost: all images are written, but some may be missing on the first Mac"
     seeds: dict[str, list[str]] = {}
     for request in missing:
         values = {name: request.value(name) for name in request.variant.swept if name != "seed"}

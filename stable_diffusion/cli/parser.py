@@ -19,8 +19,8 @@ from .mistakes import explained, stray_words, unknown_choice, unknown_flag
 from .streams import in_one_line, say
 from .values import CHOICES_OF_FLAGS, TYPES, prompt
 
-_HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, and not the value behind its "="
-_UNREAD = 141  # 128 and SIGPIPE, of which a command dies that knows nothing of it
+_HYPHENS = re.compile(r"\A--(\w[\w-]*)(?=\Z|=)")  # a flag, without the value after "="
+_UNREAD = 141  # 128 + SIGPIPE, the exit code of commands that do not handle this signal
 _EXAMPLES = {  # the first one runs without a download
     "txt2image": (
         '"a red circle" --model tiny',
@@ -37,7 +37,7 @@ _EXAMPLES = {  # the first one runs without a download
         "--model CompVis/ldm-celebahq-256",
     ),
 }
-_SCRIPTS = {  # the words of their usage, and what they do
+_SCRIPTS = {  # the words of their usage, and a description
     "txt2image": (['"prompt"'], "Draw images from a prompt."),
     "image2image": (["image", '"prompt"'], "Change an image towards a prompt."),
     "unconditional": ([], "Draw images with a model that reads no prompt."),
@@ -66,7 +66,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _underscores(word: str) -> str:
-    """Return a flag with underscores in place of hyphens, or any other word unchanged."""
+    """Return a flag with underscores instead of hyphens, or any other word unchanged."""
     return _HYPHENS.sub(lambda flag: f"--{flag[1].replace('-', '_')}", word)
 
 
@@ -84,10 +84,10 @@ class _HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags that are named with underscores and may be given with hyphens.
+    """Parse flags that are named with underscores and may be written with hyphens.
 
-    Only flags that are given are in the result. An error begins with ``where`` the arguments come from. ``types`` and
-    ``choices`` are those of flags by name.
+    The result contains only the given flags. An error begins with ``where``, the source of the arguments. ``types`` and
+    ``choices`` map the names of flags to their types and choices.
     """
 
     where = ""
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
             lines = ["examples:", *(f"  %(prog)s {example}" for example in examples), "", codes]
             options["epilog"] = options.get("epilog", "") + "\n".join(lines)
         super().__init__(formatter_class=HelpFormatter, argument_default=argparse.SUPPRESS, **options)
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first of a list: --seed -1,5
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # also the first value of a list: --seed -1,5
         if self.add_help:
             version = f"stable-diffusion-mlx {__version__}"
             self.add_argument("--version", action="version", version=version, help="print the version and exit")
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments after hyphens in flags have become underscores."""
+        """Parse arguments after replacing hyphens in flags by underscores."""
         words = list(sys.argv[1:] if args is None else args)
         if not words and not self.where and self.examples and self._positionals._group_actions:
             self.exit(2, self._brief_usage())
@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
         return result
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments, or say what is wrong with words that belong to none."""
+        """Parse arguments, or explain the mistake in unknown words."""
         result, rest = self.parse_known_args(args, namespace)
         if not rest:
             return result
@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, unknown_choice(action.dest, value, [*action.choices]))
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Print the result of a command, or exit: with 141 (SIGPIPE) where nobody reads it, else with 1 and a line."""
+        """Print the result of a command, or exit: with 141 (SIGPIPE) if nobody reads it, else with 1 and a line."""
         try:
             say(text, end)
         except BrokenPipeError:
@@ -207,7 +207,7 @@ class Parser(argparse.ArgumentParser):
             super().exit(1, f"{self.prog}: error: stdout cannot be written to ({error.strerror})\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Exit after what is printed has been written, such as the help."""
+        """Exit after stdout has been written, such as the help."""
         self.say("", end="")
         super().exit(status, message)
 
@@ -216,7 +216,7 @@ class Parser(argparse.ArgumentParser):
         self.fail(2, explained(message, self) if isinstance(message, str) else message)
 
     def fail(self, code: int, message: str | Exception) -> NoReturn:
-        """Exit with one line, also where the message quotes a path with line breaks; settings become flags."""
+        """Exit with one line, even if the message quotes a path with line breaks; settings become flags."""
         text = str(message).replace("partial=True", "--lora_partial")
         if isinstance(message, SettingError):
             text = re.sub(rf"\b({'|'.join(message.names)})\b", r"--\1", text)
@@ -224,12 +224,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Store a value, and refuse another one: the prompt stands without a flag or behind one."""
+    """Store a value, and refuse a second one: the prompt may come with or without a flag."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, option_string: Any = None) -> None:
         if self.dest in namespace:
             first = getattr(namespace, self.dest)
-            parser.error(f"the {self.dest} is given twice: {first[:80]!r} and {value[:80]!r}; put all of it in quotes")
+            parser.error(
+                f"the {self.dest} is given twice: {first[:80]!r} and {value[:80]!r}; put the whole prompt in quotes"
+            )
         setattr(namespace, self.dest, value)
 
 

@@ -124,13 +124,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _settings(args: Mapping[str, Any]) -> Any:
-    """Return the settings of the server that flags stand for. Raises ValueError for those that do not go together."""
+    """Return the server settings of the flags. Raises ValueError for flags that cannot be combined."""
     from ..server.settings import Settings
 
     base, _ = line_of(Request(n_images=1), args)
     sources = {kind: list_sources(args.get(kind, ())) for kind in ("models", "vaes", "controlnets", "upscalers")}
     for kind, name in (("models", "model"), ("vaes", "vae")):
-        if (source := base.value(name)) is not None:  # may be named too
+        if (source := base.value(name)) is not None:  # clients may also name it
             own = list_sources([source]) if name == "model" or os.path.exists(source) else {source: source}
             sources[kind] = own | sources[kind] | own
             base = base.with_values(**{name: next(iter(own.values()))})

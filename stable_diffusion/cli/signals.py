@@ -10,7 +10,7 @@ from socket import socket, socketpair
 
 from ..files.whole import UNFINISHED
 
-_PATIENCE = 25  # seconds after SIGTERM, when supervisors lose theirs
+_PATIENCE = 25  # seconds after SIGTERM, before supervisors kill the process
 _EXCUSABLE = bytes([signal.SIGTERM, signal.SIGHUP])
 
 
@@ -18,9 +18,9 @@ _EXCUSABLE = bytes([signal.SIGTERM, signal.SIGHUP])
 class Stop:
     """Hold the exit code of the first signal: 128 and its number. It raises KeyboardInterrupt, unless expected.
 
-    ``is_excused`` says that SIGTERM and SIGHUP are to be ignored: MLX's launcher ends all processes when one is lost.
-    ``is_launched`` says that it has begun this one; SIGTERM is ignored then once the command is over, since that comes
-    to whoever is a moment later than a process that has failed.
+    ``is_excused``: ignore SIGTERM and SIGHUP, because MLX's launcher ends all processes when one is lost.
+    ``is_launched``: the launcher has started this process. SIGTERM is then ignored after the end of the command: the
+    launcher sends it to processes that end a moment after a failed one.
     """
 
     code: int | None = None
@@ -30,17 +30,19 @@ class Stop:
 
     @property
     def is_due(self) -> bool:
-        """Return whether the run has to stop. A signal that is excused is forgotten."""
+        """Return whether the run has to stop. An excused signal is dropped."""
         if self.code is not None and self.code - 128 in _EXCUSABLE and self.is_excused():
             self.code = None
         return self.code is not None
 
 
 @contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[Stop]:
-    """Watch for signals, except those that are ignored; ``say`` is called with a line on the first one of a run.
+def signals(say: Callable[[str], None], saved: str = "partial images") -> Iterator[Stop]:
+    """Watch for signals, except those that are ignored; the first one of a run calls ``say`` with a line.
 
-    Python calls handlers between two of its instructions, not while MLX computes: another thread reads them at once.
+    The line names the files that are ``saved`` before the run ends.
+
+    Python runs handlers only between its instructions, not while MLX computes: a second thread reads signals at once.
     """
     stop = Stop()
 
@@ -55,7 +57,7 @@ def signals(say: Callable[[str], None]) -> Iterator[Stop]:
         n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) not in (signal.SIG_IGN, None)
     ]
     wakeup, handlers = signal.set_wakeup_fd(sender.fileno()), {n: signal.signal(n, note) for n in watched}
-    watcher = threading.Thread(target=_watch, args=(receiver, stop, say), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(receiver, stop, say, saved), daemon=True)
     watcher.start()
     try:
         yield stop
@@ -65,18 +67,18 @@ def signals(say: Callable[[str], None]) -> Iterator[Stop]:
             handlers |= {signal.SIGTERM: signal.SIG_IGN}
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        sender.close()  # the watcher reads the end
+        sender.close()  # ends the watcher
         watcher.join()
 
 
-def _watch(receiver: socket, stop: Stop, say: Callable[[str], None]) -> None:
-    """End the process at the second signal, or when a while has passed since SIGTERM."""
+def _watch(receiver: socket, stop: Stop, say: Callable[[str], None], saved: str) -> None:
+    """End the process at the second signal, or some time after SIGTERM."""
     with receiver:
         number = receiver.recv(1)
         while number and number in _EXCUSABLE and stop.is_excused():
             number = receiver.recv(1)
         if number and stop.is_expected:
-            say("stopping after this step to write what there is; once more leaves at once")
+            say(f"stopping after this step and saving {saved}; Ctrl-C again quits now")
         receiver.settimeout(_PATIENCE if number == bytes([signal.SIGTERM]) else None)
         with suppress(TimeoutError):
             number = receiver.recv(1)

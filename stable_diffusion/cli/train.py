@@ -1,8 +1,8 @@
 """Train a LoRA: ``python -m stable_diffusion train photos/ --model sd15 --trigger ohwx --output me.safetensors``.
 
-Paths go to stdout as they are written (with ``--json`` an object for each step and file), progress and remarks to
-stderr. The exit codes are those of the scripts, see ``cli/main.py``; after Ctrl-C and SIGTERM the LoRA and a checkpoint
-are written, and ``--resume latest`` goes on from there.
+Each written file gives a line on stdout (with ``--json`` an object for each step and file). Progress and remarks go to
+stderr. The exit codes are those of the scripts, see ``cli/main.py``. Ctrl-C and SIGTERM save the LoRA and a checkpoint;
+``--resume latest`` continues from it.
 """
 
 import argparse
@@ -133,8 +133,8 @@ def pattern(value: str) -> str:
     try:
         re.compile(text(value))
     except re.error as error:
-        known = f"choose {', '.join(TARGETS)}, or mend it"
-        raise argparse.ArgumentTypeError(f"{value!r} is no regular expression ({error}); {known}") from None
+        known = f"choose {', '.join(TARGETS)}, or correct it"
+        raise argparse.ArgumentTypeError(f"{value!r} is not a regular expression ({error}); {known}") from None
     return value
 
 
@@ -182,7 +182,7 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
         if name not in actions:
             similar = get_close_matches(name, actions, 1, 0.75)
             remedy = f"did you mean {similar[0]}?" if similar else "its keys are the flags in --help"
-            raise ValueError(f"{path}: there is no key {key}; {remedy}")
+            raise ValueError(f"{path}: unknown key {key}; {remedy}")
         is_switch = actions[name].nargs == 0
         kinds = "true or false" if is_switch else "a number" if name in _NUMBERS else "a text"
         accepted = bool if is_switch else (int, float) if name in _NUMBERS else (str, int) if name == "prior" else str
@@ -199,9 +199,9 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
 
 
 def request_of(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingRequest:
-    """Make a request of flags by name; ``given`` are those of the command line.
+    """Create a request from flags by name; ``given`` are those of the command line.
 
-    Raises ValueError where something is missing, without effect or out of range.
+    Raises ValueError for settings that are missing, without effect or out of range.
     """
     if "pictures" not in values:
         raise ValueError("give a folder of pictures")
@@ -218,14 +218,14 @@ def request_of(values: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingR
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line with the arguments ``argv`` (None: the process's), and return the exit code.
 
-    Of several processes that ``mlx.launch`` has started all have the same exit code, and the first one speaks.
+    All processes started by ``mlx.launch`` have the same exit code; only the first one prints.
     """
     parser = make_parser(prog)
     group, fail, given = _start(parser, argv)
     cpu.tune()
     show_log(parser.prog, errors_only=not processes.is_first(group))
     code = 2
-    with signals(_log.warning) as stop:
+    with signals(_log.warning, "the LoRA and a checkpoint") as stop:
         try:
             with processes.together(group):
                 values = (read_config(parser, given["config"]) if "config" in given else {}) | given
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _start(
     parser: Parser, argv: Sequence[str] | None
 ) -> tuple[processes.Group | None, Callable[[int, str | Exception], NoReturn], dict[str, Any]]:
-    """Join the other processes, and return them, the function that ends this one with a message, and its flags."""
+    """Connect the processes; return them, the function that exits with a message, and the flags."""
     try:
         group = processes.join()
     except ConnectionError as error:
@@ -272,7 +272,7 @@ def _start(
 
 
 def _train(fail: Callable[[int, str], NoReturn], run: TrainingRun, stop: Stop, as_json: bool) -> None:
-    """Make a run, and print what it does. What there is of it is saved where it is stopped, diverges or is alone."""
+    """Execute a run and print its events. Save its state if it is stopped, diverges or loses a process."""
     with closing(TrainingProgress(run)) as progress:
         progress.prepare()
         stop.is_expected, failure, lost = True, None, False
@@ -281,19 +281,19 @@ def _train(fail: Callable[[int, str], NoReturn], run: TrainingRun, stop: Stop, a
                 progress(event)
                 _print(run, event, as_json)
         except FloatingPointError as error:
-            failure = f"{error}; what was trained before is in {run.request.output}"
+            failure = f"{error}; the steps before it are saved in {run.request.output}"
         except RuntimeError as error:
             if run.group is None or not run.is_first:
                 raise
-            failure, lost = f"another process is lost ({error}); start all again with --resume latest", True
+            failure, lost = f"another process is lost ({error}); restart all of them with --resume latest", True
         for event in run.finish():
             _print(run, event, as_json)
     if not lost:
-        processes.any_of(False, run.group)  # all wait for the files: a launcher ends them when one has failed
+        processes.any_of(False, run.group)  # all wait for the files: a launcher kills the others when one fails
     if failure is not None:
         raise FloatingPointError(failure)
     if stop.code is not None or not run.is_done:
-        remedy = "all is written" if run.is_done else "the same command with --resume latest goes on"
+        remedy = "all files are written" if run.is_done else "continue with the same command and --resume latest"
         done = f"interrupted after step {run.trainer.step} of {run.request.settings.steps}"
         fail(stop.code or 130, f"{done}; {remedy}")
 

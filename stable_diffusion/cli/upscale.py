@@ -1,4 +1,4 @@
-"""Enlarge pictures by a network: ``python -m stable_diffusion upscale photo.jpg --upscaler FILE``."""
+"""Enlarge images with an upscaler network: ``python -m stable_diffusion upscale photo.jpg --upscaler FILE``."""
 
 from collections.abc import Sequence
 

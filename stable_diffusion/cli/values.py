@@ -35,7 +35,7 @@ def number(limits: Number, value: str) -> float:
 
 
 def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tuple[T, ...]:
-    """Return a value, or a tuple of those between commas: each once, or with ``ranges`` as given, 2-4 as 2, 3 and 4."""
+    """Return a value, or a tuple of comma-separated ones: each once, or with ``ranges`` as given, 2-4 as 2, 3, 4."""
     result: list[T] = []
     for part in value.split(","):
         ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) if ranges else None
@@ -47,16 +47,16 @@ def several(one: Callable[[str], T], value: str, ranges: bool = False) -> T | tu
             continue
         first, last = map(one, ends.groups())
         if first > last:
-            raise argparse.ArgumentTypeError(f"{part!r} goes down; write the smaller number first: {last}-{first}")
+            raise argparse.ArgumentTypeError(f"{part!r} counts down; write the smaller number first: {last}-{first}")
         if last - first >= MOST_IMAGES:
-            raise argparse.ArgumentTypeError(f"{part!r} is more than {MOST_IMAGES} values; give fewer")
+            raise argparse.ArgumentTypeError(f"{part!r} has too many values, the limit is {MOST_IMAGES}")
         result += range(first, last + 1)
     values = tuple(result if ranges else dict.fromkeys(result))
     return values if len(values) > 1 else values[0]
 
 
 def name(read: Callable[[str], Any], value: str) -> Any:
-    """Return what ``read`` makes of a name, also as other programs write it."""
+    """Return the result of ``read`` for a name, also in the spelling of other programs."""
     try:
         return read(value)
     except ValueError as error:
@@ -64,7 +64,7 @@ def name(read: Callable[[str], Any], value: str) -> Any:
 
 
 def known(read: Callable[[str], Any], value: str) -> str:
-    """Return a value as it is written, if ``read`` can read it."""
+    """Return a value unchanged, if ``read`` can read it."""
     name(read, value)
     return value
 
@@ -91,7 +91,7 @@ def gigabytes(value: str) -> float:
 
 
 def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
-    """Return numbers within limits, as many as ``form`` has between commas or "x": "start,end in ...", for messages."""
+    """Return numbers within limits, as many as ``form`` has, such as "start,end in ...", which messages quote."""
     with suppress(argparse.ArgumentTypeError):
         parts = re.split("[x,]", value)
         if len(parts) == len(re.split("[x,]", form.split()[0])):
@@ -100,18 +100,18 @@ def numbers(limits: Number, form: str, value: str) -> tuple[float, ...]:
 
 
 def vertical_first(limits: Number, form: str, value: str) -> tuple[float, ...]:
-    """Return a size as (height, width), or a place as (top, left), from "width x height" or "left,top"."""
+    """Return a size as (height, width), or a corner as (top, left), from "width x height" or "left,top"."""
     return numbers(limits, form, value)[::-1]
 
 
 def weighted(value: str) -> tuple[str, float]:
-    """Return a path and its weight: the number behind the last colon, or 1."""
+    """Return a path and its weight: the number after the last colon, or 1."""
     path, weight = _WEIGHTED.fullmatch(value).groups()
     return path, float(weight or 1)
 
 
 def lora(value: str) -> tuple[str, Scale]:
-    """Return a path and its scale: a number behind a colon, or two, for the text encoders and for the UNet."""
+    """Return a path and its scale: one number after a colon, or two, for the text encoders and the UNet."""
     path, last = _WEIGHTED.fullmatch(value).groups()
     path, first = _WEIGHTED.fullmatch(path).groups() if last else (path, None)
     return path, float(last or 1) if first in (None, last) else (float(first), float(last))
@@ -123,7 +123,7 @@ def bits(value: str) -> int | str:
 
 
 def pictures(value: str) -> tuple[str, ...]:
-    """Return the paths between commas; a file whose name has commas is one."""
+    """Return the comma-separated paths; an existing file whose name has commas is one path."""
     return (value,) if os.path.isfile(value) else tuple(value.split(","))
 
 

@@ -1,6 +1,6 @@
 """The API of AUTOMATIC1111's web UI, ``/sdapi/v1``: for Open WebUI, SillyTavern, webuiapi, plugins and bots.
 
-As there, null and empty texts are the default of a field, and fields that are not known are ignored.
+As in the web UI, null and empty texts mean the default of a field, and unknown fields are ignored.
 """
 
 import json
@@ -25,7 +25,7 @@ from ..upscaling import load_upscaler
 from .service import Fields, Service
 
 _COUNT = Annotated[int, Field(ge=1)]
-# The types of fields. Of what cannot be done a Literal takes the values that ask for nothing.
+# The types of fields. For an unsupported field, a Literal accepts the values without effect.
 _OF_TEXT = {
     "steps seed subseed clip_skip width height hr_second_pass_steps hr_resize_x hr_resize_y": int,
     "cfg_scale subseed_strength denoising_strength eta s_churn s_tmin s_tmax s_noise hr_scale refiner_switch_at": float,
@@ -86,7 +86,7 @@ def routes(service: Service) -> APIRouter:
     """Return the routes of this interface."""
     router = APIRouter(tags=["AUTOMATIC1111's API"])
     lists = [
-        ("GET", path, partial(_list, path), "List what there is to choose of")
+        ("GET", path, partial(_list, path), "List the available names")
         for path in webui.lists(service.settings.library, ())
     ]
     for method, path, answer, summary in (*_ROUTES, *lists):
@@ -96,7 +96,7 @@ def routes(service: Service) -> APIRouter:
 
 
 def _drawing(kind: type[_Body]) -> Callable[..., Any]:
-    """Return what answers requests to draw, whose bodies are of a kind."""
+    """Return the handler of requests to generate images, for one kind of body."""
 
     async def draw(service: Service, body: kind, connection: Connection) -> dict[str, Any]:
         given = body.model_dump(exclude_unset=True)
@@ -115,7 +115,7 @@ def _drawing(kind: type[_Body]) -> Callable[..., Any]:
 
 
 async def _extra_single_image(service: Service, body: _Extras, connection: Connection) -> dict[str, Any]:
-    """Enlarge a picture by a network or by Lanczos; "None" returns it as it is."""
+    """Enlarge an image with a network or Lanczos; "None" returns it unchanged."""
     given, name = body.model_dump(exclude_unset=True), body.upscaler_1 or "None"
     source = None if name in webui.SIMPLE else service.settings.library.find("upscalers", name)
 
@@ -127,7 +127,7 @@ async def _extra_single_image(service: Service, body: _Extras, connection: Conne
     for side in size:
         check_most("the side", side, 4 * service.settings.limits.pixels)
     if source is not None:
-        check_most("the side of what a network enlarges", max(image.size), service.settings.limits.pixels)
+        check_most("the side of the image for an upscaler network", max(image.size), service.settings.limits.pixels)
         image = await service.call(connection, lambda model: enlarged(model, image, load_upscaler(source)))
     image = image if name == "None" else await run_in_threadpool(fit, image, *size)
     return {"html_info": "", "image": await run_in_threadpool(to_base64, image)}
@@ -140,7 +140,7 @@ def _png_info(service: Service, body: Fields) -> dict[str, Any]:
 
 
 async def _options(service: Service) -> dict[str, Any]:
-    """Return the settings in use. Clients send them back, with another model among them."""
+    """Return the settings in use. To change the model, clients send all of them back."""
     vaes = service.settings.library.vaes
     vae = next((name for name, source in vaes.items() if source == service.base.vae), "Automatic")
     skipped = service.base.options.clip_skip + 1
@@ -178,13 +178,13 @@ def _list(path: str, service: Service) -> Any:
 
 
 _ROUTES = [
-    ("POST", "/sdapi/v1/txt2img", _drawing(_Text), "Draw from a prompt"),
-    ("POST", "/sdapi/v1/img2img", _drawing(_Image), "Draw from a picture"),
-    ("POST", "/sdapi/v1/extra-single-image", _extra_single_image, "Enlarge a picture"),
-    ("POST", "/sdapi/v1/png-info", _png_info, "Read how a picture was made"),
+    ("POST", "/sdapi/v1/txt2img", _drawing(_Text), "Generate images from a prompt"),
+    ("POST", "/sdapi/v1/img2img", _drawing(_Image), "Generate images from an image"),
+    ("POST", "/sdapi/v1/extra-single-image", _extra_single_image, "Enlarge an image"),
+    ("POST", "/sdapi/v1/png-info", _png_info, "Read the settings recorded in an image"),
     ("GET", "/sdapi/v1/options", _options, "Return the model in use, and the defaults of requests"),
     ("POST", "/sdapi/v1/options", _set_options, "Use another model"),
-    ("POST", "/sdapi/v1/interrupt", _interrupt, "Stop after the step at hand"),
-    ("POST", "/sdapi/v1/skip", _interrupt, "Stop after the step at hand"),
-    ("GET", "/sdapi/v1/progress", _progress, "Say how far the job at hand is"),
+    ("POST", "/sdapi/v1/interrupt", _interrupt, "Stop after the current step"),
+    ("POST", "/sdapi/v1/skip", _interrupt, "Stop after the current step"),
+    ("GET", "/sdapi/v1/progress", _progress, "Return the progress of the current job"),
 ]

@@ -1,7 +1,7 @@
 """The API of OpenAI for images, ``/v1/images``: for the openai SDK, Open WebUI, LibreChat and other clients.
 
-A model that is not listed is the one in use, since clients send what their settings say. Fields of requests from
-``steps`` on are ours, by ``extra_body`` of the SDK. Fields that are not known are ignored.
+An unknown model name means the model in use, because clients send the name in their settings. The fields from
+``steps`` on are additions, sent with ``extra_body`` of the SDK. Unknown fields are ignored.
 """
 
 import time
@@ -52,11 +52,11 @@ def routes(service: Service) -> APIRouter:
         owner = {"object": "model", "created": 0, "owned_by": "stable-diffusion-mlx"}
         return {"object": "list", "data": [{"id": name, **owner} for name in service.settings.library.models]}
 
-    @router.post("/images/generations", summary="Draw from a prompt")
+    @router.post("/images/generations", summary="Generate images from a prompt")
     async def generations(body: _Body, connection: Connection) -> Any:
         return await _draw(service, connection, body, {}, "image_generation")
 
-    @router.post("/images/edits", summary="Draw from a picture, or a part of it: a form, not JSON")
+    @router.post("/images/edits", summary="Edit an image, or a part of it: a form, not JSON")
     async def edits(connection: Connection) -> Any:
         async with connection.form() as form:
             body = _Body.model_validate({name: value for name, value in form.items() if isinstance(value, str)})
@@ -66,21 +66,21 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _pictures(form: FormData) -> dict[str, bytes | None]:
-    """Return the picture of a form, and what is transparent in its mask, or in itself."""
+    """Return the image of a form, and the transparent area of its mask, or of the image itself."""
     images = [one for name in ("image", "image[]") for one in form.getlist(name) if isinstance(one, UploadFile)]
     if len(images) != 1:
-        raise ValueError(f"{len(images)} pictures in image; give one")
+        raise ValueError(f"{len(images)} files in image; give one")
     image, mask = await images[0].read(), form.get("mask")
     transparent = await run_in_threadpool(repainted, await mask.read() if isinstance(mask, UploadFile) else image)
     if transparent is None and mask is not None:
-        raise ValueError("the mask has no transparent part, which is what is repainted; give a PNG with one")
+        raise ValueError("the mask has no transparent area, which is the area to repaint; give a PNG with one")
     return {"image": image, "mask": transparent}
 
 
 async def _draw(
     service: Service, connection: Connection, body: _Body, pictures: Mapping[str, bytes | None], kind: str
 ) -> Any:
-    """Draw, and answer by all pictures at once or by events of ``kind``."""
+    """Generate images, and return all at once or as events of ``kind``."""
     form, count = body.output_format or "png", body.partial_images or 0
     quality = None if form == "png" or body.output_compression is None else max(body.output_compression, 1)
     shown = 0

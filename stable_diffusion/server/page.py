@@ -1,4 +1,4 @@
-"""The page of the server, and what it calls: requests by the names of their fields, events as they come."""
+"""The page of the server, and its API: requests by the names of their fields, events as they happen."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..diffusion.schedule import SCHEDULES
 from ..images.encoded import read_by, to_base64
 from .service import Fields, Service
 
-# What a request of the page may say, beside its pictures and the model.
+# The fields of a request of the page, besides its images and the model.
 _FIELDS = ("prompt", "negative_prompt", "width", "height", "n_images", "steps", "cfg", "sampler", "schedule", "seed")
 _FIELDS += ("strength", "mask_blur", "mask_padding", "variation_seed", "variation_strength", "clip_skip", "hires")
 _FIELDS += ("hires_strength", "seamless", "noise_source")
@@ -31,18 +31,18 @@ def routes(service: Service) -> APIRouter:
     async def page() -> FileResponse:
         return FileResponse(Path(__file__).with_name("page.html"), headers={"cache-control": "no-cache"})
 
-    @router.get("/v1/health", summary="Say whether the server works, and on what")
+    @router.get("/v1/health", summary="Return the status, version and model of the server")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__, "model": service.model, "jobs": len(service.worker.jobs)}
 
-    @router.get("/v1/library", summary="List what requests may name, and the server's defaults")
+    @router.get("/v1/library", summary="List the available names, and the defaults of the server")
     async def library() -> dict[str, Any]:
         names = {"models": [*service.settings.library.models], "loras": [*service.settings.library.loras()]}
         names |= {"samplers": [*SAMPLERS], "schedules": [*SCHEDULES], "words": [*service.worker.words]}
         defaults = {name: value for name in _FIELDS if (value := service.base.value(name)) is not None}
         return {"model": service.model, "defaults": defaults} | names
 
-    @router.post("/v1/draw", summary="Draw, and send events: steps with previews, pictures with how they were made")
+    @router.post("/v1/draw", summary="Generate images, and send events: steps with previews, images with settings")
     async def draw(body: Fields, connection: Connection) -> Any:
         values = {name: body[name] for name in _FIELDS if body.get(name) is not None}
         if body.get("model"):
@@ -59,7 +59,7 @@ def routes(service: Service) -> APIRouter:
 
         return await service.stream(connection, job, translate)
 
-    @router.post("/v1/record", summary="Read how a picture was made, by the names of fields")
+    @router.post("/v1/record", summary="Read the settings recorded in an image, by the names of fields")
     async def record(body: Fields) -> dict[str, Any]:
         arguments = (await run_in_threadpool(read_by, read_record, body.get("image"))).arguments
         return {name: value for name, value in arguments.items() if name in _FIELDS}

@@ -1,7 +1,7 @@
-"""Who may ask a server for what: addresses, keys and origins, checked before anything is read.
+"""The access control of the server: hosts, keys and origins, checked before a request is read.
 
-A server at home listens to its own machine alone. A page that a browser has open may still talk to it: by its name
-("DNS rebinding": the Host is another one then), or from another origin. Both are refused.
+By default the server listens only to this machine. A web page in a browser on it could still send requests: by DNS
+rebinding, which changes the Host header, or from another origin. Both are refused.
 """
 
 import base64
@@ -25,7 +25,7 @@ _FOLDERS, _LONGEST = re.compile(r"(?<![\w:/.])/(?:[^\s/]+/)+(?=[^\s/])"), 300
 
 
 class Guard:
-    """Let requests through to ``app`` that the settings allow, answer others with one line, and log all.
+    """Pass allowed requests to ``app``, refuse others with an error of one line, and log all.
 
     ``Authorization`` must have the API key, as Bearer or as the password of Basic.
     """
@@ -35,7 +35,7 @@ class Guard:
         self._key, self._origins = settings.api_key, settings.cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         began, status = perf_counter(), 0
@@ -49,18 +49,18 @@ class Guard:
         refusal = self._refusal(headers, scope["method"])
         try:
             await (self._app if refusal is None else refusal)(scope, receive, noted)
-        except Exception as error:  # which is answered already, by a line
+        except Exception as error:  # the client has an error of one line already
             _log.error("a request failed", exc_info=error)
         fields = {"method": scope["method"], "path": scope["path"], "status": status}
         _log.info("%s", json.dumps(fields | {"seconds": round(perf_counter() - began, 3)}))
 
     def _refusal(self, headers: Mapping[str, str], method: str) -> ASGIApp | None:
-        """Return the answer to a request that is not allowed."""
+        """Return the error response for a request that is not allowed."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._is_local and not _LOCAL_HOST.fullmatch(host):
             return error_response(403, f"the host {host!r:.80} is not this machine; use 127.0.0.1 or localhost")
         if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:
-            return error_response(403, f"pages of {origin!r:.80} may not call; allow them: --cors {origin:.80}")
+            return error_response(403, f"pages of {origin!r:.80} are not allowed; start with --cors {origin:.80}")
         if self._key is not None and method != "OPTIONS" and not _has_key(headers.get("authorization", ""), self._key):
             message = "the API key is missing or wrong; send it as Bearer, or as Basic's password"
             return error_response(401, message, {"www-authenticate": 'Basic realm="stable-diffusion"'})
@@ -68,7 +68,7 @@ class Guard:
 
 
 def _has_key(authorization: str, key: str) -> bool:
-    """Return whether a header has the key, in a time that does not depend on where it differs."""
+    """Return whether a header has the key, in a time independent of the first difference."""
     scheme, _, value = authorization.strip().partition(" ")
     if scheme.lower() == "basic":
         try:
@@ -79,7 +79,7 @@ def _has_key(authorization: str, key: str) -> bool:
 
 
 def in_one_line(message: object) -> str:
-    """Return a message in one line of at most 300 characters, with the names of files and not their folders."""
+    """Return a message in one line of at most 300 characters, with file names without their folders."""
     return _FOLDERS.sub("", " ".join(str(message).split()))[:_LONGEST]
 
 

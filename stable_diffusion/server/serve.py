@@ -1,4 +1,4 @@
-"""The server: an application made of the parts of this folder, how it answers mistakes, how it runs and ends."""
+"""The server: the application with all parts of this folder, its error responses, its start and its end."""
 
 import signal
 import socket
@@ -19,12 +19,12 @@ from .security import Guard, error_response
 from .service import Service
 from .settings import Settings
 
-MOST_BYTES = 64 * 2**20  # of a body
+MOST_BYTES = 64 * 2**20  # of a request body
 _STATUS = {BusyError: 503, StoppedError: 503, ValueError: 400, OSError: 400, Exception: 500}
 
 
 def create_app(service: Service) -> ASGIApp:
-    """Make the application (ASGI) of a service, whose worker has to be started before the first request."""
+    """Create the application (ASGI) of a service; start its worker before the first request."""
     settings = service.settings
     app = FastAPI(title="Stable Diffusion in MLX", version=__version__, max_body_size=MOST_BYTES)
     for part in (a1111, openai, page):
@@ -36,7 +36,7 @@ def create_app(service: Service) -> ASGIApp:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    """Answer a mistake or a failure by one line."""
+    """Return an error response of one line."""
     status, message = next((status for kind, status in _STATUS.items() if isinstance(error, kind))), str(error)
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
@@ -62,9 +62,9 @@ class _Server(uvicorn.Server):
 
 
 def run(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then free everything; ``announce`` gets the address.
+    """Serve until SIGTERM or SIGINT, then free everything; ``announce`` is called with the address.
 
-    Raises ValueError or OSError for an address that cannot be used and a model that cannot be opened.
+    Raises ValueError or OSError if the address cannot be used or the model cannot be opened.
     """
     with _listen(settings.host, settings.port) as listener:
         names = ("base", "resources", "queue", "idle", "device", "preload_models", "safety_check", "safety_model")
@@ -83,7 +83,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises OSError, one line, where the address cannot be used."""
+    """Return a listening socket. Raises OSError, one line, if the address cannot be used."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

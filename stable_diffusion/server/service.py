@@ -1,4 +1,4 @@
-"""What all interfaces of the server share: jobs for clients that may leave, streams of events, the model in use."""
+"""The shared parts of all interfaces: jobs that end if the client disconnects, event streams, the model in use."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ from ..pipeline import StableDiffusion
 from .security import in_one_line
 from .settings import Settings
 
-Fields = Annotated[dict[str, Any], Body()]  # of a body in JSON
+Fields = Annotated[dict[str, Any], Body()]  # of a JSON body
 
 
 class Service:
-    """Hold the worker and ``base``: the model in use, and the settings of requests that say nothing else."""
+    """Hold the worker and ``base``: the model in use, and the default settings of requests."""
 
     def __init__(self, settings: Settings, worker: Worker):
         self.settings, self.worker, self.base = settings, worker, settings.base
@@ -32,11 +32,11 @@ class Service:
         return next((name for name, source in models.items() if source == self.base.model), self.base.model)
 
     async def job(self, values: Mapping[str, Any], pictures: Mapping[str, Any] | None = None, **options: Any) -> Job:
-        """Make a job of values by the names of a request's fields, see :func:`stable_diffusion.app.worker.make_job`."""
+        """Create a job from values by the names of fields; see :func:`stable_diffusion.app.worker.make_job`."""
         return await run_in_threadpool(make_job, self.base, values, pictures or {}, self.settings.limits, **options)
 
     async def draw(self, connection: Connection, job: Job) -> list[Picture]:
-        """Run a job and return its pictures; a client that is gone cancels it. Raises what ended it."""
+        """Run a job and return its images. Cancel it if the client disconnects; raise its exception if it fails."""
         async for _ in self.events(connection, job):
             pass
         return sorted(job.pictures, key=lambda picture: picture.number)
@@ -55,9 +55,9 @@ class Service:
     async def stream(
         self, connection: Connection, job: Job, translate: Callable[[Any], Iterable[tuple[str, dict[str, Any]]]]
     ) -> StreamingResponse:
-        """Run a job and send its events as server-sent ones: what ``translate`` makes of each, names and JSON.
+        """Run a job and send server-sent events: ``translate`` returns the names and the JSON for each event.
 
-        Errors before the first step are raised, later ones are events.
+        Errors before the first step are raised; later ones are sent as events "error".
         """
         events = self.events(connection, job)
         first = await anext(events, None)
@@ -79,7 +79,7 @@ class Service:
     async def change(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Use other settings from now on, such as another model.
 
-        Raises ValueError or OSError for a model that cannot be opened; the other one stays in use.
+        Raises ValueError or OSError if the model cannot be opened; the previous one stays in use.
         """
         job = Job(self.base.with_values(**values), task=lambda model: True)
         await self.draw(connection, job)
@@ -87,7 +87,7 @@ class Service:
             self.base = self.base.with_values(**values)
 
     async def call(self, connection: Connection, task: Callable[[StableDiffusion], Any]) -> Any:
-        """Return the result of a function of the model in use, which runs in the worker's thread in its turn."""
+        """Call a function with the model in use, in the worker's thread in its turn, and return the result."""
         job = Job(self.base, task=task)
         await self.draw(connection, job)
         return job.outcome

@@ -1,4 +1,4 @@
-"""The settings of a server: its model, what requests may name and ask for, and who may ask."""
+"""The settings of a server: its model, the limits of requests, and the access control."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ LOCAL = {"127.0.0.1", "localhost", "::1"}
 class Settings:
     """Hold the settings of a server.
 
-    ``base`` is a request with the model, and the settings that hold where a request says nothing else. A ``host`` that
-    is not this machine's own demands an ``api_key``. ``cors`` are the origins of other pages that may call, ``queue``
-    is the number of jobs that may wait. After ``idle`` seconds without a job the networks are freed. With a
-    ``safety_check`` pictures are withheld that the checkpoint's safety checker flags, or that of ``safety_model``.
+    ``base`` is a request with the model and the default settings. A ``host`` other than this machine needs an
+    ``api_key``. ``cors`` are the allowed origins of other pages, ``queue`` is the number of jobs that may wait. After
+    ``idle`` seconds without a job the networks are freed. With ``safety_check``, images are withheld if the safety
+    checker of the checkpoint, or ``safety_model``, flags them.
 
-    Raises ValueError for another address without a key.
+    Raises ValueError for such a ``host`` without a key.
     """
 
     base: Request
@@ -27,7 +27,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     resources: Resources = field(default_factory=Resources)
     host: str = "127.0.0.1"
-    port: int = 7860  # 0 is any that is free
+    port: int = 7860  # 0 is any free port
     api_key: str | None = None
     cors: Sequence[str] = ()
     queue: int = 32
@@ -39,4 +39,4 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.host not in LOCAL and not self.api_key:
-            raise ValueError(f"host {self.host} lets other machines in: give an api_key too")
+            raise ValueError(f"host {self.host} is open to other machines: give an api_key too")

@@ -1,6 +1,6 @@
-"""Train a LoRA: a small file that teaches a model a new thing or style, from a few pictures.
+"""Train a LoRA: a small file that adds a new subject or style to a model, from a few pictures.
 
-A training is an iteration over steps; each is computed when it is asked for. docs/training.md has a program.
+A training is an iteration over steps; each step is computed on iteration. docs/training.md has an example.
 """
 
 from ..images.folders import read_pictures

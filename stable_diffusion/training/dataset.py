@@ -1,4 +1,4 @@
-"""Pictures as the networks see them: latents and encoded captions, computed once, in a fixed order of batches."""
+"""Pictures as inputs of the networks: latents and encoded captions, computed once, in a fixed order of batches."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -26,14 +26,14 @@ Row = tuple[int, bool]  # number of a picture, and whether it is mirrored
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Hold pictures that are shown together, each with its place in a bucket; ``weight`` is that of their loss."""
+    """Hold a set of pictures, each with its crop for a bucket; ``weight`` is the weight of their loss."""
 
     pictures: Sequence[Picture]
     crops: Sequence[Crop]
     weight: float = 1.0
 
     def epoch(self, batch_size: int, seed: int) -> list[tuple[int, ...]]:
-        """Return the batches of an epoch: each of one size, and all of them in the random order of a seed."""
+        """Return the batches of an epoch, each of one size, in a random order given by the seed."""
         order, buckets = random.Random(seed), {}
         for number, (picture, crop) in enumerate(zip(self.pictures, self.crops, strict=True)):
             buckets.setdefault(crop.size, []).extend([number] * picture.repeats)
@@ -49,13 +49,13 @@ class PictureSet:
 
     @cached_property
     def digest(self) -> str:
-        """Return a hash of all that is shown, in its order: pixels, captions, repeats and crops."""
+        """Return a hash of pixels, captions, repeats and crops, in their order."""
         shown = ((p.digest, p.caption, p.repeats, crop) for p, crop in zip(self.pictures, self.crops, strict=True))
         return f"{seed_of(*shown):016x}"
 
     @cached_property
     def sizes(self) -> dict[tuple[int, int], int]:
-        """Return the sizes (width, height) with the number of pictures of each, repeats counted."""
+        """Return the sizes (width, height) with the number of pictures of each, including repeats."""
         counts: dict[tuple[int, int], int] = {}
         for picture, crop in sorted(zip(self.pictures, self.crops, strict=True), key=lambda pair: pair[1].size):
             counts[crop.size] = counts.get(crop.size, 0) + picture.repeats
@@ -63,17 +63,17 @@ class PictureSet:
 
 
 class Dataset:
-    """Provide the batches of a training, see :class:`stable_diffusion.training.trainer.LoRATrainer`.
+    """Provide the batches of a training; see :class:`stable_diffusion.training.trainer.LoRATrainer`.
 
-    Pictures and captions are encoded once, in float16: all by :meth:`prepare`, or each when it is first shown.
+    Pictures and captions are encoded once, in float16: all by :meth:`prepare`, or each at its first use.
 
     Args:
         sd: the model that encodes the pictures and the captions.
         pictures: from ``read_pictures``.
         settings: of the training.
-        prior: pictures of the kind of thing that is trained, which keep what the model knows of it.
-        resolution: side of a square in pixels with the area of all sizes; None is the model's.
-        flip: show each picture mirrored half of the time.
+        prior: pictures of the same class as the subject, which preserve the model's knowledge of it.
+        resolution: side in pixels of a square whose area all sizes share; None is the model's.
+        flip: mirror each picture half of the time.
     """
 
     def __init__(
@@ -94,19 +94,19 @@ class Dataset:
             self.sets.append(PictureSet(prior, [crop_for(p.size, sizes) for p in prior], settings.prior_weight))
         self._epochs: dict[int, tuple[int, list[tuple[int, ...]]]] = {}  # the current one of each set, with its number
         self._cache = ArrayCache()
-        self._encoders = ["", ""]  # in a folder: hashes of what encodes pictures and captions
+        self._encoders = ["", ""]  # for a folder: hashes of the encoders of pictures and captions
 
     @property
     def digest(self) -> str:
-        """Return hashes of the pictures of each set, and whether they are mirrored: what decides all that is shown."""
+        """Return hashes of the pictures of each set, and whether they are mirrored."""
         return " ".join([*(pictures.digest for pictures in self.sets), str(self.flip)])
 
     def epoch_length(self) -> int:
-        """Return the number of gradients after which each picture has been shown."""
+        """Return the number of gradients after which each picture has been used."""
         return self.sets[0].epoch_length(self.settings.batch_size)
 
     def batches(self, number: int) -> list[TrainingBatch]:
-        """Return the batch of a gradient, from 0, and with ``prior`` one of those."""
+        """Return the batch of a gradient, counted from 0, and with ``prior`` a batch of prior pictures."""
         result, settings = [], self.settings
         for which, pictures in enumerate(self.sets):
             epoch, place = divmod(number, pictures.epoch_length(settings.batch_size))
@@ -121,7 +121,7 @@ class Dataset:
         return result
 
     def batch(self, pictures: PictureSet, rows: Sequence[Row], dropped: Sequence[bool] = ()) -> TrainingBatch:
-        """Return a batch of pictures of one size; those ``dropped`` have the empty caption."""
+        """Return a batch of pictures of one size; ``dropped`` ones get the empty caption."""
         chosen = [(pictures.pictures[n], pictures.crops[n], flip) for n, flip in rows]
         captions = [picture.caption or "" for picture, _, _ in chosen]
         for row in (row for row, drop in enumerate(dropped) if drop):
@@ -146,10 +146,9 @@ class Dataset:
     ) -> Iterator[tuple[int, int]]:
         """Encode all pictures and captions, and yield (number encoded, number of all) after each.
 
-        What was encoded before is read from the folder ``cache``, in which the rest is written. Several runs may share
-        it. Then the networks that are not trained are freed. Each of several processes (``group``) encodes a share, and
-        ``exchange`` gives it that of the others. Raises OSError where the cache cannot be made, or its disk has no room
-        for it.
+        Arrays of earlier runs are read from the folder ``cache``, and new ones are written there. Several runs may
+        share it. Then the networks that are not trained are freed. Each process of a ``group`` encodes a part, and
+        ``exchange`` distributes the parts. Raises OSError if the cache cannot be created or its disk is too full.
         """
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
         if cache is not None:
@@ -168,7 +167,7 @@ class Dataset:
         self.sd.release()
 
     def exchange(self, group: mx.distributed.Group) -> None:
-        """Give each process what the others have encoded: a collective operation, after ``prepare`` in all of them."""
+        """Send the encoded arrays to all processes: a collective operation, after ``prepare`` in all of them."""
         captions, latents = self._work()
         self._cache.exchange(captions + latents, group)
 
@@ -181,7 +180,7 @@ class Dataset:
         return captions, [self._latents(picture, crop, flip) for picture, crop in shown for flip in flips]
 
     def _latents(self, picture: Picture, crop: Crop, flip: bool) -> CacheEntry:
-        """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, which is mirrored before it is cut."""
+        """Return "mean" and "deviation" [h, w, 4] of the latents of a picture, mirrored before it is cropped."""
         (width, height), (left, top) = crop.size, crop.corner
 
         def encode() -> dict[str, mx.array]:
@@ -200,7 +199,7 @@ class Dataset:
         return CacheEntry((self._encoders[0], picture.digest, crop, flip), size, encode)
 
     def _caption(self, text: str) -> CacheEntry:
-        """Return the encoded prompt of a caption: read as text, without the signs of prompts, and of one chunk."""
+        """Return the encoded prompt of a caption: plain text without prompt syntax, in one chunk."""
         tokenizers = [getattr(self.sd, name) for name, _ in self.sd._encoders]
         ids = tuple((tokenizer.pad_id, *tokenizer.encode(text)) for tokenizer in tokenizers)
         size = 2 * 77 * max(self.sd.unet_config.cross_attention_dim)
@@ -212,7 +211,7 @@ class Dataset:
         return CacheEntry((self._encoders[1], ids), size, encode)
 
     def _hash(self, *names: str) -> str:
-        """Return a hash of all that decides what networks compute: configs, weights, LoRAs with scales, and words."""
+        """Return a hash of all inputs of networks but the data: configs, weights, LoRAs with scales, and words."""
         hashes = []
         for name, network in zip(names, self.sd._use(*names), strict=True):
             deltas = [delta for _, layer in wrapped_layers(network) for delta in layer.loras]
@@ -223,6 +222,6 @@ class Dataset:
 
 
 def resolution_of(sd: StableDiffusion) -> int:
-    """Return the side in pixels of the square at which a model was trained."""
+    """Return the side in pixels of the square on which a model was trained."""
     height, width = sd.default_latent_size
     return round((height * width) ** 0.5) * sd.pixels_per_latent

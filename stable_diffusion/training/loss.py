@@ -1,7 +1,7 @@
-"""The loss of denoising: pictures are noised to random timesteps, and the UNet is asked for what it predicts there.
+"""The denoising loss: noise is added to pictures at random timesteps, and the UNet's predictions are compared.
 
-All random numbers of a picture in a step come from one key, so that they depend neither on the batch nor on how often
-a run was interrupted.
+All random numbers of a picture in a step come from one key. So they depend neither on the batch nor on interruptions
+of the run.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ _HUBER = 0.1
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Hold some pictures of one size, as the networks see them.
+    """Hold pictures of one size, as inputs of the networks.
 
     Attributes:
         mean, deviation: [B, h, w, 4] of the posterior of the latents, in the UNet's scale.
-        captions: B texts; "" is the caption of a picture whose own is left out.
-        time_ids: [B, 6] the sizes that XL is told; None for other models.
-        conditioning: the encoded captions, B rows; None where the text encoders are trained.
-        weight: of the batch's loss.
+        captions: B texts; "" for a dropped caption.
+        time_ids: [B, 6] the size conditioning of XL; None for other models.
+        conditioning: the encoded captions, B rows; None if the text encoders are trained.
+        weight: of the loss of the batch.
     """
 
     mean: mx.array
@@ -47,7 +47,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Hold what a batch becomes in a step: clean latents and noise [B, h, w, 4], and B timesteps."""
+    """Hold the sample of a batch in a step: clean latents and noise [B, h, w, 4], and B timesteps."""
 
     latents: mx.array
     noise: mx.array
@@ -55,7 +55,7 @@ class NoisedBatch:
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed of 64 bits for some numbers and words; any other ones have another seed."""
+    """Return a seed of 64 bits for a sequence of numbers and words; other sequences give other seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest)
 
@@ -77,9 +77,9 @@ def add_noise(
 
 
 def loss_weight(snr: float, min_snr: float, prediction: str) -> float:
-    """Return the weight of a loss at a signal to noise ratio: min(SNR, bound) over the weight that it has in x0.
+    """Return the weight of a loss at a signal to noise ratio: min(SNR, bound) divided by its weight in x0.
 
-    Hang et al. 2023, sec. 3.4: over SNR where the noise is predicted, SNR + 1 for v, 1 for x0 itself. 0 is no bound.
+    Hang et al. 2023, sec. 3.4: divided by SNR for noise prediction, by SNR + 1 for v, by 1 for x0. 0 is no bound.
     """
     if not min_snr:
         return 1.0

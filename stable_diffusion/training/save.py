@@ -1,4 +1,4 @@
-"""Write what is trained: the LoRA, for all programs, and checkpoints from which a run goes on."""
+"""Write the result of a training: the LoRA, for all programs, and checkpoints to resume a run."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from ..weights.files import read_file
 from .trainer import LoRATrainer
 
 FORMATS = ("kohya", "diffusers")
-_MAY_CHANGE = ("steps", "checkpointing")  # between the runs before and after a checkpoint
+_MAY_CHANGE = ("steps", "checkpointing")  # when a run is resumed
 
 
 def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str] | None = None, naming: str = "kohya") -> None:
-    """Write the factors, or their moving average, as a LoRA file in float16 that appears complete or not at all.
+    """Write the factors, or their moving average, as a LoRA file in float16. It appears only when complete.
 
     The vectors of a new word become an embedding file, see :func:`stable_diffusion.weights.embeddings.write_embedding`.
     """
@@ -38,7 +38,7 @@ def save_lora(trainer: LoRATrainer, path: Path, texts: Mapping[str, str] | None 
 
 @contextmanager
 def averaged(trainer: LoRATrainer) -> Iterator[None]:
-    """Give the model the moving average of the factors, where there is one, for a while."""
+    """Replace the factors by their moving average, if there is one, inside the block."""
     factors = trainer.model.trainable_parameters()
     trainer.model.update(trainer.average)
     try:
@@ -48,23 +48,23 @@ def averaged(trainer: LoRATrainer) -> Iterator[None]:
 
 
 def save_state(trainer: LoRATrainer, path: Path) -> None:
-    """Write a checkpoint, all of a run's state in one file that appears complete or not at all."""
+    """Write a checkpoint, the state of a run in one file, which appears only when complete."""
     with new_file(path) as partial, partial.open("wb") as file:
         mx.save_safetensors(file, trainer.state(), {"training": json.dumps(_identity(trainer))})
 
 
 def load_state(trainer: LoRATrainer, path: Path) -> None:
-    """Go on from a checkpoint. Raises ValueError, one line, for a damaged one, and one of another run."""
+    """Resume from a checkpoint. Raises ValueError, one line, for a damaged one or one of another run."""
     arrays, texts = read_file(path)
     if "training" not in texts:
-        raise ValueError(f"{path} is no checkpoint of a training; give one, such as NAME-000500.state.safetensors")
+        raise ValueError(f"{path} is not a training checkpoint; give one, such as NAME-000500.state.safetensors")
     found, expected = parse_json(texts["training"], path), _identity(trainer)
     for name, value in expected.items():
         if name not in _MAY_CHANGE and found.get(name) != value:
             change = f"with {name} {found.get(name)!r}, and this run has {value!r}"
             if name == "pictures":
                 change = "with other pictures, captions, prior pictures, repeats or sizes, or another flip"
-            raise ValueError(f"{path} was written by a run {change}; resume with those of that run")
+            raise ValueError(f"{path} was written by a run {change}; resume with the values of that run")
     try:
         mx.eval(arrays)
         trainer.load_state(arrays)
@@ -73,7 +73,7 @@ def load_state(trainer: LoRATrainer, path: Path) -> None:
 
 
 def _identity(trainer: LoRATrainer) -> dict[str, Any]:
-    """Return what a run has in common with one that it goes on: settings, pictures, and sums of the weights."""
+    """Return the values that a resumed run must share: settings, pictures, and sums of the weights."""
     digest, trained = hashlib.sha256(), trainer.factors().keys()
     for name, array in tree_flatten(trainer.model.parameters()):
         if name not in trained:

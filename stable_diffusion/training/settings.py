@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..options import Number, check_choice
 
 _WORD = re.compile(r"[^\s:,|()\[\]{}\\]+(:[0-9]+)?")
-_VECTORS, _LONGEST_WORD = 4, 75  # vectors of a word; a prompt has 75 places
+_VECTORS, _LONGEST_WORD = 4, 75  # vectors of a word; a prompt has 75 tokens
 
 
 @dataclass(frozen=True)
@@ -19,27 +19,27 @@ class TrainingSettings:
         steps: updates of the factors.
         batch_size: pictures of each gradient.
         accumulate: gradients of each update, which is their mean.
-        learning_rate: at its highest, after ``warmup``, a share of the steps in which it grows from 0. None is 1e-4 for
-            a LoRA and 2e-3 for a new word, whose few vectors have further to go: 5e-4 for each of four pictures, as in
-            diffusers' example of textual inversion.
+        learning_rate: the highest one, after ``warmup``, a fraction of the steps in which it grows from 0. None is 1e-4
+            for a LoRA, and 2e-3 for a new word, whose few vectors need larger updates: 5e-4 for each of four pictures,
+            as in diffusers' example of textual inversion.
         lr_schedule: "constant", or "cosine", which falls to 0 at the end.
         optimizer: "adamw" (Loshchilov & Hutter 2019), "adafactor" (Shazeer & Stern 2018), or "lion" (Chen et al. 2023),
             which needs a third to a tenth of their learning rate.
         weight_decay: of the factors.
-        clip_norm: length to which a longer gradient is cut; 0 is never.
+        clip_norm: longest norm of the gradients; longer ones are scaled down. 0 is off.
         rank, alpha, targets, conv_rank, dora: of the LoRA, see :func:`stable_diffusion.lora.create.new_lora`.
-        text_encoder_rank: rank of the same layers in the text encoders; 0 leaves them as they are.
-        embedding: a new word, "ohwx" or "ohwx:8": train this number of vectors for it (4), and no LoRA: a textual
-            inversion (Gal et al. 2023).
+        text_encoder_rank: rank of the same layers in the text encoders; 0 does not train them.
+        embedding: a new word, "ohwx" or "ohwx:8": train this number of vectors for it (default 4) instead of a LoRA:
+            textual inversion (Gal et al. 2023).
         initial_word: a word or words whose vectors the new ones start from; None is the mean of the vocabulary.
         loss: "mse", or "huber", the pseudo-Huber loss with a constant of 0.1 (Charbonnier et al. 1997).
-        min_snr: bound of the loss's weight in signal to noise ratio (Hang et al. 2023); 0 is none.
-        noise_offset: share of a constant in the noise of each channel (Guttenberg 2023).
-        caption_dropout: share of pictures that are shown with the empty prompt.
-        prior_weight: weight of the pictures that keep what the model knows (Ruiz et al. 2023).
-        ema: decay of a moving average of the factors, which then is what is saved; 0 is none. In step n, from 0, it is
-            at most (1 + n) / (10 + n).
-        checkpointing: compute the transformer blocks twice and keep less of them: "on", "off", or "auto", by memory.
+        min_snr: bound of the loss weight by signal to noise ratio (Hang et al. 2023); 0 is off.
+        noise_offset: weight of a constant in the noise of each channel (Guttenberg 2023).
+        caption_dropout: fraction of pictures that get the empty prompt.
+        prior_weight: loss weight of the prior pictures, which preserve the model's knowledge (Ruiz et al. 2023).
+        ema: decay of a moving average of the factors, which is then saved instead of them; 0 is off. In step n, from
+            0, it is at most (1 + n) / (10 + n).
+        checkpointing: recompute the transformer blocks to save memory: "on", "off", or "auto", by the memory.
         seed: of the factors, of the order of the pictures and of all noise.
 
     Raises ValueError for a number out of range or an unknown name.
@@ -96,18 +96,18 @@ class TrainingSettings:
         if self.embedding is not None:
             self._check_embedding()
         elif self.initial_word is not None:
-            raise ValueError("initial_word is of an embedding; give the new word as embedding, or leave it out")
+            raise ValueError("initial_word has no effect without embedding; give the new word as embedding, or omit it")
 
     def _check_embedding(self) -> None:
         _, count = self.new_word
         if not _WORD.fullmatch(self.embedding) or not 1 <= count <= _LONGEST_WORD:
             raise ValueError(
-                f"embedding {self.embedding!r:.80} is no new word with at most {_LONGEST_WORD} vectors; write WORD or "
-                "WORD:N, without blanks and the signs of prompts"
+                f"embedding {self.embedding!r:.80} is not valid; write WORD or WORD:N, no blanks, no prompt syntax, "
+                f"N from 1 to {_LONGEST_WORD}"
             )
         for name in ("rank", "alpha", "targets", "conv_rank", "dora", "text_encoder_rank"):
             if getattr(self, name) != getattr(TrainingSettings, name):
-                raise ValueError(f"{name} is of a LoRA, and an embedding trains none; leave one of them out")
+                raise ValueError(f"{name} is for a LoRA and cannot be combined with embedding; omit one of them")
 
     @property
     def new_word(self) -> tuple[str, int]:
@@ -117,7 +117,7 @@ class TrainingSettings:
 
     @property
     def trains_text(self) -> bool:
-        """Return whether captions are encoded in each step, as something in the text encoders is trained."""
+        """Return whether captions are encoded in each step, because the text encoders are trained."""
         return bool(self.text_encoder_rank or self.embedding)
 
     def rate(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Train a LoRA: the loop over steps, and what a step does."""
+"""Train a LoRA: the loop over steps, and the computation of a step."""
 
 import math
 import time
@@ -33,13 +33,13 @@ _OPTIMIZERS = {
     ),
     "lion": lambda settings: optimizers.Lion(settings.learning_rate, weight_decay=settings.weight_decay),
 }
-_FLOAT16_SCALE = 1024.0  # of the loss, so that gradients do not vanish below 6e-8; less where they overflow
+_FLOAT16_SCALE = 1024.0  # of the loss, so that gradients do not vanish below 6e-8; reduced on overflow
 MAX_SKIPPED = 5
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Describe a step: its number from 1, its loss, learning rate and seconds; ``skipped`` where it was not finite."""
+    """Describe a step: its number from 1, its loss, learning rate and seconds; ``skipped`` if it was not finite."""
 
     number: int
     loss: float
@@ -51,24 +51,23 @@ class TrainingStep:
 class LoRATrainer(Iterator[TrainingStep]):
     """Train a LoRA, or the vectors of a new word, for a model; each item of the iteration is a step.
 
-    A step is computed when it is asked for.
+    Each step is computed on iteration.
 
     Args:
-        sd: the model, which the LoRA stays attached to, or the word in. Other attached LoRAs are frozen.
+        sd: the model; the LoRA stays attached to it, or the word in it. Other attached LoRAs are frozen.
         data: the pictures.
-        settings: of the training, those that ``data`` has.
+        settings: of the training, the same as those of ``data``.
         group: the processes that share the work. Each computes the gradients of some of a step's pictures; their noise
             and the sum do not depend on the number of processes.
 
     Attributes:
-        step: number of steps made.
-        model: the module whose trainable parameters, called factors here, are all that is trained.
-        lora: the attached LoRA with the factors as they are now; its ``detach`` gives the model back as it was. None
-            where a word is trained.
+        step: number of finished steps.
+        model: the module with the trainable parameters, called factors here; nothing else is trained.
+        lora: the attached LoRA with the current factors; its ``detach`` restores the model. None if a word is trained.
         average: the moving average of the factors, a tree as that of ``model``; empty without ``ema``.
 
-    Raises ValueError for a model that is trained in another way, and FloatingPointError after five steps one after the
-    other whose loss is not finite.
+    Raises ValueError for a model that cannot be trained, and FloatingPointError after five consecutive steps with a
+    loss that is not finite.
     """
 
     def __init__(
@@ -81,8 +80,8 @@ class LoRATrainer(Iterator[TrainingStep]):
         self.sd, self.data, self.settings, self.group = sd, data, settings or TrainingSettings(), group
         few_steps = sd.unet_config.time_cond_proj_dim is not None
         if sd.mode != "text" or few_steps or sd.schedule.is_edm or sd.scores_aesthetics:
-            kinds = "refiners, models of EDM, for few steps, and those that work from an image"
-            raise ValueError(f"{sd.source} cannot be trained: {kinds} are not; take the model that it was made from")
+            kinds = "refiners, EDM models, few-step models and models that start from an image are not supported"
+            raise ValueError(f"{sd.source} cannot be trained: {kinds}; use the model that it was made from")
         sd.pinned[self] = {"unet", *(name for _, name in sd._encoders if self.settings.trains_text)}
         self.lora: AttachedLoRA | None = None
         if self.settings.embedding is None:
@@ -97,12 +96,12 @@ class LoRATrainer(Iterator[TrainingStep]):
         self.scale = _FLOAT16_SCALE if sd.dtype == mx.float16 else 1.0
 
     def _with_lora(self) -> nn.Module:
-        """Attach a new LoRA, and return the networks of which its factors are the only trainable parameters."""
+        """Attach a new LoRA, and return the networks; its factors are their only trainable parameters."""
         networks, names = self.networks(), ("alpha", "targets", "conv_rank", "dora", "seed")
         ranks = dict.fromkeys(networks, self.settings.text_encoder_rank) | {"unet": self.settings.rank}
         fresh = new_lora(networks, ranks, **{name: getattr(self.settings, name) for name in names})
         self.lora = attach(networks, fresh)
-        self.sd._attached.append(self.lora)  # so that a network which is freed after the training comes back with it
+        self.sd._attached.append(self.lora)  # so that a network freed after the training is reloaded with it
         model = Group(**networks)
         for _, layer in wrapped_layers(model):
             for delta in layer.loras:
@@ -111,7 +110,7 @@ class LoRATrainer(Iterator[TrainingStep]):
         return model
 
     def recompute(self, recomputes: bool) -> None:
-        """Choose whether gradients keep only the inputs of the UNet's transformer blocks: a third longer."""
+        """Choose whether gradients keep only the inputs of the UNet's transformer blocks: takes 1/3 more time."""
         for module in self.sd.unet.modules():
             if isinstance(module, Transformer2DModel):
                 module.recomputes = recomputes
@@ -123,11 +122,11 @@ class LoRATrainer(Iterator[TrainingStep]):
         return {part: getattr(self.sd, names[part]) for part in wanted}
 
     def factors(self) -> dict[str, mx.array]:
-        """Return the factors as they are now, by their path."""
+        """Return the current factors by their path."""
         return dict(tree_flatten(self.model.trainable_parameters()))
 
     def __next__(self) -> TrainingStep:
-        """Make a step: gradients of ``accumulate`` batches, clipped, and an update; see :class:`TrainingStep`."""
+        """Compute a step: clipped gradients of ``accumulate`` batches, and an update; see :class:`TrainingStep`."""
         if self.step >= self.settings.steps:
             raise StopIteration
         start, rate = time.perf_counter(), self.settings.rate(self.step)
@@ -150,14 +149,14 @@ class LoRATrainer(Iterator[TrainingStep]):
         self.step += 1
         if self._skipped == MAX_SKIPPED:
             raise FloatingPointError(
-                f"the loss of steps {self.step - MAX_SKIPPED + 1} to {self.step} is not finite; choose a smaller "
-                "learning_rate, or bfloat16"
+                f"the loss of steps {self.step - MAX_SKIPPED + 1} to {self.step} is not finite; use a smaller "
+                "learning_rate or bfloat16"
             )
         return TrainingStep(self.step, loss, rate, time.perf_counter() - start, not is_finite)
 
     def _gradients(self) -> tuple[float, dict[str, Any], float]:
         """Return the loss of the step and its gradients, summed over batches and processes, and their norm."""
-        count, row = self.settings.accumulate, 0  # row: pictures of the step before a batch
+        count, row = self.settings.accumulate, 0  # row: number of pictures before a batch in the step
         rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
         total, gradients = mx.array(0.0), tree_map(mx.zeros_like, self.model.trainable_parameters())
         for number in range(self.step * count, (self.step + 1) * count):
@@ -170,7 +169,7 @@ class LoRATrainer(Iterator[TrainingStep]):
                 with without_sums():
                     value, changes = nn.value_and_grad(self.model, partial(self.loss, seeds=seeds))(batch.rows(chosen))
                 mx.eval(value)
-                for _, gradient in reversed(tree_flatten(changes)):  # MLX would put some off, and keep what they need
+                for _, gradient in reversed(tree_flatten(changes)):  # MLX would delay some, and keep their inputs
                     mx.async_eval(gradient)
                 weight = batch.weight * size * len(seeds) / (len(rows) * count * self.scale)
                 gradients = tree_map(lambda old, new, weight=weight: old + weight * new, gradients, changes)
@@ -197,14 +196,14 @@ class LoRATrainer(Iterator[TrainingStep]):
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, mx.array]:
-        """Return all that a run needs to go on, as arrays by name."""
+        """Return the state needed to resume a run, as arrays by name."""
         run = {"step": mx.array(self.step), "skipped": mx.array(self._skipped), "scale": mx.array(self.scale)}
         factors = self.model.trainable_parameters()
         tree = {"run": run, "factors": factors, "average": self.average, "optimizer": self.optimizer.state}
         return dict(tree_flatten(tree))
 
     def load_state(self, arrays: Mapping[str, mx.array]) -> None:
-        """Go on from the ``state`` of another run. Raises ValueError where it does not fit."""
+        """Resume from the ``state`` of another run. Raises ValueError if it does not match."""
         kinds, found = ({name: (a.shape, a.dtype) for name, a in state.items()} for state in (self.state(), arrays))
         if kinds != found:
             raise ValueError("it was written by a run with another model, or another rank, targets, ema or optimizer")

@@ -1,4 +1,4 @@
-"""Train the vectors of a new word in place of a LoRA: textual inversion (Gal et al. 2023)."""
+"""Train the vectors of a new word instead of a LoRA: textual inversion (Gal et al. 2023)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +13,15 @@ from ..weights.formats.safetensors import loading_stream
 
 
 class NewWord(nn.Module):
-    """Hold the vectors [N, C] of a new word for each text encoder, float32; all else of the model is frozen.
+    """Hold the vectors [N, C] of a new word for each text encoder, float32; the rest of the model is frozen.
 
-    All that changes them (an optimizer, a checkpoint, an average) calls ``update``, which puts them into the encoders.
+    Changes (by an optimizer, a checkpoint, an average) call ``update``, which copies the vectors to the encoders.
 
     Args:
         sd: the model whose prompts get the word.
         word: for prompts.
         count: N, the number of tokens that the word takes in a prompt.
-        initial_word: words whose vectors are repeated as the first ones; None is the mean of the vocabulary's.
+        initial_word: words whose vectors, repeated, are the initial ones; None is the mean of the vocabulary.
     """
 
     def __init__(self, sd: StableDiffusion, word: str, count: int, initial_word: str | None = None):
@@ -52,7 +52,7 @@ def _first_vectors(tokenizer: Tokenizer, embeddings: CLIPEmbeddings, count: int,
     if initial_word is None:
         vectors = table(mx.arange(embeddings._vocabulary)).astype(mx.float32).mean(axis=0, keepdims=True)
     elif not (ids := tokenizer.encode(initial_word)):
-        raise ValueError(f"initial_word {initial_word!r} has no token; give a word that prompts know")
+        raise ValueError(f"initial_word {initial_word!r} has no tokens; give a word that the tokenizer knows")
     else:
         vectors = table(mx.array(ids[:count])).astype(mx.float32)
     return mx.concatenate([vectors] * count)[:count]

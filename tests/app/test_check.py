@@ -129,6 +129,8 @@ def test_the_findings_are_said_in_words(gpu, monkeypatch):
     info = {"device_name": "Apple M5", "memory_size": 16e9, "max_recommended_working_set_size": 11.5e9}
     monkeypatch.setattr(mx, "device_info", lambda: info)
     text = "\n".join(findings(10.4e9))
-    for words in ("MLX 0.", "Apple M5", "memory 16.0 GB, recommended 11.5 GB, a run may take 10.4 GB"):
+    for words in ("MLX 0.", "Apple M5", "memory 16.0 GB, recommended 11.5 GB, memory limit of a run: 10.4 GB"):
         assert words in text
-    assert "TF32 is on: from the M5 on float32 has 11 bits" in text and "Winograd convolutions are off" in text
+    assert (
+        "TF32 is on: from the M5 on, float32 products keep 11 bits" in text and "Winograd convolutions are off" in text
+    )

@@ -169,7 +169,7 @@ def test_a_record_of_another_program(texts, expected, unused):
 def test_what_names_neither_prompt_nor_settings(tmp_path, texts):
     assert read(texts) is None
     save(noise(), tmp_path / "a.png", texts)
-    with pytest.raises(ValueError, match=r"a.png does not say how it was made; write a prompt"):
+    with pytest.raises(ValueError, match=r"a.png does not record how it was made; write a prompt"):
         read_record(tmp_path / "a.png")
 
 
@@ -184,7 +184,7 @@ LINKED = NODES | {"6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["12"
 )
 def test_graphs_that_are_not_read(tmp_path, key, graph):
     save(noise(), tmp_path / "a.png", {key: json.dumps(graph)})
-    with pytest.raises(ValueError, match=r"a.png holds a graph of ComfyUI; only .*; write a prompt"):
+    with pytest.raises(ValueError, match=r"a.png holds a ComfyUI graph; only .*; write a prompt"):
         read_record(tmp_path / "a.png")
 
 

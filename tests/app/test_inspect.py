@@ -200,7 +200,7 @@ def test_a_picture(tmp_path):
         save_image(image, path, {"stable_diffusion": text})
         assert "stable_diffusion" in inspect(path)
     save_image(image, path)
-    assert inspect(path) == {"kind": "image", "note": "it does not say how it was made"}
+    assert inspect(path) == {"kind": "image", "note": "no generation settings are recorded"}
     path.write_text("x")
     with pytest.raises(ValueError, match=r"a\.WEBP is not an image"):
         inspect(path)

@@ -40,7 +40,7 @@ def test_mistakes_are_not_words(tag):
     [
         ("a <lora:a:0.8:0.5> <lyco:b>", "ugly", []),
         ("a <hypernet:anime:1>", "", ["<hypernet:anime:1>: hypernetworks are not supported"]),
-        ("<lora:a:1:1:8>", "", ["8 is not supported; the LoRA is used without it"]),
+        ("<lora:a:1:1:8>", "", ["8 is not supported and ignored"]),
         ("<lora:a:1:lbw=IN:stop=10>", "", ["lbw=IN, stop=10 is not supported"]),
         ("a", "ugly <lora:a:1>", ["<lora:a:1> has no effect in the negative prompt"]),
     ],
@@ -58,7 +58,7 @@ def test_remarks(prompt, negative, wanted):
         ("a cat", "bad, BADTHING4", []),
         ("(embedding:badthing4:1.2) cat", "", []),
         ("embedding:badthing4.pt, cat", "", []),
-        ("a cat", "ugly", ["the embedding words/badthing4.pt has no effect: no prompt holds badthing3, badthing4"]),
+        ("a cat", "ugly", ["the embedding words/badthing4.pt has no effect: no prompt contains badthing3, badthing4"]),
         ("badthing3", "embedding:other, ugly", ["the prompt names embedding:other, which is not loaded"]),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_run_is_planned_and_fitted(xl_folder, caplog):
     fit(sd, shape, 10**6, False)
     (line,) = (message for message in caplog.messages if "needs about" in message)
     assert "the limit is 0.0 GB" in line
-    with pytest.raises(SettingError, match=r"needs about .* GB, the limit is 0.0 GB: quantize"):
+    with pytest.raises(SettingError, match=r"needs about .* GB, the limit is 0.0 GB; quantize"):
         fit(sd, shape, 10**6, True)
 
 
@@ -223,8 +223,8 @@ def test_where_memory_runs_out_fewer_rows_run_at_once(sd, wanted, monkeypatch, c
     assert rows == [1] * 24  # 6 became 3, which are too many, and 1; the second batch begins with 1
     assert begun == [(0, False), (0, True), (0, True), (1, False), (2, False), (0, False), (1, False), (2, False)]
     assert all(np.abs(np.array(a).astype(int) - b).max() <= 1 for a, b in zip(images, wanted, strict=True))
-    said = [line.split(": of ")[1] for line in caplog.messages if "memory ran out" in line]
-    assert said == [f"{rows} rows of the UNet's batch {fewer} run at once now" for rows, fewer in ((6, 3), (3, 1))]
+    said = [line.split(": running ")[1] for line in caplog.messages if "memory ran out" in line]
+    assert said == [f"the {rows} rows of the UNet's batch {fewer} at a time" for rows, fewer in ((6, 3), (3, 1))]
     assert sd.rows_at_once is None
 
 
@@ -247,7 +247,7 @@ def test_the_first_step_corrects_the_plan(sd, monkeypatch, caplog, rows, excess,
     monkeypatch.setattr(mx, "get_peak_memory", lambda: peak if rows else 0)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 10**6)
     list(engine.run())
-    with pytest.raises(ValueError, match="has run already; make another"):
+    with pytest.raises(ValueError, match="has already run; create another"):
         next(engine.run())
     assert rows == wanted and sd.rows_at_once is None
     assert ["a step took" in line for line in caplog.messages] == [True] * (excess > 1)

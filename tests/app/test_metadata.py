@@ -193,7 +193,7 @@ def test_the_texts_and_sizes_of_xl(draw, xl_folder):
     sizes = ["--original_size", "96x640", "--crop", "0,99", "--negative_target_size", "8x16", "--aesthetic_score", 5]
     texts = ["--prompt_2", 'the "blue", cat', "--negative_prompt_2", "", "--cfg", 4]
     (path,) = draw("txt2image", PROMPT, "--model", xl_folder, *QUICK, "--n_images", 1, *texts, *sizes)
-    assert said_by(draw) == ["aesthetic_score has no effect: it is for SDXL's refiner"]
+    assert said_by(draw) == ["aesthetic_score has no effect: only SDXL's refiner reads it"]
     said = read_record(path).arguments
     assert (said["original_size"], said["crop"], said["negative_target_size"]) == ([640, 96], [99, 0], [16, 8])
     assert_same(path, again(draw, "txt2image", path))
@@ -262,8 +262,8 @@ def test_the_type_in_a_record_of_version_0_1(tmp_path, half, dtype):
 def test_what_cannot_be_left_out(picture, run, no_model):
     for name in ("prompt", "output", ""):
         run("txt2image", "--from_image", picture, "--without", name).refused(
-            f"--without {name} is none of the flags",
-            "the picture has cfg, dtype, lora, negative_prompt, quantize, seed",
+            f"--without {name} is not a flag of this picture",
+            "choose from cfg, dtype, lora, negative_prompt, quantize, seed",
         )
     run("txt2image", PROMPT, "--without", "cfg").refused("--without has no effect without --from_image")
 
@@ -278,7 +278,7 @@ def test_the_other_script(picture, tmp_path):
     noise().save(image)
     args = parsed("image2image", image, "--from_image", picture, "--strength", 0.5)
     assert (args["image"], args["prompt"], args["seed"]) == (image, PROMPT, 7)
-    left_out = f"{picture} was made with txt2image; what only that has is left out"
+    left_out = f"{picture} was made with txt2image; settings that only it has are omitted"
     assert remarks("image2image", image, "--from_image", picture) == [left_out]
     path = with_record(tmp_path / "a.png", {"image": "x.png", "prompt": PROMPT, "strength": 0.5}, script="image2image")
     for words, found in {
@@ -297,7 +297,7 @@ def test_the_other_script(picture, tmp_path):
 def test_without_metadata(draw, run, sd1_folder):
     (path,) = draw("txt2image", PROMPT, "--model", sd1_folder, *QUICK, "--n_images", 1, "--no_metadata")
     assert read_text(path) == {}
-    run("txt2image", "--from_image", path).refused(str(path), "does not say how it was made", "write a prompt")
+    run("txt2image", "--from_image", path).refused(str(path), "does not record how it was made", "write a prompt")
 
 
 # --- what a picture says may be wrong --------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_record_that_cannot_be_followed(run, no_model, tmp_path):
     wide = with_record(tmp_path / "a.png", {"prompt": PROMPT, "width": 100})
     run("txt2image", "--from_image", wide).refused("a.png", "--width 100 is not a multiple of 8")
     unnamed = with_record(tmp_path / "b.png", {"prompt": None})
-    run("txt2image", "--from_image", unnamed).refused("b.png", "prompt None is of the wrong kind")
+    run("txt2image", "--from_image", unnamed).refused("b.png", "prompt None has the wrong type")
 
 
 def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
@@ -325,7 +325,7 @@ def test_a_record_decides_nothing_about_files_that_are_written(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"arguments": 3}', "[" * 100_000, ""])
 def test_a_record_that_is_none(run, no_model, tmp_path, text):
     save(noise(), tmp_path / "a.png", {"stable_diffusion": text})
-    run("txt2image", "--from_image", tmp_path / "a.png").refused("a.png does not say how it was made")
+    run("txt2image", "--from_image", tmp_path / "a.png").refused("a.png does not record how it was made")
     save(noise(), tmp_path / "a.png", {"stable_diffusion": text, "parameters": "cat\nSteps: 3, Seed: 1, CFG scale: 2"})
     assert read_record(tmp_path / "a.png").arguments["cfg"] == 2
 
@@ -333,14 +333,14 @@ def test_a_record_that_is_none(run, no_model, tmp_path, text):
 def test_no_picture(run, no_model, tmp_path):
     run("txt2image", "--from_image", tmp_path / "none.png").refused("no image at", "none.png")
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT})
-    run("image2image", "--from_image", path).refused("a.png names no image")
+    run("image2image", "--from_image", path).refused("a.png records no image")
 
 
 def test_flags_of_another_version_are_named(tmp_path):
     path = with_record(tmp_path / "a.png", {"prompt": PROMPT, "sharpness": 3, "aura": "x"}, partial="3 of 20 steps")
     assert remarks("txt2image", "--from_image", path, "--seed", 3) == [
-        f"{path} was made with settings that are not known here: aura, sharpness",
-        f"{path} was not finished (3 of 20 steps); here all steps are made",
+        f"{path} has unknown settings, which are ignored: aura, sharpness",
+        f"{path} is a partial image (3 of 20 steps); all steps run here",
     ]
 
 
@@ -354,10 +354,10 @@ Clip skip: 2, ENSD: 31337"""
 
 def test_a_picture_of_another_program(draw, sd1_folder, tmp_path):
     save(noise(), tmp_path / "other.png", {"parameters": FOREIGN})
-    assert "was made with the model dreams; --model chooses one" in remarks("txt2image", "--from_image", "other.png")[0]
+    assert "model dreams, which is not chosen automatically" in remarks("txt2image", "--from_image", "other.png")[0]
     (path,) = draw("txt2image", "--from_image", "other.png", "--model", sd1_folder)
-    remark = "other.png is by another program, whose noise is drawn as cuda draws it; not used: Model hash 6ce0161689"
-    assert said_by(draw) == [remark]
+    remark = "other.png was made by another program: expect a similar picture, not the same"
+    assert said_by(draw) == [f"{remark} (its noise is drawn as cuda draws it); ignored: Model hash 6ce0161689"]
     said = ["--negative_prompt", "blue", "--steps", 2, "--sampler", "dpmpp_2m", "--schedule", "karras", "--cfg", 3]
     said += ["--rng", "cuda", "--ensd", 31337]
     said += ["--seed", 5, "--width", 64, "--height", 72, "--clip_skip", 1, "--n_images", 1]
@@ -416,7 +416,7 @@ def test_files_and_versions_that_have_changed(draw, sd1_folder, files, tmp_path)
     (path,) = draw("image2image", "in.png", PROMPT, "--model", sd1_folder, "--steps", 1, "--n_images", 1, *lora)
     noise(seed=5).save(tmp_path / "in.png")
     again(draw, "image2image", path, "--trust")
-    assert said_by(draw) == [f"not the files that {path} was made from: in.png"]
+    assert said_by(draw) == [f"these files differ from those that {path} was made with: in.png"]
     again(draw, "image2image", path, files / "hint.png")  # in place of the one that changed
     assert said_by(draw) == []
     record = dict(read_record(path).details)

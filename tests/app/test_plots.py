@@ -147,7 +147,7 @@ def test_a_grid_that_is_too_large_is_left_out(caplog, monkeypatch):
     assert draw(plot, made) is not None and caplog.messages == []
     monkeypatch.setattr(plots, "_LARGEST_SIDE", max(whole.size) - 1)
     assert draw(plot, made) is None
-    assert caplog.messages[0].startswith(f"a grid of {whole.width} x {whole.height} pixels is too large")
+    assert caplog.messages[0].startswith(f"a grid of {whole.width} x {whole.height} pixels is omitted")
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_unknown_latents_are_grey(sd, monkeypatch, caplog, known):
     monkeypatch.setattr(preview, "FACTORS", known)
     shown = np.array(preview_decoder(sd)(mx.array(normal(1, 3, 5, 4))))
     assert (shown == shown[..., :1]).all() and np.ptp(shown) > 0.2
-    assert len(caplog.messages) == 1 and "previews show one channel, in grey" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "previews show one channel in grey" in caplog.messages[0]
 
 
 def test_taesd_decodes_to_pixels(sd, sd1_folder, taesd):
@@ -173,7 +173,7 @@ def full(*args):
 def test_a_run_goes_on_where_previews_cannot_be_written(made, tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "save", full)
     done = made("--preview", tmp_path / "preview.png", "--preview_every", 1).succeeded()
-    assert len(done.remarks) == 1 and "the disk is full; there will be no more previews" in done.remarks[0]
+    assert len(done.remarks) == 1 and "the disk is full; no more previews are written" in done.remarks[0]
     assert len(done.out) == 3
 
 
@@ -259,7 +259,7 @@ def test_large_frames_are_made_smaller(tmp_path):
 
 def test_frames_that_are_not_finite_are_an_error_of_the_animation(tmp_path):
     broken = SimpleNamespace(pixels_per_latent=8, decode=lambda x: mx.full((1, 16, 16, 3), math.nan))
-    with pytest.raises(OSError, match=r"film.gif could not be made \(768 of 768 values .* not finite"):
+    with pytest.raises(OSError, match=r"film.gif cannot be written \(768 of 768 values .* not finite"):
         animated(tmp_path / "film.gif", broken)
 
 
@@ -278,7 +278,7 @@ def test_an_animation_of_one_frame(tmp_path):
 
 def test_an_animation_that_cannot_be_written_leaves_nothing(sd, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match=r"the animation .*film.gif could not be made \(the disk is full\)"):
+    with pytest.raises(OSError, match=r"the animation .*film.gif cannot be written \(the disk is full\)"):
         animated(tmp_path / "film.gif", sd)
     assert names(tmp_path) == [] and not UNFINISHED
 
@@ -292,7 +292,7 @@ def test_an_animation_that_cannot_be_written_leaves_nothing(sd, tmp_path, monkey
         (["--preview_every", 3], ["--preview_every has no effect without --preview"]),
         (["--preview_vae", "taesd"], ["--preview_vae has no effect without --preview or --stepwise"]),
         (["--preview", "p.bmp"], [".bmp", ".png"]),
-        (["--preview", "file/previews"], ["file/previews", "could not be made"]),
+        (["--preview", "file/previews"], ["file/previews", "cannot be created"]),
         (["--preview", "./out.png"], ["--preview and --output both name ./out.png"]),
         (["--stepwise", "film.mp4"], ["'film.mp4'", ".gif or .webp"]),
         (["--stepwise", "nowhere/film.gif"], ["nowhere", "does not exist"]),
@@ -308,6 +308,6 @@ def test_what_is_refused_before_a_model_is_opened(run, no_model, tmp_path, monke
 
 def test_what_is_refused_before_the_first_step(made, tmp_path):
     diffusers.AutoencoderTiny.from_config(SMALL).save_pretrained(tmp_path / "vae")
-    words = ["5 channels, 4 pixels", "for other latents", "than this model's (4 channels, 8 pixels"]
+    words = ["5 channels, 4 pixels", "reads other latents", "than this model's (4 channels, 8 pixels"]
     made("--preview", tmp_path / "p.png", "--preview_vae", tmp_path / "vae").refused(*words)
     made("--stepwise", tmp_path / "f.gif", "--preview_vae", tmp_path / "none").refused("none")

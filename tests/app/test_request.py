@@ -82,13 +82,13 @@ WRONG_KINDS = {"steps": True, "cfg": "7", "canny": "yes", "lora": [["a"]], "expa
 @pytest.mark.parametrize(
     "record, message",
     [
-        *(({name: value}, "is of the wrong kind") for name, value in WRONG_KINDS.items()),
+        *(({name: value}, "has the wrong type") for name, value in WRONG_KINDS.items()),
         ({"steps": 0}, "0 is not a whole number from 1 to 9999"),
         ({"seed": 10**400}, "is not a whole number from -1"),
-        ({"cfg": 10**400}, "is of the wrong kind"),
+        ({"cfg": 10**400}, "has the wrong type"),
         ({"sampler": "best"}, "'best' is unknown"),
         ({"crop": [1, -2]}, "-2 is not a whole number from 0"),
-        ({"original_size": [64]}, "is of the wrong kind"),
+        ({"original_size": [64]}, "has the wrong type"),
         ({"resize": "zoom"}, "'zoom' is unknown; choose one of crop, pad, stretch"),
         ({"guidance_rescale": 2}, "2.* is not a number from 0 to 1"),
     ],
@@ -318,7 +318,7 @@ def test_a_variation_seed_is_drawn():
 
 def test_lines_that_are_refused(run, no_model, prompts):
     run("txt2image", "--prompt_file", prompts("a", "b --steps 3,x")).refused("line 2", "--steps", "'x'")
-    run("txt2image", "--prompt_file", prompts("a --seed 1,2 --n_images 3")).refused("n_images 3", "2 seeds")
+    run("txt2image", "--prompt_file", prompts("a --seed 1,2 --n_images 3")).refused("n_images 3", "number of seeds, 2")
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -327,12 +327,12 @@ def test_lines_that_are_refused(run, no_model, prompts):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("a --seed 1,2,3 --n_images 2", ["--n_images 2 is not the number of the 3 seeds", "leave it out"]),
-        ("a --seed 0-9998 --steps 1,2", ["more than 9999 images", "fewer values"]),
-        ("{a|b} --n_images 5000", ["more than 9999 images"]),
+        ("a --seed 1,2,3 --n_images 2", ["--n_images 2 differs from the number of seeds, 3", "omit it"]),
+        ("a --seed 0-9998 --steps 1,2", ["too many images, the limit is 9999", "fewer values"]),
+        ("{a|b} --n_images 5000", ["too many images, the limit is 9999"]),
         ("a --seed 1,,2", ["--seed", "'' is not a whole number"]),
-        ("a --seed 20-1", ["--seed", "'20-1' goes down", "1-20"]),
-        ("a --seed 1-99999999999", ["--seed", "'1-99999999999' is more than 9999 values", "fewer"]),
+        ("a --seed 20-1", ["--seed", "'20-1' counts down", "1-20"]),
+        ("a --seed 1-99999999999", ["--seed", "'1-99999999999' has too many values, the limit is 9999"]),
         ("a --variation_seed 3", ["--variation_seed has no effect without --variation_strength"]),
         ("a --steps 1-20", ["--steps", "'1-20' is not a whole number"]),
         ("a --sampler euler,eulr", ["--sampler", "'eulr' is unknown", "did you mean euler?"]),

@@ -148,7 +148,7 @@ def test_folders(write, tmp_path):
         ("{sead}.png", ["{sead}", *FIELDS]),
         ("{seed.real}.png", ["{seed.real}"]),
         ("{i:q}.png", ["{i:q}.png", "'q'"]),
-        ("{i.png", ["{i.png is no pattern"]),
+        ("{i.png", ["{i.png is not a valid pattern"]),
         ("", ["empty"]),
         ("file/a.png", ["file is a file"]),
         ("pics", ["''", ".png", "pics/ for a folder"]),
@@ -224,13 +224,13 @@ def test_an_image_is_kept_in_the_current_folder_or_else_in_the_temporary_one(els
     (elsewhere / "out").mkdir()
     gone, taken, here = opened(f"{elsewhere}/out/a.png", 2), opened("new/{seed}.png"), opened("a.png")
     (elsewhere / "out").rmdir()
-    message = r"out does not exist.*; it is kept as .*current/a_1(-2)?\.png"
+    message = r"out does not exist.*; the image is saved as .*current/a_1(-2)?\.png"
     assert [lost(gone, message).name for _ in range(2)] == ["a_1.png", "a_1-2.png"]
     assert names(elsewhere) == ["current", "temporary"]
     Path("new").write_text("")
-    assert lost(taken, r"folder new could not be made.*kept as .*current/7\.png")
+    assert lost(taken, r"folder new cannot be created.*saved as .*current/7\.png")
     shutil.rmtree(elsewhere / "current")
-    assert lost(here, r"kept as .*temporary/a\.png")
+    assert lost(here, r"saved as .*temporary/a\.png")
 
 
 def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monkeypatch):
@@ -239,5 +239,5 @@ def test_an_image_that_nothing_takes_is_lost_and_leaves_nothing(elsewhere, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert lost(opened("a.png"), r"No space left on device.*; it is lost") is None
+    assert lost(opened("a.png"), r"No space left on device.*; the image is lost") is None
     assert [names(folder) for folder in elsewhere.iterdir()] == [[], []]

@@ -215,7 +215,7 @@ def test_loras_of_another_program(tmp_path):
     save(noise(), tmp_path / "p.png", {"parameters": f"{TAGGED}\nSteps: 2, Seed: 1, CFG scale: 3"})
     found = command(tmp_path / "p.png")
     assert found.lines[0][0].prompt == "red"
-    remark = f"{tmp_path}/p.png: its LoRAs are not used (paint); --lora_dir DIR says where they are"
+    remark = f"{tmp_path}/p.png: its LoRAs are not used (paint); give their folder with --lora_dir DIR"
     assert found.remarks[-1] == remark
     (request, _), *_ = command(tmp_path / "p.png", "--lora_dir", tmp_path).lines
     assert request.prompt_loras == (("paint", 0.5),)

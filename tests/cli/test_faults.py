@@ -99,10 +99,10 @@ CASES = [
     # --- killed
     Case("killed in the second writing", "at(*write, 2, half_and(send(KILL)))", code=-9, left="a_1.png"),
     # --- disks and folders
-    Case("no space for one", "full(2)", code=1, says="a_2.png|kept as", left="a_1.png", tells=2, elsewhere="a_2.png"),
+    Case("no space for one", "full(2)", code=1, says="a_2.png|saved as", left="a_1.png", tells=2, elsewhere="a_2.png"),
     Case("no space for the grid", "full(3)", code=1, says="No space left", left="a_1.png a_2.png", elsewhere="a.png"),
-    Case("files may grow no further", "at(*decode, 1, no_larger)", code=1, says="a_1.png|it is lost"),
-    Case("the folder vanishes", "at(*decode, 1, vanish)", code=1, says="a_1.png|kept as", tells=1, elsewhere="a_1.png"),
+    Case("files may grow no further", "at(*decode, 1, no_larger)", code=1, says="a_1.png|the image is lost"),
+    Case("the folder vanishes", "at(*decode, 1, vanish)", code=1, says="saved as", tells=1, elsewhere="a_1.png"),
     Case("a folder that may not be written to", "os.access = lambda path, mode: False", code=2, says="not writable"),
     Case("nobody reads stdout", "unread()", says="stdout cannot be written to (Broken pipe)", left=ALL, tells=0),
     Case("the current folder is gone", "os.rmdir(os.getcwd())", left=ALL),

@@ -90,7 +90,7 @@ def test_a_repository_in_the_cache_and_one_that_is_not(tmp_path):
     found, missing = run("some/one"), run("some/other")
     assert found.returncode == 0 and "StableDiffusionPipeline" in found.stdout
     assert missing.returncode == 2 and missing.stdout == ""
-    reason = "some/other is neither here nor in the Hub's cache: load it once, or give a path"
+    reason = "some/other is not on this disk and not in the Hub cache; generate with it once, or give a path"
     assert missing.stderr == f"python -m stable_diffusion inspect: error: {reason}\n"
 
 

@@ -115,7 +115,7 @@ def test_values_that_are_refused(run, said):
 
 
 REFUSED = [
-    ("--low_memory --preload_models", "--low_memory", "--preload_models", "leave one out"),
+    ("--low_memory --preload_models", "--low_memory", "--preload_models", "omit one"),
     ("--sampler euler --eta 0.5", "euler", "eta", "omit it"),
     ("--guidance_interval 0.6,0.2", "--guidance_interval (0.6, 0.2)", "start <= end"),
     ("--resize zoom", "'zoom'", "crop", "pad", "stretch"),
@@ -166,7 +166,7 @@ def test_bad_prompts(run, no_model, tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("# only a remark\n", ["holds no prompt"]),
+        ("# only a remark\n", ["has no prompt"]),
         ("a\nb --steps 0", ["line 2", "--steps", "'0'"]),
         ("a --prompt_file more.txt", ["line 1", "--prompt_file"]),
         ("a --negative_prompt 'open", ["line 1", "closing quotation"]),
@@ -265,7 +265,7 @@ def test_a_file_of_prompts(run, models, tmp_path):
     done = run("txt2image", "--prompt-file", tmp_path / "prompts.txt", *common).succeeded()
     assert [int(line.split()[-1]) for line in done.out] == [8, 3, 4, 5, 6]
     assert [pixels(tmp_path / f"out_{i}.png").shape[1] for i in range(1, 6)] == [64, 64, 64, 72, 72]
-    assert "several sizes" in done.remarks[0] and not (tmp_path / "out.png").exists()
+    assert "differ in size" in done.remarks[0] and not (tmp_path / "out.png").exists()
 
 
 # --- seeds and guidance ----------------------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def test_cfg_pp_reads_the_negative_prompt_at_every_scale(run, tmp_path):
         ("--lora_dir {}", "--lora_dir has no effect: no prompt has <lora:name:0.8>"),
         ("--wildcards {}", "--wildcards has no effect: no prompt has __name__"),
         ("--alternatives one", "--alternatives has no effect: no prompt has {red|blue}"),
-        ("--n_rows 2", "n_rows 2 has no effect: there is no grid"),
-        ("--n_images 2 --n_rows 2 --no_grid", "n_rows 2 has no effect: there is no grid"),
+        ("--n_rows 2", "n_rows 2 has no effect: no grid is drawn"),
+        ("--n_images 2 --n_rows 2 --no_grid", "n_rows 2 has no effect: no grid is drawn"),
         ("--cfg 1 --guidance_interval 0,0.5", "guidance_interval has no effect at a guidance scale of 1"),
         ("--crop 1,2", "crop has no effect: tiny is not SDXL"),
         ("--cfg 1 --aesthetic_score 5", "aesthetic_score has no effect: tiny is not SDXL"),
@@ -339,7 +339,7 @@ def test_flags_without_effect_are_remarked(run, tmp_path, options, remark):
     [
         ("--original_size 64x64 --crop 1,2 --target_size 64x64", None),
         ("--negative_crop 1,2", "negative_crop has no effect at a guidance scale of 0"),
-        ("--aesthetic_score 5", "aesthetic_score has no effect: it is for SDXL's refiner"),
+        ("--aesthetic_score 5", "aesthetic_score has no effect: only SDXL's refiner reads it"),
     ],
 )
 def test_sizes_that_a_model_does_not_read_are_remarked(run, models, tmp_path, options, remark):

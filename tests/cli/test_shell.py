@@ -102,7 +102,7 @@ def test_no_arguments_print_the_usage_and_an_example(call, command):
 MAKE = "txt2image x --model tiny --width 64 --steps 1 --n_images 2 --output {}/a.png"
 ALL = ["a.png", "a_1.png", "a_2.png"]
 STREAMS = [  # a command and its redirections, the exit code, a word of the one line on stderr, what is written
-    (f"{MAKE} >&-", 0, "the images are written all the same", ALL),
+    (f"{MAKE} >&-", 0, "the images are still written", ALL),
     (f"{MAKE} --json >/dev/full", 0, "No space left", ALL),
     (f"{MAKE} | head -0", 0, "Broken pipe", ALL),
     (f"{MAKE} 2>&-", 0, "", ALL),

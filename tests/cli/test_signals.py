@@ -35,7 +35,7 @@ def test_the_first_raises_while_a_run_is_made_ready_and_then_it_is_noted(number)
     with signals(said.append) as stop:
         stop.is_expected = True
         kill(number)
-    assert stop.code == 128 + number and len(said) == 1 and "once more" in said[0]
+    assert stop.code == 128 + number and len(said) == 1 and "again quits now" in said[0]
 
 
 def test_everything_is_as_before_and_what_is_ignored_stays_ignored():
@@ -81,7 +81,7 @@ def test_the_second_and_a_lasting_sigterm_end_the_process_in_the_midst_of_a_comp
     command = [sys.executable, "-c", LONG, half, *sent.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code and not half.exists()
-    assert "once more leaves at once" in done.stdout  # said in the midst of the computation too
+    assert "Ctrl-C again quits now" in done.stdout  # said in the midst of the computation too
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def interrupted(run, sd1_folder, tmp_path, monkeypatch) -> Callable:
 
 def stopped(done, code: int) -> None:
     assert done.code == code, done.err
-    assert len(done.remarks) == 2 and "once more leaves at once" in done.remarks[0]
+    assert len(done.remarks) == 2 and "Ctrl-C again quits now" in done.remarks[0]
     assert ": error: interrupted" in done.remarks[1]
     assert not UNFINISHED
 

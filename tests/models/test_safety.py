@@ -143,7 +143,7 @@ def test_flagged_images_are_not_written_and_all_others_are_as_without(run, model
         assert np.array_equal(pixels(tmp_path / name), pixels(tmp_path / name.replace("some", "all")))
     (remark,) = done.remarks
     assert remark.endswith(
-        "1 of 4 images not written: the safety check flagged them; it errs too, another seed may pass"
+        "1 of 4 images are omitted: the safety check flagged them; it can be wrong, try another seed"
     )
     mine, whole = pixels(tmp_path / "some.png"), pixels(tmp_path / "all.png")
     assert (mine[:64, :64] == 255).all() and np.array_equal(mine[:, 72:], whole[:, 72:])  # white in the grid
@@ -152,7 +152,7 @@ def test_flagged_images_are_not_written_and_all_others_are_as_without(run, model
 def test_where_all_are_flagged_there_is_no_file(run, model, tmp_path):
     options = ["--model", model, *SIZE, "--safety_check", "--safety_model", model.parent / "strict"]
     done = run("txt2image", PROMPT, *options, "--output", tmp_path / "out.png", "--json").succeeded()
-    assert done.out == [] and list(tmp_path.iterdir()) == [] and "4 of 4 images not written" in done.remarks[0]
+    assert done.out == [] and list(tmp_path.iterdir()) == [] and "4 of 4 images are omitted" in done.remarks[0]
 
 
 def test_an_image_that_another_mac_withholds_is_not_written_after_gathering(tmp_path):

@@ -193,7 +193,7 @@ def test_models_and_autoencoders_are_named(server, files, run, tmp_path):
     assert before == {"sd_model_checkpoint": "tiny", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
     (tiny,) = drawn(server, TEXT, ONE)
     assert tiny.tobytes() != picture.tobytes()
-    for name, words in (("broken", "is damaged"), ("nothing", "there is no model 'nothing'")):
+    for name, words in (("broken", "is damaged"), ("nothing", "unknown model 'nothing'")):
         refused(server, OPTIONS, settings | {"sd_model_checkpoint": name}, words)
         refused(server, TEXT, ONE | {"override_settings": {"sd_model_checkpoint": name}}, words)
         assert server(OPTIONS).json == before
@@ -251,7 +251,7 @@ def test_webuiapi_draws(client, image, files):
     assert large.image.size == (128, 128)
     with pytest.raises(RuntimeError, match=r"body.restore_faces: Input should be False"):
         client.txt2img(restore_faces=True)
-    with pytest.raises(RuntimeError, match=r"the script .*ADetailer.* cannot run"):
+    with pytest.raises(RuntimeError, match=r"the script .*ADetailer.* is not supported"):
         client.txt2img(adetailer=[webuiapi.ADetailer(ad_model="face_yolov8n.pt")], alwayson_scripts={})
 
 
@@ -356,7 +356,7 @@ def test_the_provider_of_image_generation_mcp(server, files, monkeypatch):
         other = await provider.generate(PROMPT, model="second", reference_images=[reference], strength=0.2)
         with Image.open(io.BytesIO(other.image_data)) as picture:
             assert "Model: second" in picture.text["parameters"] and "strength: 0.2" in picture.text["parameters"]
-        with pytest.raises(ImageProviderError, match="there is no model 'other'"):
+        with pytest.raises(ImageProviderError, match="unknown model 'other'"):
             await provider.generate(PROMPT, model="other")
         await provider.aclose()
 
@@ -478,21 +478,21 @@ def test_settings_of_other_models_have_no_effect(server, files):
         ({"scheduler": "turbo"}, ["schedule 'turbo' is unknown", "karras"]),
         ({"styles": ["mine"]}, ["styles"]),
         ({"script_name": "xyz plot"}, ["script_name"]),
-        ({"alwayson_scripts": {"ADetailer": {"args": [True, {}]}}}, ["script 'ADetailer'", "leave it out"]),
-        ({"refiner_checkpoint": "other"}, ["there is no model 'other'", "tiny"]),
-        ({"enable_hr": True, "hr_upscaler": "ESRGAN_4x"}, ["there is no upscaler 'ESRGAN_4x'", "x2plus"]),
+        ({"alwayson_scripts": {"ADetailer": {"args": [True, {}]}}}, ["script 'ADetailer'", "omit it"]),
+        ({"refiner_checkpoint": "other"}, ["unknown model 'other'", "tiny"]),
+        ({"enable_hr": True, "hr_upscaler": "ESRGAN_4x"}, ["unknown upscaler 'ESRGAN_4x'", "x2plus"]),
         ({"enable_hr": True, "hr_prompt": "a dog"}, ["hr_prompt 'a dog'", "first pass"]),
         ({"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 128}, ["hr_resize_x and hr_resize_y"]),
         ({"enable_hr": True, "hr_scale": 100}, ["hires 100", "from 1 to 8"]),
         ({"override_settings": {"randn_source": "TPU"}}, ["RNG 'TPU'"]),
-        ({"override_settings": {"sd_vae": "other"}}, ["no autoencoder 'other'", "warm"]),
+        ({"override_settings": {"sd_vae": "other"}}, ["unknown autoencoder 'other'", "warm"]),
         ({"width": 70}, ["width 70", "multiple of 8"]),
-        ({"n_iter": 5, "batch_size": 5}, ["n_images 25", "at most 16"]),
+        ({"n_iter": 5, "batch_size": 5}, ["n_images 25", "limit of this server is 16"]),
         ({"steps": "many"}, ["steps"]),
         ({"prompt": "a <lora:nothing:1>"}, ["there is no LoRA nothing"]),
         (unit(image="AAAA"), ["not an image"]),
         (unit(), ["a ControlNet has no image"]),
-        (unit(image="AAAA", model="None"), ["there is no ControlNet 'None'", "edges"]),
+        (unit(image="AAAA", model="None"), ["unknown ControlNet 'None'", "edges"]),
         (unit(image="AAAA", module="openpose"), ["module 'openpose'", "canny"]),
         (unit(image="AAAA", control_mode="My prompt is more important"), ["control_mode", "Balanced"]),
         (unit(image="AAAA", mask="AAAA"), ["mask"]),

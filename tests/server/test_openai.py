@@ -66,7 +66,7 @@ def test_forms_of_pictures(client, options, form):
 def test_braces_and_tags_of_prompts(client):
     """Braces of a model that writes prompts are text, not alternatives."""
     assert len(client.images.generate(prompt='{"a": "b|c"} {x|y}', extra_body={"steps": 1}).data) == 1
-    with pytest.raises(openai.BadRequestError, match="say where LoRAs are"):
+    with pytest.raises(openai.BadRequestError, match="give the folder of LoRAs"):
         client.images.generate(prompt=PROMPT, extra_body={"steps": 1, "lora": "thing:0.5"})
 
 
@@ -123,9 +123,9 @@ def test_an_edit_without_a_mask_changes_all(client):
     [
         ({"size": "63x64"}, "width 63 is not a multiple of 8"),
         ({"size": "large"}, "size: String should match pattern"),
-        ({"size": "4096x4096"}, "width 4096 is too much for this server; at most 2048"),
-        ({"n": 17}, "n_images 17 is too much for this server; at most 16"),
-        ({"extra_body": {"steps": 151}}, "steps 151 is too much for this server; at most 150"),
+        ({"size": "4096x4096"}, "width 4096 is too large, the limit of this server is 2048"),
+        ({"n": 17}, "n_images 17 is too large, the limit of this server is 16"),
+        ({"extra_body": {"steps": 151}}, "steps 151 is too large, the limit of this server is 150"),
         ({"extra_body": {"steps": "many"}}, "steps: Input should be a valid integer"),
         ({"extra_body": {"sampler": "best"}}, "best"),
         ({"extra_body": {"partial_images": 4}}, "partial_images: Input should be less than or equal to 3"),
@@ -148,10 +148,10 @@ def test_mistakes_are_one_line(client, options, message):
     ("files", "message"),
     [
         ({"image": ("a.png", b"no picture", "image/png")}, "not an image that can be read"),
-        ({"image": [png(Image.new("RGB", (64, 64)))] * 2}, "2 pictures in image; give one"),
+        ({"image": [png(Image.new("RGB", (64, 64)))] * 2}, "2 files in image; give one"),
         (
             {"image": png(Image.new("RGB", (64, 64))), "mask": png(Image.new("RGB", (64, 64)))},
-            "the mask has no transparent part",
+            "the mask has no transparent area",
         ),
     ],
 )

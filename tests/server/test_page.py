@@ -124,7 +124,7 @@ def test_a_dropped_picture_fills_the_form_and_is_where_a_run_starts(page, run, t
     words = "--model tiny --steps 3 --seed 5 --n_images 1 --cfg 3 --negative_prompt green"
     run("txt2image", PROMPT, *words.split(), "--output", tmp_path / "a.png")
     drop(page, tmp_path / "a.png")
-    expect(page.locator("#said")).to_contain_text("settings are in the form")
+    expect(page.locator("#said")).to_contain_text("form now has the settings of this image")
     values = {name: page.locator(f"[name={name}]").input_value() for name in ("prompt", "steps", "seed", "cfg")}
     assert values == {"prompt": PROMPT, "steps": "3", "seed": "5", "cfg": "3"}
     draw(page, prompt="a green square", steps=4)
@@ -139,7 +139,7 @@ def test_a_dropped_picture_fills_the_form_and_is_where_a_run_starts(page, run, t
 def test_a_painted_mask_keeps_the_rest(page, tmp_path):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "blue.png")
     drop(page, tmp_path / "blue.png")
-    expect(page.locator("#said")).to_contain_text("does not say how it was made")
+    expect(page.locator("#said")).to_contain_text("has no recorded settings")
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
     x, y, side = box["x"], box["y"], box["width"]
@@ -152,7 +152,7 @@ def test_a_painted_mask_keeps_the_rest(page, tmp_path):
     right, left = (drawn.crop(part) for part in ((40, 0, 64, 64), (12, 20, 20, 44)))
     assert right.tobytes() == Image.new("RGB", right.size, "blue").tobytes()
     assert left.tobytes() != Image.new("RGB", left.size, "blue").tobytes()
-    page.get_by_role("button", name="Remove picture").click()
+    page.get_by_role("button", name="Remove image").click()
     expect(page.locator("#start")).to_be_hidden()
 
 
@@ -160,10 +160,10 @@ def test_mistakes_are_said(page, tmp_path):
     draw_button = page.get_by_role("button", name="Draw", exact=True)
     page.locator("[name=prompt]").fill("a <lora:nothing:1>")
     draw_button.click()
-    expect(page.locator("#said.bad")).to_contain_text("the prompt asks for the LoRA nothing")
+    expect(page.locator("#said.bad")).to_contain_text("the prompt names the LoRA nothing")
     (tmp_path / "text.png").write_text("no picture")
     drop(page, tmp_path / "text.png")
-    expect(page.locator("#said.bad")).to_contain_text("text.png is no picture")
+    expect(page.locator("#said.bad")).to_contain_text("cannot show text.png")
 
 
 def test_the_page_is_one_file_without_others(server: Server):

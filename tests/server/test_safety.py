@@ -39,7 +39,7 @@ def test_a_name_that_is_not_this_machines_is_refused(server, path):
 
 def test_pages_of_other_origins_may_not_call(server):
     for origin in ("http://evil.example", "null", "http://localhost:3000", server.url.replace("http", "https") + "0"):
-        refused(server(TEXT, ONE, headers={"Origin": origin}), 403, "may not call")
+        refused(server(TEXT, ONE, headers={"Origin": origin}), 403, "are not allowed")
     answer = server(TEXT, ONE, headers={"Origin": server.url})
     assert answer.status == 200 and "access-control-allow-origin" not in answer.headers
 
@@ -74,7 +74,7 @@ def test_the_key_is_compared_in_constant_time(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--host", "0.0.0.0"], ["host 0.0.0.0 lets other machines in", "api_key"]),
+        (["--host", "0.0.0.0"], ["host 0.0.0.0 is open to other machines", "api_key"]),
         (["--host", "999.1.1.1", "--api_key", "x"], ["999.1.1.1:7860 cannot be used"]),
         (["--models", "/nowhere/models"], ["/nowhere/models"]),
         (["--model", "nothing"], ["unknown model 'nothing'"]),
@@ -114,14 +114,14 @@ NAMES = ("../../etc/passwd", "/etc/passwd", "..", "~", "tiny/../tiny", "tiny\0",
 @pytest.mark.parametrize("name", NAMES)
 def test_requests_name_no_files(server, name):
     settings = {"sd_model_checkpoint": name}
-    refused(server(TEXT, ONE | {"override_settings": settings}), 400, "there is no model")
-    refused(server("/sdapi/v1/options", settings), 400, "there is no model")
-    refused(server(TEXT, ONE | {"override_settings": {"sd_vae": name}}), 400, "there is no autoencoder")
+    refused(server(TEXT, ONE | {"override_settings": settings}), 400, "unknown model")
+    refused(server("/sdapi/v1/options", settings), 400, "unknown model")
+    refused(server(TEXT, ONE | {"override_settings": {"sd_vae": name}}), 400, "unknown autoencoder")
     unit = {"image": picture(32, 32), "model": name}
-    refused(server(TEXT, ONE | {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}), 400, "there is no ControlNet")
+    refused(server(TEXT, ONE | {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}), 400, "unknown ControlNet")
     refused(server(TEXT, ONE | {"prompt": f"a <lora:{name}:1>"}), 400, "LoRA")
     body = {"image": picture(32, 32), "upscaler_1": name}
-    refused(server("/sdapi/v1/extra-single-image", body), 400, "there is no upscaler")
+    refused(server("/sdapi/v1/extra-single-image", body), 400, "unknown upscaler")
     if "\0" not in name:
         assert server("/v1/draw", {"prompt": "a", "model": name}).status == 400
     assert server("/sdapi/v1/options").json["sd_model_checkpoint"] == "tiny"

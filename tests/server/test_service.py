@@ -146,7 +146,7 @@ def test_a_full_queue_says_when_to_try_again():
         wait(lambda: jobs(server) == 2)
         answer = server(TEXT, ONE)
         assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1
-        assert answer.json["detail"].startswith("1 jobs are waiting")
+        assert answer.json["detail"].startswith("the queue is full: 1 jobs are waiting")
         server("/sdapi/v1/interrupt", {})
         wait(lambda: first and second)
         assert first[0].status == second[0].status == 200

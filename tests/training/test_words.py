@@ -142,7 +142,7 @@ def test_the_first_vectors_are_the_mean_of_all_or_a_words(folder):
             ids = [getattr(trainer.sd, tokenizer).encode(text)[i] for i in (0, 1, 0)] if text else [slice(None)] * 3
             wanted = np.stack([table[one].reshape(-1, table.shape[1]).mean(axis=0) for one in ids])
             assert relative_error(trainer.factors()[name], wanted) <= 1e-6
-    with pytest.raises(ValueError, match="initial_word ' ' has no token; give a word"):
+    with pytest.raises(ValueError, match="initial_word ' ' has no tokens; give a word"):
         trainer_for(folder, initial_word=" ")
 
 
@@ -231,15 +231,21 @@ def test_the_vectors_outlive_the_release_of_their_text_encoder(folder):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"embedding": "ohwx:0"}, "embedding 'ohwx:0' is no new word with at most 75 vectors; write WORD or WORD:N"),
-        ({"embedding": "ohwx:76"}, "is no new word"),
-        ({"embedding": "a b"}, "is no new word"),
-        ({"embedding": "a:b"}, "is no new word"),
-        ({"embedding": "(a)"}, "is no new word"),
-        ({"embedding": ""}, "is no new word"),
-        ({"embedding": "ohwx", "rank": 4}, "rank is of a LoRA, and an embedding trains none; leave one of them out"),
-        ({"embedding": "ohwx", "text_encoder_rank": 4}, "text_encoder_rank is of a LoRA"),
-        ({"initial_word": "toy"}, "initial_word is of an embedding; give the new word as embedding"),
+        (
+            {"embedding": "ohwx:0"},
+            "embedding 'ohwx:0' is not valid; write WORD or WORD:N, no blanks",
+        ),
+        ({"embedding": "ohwx:76"}, "is not valid"),
+        ({"embedding": "a b"}, "is not valid"),
+        ({"embedding": "a:b"}, "is not valid"),
+        ({"embedding": "(a)"}, "is not valid"),
+        ({"embedding": ""}, "is not valid"),
+        (
+            {"embedding": "ohwx", "rank": 4},
+            "rank is for a LoRA and cannot be combined with embedding; omit one",
+        ),
+        ({"embedding": "ohwx", "text_encoder_rank": 4}, "text_encoder_rank is for a LoRA"),
+        ({"initial_word": "toy"}, "initial_word has no effect without embedding; give the new word as embedding"),
     ],
 )
 def test_settings_that_fit_no_word(settings, message):
