@@ -41,10 +41,9 @@ def pndm(
 ) -> States:
     """Run the pseudo linear multistep method (Liu et al. 2022, algorithm 2; PLMS): Adams-Bashforth on the noise.
 
-    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both its ends. Where there are
-    ``half_sigmas``, see ``Schedule.half_sigmas``, these steps are of Runge and Kutta's method in its place (algorithm
-    1). With ``velocity`` the model predicts v, which is extrapolated in place of the noise. ``target_sigmas`` as for
-    :func:`ddim`.
+    The first step is repeated, from ``repeat_sigma``, with the mean of the noise at both ends. With ``half_sigmas``,
+    see ``Schedule.half_sigmas``, Runge and Kutta's method replaces these first steps (algorithm 1). With ``velocity``
+    the model predicts v, which is extrapolated instead of the noise. ``target_sigmas`` as for :func:`ddim`.
     """
     target_sigmas = sigmas[1:] if target_sigmas is None else target_sigmas
     history: list[tuple[float, mx.array]] = []
@@ -81,7 +80,7 @@ def _runge_kutta(
     first: mx.array,
     levels: tuple[float, float, float, float],
 ) -> mx.array:
-    """Make a step of fourth order from a ``first`` prediction and three more; ``levels`` are start, 2 halves, end."""
+    """Compute a fourth-order step from a ``first`` prediction and three more; ``levels`` are start, 2 halves, end."""
     sigma, left, half, target = levels
     second = prediction(relabel(transfer(x, first, sigma, left), left, half), half)
     third = prediction(transfer(x, second, sigma, half), half)
@@ -93,7 +92,7 @@ _ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24
 
 
 def ipndm(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, order: int = 4) -> States:
-    """Run iPNDM (Zhang & Chen 2023): Adams-Bashforth for steps of equal length on the noise, from one point on.
+    """Run iPNDM (Zhang & Chen 2023): Adams-Bashforth on the noise for steps of equal length, starting with one point.
 
     A step to 0 is of first order, as in ComfyUI.
     """
@@ -121,9 +120,9 @@ def dpmpp_2m_sde(
 ) -> States:
     """Run SDE-DPM-Solver++(2M) (Lu et al. 2022b, sec. 4): an exponential integrator through the last ``order`` D's.
 
-    A step to 0 is of first order. With ``lower_order_final`` the order falls to 1 in the last steps, with
-    ``euler_at_final`` in the last one. For ``solver_type``, "midpoint" or "heun", and ``bend_offset`` see
-    ``dpm_moments``; the coefficient of the third order has half of its exact weight, as in diffusers.
+    A step to 0 has first order. ``lower_order_final`` lowers the order to 1 in the last steps, ``euler_at_final`` only
+    in the last one. For ``solver_type``, "midpoint" or "heun", and ``bend_offset`` see ``dpm_moments``. The coefficient
+    of the third order has half of its exact weight, as in diffusers.
     """
     moments = partial(dpm_moments, solver_type=solver_type, bend=0.5, bend_offset=bend_offset)
     history: list[tuple[float, mx.array]] = []
@@ -137,9 +136,9 @@ def dpmpp_2m_sde(
 
 
 def dpmpp_2m_cfg_pp(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise) -> States:
-    """Run DPM-Solver++(2M) with CFG++ (Chung et al. 2024): from an ``x`` that guidance has moved as far as D.
+    """Run DPM-Solver++(2M) with CFG++ (Chung et al. 2024): from an ``x`` that guidance has shifted like D.
 
-    The line goes through D with guidance and the unconditional D of the step before, as in ComfyUI.
+    The line goes through the guided D and the unconditional D of the previous step, as in ComfyUI.
     """
     moments = partial(dpm_moments, solver_type="midpoint")
     before: list[tuple[float, mx.array]] = []
@@ -177,8 +176,8 @@ def dpmpp_2s(
 ) -> States:
     """Run DPM-Solver++ in single steps (Lu et al. 2022b, algorithm 1), with one D for each of the ``sigmas``.
 
-    Steps come in groups of ``order``. The first of a group is of first order; each further one starts again where the
-    group starts, with all D's of the group. ``orders`` has the order of each step, see :func:`singlestep_orders`.
+    Steps form groups of ``order``. The first step of a group has first order. Each further step starts at the beginning
+    of the group, with all D's of the group. ``orders`` has the order of each step, see :func:`singlestep_orders`.
     """
     if orders is None:
         orders = singlestep_orders(order, len(sigmas) - 1, sigmas[-1] == 0)
@@ -187,7 +186,7 @@ def dpmpp_2s(
         if orders[i] == 1 or not group:
             start, group = x, []
         group.append((sigma, _prediction(denoise, x, sigma, predict_x0)))
-        # The midpoint method of third order leaves out the second D (Lu et al. 2022a, algorithm 2).
+        # The third-order midpoint method omits the second D (Lu et al. 2022a, algorithm 2).
         is_midpoint = solver_type == "midpoint" and len(group) == 3
         points = [group[0], group[2]] if is_midpoint else group
         rule = partial(dpm_moments, solver_type="heun" if is_midpoint else solver_type, bend_offset=bend_offset)
@@ -197,10 +196,10 @@ def dpmpp_2s(
 
 
 def singlestep_orders(order: int, count: int, is_to_zero: bool = True, lower_order_final: bool = True) -> list[int]:
-    """Return the orders of ``count`` steps in groups 1, 2, ..., ``order``, of which the last may be shorter.
+    """Return the orders of ``count`` steps in groups 1, 2, ..., ``order``; the last group may be shorter.
 
-    Where the groups are whole, ``lower_order_final`` makes the last step of first order (Lu et al. 2022a, algorithm 3).
-    It always is in a run to sigma 0, ``is_to_zero``.
+    If all groups are complete, ``lower_order_final`` gives the last step first order (Lu et al. 2022a, algorithm 3). In
+    a run to sigma 0, ``is_to_zero``, it always has first order.
     """
     orders = [i % order + 1 for i in range(count)]
     if is_to_zero or (lower_order_final and orders[-1] == order):
@@ -254,10 +253,10 @@ def sa_solver(
     lower_order_final: bool = True,
     taus: Sequence[float] | None = None,
 ) -> States:
-    """Run SA-Solver (Xue et al. 2023, algorithm 1): a predictor on the SDE, which the next D and its noise correct.
+    """Run SA-Solver (Xue et al. 2023, algorithm 1): a predictor on the SDE, corrected by the next D and its noise.
 
     The predictor goes through ``order`` points, the corrector through ``corrector_order``, one of them at its end. The
-    orders fall in the last steps with ``lower_order_final``. ``taus`` are the shares of fresh noise in the steps, by
+    orders fall in the last steps with ``lower_order_final``. ``taus`` are the fractions of fresh noise in the steps, by
     default ``eta`` in all: 0 is the ODE, 1 the reverse SDE.
     """
     moments = partial(dpm_moments, solver_type="bh1" if predict_x0 else "heun")
@@ -274,7 +273,7 @@ def sa_solver(
         kept = history[: min(corrector_order - 1, highest)]
         share = eta if taus is None else taus[i]
         share = share**2 if predict_x0 else share
-        start, fresh = x, noise(i, x.shape)  # drawn in steps without noise too, as in diffusers
+        start, fresh = x, noise(i, x.shape)  # also drawn in steps without noise, as in diffusers
         x, up = exponential_step(start, history[: min(order, highest)], target, moments, share, predict_x0)
         x = x + up * fresh
         yield x
@@ -302,10 +301,10 @@ def deis(
 
 
 def res_multistep_ancestral(denoise: Denoise, x: mx.array, sigmas: Sigmas, noise: Noise, *, eta: float = 1.0) -> States:
-    """Run the refined exponential solver, its multistep method of second order (Zhang et al. 2023): the last two D's.
+    """Run the refined exponential solver (RES), second-order multistep (Zhang et al. 2023), with the last two D's.
 
-    Above ``eta`` 0 it goes to a lower sigma, and noise leads back. The distance of the older D is then the length in
-    log sigma of the step down from it, as in ComfyUI.
+    With ``eta`` above 0 it steps to a lower sigma and adds noise. The distance of the older D is then the length in log
+    sigma of the step down from it, as in ComfyUI.
     """
     moments = partial(dpm_moments, solver_type="heun")
     older: list[tuple[float, mx.array]] = []  # D, and the factor of the step down from it
@@ -331,8 +330,8 @@ def er_sde(
     """Run ER-SDE-Solver (Cui et al. 2023) on the extended reverse-time SDE of a ``noise_scaler``, phi in the paper.
 
     The default is their SDE 5; phi(sigma) = sigma is the ODE. A Taylor polynomial of D, its derivatives from the last
-    ``order`` D's, is integrated with the weight phi' / phi^2 by parts. The integrals of 1 / phi that are left are sums
-    over 200 points, as in ComfyUI. A step to 0 is of first order.
+    ``order`` D's, is integrated with the weight phi' / phi^2 by parts. The remaining integrals of 1 / phi are sums over
+    200 points, as in ComfyUI. A step to 0 has first order.
     """
     history: list[tuple[float, mx.array]] = []
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -346,7 +345,7 @@ def er_sde(
             inverses = [-h / 200 * end / noise_scaler(sigma + offset) for offset in offsets]
             first = h + sum(inverses)
             second = h**2 + 2 * sum(map(math.prod, zip(offsets, inverses, strict=True)))
-            # The first derivative is the slope to the last D alone, not that of the parabola through all three.
+            # The first derivative is the slope to the last D, not the slope of the parabola through all three.
             moments = [0.0, first, second + nodes[1] * first][: len(history)]
             x = x + blend(history, lagrange_weights(nodes, moments))
         x = noised(x, math.sqrt(max(target**2 - (sigma * end / start) ** 2, 0.0)), noise, i)

@@ -20,7 +20,7 @@ def find_in(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str)
     """Find a LoRA in folders and their sub-folders by its name; ValueError for no match, or several.
 
     The name is that of a file, with or without suffix, of a folder of diffusers or PEFT, or the end of a path. An exact
-    path in a folder comes first, then a file in a sub-folder, then names in other case, then the name that kohya's
+    path in a folder comes first, then a file in a sub-folder. Names in other case follow, then the name that kohya's
     scripts store in a file. Hidden files are ignored. Links are followed.
     """
     folders = [folders] if isinstance(folders, str | os.PathLike) else folders

@@ -145,8 +145,8 @@ def convolve(x: mx.array, weight: mx.array, stride: Sequence[int], padding: Sequ
     """Convolve maps [B, H, W, C] by ``weight`` [O, kh, kw, C], large ones by Winograd's algorithm.
 
     The gradient of the maps is a product, too. MLX (0.32) copies the weights twice for it, up to eleven times the cost
-    of the product for small maps, and at stride 2 it uses a loop that is forty times slower. Here they are copied once,
-    for large maps only.
+    of the product for small maps. At stride 2 it uses a loop that is forty times slower. Here they are copied once, for
+    large maps only.
     """
     return _convolution(tuple(stride), tuple(padding))(x, weight)
 

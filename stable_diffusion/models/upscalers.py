@@ -37,8 +37,8 @@ class RRDBNetConfig(Config):
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4) or self.num_upsampling > 4 or 2**self.num_upsampling % self.unshuffle:
-            text = f"doubles {self.num_upsampling} times what it reads in squares of {self.unshuffle} pixels"
-            raise ValueError(f"upscaler config: it {text}; published ones double once to three times")
+            text = f"num_upsampling={self.num_upsampling} with unshuffle={self.unshuffle} is not supported"
+            raise ValueError(f"upscaler config: {text}; use a published model, with 1 to 3 doublings")
 
     @property
     def scale(self) -> int:

@@ -56,8 +56,8 @@ def expand(
         wildcards: a function from a wildcard's name or pattern to its lines, at least one, each in this language.
             Without it ``__name__`` is plain text.
 
-    Raises ValueError for braces and wildcards nested more than 64 deep, for more than 10,000 prompts, for wildcards
-    that lead back to themselves, for alternatives of more than 100,000 characters, and the errors of ``wildcards``.
+    Raises ValueError for braces and wildcards nested more than 64 deep, and wildcards that lead back to themselves. The
+    limits are 10,000 prompts and 100,000 characters of alternatives. Errors of ``wildcards`` are passed on.
     """
     items = _Reader(wildcards).read(text)
     if seeds is not None:

@@ -115,8 +115,8 @@ def parts(text: str, emphasis: str = "mean", weight_blocks: bool = False, *, tex
         weight_blocks: read "picture of:1 small:0.5 cat" instead: a part for each text up to a colon and a number before
             a space, weighted by its fraction of the numbers' sum. Text after the last number has weight 1.
 
-    Raises ValueError for an unknown emphasis, for brackets nested more than 64 deep, for prompt scheduling with more
-    than 500 texts, for blocks whose weights sum to zero, and for a second prompt with a wrong number of parts.
+    Raises ValueError for an unknown emphasis and for a wrong number of parts in a second prompt. So do brackets nested
+    more than 64 deep, prompt scheduling with more than 500 texts, and blocks whose weights sum to zero.
     """
     if emphasis not in EMPHASES:
         raise ValueError(f"emphasis {emphasis!r} is unknown; choose one of {', '.join(EMPHASES)}")
