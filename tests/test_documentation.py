@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -204,6 +205,34 @@ def check_pictures(folder: Path) -> None:
                 assert ours.size == theirs.size, made.name
                 difference = np.abs(np.array(ours.convert("RGB"), int) - np.array(theirs.convert("RGB"), int))
             assert difference.mean() <= 1, made.name
+
+
+def outputs(document: str) -> Iterator[tuple[str, str]]:
+    """Name each file that the blocks of a document write, with the command or line of Python that writes it."""
+    for block in blocks(document):
+        if block.mark == "file":
+            yield block.name, block.text
+        elif block.language == "python":
+            for line in block.text.splitlines():
+                yield from ((name, line) for name in re.findall(r'save\w*\(.*?"([\w/.-]+\.\w+)"', line))
+        elif block.language == "shell":
+            for command in block.commands:
+                command = command.replace("docs/pictures/", "").replace(" --overwrite", "")
+                for name in re.findall(r"--output (\S+)", command):
+                    ends = (".toml", ".csv", ".png", "-loss.png") if " train " in command else ()
+                    yield from ((made, command) for made in (name, *(Path(name).stem + end for end in ends)))
+
+
+def test_no_page_writes_over_the_files_of_another():
+    """A reader can run the README and all pages in one folder. Pictures of docs/pictures are compared elsewhere."""
+    written: dict[str, tuple[str, str]] = {}
+    linked = re.findall(r"\((docs/[\w-]+\.md)", TEXTS["README.md"])
+    for document in dict.fromkeys(["README.md", *linked, *TEXTS]):
+        for name, command in outputs(document):
+            page, before = written.setdefault(name, (document, command))
+            shown = name in _SHOWN and " train " not in before + command
+            same = page == document or command == before or shown
+            assert same, f"{name} of {page} has other content in {document}:\n{before}\n{command}"
 
 
 # --- what is named ----------------------------------------------------------------------------------------------------
