@@ -47,20 +47,20 @@ VERBS = frozenset(
     Accept Act Add Adopt Allow Answer Append Apply Ask Assign Attach Attend Await Begin Blend Bound Bring Build
     Cache Calculate Call Cancel Carry Cast Change Check Choose Clear Clip Close Collect Combine Compare Complete
     Compose Compute Control Convert Convolve Copy Correct Count Create Crop Cut Decide Decode Delete Denoise
-    Deny Dequantize Describe Detach Detect Divide Do Double Download Draw Drop Embed Encode Encrypt End Enlarge
-    Enter Erase Escape Estimate Evaluate Exchange Exit Expand Explain Express Extend Fetch Fill Filter Find
-    Finish Fit Flag Fold Follow Form Format Forward Free Fuse Gather Generate Get Give Go Group Guess Halve Hand
-    Handle Hash Have Hold Identify Ignore Improve Initialize Insert Integrate Interpolate Iterate Join Judge
-    Keep Key Label Lay Leave Lengthen Let Limit List Listen Load Look Make Map Mark Mask Match Measure Merge
-    Move Multiply Name Noise Normalize Note Notice Offer Open Order Pad Paint Parse Part Pass Paste Pause
-    Perform Permute Pick Place Plan Play Predict Prepare Preserve Print Process Project Provide Put Quantize
-    Raise Read Rebuild Receive Recognise Recognize Recompute Record Reduce Refine Refuse Register Release
-    Remember Remind Remove Rename Render Reorder Repeat Replace Reply Report Represent Require Rescale Reset
-    Reshape Resize Resolve Respond Restore Resume Retry Return Reverse Rotate Round Run Sample Save Say Scale
-    Schedule Search See Select Send Separate Serve Set Share Shift Show Shrink Shut Skip Smooth Solve Sort Space
-    Split Spread Start State Step Stop Store Subtract Sum Supply Swap Switch Take Tell Test Tile Time Tokenize
-    Track Train Transform Translate Transpose Trim Truncate Try Turn Undo Unpack Update Upscale Use Wait Walk
-    Warn Watch Weigh Widen Work Wrap Write Yield Zero
+    Deny Dequantize Descend Describe Detach Detect Divide Do Double Download Draw Drop Embed Encode Encrypt End
+    Enlarge Enter Erase Escape Estimate Evaluate Exchange Execute Exit Expand Explain Express Extend Fetch Fill
+    Filter Find Finish Fit Flag Fold Follow Form Format Forward Free Fuse Gather Generate Get Give Go Group
+    Guess Halve Hand Handle Hash Have Hold Identify Ignore Improve Initialize Insert Integrate Interpolate
+    Invert Iterate Join Judge Keep Key Label Lay Leave Lengthen Let Limit List Listen Load Look Make Map Mark
+    Mask Match Measure Merge Move Multiply Name Noise Normalize Note Notice Offer Open Order Pad Paint Parse
+    Part Pass Paste Pause Perform Permute Pick Place Plan Play Predict Prepare Preserve Print Process Project
+    Provide Put Quantize Raise Read Rebuild Receive Recognise Recognize Recompute Record Reduce Refine Refuse
+    Register Release Remember Remind Remove Rename Render Reorder Repeat Replace Reply Report Represent Require
+    Rescale Reset Reshape Resize Resolve Respond Restore Resume Retry Return Reverse Rotate Round Run Sample
+    Save Say Scale Schedule Search See Select Send Separate Serve Set Share Shift Show Shrink Shut Skip Smooth
+    Solve Sort Space Split Spread Start State Step Stop Store Subtract Sum Supply Swap Switch Take Tell Test
+    Tile Time Tokenize Track Train Transform Translate Transpose Trim Truncate Try Tune Turn Undo Unpack Update
+    Upscale Use Wait Walk Warn Watch Weigh Widen Work Wrap Write Yield Zero
     """.split()  # noqa: SIM905
 )
 

@@ -52,7 +52,7 @@ def weight_bytes(channels: int) -> int:
 
 
 def transform(weight: mx.array) -> mx.array:
-    """[O, 3, 3, C] -> [36, C, O]."""
+    """Transform the weights of a convolution: [O, 3, 3, C] -> [36, C, O]."""
     o, _, _, c = weight.shape
     return (_in_both(_OF_WEIGHT) @ weight.reshape(o, 9, c).transpose(1, 2, 0).reshape(9, c * o)).reshape(36, c, o)
 
