@@ -166,7 +166,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse arguments after replacing hyphens in flags by underscores."""
         words = list(sys.argv[1:] if args is None else args)
-        if not words and not self.where and self.examples and self._positionals._group_actions:
+        positionals = self._positionals._group_actions
+        if not words and not self.where and self.examples and any(action.nargs != "*" for action in positionals):
             self.exit(2, self._brief_usage())
         end = words.index("--") if "--" in words else len(words)
         known = self._option_string_actions

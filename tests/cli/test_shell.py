@@ -97,6 +97,10 @@ def test_no_arguments_print_the_usage_and_an_example(call, command):
     assert lines[0].startswith(f"usage: {start} ") and lines[1].startswith(f"example: {start} ")
 
 
+def test_check_needs_no_arguments():
+    assert check.make_parser().parse_args([]).words == []
+
+
 # --- streams that are closed, full or read by nobody -----------------------------------------------------------------
 
 MAKE = "txt2image x --model tiny --width 64 --steps 1 --n_images 2 --output {}/a.png"
