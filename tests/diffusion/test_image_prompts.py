@@ -219,7 +219,7 @@ REFUSED = {
     "no cross-attention in 'up_blocks.0.attentions.1'; choose from down.0": {"scales": "style"},
     "'styles' is unknown; give style, layout": {"scales": "styles"},
     "the scale 'a' of 'mid' is not a finite": {"scales": {"mid": "a"}},
-    r"no array \[H, W\]": {"mask": "mask.png"},
+    r"not an array \[H, W\]": {"mask": "mask.png"},
     r"shape \(6, 8\) does not fit: this run needs \(48, 64\)": {"mask": mx.ones((6, 8))},
     "cannot act from 0.5 to 0.5": {"start": 0.5, "end": 0.5},
     "scale nan of an IP-Adapter": {"scale": float("nan")},

@@ -127,7 +127,7 @@ def test_python(model):
     assert check(pictures) == [True, False] and check(pictures[1]) == [False]
     assert sd.load_safety_checker(model.parent / "strict")(pictures) == [True, True]
     assert StableDiffusion(model, low_memory=True).load_safety_checker()(pictures) == [True, False]
-    with pytest.raises(ValueError, match=r"^tiny has no safety_checker: .*; safety_model names another one, such as"):
+    with pytest.raises(ValueError, match=r"^tiny has no safety_checker: .*; set safety_model, for example to"):
         StableDiffusion("tiny").load_safety_checker()
 
 
@@ -176,7 +176,7 @@ def test_an_image_that_another_mac_withholds_is_not_written_after_gathering(tmp_
     [
         ("--safety_model x", "--safety_model has no effect without --safety_check"),
         ("--safety_check --preview p.png", "--preview shows images before --safety_check has seen them"),
-        ("--safety_check", "has no safety_checker: .* --safety_model names another one, such as CompVis/"),
+        ("--safety_check", "has no safety_checker: .* set --safety_model, for example to CompVis/"),
     ],
 )
 def test_refused_in_one_line(run, flags, message):
