@@ -577,7 +577,7 @@ def test_the_command_enlarges_files(files, tmp_path, capsys, monkeypatch):
     for words, message in (
         (["clear.png", "photo.jpg", *net, "--output", "big.png"], "one file for 2 images"),
         (["nowhere.png", *net], "no image at nowhere.png"),
-        (["clear.png", "--upscaler", "photo.jpg"], "photo.jpg is a JPEG picture"),
+        (["clear.png", "--upscaler", "photo.jpg"], "photo.jpg is a JPEG image"),
     ):
         with pytest.raises(SystemExit, match="2"):
             upscale.main(words)
