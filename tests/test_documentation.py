@@ -20,7 +20,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -167,6 +167,12 @@ def test_what_is_written_runs(document, folder, request, capsys, monkeypatch):
     check_pictures(folder)
 
 
+def only_read(parse: Callable[..., argparse.Namespace], *words: Any) -> argparse.Namespace:
+    """Stop a command after its options are read. The first parser reads only the name of the command."""
+    options = parse(*words)
+    return options if [*vars(options)] == ["command"] else stop()
+
+
 def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Run a command in this process, as far as ``mark`` lets it; returns its exit code."""
     program, *words = shlex.split(command)
@@ -184,7 +190,7 @@ def execute(command: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> int:
         patch.setattr(sys, "argv", [main, *argv])
         if mark == "minutes":
             for kind in (argparse.ArgumentParser, Parser):
-                patch.setattr(kind, "parse_args", lambda *given, parse=kind.parse_args: stop(parse(*given)))
+                patch.setattr(kind, "parse_args", lambda *given, parse=kind.parse_args: only_read(parse, *given))
         code = 0
         try:
             run(main if words[0] == "-m" else str(ROOT / main), run_name="__main__")

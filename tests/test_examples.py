@@ -1,8 +1,10 @@
 """The examples do what they say, with the bundled model and fewer steps."""
 
+import base64
+import io
 import json
 import re
-from pathlib import Path
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +13,7 @@ from PIL import Image
 
 from examples import live_preview
 from stable_diffusion import StableDiffusion
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tools import notebook
 
 
 @pytest.fixture
@@ -26,36 +27,45 @@ def few_steps(monkeypatch) -> None:
     monkeypatch.setattr(StableDiffusion, "generate_latents", fewer)
 
 
-def cells(name: str) -> list[str]:
-    """The code of a notebook, which holds no pictures."""
-    notebook = json.loads((EXAMPLES / name).read_text(encoding="utf-8"))
-    assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
 def middle(image: Image.Image) -> np.ndarray:
     """The mean colour of the middle of a picture."""
     return np.asarray(image.crop((28, 28, 36, 36)), dtype=float).mean(axis=(0, 1))
 
 
-def test_the_walkthrough_runs_without_jupyter(few_steps, capsys):
-    names: dict = {}
-    for code in cells("walkthrough.ipynb"):
-        exec(compile(code, "walkthrough.ipynb", "exec"), names)  # a notebook's cells share their names
-    assert capsys.readouterr().out.splitlines() == ["(536, 128)"] * 4
-    red, _, blue = middle(names["first"])
-    assert names["first"].size == (64, 64) and red > 150 > 100 > blue
-    assert names["latents"].predicted.shape == (1, 16, 16, 4)
+def stored(cell: dict) -> Image.Image | None:
+    """The image that a cell of the notebook shows, as the file has it."""
+    found = [output["data"]["image/png"] for output in cell["outputs"] if "data" in output]
+    return Image.open(io.BytesIO(base64.b64decode(found[0]))) if found else None
 
-    seeds, prompts = names["between_seeds"], names["between_prompts"]
-    assert len(seeds) == len(prompts) == 6 and {image.size for image in seeds + prompts} == {(64, 64)}
-    first, last = middle(prompts[0]), middle(prompts[-1])
+
+def test_the_walkthrough_runs_without_jupyter(monkeypatch):
+    """With fewer steps than in the file. Each cell shows an image of the size that is stored."""
+    content = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))
+    assert content["nbformat"] == 4 and len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+    monkeypatch.chdir(notebook.NOTEBOOK.parent)
+    results, shown = list(notebook.run(content["cells"], STEPS=3, TRAINING_STEPS=2)), 0
+    names = results[-1][1]
+    for cell, _, _, value in results:
+        image = stored(cell)
+        if image is not None:
+            shown += 1
+            assert image.height == value.height and (image.width == value.width or "previews" in str(cell["source"]))
+    assert shown == 14 and len(names["losses"]) == 2
+    assert names["first"].size == (64, 64) and names["latents"].predicted.shape == (1, 16, 16, 4)
+    assert np.abs(np.asarray(names["first"], float) - np.asarray(names["four"][0])).max() <= 2
+    assert len({image.tobytes() for image in names["scaled"]}) == 4  # the file that was saved has an effect
+    first, last = middle(names["between_prompts"][0]), middle(names["between_prompts"][-1])
     assert first[0] > first[1] + 60 and last[1] > last[0] + 30  # from red to green
-    *_, x = names["sd"].generate_latents("a large yellow star", seed=1, latents=names["noise"][:1], sampler="dpmpp_2m")
-    alone = np.asarray(names["to_images"](names["sd"].decode(x))[0], dtype=float)
-    assert np.abs(alone - np.asarray(seeds[0])).max() <= 2  # the way begins at the first seed's picture
-    assert mx.abs(names["noise"].std(axis=(1, 2, 3)) - 1).max() < 0.1  # and keeps to noise
+    assert mx.abs(names["noise"].std(axis=(1, 2, 3)) - 1).max() < 0.1  # mixed noise has variance 1
+
+
+def test_the_images_in_the_walkthrough_are_those_of_its_cells():
+    """The first image is drawn again as the file says; python -m tools.notebook stores all of them."""
+    content = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))
+    *_, (cell, _, _, value) = islice(notebook.run(content["cells"]), 3)
+    assert np.abs(np.asarray(stored(cell), float) - np.asarray(value)).max() <= 2
+    assert notebook.outputs("a\nb", value, 3)[0]["text"] == ["a\n", "b"]
+    assert notebook.NOTEBOOK.stat().st_size < 600_000
 
 
 def test_live_preview_draws_over_itself(few_steps, tmp_path, capsys):
