@@ -13,7 +13,7 @@ def test_sentences_are_short(name):
     assert language.words_a_sentence(DOCUMENTS[name]) <= language.LONGEST
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.endswith(".md")])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_avoid_words_that_are_hard_to_read(name):
     assert not language.avoided([Text(name, language.prose(DOCUMENTS[name]))])
 
