@@ -137,7 +137,7 @@ def test_what_is_no_embedding(tmp_path, shapes):
     "name, message",
     [
         ("none.safetensors", "there is no embedding at"),
-        ("x.png", r"x\.png is no file of weights: these end in \.safetensors, "),
+        ("x.png", r"x\.png is not a weights file: these end in \.safetensors, "),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, message):
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read(tmp_path, name, message):
 
 def test_vectors_of_another_width(sd, tmp_path):
     file = save(tmp_path / "wide.safetensors", emb_params=mx.zeros((1, 48)))
-    message = "another family of models: vectors of width 48 do not fit a text encoder of 32"
+    message = "another model family: vectors of width 48 do not fit a text encoder of 32"
     with pytest.raises(ValueError, match=message):
         sd.load_embedding(file)
 
