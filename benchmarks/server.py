@@ -21,6 +21,7 @@ from typing import Any
 
 from stable_diffusion.app.engine import Engine, Resources, open_model
 from stable_diffusion.app.request import Request, expand
+from stable_diffusion.models import cpu
 
 PROMPT = "a red circle on a blue background"
 
@@ -48,8 +49,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
+    cpu.tune()  # as the server does
     request = Request(model="tiny", prompt=PROMPT, resolved_prompt=PROMPT, steps=args.steps, n_images=1, seed=1)
     model, resources = open_model(request), Resources()
+    model.pinned[parser] = set(model.sources)  # networks stay in memory, as in the server
     alone = timed(lambda: list(Engine(model, expand([(request, {})]), resources).run()), args.repeats)
     words = [sys.executable, "-m", "stable_diffusion", "serve", "--model", "tiny", "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:

@@ -166,7 +166,7 @@ async def _progress(service: Service, skip_current_image: bool = False) -> dict[
         return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
     if not skip_current_image:
         service.worker.wants_preview = True
-        image = await run_in_threadpool(to_base64, job.preview) if job.preview else None
+        image = await run_in_threadpool(to_base64, job.preview, None, "jpg", 80) if job.preview else None
     state |= {"job": "draw", "job_count": len(service.worker.jobs), "interrupted": job.is_cancelled}
     state |= {"sampling_step": job.done, "sampling_steps": job.done + job.left}
     made = {"progress": min(max(job.progress, 0.01), 0.99), "eta_relative": job.seconds_left}
