@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         from ..server import serve
     except ImportError as error:
-        parser.error(f"the server needs {error.name}: pip install 'stable-diffusion-mlx[server]'")
+        parser.error(f"the server needs {error.name}: pip install '.[server]'")
     show_log(parser.prog)
     _log.setLevel(logging.INFO if "verbose" in args or args.get("log") == "json" else logging.WARNING)
     cpu.tune()

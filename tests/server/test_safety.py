@@ -105,7 +105,7 @@ def test_without_its_packages_the_server_says_how_to_install_them(forked):
         "import sys\nsys.modules['fastapi'] = None\nfrom stable_diffusion.__main__ import run\nsys.exit(run(['serve']))"
     )
     done = forked(code)
-    assert done.code == 2 and "pip install 'stable-diffusion-mlx[server]'" in done.err and done.err.count("\n") == 1
+    assert done.code == 2 and "pip install '.[server]'" in done.err and done.err.count("\n") == 1
 
 
 NAMES = ("../../etc/passwd", "/etc/passwd", "..", "~", "tiny/../tiny", "tiny\0", "nothing", "a" * 5000, "$(id)")
