@@ -172,13 +172,28 @@ class Engine:
         self.model, self._resources, self._request = model, resources, requests[0]
         self._inputs = read_inputs(self._request) if inputs is None else inputs
         self._limit = memory.set_limits(resources.memory_limit, resources.low_memory)
+        self._base, self._rows_at_once = model, model.rows_at_once
+        self._loras: dict[str, AttachedLoRA] = {}
+        self._runs: list[_Run] = []
+        self._on_step: OnStep | None = None
+        self._order: Iterable[int] | None = None
+        self._stopped = False
+        try:
+            self._begin(requests)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        """Load networks, encode prompts, choose batches and prepare their first pass."""
+        model, resources = self.model, self._resources
         self._beside = load_beside(model, self._request, self._inputs)
         for line in remarks(dict.fromkeys(r.all_text for r in requests), model.embeddings):
             _log.warning("%s", line)
         named = {name: request for request in requests for name, _ in request.prompt_loras}
-        self._loras = {name: _attach(model, name, request) for name, request in named.items()}
+        for name, request in named.items():
+            self._loras[name] = _attach(model, name, request)
         batches = [batch for images in group(model, requests) for batch in self._batches(images)]
-        self._runs: list[_Run] = []
         first, count = 0, len(batches)
         for i, batch in enumerate(batches, start=1):
             index, numbers = f"{i}/{count}" if count > 1 else "", range(first, first + len(batch.requests))
@@ -186,15 +201,17 @@ class Engine:
             first = numbers.stop
         shapes = [run_shape(model, batch) for batch in batches]
         largest = max(shapes, key=lambda shape: shape.n_images * shape.size[0] * shape.size[1])
-        self._rows_at_once = model.rows_at_once  # restored at the end of the run
         fits_at_once = memory.fit(model, largest, self._limit, resources.memory_limit is not None)
         # Where the networks of all stages fit into memory, each batch is decoded before the next begins.
         self._finishes_each = fits_at_once and (count > 1 or bool(self._request.detail)) and not model.low_memory
         for run in self._runs if not self._request.has_only_details else ():
             self._prepare(run, lambda run: first_pass(model, run.batch))
-        self._on_step: OnStep | None = None
-        self._order: Iterable[int] | None = None
-        self._stopped = False
+
+    def close(self) -> None:
+        """Restore the model as it was before: detach LoRAs of prompts. A run that ends, or fails to begin, does it."""
+        self._base.rows_at_once = self._rows_at_once
+        while self._loras:
+            self._loras.popitem()[1].detach()
 
     @property
     def batches(self) -> list[Batch]:
@@ -245,9 +262,7 @@ class Engine:
                     self._pass(runs, lambda run: refiner_pass(self.model, run.batch, run.latents))
                     yield from self._decoded(runs)
         finally:
-            base.rows_at_once = self._rows_at_once
-            for lora in self._loras.values():
-                lora.detach()
+            self.close()
 
     def _groups(self) -> Iterable[list[_Run]]:
         """Return the groups of runs to decode together: one group per run, or one of all."""

@@ -54,11 +54,15 @@ class Limits:
 
     def check(self, request: Request) -> None:
         """Raise ValueError, with the limit, for a request beyond a limit."""
-        factor = request.hires or 1
-        rows = [("steps", steps or 0, self.steps) for steps in (request.steps, request.hires_steps)]
-        rows += [(name, (getattr(request, name) or 0) * factor, self.pixels) for name in ("width", "height")]
-        for row in (*rows, ("n_images", request.n_images or 1, self.images)):
-            check_most(*row)
+        for steps in (request.steps, request.hires_steps):
+            check_most("steps", steps or 0, self.steps)
+        check_most("n_images", request.n_images or 1, self.images)
+        self.check_size((request.width or 0, request.height or 0), request)
+
+    def check_size(self, size: tuple[int, int], request: Request) -> None:
+        """Raise ValueError for a size (width, height) that a request draws, with its second pass, beyond the limit."""
+        for name, side in zip(("width", "height"), size, strict=True):
+            check_most(name, side * (request.hires or 1), self.pixels)
 
 
 def check_most(name: str, value: float, most: float) -> None:

@@ -7,7 +7,7 @@ events: steps, previews, images.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -64,7 +64,7 @@ class Job:
 
     A ``task`` runs instead of the generation, with the model of the request; ``outcome`` is its result. With ``shows``,
     every step has a preview. ``folder`` holds the files that the request names, until the job ends. ``adapt`` changes
-    the requests to fit the model in use.
+    the requests to fit the model in use. ``limits`` hold for sizes that the model or an image decides, too.
     """
 
     request: Request
@@ -72,6 +72,7 @@ class Job:
     shows: bool = False
     folder: TemporaryDirectory | None = None
     adapt: Callable[[Sequence[Request], Any], Sequence[Request]] | None = None
+    limits: Limits = field(default_factory=Limits)
     requests: Sequence[Request] = ()
     pictures: list[Picture] = field(default_factory=list)
     preview: Image | None = None
@@ -112,7 +113,7 @@ def make_job(
             raise ValueError(f"unknown setting {', '.join(unknown):.80}")
         limits.check(request)
         text = request.resolved_prompt or request.prompt
-        return Job(request.with_values(resolved_prompt=text), folder=folder, **options)
+        return Job(request.with_values(resolved_prompt=text), folder=folder, limits=limits, **options)
     except BaseException:
         folder.cleanup()
         raise
@@ -245,10 +246,12 @@ class Worker:
             job.outcome = job.task(self._model)
         else:
             requests = job.requests if job.adapt is None else job.adapt(job.requests, self._model)
-            engine = Engine(self._model, requests, self._resources)
-            for result in engine.run(lambda step: self._on_step(job, step, tell)):
-                job.pictures.append(self._picture(result))
-                tell(job.pictures[-1])
+            with closing(Engine(self._model, requests, self._resources)) as engine:
+                for batch in engine.batches:
+                    job.limits.check_size(batch.size, batch.request)
+                for result in engine.run(lambda step: self._on_step(job, step, tell)):
+                    job.pictures.append(self._picture(result))
+                    tell(job.pictures[-1])
         if self._is_closing:
             raise CancelledError
 

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 
 from checkpoints import make
+from command_line import ROOT
 from serving import Answer, Server, serving
 
 TEXT = "/sdapi/v1/txt2img"
@@ -186,6 +187,23 @@ def test_models_are_switched_freed_and_read_again(tmp_path):
         used = server("/sdapi/v1/memory").json["ram"]["used"]
         wait(lambda: server("/sdapi/v1/memory").json["ram"]["used"] < used / 2)
         assert pixels(server(TEXT, ONE)) == other
+
+
+def test_sizes_that_the_model_decides_have_the_limit_too():
+    """Without a width the model's own size counts, and the second pass enlarges it."""
+    second = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5}
+    body = {"prompt": "a red circle", "steps": 2, "seed": 1}
+    with serving("--most_pixels", 96, "--lora_dir", ROOT / "stable_diffusion" / "tiny" / "lora") as server:
+        before = pixels(server(TEXT, body))
+        for large in (body | second, body | second | {"width": 64, "height": 64}):
+            answer = server(TEXT, large)
+            assert answer.status == 400 and "128 is too large, the limit of this server is 96" in answer.json["detail"]
+        assert server("/v1/draw", body | {"hires": 2}).status == 400
+        assert pixels(server(TEXT, body | second | {"hr_scale": 1.5}))
+        with_lora = body | {"prompt": "a red circle <lora:arrow:1>"}
+        for wrong in (second, {"prompt": "a <lora:arrow:1> <lora:nothing:1>"}, {"sampler_name": "DDIM", "steps": 151}):
+            assert server(TEXT, with_lora | wrong).status == 400
+        assert pixels(server(TEXT, body)) == before != pixels(server(TEXT, with_lora))
 
 
 def test_killing_clients_leaves_it_running(server):
