@@ -276,7 +276,7 @@ class Worker:
 
     def _on_step(self, job: Job, step: Step, tell: Callable[[Any], None]) -> bool:
         job.done, job.left = job.done + bool(step.number), step.total - step.number + step.later
-        if step.number and (job.shows or self.wants_preview):
+        if step.number and self._check is None and (job.shows or self.wants_preview):  # which it has not seen
             job.preview, self.wants_preview = self._shown(step.predicted), False
             tell("preview")
         elif step.number:

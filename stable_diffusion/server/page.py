@@ -54,7 +54,7 @@ def routes(service: Service) -> APIRouter:
                 made = {"seed": event.request.seed, "text": event.text["parameters"], "partial": event.partial}
                 yield "picture", {"image": to_base64(event.image, event.text), "withheld": event.is_flagged} | made
             else:
-                image = to_base64(job.preview, None, "jpg", 80)
+                image = to_base64(job.preview, None, "jpg", 80) if job.preview else None
                 yield "step", {"step": job.done, "steps": job.done + job.left, "preview": image}
 
         return await service.stream(connection, job, translate)

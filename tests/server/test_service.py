@@ -13,6 +13,7 @@ import pytest
 
 from checkpoints import make
 from command_line import ROOT
+from image_prompts import write_vision
 from serving import Answer, Server, serving
 
 TEXT = "/sdapi/v1/txt2img"
@@ -204,6 +205,14 @@ def test_sizes_that_the_model_decides_have_the_limit_too():
         for wrong in (second, {"prompt": "a <lora:arrow:1> <lora:nothing:1>"}, {"sampler_name": "DDIM", "steps": 151}):
             assert server(TEXT, with_lora | wrong).status == 400
         assert pixels(server(TEXT, body)) == before != pixels(server(TEXT, with_lora))
+
+
+def test_the_safety_check_sees_images_before_anybody(tmp_path):
+    checker = write_vision(tmp_path / "safety_checker", "safety_checker")
+    body = {"prompt": "a red circle", "steps": 3, "seed": 1}
+    with serving("--safety_check", "--safety_model", checker) as server:
+        events = server("/v1/draw", body).body.decode()
+    assert events.count('"preview": null') == 3 and events.count('"withheld"') == 1
 
 
 def test_killing_clients_leaves_it_running(server):
